@@ -1,0 +1,1 @@
+"""What each server's loader demands of an artifact."""

@@ -1,0 +1,1 @@
+"""Recipes that ship with quantpress, one YAML file a supported combination."""
