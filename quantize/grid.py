@@ -119,7 +119,7 @@ def _search(
         nonlocal best, best_scale, best_zero
         error = snap(weight, scale[:, None], zero[:, None], grid).sub_(zero[:, None]).mul_(scale[:, None])
         error = error.sub_(weight).square_()
-        loss = error.sum(1) if importance is None else error @ importance
+        loss = error.sum(1) if importance is None else error @ importance.to(error.dtype)
         better = loss < best
         best = torch.where(better, loss, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import BadInput
 
@@ -22,7 +31,9 @@ Bos = Literal["auto", "always", "never"]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Unknown keys fail, and so does `true` for a number; only lists and floats (YAML reads 1e-2 as text) convert."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def _fraction(value: Any) -> Any:
@@ -32,7 +43,27 @@ def _fraction(value: Any) -> Any:
     return value
 
 
-Fraction = Annotated[float, BeforeValidator(_fraction)]
+def _pattern(value: str) -> str:
+    if not value:
+        raise ValueError("an empty pattern matches nothing")
+    if value.startswith("re:"):
+        try:
+            re.compile(value[3:])
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
+def _group_size(value: int) -> int:
+    if value != -1 and (value < 8 or value % 8):
+        raise ValueError("a multiple of 8, or -1 for per channel")
+    return value
+
+
+Lax = Field(strict=False)
+Fraction = Annotated[float, Lax, BeforeValidator(_fraction)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+GroupSize = Annotated[int, AfterValidator(_group_size)]
 
 
 class Text(Strict):
@@ -80,7 +111,9 @@ class Gates(Strict):
     """Limits that fail the run with exit code 3."""
 
     max_perplexity_increase: Fraction | None = Field(None, ge=0, description="over the original: 3% or 0.03")
-    max_kl: float | None = Field(None, ge=0, description="mean KL divergence from the original, nats a token")
+    max_kl: float | None = Field(
+        None, ge=0, strict=False, description="mean KL divergence from the original, nats a token"
+    )
     min_top1_agreement: Fraction | None = Field(None, ge=0, le=1, description="98% or 0.98")
     max_bytes: int | None = Field(None, ge=1, description="weights on disk")
 
@@ -89,15 +122,9 @@ class Grid(Strict):
     """The number grid of a linear's weight: 2^bits codes, `group_size` columns of a row sharing one scale."""
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: int = Field(128, description="columns sharing one scale; -1: per channel")
+    group_size: GroupSize = Field(128, description="columns sharing one scale; -1: per channel")
     symmetric: bool = True
     scale_search: Literal["minmax", "mse"] = "mse"
-
-    @model_validator(mode="after")
-    def _group_size_known(self) -> Self:
-        if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
-            raise ValueError(f"group_size {self.group_size}: a multiple of 8, or -1 for per channel")
-        return self
 
     @property
     def levels(self) -> int:
@@ -111,10 +138,10 @@ class Grid(Strict):
     def check(self, name: str, in_features: int) -> None:
         """Raise BadInput when `group_size` does not divide `in_features`."""
         if in_features % self.columns(in_features):
-            divisors = [d for d in range(8, 257, 8) if in_features % d == 0]
+            divisors = [str(d) for d in range(8, 257, 8) if in_features % d == 0]
             raise BadInput(
                 f"{name}: in_features {in_features} is not a multiple of group_size {self.group_size}; "
-                f"choose one of {divisors} or -1 (per channel), or add the layer to `ignore`"
+                f"choose {', '.join([*divisors, '-1 (per channel)'])}, or add the layer to `ignore`"
             )
 
     def __str__(self) -> str:
@@ -132,7 +159,9 @@ class Gptq(Strict):
     """GPTQ, arXiv:2210.17323: each column's rounding error is pushed onto the columns still to come."""
 
     name: Literal["gptq"] = "gptq"
-    damp: float = Field(0.01, gt=0, lt=1, description="times the mean of the Hessian's diagonal, added to it")
+    damp: float = Field(
+        0.01, gt=0, lt=1, strict=False, description="times the mean of the Hessian's diagonal, added to it"
+    )
     order: Literal["group_aware", "activation", "natural"] = Field(
         "group_aware",
         description="order the columns are solved in: group_aware sorts inside groups and then the groups; "
@@ -144,7 +173,6 @@ class Gptq(Strict):
     weighted_scales: bool = Field(
         True, description="scale search weighs each column by the variance later columns cannot make up for"
     )
-    block_size: int = Field(128, ge=8, description="columns solved before the rest is updated in one product")
 
     @model_validator(mode="after")
     def _groups_need_activation_order(self) -> Self:
@@ -159,9 +187,9 @@ Method = Annotated[Rtn | Gptq, Field(discriminator="name")]
 class Override(Strict):
     """Layers that match get other settings; the last override that matches a layer decides each key."""
 
-    match: str = Field(description="a glob such as *.down_proj, or re: and a regular expression")
+    match: Pattern = Field(description="a glob such as *.down_proj, or re: and a regular expression")
     bits: Literal[2, 3, 4, 8] | None = None
-    group_size: int | None = None
+    group_size: GroupSize | None = None
     symmetric: bool | None = None
     scale_search: Literal["minmax", "mse"] | None = None
 
@@ -181,19 +209,30 @@ class Recipe(Strict):
     name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     model: str = Field(
-        "smollm2-135m", description="a folder, a hub id org/name[@revision], a .gguf file or smollm2-135m"
+        "smollm2-135m", min_length=1, description="a folder, a hub id org/name[@revision], a .gguf file or smollm2-135m"
     )
     calibration: Calibration = Calibration()
-    transforms: tuple[()] = Field((), description="none exist yet")
+    transforms: tuple[()] = Field((), strict=False, description="none exist yet")
     method: Method = Gptq()
     weights: Grid = Grid()
-    ignore: tuple[str, ...] = Field((), description="patterns of linears left in 16 bit, beside embeddings and head")
-    overrides: tuple[Override, ...] = ()
+    ignore: tuple[Pattern, ...] = Field(
+        (), strict=False, description="patterns of linears left in 16 bit, beside embeddings and head"
+    )
+    overrides: tuple[Override, ...] = Field((), strict=False)
     formats: tuple[FormatName, ...] = Field(
-        ("compressed-tensors",), min_length=1, description="the first is the artifact, the others converted from it"
+        ("compressed-tensors",),
+        min_length=1,
+        strict=False,
+        description="the first is the artifact, the others converted from it",
     )
     evaluation: Evaluation | None = Evaluation()
     gates: Gates = Gates()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_has_a_name(cls, value: Any) -> Any:
+        """`method: {damp: 0.02}` and `--set method.damp=0.02` speak of the default method."""
+        return {"name": "gptq"} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _pairs_are_possible(self) -> Self:
@@ -245,6 +284,19 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key written twice is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def shipped() -> list[str]:
     """Names of the recipes inside the package."""
     folder = resources.files("quantpress.recipes")
@@ -254,20 +306,24 @@ def shipped() -> list[str]:
 def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in file `where`, or the shipped one of that name, with `key.path=value` overrides applied."""
     path = Path(where)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif where in shipped():
-        text = (resources.files("quantpress.recipes") / f"{where}.yaml").read_text(encoding="utf-8")
-    else:
-        near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.3) or shipped()
-        raise BadInput(f"recipe {where!r}: no such file and no shipped recipe; did you mean {', '.join(near)}?")
     try:
-        document = yaml.safe_load(text)
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        elif where in shipped():
+            text = (resources.files("quantpress.recipes") / f"{where}.yaml").read_text(encoding="utf-8")
+        else:
+            near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.3) or shipped()
+            raise BadInput(f"recipe {where!r}: no such file and no shipped recipe; did you mean {', '.join(near)}?")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe {where}: cannot be read: {error}") from error
+    try:
+        document = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise BadInput(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
-        raise BadInput(f"recipe {where}: expected a mapping of keys, found {type(document).__name__}")
-    document.setdefault("name", path.name.removesuffix(".yaml").removesuffix(".yml"))
+        found = "an empty file" if document is None else type(document).__name__
+        raise BadInput(f"recipe {where}: expected a mapping of keys, found {found}")
+    document.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "recipe")
     for override in overrides:
         _set(document, override)
     return parse(document, where)
@@ -282,12 +338,19 @@ def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
         raise BadInput(f"recipe {where}: {problems}") from None
 
 
+_PLAIN = {
+    "model_type": "a mapping of keys is needed",
+    "model_attributes_type": "a mapping of keys is needed",
+    "tuple_type": "a list is needed",
+}
+
+
 def _problem(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
+    message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
     if error["type"] == "extra_forbidden":
         known = _keys_at(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.6)
         message = f"unknown key{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"
     elif not isinstance(error["input"], dict | Recipe):
         message += f", not {error['input']!r}"

@@ -1,0 +1,19 @@
+"""Rounders: a weight, its grid and what the calibration saw go in, a QuantizedLinear comes out.
+
+A plain dict from the recipe's `method.name` to a function; tensors in, tensors out, no I/O.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..recipe import Gptq, Grid, Rtn
+from .gptq import gptq
+from .rtn import rtn
+from .rounded import Rounded
+
+__all__ = ["ROUNDERS", "Rounded"]
+
+Rounder = Callable[[Tensor, Grid, Rtn | Gptq, Tensor | None], Rounded]
+
+ROUNDERS: dict[str, Rounder] = {"rtn": rtn, "gptq": gptq}

@@ -1,0 +1,150 @@
+"""GPTQ with group-aware order and scales fitted to the updated columns."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..grid import QuantizedLinear, fit, scale_dtype, snap
+from ..recipe import Gptq, Grid, Rtn
+from .rounded import Rounded
+from .rtn import output_power
+
+_BLOCK = 32  # columns solved one by one before the next ones are updated in one product
+_MAX_DAMP = 10.0
+
+
+def gptq(weight: Tensor, grid: Grid, settings: Rtn | Gptq, moment: Tensor | None) -> Rounded:
+    """Round `weight` [out, in] to `grid`, each column making up for the error of the columns before it.
+
+    GPTQ, arXiv:2210.17323, Algorithm 1: with H^-1 = U^T U, column k is rounded from W_k - sum_{i<k} e_i U_ik / U_ii,
+    e_i = w_i - q_i the error of the updated column i. U is the inverse of one triangular factor of H; H itself is
+    never inverted. `moment` [in, in] = X^T X (H without its factor 2, which cancels); the solve runs in its dtype,
+    float32 in a run.
+
+    Raises ValueError without a moment, or when no damping up to 10 makes it positive definite.
+    """
+    if moment is None or not isinstance(settings, Gptq):
+        raise ValueError("gptq needs the second moment of the inputs and its own settings")
+    out_features, in_features = weight.shape
+    columns, dtype = grid.columns(in_features), scale_dtype(weight)
+    order = column_order(moment.diagonal(), columns, settings.order)
+    feedback, variance, damp = factor(moment[order][:, order], settings.damp)
+
+    w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
+    state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w, dtype=torch.uint8))
+    importance = variance if settings.weighted_scales else None
+    groups = in_features // columns
+    scales, zeros = weight.new_empty(2, groups, out_features, dtype=torch.float32).unbind(0)
+    error = torch.zeros(out_features, device=w.device, dtype=w.dtype)
+
+    if settings.order == "activation" and settings.static_groups:
+        natural = importance[order.argsort()] if importance is not None else None
+        for g in range(groups):
+            part = slice(g * columns, (g + 1) * columns)
+            picked = None if natural is None else natural[part]
+            scales[g], zeros[g] = fit(weight[:, part], grid, dtype, picked)
+        group_of = order // columns
+        error += state.solve(0, in_features, w, scales[group_of], zeros[group_of], variance, grid)
+    else:
+        shuffled = settings.order == "activation"
+        for start in range(0, in_features, columns):
+            stop = start + columns
+            updated = state.updated(start, stop)
+            picked = None if importance is None else importance[start:stop]
+            scale, zero = fit(updated.T, grid, dtype, picked)
+            g = start // columns if shuffled else int(order[start]) // columns
+            scales[g], zeros[g] = scale, zero
+            error += state.solve(
+                start, stop, updated, scale.expand(columns, -1), zero.expand(columns, -1), variance[start:stop], grid
+            )
+
+    g_idx = None
+    if settings.order == "activation" and not settings.static_groups:
+        g_idx = torch.empty(in_features, dtype=torch.int32, device=order.device)
+        g_idx[order] = (torch.arange(in_features, device=order.device) // columns).to(torch.int32)
+    codes = torch.empty_like(state.codes)
+    codes[order] = state.codes
+    linear = QuantizedLinear(
+        codes.T.contiguous(), scales.T.to(dtype).contiguous(), zeros.T.to(torch.uint8).contiguous(), grid, g_idx
+    )
+    return Rounded(linear, error, output_power(weight.to(moment.dtype), moment), damp)
+
+
+@dataclass
+class _Solve:
+    """The columns, transposed: weight, error (updated column minus rounded column) and codes, all [in, out]."""
+
+    weight: Tensor
+    feedback: Tensor  # -U_ik / U_ii at [k, i], strictly lower triangular [in, in]
+    error: Tensor
+    codes: Tensor
+
+    def updated(self, start: int, stop: int) -> Tensor:
+        """Columns [start, stop) after the feedback of every column before `start`."""
+        return torch.addmm(self.weight[start:stop], self.feedback[start:stop, :start], self.error[:start])
+
+    def solve(
+        self, start: int, stop: int, updated: Tensor, scales: Tensor, zeros: Tensor, variance: Tensor, grid: Grid
+    ) -> Tensor:
+        """Round columns [start, stop); `updated` holds them after the feedback of every column before `start`.
+
+        scales, zeros [stop - start, out]; variance [stop - start]. Returns the error of each row [out].
+        """
+        total = torch.zeros_like(updated[0])
+        for begin in range(start, stop, _BLOCK):
+            end = min(begin + _BLOCK, stop)
+            here = slice(begin - start, end - start)
+            block = torch.addmm(updated[here], self.feedback[begin:end, start:begin], self.error[start:begin])
+            scale, zero = scales[here], zeros[here]
+            for j in range(end - begin):
+                code = snap(block[j], scale[j], zero[j], grid)
+                self.codes[begin + j] = code
+                error = torch.sub(block[j], code.sub_(zero[j]).mul_(scale[j]), out=self.error[begin + j])
+                block[j + 1 :].addr_(self.feedback[begin + j + 1 : end, begin + j], error)
+            total += variance[here] @ self.error[begin:end].square()
+        return total
+
+
+def column_order(diagonal: Tensor, columns: int, order: str) -> Tensor:
+    """The order columns are solved in, int64 [in], from the Hessian's diagonal [in].
+
+    `group_aware` (GAR, arXiv:2505.14638) sorts inside each group and then the groups by their largest entry, so that
+    groups stay contiguous on disk; `activation` is act-order; sorting is stable, so equal inputs give equal orders.
+    """
+    if order == "natural":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    if order == "activation":
+        return diagonal.argsort(descending=True, stable=True)
+    grouped = diagonal.reshape(-1, columns)
+    inside = grouped.argsort(dim=1, descending=True, stable=True)
+    outside = grouped.amax(1).argsort(descending=True, stable=True)
+    starts = torch.arange(grouped.shape[0], device=diagonal.device)[:, None] * columns
+    return (inside + starts)[outside].reshape(-1)
+
+
+def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
+    """Feedback [in, in], conditional variance [in] and the damping used, from H + damp * mean(diag H) * I.
+
+    With H^-1 = U^T U, feedback[k, i] = -U_ik / U_ii for k > i, else 0; variance_i = U_ii^-2, what is left of column i's
+    effect on the output once later columns make up for it. A column no token ever excites gets the mean on its
+    diagonal: nothing is fed into it or out of it. Damping is tripled until the factorisation succeeds.
+    """
+    h = moment.clone()
+    diagonal = h.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise ValueError("the second moment of the inputs is zero or not finite")
+    diagonal[diagonal == 0] = mean
+    base = diagonal.clone()
+    while damp <= _MAX_DAMP:
+        diagonal.copy_(base + damp * mean)
+        # H = A A^T with A upper triangular is the Cholesky factorisation of H with rows and columns reversed.
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            upper = lower.flip(0, 1)
+            root = upper.diagonal().clone()
+            u = torch.linalg.solve_triangular(upper, torch.diag(-root), upper=True, left=False)
+            return u.T.contiguous().tril_(-1), root.square(), damp
+        damp *= 3
+    raise ValueError(f"the Hessian stays singular with damping {_MAX_DAMP}")
