@@ -325,7 +325,7 @@ def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
         raise BadInput(f"recipe {where}: expected a mapping of keys, found {found}")
     document.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "recipe")
     for override in overrides:
-        _set(document, override)
+        apply_override(document, override)
     return parse(document, where)
 
 
@@ -369,7 +369,7 @@ def _keys_at(place: Iterable[int | str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _set(document: dict[str, Any], override: str) -> None:
+def apply_override(document: dict[str, Any], override: str) -> None:
     """Apply one `key.path=value` to the document; the value is read as YAML."""
     key, equals, value = override.partition("=")
     if not equals or not key:

@@ -1,0 +1,160 @@
+# quantpress: `make help` lists the commands. Everything is installed into .venv; nothing outside it is touched.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+SYSTEM_TORCH ?= auto
+
+MODEL ?=
+RECIPE ?= w4a16-gptq
+OUT ?=
+ARGS ?=
+WHEEL ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
+EDITABLE := --no-build-isolation --config-settings editable_mode=strict
+quoted = '$(subst ','\'',$(1))'
+
+.PHONY: help setup dev quantize test test-all check format bench wheel clean distclean FORCE
+
+help:
+	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
+	@echo '                 quantize, evaluate, chart; with nothing given: the embedded model, $(RECIPE)'
+	@echo 'make setup       create .venv and install quantpress'
+	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel'
+	@echo 'make test-all    the slow ones too: real models and real servers'
+	@echo 'make check       ruff, ruff format, mypy'
+	@echo 'make format      let ruff fix and format'
+	@echo 'make bench       time, memory and quality beside llm-compressor, when that is installed'
+	@echo 'make wheel       build dist/quantpress-*.whl'
+	@echo 'make clean       remove build outputs and caches;  make distclean: .venv too'
+	@echo
+	@echo 'Setting up: PYTHON=python3.12     another interpreter, 3.11 or newer'
+	@echo '            TORCH_INDEX=url       where torch comes from'
+	@echo '            SYSTEM_TORCH=1        use the torch that PYTHON already has; 0: never; auto: when it has CUDA'
+
+# ---- setting up -------------------------------------------------------------------------------------------------
+# Three stamps: torch, then the dependencies, then the package's own files. The package is linked file by file (strict
+# editable mode, which type checkers need), so edits are seen at once; only a file added or removed links again.
+
+setup: .venv/.linked
+dev: .venv/.dev .venv/.linked
+
+.venv/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "quantpress needs Python 3.11 or newer, not $$($(PYTHON) --version 2>&1 | tail -n 1);" \
+	       "give another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then echo 'using the torch in .venv'; \
+	elif $(SYSTEM_TORCH_IS_USABLE); then $(MAKE) --no-print-directory .venv/system-torch; \
+	elif [ '$(SYSTEM_TORCH)' = 1 ]; then echo "SYSTEM_TORCH=1, but $(PYTHON) has no torch" >&2; exit 1; \
+	else $(MAKE) --no-print-directory .venv/own-torch; fi
+	@# Without this pip may choose another torch, and its gigabytes, while it resolves the rest.
+	@$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > .venv/constraints.txt
+	@touch $@
+
+ifeq ($(SYSTEM_TORCH),auto)
+SYSTEM_TORCH_IS_USABLE = $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+else ifeq ($(SYSTEM_TORCH),1)
+SYSTEM_TORCH_IS_USABLE = $(PYTHON) -c 'import torch' 2>/dev/null
+else
+SYSTEM_TORCH_IS_USABLE = false
+endif
+
+VENV_FAILED = { echo "$(PYTHON) cannot make .venv: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+
+.PHONY: .venv/own-torch .venv/system-torch
+.venv/own-torch:
+	@$(PYTHON) -m venv .venv || $(VENV_FAILED)
+	@echo 'installing $(TORCH)'
+	@$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(call quoted,$(TORCH_INDEX))) $(call quoted,$(TORCH))
+
+# --system-site-packages does not show the packages of a PYTHON that is itself in a virtual environment: a .pth does.
+.venv/system-torch:
+	@$(PYTHON) -m venv --system-site-packages .venv || $(VENV_FAILED)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	  $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)' \
+	  > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system-torch.pth"
+	@$(BIN)/python -c 'import torch; print("using", torch.__file__, torch.__version__)'
+
+.venv/.installed: pyproject.toml .venv/.torch
+	@echo "installing quantpress with $$(cat .venv/constraints.txt)"
+	@$(INSTALL) 'setuptools>=77'
+	@$(INSTALL) $(EDITABLE) -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml .venv/.installed
+	@$(INSTALL) $(EDITABLE) -e '.[dev]'
+	@touch $@
+
+.venv/.files: FORCE | .venv/.torch
+	@find quantize eval export recipes \( -name '*.py' -o -name '*.yaml' -o -path '*/templates/*' \) -type f \
+	  | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+.venv/.linked: .venv/.files .venv/.installed
+	@$(INSTALL) --no-deps $(EDITABLE) -e .
+	@rm -f .venv/.wheel
+	@touch $@
+
+# ---- the job ----------------------------------------------------------------------------------------------------
+
+quantize: setup
+	@$(BIN)/quantpress run $(call quoted,$(RECIPE)) $(if $(MODEL),--model $(call quoted,$(MODEL))) \
+	  $(if $(OUT),--out $(call quoted,$(OUT))) $(ARGS)
+
+# ---- proving it -------------------------------------------------------------------------------------------------
+
+test: $(if $(WHEEL),.venv/.wheel,dev)
+	@$(BIN)/pytest -m 'not slow' $(ARGS)
+
+test-all: $(if $(WHEEL),.venv/.wheel,dev)
+	@$(BIN)/pytest $(ARGS)
+
+check: dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: dev
+	@$(BIN)/python tests/bench/peers.py $(ARGS)
+	@$(BIN)/python tests/bench/memory.py $(ARGS)
+
+# setuptools packs whatever an earlier build left in build/lib: start from nothing.
+dist/.built: .venv/.files .venv/.dev pyproject.toml README.md LICENSE FORCE
+	@rm -rf dist build/lib build/bdist.*
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	@ls dist/*.whl
+	@touch $@
+
+wheel: dist/.built
+
+# The built wheel in place of the links, and proof that it is what gets imported.
+.venv/.wheel: dist/.built
+	@$(INSTALL) --no-deps --force-reinstall dist/*.whl
+	@rm -f .venv/.linked
+	@cd dist && ../$(BIN)/python -P -c 'import quantpress.quantize as q; print("testing", q.__file__); \
+	  assert "site-packages" in q.__file__, "the checkout, not the wheel"'
+	@touch $@
+
+clean:
+	@rm -rf dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@# build/__editable__* holds the links that .venv imports through.
+	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} +; fi
+
+distclean: clean
+	@rm -rf .venv build
+
+FORCE:

@@ -1,0 +1,483 @@
+"""The report of a run, and several runs side by side: one page a stakeholder reads in a minute, an engineer in ten.
+
+Everything comes from `manifest.json` and `eval/results.json`; the same input gives the same bytes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from quantpress.quantize.errors import BadInput
+
+from . import charts
+from .charts import Heat, HeatScale, Linear, Plot, Point
+
+_WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
+
+_NBSP = "\u00a0"  # a number and its unit stay on one line
+
+
+class Record(BaseModel):
+    """A part of what a run wrote; keys that are not shown here are left alone."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Model(Record):
+    id: str
+    kind: str
+    revision: str | None
+    caveat: str | None
+    files: dict[str, str]
+
+
+class Machine(Record):
+    cpu: str
+    cores: int
+    device: str
+    memory_bytes: int
+
+
+class CalibrationText(Record):
+    source: str
+    sha256: str
+    samples: int
+    seq_len: int
+    tokens: int
+
+
+class Artifact(Record):
+    format: str
+    bytes: int
+    original_bytes: int
+    quantized_bits_per_weight: float
+    bits_per_parameter: float
+    parameters: int
+
+
+class Timing(Record):
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    per_block_seconds: tuple[float, ...]
+
+
+class Manifest(Record):
+    name: str
+    model: Model
+    recipe: dict[str, Any]
+    quantpress: str
+    versions: dict[str, str]
+    machine: Machine
+    calibration: CalibrationText | None
+    seed: int
+    layers: tuple[Linear, ...]
+    fallbacks: tuple[str, ...]
+    artifact: Artifact
+    converted: tuple[str, ...]
+    timing: Timing
+
+
+class EvaluationText(Record):
+    source: str
+    sha256: str
+    tokens: int
+    windows: int
+    window: int
+    stride: int | None
+    bos: bool
+
+
+class Quality(Record):
+    perplexity: float
+    nll_stderr: float  # nats a token
+    bits_per_byte: float
+    bytes: int  # of text
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the perplexity, to first order."""
+        return self.perplexity * self.nll_stderr
+
+
+class Divergence(Record):
+    """KL divergence from the original's next-token distribution, nats a token, and how often the top token agrees."""
+
+    kl_mean: float
+    kl_stderr: float
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+
+
+class Check(Record):
+    name: str
+    limit: float
+    value: float
+    passed: bool
+
+
+class GateReport(Record):
+    verdict: Literal["ACCEPT", "REGRESSION", "NONE"]
+    checks: tuple[Check, ...]
+
+
+class Results(Record):
+    text: EvaluationText
+    dtype: str
+    device: str
+    original: Quality
+    artifact: Quality
+    perplexity_increase: float
+    divergence: Divergence
+    gates: GateReport
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder as the report sees it; `label` is what the charts call it."""
+
+    folder: Path
+    manifest: Manifest
+    results: Results
+    label: str
+
+    @property
+    def size(self) -> int:
+        return self.manifest.artifact.bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the original the weights are on disk."""
+        return self.manifest.artifact.original_bytes / max(1, self.size)
+
+    @property
+    def smaller(self) -> str:
+        return f"{self.ratio:.1f}× smaller" if self.ratio >= 1 else f"{1 / self.ratio:.1f}× larger"
+
+    @property
+    def original_bits(self) -> float:
+        return self.manifest.artifact.original_bytes * 8 / max(1, self.manifest.artifact.parameters)
+
+    @cached_property
+    def heat(self) -> Heat:
+        return charts.heat(self.manifest.layers)
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.results.gates.checks if not check.passed]
+
+    @property
+    def verdict(self) -> str:
+        """The gates' answer in plain words."""
+        count = len(self.results.gates.checks)
+        if self.results.gates.verdict == "NONE":
+            return "Not judged: the recipe sets no gates."
+        if self.results.gates.verdict == "ACCEPT":
+            return "Accepted: the gate passed." if count == 1 else f"Accepted: all {count} gates passed."
+        reasons = "; ".join(f"{gate_name(c.name)} {gate(c.value, c.name)}, limit {gate(c.limit, c.name)}"
+                            for c in self.failed)  # fmt: skip
+        return f"Regression: {len(self.failed)} of {count} gates failed ({reasons})."
+
+    @property
+    def headline(self) -> str:
+        artifact, results = self.manifest.artifact, self.results
+        return (
+            f"{self.smaller} weights: {size(artifact.original_bytes)} → {size(artifact.bytes)}. "
+            f"Perplexity {number(results.original.perplexity)} → {number(results.artifact.perplexity)} "
+            f"({change(results.perplexity_increase)}). The same next token as the original "
+            f"{share(results.divergence.top1_agreement)} of the time."
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        out = list(self.manifest.fallbacks)
+        if not math.isfinite(self.results.artifact.perplexity):
+            out.insert(0, "The artifact's perplexity is not a finite number: it does not work as a language model.")
+        calibration = self.manifest.calibration
+        if calibration and calibration.sha256 == self.results.text.sha256:
+            out.append("Calibrated on the text it is evaluated on: the quality shown flatters the artifact.")
+        return out
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report: index.html, tradeoff.png, layers.png, summary.md, summary.json; the path of index.html.
+
+    Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
+    """
+    one = _read(run)
+    heading = f"{one.manifest.name}: size against quality"
+    return _write(
+        run / "report",
+        "report",
+        [one],
+        heading,
+        {"summary": _figures(one), "headline": one.headline.replace(_NBSP, " ")},
+    )
+
+
+def write_comparison(runs: Sequence[Path], out: Path) -> Path:
+    """Write the same files for several runs of one model on one text into `out`; the path of index.html.
+
+    Raises BadInput for fewer than two runs, and for runs whose evaluation text, windows or original differ.
+    """
+    if len({run.resolve() for run in runs}) < max(2, len(runs)):
+        raise BadInput(f"compare: two or more different runs are needed, got {', '.join(map(str, runs)) or 'none'}")
+    read = [_read(run) for run in runs]
+    for other in read[1:]:
+        _comparable(read[0], other)
+    read = _labelled(sorted(read, key=lambda r: (r.size, r.results.artifact.perplexity, r.manifest.name)))
+    front = _front(read)
+    summary = [_figures(r) | {"label": r.label, "pareto": r.label in front} for r in read]
+    return _write(out, "compare", read, "Size against quality", {"runs": summary})
+
+
+def _read(folder: Path) -> Run:
+    manifest = _load(folder / "manifest.json", Manifest, f"{folder}: no manifest.json; is this a run folder?")
+    missing = f"{folder}: no eval/results.json; evaluate the run first (quantpress eval {folder})"
+    return Run(folder, manifest, _load(folder / "eval" / "results.json", Results, missing), manifest.name)
+
+
+_R = TypeVar("_R", bound=Record)
+
+
+def _load(path: Path, kind: type[_R], missing: str) -> _R:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(missing) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != 1:
+        raise BadInput(f"{path}: schema {schema!r} is not 1; this quantpress cannot read it")
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _comparable(a: Run, b: Run) -> None:
+    """Raise BadInput, naming the difference, unless both runs judged one original on one text."""
+    for key in ("sha256", "tokens", "windows", "window", "stride", "bos"):
+        one, two = getattr(a.results.text, key), getattr(b.results.text, key)
+        if one != two:
+            raise BadInput(f"cannot compare {a.folder} and {b.folder}: evaluation text differs, {key} {one} and {two}")
+    one_model, two_model = a.manifest.model, b.manifest.model
+    if one_model.files != two_model.files or (not one_model.files and one_model.id != two_model.id):
+        names = sorted(one_model.files.keys() | two_model.files.keys())
+        file = next((n for n in names if one_model.files.get(n) != two_model.files.get(n)), "id")
+        raise BadInput(
+            f"cannot compare {a.folder} and {b.folder}: different originals, {one_model.id} and {two_model.id} "
+            f"({file} differs)"
+        )
+
+
+def _labelled(runs: Sequence[Run]) -> list[Run]:
+    """Runs that share a name are told apart by their folders."""
+    names = [run.manifest.name for run in runs]
+    folders = [run.folder.resolve() for run in runs]
+    out = []
+    for run, name, folder in zip(runs, names, folders, strict=True):
+        if names.count(name) > 1:
+            twins = [f.name for f, n in zip(folders, names, strict=True) if n == name]
+            where = folder.name if twins.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}"
+            name = where if where.endswith(name) else f"{name} ({where})"
+        out.append(Run(run.folder, run.manifest, run.results, name))
+    return out
+
+
+def _points(runs: Sequence[Run]) -> list[Point]:
+    first = runs[0]
+    original = Point("original", first.manifest.artifact.original_bytes, first.results.original.perplexity,
+                     first.results.original.stderr, original=True)  # fmt: skip
+    return [original, *(Point(r.label, r.size, r.results.artifact.perplexity, r.results.artifact.stderr) for r in runs)]
+
+
+def _front(runs: Sequence[Run]) -> set[str]:
+    """Labels of the runs that neither another run nor the original beats in size and perplexity."""
+    points = _points(runs)
+    return {points[i].label for i in charts.pareto(points) if i}
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    """What summary.json says about one run; shares are fractions, sizes bytes."""
+    return {
+        "name": run.manifest.name,
+        "model": run.manifest.model.model_dump(exclude={"files"}),
+        "verdict": run.results.gates.verdict,
+        "size_ratio": run.ratio,
+        "size": run.manifest.artifact.model_dump(),
+        "perplexity_increase": run.results.perplexity_increase,
+        **run.results.model_dump(include={"text", "original", "artifact", "divergence", "gates"}),
+        "timing": run.manifest.timing.model_dump(exclude={"per_block_seconds"}),
+        "warnings": run.warnings,
+    }
+
+
+def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The recipe keys, dotted, whose values differ between runs, with each run's value."""
+    flat = [_flatten(run.manifest.recipe) for run in runs]
+    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if key != "name"]
+    rows = {key: [_yaml(f[key], flow=True) if key in f else "" for f in flat] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        nested = isinstance(item, dict) and item
+        out |= _flatten(item, f"{prefix}{key}.") if nested else {f"{prefix}{key}": item}
+    return out
+
+
+def _yaml(value: Any, flow: bool = False) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100, default_flow_style=flow)
+    return text.removesuffix("...\n").strip()
+
+
+def _write(folder: Path, template: str, runs: list[Run], heading: str, summary: dict[str, Any]) -> Path:
+    points, caveat = _points(runs), runs[0].manifest.model.caveat
+    scale = HeatScale.of([run.heat for run in runs])
+    plots: list[Plot] = [
+        charts.tradeoff(points, size, _hover, number_only=len(runs) > 1 and (size is _NARROW or len(runs) > 12))
+        for size in (_WIDE, _NARROW)
+    ]
+    context = {
+        "runs": runs, "run": runs[0], "front": _front(runs), "plots": plots, "scale": scale, "points": points,
+        "differences": _differences(runs), "colors": list(zip(charts.LIGHT, charts.DARK, strict=True)),
+    }  # fmt: skip
+    footer = f"{runs[0].manifest.model.id}: {caveat}" if caveat else runs[0].manifest.model.id
+    pages = _environment()
+    files = {
+        "tradeoff.png": charts.tradeoff_png(plots[0], heading, footer),
+        "layers.png": charts.layers_png({run.label: run.heat for run in runs}, scale, footer),
+        "summary.md": pages.get_template(f"{template}.md").render(context).encode("utf-8", "replace"),
+        "summary.json": (json.dumps(_finite({"schema": 1} | summary), indent=2) + "\n").encode(),
+        "index.html": pages.get_template(f"{template}.html").render(context).encode("utf-8", "replace"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot write the report there: {error.strerror}") from None
+    for name, content in files.items():
+        beside = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(folder / name)
+        finally:
+            beside.unlink(missing_ok=True)
+    return folder / "index.html"
+
+
+def _hover(point: Point) -> str:
+    return f"{point.label}: {size(point.size)}, perplexity {number(point.perplexity)}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _environment() -> Environment:
+    folder = resources.files("quantpress.eval") / "templates"
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "size": size, "number": number, "change": change, "share": share, "gate": gate, "gate_name": gate_name,
+        "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds,
+    }  # fmt: skip
+    return environment
+
+
+def size(count: float) -> str:
+    """Bytes in a decimal unit, three digits."""
+    unit, name = charts.byte_unit(count)
+    value = count / unit
+    return f"{value:,.{0 if value >= 100 or unit == 1 else 1 if value >= 10 else 2}f}{_NBSP}{name}"
+
+
+def number(value: float) -> str:
+    """A perplexity: two decimals, fewer when it is large."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.1e}"
+
+
+def small(value: float) -> str:
+    """Three significant digits, never an exponent above 1e-5."""
+    if not math.isfinite(value):
+        return "not finite"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:.{max(0, digits)}f}" if abs(value) >= 1e-5 or not value else f"{value:.1e}"
+
+
+def change(fraction: float) -> str:
+    """A signed percentage; thousands of percent as a factor."""
+    if not math.isfinite(fraction):
+        return "not finite"
+    percent = 100 * fraction
+    if percent >= 1000:
+        return f"{1 + fraction:,.0f}× as high"
+    text = f"{percent:+.1f}{_NBSP}%" if abs(percent) >= 0.1 else f"{percent:+.2f}{_NBSP}%"
+    return text.replace("-", "−")
+
+
+def share(fraction: float) -> str:
+    """A percentage, three significant digits; 100 % only when it is."""
+    percent = 100 * fraction
+    if not math.isfinite(percent):
+        return "not finite"
+    text = "100" if percent == 100 else f"{min(percent, 99.99):.4g}" if percent > 99.9 else small(percent)
+    return f"{text}{_NBSP}%"
+
+
+def gate_name(name: str) -> str:
+    """`max_perplexity_increase` reads as «perplexity increase»."""
+    words = name.removeprefix("max_").removeprefix("min_").replace("_", " ")
+    return {"kl": "mean KL divergence", "top1 agreement": "same next token", "bytes": "size on disk"}.get(words, words)
+
+
+def gate(value: float, name: str) -> str:
+    """A gate's limit or value in the unit its name calls for."""
+    if "increase" in name:
+        return change(value)
+    return share(value) if "agreement" in name else size(value) if "bytes" in name else small(value)
+
+
+def seconds(value: float) -> str:
+    """A duration: seconds, minutes or hours."""
+    if value < 120:
+        return f"{value:.1f}{_NBSP}s" if value < 10 else f"{value:.0f}{_NBSP}s"
+    return f"{value / 60:.1f}{_NBSP}min" if value < 7200 else f"{value / 3600:.1f}{_NBSP}h"
+
+
+def cell(text: str) -> str:
+    """Text that stays inside one cell of a Markdown table and is not taken for markup."""
+    for mark in "\\`*_[]<>|":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())

@@ -1,0 +1,85 @@
+"""The journal of a run: which blocks are finished, and everything needed to go on after a kill at any moment.
+
+A block counts once its line is in the journal; its tensors and the hidden states after it were on disk before that.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .checkpoint import write_json, write_part
+from .errors import BadInput
+
+
+class Journal:
+    """`folder` holds key.json (what is being made), journal.jsonl, one part a block, and the live hidden states."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        """Open or start the journal. Raises BadInput when it was made for something else, naming the difference."""
+        self.folder = folder
+        self.done: list[dict[str, Any]] = []
+        if (folder / "key.json").exists():
+            before = json.loads((folder / "key.json").read_text())
+            different = list(_differences(before, json.loads(json.dumps(key))))
+            if different:
+                raise BadInput(
+                    f"{folder.parent} holds an unfinished run of something else ({'; '.join(different[:4])}); "
+                    "give another --out, or --overwrite to start afresh"
+                )
+            self.done = self._read()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "key.json", dict(key))
+
+    def part(self, k: int) -> Path:
+        return self.folder / f"block-{k:05d}.safetensors"
+
+    def hidden(self) -> Tensor:
+        """The hidden states after the last finished block."""
+        return load_file(self._hidden(len(self.done) - 1))["hidden"]
+
+    def commit(self, tensors: Mapping[str, Tensor], hidden: Tensor | None, record: dict[str, Any]) -> None:
+        """Finish the next block: its tensors, then the hidden states after it, then the line that makes it count."""
+        k = len(self.done)
+        write_part(self.part(k), tensors)
+        if hidden is not None:
+            write_part(self._hidden(k), {"hidden": hidden})
+        with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.append(record)
+        self._hidden(k - 1).unlink(missing_ok=True)
+
+    def _hidden(self, k: int) -> Path:
+        return self.folder / f"hidden-{k:05d}.safetensors"
+
+    def _read(self) -> list[dict[str, Any]]:
+        path = self.folder / "journal.jsonl"
+        if not path.exists():
+            return []
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:  # killed in the middle of a line: that block does not count
+            with open(path, "r+b") as file:
+                file.truncate(len(whole))
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def _differences(before: Any, now: Any, place: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted(before.keys() | now.keys()):
+            found += _differences(before.get(key), now.get(key), f"{place}.{key}" if place else key)
+        return found
+    return [] if before == now else [f"{place}: {_short(before)} there, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else text[:20] + "…"

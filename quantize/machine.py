@@ -1,0 +1,60 @@
+"""Facts about the machine and this process."""
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def device() -> torch.device:
+    """The GPU when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def python_version() -> str:
+    return platform.python_version()
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process has held, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """Resident memory now, bytes."""
+    rss: int = psutil.Process().memory_info().rss
+    return rss
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping, bytes."""
+    available: int = psutil.virtual_memory().available
+    return available
+
+
+def describe(where: torch.device) -> dict[str, Any]:
+    """The machine a figure was measured on."""
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    memory = psutil.virtual_memory().total
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "device": name, "memory_bytes": memory}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

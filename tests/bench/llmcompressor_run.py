@@ -1,0 +1,69 @@
+"""One llm-compressor run, as its user would write it: model folder in, compressed-tensors folder out.
+
+Run by peers.py with the Python that has llm-compressor; imports nothing of quantpress:
+
+    python llmcompressor_run.py MODEL OUT --text FILE --samples 32 --seq-len 512 --method gptq --bits 4 --group-size 64
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--samples", type=int, required=True)
+    parser.add_argument("--seq-len", type=int, required=True)
+    parser.add_argument("--bos", action="store_true", help="BOS as the first token of every sequence")
+    parser.add_argument("--method", choices=["rtn", "gptq"], required=True)
+    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--symmetric", action="store_true")
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    weights = QuantizationArgs(
+        num_bits=args.bits, type="int", strategy="group", group_size=args.group_size, symmetric=args.symmetric
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    if args.method == "rtn":
+        oneshot(model=model, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
+    else:
+        windows = sequences(tokenizer, args)
+        dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * args.seq_len for _ in windows]})
+        oneshot(
+            model=model,
+            dataset=dataset,
+            recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),  # its defaults: static act-order, damp 0.01
+            max_seq_length=args.seq_len,
+            num_calibration_samples=args.samples,
+            shuffle_calibration_samples=False,
+        )
+    model.save_pretrained(args.out, save_compressed=True)
+    tokenizer.save_pretrained(args.out)
+
+
+def sequences(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[list[int]]:
+    """The first `samples` windows [seq_len] of the text; BOS, when asked for, is the first of the seq_len tokens."""
+    ids = tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if args.bos else []
+    body = args.seq_len - len(start)
+    windows = [start + ids[i * body : (i + 1) * body] for i in range(args.samples)]
+    if len(windows[-1]) < args.seq_len:
+        raise SystemExit(f"{args.text}: {len(ids)} tokens, fewer than {args.samples} x {body}")
+    return windows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,487 @@
+"""The report: what it says, what it refuses, and that the same input gives the same bytes."""
+
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantpress.eval import charts, report
+from quantpress.eval.charts import HeatScale, Linear, Point
+from quantpress.eval.report import write_comparison, write_report
+from quantpress.quantize.errors import BadInput
+
+FILES = ["index.html", "layers.png", "summary.json", "summary.md", "tradeoff.png"]
+KINDS = {
+    "q": "self_attn",
+    "k": "self_attn",
+    "v": "self_attn",
+    "o": "self_attn",
+    "gate": "mlp",
+    "up": "mlp",
+    "down": "mlp",
+}
+
+
+def fake_manifest(name: str = "int4-gptq", bits: int = 4, size: int = 114_000_000, blocks: int = 30) -> dict[str, Any]:
+    """A manifest as `quantpress run` writes it, with errors that grow with depth and block 0's v left in 16 bit."""
+    layers = []
+    for block in range(blocks):
+        for i, (kind, parent) in enumerate(KINDS.items()):
+            dense = block == 0 and kind == "v"
+            error = 0.25**bits * (1 + block / 4) * (1 + 0.7 * math.sin(3 * i + block)) + 1e-4
+            layers.append({
+                "name": f"model.layers.{block}.{parent}.{kind}_proj", "block": block, "shape": [576, 576],
+                "bits": 16 if dense else bits, "group_size": 64, "symmetric": False,
+                "scheme": "16 bit" if dense else f"int{bits} g64 asym", "loss": None if dense else 3.5,
+                "relative_error": None if dense else error, "damp": 0.01,
+                "note": "ignored by the recipe" if dense else None,
+            })  # fmt: skip
+    method = {"name": "rtn"} if "rtn" in name else {"name": "gptq", "damp": 0.01}
+    return {
+        "schema": 1, "name": name,
+        "model": {
+            "id": "smollm2-135m", "kind": "gguf", "revision": "a1b2c3d", "path": "/somewhere/private",
+            "caveat": "its weights already lay on a 4-bit, group-32 grid", "files": {"model.safetensors": "ab" * 32},
+        },
+        "recipe": {
+            "name": name, "model": "smollm2-135m", "calibration": {"source": "default", "samples": 128, "seq_len": 512},
+            "method": method, "weights": {"bits": bits, "group_size": 64, "symmetric": False},
+            "ignore": ["*.0.self_attn.v_proj"], "gates": {"max_perplexity_increase": 0.03},
+        },
+        "quantpress": "0.1.0", "versions": {"torch": "2.13.0+cpu", "transformers": "5.17.0", "python": "3.11.2"},
+        "machine": {"cpu": "AMD EPYC 9R14", "cores": 2, "device": "cpu", "memory_bytes": 16_000_000_000},
+        "calibration": {"source": "c4 sample", "sha256": "cd" * 32, "samples": 128, "seq_len": 512, "tokens": 65536},
+        "seed": 0, "layers": layers, "fallbacks": ["model.layers.3.mlp.down_proj: damp raised to 0.1"],
+        "artifact": {
+            "format": "compressed-tensors", "bytes": size, "original_bytes": 269_060_552,
+            "quantized_bits_per_weight": bits + 0.31, "bits_per_parameter": size * 8 / 134_515_008,
+            "parameters": 134_515_008,
+        },
+        "converted": ["gptq"],
+        "timing": {
+            "seconds": 95.2, "cpu_seconds": 171.0, "peak_rss_bytes": 1_104_000_000,
+            "per_block_seconds": [3.1] * blocks,
+        },
+    }  # fmt: skip
+
+
+def fake_results(perplexity: float = 18.4, verdict: str = "REGRESSION") -> dict[str, Any]:
+    increase, kl = perplexity / 17.05 - 1, max(1e-4, math.log(perplexity / 17.05) * 1.3)
+    checks = [
+        {"name": "max_perplexity_increase", "limit": 0.03, "value": increase, "passed": verdict == "ACCEPT"},
+        {"name": "min_top1_agreement", "limit": 0.8, "value": max(0.1, 0.97 - kl), "passed": True},
+    ]
+    return {
+        "schema": 1,
+        "text": {"source": "wiki sample", "sha256": "ef" * 32, "tokens": 16384, "windows": 16, "window": 1024,
+                 "stride": 1024, "bos": True},
+        "dtype": "bfloat16", "device": "cpu",
+        "original": {"perplexity": 17.05, "nll_stderr": 0.021, "bits_per_byte": 0.9312, "bytes": 71234},
+        "artifact": {"perplexity": perplexity, "nll_stderr": 0.022, "bits_per_byte": 0.957, "bytes": 71234},
+        "perplexity_increase": increase,
+        "divergence": {"kl_mean": kl, "kl_stderr": kl / 40, "kl_median": kl / 3, "kl_p90": 2.5 * kl,
+                       "kl_p99": 8 * kl, "kl_max": 30 * kl, "top1_agreement": max(0.1, 0.97 - kl)},
+        "gates": {"verdict": verdict, "checks": [] if verdict == "NONE" else checks},
+        "seconds": 61.0,
+    }  # fmt: skip
+
+
+def write_run(folder: Path, manifest: dict[str, Any], results: dict[str, Any]) -> Path:
+    (folder / "eval").mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (folder / "eval" / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return folder
+
+
+def five_runs(folder: Path) -> list[Path]:
+    """int3 is good for its size, rtn4 and the larger group-32 are beaten, int8 is almost the original."""
+    kinds = [("int3-g64", 3, 100_600_000, 29.78), ("int4-rtn-g64", 4, 114_000_000, 21.91),
+             ("int4-gptq-g64", 4, 114_000_000, 18.39), ("int4-gptq-g32-sym", 4, 118_400_000, 18.9),
+             ("int8-gptq", 8, 163_200_000, 17.07)]  # fmt: skip
+    return [write_run(folder / n, fake_manifest(n, b, s), fake_results(p, "NONE")) for n, b, s, p in kinds]
+
+
+class Page(HTMLParser):
+    """Collects what a test asks about: ids of tags, attributes, text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "br", "line", "path", "rect", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("path", "rect", "circle"):
+            return
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page(index: Path) -> Page:
+    parsed = Page(index.read_text(encoding="utf-8"))
+    assert parsed.open == []
+    return parsed
+
+
+# ---- one run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", fake_manifest(), fake_results())
+
+
+def test_a_run_gets_its_files_and_nothing_else(run: Path) -> None:
+    assert write_report(run) == run / "report" / "index.html"
+    assert sorted(f.name for f in (run / "report").iterdir()) == FILES
+    assert (run / "report" / "index.html").stat().st_size < 300_000
+    for name in ("tradeoff.png", "layers.png"):
+        head = (run / "report" / name).read_bytes()[:24]
+        width, height = struct.unpack(">II", head[16:24])
+        assert head[:8] == b"\x89PNG\r\n\x1a\n"
+        assert width > 1000
+        assert height > 400
+
+
+def test_the_same_input_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    write_report(run)
+    first = {name: (run / "report" / name).read_bytes() for name in FILES}
+    again = shutil.copytree(run, tmp_path / "elsewhere" / "run", ignore=shutil.ignore_patterns("report"))
+    write_report(again)
+    assert {name: (again / "report" / name).read_bytes() for name in FILES} == first
+
+
+def test_the_page_says_what_was_measured(run: Path) -> None:
+    text = page(write_report(run)).text
+    assert "2.4× smaller weights: 269 MB → 114 MB. Perplexity 17.05 → 18.40 (+7.9 %)." in text
+    assert "Regression: 1 of 2 gates failed (perplexity increase +7.9 %, limit +3.0 %)." in text
+    for shown in ("its weights already lay on a 4-bit, group-32 grid", "17.05 ± 0.36", "4.31", "damp raised to 0.1",
+                  "AMD EPYC 9R14", "cd" * 32, "ef" * 32, "ab" * 32, "transformers 5.17.0", "group_size: 64",
+                  "model.safetensors", "ignored by the recipe", "left in 16 bit"):  # fmt: skip
+        assert shown in text, shown
+    assert "/somewhere/private" not in text
+
+
+def test_the_page_needs_no_network_and_no_script(run: Path) -> None:
+    parsed = page(write_report(run))
+    assert not [tag for tag, _ in parsed.tags if tag in ("script", "img", "iframe", "object")]
+    for tag, attrs in parsed.tags:
+        assert not attrs.get("src"), tag
+        assert (attrs.get("href") or "data:").startswith("data:"), tag
+    assert "url(" not in (run / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_every_chart_has_a_text_for_those_who_do_not_see_it(run: Path) -> None:
+    drawings = [attrs for tag, attrs in page(write_report(run)).tags if tag == "svg"]
+    assert len(drawings) == 3
+    for attrs in drawings:
+        assert attrs["role"] == "img"
+        assert len(attrs["aria-label"] or "") > 40
+
+
+def test_text_from_outside_is_never_markup(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>$\\frac|`"
+    manifest = fake_manifest(evil)
+    manifest["model"]["id"] = manifest["model"]["caveat"] = evil
+    manifest["fallbacks"] = [evil, "two\nlines"]
+    manifest["layers"][5]["note"] = manifest["layers"][5]["scheme"] = evil
+    manifest["recipe"]["description"] = evil
+    folder = write_run(tmp_path / "run", manifest, fake_results())
+    parsed = page(write_report(folder))
+    assert not [tag for tag, _ in parsed.tags if tag == "img"]
+    assert evil in parsed.text
+    markdown = (folder / "report" / "summary.md").read_text(encoding="utf-8")
+    assert "\\<img" in markdown
+    assert not re.search(r"(?<!\\)<img", markdown)
+    assert "- two lines\n" in markdown
+
+
+def test_the_summaries(run: Path) -> None:
+    write_report(run)
+    summary = json.loads((run / "report" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["schema"] == 1
+    assert summary["summary"]["verdict"] == "REGRESSION"
+    assert summary["summary"]["size_ratio"] == pytest.approx(269_060_552 / 114_000_000)
+    assert summary["summary"]["artifact"]["perplexity"] == 18.4
+    lines = (run / "report" / "summary.md").read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5}
+    assert any("**missed**" in line for line in table)
+    assert any("Caveat: its weights" in line for line in lines)
+
+
+def test_a_broken_artifact_is_called_broken(tmp_path: Path) -> None:
+    results = fake_results(verdict="NONE")
+    results["artifact"]["perplexity"] = results["perplexity_increase"] = math.inf
+    results["artifact"]["nll_stderr"] = results["divergence"]["kl_mean"] = math.nan
+    folder = write_run(tmp_path / "run", fake_manifest(), results)
+    text = page(write_report(folder)).text
+    assert "does not work as a language model" in text
+    assert "17.05 → not finite" in text
+    summary = json.loads((folder / "report" / "summary.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert summary["summary"]["artifact"]["perplexity"] is None
+
+
+def test_a_model_of_126_blocks_still_makes_a_small_page(tmp_path: Path) -> None:
+    index = write_report(write_run(tmp_path / "run", fake_manifest(blocks=126), fake_results()))
+    assert "block 125" in page(index).text
+    assert index.stat().st_size < 300_000
+
+
+def test_rounding_without_calibration_shows_schemes_and_no_errors(tmp_path: Path) -> None:
+    manifest = fake_manifest()
+    manifest["calibration"] = None
+    for layer in manifest["layers"]:
+        layer["relative_error"] = layer["loss"] = None
+    text = page(write_report(write_run(tmp_path / "run", manifest, fake_results()))).text
+    assert "No layer's error was measured" in text
+    assert "error not measured, int4 g64 asym" in text
+
+
+def test_calibrating_on_the_evaluation_text_is_said(tmp_path: Path) -> None:
+    manifest = fake_manifest()
+    manifest["calibration"]["sha256"] = "ef" * 32
+    text = page(write_report(write_run(tmp_path / "run", manifest, fake_results()))).text
+    assert "Calibrated on the text it is evaluated on" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("manifest.json", None, "no manifest.json; is this a run folder"),
+        ("eval/results.json", None, "no eval/results.json; evaluate the run first"),
+        ("manifest.json", "{", "manifest.json: cannot be read"),
+        ("manifest.json", "[]", "schema None is not 1"),
+        ("eval/results.json", '{"schema": 2}', "schema 2 is not 1"),
+        ("eval/results.json", '{"schema": 1}', "results.json: text: Field required"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused_in_one_line(run: Path, file: str, content: str | None, said: str) -> None:
+    (run / file).unlink() if content is None else (run / file).write_text(content)
+    with pytest.raises(BadInput, match=re.escape(said)) as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+    assert not (run / "report").exists()
+
+
+# ---- several runs
+
+
+def test_a_comparison_separates_the_beaten_from_the_rest(tmp_path: Path) -> None:
+    runs = five_runs(tmp_path)
+    out = tmp_path / "compare"
+    parsed = page(write_comparison(runs, out))
+    assert sorted(f.name for f in out.iterdir()) == FILES
+    rows = json.loads((out / "summary.json").read_text(encoding="utf-8"))["runs"]
+    assert [(row["label"], row["pareto"]) for row in rows] == [
+        ("int3-g64", True), ("int4-gptq-g64", True), ("int4-rtn-g64", False), ("int4-gptq-g32-sym", False),
+        ("int8-gptq", True),
+    ]  # fmt: skip
+    assert "3 of 5 are worth choosing between" in parsed.text
+    assert "Smallest: int3-g64, 2.7× smaller, perplexity +74.7 %. Best quality: int8-gptq" in parsed.text
+    assert "weights.bits" in parsed.text
+    assert (out / "index.html").stat().st_size < 300_000
+
+
+def test_a_comparison_does_not_depend_on_the_order(tmp_path: Path) -> None:
+    runs = five_runs(tmp_path)
+    write_comparison(runs, tmp_path / "a")
+    write_comparison(runs[::-1], tmp_path / "b")
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_runs_of_one_recipe_are_told_apart_by_folder(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f / "int4-gptq", fake_manifest(size=s), fake_results()) for f, s in
+            (("first", 114_000_000), ("second", 115_000_000))]  # fmt: skip
+    text = page(write_comparison(runs, tmp_path / "out")).text
+    assert "first/int4-gptq" in text
+    assert "second/int4-gptq" in text
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("results", "window", 2048, "evaluation text differs, window 1024 and 2048"),
+        ("results", "bos", False, "evaluation text differs, bos True and False"),
+        ("results", "sha256", "00", "evaluation text differs, sha256"),
+        (
+            "manifest",
+            "files",
+            {"model.safetensors": "00"},
+            "different originals, smollm2-135m and smollm2-135m (model.",
+        ),
+        ("manifest", "files", {}, "different originals"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, part: str, key: str, value: Any, said: str) -> None:
+    manifest, results = fake_manifest(), fake_results()
+    (manifest["model"] if part == "manifest" else results["text"])[key] = value
+    runs = [write_run(tmp_path / "a", fake_manifest(), fake_results()), write_run(tmp_path / "b", manifest, results)]
+    with pytest.raises(BadInput, match=re.escape(said)) as caught:
+        write_comparison(runs, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_needs_two_different_runs(run: Path, tmp_path: Path) -> None:
+    for runs in ([], [run], [run, run]):
+        with pytest.raises(BadInput, match="two or more different runs"):
+            write_comparison(runs, tmp_path / "out")
+
+
+def test_a_comparison_leaves_other_files_alone_and_names_an_unusable_folder(tmp_path: Path) -> None:
+    runs = five_runs(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    write_comparison(runs, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    with pytest.raises(BadInput, match=r"cannot write the report there"):
+        write_comparison(runs, tmp_path / "out" / "notes.txt")
+
+
+# ---- geometry
+
+
+@pytest.mark.parametrize("count", [2, 5, 12])
+@pytest.mark.parametrize("size", [(820, 400), (350, 340)])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 5.0])
+def test_labels_do_not_overlap_and_stay_inside(count: int, size: tuple[int, int], spread: float) -> None:
+    points = [Point("original", 269_000_000, 17.05, 0.3, original=True)]
+    points += [Point(f"int4-gptq-g{i}", round(114e6 * (1 + 0.02 * spread * i)), 18 + spread * math.sin(i), 0.3)
+               for i in range(count)]  # fmt: skip
+    plot = charts.tradeoff(points, size, lambda p: p.label, number_only=size[0] < 400)
+    boxes = [mark.label.box for mark in plot.marks]
+    assert len(boxes) == count + 1
+    for i, box in enumerate(boxes):
+        assert 0 <= box[0] < box[2] <= size[0]
+        assert 0 <= box[1] < box[3] <= size[1]
+        assert all(charts.overlap(box, other) == 0 for other in boxes[:i])
+    for mark in plot.marks:
+        assert plot.frame[0] <= mark.x <= plot.frame[2]
+        assert plot.frame[1] <= mark.y <= plot.frame[3]
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [
+        Point(str(i), size, perplexity, 0.0)
+        for i, (size, perplexity) in enumerate(
+            [(269, 17.0), (100, 30.0), (114, 18.0), (114, 21.0), (120, 18.0), (90, math.nan), (163, 17.1), (114, 18.0)]
+        )
+    ]
+    beaten = {
+        i for i, p in enumerate(points)
+        if not math.isfinite(p.perplexity) or any(
+            q.size <= p.size and q.perplexity <= p.perplexity and (q.size, q.perplexity) != (p.size, p.perplexity)
+            for q in points)
+    }  # fmt: skip
+    assert set(charts.pareto(points)) == set(range(len(points))) - beaten == {0, 1, 2, 6, 7}
+
+
+@pytest.mark.parametrize("perplexities", [(17.06, 17.07), (18.0, 494_300.0), (17.05, 17.05), (math.nan, math.inf)])
+def test_axes_hold_any_perplexity(perplexities: tuple[float, float]) -> None:
+    points = [Point("original", 269_000_000, 17.05, 0.3, original=True)]
+    points += [Point(f"r{i}", 100_000_000, p, 0.3) for i, p in enumerate(perplexities)]
+    plot = charts.tradeoff(points, (820, 400), lambda p: p.label)
+    assert len(plot.marks) == sum(map(math.isfinite, perplexities)) + 1
+    assert 2 <= len(plot.y_ticks) <= 9
+    assert 2 <= len(plot.x_ticks) <= 12
+    assert len({text for _, text in plot.y_ticks}) == len(plot.y_ticks)
+    assert all(plot.frame[1] - 1 <= y <= plot.frame[3] + 1 for y, _ in plot.y_ticks)
+    assert charts.tradeoff_png(plot, "heading", "")
+
+
+def test_linears_are_grouped_by_kind_and_block() -> None:
+    names = ["self_attn.q_proj", "mlp.gate", *(f"mlp.experts.{e}.{k}_proj" for e in range(4) for k in ("gate", "up"))]
+    linears = [Linear(name=f"model.layers.{b}.{n}", block=b, bits=4, scheme="int4", relative_error=0.01 * (i + 1))
+               for b in (1, 4) for i, n in enumerate(names)]  # fmt: skip
+    linears.append(Linear(name="lm_head", block=None, bits=16, scheme="16 bit"))
+    heat = charts.heat(linears)
+    assert heat.kinds == ("q", "up", "mlp gate", "experts gate")
+    assert heat.blocks == (1, 4)
+    assert [len(c.layers) for c in heat.cells] == [1, 1, 4, 4, 1, 1, 4, 4]
+    assert [layer.name for layer in heat.outside] == ["lm_head"]
+    assert heat.worst(1)[0].kind == "up"
+    assert heat.worst(1)[0].worst == pytest.approx(0.1)
+    assert heat.worst(1)[0].median == pytest.approx(0.07)
+
+
+def test_linears_named_alike_keep_their_parents() -> None:
+    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    linears = [Linear(name=f"transformer.h.0.{n}", block=0, bits=4, scheme="int4") for n in names]
+    assert set(charts.heat(linears).kinds) == {"c_attn", "attn c_proj", "c_fc", "mlp c_proj"}
+
+
+def test_the_colour_scale_covers_every_error_in_order() -> None:
+    errors = [0.0, 1e-5, 3e-4, 0.02, 0.7]
+    linears = [
+        Linear(name=f"layers.0.x{i}", block=0, bits=4, scheme="int4", relative_error=e) for i, e in enumerate(errors)
+    ]
+    scale = HeatScale.of([charts.heat(linears)])
+    assert scale is not None
+    levels = [scale.level(e) for e in errors]
+    assert levels == sorted(levels)
+    assert (levels[0], levels[1], levels[-1]) == (0, 0, charts.LEVELS - 1)
+    assert scale.edges()[0] == pytest.approx(1e-5)
+    assert scale.edges()[-1] == pytest.approx(0.7)
+    for low, high in zip(scale.edges(), scale.edges()[1:], strict=False):
+        assert scale.level(low * 1.001) == scale.level(high * 0.999)
+    same = HeatScale.of([charts.heat(linears[3:4])])
+    assert same is not None
+    assert same.high / same.low == pytest.approx(10)
+    assert HeatScale.of([charts.heat([])]) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (report.size(0), "0 bytes"), (report.size(999), "999 bytes"), (report.size(62_800_000), "62.8 MB"),
+        (report.size(1_234_000_000), "1.23 GB"), (report.number(17.049), "17.05"), (report.number(494_300), "494,300"),
+        (report.change(0.051), "+5.1 %"), (report.change(-0.0004), "−0.04 %"), (report.change(2_899), "2,900× as high"),
+        (report.share(0.942), "94.2 %"), (report.share(0.99944), "99.94 %"), (report.share(1.0), "100 %"), (report.share(0.99999), "99.99 %"),
+        (report.share(0.0083), "0.830 %"), (report.share(0.0), "0.00 %"), (report.small(0.03127), "0.0313"),
+        (report.seconds(95.2), "95 s"), (report.seconds(600), "10.0 min"), (report.seconds(9000), "2.5 h"),
+        (report.gate(1e8, "max_bytes"), "100 MB"), (report.gate(0.05, "max_kl"), "0.0500"),
+    ],
+)  # fmt: skip
+def test_numbers_read_well(said: str, expected: str) -> None:
+    assert said.replace("\u00a0", " ") == expected
+
+
+# ---- in a browser
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+def test_a_browser_shows_it_without_complaint(tmp_path: Path) -> None:
+    index = write_report(write_run(tmp_path / "run", fake_manifest(), fake_results()))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,900"]  # fmt: skip
+    shown = subprocess.run(
+        [str(BROWSER), *flags, "--dump-dom", index.as_uri()], capture_output=True, text=True, timeout=60
+    )
+    assert "2.4× smaller weights: 269 MB → 114 MB." in shown.stdout
+    assert "CONSOLE" not in shown.stderr

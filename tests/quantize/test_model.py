@@ -1,0 +1,98 @@
+"""The skeleton runs every family block by block exactly as transformers runs it whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from quantpress.quantize.calibration import Moments
+from quantpress.quantize.checkpoint import Checkpoint
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.model import Skeleton, run_block
+
+from .tiny import FAMILIES, VOCAB, build
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> None:
+    whole = transformers.AutoModelForCausalLM.from_pretrained(build_in(family, tmp_path), dtype=torch.float32)
+    tokens = torch.randint(VOCAB, (3, 24), generator=torch.Generator().manual_seed(0))
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    hidden = skeleton.embed(tokens)
+    arguments = skeleton.block_arguments(tokens.shape[1])
+    for k, block in skeleton.blocks():
+        run_block(block, hidden, arguments[k], device=CPU, batch=2)
+        assert next(block.parameters()).device.type == "cpu"
+    with torch.no_grad():
+        expected = whole(tokens).logits
+    got = torch.stack([skeleton.logits(row) for row in hidden])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def build_in(family: str, folder: Path) -> Path:
+    build(family, folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gpt2", "qwen3_moe"])
+def test_moments_are_those_of_each_linears_own_input(family: str, tmp_path: Path) -> None:
+    build(family, tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    tokens = torch.randint(VOCAB, (4, 16), generator=torch.Generator().manual_seed(0))
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(16)
+    _, block = next(skeleton.blocks())
+    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
+    own: dict[str, list[torch.Tensor]] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda _, a, n=n: own.setdefault(n, []).append(a[0].reshape(-1, a[0].shape[-1])))
+        for n, m in linears.items()
+    ]
+    moments = Moments()
+    with moments.watch(block, linears):
+        run_block(block, hidden, arguments[0], device=CPU, batch=2, keep=False)
+    for handle in handles:
+        handle.remove()
+    for name in own:
+        x = torch.cat(own[name])
+        moment, tokens_seen = moments.of(name)
+        assert moment is not None
+        assert tokens_seen == len(x)
+        torch.testing.assert_close(moment, x.T @ x, rtol=1e-4, atol=1e-4)
+    shared = len(own) - len(set(moments.leader.values()))
+    assert shared == {"llama": 3, "phi3": 0, "gpt_neox": 0, "gpt2": 0, "qwen3_moe": 2 + 4}[family]
+
+
+def test_router_embedding_and_head_are_no_linears_to_quantize(tmp_path: Path) -> None:
+    build("qwen3_moe", tmp_path)
+    names = [x.name for x in Skeleton(Checkpoint(tmp_path), device=CPU).linears()]
+    assert "model.layers.1.mlp.experts.3.down_proj" in names
+    assert not [n for n in names if n.endswith(("mlp.gate", "lm_head", "embed_tokens"))]
+
+
+def test_mixtral_keeps_its_names_on_disk(tmp_path: Path) -> None:
+    build("mixtral", tmp_path)
+    names = [x.name for x in Skeleton(Checkpoint(tmp_path), device=CPU).linears()]
+    assert "model.layers.0.block_sparse_moe.experts.0.w1" in names
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "nonesuch"}, "unknown architecture: model_type 'nonesuch'"),
+        ({"model_type": "bert"}, "unknown architecture: model_type 'bert'"),
+        ({"num_hidden_layers": 5}, "lacks .* tensors, the first model.layers.2"),
+        ({"dtype": "int4"}, "dtype 'int4'"),
+    ],
+)
+def test_configs_that_cannot_be_run_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    build("qwen3", tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.config |= change
+    checkpoint.config.pop("layer_types", None)
+    with pytest.raises(BadInput, match=message):
+        Skeleton(checkpoint, device=CPU)
