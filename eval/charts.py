@@ -432,9 +432,7 @@ def layers_png(heats: Mapping[str, Heat], scale: HeatScale | None, footer: str) 
             axes.add_patch(Rectangle((left + i * 34, top), 34, 12, color=color, lw=0))
         for i, edge in list(enumerate(scale.edges()))[::3]:
             _text(axes, left + i * 34, top + 26, f"{100 * edge:.2g} %", ha="center", size=10, color=_MUTED)
-    _text(
-        axes, left + LEVELS * 34 + 40, top + 10, "hatched: left in 16 bit; dotted: not measured", size=10, color=_MUTED
-    )
+    _text(axes, left + LEVELS * 34 + 40, top + 10, "hatched: left in 16 bit; grey: not measured", size=10, color=_MUTED)
     _footer(axes, top + 52, lines)
     return _png(figure)
 
@@ -445,7 +443,7 @@ def _paint(axes: Any, box: Box, cell: Cell, scale: HeatScale | None) -> None:
         patch = Rectangle((x, y), w, h, facecolor=LIGHT[scale.level(cell.worst)], lw=0)
     else:
         patch = Rectangle((x, y), w, h, facecolor="#f1f3f5", edgecolor="#9aa3ae", lw=0.3,
-                          hatch="...." if cell.quantized else "/////")  # fmt: skip
+                          hatch="" if cell.quantized else "/////")  # fmt: skip
     axes.add_patch(patch)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from quantpress.quantize import machine
-from quantpress.quantize.artifact import Artifact
+from quantpress.quantize.artifact import open_artifact
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton
@@ -34,13 +34,7 @@ def evaluate(
     device = machine.device()
     checkpoint = Checkpoint(original)
     plain = Skeleton(checkpoint, device=device)
-    linears = plain.linears()
-    reader = Artifact(
-        artifact,
-        {x.name: (x.out_features, x.in_features) for x in linears},
-        frozenset(x.name for x in linears if x.transposed),
-    )
-    quantized = Skeleton(reader, device=device, dtype=plain.dtype)
+    reader, quantized = open_artifact(artifact, device, plain.dtype)
     if quantized.n_blocks != plain.n_blocks or quantized.config.vocab_size != plain.config.vocab_size:
         raise BadInput(f"{artifact} is not a version of {original}: their blocks or vocabularies differ in number")
     text = load_documents(wanted, cache=cache, role="evaluation")

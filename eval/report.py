@@ -102,7 +102,7 @@ class Quality(Record):
     perplexity: float
     nll_stderr: float  # nats a token
     bits_per_byte: float
-    bytes: int  # of text
+    bytes: int  # weights on disk
 
     @property
     def stderr(self) -> float:
@@ -187,7 +187,11 @@ class Run:
         if self.results.gates.verdict == "NONE":
             return "Not judged: the recipe sets no gates."
         if self.results.gates.verdict == "ACCEPT":
-            return "Accepted: the gate passed." if count == 1 else f"Accepted: all {count} gates passed."
+            return (
+                "Accepted: the gate passed."
+                if count == 1
+                else f"Accepted: {'both' if count == 2 else f'all {count}'} gates passed."
+            )
         reasons = "; ".join(f"{gate_name(c.name)} {gate(c.value, c.name)}, limit {gate(c.limit, c.name)}"
                             for c in self.failed)  # fmt: skip
         return f"Regression: {len(self.failed)} of {count} gates failed ({reasons})."

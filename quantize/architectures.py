@@ -20,6 +20,7 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gpt_neox": Architecture(on_disk=(("lm_head.", "embed_out."),)),
     "qwen2_moe": Architecture(experts="mlp.experts"),
     "qwen3_moe": Architecture(experts="mlp.experts"),
     "mixtral": Architecture(

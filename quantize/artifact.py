@@ -7,45 +7,65 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .errors import BadInput
 from .formats import FORMATS, detect
 from .grid import Grid, QuantizedLinear
+from .model import Skeleton
 
 
 class Artifact:
-    """A quantized or plain checkpoint that looks plain: quantized weights are dequantized as they are read.
+    """A quantized checkpoint that looks plain: weights are dequantized as they are read.
 
-    linears: the grid of each quantized linear by its on-disk name, in the checkpoint's order.
+    linears: the grid of each quantized linear by its on-disk name. A plain checkpoint has none.
+    Raises BadInput for a quantization this package does not read.
     """
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, int]], transposed: frozenset[str] = frozenset()):
-        """`shapes` {name: (out, in)}: the linears of the model; `transposed`: those kept [in, out] (Conv1D)."""
+    def __init__(self, folder: Path) -> None:
         self.checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = self.checkpoint.config
         self.format = detect(self.config)
-        self._shapes, self._transposed = shapes, transposed
         self.linears: dict[str, Grid] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.transposed: frozenset[str] = frozenset()  # linears the model keeps as [in, out]
+        if "quantization_config" in self.config and self.format is None:
+            raise BadInput(f"{folder}: its quantization is not one quantpress reads ({', '.join(FORMATS)})")
         if self.format is not None:
-            grids = FORMATS[self.format].grids(self.config["quantization_config"], list(shapes))
-            self.linears = {n: g for n, g in grids.items() if g is not None and f"{n}.weight" not in self.checkpoint}
+            shapes = {name: self.checkpoint.shape(name) for name in self.checkpoint.names()}
+            self.shapes = FORMATS[self.format].linears(shapes, self.checkpoint.read)
+            grids = FORMATS[self.format].grids(self.config["quantization_config"], list(self.shapes))
+            for name in self.shapes:
+                grid = grids.get(name)
+                if grid is None:
+                    raise BadInput(f"{folder}: {name} is quantized on disk and not in config.json")
+                self.linears[name] = grid
 
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint or str(name).removesuffix(".weight") in self.linears
 
     def linear(self, name: str) -> QuantizedLinear:
         """The unpacked record of a quantized linear."""
-        assert self.format is not None
-        return FORMATS[self.format].unpack(name, self.checkpoint.read, self.linears[name], self._shapes[name])
+        if self.format is None:
+            raise KeyError(name)
+        return FORMATS[self.format].unpack(name, self.checkpoint.read, self.linears[name], self.shapes[name])
 
     def read(self, name: str) -> Tensor:
         """A tensor as the plain model holds it."""
         linear = name.removesuffix(".weight")
         if linear not in self.linears:
             return self.checkpoint.read(name)
-        weight = self.linear(linear).dequantize(self.dtype)
-        return weight.T.contiguous() if linear in self._transposed else weight
+        weight = self.linear(linear).dequantize(self._dtype)
+        return weight.T.contiguous() if linear in self.transposed else weight
 
     @property
-    def dtype(self) -> torch.dtype:
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+    def _dtype(self) -> torch.dtype:
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
         dtype: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
         return dtype
+
+
+def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Artifact, Skeleton]:
+    """An artifact and the skeleton of its model, which reads through it."""
+    artifact = Artifact(folder)
+    skeleton = Skeleton(artifact, device=device, dtype=dtype)
+    artifact.transposed = frozenset(x.name for x in skeleton.linears() if x.transposed)
+    return artifact, skeleton

@@ -144,10 +144,8 @@ class Moments:
         seen: list[tuple[str, Tensor]] = []  # one forward pass; holds the tensors, so that none is freed and reused
 
         def note(name: str, x: Tensor) -> None:
-            for leader, other in seen:
-                if other is x or (other.data_ptr() == x.data_ptr() and other.shape == x.shape):
-                    break
-            else:
+            leader = next((n for n, t in seen if t.data_ptr() == x.data_ptr() and t.shape == x.shape), None)
+            if leader is None:
                 leader = name
                 seen.append((name, x))
                 self._add(name, x)

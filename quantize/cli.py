@@ -170,7 +170,7 @@ def convert(
     to: Annotated[str, typer.Option("--to", help="compressed-tensors or gptq")],
 ) -> None:
     """The same codes in another format, without loss; refused where that cannot be."""
-    from .formats.convert import convert as convert_folder
+    from .convert import convert as convert_folder
 
     convert_folder(artifact, out, to)
     out_console.print(f"artifact: {out}")

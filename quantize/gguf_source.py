@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import BadInput
-from .gguf_tokenizer import save_tokenizer
+from .gguf_tokenizer import check_reads_back, save_tokenizer
 
 SHARD_BYTES = 1_000_000_000
 
@@ -95,6 +95,8 @@ def _rope(meta: Metadata, head_dim: int, context: int) -> dict[str, Any]:
     kind = meta.hparam("rope.scaling.type", "none")
     if "rope_freqs.weight" in meta.tensors:
         return {"rope_theta": theta} | _llama3_scaling(meta, theta, head_dim)
+    if meta.hparam("rope.scale_linear", 1.0) != 1.0:
+        raise BadInput(f"{meta.path}: an old file with rope.scale_linear; convert the original checkpoint again")
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
     if kind not in ("linear", "yarn"):
@@ -183,8 +185,9 @@ def convert(source: Path, folder: Path) -> None:
         )
     config = _config(meta, row)
     plan = _plan(meta, row, config)
-    save_tokenizer(meta, meta.path, folder, model_max_length=int(meta.hparam("context_length")))
+    tokenizer = save_tokenizer(meta, source, folder, model_max_length=int(meta.hparam("context_length")))
     _save_config(meta, config, folder)
+    check_reads_back(tokenizer, source, folder)
     _save_weights(meta, row, config, plan, folder)
 
 
@@ -246,7 +249,8 @@ def _plan(meta: Metadata, row: Architecture, config: Any) -> dict[str, str]:
     spare = set(meta.tensors) - set(plan.values()) - set(row.left_over)
     spare -= {"output.weight"} if config.tie_word_embeddings else set()
     if spare:
-        raise BadInput(f"{meta.path}: tensors a {meta.architecture} model does not have: {', '.join(sorted(spare)[:3])}")
+        few = ", ".join(sorted(spare)[:3])
+        raise BadInput(f"{meta.path}: tensors that a {meta.architecture} model does not have: {few}")
     return plan
 
 
@@ -292,8 +296,8 @@ def _weight(meta: Metadata, row: Architecture, config: Any, parameter: str, name
     try:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise BadInput(f"{meta.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be read") from error
-    weight = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(meta.shape(name)).to(torch.bfloat16)
+        raise BadInput(f"{meta.path}: tensor {name}: type {tensor.tensor_type.name} cannot be read") from error
+    weight = torch.from_numpy(np.require(values, np.float32, "W")).reshape(meta.shape(name)).to(torch.bfloat16)
     if row.permuted and ".attn_q." in name:
         weight = unpermute(weight, config.num_attention_heads)
     elif row.permuted and ".attn_k." in name:

@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 
 from .errors import BadInput
 
+_PROBE = "It's WE'LL 12345  cafe\u0301 ½٣ x**2, (a_b)\n\n\tdef f(x):\r\n    return \"日本語\"  HelloWorld 🦙 <s></s>…\n"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -63,8 +64,8 @@ PRE = {
 }
 
 
-def save_tokenizer(meta: Mapping[str, Any], path: Path, folder: Path, model_max_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the chat template into `folder`.
+def save_tokenizer(meta: Mapping[str, Any], path: Path, folder: Path, model_max_length: int) -> Tokenizer:
+    """Write tokenizer.json, tokenizer_config.json and the chat template into `folder`; return what was written.
 
     Raises BadInput, naming GGUF file `path`, for a tokenizer that cannot be rebuilt exactly.
     """
@@ -100,6 +101,21 @@ def save_tokenizer(meta: Mapping[str, Any], path: Path, folder: Path, model_max_
     fast.chat_template = meta.get("tokenizer.chat_template")
     fast.save_pretrained(folder)
     _name_plain_class(folder / "tokenizer_config.json")
+    return tokenizer
+
+
+def check_reads_back(tokenizer: Tokenizer, path: Path, folder: Path) -> None:
+    """Raise BadInput when transformers reads the folder as another tokenizer.
+
+    For some model types it puts its own splitting rules in place of those in tokenizer.json.
+    """
+    from transformers import AutoTokenizer
+
+    if AutoTokenizer.from_pretrained(folder)(_PROBE).input_ids != tokenizer.encode(_PROBE).ids:
+        raise BadInput(
+            f"{path}: transformers reads this tokenizer by other rules than the file's (as the model type's own); "
+            "use the original checkpoint"
+        )
 
 
 def _name_plain_class(file: Path) -> None:

@@ -41,7 +41,8 @@ class Journal:
 
     def hidden(self) -> Tensor:
         """The hidden states after the last finished block."""
-        return load_file(self._hidden(len(self.done) - 1))["hidden"]
+        hidden: Tensor = load_file(self._hidden(len(self.done) - 1))["hidden"]
+        return hidden
 
     def commit(self, tensors: Mapping[str, Tensor], hidden: Tensor | None, record: dict[str, Any]) -> None:
         """Finish the next block: its tensors, then the hidden states after it, then the line that makes it count."""

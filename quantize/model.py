@@ -112,23 +112,23 @@ class Skeleton:
                 if k + 1 < self.n_blocks:
                     ahead = pool.submit(self.read_block, k + 1)
                 block = self._blocks[k]
+                _fill_buffers(self.model, block, self.device)
                 block.load_state_dict({n: t.to(self.device) for n, t in tensors.items()}, assign=True, strict=True)
                 block.requires_grad_(False)
-                _fill_buffers(self.model, block, self.device)
                 yield k, block
                 block.to("meta")
 
     def open_shell(self) -> None:
         """Materialise what is around the blocks: embeddings, final norm, head."""
+        for name, module in self.model.named_modules():
+            if not name.startswith(self.blocks_name):
+                _fill_buffers(self.model, module, self.device, recurse=False)
         state = {n: self.reader.read(disk).to(self.device, self.dtype) for n, disk in self.shell_names().items()}
         self.model.load_state_dict(state, assign=True, strict=False)
         self.model.tie_weights()
         left = [n for n, p in self.model.named_parameters() if p.is_meta and n in self._shell_names]
         if left:
             raise BadInput(f"the checkpoint has no tensor {left[0]}")
-        for name, module in self.model.named_modules():
-            if not name.startswith(self.blocks_name):
-                _fill_buffers(self.model, module, self.device, recurse=False)
         self.model.requires_grad_(False)
 
     def close_shell(self) -> None:
@@ -232,13 +232,15 @@ class _Tap(nn.Module):
 
 
 class _Expert(nn.Module):
-    def __init__(self, hidden: int, intermediate: int, names: tuple[str, str, str], act: nn.Module, **kind: Any) -> None:
+    """down(act(gate(x)) * up(x)), the three linears named as the checkpoint names them."""
+
+    def __init__(self, hidden: int, intermediate: int, names: tuple[str, str, str], act: nn.Module) -> None:
         super().__init__()
         self._names, self._act = names, (act,)
-        for name, (n_in, n_out) in zip(
-            names, ((hidden, intermediate), (hidden, intermediate), (intermediate, hidden)), strict=True
-        ):
-            self.add_module(name, nn.Linear(n_in, n_out, bias=False, **kind))
+        gate, up, down = names
+        self.add_module(gate, nn.Linear(hidden, intermediate, bias=False))
+        self.add_module(up, nn.Linear(hidden, intermediate, bias=False))
+        self.add_module(down, nn.Linear(intermediate, hidden, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in self._names)
@@ -266,8 +268,8 @@ def _unfuse_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -
     if not hasattr(fused, "gate_up_proj"):
         return  # some families mix dense and sparse blocks
     n, hidden, intermediate = fused.down_proj.shape
-    kind = {"device": "meta", "dtype": fused.down_proj.dtype}
-    experts = [_Expert(hidden, intermediate, names, fused.act_fn, **kind) for _ in range(n)]
+    with torch.device("meta"):
+        experts = [_Expert(hidden, intermediate, names, fused.act_fn) for _ in range(n)]
     setattr(owner, attribute, _Experts(experts))
 
 
@@ -307,12 +309,13 @@ def _find_blocks(model: nn.Module, n: int) -> tuple[str, nn.ModuleList]:
 
 
 def _fill_buffers(model: Any, module: nn.Module, device: torch.device, recurse: bool = True) -> None:
-    """Give buffers that are not in the checkpoint (rotary frequencies, masks) the values the class starts with."""
+    """Give buffers that are not in the checkpoint (rotary frequencies, masks) the values the class starts with.
+
+    Before the weights are there: the class's own initialisation would draw real weights anew, on meta it does nothing.
+    """
     for part in module.modules() if recurse else (module,):
         empty = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
         for name in empty:
             part.register_buffer(name, torch.empty_like(getattr(part, name), device=device), persistent=False)
         if empty:
             model._init_weights(part)
-
-

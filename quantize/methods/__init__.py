@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..recipe import Gptq, Grid, Rtn
 from .gptq import gptq
-from .rtn import rtn
 from .rounded import Rounded
+from .rtn import rtn
 
 __all__ = ["ROUNDERS", "Rounded"]
 

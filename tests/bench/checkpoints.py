@@ -1,6 +1,6 @@
 """A random Llama checkpoint of equal blocks, one shard a block, never whole in memory.
 
-    python tests/bench/checkpoints.py FOLDER --blocks 32 [--hidden 1024 --intermediate 4096]
+python tests/bench/checkpoints.py FOLDER --blocks 32 [--hidden 1024 --intermediate 4096]
 """
 
 import argparse

@@ -7,6 +7,7 @@ starts at what its parent held when it was forked, so the parent has to stay sma
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+HERE = Path(__file__).resolve().parent
 BASELINE = "import torch, transformers; from transformers import AutoModelForCausalLM"
 
 
@@ -38,8 +41,11 @@ def measured(command: Sequence[str], threads: int, log: Path) -> Usage:
     Raises ChildFailed with the last lines of the output.
     """
     env = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",  # waiting threads would spin, and a busy machine turn that into CPU-seconds
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with log.open("wb") as out:
@@ -58,6 +64,27 @@ def measured(command: Sequence[str], threads: int, log: Path) -> Usage:
     return Usage(used.ru_utime + used.ru_stime, peak / 1e6, wall)
 
 
+def answer(command: Sequence[str]) -> dict[str, Any]:
+    """The JSON on the last line that `command` prints; not measured. Raises ChildFailed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ChildFailed(f"{shlex.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def quantpress(model: str, out: Path, settings: dict[str, object]) -> list[str]:
+    """The command that quantizes `model` into `out`/quantized by a bare recipe with `settings`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    recipe = out.parent / "bench.yaml"
+    recipe.write_text("name: bench\nevaluation: null\n", encoding="utf-8")
+    command = [sys.executable, "-m", "quantpress.quantize.cli", "quantize", str(recipe)]
+    command += ["--model", model, "--out", str(out)]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    return command
+
+
 def interpreter(python: str, threads: int) -> Usage:
     """What `python` costs before it does anything: torch and transformers imported."""
     with tempfile.TemporaryDirectory() as folder:
@@ -72,18 +99,13 @@ def weight_bytes(folder: Path) -> int:
 def versions(python: str, packages: Sequence[str]) -> str:
     """`name version` of each package that `python` has."""
     code = (
-        "import json, sys, importlib.metadata as m\n"
+        "import json, platform, sys, importlib.metadata as m\n"
         "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
-        "print(json.dumps({p: have[p] for p in sys.argv[1:] if p in have}))"
+        "have['Python'] = platform.python_version()\n"
+        "print(json.dumps({p: have[p] for p in ['Python', *sys.argv[1:]] if p in have}))"
     )
-    found = subprocess.run([python, "-I", "-c", code, *packages], check=True, capture_output=True, text=True).stdout
-    named = json.loads(found)
-    return ", ".join([f"Python {_python_version(python)}", *(f"{name} {version}" for name, version in named.items())])
-
-
-def _python_version(python: str) -> str:
-    code = "import platform; print(platform.python_version())"
-    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    named = answer([python, "-I", "-c", code, *packages])
+    return ", ".join(f"{name} {version}" for name, version in named.items())
 
 
 def machine(threads: int) -> str:
@@ -91,7 +113,9 @@ def machine(threads: int) -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     load = os.getloadavg()[0]

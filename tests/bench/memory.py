@@ -17,9 +17,7 @@ from pathlib import Path
 
 import common
 
-HERE = Path(__file__).resolve().parent
 ALLOWED_GROWTH = 0.05
-RECIPE = "name: bench\nweights: {bits: 4, group_size: 64, symmetric: false}\nevaluation: null\n"
 
 
 def text(path: Path, characters: int) -> None:
@@ -31,13 +29,18 @@ def text(path: Path, characters: int) -> None:
 
 def quantize(model: Path, out: Path, method: str, work: Path, args: argparse.Namespace) -> common.Usage:
     """What quantizing `model` by the command line costs."""
-    recipe, source = work / "bench.yaml", work / "text.txt"
-    recipe.write_text(RECIPE, encoding="utf-8")
+    source = work / "text.txt"
     text(source, args.samples * args.seq_len * 2)
-    command = [sys.executable, "-m", "quantpress.quantize.cli", "quantize", str(recipe)]
-    command += ["--model", str(model), "--out", str(out), "--set", f"method={{name: {method}}}"]
-    for key, value in {"source": source, "samples": args.samples, "seq_len": args.seq_len, "bos": "never"}.items():
-        command += ["--set", f"calibration.{key}={value}"]
+    settings = {
+        "calibration.source": source,
+        "calibration.samples": args.samples,
+        "calibration.seq_len": args.seq_len,
+        "calibration.bos": "never",
+        "weights.group_size": 64,
+        "weights.symmetric": "false",
+        "method": f"{{name: {method}}}",
+    }
+    command = common.quantpress(str(model), out, settings)
     return common.measured(command, args.threads, work / f"{out.name}.log")
 
 
@@ -67,7 +70,7 @@ def depths(args: argparse.Namespace, work: Path) -> int:
     lines, above = [], {}
     for blocks in args.blocks:
         model = work / f"{blocks}-blocks"
-        make = [sys.executable, str(HERE / "checkpoints.py"), str(model), "--blocks", str(blocks)]
+        make = [sys.executable, str(common.HERE / "checkpoints.py"), str(model), "--blocks", str(blocks)]
         make += ["--hidden", str(args.hidden), "--intermediate", str(args.intermediate)]
         subprocess.run(make, check=True)
         weights = common.weight_bytes(model) / 1e6
@@ -76,7 +79,9 @@ def depths(args: argparse.Namespace, work: Path) -> int:
             used = quantize(model, out, method, work, args)
             above[method, blocks] = used.peak_mb - base.peak_mb
             figures = [weights, used.peak_mb, above[method, blocks]]
-            lines.append([method, str(blocks), *(f"{f:.0f}" for f in figures), f"{used.cpu_s:.1f}", f"{used.wall_s:.1f}"])
+            lines.append(
+                [method, str(blocks), *(f"{f:.0f}" for f in figures), f"{used.cpu_s:.1f}", f"{used.wall_s:.1f}"]
+            )
             common.say(" ".join(lines[-1]))
             shutil.rmtree(out)
         shutil.rmtree(model)

@@ -1,32 +1,33 @@
 """quantpress against llm-compressor: one model, one text, one machine, one run.
 
-    make bench-setup                                   # llm-compressor in an environment of its own, .venv-bench
-    .venv/bin/python tests/bench/peers.py --model FOLDER --peer-python .venv-bench/bin/python
-        [--calibration FILE.txt] [--evaluation FILE.txt] [--out REPORT.md] [--threads 2]
+    make bench-setup                    # llm-compressor in .venv-bench: it pins another compressed-tensors than ours
+    .venv/bin/python tests/bench/peers.py [--model FOLDER] [--calibration FILE.txt --evaluation FILE.txt] [--bos]
 
 Every row is a process of its own whose CPU-seconds (user + system, all threads) and peak memory the kernel counted,
 from starting Python to the finished folder. Both sides calibrate on the same token ids (the first 32 x 512 of the
-text) and are scored by perplexity.py, which is neither's own code. llm-compressor pins another compressed-tensors than
-quantpress uses, hence the second Python. `--side peer` measures it alone; `--results FILE` keeps every row as JSON.
+text) and are scored by perplexity.py, which is neither's own code. CPU-seconds grow on a busy machine too, if less than
+wall time. Without llm-compressor quantpress is measured alone. `--results FILE` keeps the rows; with it `--side
+quantpress` measures only that side and takes the other's rows from the file.
 """
 
 import argparse
+import importlib.util
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import common
+from common import HERE, Usage
 
-HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+OURS, PEER = "quantpress", "llm-compressor"
 SAMPLES, SEQ_LEN = 32, 512
 WINDOWS, WINDOW = 8, 2048
-RECIPE = "name: bench\nmethod: {name: rtn}\nevaluation: null\n"
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,27 @@ class Case:
     group_size: int = 64
 
     def __str__(self) -> str:
-        kind = "sym" if self.symmetric else "asym"
-        return f"{self.method}-{self.bits}bit-g{self.group_size}-{kind}"
+        return f"{self.method} {self.bits} bit g{self.group_size} {'sym' if self.symmetric else 'asym'}"
 
 
-CASES = [
-    Case("rtn", 4, False),
-    Case("rtn", 4, True),
-    Case("gptq", 4, False),
-    Case("gptq", 4, True),
-    Case("gptq", 3, False),
-]
+CASES = {
+    "rtn-asym": Case("rtn", 4, False),
+    "rtn-sym": Case("rtn", 4, True),
+    "gptq-asym": Case("gptq", 4, False),
+    "gptq-sym": Case("gptq", 4, True),
+    "gptq-3bit": Case("gptq", 3, False),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both sides are given."""
+
+    model: str
+    calibration: str
+    evaluation: str
+    bos: bool
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -60,124 +71,142 @@ class Row:
     side: str
     perplexity: float
     file_mb: float
-    usage: common.Usage
+    usage: Usage
 
 
-def peer_command(case: Case, args: argparse.Namespace, out: Path) -> tuple[list[str], Path]:
-    """llm-compressor's command, and the folder its artifact is in."""
-    command = [args.peer_python, str(HERE / "llmcompressor_run.py"), args.model, str(out)]
-    command += ["--text", args.calibration, "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
+def peer_command(case: Case, given: Inputs, out: Path, python: str) -> list[str]:
+    """llm-compressor's run; its artifact is `out` itself."""
+    command = [python, str(HERE / "llmcompressor_run.py"), given.model, str(out)]
+    command += ["--text", given.calibration, "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
     command += ["--method", case.method, "--bits", str(case.bits), "--group-size", str(case.group_size)]
-    return command + ["--symmetric"] * case.symmetric + ["--bos"] * args.bos, out
+    return command + ["--symmetric"] * case.symmetric + ["--bos"] * given.bos
 
 
-def our_command(case: Case, args: argparse.Namespace, out: Path) -> tuple[list[str], Path]:
-    """quantpress's command, and the folder its artifact is in."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    recipe = out.parent / "bench.yaml"
-    recipe.write_text(RECIPE, encoding="utf-8")
+def our_command(case: Case, given: Inputs, out: Path) -> list[str]:
+    """quantpress's run; its artifact is `out`/quantized."""
     settings = {
-        "calibration.source": args.calibration,
+        "calibration.source": given.calibration,
         "calibration.samples": SAMPLES,
         "calibration.seq_len": SEQ_LEN,
-        "calibration.bos": "always" if args.bos else "never",
+        "calibration.bos": "always" if given.bos else "never",
         "weights.bits": case.bits,
         "weights.group_size": case.group_size,
         "weights.symmetric": str(case.symmetric).lower(),
-        # rounding to nearest is compared for being the same grid, so both take the range; gptq brings its own search
+        # rounding to nearest is there to show the same grid, so both take the range; gptq brings its own search
         "weights.scale_search": "minmax" if case.method == "rtn" else "mse",
         "method": f"{{name: {case.method}}}",
     }
-    command = [sys.executable, "-m", "quantpress.quantize.cli", "quantize", str(recipe)]
-    command += ["--model", args.model, "--out", str(out)]
-    for key, value in settings.items():
-        command += ["--set", f"{key}={value}"]
-    return command, out / "quantized"
+    return common.quantpress(given.model, out, settings)
 
 
-SIDES: dict[str, Callable[[Case, argparse.Namespace, Path], tuple[list[str], Path]]] = {
-    "llm-compressor": peer_command,
-    "quantpress": our_command,
-}
-
-
-def score(folder: str | Path, args: argparse.Namespace) -> float:
+def score(folder: str | Path, given: Inputs) -> float:
     """Perplexity of a folder on the first windows of the evaluation text."""
-    command = [sys.executable, str(HERE / "perplexity.py"), str(folder), "--text", args.evaluation]
-    command += ["--windows", str(WINDOWS), "--window", str(WINDOW)] + ["--bos"] * args.bos
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise common.ChildFailed(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["perplexity"])
+    command = [sys.executable, str(HERE / "perplexity.py"), str(folder), "--text", given.evaluation]
+    command += ["--windows", str(WINDOWS), "--window", str(WINDOW)] + ["--bos"] * given.bos
+    return float(common.answer(command)["perplexity"])
 
 
-def run(case: Case, side: str, args: argparse.Namespace, work: Path) -> Row:
-    """Quantize, score, and remove the artifact unless `--keep`."""
-    out = work / side / str(case)
+def run(case: Case, side: str, python: str, given: Inputs, work: Path) -> Row:
+    """Quantize, score, and remove the artifact."""
+    out = work / side / str(case).replace(" ", "-")
     shutil.rmtree(out, ignore_errors=True)
-    command, artifact = SIDES[side](case, args, out)
-    used = common.measured(command, args.threads, work / side / f"{case}.log")
-    row = Row(str(case), side, score(artifact, args), common.weight_bytes(artifact) / 1e6, used)
-    if not args.keep:
-        shutil.rmtree(out)
+    ours = side == OURS
+    command = our_command(case, given, out) if ours else peer_command(case, given, out, python)
+    used = common.measured(command, given.threads, out.with_suffix(".log"))
+    artifact = out / "quantized" if ours else out
+    row = Row(str(case), side, score(artifact, given), common.weight_bytes(artifact) / 1e6, used)
+    shutil.rmtree(out)
     return row
 
 
-def report(rows: list[Row], original: tuple[float, float], baselines: dict[str, common.Usage]) -> str:
+def report(rows: Sequence[Row], original: tuple[float, float], alone: dict[str, Usage]) -> str:
     """The table, and under it how quantpress stands to the peer in each case."""
     header = ["case", "side", "perplexity", "file MB", "CPU s", "peak MB", "above Python MB", "wall s"]
     lines = [["original", "", f"{original[0]:.3f}", f"{original[1]:.1f}", "", "", "", ""]]
-    for case in dict.fromkeys(r.case for r in rows):
-        for r in (r for r in rows if r.case == case):
-            u, base = r.usage, baselines[r.side]
-            figures = [u.cpu_s, u.peak_mb, u.peak_mb - base.peak_mb, u.wall_s]
-            shown = [f"{f:.1f}" if i in (0, 3) else f"{f:.0f}" for i, f in enumerate(figures)]
-            lines.append([case, r.side, f"{r.perplexity:.3f}", f"{r.file_mb:.1f}", *shown])
-    for side, base in baselines.items():
-        lines.append(["(Python alone)", side, "", "", f"{base.cpu_s:.1f}", f"{base.peak_mb:.0f}", "0", f"{base.wall_s:.1f}"])
-    return common.table(header, lines) + "\n\n" + "\n".join(verdicts(rows, baselines))
+    for row in rows:
+        u, above = row.usage, row.usage.peak_mb - alone[row.side].peak_mb
+        cost = [f"{u.cpu_s:.1f}", f"{u.peak_mb:.0f}", f"{above:.0f}", f"{u.wall_s:.1f}"]
+        lines.append([row.case, row.side, f"{row.perplexity:.3f}", f"{row.file_mb:.1f}", *cost])
+    for side, u in alone.items():
+        lines.append(
+            [
+                "Python, torch and transformers",
+                side,
+                "",
+                "",
+                f"{u.cpu_s:.1f}",
+                f"{u.peak_mb:.0f}",
+                "0",
+                f"{u.wall_s:.1f}",
+            ]
+        )
+    return "\n".join([common.table(header, lines), "", *verdicts(rows, alone)])
 
 
-def verdicts(rows: list[Row], baselines: dict[str, common.Usage]) -> list[str]:
-    """One line a case that both sides ran."""
-    found = {(r.case, r.side): r for r in rows}
-    out = []
-    for case in dict.fromkeys(r.case for r in rows):
-        ours, theirs = found.get((case, "quantpress")), found.get((case, "llm-compressor"))
+def verdicts(rows: Sequence[Row], alone: dict[str, Usage]) -> list[str]:
+    """One line a case that both sides have."""
+    found = {(row.case, row.side): row for row in rows}
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows):
+        ours, theirs = found.get((case, OURS)), found.get((case, PEER))
         if ours and theirs:
-            above = [r.usage.peak_mb - baselines[r.side].peak_mb for r in (ours, theirs)]
-            out.append(
-                f"- {case}: perplexity {ours.perplexity - theirs.perplexity:+.3f}, "
-                f"CPU {ours.usage.cpu_s / theirs.usage.cpu_s:.2f} x, memory above Python {above[0] / above[1]:.2f} x"
+            memory = (ours.usage.peak_mb - alone[OURS].peak_mb) / (theirs.usage.peak_mb - alone[PEER].peak_mb)
+            lines.append(
+                f"- {case}: perplexity {ours.perplexity - theirs.perplexity:+.3f}; of the peer's CPU-seconds "
+                f"{ours.usage.cpu_s / theirs.usage.cpu_s:.2f}, of its memory above Python's {memory:.2f}"
             )
-    return out
+    return lines
 
 
-def texts(args: argparse.Namespace, work: Path) -> None:
-    """Where the embedded default text goes when no file is named."""
-    if args.calibration and args.evaluation:
-        return
-    # in a child: this process must stay small, see common.py
-    code = "import sys\nfrom quantpress.quantize import texts\nsys.stdout.write(getattr(texts, sys.argv[1])())"
-    for role in ("calibration", "evaluation"):
-        if getattr(args, role) is None:
-            raise SystemExit(f"--{role} FILE is needed: {code[:0]}no embedded text yet")
+def peer_python(wanted: str | None) -> str | None:
+    """A Python that has llm-compressor: the one named, .venv-bench, or this one."""
+    if wanted is not None:
+        return wanted
+    beside = ROOT / ".venv-bench" / "bin" / "python"
+    if beside.exists():
+        return str(beside)
+    return sys.executable if importlib.util.find_spec("llmcompressor") else None
+
+
+class Results:
+    """Rows and what they were measured with, kept in a JSON file when there is one."""
+
+    def __init__(self, path: Path | None, given: Inputs) -> None:
+        self.path, self.given = path, given
+        self.rows: list[Row] = []
+        self.alone: dict[str, Usage] = {}
+        self.original: tuple[float, float] | None = None
+        if path is not None and path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["given"] == asdict(given):
+                self.rows = [Row(**r | {"usage": Usage(**r["usage"])}) for r in kept["rows"]]
+                self.alone = {side: Usage(**u) for side, u in kept["alone"].items()}
+                self.original = tuple(kept["original"])
+
+    def add(self, row: Row) -> None:
+        """Take `row` in place of an older one."""
+        self.rows = [r for r in self.rows if (r.case, r.side) != (row.case, row.side)] + [row]
+        order = [str(case) for case in CASES.values()]
+        self.rows.sort(key=lambda r: (order.index(r.case), r.side == OURS))
+        if self.path is not None:
+            rows, alone = [asdict(r) for r in self.rows], {s: asdict(u) for s, u in self.alone.items()}
+            kept = {"given": asdict(self.given), "original": self.original, "alone": alone, "rows": rows}
+            self.path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="an unquantized Hugging Face folder")
-    parser.add_argument("--calibration", help="a .txt file; without it the embedded calibration text")
-    parser.add_argument("--evaluation", help="a .txt file; without it the embedded evaluation text")
-    parser.add_argument("--peer-python", default=sys.executable, help="the python that has llm-compressor")
+    parser.add_argument("--model", help="an unquantized Hugging Face folder; default the embedded model")
+    parser.add_argument("--calibration", help="a .txt file; default the embedded text")
+    parser.add_argument("--evaluation", help="a .txt file; default the embedded text")
     parser.add_argument("--bos", action="store_true", help="BOS before every sequence; some models are lost without")
-    parser.add_argument("--side", choices=["both", "peer", "quantpress"], default="both")
-    parser.add_argument("--only", action="append", choices=[str(c) for c in CASES], help="this case; may be repeated")
+    parser.add_argument("--peer-python", help="a python that has llm-compressor; default .venv-bench/bin/python")
+    parser.add_argument("--side", choices=["both", OURS, PEER], default="both")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="append the report to this file as well")
     parser.add_argument("--results", type=Path, help="keep the rows in this JSON file")
     parser.add_argument("--work", type=Path, help="folder for artifacts and logs; default a temporary one")
-    parser.add_argument("--keep", action="store_true", help="keep the artifacts in --work")
     return parser.parse_args()
 
 
@@ -185,34 +214,40 @@ def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         work = args.work or Path(temporary)
-        texts(args, work)
-        compare(args, work)
+        work.mkdir(parents=True, exist_ok=True)
+        asked = [sys.executable, str(HERE / "defaults.py"), str(work)]
+        for name in ("model", "calibration", "evaluation"):
+            value = getattr(args, name)
+            asked += [] if value is None else [f"--{name}", value]
+        compare(args, Inputs(**common.answer(asked), bos=args.bos, threads=args.threads), work)
 
 
-def compare(args: argparse.Namespace, work: Path) -> None:
-    """Run what was asked for, printing as it goes, then the table."""
-    pythons = {"llm-compressor": args.peer_python, "quantpress": sys.executable}
-    sides = [s for s in SIDES if args.side == "both" or (args.side == "peer") == (s == "llm-compressor")]
-    cases = [c for c in CASES if not args.only or str(c) in args.only]
-    baselines = {side: common.interpreter(pythons[side], args.threads) for side in sides}
-    original = (score(args.model, args), common.weight_bytes(Path(args.model)) / 1e6)
-    rows: list[Row] = []
-    for case in cases:
-        for side in sides:
-            row = run(case, side, args, work)
-            rows.append(row)
-            common.say(json.dumps(asdict(row)))
-            if args.results:
-                kept = [asdict(r) for r in rows]
-                about = {"model": args.model, "original": original, "python": {s: asdict(b) for s, b in baselines.items()}}
-                args.results.write_text(json.dumps(about | {"rows": kept}, indent=1))
-    say = lambda text: common.say(text, args.out)  # noqa: E731
-    say(f"\n## {Path(args.model).name}\n\n{report(rows, original, baselines)}\n")
-    for side in sides:
-        packages = ["torch", "transformers", "compressed-tensors", "llmcompressor", "quantpress"]
-        say(f"- {side}: {common.versions(pythons[side], packages)}")
-    say(f"- machine: {common.machine(args.threads)}")
-    say(f"- command: `{shlex.join(['python', 'tests/bench/peers.py', *sys.argv[1:]])}`")
+def compare(args: argparse.Namespace, given: Inputs, work: Path) -> None:
+    """Measure what was asked for, printing each row as it is known, then the table."""
+    peer = peer_python(args.peer_python)
+    if peer is None and args.side != OURS:
+        common.say("llm-compressor is not installed (make bench-setup): quantpress alone")
+    pythons = {PEER: peer, OURS: sys.executable}
+    sides = {side: python for side, python in pythons.items() if python and args.side in ("both", side)}
+    results = Results(args.results, given)
+    results.alone |= {side: common.interpreter(python, given.threads) for side, python in sides.items()}
+    if results.original is None:
+        results.original = (score(given.model, given), common.weight_bytes(Path(given.model)) / 1e6)
+    for case in (CASES[name] for name in args.only):
+        for side, python in sides.items():
+            row = run(case, side, python, given, work)
+            results.add(row)
+            common.say(f"{row.case}, {side}: perplexity {row.perplexity:.3f}, {row.usage}")
+    text = report(results.rows, results.original, results.alone)
+    packages = ["torch", "transformers", "compressed-tensors", "llmcompressor", "quantpress"]
+    lines = [f"\n## {args.model or 'embedded default model'}{', BOS' if given.bos else ''}\n", text, ""]
+    lines += [f"- {side}: {common.versions(python, packages)}" for side, python in pythons.items() if python]
+    lines += [f"- calibration {SAMPLES} x {SEQ_LEN} tokens, perplexity over {WINDOWS} x {WINDOW} tokens"]
+    lines += [
+        f"- machine: {common.machine(given.threads)}",
+        f"- `{shlex.join(['tests/bench/peers.py', *sys.argv[1:]])}`",
+    ]
+    common.say("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -100,12 +100,15 @@ def write_run(folder: Path, manifest: dict[str, Any], results: dict[str, Any]) -
     return folder
 
 
-def five_runs(folder: Path) -> list[Path]:
+def five_runs(folder: Path, blocks: int = 4) -> list[Path]:
     """int3 is good for its size, rtn4 and the larger group-32 are beaten, int8 is almost the original."""
     kinds = [("int3-g64", 3, 100_600_000, 29.78), ("int4-rtn-g64", 4, 114_000_000, 21.91),
              ("int4-gptq-g64", 4, 114_000_000, 18.39), ("int4-gptq-g32-sym", 4, 118_400_000, 18.9),
              ("int8-gptq", 8, 163_200_000, 17.07)]  # fmt: skip
-    return [write_run(folder / n, fake_manifest(n, b, s), fake_results(p, "NONE")) for n, b, s, p in kinds]
+    return [write_run(folder / n, fake_manifest(n, b, s, blocks), fake_results(p, "NONE")) for n, b, s, p in kinds]
+
+
+CHILDLESS = {"meta", "link", "br", "line", "path", "circle", "polyline"}  # browsers close drawings, the page does not
 
 
 class Page(HTMLParser):
@@ -120,23 +123,22 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "br", "line", "path", "rect", "circle", "polyline"):
+        if tag not in CHILDLESS:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("path", "rect", "circle"):
-            return
-        assert self.open.pop() == tag
+        assert tag in CHILDLESS or self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
 
     @property
     def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        return " ".join("".join(self.words).split())
 
 
 def page(index: Path) -> Page:
@@ -146,6 +148,13 @@ def page(index: Path) -> Page:
 
 
 # ---- one run
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report folder of one run, to look at."""
+    run = write_run(tmp_path_factory.mktemp("reported") / "run", fake_manifest(), fake_results())
+    return write_report(run).parent
 
 
 @pytest.fixture
@@ -173,8 +182,8 @@ def test_the_same_input_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
     assert {name: (again / "report" / name).read_bytes() for name in FILES} == first
 
 
-def test_the_page_says_what_was_measured(run: Path) -> None:
-    text = page(write_report(run)).text
+def test_the_page_says_what_was_measured(reported: Path) -> None:
+    text = page(reported / "index.html").text
     assert "2.4× smaller weights: 269 MB → 114 MB. Perplexity 17.05 → 18.40 (+7.9 %)." in text
     assert "Regression: 1 of 2 gates failed (perplexity increase +7.9 %, limit +3.0 %)." in text
     for shown in ("its weights already lay on a 4-bit, group-32 grid", "17.05 ± 0.36", "4.31", "damp raised to 0.1",
@@ -184,17 +193,17 @@ def test_the_page_says_what_was_measured(run: Path) -> None:
     assert "/somewhere/private" not in text
 
 
-def test_the_page_needs_no_network_and_no_script(run: Path) -> None:
-    parsed = page(write_report(run))
+def test_the_page_needs_no_network_and_no_script(reported: Path) -> None:
+    parsed = page(reported / "index.html")
     assert not [tag for tag, _ in parsed.tags if tag in ("script", "img", "iframe", "object")]
     for tag, attrs in parsed.tags:
         assert not attrs.get("src"), tag
         assert (attrs.get("href") or "data:").startswith("data:"), tag
-    assert "url(" not in (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "url(" not in (reported / "index.html").read_text(encoding="utf-8")
 
 
-def test_every_chart_has_a_text_for_those_who_do_not_see_it(run: Path) -> None:
-    drawings = [attrs for tag, attrs in page(write_report(run)).tags if tag == "svg"]
+def test_every_chart_has_a_text_for_those_who_do_not_see_it(reported: Path) -> None:
+    drawings = [attrs for tag, attrs in page(reported / "index.html").tags if tag == "svg"]
     assert len(drawings) == 3
     for attrs in drawings:
         assert attrs["role"] == "img"
@@ -218,14 +227,13 @@ def test_text_from_outside_is_never_markup(tmp_path: Path) -> None:
     assert "- two lines\n" in markdown
 
 
-def test_the_summaries(run: Path) -> None:
-    write_report(run)
-    summary = json.loads((run / "report" / "summary.json").read_text(encoding="utf-8"))
+def test_the_summaries(reported: Path) -> None:
+    summary = json.loads((reported / "summary.json").read_text(encoding="utf-8"))
     assert summary["schema"] == 1
     assert summary["summary"]["verdict"] == "REGRESSION"
     assert summary["summary"]["size_ratio"] == pytest.approx(269_060_552 / 114_000_000)
     assert summary["summary"]["artifact"]["perplexity"] == 18.4
-    lines = (run / "report" / "summary.md").read_text(encoding="utf-8").splitlines()
+    lines = (reported / "summary.md").read_text(encoding="utf-8").splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5}
     assert any("**missed**" in line for line in table)
@@ -290,7 +298,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(run: Path, file: str, co
 
 
 def test_a_comparison_separates_the_beaten_from_the_rest(tmp_path: Path) -> None:
-    runs = five_runs(tmp_path)
+    runs = five_runs(tmp_path, blocks=30)
     out = tmp_path / "compare"
     parsed = page(write_comparison(runs, out))
     assert sorted(f.name for f in out.iterdir()) == FILES
@@ -460,7 +468,8 @@ def test_the_colour_scale_covers_every_error_in_order() -> None:
         (report.size(0), "0 bytes"), (report.size(999), "999 bytes"), (report.size(62_800_000), "62.8 MB"),
         (report.size(1_234_000_000), "1.23 GB"), (report.number(17.049), "17.05"), (report.number(494_300), "494,300"),
         (report.change(0.051), "+5.1 %"), (report.change(-0.0004), "−0.04 %"), (report.change(2_899), "2,900× as high"),
-        (report.share(0.942), "94.2 %"), (report.share(0.99944), "99.94 %"), (report.share(1.0), "100 %"), (report.share(0.99999), "99.99 %"),
+        (report.share(0.942), "94.2 %"), (report.share(0.99944), "99.94 %"),
+        (report.share(1.0), "100 %"), (report.share(0.99999), "99.99 %"),
         (report.share(0.0083), "0.830 %"), (report.share(0.0), "0.00 %"), (report.small(0.03127), "0.0313"),
         (report.seconds(95.2), "95 s"), (report.seconds(600), "10.0 min"), (report.seconds(9000), "2.5 h"),
         (report.gate(1e8, "max_bytes"), "100 MB"), (report.gate(0.05, "max_kl"), "0.0500"),
@@ -475,13 +484,33 @@ def test_numbers_read_well(said: str, expected: str) -> None:
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
-def test_a_browser_shows_it_without_complaint(tmp_path: Path) -> None:
-    index = write_report(write_run(tmp_path / "run", fake_manifest(), fake_results()))
+def in_browser(page: Path, profile: Path, *more: str) -> tuple[str, str]:
+    """The page's document after loading, and what the browser wrote to its log."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,900"]  # fmt: skip
-    shown = subprocess.run(
-        [str(BROWSER), *flags, "--dump-dom", index.as_uri()], capture_output=True, text=True, timeout=60
-    )
-    assert "2.4× smaller weights: 269 MB → 114 MB." in shown.stdout
-    assert "CONSOLE" not in shown.stderr
+             "--enable-logging=stderr", f"--user-data-dir={profile}", *more, "--dump-dom"]  # fmt: skip
+    done = subprocess.run([str(BROWSER), *flags, page.as_uri()], capture_output=True, text=True, timeout=60)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+def test_a_browser_shows_it_without_complaint(reported: Path, tmp_path: Path) -> None:
+    document, log = in_browser(reported / "index.html", tmp_path)
+    assert "2.4× smaller weights: 269 MB → 114 MB." in Page(document).text
+    assert "CONSOLE" not in log
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+def test_the_page_does_not_scroll_sideways_on_a_phone(tmp_path: Path) -> None:
+    manifest = fake_manifest("a-recipe-with-a-name-that-is-longer-than-a-phone-is-wide-" + "x" * 60, blocks=126)
+    manifest["model"]["caveat"] = manifest["fallbacks"][0] = "word" * 40
+    run = write_run(tmp_path / "a", manifest, fake_results())
+    other = write_run(tmp_path / "b", manifest | {"name": "short"}, fake_results(19.0))
+    for i, page in enumerate((write_report(run), write_comparison([run, other], tmp_path / "compare"))):
+        frame = tmp_path / "frame.html"
+        frame.write_text(
+            f"<iframe id=f src={page.as_uri()} style='width: 390px'></iframe>"
+            "<script>onload = () => { const page = f.contentDocument.documentElement;"
+            "document.title = `hidden px: ${page.scrollWidth - page.clientWidth}` }</script>"
+        )
+        document, _ = in_browser(frame, tmp_path / f"profile{i}", "--allow-file-access-from-files")
+        assert "<title>hidden px: 0</title>" in document

@@ -10,8 +10,7 @@ from quantpress.quantize.calibration import Moments
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton, run_block
-
-from .tiny import FAMILIES, VOCAB, build
+from tests.tiny import FAMILIES, VOCAB, build
 
 CPU = torch.device("cpu")
 
@@ -84,7 +83,7 @@ def test_mixtral_keeps_its_names_on_disk(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "nonesuch"}, "unknown architecture: model_type 'nonesuch'"),
-        ({"model_type": "bert"}, "unknown architecture: model_type 'bert'"),
+        ({"model_type": "t5"}, "unknown architecture: model_type 't5'"),
         ({"num_hidden_layers": 5}, "lacks .* tensors, the first model.layers.2"),
         ({"dtype": "int4"}, "dtype 'int4'"),
     ],

@@ -1,0 +1,33 @@
+"""On-disk formats: pack and unpack between QuantizedLinear and files, and the config.json that goes with them."""
+
+from typing import Any
+
+from ..errors import BadInput
+from . import gptq
+from .base import Format
+from .compressed_tensors import CompressedTensors
+from .gptq import Gptq
+
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": CompressedTensors(),
+    "gptq": Gptq(),
+    "gptq-v1-asymmetric": Gptq(lowered=True),  # read only
+}
+
+__all__ = ["FORMATS", "Format", "detect"]
+
+
+def detect(config: dict[str, Any]) -> str | None:
+    """The format of a checkpoint with this config.json, None when it is not quantized.
+
+    Raises BadInput for a quantization that is none of ours.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method == "compressed-tensors":
+        return "compressed-tensors"
+    if method == "gptq":
+        return gptq.version(quantization)
+    raise BadInput(f"quantized with {method!r}, which cannot be read; known: compressed-tensors, gptq")

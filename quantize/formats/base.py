@@ -1,0 +1,104 @@
+"""What a format can do: hold a QuantizedLinear as tensors, give it back, and say so in config.json."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..errors import BadInput
+from ..grid import QuantizedLinear
+from ..recipe import Grid
+
+Kind = tuple[int, int, bool]  # bits, group_size, symmetric: all of a grid that a file knows
+
+
+class Format(ABC):
+    """One on-disk format. No files are opened here: tensors go in and out by name."""
+
+    @abstractmethod
+    def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
+        """Raise BadInput when a linear cannot be held; `shuffled`: groups are scattered columns, named by g_idx."""
+
+    @abstractmethod
+    def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors of linear `name`. Raises BadInput for what cannot be stored exactly."""
+
+    @abstractmethod
+    def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
+        """The record behind linear `name`, weight [out, in] = `shape`; raises BadInput for tensors that do not fit."""
+
+    @abstractmethod
+    def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
+        """Bytes of the tensors `pack` makes of one linear, scales of `scale_bytes` each."""
+
+    @abstractmethod
+    def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
+        """The quantized linears among the tensors {name: shape} of a checkpoint: {name: (out, in)}."""
+
+    @abstractmethod
+    def suffixes(self) -> tuple[str, ...]:
+        """The tensor names `pack` may write, after the linear's own."""
+
+    @abstractmethod
+    def config(
+        self, schemes: dict[str, Grid | None], *, ignored_extra: Iterable[str] = (), shuffled: bool = False
+    ) -> dict[str, Any]:
+        """The quantization_config of a model with these linears; None is left in 16 bit, `ignored_extra` too.
+
+        Raises BadInput for schemes that one model cannot mix.
+        """
+
+    @abstractmethod
+    def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
+        """Read a quantization_config back: the grid of each linear, None for one it leaves in 16 bit on purpose.
+
+        Names it does not speak of are absent. Raises BadInput for a config that cannot be read.
+        """
+
+    def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """JSON files written beside config.json."""
+        return {}
+
+
+def kind(grid: Grid) -> Kind:
+    return grid.bits, grid.group_size, grid.symmetric
+
+
+def grid_of(bits: Any, group_size: Any, symmetric: Any) -> Grid:
+    """A grid found in a config; raises BadInput for one we cannot hold."""
+    try:
+        return Grid(bits=bits, group_size=group_size, symmetric=symmetric)
+    except ValidationError:
+        raise BadInput(
+            f"the artifact is quantized to {bits} bits, group size {group_size}, symmetric {symmetric}; "
+            "known are 2, 3, 4 and 8 bits in groups of a multiple of 8, or per channel (-1)"
+        ) from None
+
+
+def take(name: str, read: Callable[[str], Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Read a tensor that must have this shape."""
+    tensor = read(name)
+    if tuple(tensor.shape) != shape:
+        raise BadInput(f"{name}: shape {list(tensor.shape)} where the config asks for {list(shape)}")
+    return tensor
+
+
+def patterns(schemes: dict[str, Kind | None]) -> dict[str, Kind | None]:
+    """Anchored regular expressions that stand for the names, few of them: {pattern: kind}, no two matching one name.
+
+    Layers whose names differ only in numbers share a pattern when they all have one kind.
+    """
+    families: dict[str, dict[str, Kind | None]] = {}
+    for name, value in schemes.items():
+        family = ".".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+        families.setdefault(family, {})[name] = value
+    out: dict[str, Kind | None] = {}
+    for family, members in families.items():
+        if len(set(members.values())) == 1:
+            out[f"^{family}$"] = next(iter(members.values()))
+        else:
+            out |= {f"^{re.escape(name)}$": value for name, value in members.items()}
+    return out

@@ -1,0 +1,191 @@
+"""GPTQ files: qweight, qzeros, scales and g_idx, as AutoGPTQ laid them out and every server reads them.
+
+For a weight [out, in] in groups: qweight int32 [in*bits/32, out], codes packed along `in`; qzeros int32
+[groups, out*bits/32], packed along `out`; scales float16 [groups, out]; g_idx int32 [in].
+
+Version 1 stores each zero one lower and readers add it back, some with a carry into the neighbouring zero when the
+sum leaves its bits: a zero of 0 does not survive. So symmetric models are version 1, which all readers know, and
+asymmetric ones version 2 (`checkpoint_format: gptq_v2`), which stores zeros as they are.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from ..grid import QuantizedLinear
+from ..recipe import Grid
+from . import bits as bitstream
+from .base import Format, Kind, grid_of, kind, patterns, take
+
+# Servers keep these in one tensor and look up its name, not the names of its parts.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class Gptq(Format):
+    """`lowered`: asymmetric zeros were stored one lower (version 1); such files are read, never written."""
+
+    def __init__(self, lowered: bool = False) -> None:
+        self.lowered = lowered
+
+    def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
+        for what, n in (("in_features", in_features), ("out_features", out_features)):
+            if n * grid.bits % 32:
+                step = {2: 16, 3: 32, 4: 8, 8: 4}[grid.bits]
+                raise BadInput(
+                    f"gptq cannot hold {grid.bits}-bit codes for {what} {n}, which is not a multiple of {step}; "
+                    "use compressed-tensors or add the layer to `ignore`"
+                )
+        if self.lowered and not grid.symmetric:
+            raise BadInput("asymmetric gptq version 1 is only read; write gptq, which stores it as version 2")
+
+    def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
+        self.check(q.grid, q.out_features, q.in_features, q.g_idx is not None)
+        scales = q.scales.to(torch.float16)
+        if not torch.equal(scales.to(torch.float32), q.scales.to(torch.float32)):
+            worst = q.scales[scales.to(torch.float32) != q.scales.to(torch.float32)].to(torch.float32).abs().min()
+            raise BadInput(
+                f"{name}: gptq stores scales in float16, and {worst.item():.9g} ({q.scales.dtype}) is not exact there; "
+                "use compressed-tensors"
+            )
+        zeros = q.zeros - 1 if q.grid.symmetric else q.zeros
+        return {
+            f"{name}.qweight": bitstream.pack(q.codes, q.grid.bits).T.contiguous(),
+            f"{name}.qzeros": bitstream.pack(zeros.T.contiguous(), q.grid.bits),
+            f"{name}.scales": scales.T.contiguous(),
+            f"{name}.g_idx": q.column_groups().to(torch.int32),
+        }
+
+    def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
+        n_out, n_in = shape
+        self.check(grid.model_copy(update={"symmetric": True}), n_out, n_in, False)
+        groups = n_in // grid.columns(n_in)
+        words = take(f"{name}.qweight", read, (bitstream.n_words(n_in, grid.bits), n_out))
+        zeros = take(f"{name}.qzeros", read, (groups, bitstream.n_words(n_out, grid.bits)))
+        scales = take(f"{name}.scales", read, (groups, n_out))
+        g_idx = take(f"{name}.g_idx", read, (n_in,)).to(torch.int32)
+        if g_idx.min() < 0 or g_idx.max() >= groups:
+            raise BadInput(f"{name}.g_idx: names groups {g_idx.min()} to {g_idx.max()} where there are {groups}")
+        in_order = torch.equal(g_idx.long(), torch.arange(n_in) // grid.columns(n_in))
+        return QuantizedLinear(
+            codes=bitstream.unpack(words.T.contiguous(), grid.bits, n_in),
+            scales=scales.T.contiguous(),
+            zeros=self._zeros(name, bitstream.unpack(zeros, grid.bits, n_out), grid).T.contiguous(),
+            grid=grid,
+            g_idx=None if in_order else g_idx,
+        )
+
+    def _zeros(self, name: str, stored: Tensor, grid: Grid) -> Tensor:
+        if not grid.symmetric:
+            return stored + 1 & grid.levels if self.lowered else stored
+        middle = 1 << (grid.bits - 1)
+        # Readers of symmetric files ignore the zeros, so either version's value stands for the middle.
+        if not ((stored == middle - 1) | (stored == middle)).all():
+            raise BadInput(f"{name}.qzeros: the config says symmetric, and the zeros are not {middle}")
+        return torch.full_like(stored, middle)
+
+    def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
+        groups = in_features // grid.columns(in_features)
+        words = bitstream.n_words(in_features, grid.bits) * out_features
+        words += bitstream.n_words(out_features, grid.bits) * groups
+        return 4 * (words + in_features) + 2 * groups * out_features
+
+    def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
+        names = [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
+        for name in names:
+            if len(shapes[f"{name}.qweight"]) != 2 or len(shapes.get(f"{name}.g_idx", ())) != 1:
+                raise BadInput(f"{name}: a qweight matrix and a g_idx vector are needed")
+        return {name: (shapes[f"{name}.qweight"][1], shapes[f"{name}.g_idx"][0]) for name in names}
+
+    def suffixes(self) -> tuple[str, ...]:
+        return ("qweight", "qzeros", "scales", "g_idx")
+
+    def config(
+        self, schemes: dict[str, Grid | None], *, ignored_extra: Iterable[str] = (), shuffled: bool = False
+    ) -> dict[str, Any]:
+        kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in schemes.items()}
+        counted = Counter(value for value in kinds.values() if value is not None)
+        if len({symmetric for _, _, symmetric in counted}) > 1:
+            raise BadInput(
+                "gptq cannot hold symmetric and asymmetric layers in one model, whose zeros are all of one version; "
+                "use compressed-tensors or one kind"
+            )
+        if not counted:
+            raise BadInput("no linear is quantized")
+        base = counted.most_common(1)[0][0]
+        kinds.update(dict.fromkeys(ignored_extra))
+        kinds.pop("lm_head", None)  # `lm_head: false` says that one
+        dynamic: dict[str, dict[str, Any]] = {}
+        for pattern, value in patterns(_with_fused(kinds)).items():
+            if value is None:
+                dynamic[f"-:{pattern}"] = {}
+            elif value != base:
+                dynamic[f"+:{pattern}"] = {"bits": value[0], "group_size": value[1], "sym": value[2]}
+        return {
+            "quant_method": "gptq",
+            "bits": base[0],
+            "group_size": base[1],
+            "sym": base[2],
+            "desc_act": shuffled,
+            "lm_head": False,
+            "checkpoint_format": "gptq" if base[2] else "gptq_v2",
+        } | ({"dynamic": dynamic} if dynamic else {})
+
+    def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"quantize_config.json": config}
+
+    def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
+        out: dict[str, Grid | None] = {}
+        only = _flat(config.get("modules_in_block_to_quantize") or [])
+        for name in names:
+            found = _override(config.get("dynamic") or {}, name)
+            if found is None or (only and not any(part in name for part in only)):
+                out[name] = None
+                continue
+            values = config | found
+            if values.get("bits") is None or values.get("group_size") is None:
+                raise BadInput("quantization_config: gptq needs `bits` and `group_size`")
+            out[name] = grid_of(values["bits"], values["group_size"], values.get("sym", True))
+        return out
+
+
+def version(config: dict[str, Any]) -> str:
+    """The format that reads files with this quantization_config; raises BadInput for layouts made for one kernel."""
+    layout = config.get("checkpoint_format") or "gptq"
+    if layout not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+        raise BadInput(f"gptq checkpoint_format {layout!r} is laid out for one kernel and cannot be read; known: "
+                       "gptq, gptq_v2")  # fmt: skip
+    asymmetric = [config, *(v for v in (config.get("dynamic") or {}).values() if isinstance(v, dict))]
+    return "gptq-v1-asymmetric" if layout == "gptq" and any(v.get("sym") is False for v in asymmetric) else "gptq"
+
+
+def _with_fused(kinds: dict[str, Kind | None]) -> dict[str, Kind | None]:
+    """The names, and those of tensors that servers fuse when all parts are of one kind."""
+    out = dict(kinds)
+    for fused, parts in FUSED.items():
+        for name in kinds:
+            block, _, part = name.rpartition(".")
+            siblings = [f"{block}.{sibling}" for sibling in parts]
+            if part == parts[0] and all(s in kinds and kinds[s] == kinds[name] for s in siblings):
+                out[f"{block}.{fused}"] = kinds[name]
+    return out
+
+
+def _override(dynamic: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """What the first matching rule changes; None when it leaves the layer out."""
+    for rule, values in dynamic.items():
+        try:
+            matched = re.match(rule.removeprefix("-:").removeprefix("+:"), name)
+        except re.error as error:
+            raise BadInput(f"quantization_config: dynamic rule {rule!r} is not a regular expression: {error}") from None
+        if matched:
+            return None if rule.startswith("-:") else dict(values)
+    return {}
+
+
+def _flat(value: Any) -> list[str]:
+    return [name for part in value for name in _flat(part)] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,233 @@
+"""Whole runs on tiny models: every family, resume after a kill, equal bytes, bad input that leaves nothing behind."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantpress.quantize.artifact import Artifact, open_artifact
+from quantpress.quantize.checkpoint import Checkpoint
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.model import Skeleton
+from quantpress.quantize.pipeline import Settings, prepare, quantize
+from quantpress.quantize.recipe import parse
+from quantpress.quantize.sources import resolve
+from tests.tiny import FAMILIES, build, text
+
+CPU = torch.device("cpu")
+BASE: dict[str, Any] = {
+    "calibration": {"samples": 6, "seq_len": 32},
+    "weights": {"bits": 4, "group_size": 32, "symmetric": False},
+}
+
+
+def make(folder: Path, model: Path, document: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    words = folder.parent / "calibration.txt"
+    words.write_text(text())
+    calibration = BASE["calibration"] | document.get("calibration", {}) | {"source": str(words)}
+    recipe = parse(BASE | document | {"calibration": calibration, "model": str(model)})
+    cache = folder.parent / "cache"
+    return quantize(prepare(recipe, resolve(recipe.model, cache=cache)), Settings(folder, cache, **settings))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, method: str, tmp_path: Path) -> None:
+    build(family, tmp_path / "model", torch.bfloat16)
+    manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": method}})
+    original = Checkpoint(tmp_path / "model")
+    shapes = [x.name for x in Skeleton(original, device=CPU).linears()]
+    back, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
+    assert set(back.linears) == set(shapes)
+    assert [layer["name"] for layer in manifest["layers"]] == shapes
+    for name in original.names():
+        before, after = original.read(name), back.read(name)
+        assert after.shape == before.shape
+        if name.removesuffix(".weight") in shapes:
+            assert not torch.equal(after, before)
+            assert ((after - before).float().norm() / before.float().norm()) < 0.2
+        else:
+            assert torch.equal(after, before)
+    assert all(0 < layer["relative_error"] < 0.1 for layer in manifest["layers"])
+
+
+def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "a", tmp_path / "model", {})
+    make(tmp_path / "b", tmp_path / "model", {})
+    assert files(tmp_path / "a" / "quantized") == files(tmp_path / "b" / "quantized")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_resume_after_a_stop_gives_the_same_bytes(when: int, tmp_path: Path) -> None:
+    build("gemma3", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "whole", tmp_path / "model", {})
+
+    def stop(progress: Any) -> None:
+        if progress.block == when:
+            raise Stop
+
+    with pytest.raises(Stop):
+        make(tmp_path / "cut", tmp_path / "model", {}, on_block=stop)
+    assert not (tmp_path / "cut" / "quantized").exists()
+    with open(tmp_path / "cut" / ".work" / "journal.jsonl", "a") as journal:
+        journal.write('{"block": 2, "half a li')  # as a kill in the middle of a write leaves it
+    seen: list[int] = []
+    make(tmp_path / "cut", tmp_path / "model", {}, on_block=lambda p: seen.append(p.block))
+    assert seen == list(range(when + 1, 4))
+    assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
+
+
+def test_kill_9_and_resume_through_the_command_line(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text())
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"calibration: {{source: {tmp_path / 'text.txt'}, samples: 4, seq_len: 32}}\nweights: {{group_size: 32}}\n"
+    )
+    code = (
+        "import os, signal, quantpress.quantize.journal as j\n"
+        "commit = j.Journal.commit\n"
+        "def kill(self, *a):\n    commit(self, *a)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if {die}: j.Journal.commit = kill\n"
+        "from quantpress.quantize.cli import main; main()\n"
+    )
+
+    def command(out: str, die: bool) -> int:
+        arguments = ["quantize", str(recipe), "--model", str(tmp_path / "model"), "--out", str(tmp_path / out)]
+        run = [sys.executable, "-c", code.replace("{die}", str(die)), *arguments]
+        return subprocess.run(run, check=False, capture_output=True).returncode
+
+    assert command("cut", True) == -signal.SIGKILL
+    assert command("cut", False) == 0
+    assert command("whole", False) == 0
+    assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
+
+
+def test_an_unfinished_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+
+    def stop(progress: Any) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        make(tmp_path / "run", tmp_path / "model", {}, on_block=stop)
+    with pytest.raises(BadInput, match=r"recipe.method.damp: 0.01 there, 0.05 now"):
+        make(tmp_path / "run", tmp_path / "model", {"method": {"name": "gptq", "damp": 0.05}})
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    with pytest.raises(BadInput, match="already holds a finished run"):
+        make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": 32}}, overwrite=True)
+
+
+def test_both_formats_hold_the_same_weights(tmp_path: Path) -> None:
+    build("qwen3", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"formats": ["compressed-tensors", "gptq"]})
+    one, two = (Artifact(tmp_path / "run" / f) for f in ("quantized", "converted/gptq"))
+    assert set(one.linears) == set(two.linears)
+    for name in one.linears:
+        assert torch.equal(one.read(f"{name}.weight"), two.read(f"{name}.weight"))
+
+
+def test_overrides_and_ignore_are_kept(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    document = {"overrides": [{"match": "*.down_proj", "bits": 8}], "ignore": ["model.layers.0.*"]}
+    manifest = make(tmp_path / "run", tmp_path / "model", document)
+    schemes = {layer["name"]: layer["scheme"] for layer in manifest["layers"]}
+    assert schemes["model.layers.0.self_attn.q_proj"] == "16 bit"
+    assert schemes["model.layers.1.mlp.down_proj"] == "int8 g32 asym"
+    assert schemes["model.layers.1.mlp.up_proj"] == "int4 g32 asym"
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    shard = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(shard)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    make(tmp_path / "run", tmp_path / "model", {})
+    artifact = Checkpoint(tmp_path / "run" / "quantized")
+    assert "lm_head.weight" not in artifact
+    assert artifact.config["tie_word_embeddings"] is True
+
+
+def test_experts_that_saw_few_tokens_are_reported(tmp_path: Path) -> None:
+    build("qwen3_moe", tmp_path / "model", torch.bfloat16)
+    manifest = make(tmp_path / "run", tmp_path / "model", {"calibration": {"samples": 1, "seq_len": 16}})
+    assert any("experts" in line and "fewer than" in line for line in manifest["fallbacks"])
+
+
+def spoil(folder: Path, how: str) -> None:
+    shard = folder / "model.safetensors"
+    if how == "nan":
+        tensors = load_file(shard)
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, shard, metadata={"format": "pt"})
+    elif how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == "quantized":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    elif how == "no config":
+        (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "document", "message"),
+    [
+        ("nan", {}, "model.layers.1.mlp.up_proj.weight holds NaN"),
+        ("truncated", {}, "model.safetensors: truncated"),
+        ("quantized", {}, "already quantized"),
+        ("no config", {}, "config.json"),
+        ("", {"weights": {"group_size": 40}}, r"in_features 64 is not a multiple of group_size 40; choose 8, 16, 32, 64, -1"),
+        ("", {"ignore": ["*.q_prj"]}, "matches no linear layer; the nearest names are .*q_proj"),
+        ("", {"calibration": {"samples": 4000}}, "sequences of 32 tokens, 4000 are asked for"),
+        ("", {"calibration": {"seq_len": 4000}}, "more than the model's 128 positions"),
+        ("", {"calibration": {"chat_template": True}}, "no chat template"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(
+    how: str, document: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    spoil(tmp_path / "model", how)
+    with pytest.raises(BadInput, match=message) as caught:
+        make(tmp_path / "run", tmp_path / "model", document)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_by_the_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    monkeypatch.setattr("quantpress.quantize.machine.available_memory_bytes", lambda: 10_000_000)
+    with pytest.raises(BadInput, match=r"needs .* of memory and 10.0 MB are free"):
+        make(tmp_path / "run", tmp_path / "model", {})
+    make(tmp_path / "run", tmp_path / "model", {}, ignore_limits=True)
+
+
+def test_the_plan_knows_the_bytes(tmp_path: Path) -> None:
+    build("phi3", tmp_path / "model", torch.bfloat16)
+    recipe = parse(BASE | {"model": str(tmp_path / "model"), "method": {"name": "rtn"}})
+    job = prepare(recipe, resolve(recipe.model, cache=tmp_path / "cache"))
+    manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    assert job.plan.artifact_bytes == manifest["artifact"]["bytes"]
+    shutil.rmtree(tmp_path / "run")
