@@ -93,7 +93,7 @@ def patterns(schemes: dict[str, Kind | None]) -> dict[str, Kind | None]:
     """
     families: dict[str, dict[str, Kind | None]] = {}
     for name, value in schemes.items():
-        family = ".".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+        family = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
         families.setdefault(family, {})[name] = value
     out: dict[str, Kind | None] = {}
     for family, members in families.items():

@@ -21,16 +21,21 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     word = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)
     for i in range(8):
         word |= eights[..., i].to(torch.int64) << (bits * i)
-    stream = word.unsqueeze(-1).view(torch.uint8)[..., :bits].reshape(*rows, -1)
+    stream = _as(word, torch.uint8, *word.shape, 8)[..., :bits].reshape(*rows, -1)
     size = 4 * n_words(n, bits)
-    return pad(stream, (0, max(0, size - stream.shape[-1])))[..., :size].contiguous().view(torch.int32)
+    return _as(pad(stream, (0, size - stream.shape[-1])), torch.int32, *rows, size // 4)
 
 
 def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     """int32 [..., n_words(n, bits)] -> codes [..., n] uint8."""
     rows = words.shape[:-1]
-    stream = words.contiguous().view(torch.uint8)
+    stream = _as(words, torch.uint8, *rows, 4 * words.shape[-1])
     stream = pad(stream, (0, -stream.shape[-1] % bits)).reshape(*rows, -1, bits)
-    word = pad(stream, (0, 8 - bits)).contiguous().view(torch.int64)
-    eights = [word.squeeze(-1) >> (bits * i) & ((1 << bits) - 1) for i in range(8)]
+    word = _as(pad(stream, (0, 8 - bits)), torch.int64, *stream.shape[:-1])
+    eights = [word >> (bits * i) & ((1 << bits) - 1) for i in range(8)]
     return torch.stack([eight.to(torch.uint8) for eight in eights], dim=-1).reshape(*rows, -1)[..., :n].contiguous()
+
+
+def _as(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The same bytes as another type; flat first, because a view wants its last stride to be 1."""
+    return tensor.reshape(-1).view(dtype).reshape(shape)

@@ -89,6 +89,9 @@ class CompressedTensors(Format):
         kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in schemes.items()}
         ignored = [name for name, value in kinds.items() if value is None]
         ignored += [name for name in ignored_extra if name not in ignored]
+        if "embed_out" in ignored:
+            ignored.append("lm_head")  # what transformers calls the same head
+        _check_experts(kinds)
         distinct = list(dict.fromkeys(value for value in kinds.values() if value is not None))
         if not distinct:
             raise BadInput("no linear is quantized")
@@ -134,6 +137,16 @@ class CompressedTensors(Format):
             if by_name or by_class:
                 out[name] = (by_name or by_class)[0]
         return out
+
+
+def _check_experts(kinds: dict[str, Kind | None]) -> None:
+    """transformers makes one tensor of all experts, with the first one's scheme: others would be silently wrong."""
+    experts = {value for name, value in kinds.items() if ".experts." in name and value is not None}
+    if len(experts) > 1:
+        raise BadInput(
+            f"compressed-tensors: the experts have {len(experts)} formats, and readers know one for all of them; "
+            "give every expert the same"
+        )
 
 
 def _grid(scheme: Any, default: str) -> Grid:

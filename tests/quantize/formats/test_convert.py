@@ -1,0 +1,172 @@
+"""Conversion keeps every code, scale and zero, and refuses what it cannot keep."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantpress.quantize.checkpoint import Checkpoint, write_json, write_part
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.formats import FORMATS, convert, detect
+from quantpress.quantize.formats.convert import convert as convert_folder
+from quantpress.quantize.grid import Grid, QuantizedLinear
+
+from .artifacts import Schemes, load, logits, make, quantization_config, uniform
+from .records import equal, with_scales
+
+FOUR = Grid(group_size=32)
+ASYMMETRIC = Grid(group_size=32, symmetric=False)
+
+
+def several() -> Schemes:
+    schemes = uniform(FOUR, dense=("o_proj",))
+    return schemes | {n: Grid(bits=8, group_size=-1) for n in schemes if n.endswith("down_proj")}
+
+
+CASES: dict[str, Schemes] = {
+    "4 bits": uniform(FOUR),
+    "4 bits asymmetric": uniform(ASYMMETRIC, dense=("v_proj",)),
+    "3 bits": uniform(Grid(bits=3, group_size=16)),
+    "2 bits channel": uniform(Grid(bits=2, group_size=-1, symmetric=False)),
+    "several": several(),
+}
+
+
+def records(folder: Path, schemes: Schemes, shapes: dict[str, tuple[int, int]]) -> dict[str, QuantizedLinear]:
+    checkpoint = Checkpoint(folder)
+    format = detect(checkpoint.config)
+    assert format is not None
+    grids = FORMATS[format].grids(checkpoint.config["quantization_config"], list(schemes))
+    assert {n: g for n, g in grids.items() if g is not None} == {n: g for n, g in schemes.items() if g is not None}
+    return {n: FORMATS[format].unpack(n, checkpoint.read, g, shapes[n]) for n, g in schemes.items() if g is not None}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "_PART_BYTES", 10_000)  # several parts
+    before, _ = make(tmp_path / "ct", "compressed-tensors", CASES[case])
+    shapes = {name: (q.out_features, q.in_features) for name, q in before.items()}
+    convert_folder(tmp_path / "ct", tmp_path / "gptq", "gptq")
+    convert_folder(tmp_path / "gptq", tmp_path / "back", "compressed-tensors")
+    as_gptq, back = (records(tmp_path / f, CASES[case], shapes) for f in ("gptq", "back"))
+    for name, q in before.items():
+        assert equal(as_gptq[name], with_scales(q, torch.float16))
+        assert equal(back[name], q)
+    first, last = Checkpoint(tmp_path / "ct"), Checkpoint(tmp_path / "back")
+    assert set(first.names()) == set(last.names())
+    assert all(torch.equal(first.read(n), last.read(n)) for n in first.names())
+    if case != "several":  # their groups may change places
+        assert first.config == last.config
+    # A converted folder says what one written in that format says.
+    direct = FORMATS["gptq"].config(CASES[case], ignored_extra=["lm_head"])
+    assert quantization_config(tmp_path / "gptq") == direct
+    assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text()) == direct
+    assert (tmp_path / "gptq" / "tokenizer.json").read_bytes() == (tmp_path / "ct" / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "back" / "quantize_config.json").exists()
+
+
+def test_transformers_loads_what_came_from_gptq(tmp_path: Path) -> None:
+    _, expected = make(tmp_path / "gptq", "gptq", uniform(ASYMMETRIC, dense=("down_proj",)))
+    convert_folder(tmp_path / "gptq", tmp_path / "ct", "compressed-tensors")
+    assert torch.equal(logits(load(tmp_path / "ct")), logits(expected))
+
+
+def test_an_untied_head_stays_out_of_both(tmp_path: Path) -> None:
+    make(tmp_path / "gptq", "gptq", uniform(FOUR))
+    checkpoint = Checkpoint(tmp_path / "gptq")
+    tensors = {n: checkpoint.read(n) for n in checkpoint.names()}
+    head = torch.randn(256, 64, dtype=torch.bfloat16)
+    for old in (tmp_path / "gptq").glob("model*"):
+        old.unlink()
+    write_part(tmp_path / "gptq" / "model.safetensors", tensors | {"lm_head.weight": head})
+    write_json(tmp_path / "gptq" / "config.json", checkpoint.config | {"tie_word_embeddings": False})
+    convert_folder(tmp_path / "gptq", tmp_path / "ct", "compressed-tensors")
+    assert quantization_config(tmp_path / "ct")["ignore"] == ["lm_head"]
+    assert torch.equal(load(tmp_path / "ct").lm_head.weight, head)
+
+
+def test_asymmetric_version_1_becomes_version_2(tmp_path: Path) -> None:
+    """An older tool's file: the label is changed, so the same stored zeros now mean one more."""
+    before, _ = make(tmp_path / "old", "gptq", uniform(ASYMMETRIC))
+    config = Checkpoint(tmp_path / "old").config
+    config["quantization_config"]["checkpoint_format"] = "gptq"
+    write_json(tmp_path / "old" / "config.json", config)
+    convert_folder(tmp_path / "old", tmp_path / "new", "gptq")
+    shapes = {name: (q.out_features, q.in_features) for name, q in before.items()}
+    for name, q in records(tmp_path / "new", uniform(ASYMMETRIC), shapes).items():
+        assert torch.equal(q.zeros, before[name].zeros + 1 & 15)
+        assert torch.equal(q.codes, before[name].codes)
+    assert quantization_config(tmp_path / "new")["checkpoint_format"] == "gptq_v2"
+
+
+def test_the_manifest_follows(tmp_path: Path) -> None:
+    make(tmp_path / "ct", "compressed-tensors", uniform(FOUR))
+    write_json(tmp_path / "ct" / "manifest.json", {"name": "r", "artifact": {"format": "x", "parameters": 1000}})
+    convert_folder(tmp_path / "ct", tmp_path / "gptq", "gptq")
+    manifest = json.loads((tmp_path / "gptq" / "manifest.json").read_text())
+    total = Checkpoint(tmp_path / "gptq").total_bytes
+    assert manifest["name"] == "r"
+    assert manifest["converted_from"] == {"format": "compressed-tensors"}
+    sizes = manifest["artifact"]
+    assert (sizes["format"], sizes["bytes"], sizes["bits_per_parameter"]) == ("gptq", total, 8 * total / 1000)
+    # 4 bits, 16/32 for scales, 4/32 for zeros, and g_idx: 32 bits a column over 16 to 96 rows.
+    assert 4.625 < sizes["quantized_bits_per_weight"] < 4.625 + 32 / 32
+
+
+def listing(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("format", "schemes", "to", "message"),
+    [
+        ("compressed-tensors", uniform(FOUR), "compressed-tensors", "is in format compressed-tensors already"),
+        ("compressed-tensors", uniform(FOUR), "awq", "unknown format 'awq'"),
+        ("compressed-tensors", uniform(FOUR), "gptq-v1-asymmetric", "unknown format"),
+        (
+            "compressed-tensors",
+            uniform(FOUR) | {"model.layers.1.mlp.up_proj": ASYMMETRIC},
+            "gptq",
+            "symmetric and asymmetric layers in one model",
+        ),
+    ],
+)
+def test_what_cannot_be_converted(format: str, schemes: Schemes, to: str, message: str, tmp_path: Path) -> None:
+    make(tmp_path / "a", format, schemes)
+    before = listing(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        convert_folder(tmp_path / "a", tmp_path / "b", to)
+    assert listing(tmp_path) == before
+
+
+def test_scattered_groups_leave_nothing_behind(tmp_path: Path) -> None:
+    make(tmp_path / "a", "gptq", uniform(Grid(group_size=16)), shuffled=True)
+    before = listing(tmp_path)
+    with pytest.raises(BadInput, match=r"scattered columns \(g_idx\)"):
+        convert_folder(tmp_path / "a", tmp_path / "b", "compressed-tensors")
+    assert listing(tmp_path) == before
+
+
+def test_scales_out_of_range_leave_nothing_behind(tmp_path: Path) -> None:
+    make(tmp_path / "a", "compressed-tensors", uniform(FOUR))
+    checkpoint = Checkpoint(tmp_path / "a")
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    shard = tmp_path / "a" / checkpoint.file_of(name)
+    tensors = {n: checkpoint.read(n) for n in checkpoint.names() if checkpoint.file_of(n) == shard.name}
+    tensors[name][0, 0] = 1e-9
+    write_part(shard, tensors)
+    before = listing(tmp_path)
+    with pytest.raises(BadInput, match=r"layers\.1\.mlp\.up_proj: gptq stores scales in float16"):
+        convert_folder(tmp_path / "a", tmp_path / "b", "gptq")
+    assert listing(tmp_path) == before
+
+
+def test_a_target_that_exists_and_a_plain_source(tmp_path: Path) -> None:
+    make(tmp_path / "a", "compressed-tensors", uniform(FOUR))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(BadInput, match="b exists; give a new folder"):
+        convert_folder(tmp_path / "a", tmp_path / "b", "gptq")
+    with pytest.raises(BadInput, match="a-plain is not quantized"):
+        convert_folder(tmp_path / "a-plain", tmp_path / "c", "gptq")
+    assert listing(tmp_path / "b") == set()
