@@ -27,8 +27,6 @@ class Artifact:
         self.linears: dict[str, Grid] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self.transposed: frozenset[str] = frozenset()  # linears the model keeps as [in, out]
-        if "quantization_config" in self.config and self.format is None:
-            raise BadInput(f"{folder}: its quantization is not one quantpress reads ({', '.join(FORMATS)})")
         if self.format is not None:
             shapes = {name: self.checkpoint.shape(name) for name in self.checkpoint.names()}
             self.shapes = FORMATS[self.format].linears(shapes, self.checkpoint.read)

@@ -1,91 +1,143 @@
-"""The same codes in another format, without loss."""
+"""The same codes in another format: an artifact folder in, an artifact folder out, nothing rounded on the way."""
 
+import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from .artifact import Artifact, open_artifact
-from .checkpoint import copy_companions, merge_parts, write_json, write_part
+from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
 from .errors import BadInput
-from .formats import FORMATS
+from .formats import FORMATS, Format, detect
 from .grid import QuantizedLinear
+from .recipe import FormatName, Grid
 
-_PART_BYTES = 1_000_000_000
+_PART_BYTES = 500_000_000  # held in memory before it is written
 
 
 def convert(source: Path, target: Path, to: str) -> None:
-    """Write the artifact in `source` as format `to` in the folder `target`.
+    """Write the artifact in `source` to the new folder `target` in format `to`, one linear at a time.
 
-    Raises BadInput, and leaves no target behind, when the target format cannot hold the same codes, scales and zeros.
+    Raises BadInput, and leaves nothing behind, for a source that is not quantized, formats that are the same, a
+    target that exists, and whatever `to` cannot hold exactly.
     """
-    if to not in FORMATS:
-        raise BadInput(f"unknown format {to!r}; choose one of {', '.join(FORMATS)}")
-    if target.exists():
-        raise BadInput(f"{target} exists already; give another folder")
-    artifact, skeleton = open_artifact(source, torch.device("cpu"))
-    if artifact.format is None:
-        raise BadInput(f"{source} is not quantized; `quantpress quantize` does that")
-    if artifact.format == to:
+    checkpoint = Checkpoint(source)
+    origin = detect(checkpoint.config)
+    if origin is None:
+        raise BadInput(f"{source} is not quantized; convert changes the format of an artifact")
+    if to not in get_args(FormatName):
+        raise BadInput(f"unknown format {to!r}; known: {', '.join(get_args(FormatName))}")
+    if to == origin:
         raise BadInput(f"{source} is in format {to} already")
-    linears = skeleton.linears()
-    schemes = {x.name: artifact.linears.get(x.name) for x in linears}
-    for x in linears:
-        grid = schemes[x.name]
-        if grid is not None:
-            FORMATS[to].check(grid, x.out_features, x.in_features, shuffled=False)
+    if target.exists():
+        raise BadInput(f"{target} exists; give a new folder")
+    reader, writer = FORMATS[origin], FORMATS[to]
+    shapes = reader.linears({name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.read)
+    if not shapes:
+        raise BadInput(f"{source}: the config says {origin}, and no linear is quantized")
+    schemes = _schemes(checkpoint, reader, shapes)
+    heads = ["embed_out"] if "embed_out.weight" in checkpoint else ["lm_head"]
+    shuffled = _shuffled(checkpoint.config["quantization_config"])
+    quantization = writer.config(schemes, ignored_extra=heads, shuffled=shuffled)
+    for name, shape in shapes.items():
+        grid = schemes[name]
+        assert grid is not None
+        try:
+            writer.check(grid, *shape, shuffled=shuffled)
+        except BadInput as error:
+            raise BadInput(f"{name}: {error}") from None
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        shuffled = _write_weights(artifact, partial, to)
-        quantization = FORMATS[to].config(schemes, ignored_extra=skeleton.heads(), shuffled=shuffled)
-        write_json(partial / "config.json", artifact.config | {"quantization_config": quantization})
-        for name, content in FORMATS[to].extra_files(quantization).items():
+        _write_weights(checkpoint, reader, writer, schemes, shapes, partial)
+        write_json(partial / "config.json", checkpoint.config | {"quantization_config": quantization})
+        for name, content in writer.extra_files(quantization).items():
             write_json(partial / name, content)
         copy_companions(source, partial)
-        if (source / "manifest.json").is_file():
-            shutil.copyfile(source / "manifest.json", partial / "manifest.json")
+        _write_manifest(source, partial, origin, to, shapes)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _write_weights(artifact: Artifact, folder: Path, to: str) -> bool:
-    """Stream the tensors, a gigabyte at a time, into shards; whether any linear's columns are shuffled."""
+def _shuffled(config: dict[str, Any]) -> bool:
+    """Whether groups are scattered columns (act-order without static groups)."""
+    groups = config.get("config_groups", {}).values()
+    return bool(config.get("desc_act")) or any(group["weights"].get("actorder") == "group" for group in groups)
+
+
+def _schemes(checkpoint: Checkpoint, reader: Format, shapes: dict[str, tuple[int, int]]) -> dict[str, Grid | None]:
+    """The grid of each quantized linear, and None for what the source leaves in 16 bit on purpose."""
+    dense = [n.removesuffix(".weight") for n in checkpoint.names() if n.endswith(".weight")]
+    dense = [name for name in dense if name not in shapes and len(checkpoint.shape(f"{name}.weight")) == 2]
+    grids = reader.grids(checkpoint.config["quantization_config"], [*shapes, *dense])
+    for name in shapes:
+        if grids.get(name) is None:
+            raise BadInput(f"{checkpoint.folder}: {name} is quantized, and the config does not say how")
+    return {name: grid for name, grid in grids.items() if name in shapes or grid is None}
+
+
+def _write_weights(
+    checkpoint: Checkpoint,
+    reader: Format,
+    writer: Format,
+    schemes: dict[str, Grid | None],
+    shapes: dict[str, tuple[int, int]],
+    folder: Path,
+) -> None:
+    packed = {f"{name}.{suffix}": name for name in shapes for suffix in reader.suffixes()}
     parts: list[Path] = []
-    waiting: dict[str, Tensor] = {}
-    shuffled = False
+    held: dict[str, Tensor] = {}
+    done: set[str] = set()
 
     def flush() -> None:
-        parts.append(folder / f"part-{len(parts):05d}.tmp")
-        write_part(parts[-1], waiting)
-        waiting.clear()
+        if held:
+            parts.append(folder / f"part-{len(parts):05d}.safetensors")
+            write_part(parts[-1], held)
+            held.clear()
 
-    for name, item in _items(artifact):
-        if isinstance(item, QuantizedLinear):
-            shuffled = shuffled or item.g_idx is not None
-            waiting |= FORMATS[to].pack(name, item)
-        else:
-            waiting[name] = item
-        if sum(t.nbytes for t in waiting.values()) > _PART_BYTES:
+    for tensor in checkpoint.names():
+        linear = packed.get(tensor)
+        if linear is None:
+            held[tensor] = checkpoint.read(tensor)
+        elif linear not in done:
+            done.add(linear)
+            grid = schemes[linear]
+            assert grid is not None
+            q = reader.unpack(linear, checkpoint.read, grid, shapes[linear])
+            held |= writer.pack(linear, _in_model_dtype(q, checkpoint.config))
+        if sum(t.nbytes for t in held.values()) >= _PART_BYTES:
             flush()
     flush()
     merge_parts(parts, folder)
     for part in parts:
         part.unlink()
-    return shuffled
 
 
-def _items(artifact: Artifact) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-    done: set[str] = set()
-    for name in artifact.checkpoint.names():
-        linear = name.rpartition(".")[0]
-        if linear not in artifact.linears or name.endswith(".bias"):
-            yield name, artifact.checkpoint.read(name)
-        elif linear not in done:
-            done.add(linear)
-            yield linear, artifact.linear(linear)
+def _in_model_dtype(q: QuantizedLinear, config: dict[str, Any]) -> QuantizedLinear:
+    """Scales in the model's own dtype when that loses nothing: readers cast them to it anyway."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
+    if dtype is None or not torch.equal(q.scales.to(dtype).to(torch.float32), q.scales.to(torch.float32)):
+        return q
+    return QuantizedLinear(q.codes, q.scales.to(dtype), q.zeros, q.grid, q.g_idx)
+
+
+def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: dict[str, tuple[int, int]]) -> None:
+    """The source's manifest, with what has changed."""
+    if not (source / "manifest.json").exists():
+        return
+    manifest = json.loads((source / "manifest.json").read_text(encoding="utf-8"))
+    written = Checkpoint(folder)
+    stored = sum(written.nbytes(n) for n in written.names() if n.rpartition(".")[0] in shapes
+                 and n.rpartition(".")[2] in FORMATS[to].suffixes())  # fmt: skip
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    sizes = manifest.get("artifact") or {}
+    sizes |= {"format": to, "bytes": written.total_bytes, "quantized_bits_per_weight": 8 * stored / weights}
+    if "parameters" in sizes:
+        sizes["bits_per_parameter"] = 8 * written.total_bytes / sizes["parameters"]
+    write_json(folder / "manifest.json", manifest | {"artifact": sizes, "converted_from": {"format": origin}})
