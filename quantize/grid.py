@@ -14,6 +14,7 @@ from .recipe import Grid
 __all__ = ["Grid", "QuantizedLinear", "fit", "scale_dtype", "snap"]
 
 _SHRINKS = tuple(1.0 - 0.05 * i for i in range(13))  # 1.00 … 0.40 of the min-max range
+_SMALLEST_SCALE = 2.0**-17
 _CHUNK = 1 << 20  # weights searched at a time, so that the candidates stay in cache
 
 
@@ -100,8 +101,8 @@ def snap(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 def _affine(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The grid that spans [low, high]; a row of zeros gets scale 1."""
     scale = (torch.maximum(-low, high) * 2 if grid.symmetric else high - low) / grid.levels
-    # A scale that rounds to zero in the stored dtype would divide by zero.
-    scale = scale.to(dtype).clamp_(min=torch.finfo(dtype).tiny).to(torch.float32)
+    # 2^-17 and up, a bfloat16 scale is exact in float16 too, so every format can store it; and none divides by zero.
+    scale = scale.clamp_(min=_SMALLEST_SCALE).to(dtype).to(torch.float32)
     scale = torch.where((low == 0) & (high == 0), torch.ones_like(scale), scale)
     if grid.symmetric:
         return scale, torch.full_like(scale, float(1 << (grid.bits - 1)))

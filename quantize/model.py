@@ -146,6 +146,16 @@ class Skeleton:
             if isinstance(module, nn.Linear) and not name.startswith(f"{self.blocks_name}.")
         ]
 
+    def outside(self) -> list[str]:
+        """Modules a server may take for linears that stay in 16 bit: the output head and the experts' routers."""
+        routers = [
+            self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
+            for k, block in enumerate(self._blocks)
+            for name, module in block.named_modules()
+            if "Router" in type(module).__name__ and hasattr(module, "weight")
+        ]
+        return [*self.heads(), *routers]
+
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len]."""

@@ -78,16 +78,29 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     linears = skeleton.linears()
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
     shuffled = isinstance(recipe.method, Gptq) and not recipe.method.static_groups
+    for name in recipe.formats:
+        _check_format(name, linears, schemes, skeleton, shuffled)
+    return Job(recipe, source, checkpoint, skeleton, linears, schemes, make_plan(recipe, skeleton, linears, schemes))
+
+
+def _check_format(
+    format: str, linears: list[Linear], schemes: dict[str, Grid | None], skeleton: Skeleton, shuffled: bool
+) -> None:
+    """Raise BadInput for what `format` cannot hold, layer by layer and as a whole."""
     for linear in linears:
         grid = schemes[linear.name]
         if grid is None:
             continue
-        for name in recipe.formats:
-            try:
-                FORMATS[name].check(grid, linear.out_features, linear.in_features, shuffled)
-            except BadInput as error:
-                raise BadInput(f"{linear.name}: {error}") from None
-    return Job(recipe, source, checkpoint, skeleton, linears, schemes, make_plan(recipe, skeleton, linears, schemes))
+        if format == "compressed-tensors" and linear.transposed:
+            raise BadInput(
+                f"{linear.name} is a Conv1D, which readers of compressed-tensors leave unquantized without a word; "
+                "write it with --set formats=[gptq]"
+            )
+        try:
+            FORMATS[format].check(grid, linear.out_features, linear.in_features, shuffled)
+        except BadInput as error:
+            raise BadInput(f"{linear.name}: {error}") from None
+    FORMATS[format].config(schemes, ignored_extra=skeleton.outside(), shuffled=shuffled)
 
 
 def quantize(job: Job, settings: Settings) -> dict[str, Any]:
@@ -318,7 +331,7 @@ def _finish(job: Job, journal: Journal, settings: Settings, manifest: dict[str, 
         parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
         merge_parts([journal.folder / "shell.safetensors", *parts], partial)
         format = FORMATS[job.recipe.formats[0]]
-        quantization = format.config(job.schemes, ignored_extra=job.skeleton.heads(), shuffled=job.shuffled)
+        quantization = format.config(job.schemes, ignored_extra=job.skeleton.outside(), shuffled=job.shuffled)
         config = dict(job.checkpoint.config) | {"quantization_config": quantization}
         write_json(partial / "config.json", config)
         for name, content in format.extra_files(quantization).items():

@@ -17,7 +17,7 @@ from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton
 from quantpress.quantize.pipeline import Settings, prepare, quantize
-from quantpress.quantize.recipe import parse
+from quantpress.quantize.recipe import matches, parse
 from quantpress.quantize.sources import resolve
 from tests.tiny import FAMILIES, build, text
 
@@ -45,7 +45,8 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, method: str, tmp_path: Path) -> None:
     build(family, tmp_path / "model", torch.bfloat16)
-    manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": method}})
+    formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
+    manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": method}, "formats": formats})
     original = Checkpoint(tmp_path / "model")
     shapes = [x.name for x in Skeleton(original, device=CPU).linears()]
     back, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
@@ -179,6 +180,23 @@ def test_experts_that_saw_few_tokens_are_reported(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path / "model", torch.bfloat16)
     manifest = make(tmp_path / "run", tmp_path / "model", {"calibration": {"samples": 1, "seq_len": 16}})
     assert any("experts" in line and "fewer than" in line for line in manifest["fallbacks"])
+
+
+def test_routers_and_head_are_named_as_ignored(tmp_path: Path) -> None:
+    build("qwen3_moe", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    ignore = Checkpoint(tmp_path / "run" / "quantized").config["quantization_config"]["ignore"]
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} <= {
+        name
+        for name in ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
+        if any(matches(pattern, name) for pattern in ignore)
+    }
+
+
+def test_conv1d_is_refused_for_compressed_tensors(tmp_path: Path) -> None:
+    build("gpt2", tmp_path / "model", torch.bfloat16)
+    with pytest.raises(BadInput, match="is a Conv1D"):
+        make(tmp_path / "run", tmp_path / "model", {})
 
 
 def spoil(folder: Path, how: str) -> None:
