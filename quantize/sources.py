@@ -272,9 +272,10 @@ def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust
 @contextlib.contextmanager
 def hub_errors(what: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub and datasets raise into one BadInput line about `what`."""
-    import httpx
     from huggingface_hub import errors
 
+    # The HTTP library's own error, whichever library this huggingface_hub is built on.
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     label = f"{what}@{revision}" if revision else what
     try:
         yield
@@ -288,7 +289,7 @@ def hub_errors(what: str, revision: str | None) -> Iterator[None]:
         raise BadInput(f"{label}: the hub has no such revision") from error
     except errors.OfflineModeIsEnabled as error:
         raise BadInput(f"{label}: offline mode is set; name a full commit (@<40 hex digits>) or a folder") from error
-    except (httpx.HTTPError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+    except (http_error, errors.LocalEntryNotFoundError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise BadInput(f"{label}: the hub cannot be reached ({reason}); use a local copy") from error
     except (OSError, ValueError, RuntimeError) as error:

@@ -418,9 +418,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
         sha = "a" * 40
 
     def model_info(_: Any, name: str, revision: str | None) -> Info:
-        import httpx
+        import importlib
+
         from huggingface_hub import errors
 
+        httpx = importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0])
         response = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid"))
         if name == "org/none":
             raise errors.RepositoryNotFoundError("404\nlong", response=response)
