@@ -245,7 +245,10 @@ def _cache() -> Path:
 
 def _source(recipe: recipes.Recipe, allow_pickle: bool, trust_remote_code: bool) -> Any:
     _quiet_libraries()
+    from .machine import flush_denormals
     from .sources import resolve
+
+    flush_denormals()
 
     return resolve(recipe.model, cache=_cache(), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 

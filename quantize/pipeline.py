@@ -70,6 +70,7 @@ class Job:
 
 def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:
     """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run."""
+    machine.flush_denormals()
     checkpoint = Checkpoint(source.path)
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method")
