@@ -1,14 +1,13 @@
-"""What the rounders see: seeded token batches, and the second moments of what each linear receives."""
+"""The token sequences a model is calibrated on, and how text becomes tokens."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .errors import BadInput
@@ -119,52 +118,3 @@ def with_bos(windows: Tensor, bos: int | None) -> Tensor:
     if bos is None:
         return windows.contiguous()
     return torch.cat([torch.full((len(windows), 1), bos, dtype=torch.int64), windows], dim=1)
-
-
-@dataclass
-class Moments:
-    """Second moments of the inputs of a block's linears, one for all linears that receive the same tensor.
-
-    leader: the first linear that received each linear's input. moments: X^T X [in, in] float32 by leader;
-    tokens: how many rows X had.
-    """
-
-    leader: dict[str, str] = field(default_factory=dict)
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-
-    def of(self, name: str) -> tuple[Tensor | None, int]:
-        """The moment linear `name` is rounded against and its tokens; None and 0 when no token reached it."""
-        leader = self.leader.get(name)
-        return (None, 0) if leader is None else (self.moments[leader], self.tokens[leader])
-
-    @contextmanager
-    def watch(self, block: nn.Module, linears: dict[str, nn.Module]) -> Iterator[None]:
-        """Accumulate while `block` runs. Which linears share an input is observed, not read off their names."""
-        seen: list[tuple[str, Tensor]] = []  # one forward pass; holds the tensors, so that none is freed and reused
-
-        def note(name: str, x: Tensor) -> None:
-            leader = next((n for n, t in seen if t.data_ptr() == x.data_ptr() and t.shape == x.shape), None)
-            if leader is None:
-                leader = name
-                seen.append((name, x))
-                self._add(name, x)
-            if self.leader.setdefault(name, leader) != leader:
-                raise RuntimeError(f"{name} shared its input with {self.leader[name]}, now with {leader}")
-
-        handles = [block.register_forward_pre_hook(lambda *_: seen.clear())]
-        for name, module in linears.items():
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _add(self, name: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        if name not in self.moments:
-            self.moments[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self.tokens[name] = 0
-        self.moments[name].addmm_(rows.T, rows)
-        self.tokens[name] += rows.shape[0]

@@ -39,17 +39,17 @@ class Journal:
     def part(self, k: int) -> Path:
         return self.folder / f"block-{k:05d}.safetensors"
 
-    def hidden(self) -> Tensor:
-        """The hidden states after the last finished block."""
-        hidden: Tensor = load_file(self._hidden(len(self.done) - 1))["hidden"]
+    def hidden(self) -> dict[str, Tensor]:
+        """The hidden states after the last finished block, by name."""
+        hidden: dict[str, Tensor] = load_file(self._hidden(len(self.done) - 1))
         return hidden
 
-    def commit(self, tensors: Mapping[str, Tensor], hidden: Tensor | None, record: dict[str, Any]) -> None:
+    def commit(self, tensors: Mapping[str, Tensor], hidden: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         """Finish the next block: its tensors, then the hidden states after it, then the line that makes it count."""
         k = len(self.done)
         write_part(self.part(k), tensors)
-        if hidden is not None:
-            write_part(self._hidden(k), {"hidden": hidden})
+        if hidden:
+            write_part(self._hidden(k), hidden)
         with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import ARCHITECTURES, PLAIN
 from .errors import BadInput
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states
+
 
 class Reader(Protocol):
     """Tensors by their on-disk name: a checkpoint, or an artifact that dequantizes as it reads."""
@@ -167,7 +169,7 @@ class Skeleton:
         return torch.cat(out)
 
     @torch.no_grad()
-    def block_arguments(self, seq_len: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def block_arguments(self, seq_len: int) -> list[Arguments]:
         """What the model passes each block beside the hidden states: positions and masks for `seq_len` tokens."""
         with self._taps() as taps:
             ids = torch.zeros(1, seq_len, dtype=torch.long, device=self.device)
@@ -207,19 +209,17 @@ class Skeleton:
 def run_block(
     block: nn.Module,
     hidden: Tensor,
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    arguments: Arguments,
     *,
     device: torch.device,
     batch: int,
-    keep: bool = True,
 ) -> None:
-    """`block` over hidden [samples, seq_len, hidden], `batch` samples at a time; `keep`: in place, else dropped."""
+    """`block` over hidden [samples, seq_len, hidden] in place, `batch` samples at a time."""
     args, kwargs = arguments
     with torch.no_grad():
         for start in range(0, hidden.shape[0], batch):
             result = block(hidden[start : start + batch].to(device), *args, **kwargs)
-            if keep:
-                hidden[start : start + batch] = result[0] if isinstance(result, tuple) else result
+            hidden[start : start + batch] = result[0] if isinstance(result, tuple) else result
 
 
 class _Tap(nn.Module):
@@ -258,16 +258,18 @@ class _Expert(nn.Module):
         return out
 
 
-class _Experts(nn.ModuleList):
-    """Experts as linears of their own, so that each is calibrated and rounded on the tokens routed to it."""
+class Experts(nn.ModuleList):
+    """Experts as linears of their own, so that each is calibrated and rounded on the tokens routed to it.
+
+    Each is called, if with no token at all: whatever the routing, every pass reaches the same linears in one order.
+    """
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)
         for e, expert in enumerate(self):
             token, position = torch.where(top_k_index == e)
-            if len(token):
-                result = expert(hidden[token]) * top_k_weights[token, position, None]
-                out.index_add_(0, token, result.to(out.dtype))
+            result = expert(hidden[token]) * top_k_weights[token, position, None]
+            out.index_add_(0, token, result.to(out.dtype))
         return out
 
 
@@ -280,7 +282,7 @@ def _unfuse_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -
     n, hidden, intermediate = fused.down_proj.shape
     with torch.device("meta"):
         experts = [_Expert(hidden, intermediate, names, fused.act_fn) for _ in range(n)]
-    setattr(owner, attribute, _Experts(experts))
+    setattr(owner, attribute, Experts(experts))
 
 
 def _text_config(config: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from . import machine
-from .calibration import Moments, Tokens, calibration_tokens, generated_tokens
+from .calibration import Tokens, calibration_tokens, generated_tokens
 from .checkpoint import Checkpoint, copy_companions, file_sha256, merge_parts, write_json, write_part
 from .convert import convert
 from .errors import BadInput
 from .formats import FORMATS
 from .grid import Grid, QuantizedLinear
 from .journal import Journal
-from .methods import ROUNDERS, Rounded
-from .model import Linear, Skeleton, run_block
+from .methods import ROUNDERS, Rounded, corrected
+from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS, Plan, make_plan
 from .recipe import Gptq, Recipe
 from .sources import Source
+from .stages import Stage, Stages
 from .texts import load_documents
 
 
@@ -150,7 +151,9 @@ def _check_weights(job: Job) -> None:
     """NaN and inf are found before the work, by layer."""
     for name in job.checkpoint.names():
         tensor = job.checkpoint.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            continue
+        if not bool(torch.isfinite(tensor).all()):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "inf"
             raise BadInput(f"{job.checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
 
@@ -183,58 +186,92 @@ def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, An
 
 
 def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
-    """Calibrate, round, write and propagate each block that the journal does not hold yet."""
+    """Calibrate, round, propagate and write each block that the journal does not hold yet."""
     skeleton, first = job.skeleton, len(journal.done)
     if first == skeleton.n_blocks:
         return
-    hidden, arguments = None, None
-    if tokens is not None:
-        skeleton.open_shell()
-        hidden = journal.hidden() if first else skeleton.embed(tokens.ids).cpu()
-        arguments = skeleton.block_arguments(tokens.ids.shape[1])
-        skeleton.close_shell()
+    hidden, arguments = _hidden_states(job, tokens, journal)
     for k, block in skeleton.blocks(first):
         started = time.monotonic()
-        linears = [linear for linear in job.linears if linear.block == k]
-        moments = Moments()
-        if hidden is not None and arguments is not None:
-            _check_finite(hidden, k)
-            batch = max(1, BATCH_TOKENS // hidden.shape[1])
-            watched = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
-            with moments.watch(block, watched):
-                run_block(block, hidden, arguments[k], device=skeleton.device, batch=batch, keep=False)
-        rounded, records = _round_block(job, block, linears, moments)
-        tensors = _block_tensors(job, k, block, rounded)
-        if hidden is not None and arguments is not None:
-            run_block(block, hidden, arguments[k], device=skeleton.device, batch=batch)
+        last = k + 1 == skeleton.n_blocks
+        linears = {x.name: x for x in job.linears if x.block == k}
+        rounded: dict[str, QuantizedLinear] = {}
+        records: dict[str, dict[str, Any]] = {}
+        for stage in _stages(job, block, linears.values(), hidden, arguments[k] if arguments else None, last):
+            _round_stage(job, block, [linears[name] for name in stage.names], stage, rounded, records)
+        _check_finite(hidden, k)
+        layers = [records.get(name) or _record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
-        journal.commit(tensors, hidden, {"block": k, "seconds": round(seconds, 3), "layers": records})
-        errors = [r["relative_error"] for r in records if r["relative_error"] is not None]
-        loss = sum(errors) / len(errors) if errors else None
-        settings.on_block(Progress(k + 1, skeleton.n_blocks, loss, seconds))
+        tensors = _block_tensors(job, k, block, rounded)
+        journal.commit(tensors, {} if last else hidden, {"block": k, "seconds": round(seconds, 3), "layers": layers})
+        errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
+        settings.on_block(Progress(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
 
 
-def _check_finite(hidden: Tensor, k: int) -> None:
-    if not bool(torch.isfinite(hidden).all()):
-        where = "the embedding" if k == 0 else f"block {k - 1}"
-        raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
+def _hidden_states(
+    job: Job, tokens: Tokens | None, journal: Journal
+) -> tuple[dict[str, Tensor], list[Arguments] | None]:
+    """The states [samples, seq_len, hidden] that enter the next block, and what each block gets beside them.
+
+    `hidden` is what the rounded blocks made; `reference`, for error correction, what the original ones did.
+    """
+    if tokens is None:
+        return {}, None
+    job.skeleton.open_shell()
+    if journal.done:
+        hidden = journal.hidden()
+    else:
+        hidden = {"hidden": job.skeleton.embed(tokens.ids).cpu()}
+        _check_finite(hidden, -1)
+        if isinstance(job.recipe.method, Gptq) and job.recipe.method.error_correction:
+            hidden["reference"] = hidden["hidden"].clone()
+    arguments = job.skeleton.block_arguments(tokens.ids.shape[1])
+    job.skeleton.close_shell()
+    return hidden, arguments
 
 
-def _round_block(
-    job: Job, block: nn.Module, linears: list[Linear], moments: Moments
-) -> tuple[dict[str, QuantizedLinear], list[dict[str, Any]]]:
-    """Round the linears of one block, those with one input and one grid together, and put the result in place."""
-    stacks: dict[tuple[str, Grid], list[Linear]] = {}
+def _stages(
+    job: Job,
+    block: nn.Module,
+    linears: Iterable[Linear],
+    hidden: dict[str, Tensor],
+    arguments: Arguments | None,
+    last: bool,
+) -> Iterable[Stage]:
+    wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
+    if arguments is None:
+        return [Stage((name,), None, 0) for name in wanted]
+    states = hidden["hidden"]
+    batch = max(1, BATCH_TOKENS // states.shape[1])
+    return Stages(
+        block, states, arguments, wanted,
+        device=job.skeleton.device, batch=batch, keep=not last, reference=hidden.get("reference"),
+    )  # fmt: skip
+
+
+def _check_finite(hidden: dict[str, Tensor], k: int) -> None:
+    for states in hidden.values():
+        if not bool(torch.isfinite(states).all()):
+            where = "the embedding" if k < 0 else f"block {k}"
+            raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
+
+
+def _round_stage(
+    job: Job,
+    block: nn.Module,
+    linears: list[Linear],
+    stage: Stage,
+    rounded: dict[str, QuantizedLinear],
+    records: dict[str, dict[str, Any]],
+) -> None:
+    """Round the linears of one stage, those of one grid together, put the result in place and on record."""
+    stacks: dict[Grid, list[Linear]] = {}
     for linear in linears:
         grid = job.schemes[linear.name]
-        if grid is not None:
-            stacks.setdefault((moments.leader.get(linear.name, linear.name), grid), []).append(linear)
-    rounded: dict[str, QuantizedLinear] = {}
-    records: dict[str, dict[str, Any]] = {}
-    for (_, grid), stack in stacks.items():
-        weights = [_weight(block, linear) for linear in stack]
-        moment, tokens = moments.of(stack[0].name)
-        result, note = _round(job, torch.cat(weights), grid, moment, tokens)
+        assert grid is not None
+        stacks.setdefault(grid, []).append(linear)
+    for grid, stack in stacks.items():
+        result, note = _round(job, torch.cat([_weight(block, linear) for linear in stack]), grid, stage)
         start = 0
         for linear in stack:
             rows = slice(start, start + linear.out_features)
@@ -245,28 +282,29 @@ def _round_block(
             module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
             error, power = float(result.error[rows].sum()), float(result.power[rows].sum())
             records[linear.name] = _record(linear, grid) | {
-                "loss": error / tokens if tokens else None,
+                "loss": error / stage.tokens if stage.tokens else None,
                 "relative_error": error / power if power > 0 else 0.0,
                 "damp": result.damp,
-                "tokens": tokens,
+                "tokens": stage.tokens,
                 "note": note,
             }
             start = rows.stop
-    return rounded, [records.get(x.name) or _record(x, None) for x in linears]
 
 
-def _round(job: Job, weight: Tensor, grid: Grid, moment: Tensor | None, tokens: int) -> tuple[Rounded, str | None]:
+def _round(job: Job, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
     """Round one stack; what is done otherwise than asked comes back as a note."""
-    method = job.recipe.method
+    method, moment = job.recipe.method, stage.moment
     if not isinstance(method, Gptq):
         return ROUNDERS[method.name](weight, grid, method, moment), None
     if moment is None or not bool(moment.diagonal().any()):
         return ROUNDERS["rtn"](weight, grid, method, None), "no calibration token reached it: rounded to nearest"
+    if stage.drift is not None:
+        weight = corrected(weight, moment, stage.drift, method.error_correction, method.damp)
     result = ROUNDERS[method.name](weight, grid, method, moment)
     if result.damp is not None and result.damp > method.damp:
         return result, f"singular Hessian: damping raised from {method.damp:g} to {result.damp:g}"
-    if tokens < weight.shape[1]:
-        return result, f"saw {tokens} tokens, fewer than its {weight.shape[1]} inputs"
+    if stage.tokens < weight.shape[1]:
+        return result, f"saw {stage.tokens} tokens, fewer than its {weight.shape[1]} inputs"
     return result, None
 
 

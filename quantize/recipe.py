@@ -173,6 +173,14 @@ class Gptq(Strict):
     weighted_scales: bool = Field(
         True, description="scale search weighs each column by the variance later columns cannot make up for"
     )
+    error_correction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        strict=False,
+        description="QEP, arXiv:2504.09629: share of the error already in a linear's inputs that its weight makes up "
+        "for; takes a second forward pass, of the original model",
+    )
 
     @model_validator(mode="after")
     def _groups_need_activation_order(self) -> Self:

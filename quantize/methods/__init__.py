@@ -8,11 +8,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..recipe import Gptq, Grid, Rtn
-from .gptq import gptq
+from .gptq import corrected, gptq
 from .rounded import Rounded
 from .rtn import rtn
 
-__all__ = ["ROUNDERS", "Rounded"]
+__all__ = ["ROUNDERS", "Rounded", "corrected"]
 
 Rounder = Callable[[Tensor, Grid, Rtn | Gptq, Tensor | None], Rounded]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from quantpress.quantize.calibration import Moments
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton, run_block
+from quantpress.quantize.stages import Stages
 from tests.tiny import FAMILIES, VOCAB, build
 
 CPU = torch.device("cpu")
@@ -51,18 +51,23 @@ def test_moments_are_those_of_each_linears_own_input(family: str, tmp_path: Path
         m.register_forward_pre_hook(lambda _, a, n=n: own.setdefault(n, []).append(a[0].reshape(-1, a[0].shape[-1])))
         for n, m in linears.items()
     ]
-    moments = Moments()
-    with moments.watch(block, linears):
-        run_block(block, hidden, arguments[0], device=CPU, batch=2, keep=False)
+    run_block(block, hidden.clone(), arguments[0], device=CPU, batch=2)
     for handle in handles:
         handle.remove()
-    for name in own:
-        x = torch.cat(own[name])
-        moment, tokens_seen = moments.of(name)
-        assert moment is not None
-        assert tokens_seen == len(x)
-        torch.testing.assert_close(moment, x.T @ x, rtol=1e-4, atol=1e-4)
-    shared = len(own) - len(set(moments.leader.values()))
+    expected = hidden.clone()
+    run_block(block, expected, arguments[0], device=CPU, batch=2)
+    stages = list(Stages(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=hidden.clone()))
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
+    assert sorted(name for stage in stages for name in stage.names) == sorted(linears)
+    for stage in stages:
+        for name in stage.names:
+            x = torch.cat(own[name])
+            assert stage.tokens == len(x)
+            assert stage.moment is not None
+            torch.testing.assert_close(stage.moment, x.T @ x, rtol=1e-4, atol=1e-4)
+        routed = ".experts." in stage.names[0]
+        assert (stage.drift is None) if routed else not stage.drift.any()
+    shared = len(linears) - len(stages)
     assert shared == {"llama": 3, "phi3": 0, "gpt_neox": 0, "gpt2": 0, "qwen3_moe": 2 + 4}[family]
 
 

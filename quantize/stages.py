@@ -1,0 +1,200 @@
+"""One pass of a decoder block over the calibration set, halted before each linear that is still to be rounded.
+
+Every batch is a coroutine. All of them run up to the first linear and wait; its inputs' second moment is then complete,
+the caller rounds it, and they go on with the rounded weight. So a block is run once, not once to look and once to
+propagate, and each linear is rounded for the inputs it will really get, the errors of the linears before it included.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from .model import Arguments, Experts
+
+_PANELS = 8  # X^T X is symmetric: about half of it is computed, in this many panels
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears that receive the same tensor X [tokens, in], about to be applied.
+
+    moment: X^T X [in, in] float32, None when no token came; tokens: rows of X. drift: (X0 - X)^T X [in, in], X0 what
+    the original model would send instead; None where that was not asked for or tokens do not correspond.
+    """
+
+    names: tuple[str, ...]
+    moment: Tensor | None
+    tokens: int
+    drift: Tensor | None = None
+
+
+class Stages:
+    """Iterate over the stages of `block`; the weights of a stage's linears are to be replaced before the next one.
+
+    hidden [samples, seq_len, hidden] is replaced by what the block makes of it, `batch` samples at a time, unless
+    `keep` is false: then the rest of the block after the last linear is not run. linears {name: module} are the ones
+    to halt at. reference: the original model's hidden states, which the block's original weights are applied to beside.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        arguments: Arguments,
+        linears: Mapping[str, nn.Module],
+        *,
+        device: torch.device,
+        batch: int,
+        keep: bool = True,
+        reference: Tensor | None = None,
+    ) -> None:
+        self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
+        self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
+        self._routed = _inside_experts(block)
+
+    def __iter__(self) -> Iterator[Stage]:
+        shared = self._shared_inputs()
+        beside: list[_Run] = []
+        if self._reference is not None:
+            # Shares the parameters, which the caller replaces in the block and never writes to.
+            original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
+            twins = {name: original.get_submodule(_path(self._block, m)) for name, m in self._linears.items()}
+            beside = self._runs(original, twins, self._reference)
+        runs = self._runs(self._block, self._linears, self._hidden)
+        try:
+            for names in shared:
+                yield self._stage(names, runs, beside)
+            unreached = [name for name in self._linears if not any(name in names for names in shared)]
+            yield from (Stage((name,), None, 0) for name in unreached)
+            if self._keep:
+                for run in (*runs, *beside):
+                    run.finish()
+        finally:
+            for run in (*runs, *beside):
+                run.drop()
+
+    def _runs(self, block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor) -> "list[_Run]":
+        parts = torch.split(hidden, self._batch)
+        return [_Run(block, linears, part, self._arguments, self._device) for part in parts]
+
+    def _stage(self, names: tuple[str, ...], runs: "list[_Run]", beside: "list[_Run]") -> Stage:
+        """Take every batch to the linear `names[0]` and sum up what it is about to receive."""
+        moment = drift = None
+        tokens = 0
+        aligned = bool(beside) and not any(self._linears[name] in self._routed for name in names)
+        for i, run in enumerate(runs):
+            x = run.advance(names[0])
+            original = beside[i].advance(names[0]) if beside else None
+            if x.shape[0] == 0:
+                continue
+            rows = x.to(torch.float32)
+            if moment is None:
+                moment = rows.new_zeros(rows.shape[1], rows.shape[1])
+                drift = torch.zeros_like(moment) if aligned else None
+            add_second_moment(moment, rows)
+            tokens += rows.shape[0]
+            if drift is not None and original is not None:
+                drift.addmm_((original.to(torch.float32) - rows).T, rows)
+        if moment is not None:
+            moment = moment.triu_().add_(moment.triu(1).T)
+        return Stage(names, moment, tokens, drift)
+
+    def _shared_inputs(self) -> list[tuple[str, ...]]:
+        """The linears in the order they are reached, those that receive one tensor together, observed on one sample."""
+        seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none is freed and its memory reused
+
+        def note(name: str, x: Tensor) -> None:
+            for other, names in seen:
+                if x is other or (x.numel() and x.data_ptr() == other.data_ptr() and x.shape == other.shape):
+                    names.append(name)
+                    return
+            seen.append((x, [name]))
+
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+            for name, module in self._linears.items()
+        ]
+        args, kwargs = self._arguments
+        try:
+            with torch.no_grad():
+                self._block(self._hidden[:1].to(self._device), *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [tuple(names) for _, names in seen]
+
+
+class _Run:
+    """One batch on its way through the block; it waits before each of `linears` until told to go on."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        hidden: Tensor,
+        arguments: Arguments,
+        device: torch.device,
+    ) -> None:
+        def whole_pass() -> None:
+            args, kwargs = arguments
+            result = block(hidden.to(device), *args, **kwargs)
+            hidden.copy_(result[0] if isinstance(result, tuple) else result)
+
+        def halt(name: str, x: Tensor) -> None:
+            if getcurrent() is self._thread:
+                main.switch((name, x))
+
+        main, self._thread = getcurrent(), greenlet(whole_pass)
+        self._handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: halt(name, args[0]))
+            for name, module in linears.items()
+        ]
+
+    def advance(self, name: str) -> Tensor:
+        """Go on until linear `name` is about to be applied; returns its input [tokens, in]."""
+        while True:
+            with torch.no_grad():
+                reached = self._thread.switch()
+            if reached is None:
+                raise RuntimeError(f"a batch has run through the block without reaching {name}")
+            at, x = reached
+            if at == name:
+                return x.reshape(-1, x.shape[-1])  # type: ignore[no-any-return]
+
+    def finish(self) -> None:
+        """Run to the end of the block."""
+        while not self._thread.dead:
+            with torch.no_grad():
+                self._thread.switch()
+
+    def drop(self) -> None:
+        """Give up where it stands."""
+        if not self._thread.dead:
+            self._thread.throw(GreenletExit)
+        for handle in self._handles:
+            handle.remove()
+
+
+def add_second_moment(total: Tensor, rows: Tensor) -> None:
+    """Add X^T X to the upper triangle of `total` [in, in] for X = rows [tokens, in]; what is below it is undefined."""
+    n = rows.shape[1]
+    if rows.device.type != "cpu":
+        total.addmm_(rows.T, rows)
+        return
+    width = max(128, -(-n // _PANELS))
+    for start in range(0, n, width):
+        total[start : start + width, start:].addmm_(rows[:, start : start + width].T, rows[:, start:])
+
+
+def _inside_experts(block: nn.Module) -> set[nn.Module]:
+    """Modules that see only the tokens a router sends them."""
+    return {part for module in block.modules() if isinstance(module, Experts) for part in module.modules()}
+
+
+def _path(block: nn.Module, wanted: nn.Module) -> str:
+    names: Iterator[str] = (name for name, module in block.named_modules() if module is wanted)
+    return next(names)
