@@ -1,5 +1,7 @@
 """Local folders, pickles, and the cache that conversions are kept in."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,21 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept_a_day_later(tmp_path: Path) -> None:
+    cache, model = tmp_path / "cache", tmp_path / "model"
+    tiny("Qwen2").save_pretrained(model)
+    with sources.whole_folder(cache / "gguf" / "made") as new:
+        name = new.name
+    for kind, hours in (("dead", 25), ("young", 23), ("busy", 25)):
+        then = time.time() - hours * 3600
+        folder = cache / "gguf" / (name + kind)
+        (folder / "shards").mkdir(parents=True)
+        (folder / "shards" / "half").write_text("")
+        for path in (folder / "shards" / "half", folder / "shards", folder):
+            os.utime(path, (then, then))
+    (cache / "gguf" / f"{name}busy" / "shards" / "half").write_text("more")
+    os.utime(cache / "gguf" / "made", (0, 0))
+    resolve(str(model), cache=cache)
+    assert {path.name for path in (cache / "gguf").iterdir()} == {"made", f"{name}young", f"{name}busy"}
