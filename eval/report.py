@@ -11,139 +11,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantpress.quantize.errors import BadInput
 
-from . import charts
-from .charts import Heat, HeatScale, Linear, Plot, Point
+from .heat import DARK, LIGHT, Heat, HeatScale, heat
+from .png import layers_png, tradeoff_png
+from .records import Check, Manifest, Results, read
+from .tradeoff import Plot, Point, pareto, tradeoff
+from .wording import NBSP, cell, change, gate, gate_name, number, seconds, share, size, small
 
 _WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
-
-_NBSP = "\u00a0"  # a number and its unit stay on one line
-
-
-class Record(BaseModel):
-    """A part of what a run wrote; keys that are not shown here are left alone."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class Model(Record):
-    id: str
-    kind: str
-    revision: str | None
-    caveat: str | None
-    files: dict[str, str]
-
-
-class Machine(Record):
-    cpu: str
-    cores: int
-    device: str
-    memory_bytes: int
-
-
-class CalibrationText(Record):
-    source: str
-    sha256: str
-    samples: int
-    seq_len: int
-    tokens: int
-
-
-class Artifact(Record):
-    format: str
-    bytes: int
-    original_bytes: int
-    quantized_bits_per_weight: float
-    bits_per_parameter: float
-    parameters: int
-
-
-class Timing(Record):
-    seconds: float
-    cpu_seconds: float
-    peak_rss_bytes: int
-    per_block_seconds: tuple[float, ...]
-
-
-class Manifest(Record):
-    name: str
-    model: Model
-    recipe: dict[str, Any]
-    quantpress: str
-    versions: dict[str, str]
-    machine: Machine
-    calibration: CalibrationText | None
-    seed: int
-    layers: tuple[Linear, ...]
-    fallbacks: tuple[str, ...]
-    artifact: Artifact
-    converted: tuple[str, ...]
-    timing: Timing
-
-
-class EvaluationText(Record):
-    source: str
-    sha256: str
-    tokens: int
-    windows: int
-    window: int
-    stride: int | None
-    bos: bool
-
-
-class Quality(Record):
-    perplexity: float
-    nll_stderr: float  # nats a token
-    bits_per_byte: float
-    bytes: int  # weights on disk
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of the perplexity, to first order."""
-        return self.perplexity * self.nll_stderr
-
-
-class Divergence(Record):
-    """KL divergence from the original's next-token distribution, nats a token, and how often the top token agrees."""
-
-    kl_mean: float
-    kl_stderr: float
-    kl_median: float
-    kl_p90: float
-    kl_p99: float
-    kl_max: float
-    top1_agreement: float
-
-
-class Check(Record):
-    name: str
-    limit: float
-    value: float
-    passed: bool
-
-
-class GateReport(Record):
-    verdict: Literal["ACCEPT", "REGRESSION", "NONE"]
-    checks: tuple[Check, ...]
-
-
-class Results(Record):
-    text: EvaluationText
-    dtype: str
-    device: str
-    original: Quality
-    artifact: Quality
-    perplexity_increase: float
-    divergence: Divergence
-    gates: GateReport
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -174,7 +55,7 @@ class Run:
 
     @cached_property
     def heat(self) -> Heat:
-        return charts.heat(self.manifest.layers)
+        return heat(self.manifest.layers)
 
     @property
     def failed(self) -> list[Check]:
@@ -222,14 +103,14 @@ def write_report(run: Path) -> Path:
 
     Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
     """
-    one = _read(run)
+    one = _run(run)
     heading = f"{one.manifest.name}: size against quality"
     return _write(
         run / "report",
         "report",
         [one],
         heading,
-        {"summary": _figures(one), "headline": one.headline.replace(_NBSP, " ")},
+        {"summary": _figures(one), "headline": one.headline.replace(NBSP, " ")},
     )
 
 
@@ -240,39 +121,18 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     """
     if len({run.resolve() for run in runs}) < max(2, len(runs)):
         raise BadInput(f"compare: two or more different runs are needed, got {', '.join(map(str, runs)) or 'none'}")
-    read = [_read(run) for run in runs]
-    for other in read[1:]:
-        _comparable(read[0], other)
-    read = _labelled(sorted(read, key=lambda r: (r.size, r.results.artifact.perplexity, r.manifest.name)))
-    front = _front(read)
-    summary = [_figures(r) | {"label": r.label, "pareto": r.label in front} for r in read]
-    return _write(out, "compare", read, "Size against quality", {"runs": summary})
+    several = [_run(folder) for folder in runs]
+    for other in several[1:]:
+        _comparable(several[0], other)
+    several = _labelled(sorted(several, key=lambda r: (r.size, r.results.artifact.perplexity, r.manifest.name)))
+    front = _front(several)
+    summary = [_figures(r) | {"label": r.label, "pareto": r.label in front} for r in several]
+    return _write(out, "compare", several, "Size against quality", {"runs": summary})
 
 
-def _read(folder: Path) -> Run:
-    manifest = _load(folder / "manifest.json", Manifest, f"{folder}: no manifest.json; is this a run folder?")
-    missing = f"{folder}: no eval/results.json; evaluate the run first (quantpress eval {folder})"
-    return Run(folder, manifest, _load(folder / "eval" / "results.json", Results, missing), manifest.name)
-
-
-_R = TypeVar("_R", bound=Record)
-
-
-def _load(path: Path, kind: type[_R], missing: str) -> _R:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(missing) from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != 1:
-        raise BadInput(f"{path}: schema {schema!r} is not 1; this quantpress cannot read it")
-    try:
-        return kind.model_validate(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+def _run(folder: Path) -> Run:
+    manifest, results = read(folder)
+    return Run(folder, manifest, results, manifest.name)
 
 
 def _comparable(a: Run, b: Run) -> None:
@@ -315,7 +175,7 @@ def _points(runs: Sequence[Run]) -> list[Point]:
 def _front(runs: Sequence[Run]) -> set[str]:
     """Labels of the runs that neither another run nor the original beats in size and perplexity."""
     points = _points(runs)
-    return {points[i].label for i in charts.pareto(points) if i}
+    return {points[i].label for i in pareto(points) if i}
 
 
 def _figures(run: Run) -> dict[str, Any]:
@@ -358,18 +218,18 @@ def _write(folder: Path, template: str, runs: list[Run], heading: str, summary: 
     points, caveat = _points(runs), runs[0].manifest.model.caveat
     scale = HeatScale.of([run.heat for run in runs])
     plots: list[Plot] = [
-        charts.tradeoff(points, size, _hover, number_only=len(runs) > 1 and (size is _NARROW or len(runs) > 12))
+        tradeoff(points, size, _hover, number_only=len(runs) > 1 and (size is _NARROW or len(runs) > 12))
         for size in (_WIDE, _NARROW)
     ]
     context = {
         "runs": runs, "run": runs[0], "front": _front(runs), "plots": plots, "scale": scale, "points": points,
-        "differences": _differences(runs), "colors": list(zip(charts.LIGHT, charts.DARK, strict=True)),
+        "differences": _differences(runs), "colors": list(zip(LIGHT, DARK, strict=True)),
     }  # fmt: skip
     footer = f"{runs[0].manifest.model.id}: {caveat}" if caveat else runs[0].manifest.model.id
     pages = _environment()
     files = {
-        "tradeoff.png": charts.tradeoff_png(plots[0], heading, footer),
-        "layers.png": charts.layers_png({run.label: run.heat for run in runs}, scale, footer),
+        "tradeoff.png": tradeoff_png(plots[0], heading, footer),
+        "layers.png": layers_png({run.label: run.heat for run in runs}, scale, footer),
         "summary.md": pages.get_template(f"{template}.md").render(context).encode("utf-8", "replace"),
         "summary.json": (json.dumps(_finite({"schema": 1} | summary), indent=2) + "\n").encode(),
         "index.html": pages.get_template(f"{template}.html").render(context).encode("utf-8", "replace"),
@@ -416,72 +276,3 @@ def _environment() -> Environment:
         "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds,
     }  # fmt: skip
     return environment
-
-
-def size(count: float) -> str:
-    """Bytes in a decimal unit, three digits."""
-    unit, name = charts.byte_unit(count)
-    value = count / unit
-    return f"{value:,.{0 if value >= 100 or unit == 1 else 1 if value >= 10 else 2}f}{_NBSP}{name}"
-
-
-def number(value: float) -> str:
-    """A perplexity: two decimals, fewer when it is large."""
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.1e}"
-
-
-def small(value: float) -> str:
-    """Three significant digits, never an exponent above 1e-5."""
-    if not math.isfinite(value):
-        return "not finite"
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 2
-    return f"{value:.{max(0, digits)}f}" if abs(value) >= 1e-5 or not value else f"{value:.1e}"
-
-
-def change(fraction: float) -> str:
-    """A signed percentage; thousands of percent as a factor."""
-    if not math.isfinite(fraction):
-        return "not finite"
-    percent = 100 * fraction
-    if percent >= 1000:
-        return f"{1 + fraction:,.0f}× as high"
-    text = f"{percent:+.1f}{_NBSP}%" if abs(percent) >= 0.1 else f"{percent:+.2f}{_NBSP}%"
-    return text.replace("-", "−")
-
-
-def share(fraction: float) -> str:
-    """A percentage, three significant digits; 100 % only when it is."""
-    percent = 100 * fraction
-    if not math.isfinite(percent):
-        return "not finite"
-    text = "100" if percent == 100 else f"{min(percent, 99.99):.4g}" if percent > 99.9 else small(percent)
-    return f"{text}{_NBSP}%"
-
-
-def gate_name(name: str) -> str:
-    """`max_perplexity_increase` reads as «perplexity increase»."""
-    words = name.removeprefix("max_").removeprefix("min_").replace("_", " ")
-    return {"kl": "mean KL divergence", "top1 agreement": "same next token", "bytes": "size on disk"}.get(words, words)
-
-
-def gate(value: float, name: str) -> str:
-    """A gate's limit or value in the unit its name calls for."""
-    if "increase" in name:
-        return change(value)
-    return share(value) if "agreement" in name else size(value) if "bytes" in name else small(value)
-
-
-def seconds(value: float) -> str:
-    """A duration: seconds, minutes or hours."""
-    if value < 120:
-        return f"{value:.1f}{_NBSP}s" if value < 10 else f"{value:.0f}{_NBSP}s"
-    return f"{value / 60:.1f}{_NBSP}min" if value < 7200 else f"{value / 3600:.1f}{_NBSP}h"
-
-
-def cell(text: str) -> str:
-    """Text that stays inside one cell of a Markdown table and is not taken for markup."""
-    for mark in "\\`*_[]<>|":
-        text = text.replace(mark, "\\" + mark)
-    return " ".join(text.split())

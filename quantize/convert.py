@@ -39,15 +39,17 @@ def convert(source: Path, target: Path, to: str) -> None:
         raise BadInput(f"{source}: the config says {origin}, and no linear is quantized")
     schemes = _schemes(checkpoint, reader, shapes)
     heads = ["embed_out"] if "embed_out.weight" in checkpoint else ["lm_head"]
-    shuffled = _shuffled(checkpoint.config["quantization_config"])
-    quantization = writer.config(schemes, ignored_extra=heads, shuffled=shuffled)
+    shuffled = False
     for name, shape in shapes.items():
         grid = schemes[name]
         assert grid is not None
+        scattered = reader.scattered(name, checkpoint.read, grid, shape[1])
+        shuffled |= scattered
         try:
-            writer.check(grid, *shape, shuffled=shuffled)
+            writer.check(grid, *shape, shuffled=scattered)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from None
+    quantization = writer.config(schemes, ignored_extra=heads, shuffled=shuffled)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -62,12 +64,6 @@ def convert(source: Path, target: Path, to: str) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _shuffled(config: dict[str, Any]) -> bool:
-    """Whether groups are scattered columns (act-order without static groups)."""
-    groups = config.get("config_groups", {}).values()
-    return bool(config.get("desc_act")) or any(group["weights"].get("actorder") == "group" for group in groups)
 
 
 def _schemes(checkpoint: Checkpoint, reader: Format, shapes: dict[str, tuple[int, int]]) -> dict[str, Grid | None]:

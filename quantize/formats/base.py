@@ -30,6 +30,10 @@ class Format(ABC):
     def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
         """The record behind linear `name`, weight [out, in] = `shape`; raises BadInput for tensors that do not fit."""
 
+    def scattered(self, name: str, read: Callable[[str], Tensor], grid: Grid, in_features: int) -> bool:
+        """Whether the groups of linear `name` are scattered columns, by what is stored and not by the config."""
+        return False
+
     @abstractmethod
     def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
         """Bytes of the tensors `pack` makes of one linear, scales of `scale_bytes` each."""

@@ -67,17 +67,24 @@ class Gptq(Format):
         words = take(f"{name}.qweight", read, (bitstream.n_words(n_in, grid.bits), n_out))
         zeros = take(f"{name}.qzeros", read, (groups, bitstream.n_words(n_out, grid.bits)))
         scales = take(f"{name}.scales", read, (groups, n_out))
-        g_idx = take(f"{name}.g_idx", read, (n_in,)).to(torch.int32)
-        if g_idx.min() < 0 or g_idx.max() >= groups:
-            raise BadInput(f"{name}.g_idx: names groups {g_idx.min()} to {g_idx.max()} where there are {groups}")
-        in_order = torch.equal(g_idx.long(), torch.arange(n_in) // grid.columns(n_in))
         return QuantizedLinear(
             codes=bitstream.unpack(words.T.contiguous(), grid.bits, n_in),
             scales=scales.T.contiguous(),
             zeros=self._zeros(name, bitstream.unpack(zeros, grid.bits, n_out), grid).T.contiguous(),
             grid=grid,
-            g_idx=None if in_order else g_idx,
+            g_idx=self._g_idx(name, read, grid, n_in),
         )
+
+    def scattered(self, name: str, read: Callable[[str], Tensor], grid: Grid, in_features: int) -> bool:
+        return self._g_idx(name, read, grid, in_features) is not None
+
+    def _g_idx(self, name: str, read: Callable[[str], Tensor], grid: Grid, n_in: int) -> Tensor | None:
+        """The group of each column, int32 [in]; None in plain order, which `desc_act: true` does not rule out."""
+        groups = n_in // grid.columns(n_in)
+        g_idx = take(f"{name}.g_idx", read, (n_in,)).to(torch.int32)
+        if g_idx.min() < 0 or g_idx.max() >= groups:
+            raise BadInput(f"{name}.g_idx: names groups {g_idx.min()} to {g_idx.max()} where there are {groups}")
+        return None if torch.equal(g_idx.long(), torch.arange(n_in) // grid.columns(n_in)) else g_idx
 
     def _zeros(self, name: str, stored: Tensor, grid: Grid) -> Tensor:
         if not grid.symmetric:

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from quantpress.eval import charts, report
-from quantpress.eval.charts import HeatScale, Linear, Point
 from quantpress.eval.report import write_comparison, write_report
 from quantpress.quantize.errors import BadInput
 
@@ -368,115 +366,6 @@ def test_a_comparison_leaves_other_files_alone_and_names_an_unusable_folder(tmp_
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     with pytest.raises(BadInput, match=r"cannot write the report there"):
         write_comparison(runs, tmp_path / "out" / "notes.txt")
-
-
-# ---- geometry
-
-
-@pytest.mark.parametrize("count", [2, 5, 12])
-@pytest.mark.parametrize("size", [(820, 400), (350, 340)])
-@pytest.mark.parametrize("spread", [0.0, 0.3, 5.0])
-def test_labels_do_not_overlap_and_stay_inside(count: int, size: tuple[int, int], spread: float) -> None:
-    points = [Point("original", 269_000_000, 17.05, 0.3, original=True)]
-    points += [Point(f"int4-gptq-g{i}", round(114e6 * (1 + 0.02 * spread * i)), 18 + spread * math.sin(i), 0.3)
-               for i in range(count)]  # fmt: skip
-    plot = charts.tradeoff(points, size, lambda p: p.label, number_only=size[0] < 400)
-    boxes = [mark.label.box for mark in plot.marks]
-    assert len(boxes) == count + 1
-    for i, box in enumerate(boxes):
-        assert 0 <= box[0] < box[2] <= size[0]
-        assert 0 <= box[1] < box[3] <= size[1]
-        assert all(charts.overlap(box, other) == 0 for other in boxes[:i])
-    for mark in plot.marks:
-        assert plot.frame[0] <= mark.x <= plot.frame[2]
-        assert plot.frame[1] <= mark.y <= plot.frame[3]
-
-
-def test_the_front_is_what_nothing_beats() -> None:
-    points = [
-        Point(str(i), size, perplexity, 0.0)
-        for i, (size, perplexity) in enumerate(
-            [(269, 17.0), (100, 30.0), (114, 18.0), (114, 21.0), (120, 18.0), (90, math.nan), (163, 17.1), (114, 18.0)]
-        )
-    ]
-    beaten = {
-        i for i, p in enumerate(points)
-        if not math.isfinite(p.perplexity) or any(
-            q.size <= p.size and q.perplexity <= p.perplexity and (q.size, q.perplexity) != (p.size, p.perplexity)
-            for q in points)
-    }  # fmt: skip
-    assert set(charts.pareto(points)) == set(range(len(points))) - beaten == {0, 1, 2, 6, 7}
-
-
-@pytest.mark.parametrize("perplexities", [(17.06, 17.07), (18.0, 494_300.0), (17.05, 17.05), (math.nan, math.inf)])
-def test_axes_hold_any_perplexity(perplexities: tuple[float, float]) -> None:
-    points = [Point("original", 269_000_000, 17.05, 0.3, original=True)]
-    points += [Point(f"r{i}", 100_000_000, p, 0.3) for i, p in enumerate(perplexities)]
-    plot = charts.tradeoff(points, (820, 400), lambda p: p.label)
-    assert len(plot.marks) == sum(map(math.isfinite, perplexities)) + 1
-    assert 2 <= len(plot.y_ticks) <= 9
-    assert 2 <= len(plot.x_ticks) <= 12
-    assert len({text for _, text in plot.y_ticks}) == len(plot.y_ticks)
-    assert all(plot.frame[1] - 1 <= y <= plot.frame[3] + 1 for y, _ in plot.y_ticks)
-    assert charts.tradeoff_png(plot, "heading", "")
-
-
-def test_linears_are_grouped_by_kind_and_block() -> None:
-    names = ["self_attn.q_proj", "mlp.gate", *(f"mlp.experts.{e}.{k}_proj" for e in range(4) for k in ("gate", "up"))]
-    linears = [Linear(name=f"model.layers.{b}.{n}", block=b, bits=4, scheme="int4", relative_error=0.01 * (i + 1))
-               for b in (1, 4) for i, n in enumerate(names)]  # fmt: skip
-    linears.append(Linear(name="lm_head", block=None, bits=16, scheme="16 bit"))
-    heat = charts.heat(linears)
-    assert heat.kinds == ("q", "up", "mlp gate", "experts gate")
-    assert heat.blocks == (1, 4)
-    assert [len(c.layers) for c in heat.cells] == [1, 1, 4, 4, 1, 1, 4, 4]
-    assert [layer.name for layer in heat.outside] == ["lm_head"]
-    assert heat.worst(1)[0].kind == "up"
-    assert heat.worst(1)[0].worst == pytest.approx(0.1)
-    assert heat.worst(1)[0].median == pytest.approx(0.07)
-
-
-def test_linears_named_alike_keep_their_parents() -> None:
-    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    linears = [Linear(name=f"transformer.h.0.{n}", block=0, bits=4, scheme="int4") for n in names]
-    assert set(charts.heat(linears).kinds) == {"c_attn", "attn c_proj", "c_fc", "mlp c_proj"}
-
-
-def test_the_colour_scale_covers_every_error_in_order() -> None:
-    errors = [0.0, 1e-5, 3e-4, 0.02, 0.7]
-    linears = [
-        Linear(name=f"layers.0.x{i}", block=0, bits=4, scheme="int4", relative_error=e) for i, e in enumerate(errors)
-    ]
-    scale = HeatScale.of([charts.heat(linears)])
-    assert scale is not None
-    levels = [scale.level(e) for e in errors]
-    assert levels == sorted(levels)
-    assert (levels[0], levels[1], levels[-1]) == (0, 0, charts.LEVELS - 1)
-    assert scale.edges()[0] == pytest.approx(1e-5)
-    assert scale.edges()[-1] == pytest.approx(0.7)
-    for low, high in zip(scale.edges(), scale.edges()[1:], strict=False):
-        assert scale.level(low * 1.001) == scale.level(high * 0.999)
-    same = HeatScale.of([charts.heat(linears[3:4])])
-    assert same is not None
-    assert same.high / same.low == pytest.approx(10)
-    assert HeatScale.of([charts.heat([])]) is None
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        (report.size(0), "0 bytes"), (report.size(999), "999 bytes"), (report.size(62_800_000), "62.8 MB"),
-        (report.size(1_234_000_000), "1.23 GB"), (report.number(17.049), "17.05"), (report.number(494_300), "494,300"),
-        (report.change(0.051), "+5.1 %"), (report.change(-0.0004), "−0.04 %"), (report.change(2_899), "2,900× as high"),
-        (report.share(0.942), "94.2 %"), (report.share(0.99944), "99.94 %"),
-        (report.share(1.0), "100 %"), (report.share(0.99999), "99.99 %"),
-        (report.share(0.0083), "0.830 %"), (report.share(0.0), "0.00 %"), (report.small(0.03127), "0.0313"),
-        (report.seconds(95.2), "95 s"), (report.seconds(600), "10.0 min"), (report.seconds(9000), "2.5 h"),
-        (report.gate(1e8, "max_bytes"), "100 MB"), (report.gate(0.05, "max_kl"), "0.0500"),
-    ],
-)  # fmt: skip
-def test_numbers_read_well(said: str, expected: str) -> None:
-    assert said.replace("\u00a0", " ") == expected
 
 
 # ---- in a browser

@@ -149,6 +149,39 @@ def test_scattered_groups_leave_nothing_behind(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("stated", [False, True])
+def test_the_columns_decide_and_not_desc_act(stated: bool, tmp_path: Path) -> None:
+    for name, scattered in (("plain", False), ("scattered", True)):
+        before, _ = make(tmp_path / name, "gptq", uniform(ASYMMETRIC), shuffled=scattered)
+        config = Checkpoint(tmp_path / name).config
+        config["quantization_config"]["desc_act"] = stated
+        write_json(tmp_path / name / "config.json", config)
+        if scattered:
+            with pytest.raises(BadInput, match=r"layers\.\d\..*_proj: compressed-tensors has dropped g_idx"):
+                convert_folder(tmp_path / name, tmp_path / "ct-scattered", "compressed-tensors")
+        else:
+            convert_folder(tmp_path / name, tmp_path / "ct", "compressed-tensors")
+            shapes = {n: (q.out_features, q.in_features) for n, q in before.items()}
+            after = records(tmp_path / "ct", uniform(ASYMMETRIC), shapes)
+            assert all(torch.equal(after[n].codes, q.codes) for n, q in before.items())
+        # Relabelled as version 1, so that gptq can be written from gptq: what is written says what the columns are.
+        config["quantization_config"]["checkpoint_format"] = "gptq"
+        write_json(tmp_path / name / "config.json", config)
+        convert_folder(tmp_path / name, tmp_path / f"{name}-2", "gptq")
+        assert quantization_config(tmp_path / f"{name}-2")["desc_act"] is scattered
+
+
+def test_one_scattered_linear_is_enough(tmp_path: Path) -> None:
+    make(tmp_path / "a", "gptq", uniform(FOUR))
+    checkpoint = Checkpoint(tmp_path / "a")
+    name = "model.layers.1.mlp.up_proj.g_idx"
+    shard = tmp_path / "a" / checkpoint.file_of(name)
+    tensors = {n: checkpoint.read(n) for n in checkpoint.names() if checkpoint.file_of(n) == shard.name}
+    write_part(shard, tensors | {name: tensors[name].flip(0)})
+    with pytest.raises(BadInput, match=r"^model\.layers\.1\.mlp\.up_proj: compressed-tensors has dropped g_idx"):
+        convert_folder(tmp_path / "a", tmp_path / "b", "compressed-tensors")
+
+
 def test_scales_out_of_range_leave_nothing_behind(tmp_path: Path) -> None:
     make(tmp_path / "a", "compressed-tensors", uniform(FOUR))
     checkpoint = Checkpoint(tmp_path / "a")

@@ -1,0 +1,84 @@
+"""How numbers and names read on the page: units, signs, how many digits."""
+
+import math
+
+NBSP = "\u00a0"  # a number and its unit stay on one line
+
+
+def size(count: float) -> str:
+    """Bytes in a decimal unit, three digits."""
+    unit, name = byte_unit(count)
+    value = count / unit
+    return f"{value:,.{0 if value >= 100 or unit == 1 else 1 if value >= 10 else 2}f}{NBSP}{name}"
+
+
+def number(value: float) -> str:
+    """A perplexity: two decimals, fewer when it is large."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.1e}"
+
+
+def small(value: float) -> str:
+    """Three significant digits, never an exponent above 1e-5."""
+    if not math.isfinite(value):
+        return "not finite"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:.{max(0, digits)}f}" if abs(value) >= 1e-5 or not value else f"{value:.1e}"
+
+
+def change(fraction: float) -> str:
+    """A signed percentage; thousands of percent as a factor."""
+    if not math.isfinite(fraction):
+        return "not finite"
+    percent = 100 * fraction
+    if percent >= 1000:
+        return f"{1 + fraction:,.0f}× as high"
+    text = f"{percent:+.1f}{NBSP}%" if abs(percent) >= 0.1 else f"{percent:+.2f}{NBSP}%"
+    return text.replace("-", "−")
+
+
+def share(fraction: float) -> str:
+    """A percentage, three significant digits; 100 % only when it is."""
+    percent = 100 * fraction
+    if not math.isfinite(percent):
+        return "not finite"
+    text = "100" if percent == 100 else f"{min(percent, 99.99):.4g}" if percent > 99.9 else small(percent)
+    return f"{text}{NBSP}%"
+
+
+def gate_name(name: str) -> str:
+    """`max_perplexity_increase` reads as «perplexity increase»."""
+    words = name.removeprefix("max_").removeprefix("min_").replace("_", " ")
+    return {"kl": "mean KL divergence", "top1 agreement": "same next token", "bytes": "size on disk"}.get(words, words)
+
+
+def gate(value: float, name: str) -> str:
+    """A gate's limit or value in the unit its name calls for."""
+    if "increase" in name:
+        return change(value)
+    return share(value) if "agreement" in name else size(value) if "bytes" in name else small(value)
+
+
+def seconds(value: float) -> str:
+    """A duration: seconds, minutes or hours."""
+    if value < 120:
+        return f"{value:.1f}{NBSP}s" if value < 10 else f"{value:.0f}{NBSP}s"
+    return f"{value / 60:.1f}{NBSP}min" if value < 7200 else f"{value / 3600:.1f}{NBSP}h"
+
+
+def cell(text: str) -> str:
+    """Text that stays inside one cell of a Markdown table and is not taken for markup."""
+    for mark in "\\`*_[]<>|":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
+
+
+def byte_unit(size: float) -> tuple[float, str]:
+    """The decimal unit `size` bytes read best in."""
+    return next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0]), (1.0, "bytes"))
+
+
+def shorten(text: str, most: int = 30) -> str:
+    """At most `most` characters, the last an ellipsis when some are missing."""
+    return text if len(text) <= most else text[: most - 1] + "…"
