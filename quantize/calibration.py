@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from .errors import BadInput
 from .recipe import Bos, Calibration
 
+_CHARACTERS_A_TOKEN = 6  # generous for English; where it is too few, twice as many are tried
+_MARGIN = 64  # tokens before a cut in the text that are not trusted
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -41,7 +44,10 @@ def calibration_tokens(tokenizer: Any, documents: Sequence[str], source: str, wa
     needed = wanted.samples * body
     stream: list[int] = []
     for i in order:
-        stream += encode(tokenizer, documents[i], chat=wanted.chat_template)
+        if wanted.seed == 0 and not wanted.chat_template:
+            stream += first_tokens(tokenizer, documents[i], needed - len(stream))
+        else:
+            stream += encode(tokenizer, documents[i], chat=wanted.chat_template)
         if wanted.seed == 0 and len(stream) >= needed:
             break
     windows = cut(stream, body, body)
@@ -93,6 +99,17 @@ def encode(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
+    """At least the first `count` token ids of `text`, or all there are, without tokenising a long text to its end."""
+    length = _CHARACTERS_A_TOKEN * (count + _MARGIN)
+    while length < len(text):
+        ids = encode(tokenizer, text[:length])
+        if len(ids) >= count + _MARGIN:
+            return ids[:-_MARGIN]  # the cut may have changed the last ones
+        length *= 2
+    return encode(tokenizer, text)
 
 
 def bos_id(tokenizer: Any, wanted: Bos) -> int | None:

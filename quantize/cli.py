@@ -245,11 +245,11 @@ def _cache() -> Path:
 
 def _source(recipe: recipes.Recipe, allow_pickle: bool, trust_remote_code: bool) -> Any:
     _quiet_libraries()
-    from .machine import flush_denormals
+    from .machine import flush_denormals, return_freed_memory
     from .sources import resolve
 
     flush_denormals()
-
+    return_freed_memory()
     return resolve(recipe.model, cache=_cache(), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
 

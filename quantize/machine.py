@@ -1,5 +1,6 @@
 """Facts about the machine and this process."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -9,6 +10,9 @@ from typing import Any
 
 import psutil
 import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGE = 4 << 20  # bytes
 
 
 def device() -> torch.device:
@@ -23,6 +27,17 @@ def flush_denormals() -> None:
     many times slower.
     """
     torch.set_flush_denormal(True)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give large blocks back to the system when they are freed, instead of keeping them for later.
+
+    Tensors of many sizes come and go here; the heap they would leave behind is larger than what is in use.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_M_TRIM_THRESHOLD, _LARGE)
 
 
 def python_version() -> str:

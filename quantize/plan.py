@@ -72,12 +72,13 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     calibrated = isinstance(recipe.method, Gptq)
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
-    hidden = tokens * int(skeleton.config.hidden_size) * item
-    work = _largest_solve(linears, schemes, calibrated) + _one_batch(linears, tokens, item)
+    streams = 2 if isinstance(recipe.method, Gptq) and recipe.method.error_correction else 1
+    hidden = streams * tokens * int(skeleton.config.hidden_size) * item
+    work = _largest_solve(linears, schemes, calibrated) + streams * _activations(linears, tokens, item)
     # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
     memory = _PROCESS_BYTES + max(shell, max(inside) * 3 + work) + hidden
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
-    operations = _operations(linears, schemes, tokens, calibrated)
+    operations = _operations(linears, schemes, tokens, streams, calibrated)
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
         original_bytes=original,
@@ -86,7 +87,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         disk_bytes=disk,
         operations=operations,
         seconds=operations / _speed(skeleton.device) + original / 1e9,
-        passes=2 if calibrated else 0,
+        passes=streams if calibrated else 0,
     )
 
 
@@ -114,21 +115,26 @@ def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calib
     return most
 
 
-def _one_batch(linears: list[Linear], tokens: int, item: int) -> int:
-    """Activations of one forward pass over a batch: the widest tensors of a block and one float32 copy."""
+def _activations(linears: list[Linear], tokens: int, item: int) -> int:
+    """What waits before a linear, for all tokens; and the widest tensors of one batch, with a float32 copy."""
+    widest_input = max(x.in_features for x in linears)
     widest = max(max(x.in_features, x.out_features) for x in linears)
-    return min(tokens, BATCH_TOKENS) * widest * (5 * item + 4)
+    narrowest_input = min(x.in_features for x in linears)
+    waiting = tokens * (widest_input + narrowest_input) * item
+    return waiting + min(tokens, BATCH_TOKENS) * widest * (4 * item + 4)
 
 
-def _operations(linears: list[Linear], schemes: dict[str, Grid | None], tokens: int, calibrated: bool) -> float:
+def _operations(
+    linears: list[Linear], schemes: dict[str, Grid | None], tokens: int, streams: int, calibrated: bool
+) -> float:
     total = 0.0
     for x in linears:
         weights = x.in_features * x.out_features
-        total += 4.0 * tokens * weights
+        total += 2.0 * streams * tokens * weights
         if schemes[x.name] is not None:
             total += 100.0 * weights  # the search for scales
             if calibrated:
-                total += 2.0 * tokens * x.in_features**2 + 4.0 * weights * x.in_features
+                total += (2.0 * streams - 1) * tokens * x.in_features**2 + 4.0 * weights * x.in_features
     return total
 
 

@@ -174,12 +174,12 @@ class Gptq(Strict):
         True, description="scale search weighs each column by the variance later columns cannot make up for"
     )
     error_correction: float = Field(
-        0.0,
+        0.5,
         ge=0,
         le=1,
         strict=False,
         description="QEP, arXiv:2504.09629: share of the error already in a linear's inputs that its weight makes up "
-        "for; takes a second forward pass, of the original model",
+        "for; above 0 the original model runs beside, twice the work",
     )
 
     @model_validator(mode="after")

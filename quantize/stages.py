@@ -6,7 +6,7 @@ propagate, and each linear is rounded for the inputs it will really get, the err
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ class Stages:
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
         self._routed = _inside_experts(block)
 
-    def __iter__(self) -> Iterator[Stage]:
+    def __iter__(self) -> Generator[Stage, None, None]:
         shared = self._shared_inputs()
         beside: list[_Run] = []
         if self._reference is not None:

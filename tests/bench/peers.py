@@ -38,9 +38,15 @@ class Case:
     bits: int
     symmetric: bool
     group_size: int = 64
+    correction: float = 0.0  # ours alone; the peer's row beside it is its plain GPTQ
+
+    @property
+    def ours_alone(self) -> bool:
+        return self.correction > 0
 
     def __str__(self) -> str:
-        return f"{self.method} {self.bits} bit g{self.group_size} {'sym' if self.symmetric else 'asym'}"
+        plain = f"{self.method} {self.bits} bit g{self.group_size} {'sym' if self.symmetric else 'asym'}"
+        return plain + (" corrected" if self.correction else "")
 
 
 CASES = {
@@ -49,6 +55,9 @@ CASES = {
     "gptq-asym": Case("gptq", 4, False),
     "gptq-sym": Case("gptq", 4, True),
     "gptq-3bit": Case("gptq", 3, False),
+    "gptq-asym-corrected": Case("gptq", 4, False, correction=0.5),
+    "gptq-sym-corrected": Case("gptq", 4, True, correction=0.5),
+    "gptq-3bit-corrected": Case("gptq", 3, False, correction=0.5),
 }
 
 
@@ -94,7 +103,7 @@ def our_command(case: Case, given: Inputs, out: Path) -> list[str]:
         "weights.symmetric": str(case.symmetric).lower(),
         # rounding to nearest is there to show the same grid, so both take the range; gptq brings its own search
         "weights.scale_search": "minmax" if case.method == "rtn" else "mse",
-        "method": f"{{name: {case.method}}}",
+        "method": f"{{name: gptq, error_correction: {case.correction}}}" if case.method == "gptq" else "{name: rtn}",
     }
     return common.quantpress(given.model, out, settings)
 
@@ -235,6 +244,8 @@ def compare(args: argparse.Namespace, given: Inputs, work: Path) -> None:
         results.original = (score(given.model, given), common.weight_bytes(Path(given.model)) / 1e6)
     for case in (CASES[name] for name in args.only):
         for side, python in sides.items():
+            if case.ours_alone and side != OURS:
+                continue
             row = run(case, side, python, given, work)
             results.add(row)
             common.say(f"{row.case}, {side}: perplexity {row.perplexity:.3f}, {row.usage}")

@@ -71,6 +71,46 @@ def test_moments_are_those_of_each_linears_own_input(family: str, tmp_path: Path
     assert shared == {"llama": 3, "phi3": 0, "gpt_neox": 0, "gpt2": 0, "qwen3_moe": 2 + 4}[family]
 
 
+def test_stages_pass_on_what_was_rounded(tmp_path: Path) -> None:
+    """Weights replaced at a halt are the ones the pass goes on with; the reference keeps the original ones."""
+    build("llama", tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    tokens = torch.randint(VOCAB, (5, 16), generator=torch.Generator().manual_seed(0))
+    start, arguments = skeleton.embed(tokens), skeleton.block_arguments(16)
+    _, block = next(skeleton.blocks())
+    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
+    original, reference, hidden = start.clone(), start.clone(), start.clone()
+    run_block(block, original, arguments[0], device=CPU, batch=2)
+    drifted = []
+    for stage in Stages(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=reference):
+        assert stage.drift is not None
+        drifted.append(bool(stage.drift.any()))
+        for name in stage.names:
+            linears[name].weight = torch.nn.Parameter(linears[name].weight * 0.9, requires_grad=False)
+    assert drifted == [False, True, True, True]  # q/k/v, o, gate/up, down
+    torch.testing.assert_close(reference, original, rtol=0, atol=0)
+    propagated = start.clone()
+    run_block(block, propagated, arguments[0], device=CPU, batch=2)
+    torch.testing.assert_close(hidden, propagated, rtol=0, atol=0)
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_stages_given_up_leave_no_trace(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    hidden, arguments = skeleton.embed(torch.zeros(3, 8, dtype=torch.int64)), skeleton.block_arguments(8)
+    before = hidden.clone()
+    _, block = next(skeleton.blocks())
+    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
+    stages = Stages(block, hidden, arguments[0], linears, device=CPU, batch=2).__iter__()
+    next(stages)
+    stages.close()  # what an exception in the caller comes to
+    assert torch.equal(hidden, before)
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
 def test_router_embedding_and_head_are_no_linears_to_quantize(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path)
     names = [x.name for x in Skeleton(Checkpoint(tmp_path), device=CPU).linears()]

@@ -7,12 +7,15 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
+from transformers import AutoTokenizer
 
 from quantpress.quantize import texts
+from quantpress.quantize.calibration import encode, first_tokens
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.recipe import Calibration, Evaluation
 from quantpress.quantize.sources import default_cache
 from quantpress.quantize.texts import load_documents
+from tests.tiny import build, text
 
 
 def refused(words: str, cache: Path, **settings: Any) -> None:
@@ -141,3 +144,14 @@ def test_the_embedded_default_text() -> None:
     assert (len(calibration.documents), len(evaluation.documents)) == (584, 2349)
     assert not any("<doc " in d or "</doc>" in d for d in evaluation.documents)
     assert not set(calibration.documents) & set(evaluation.documents)
+
+
+@pytest.mark.parametrize("count", [1, 100, 900, 5000, 10**6])
+def test_the_first_tokens_are_those_of_the_whole_text(count: int, tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    words = text() * 3
+    whole = encode(tokenizer, words)
+    first = first_tokens(tokenizer, words, count)
+    assert first == whole[: len(first)]
+    assert len(first) >= min(count, len(whole))
