@@ -23,7 +23,7 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev quantize test test-all check format bench wheel clean distclean FORCE
+.PHONY: help setup dev quantize test test-all check format bench bench-setup wheel clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
@@ -34,6 +34,7 @@ help:
 	@echo 'make check       ruff, ruff format, mypy'
 	@echo 'make format      let ruff fix and format'
 	@echo 'make bench       time, memory and quality beside llm-compressor, when that is installed'
+	@echo 'make bench-setup install llm-compressor for it, into .venv-bench'
 	@echo 'make wheel       build dist/quantpress-*.whl'
 	@echo 'make clean       remove build outputs and caches;  make distclean: .venv too'
 	@echo
@@ -131,6 +132,12 @@ bench: dev
 	@$(BIN)/python tests/bench/peers.py $(ARGS)
 	@$(BIN)/python tests/bench/memory.py $(ARGS)
 
+# An environment of its own: llm-compressor pins another compressed-tensors than the one measured here.
+bench-setup: setup
+	@$(PYTHON) -m venv .venv-bench || $(VENV_FAILED)
+	@.venv-bench/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(call quoted,$(TORCH_INDEX))) $(call quoted,$(TORCH))
+	@.venv-bench/bin/python -m pip install --quiet --constraint .venv/constraints.txt '.[bench]'
+
 # setuptools packs whatever an earlier build left in build/lib: start from nothing.
 dist/.built: .venv/.files .venv/.dev pyproject.toml README.md LICENSE FORCE
 	@rm -rf dist build/lib build/bdist.*
@@ -155,6 +162,6 @@ clean:
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} +; fi
 
 distclean: clean
-	@rm -rf .venv build
+	@rm -rf .venv .venv-bench build
 
 FORCE:
