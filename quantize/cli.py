@@ -35,6 +35,7 @@ LimitsOpt = Annotated[bool, typer.Option("--ignore-limits", help="run although m
 PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]
 TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+_INTERRUPTED = 130
 
 
 @app.command()
@@ -179,7 +180,7 @@ def convert(
 @app.command()
 def verify(run_folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Check that the artifact's files are the ones the manifest names."""
-    from .pipeline import verify as verify_run
+    from .artifact import verify as verify_run
 
     out_console.print(f"verified: {verify_run(run_folder)} files are as the manifest says")
 
@@ -203,17 +204,26 @@ def main() -> None:
     """Run the command line; every mistake of the user's is one line and exit code 2."""
     try:
         status = app(standalone_mode=False)
+        if status == _INTERRUPTED:  # typer turns Ctrl-C into this status, without a word
+            raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
     except BadInput as error:
         _fail(str(error), 2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("stopped; the same command goes on after the last finished block", 130)
+        _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
     except Exception as error:
         if isinstance(error, _usage_error()):
             _fail(f"{error.format_message()} (see quantpress --help)", 2)  # type: ignore[attr-defined]
         raise
+
+
+def _stopped(arguments: list[str]) -> str:
+    if not {"run", "quantize"} & set(arguments[:1]):
+        return "stopped"
+    same = "the same command without --overwrite" if "--overwrite" in arguments else "the same command"
+    return f"stopped; {same} goes on from what is finished"
 
 
 def _usage_error() -> type[Exception]:
@@ -265,6 +275,7 @@ def _quantize(
         settings = Settings(
             out, _cache(), overwrite, ignore_limits, trust,
             lambda p: advance(p.block, "" if p.loss is None else f"error {p.loss:.2%}"),
+            lambda line: err_console.print(f"note: {line}", markup=False, soft_wrap=True),
         )  # fmt: skip
         manifest = quantize_job(job, settings)
     for line in manifest["fallbacks"]:
