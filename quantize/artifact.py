@@ -1,12 +1,13 @@
 """An artifact folder read back from disk: what is evaluated is what a server would load."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, file_sha256
 from .errors import BadInput
 from .formats import FORMATS, detect
 from .grid import Grid, QuantizedLinear
@@ -67,3 +68,21 @@ def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None 
     skeleton = Skeleton(artifact, device=device, dtype=dtype)
     artifact.transposed = frozenset(x.name for x in skeleton.linears() if x.transposed)
     return artifact, skeleton
+
+
+def verify(out: Path) -> int:
+    """Check the files of `out/quantized` against the hashes in its manifest; returns how many there are.
+
+    Raises BadInput naming the first file that differs or is absent.
+    """
+    path = out / "manifest.json"
+    if not path.is_file():
+        raise BadInput(f"{out} holds no finished run (no manifest.json)")
+    hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["artifact"]["files"]
+    for name, digest in hashes.items():
+        file = out / "quantized" / name
+        if not file.is_file():
+            raise BadInput(f"{file} is named in the manifest and absent")
+        if file_sha256(file) != digest:
+            raise BadInput(f"{file} is not the file the manifest names: its sha256 differs")
+    return len(hashes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .errors import BadInput
 from .recipe import Bos, Calibration
@@ -89,6 +89,15 @@ def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration) -> Token
             )
         )
     return Tokens(torch.cat(rows), "text the model generated itself", True)
+
+
+def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder; raises BadInput when there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise BadInput(f"{folder}: no tokenizer that can be read ({said}); put the original's files there") from error
 
 
 def encode(tokenizer: Any, text: str, chat: bool = False) -> list[int]:

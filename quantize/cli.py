@@ -35,6 +35,7 @@ LimitsOpt = Annotated[bool, typer.Option("--ignore-limits", help="run although m
 PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]
 TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+_INTERRUPTED = 130
 
 
 @app.command()
@@ -52,8 +53,10 @@ def run(
     """Quantize, evaluate and report: the whole recipe."""
     chosen = _recipe(recipe, model, sets)
     where = out or _default_out(chosen)
+    # Read before the work, so that a text that cannot be used does not cost a run.
+    text = None if chosen.evaluation is None else _evaluation_text(chosen, allow_pickle, trust_remote_code)
     _quantize(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
-    results = None if chosen.evaluation is None else _evaluate(where, chosen, allow_pickle, trust_remote_code)
+    results = None if text is None else _evaluate(where, chosen, text, allow_pickle, trust_remote_code)
     from quantpress.eval.report import write_report
 
     page = write_report(where) if results is not None else None
@@ -136,10 +139,11 @@ def evaluate_command(
     for override in sets:
         recipes.apply_override(document, override)
     chosen = recipes.parse(document, str(run_folder / "manifest.json"))
-    results = _evaluate(run_folder, chosen, allow_pickle, trust_remote_code)
+    text = _evaluation_text(chosen, allow_pickle, trust_remote_code)
+    results = _evaluate(run_folder, chosen, text, allow_pickle, trust_remote_code)
     if as_json:
         print(json.dumps(results))  # noqa: T201
-    elif results is not None:
+    else:
         _print_results(results)
     _exit_on_gates(results)
 
@@ -179,7 +183,7 @@ def convert(
 @app.command()
 def verify(run_folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Check that the artifact's files are the ones the manifest names."""
-    from .pipeline import verify as verify_run
+    from .artifact import verify as verify_run
 
     out_console.print(f"verified: {verify_run(run_folder)} files are as the manifest says")
 
@@ -203,17 +207,26 @@ def main() -> None:
     """Run the command line; every mistake of the user's is one line and exit code 2."""
     try:
         status = app(standalone_mode=False)
+        if status == _INTERRUPTED:  # typer turns Ctrl-C into this status, without a word
+            raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
     except BadInput as error:
         _fail(str(error), 2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("stopped; the same command goes on after the last finished block", 130)
+        _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
     except Exception as error:
         if isinstance(error, _usage_error()):
             _fail(f"{error.format_message()} (see quantpress --help)", 2)  # type: ignore[attr-defined]
         raise
+
+
+def _stopped(arguments: list[str]) -> str:
+    if not {"run", "quantize"} & set(arguments[:1]):
+        return "stopped"
+    same = "the same command without --overwrite" if "--overwrite" in arguments else "the same command"
+    return f"stopped; {same} goes on from what is finished"
 
 
 def _usage_error() -> type[Exception]:
@@ -265,15 +278,23 @@ def _quantize(
         settings = Settings(
             out, _cache(), overwrite, ignore_limits, trust,
             lambda p: advance(p.block, "" if p.loss is None else f"error {p.loss:.2%}"),
+            lambda line: err_console.print(f"note: {line}", markup=False, soft_wrap=True),
         )  # fmt: skip
         manifest = quantize_job(job, settings)
     for line in manifest["fallbacks"]:
         err_console.print(f"note: {line}", markup=False)
 
 
-def _evaluate(out: Path, recipe: recipes.Recipe, allow_pickle: bool, trust: bool) -> dict[str, Any] | None:
+def _evaluation_text(recipe: recipes.Recipe, allow_pickle: bool, trust: bool) -> Any:
     if recipe.evaluation is None:
         raise BadInput("the recipe has `evaluation: null`; --set evaluation={} measures with the defaults")
+    source = _source(recipe, allow_pickle, trust)
+    from quantpress.eval.measure import evaluation_text
+
+    return evaluation_text(source.path, recipe.evaluation, _cache(), trust)
+
+
+def _evaluate(out: Path, recipe: recipes.Recipe, text: Any, allow_pickle: bool, trust: bool) -> dict[str, Any]:
     from quantpress.eval.measure import evaluate
 
     from .checkpoint import write_json
@@ -287,7 +308,7 @@ def _evaluate(out: Path, recipe: recipes.Recipe, allow_pickle: bool, trust: bool
             done += 1
             advance(done, "", total)
 
-        results = evaluate(source.path, out / "quantized", recipe.evaluation, recipe.gates, _cache(), on_block)
+        results = evaluate(source.path, out / "quantized", text, recipe.gates, on_block)
     (out / "eval").mkdir(exist_ok=True)
     write_json(out / "eval" / "results.json", results)
     return results

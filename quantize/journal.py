@@ -16,6 +16,31 @@ from .checkpoint import write_json, write_part
 from .errors import BadInput
 
 
+def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = True) -> dict[str, Any]:
+    """The manifest of the finished run in `out`.
+
+    Raises BadInput, naming the difference, when its recipe, model, calibration text or quantpress is another than
+    `key` says; the text a model generates follows from the others and need not be compared. Which torch and how many
+    threads made it does not matter any more: the manifest has it.
+    """
+    manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    before = {
+        "recipe": {name: value for name, value in manifest["recipe"].items() if name in key["recipe"]},
+        "model": manifest["model"]["files"],
+        "calibration": manifest["calibration"] and manifest["calibration"]["sha256"],
+        "quantpress": manifest["quantpress"],
+    }
+    if not compare_calibration:
+        del before["calibration"]
+    different = _differences(before, json.loads(json.dumps({name: key[name] for name in before})))
+    if different:
+        raise BadInput(
+            f"{out} already holds a finished run of something else ({'; '.join(different[:4])}); "
+            "give another --out, or --overwrite to replace it"
+        )
+    return manifest
+
+
 class Journal:
     """`folder` holds key.json (what is being made), journal.jsonl, one part a block, and the live hidden states."""
 

@@ -1,6 +1,5 @@
 """From a recipe and a checkpoint to the artifact folder, one decoder block at a time."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -11,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from . import machine
-from .calibration import Tokens, calibration_tokens, generated_tokens
-from .checkpoint import Checkpoint, copy_companions, file_sha256, merge_parts, write_json, write_part
+from .artifact import verify
+from .calibration import Tokens, calibration_tokens, generated_tokens, open_tokenizer
+from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
 from .convert import convert
 from .errors import BadInput
 from .formats import FORMATS
 from .grid import Grid, QuantizedLinear
-from .journal import Journal
+from .journal import Journal, finished
 from .methods import ROUNDERS, Rounded, corrected
 from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS, Plan, make_plan
@@ -50,6 +49,7 @@ class Settings:
     ignore_limits: bool = False
     trust_remote_code: bool = False
     on_block: Callable[[Progress], None] = lambda progress: None
+    on_note: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,20 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
 
     Raises BadInput before the work for bad weights, text or an output folder that holds another run. A run that was
-    killed goes on after its last finished block and writes the same bytes.
+    killed goes on after its last finished block and writes the same bytes; one that is finished is left as it is.
     """
     started = time.monotonic()
     work = settings.out / ".work"
-    _make_room(settings)
+    _check_room(settings)
+    tokenizer = open_tokenizer(job.source.path, settings.trust_remote_code)
+    if _is_finished(settings):
+        return _finished(job, tokenizer, settings)
     job.plan.check(settings.out, ignore=settings.ignore_limits)
     _check_weights(job)
-    tokenizer = AutoTokenizer.from_pretrained(job.source.path, trust_remote_code=settings.trust_remote_code)
     tokens = _tokens(job, tokenizer, settings)
     files = job.checkpoint.file_hashes()
+    if settings.overwrite:
+        _make_room(settings.out)
     journal = Journal(work, _key(job, files, tokens))
     _run_blocks(job, tokens, journal, settings)
     manifest = _manifest(job, files, tokens, journal)
@@ -132,19 +136,39 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     return manifest
 
 
-def _make_room(settings: Settings) -> None:
-    """An output folder is new, or holds this very run unfinished."""
+def _check_room(settings: Settings) -> None:
+    """An output folder is new, or holds a run: which one is seen later."""
     out = settings.out
-    if settings.overwrite:
-        for name in (".work", "quantized", "quantized.partial", "converted", "eval", "report", "manifest.json"):
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if (out / "quantized").exists() and not (out / ".work").exists():
-        raise BadInput(f"{out} already holds a finished run; give another --out, or --overwrite to replace it")
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; --out names a folder")
     if out.exists() and any(out.iterdir()) and not any((out / n).exists() for n in (".work", "quantized")):
         raise BadInput(f"{out} is not empty and holds no quantpress run; give another --out")
+    unfinished = (out / "quantized").exists() and not _is_finished(settings)
+    if unfinished and not settings.overwrite and not (out / ".work" / "key.json").exists():
+        raise BadInput(f"{out} holds an artifact without a manifest.json; give another --out, or --overwrite")
+
+
+def _is_finished(settings: Settings) -> bool:
+    """The manifest is the last thing a run writes; what a kill left in .work after it no longer counts."""
+    out = settings.out
+    return not settings.overwrite and (out / "quantized").is_dir() and (out / "manifest.json").is_file()
+
+
+def _finished(job: Job, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+    """The manifest of the run that is there, when it is this very run; raises BadInput when it is not, or damaged."""
+    itself = isinstance(job.recipe.method, Gptq) and job.recipe.calibration.source == "self"
+    key = _key(job, job.checkpoint.file_hashes(), None if itself else _tokens(job, tokenizer, settings))
+    manifest = finished(settings.out, key, compare_calibration=not itself)
+    verify(settings.out)
+    shutil.rmtree(settings.out / ".work", ignore_errors=True)
+    settings.on_note(f"{settings.out / 'quantized'} is this very run, finished before: it is used as it is")
+    return manifest
+
+
+def _make_room(out: Path) -> None:
+    for name in (".work", "quantized", "quantized.partial", "converted", "eval", "report", "manifest.json"):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _check_weights(job: Job) -> None:
@@ -415,24 +439,6 @@ def _sizes(job: Job, folder: Path) -> dict[str, Any]:
         "parameters": parameters,
         "files": artifact.file_hashes(),
     }
-
-
-def verify(out: Path) -> int:
-    """Check the files of `out/quantized` against the hashes in its manifest; returns how many there are.
-
-    Raises BadInput naming the first file that differs or is absent.
-    """
-    path = out / "manifest.json"
-    if not path.is_file():
-        raise BadInput(f"{out} holds no finished run (no manifest.json)")
-    hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["artifact"]["files"]
-    for name, digest in hashes.items():
-        file = out / "quantized" / name
-        if not file.is_file():
-            raise BadInput(f"{file} is named in the manifest and absent")
-        if file_sha256(file) != digest:
-            raise BadInput(f"{file} is not the file the manifest names: its sha256 differs")
-    return len(hashes)
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -80,6 +80,19 @@ class Text(Strict):
     column: str = Field("text", description="the field of a JSONL line or dataset row that holds the text")
     bos: Bos = Field("auto", description="BOS before each sequence: auto does what the tokenizer does")
 
+    @model_validator(mode="after")
+    def _dataset_keys_need_a_dataset(self) -> Self:
+        kind = Path(self.source).suffix.lower()
+        if kind not in (".txt", ".jsonl") and self.source not in ("default", "self"):
+            return self
+        for key in ("config", "split", "revision") + (() if kind == ".jsonl" else ("column",)):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} {getattr(self, key)!r} means nothing for source {self.source!r}: drop it, or name a "
+                    f"{'.jsonl file or ' if key == 'column' else ''}hub dataset"
+                )
+        return self
+
 
 class Calibration(Text):
     """The text that shows the rounder what the activations look like."""
@@ -320,8 +333,9 @@ def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
         elif where in shipped():
             text = (resources.files("quantpress.recipes") / f"{where}.yaml").read_text(encoding="utf-8")
         else:
-            near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.3) or shipped()
-            raise BadInput(f"recipe {where!r}: no such file and no shipped recipe; did you mean {', '.join(near)}?")
+            near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.6)
+            hint = f"did you mean {', '.join(near)}?" if near else "`quantpress recipes` lists them"
+            raise BadInput(f"recipe {where!r}: no such file and no shipped recipe; {hint}")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"recipe {where}: cannot be read: {error}") from error
     try:
@@ -342,7 +356,11 @@ def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        problems = "; ".join(_problem(e) for e in error.errors(include_url=False))
+        errors = error.errors(include_url=False)
+        inner = [e["loc"] for e in errors]
+        # A list whose items are wrong also counts as too short: say only what is wrong with them.
+        errors = [e for e in errors if e["type"] != "too_short" or not any(_inside(place, e["loc"]) for place in inner)]
+        problems = "; ".join(_problem(e) for e in errors)
         raise BadInput(f"recipe {where}: {problems}") from None
 
 
@@ -351,6 +369,10 @@ _PLAIN = {
     "model_attributes_type": "a mapping of keys is needed",
     "tuple_type": "a list is needed",
 }
+
+
+def _inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
 
 
 def _problem(error: Any) -> str:

@@ -28,10 +28,10 @@ BASE: dict[str, Any] = {
 }
 
 
-def make(folder: Path, model: Path, document: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    words = folder.parent / "calibration.txt"
-    words.write_text(text())
-    calibration = BASE["calibration"] | document.get("calibration", {}) | {"source": str(words)}
+def make(folder: Path, model: Path, document: dict[str, Any], words: str = "", **settings: Any) -> dict[str, Any]:
+    file = folder.parent / "calibration.txt"
+    file.write_text(words or text())
+    calibration = BASE["calibration"] | document.get("calibration", {}) | {"source": str(file)}
     recipe = parse(BASE | document | {"calibration": calibration, "model": str(model)})
     cache = folder.parent / "cache"
     return quantize(prepare(recipe, resolve(recipe.model, cache=cache)), Settings(folder, cache, **settings))
@@ -135,14 +135,78 @@ def test_an_unfinished_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
     make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
-    with pytest.raises(BadInput, match="already holds a finished run"):
-        make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json")}
+    with pytest.raises(BadInput, match=r"already holds a finished run .*recipe.weights.bits: 4 there, 8 now"):
+        make(
+            tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": 32}}
+        )
+    with pytest.raises(BadInput, match="4000 are asked for"):
+        make(tmp_path / "run", tmp_path / "model", {"calibration": {"samples": 4000}}, overwrite=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json")}
     make(
         tmp_path / "run",
         tmp_path / "model",
         {"method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": 32}},
         overwrite=True,
     )
+
+
+def test_a_finished_run_of_the_same_recipe_is_used_as_it_is(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    manifest = make(tmp_path / "run", tmp_path / "model", {})
+    before = files(tmp_path / "run" / "quantized")
+    (tmp_path / "run" / ".work").mkdir()  # as a kill after the manifest leaves it
+    notes: list[str] = []
+    again = make(tmp_path / "run", tmp_path / "model", {"evaluation": None}, on_block=pytest.fail, on_note=notes.append)
+    assert again == json.loads(json.dumps(manifest))
+    assert "finished before" in notes[0]
+    assert files(tmp_path / "run" / "quantized") == before
+    assert not (tmp_path / "run" / ".work").exists()
+    build("llama", tmp_path / "other", torch.bfloat16, seed=1)
+    with pytest.raises(BadInput, match=r"finished run of something else \(model\.model\.safetensors"):
+        make(tmp_path / "run", tmp_path / "other", {})
+    with pytest.raises(BadInput, match=r"something else \(calibration: "):
+        make(tmp_path / "run", tmp_path / "model", {}, words="another text. " * 999)
+    (tmp_path / "run" / "quantized" / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="is not the file the manifest names"):
+        make(tmp_path / "run", tmp_path / "model", {})
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text())
+    recipe = tmp_path / "r.yaml"
+    words = tmp_path / "text.txt"
+    recipe.write_text(
+        f"calibration: {{source: {words}, samples: 4, seq_len: 32}}\nweights: {{group_size: 32}}\n"
+        f"evaluation: {{source: {words}, windows: 2, window: 64}}\n"
+    )
+    code = (
+        "import os, signal, quantpress.quantize.pipeline as pipeline\n"
+        "import quantpress.eval.divergence as divergence\n"
+        "def stop(*a, **k): os.kill(os.getpid(), signal.SIGINT)\n"
+        "if {when!r} == 'block': pipeline._block_tensors = stop\n"
+        "if {when!r} == 'evaluation': divergence.run_block = stop\n"
+        "from quantpress.quantize.cli import main; main()\n"
+    )
+
+    def command(when: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["run", str(recipe), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
+        run = [sys.executable, "-c", code.replace("{when!r}", repr(when)), *arguments]
+        return subprocess.run(run, check=False, capture_output=True, text=True)
+
+    for when in ("block", "evaluation"):
+        stopped = command(when)
+        assert stopped.returncode == 130
+        last = stopped.stderr.splitlines()[-1]
+        assert last == "quantpress: stopped; the same command goes on from what is finished"
+        assert "Traceback" not in stopped.stderr
+    before = files(tmp_path / "run" / "quantized")
+    done = command("")
+    assert done.returncode == 0, done.stderr
+    assert "finished before" in done.stderr
+    assert files(tmp_path / "run" / "quantized") == before
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
 
 
 def test_both_formats_hold_the_same_weights(tmp_path: Path) -> None:
@@ -240,6 +304,39 @@ def test_bad_input_is_refused_and_leaves_nothing(
     with pytest.raises(BadInput, match=message) as caught:
         make(tmp_path / "run", tmp_path / "model", document)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_refuses_before_the_work_in_one_line(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    build("llama", tmp_path / "mute", torch.bfloat16)
+    for file in (tmp_path / "mute").glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "text.txt").write_text(text())
+    (tmp_path / "short.txt").write_text("short")
+    sets = {"calibration.source": tmp_path / "text.txt", "evaluation.source": tmp_path / "text.txt"}
+    sets |= {"calibration.samples": 4, "calibration.seq_len": 32, "evaluation.window": 64, "evaluation.windows": 2}
+    sets |= {"weights.group_size": 32}
+    for model, change, words in (
+        ("model", {"evaluation.source": tmp_path / "short.txt"}, "evaluation text short.txt gives 0 windows"),
+        ("model", {"evaluation.source": tmp_path / "none.txt"}, "none.txt: no such file"),
+        ("mute", {}, "no tokenizer that can be read"),
+    ):
+        command = [sys.executable, "-m", "quantpress.quantize.cli", "run", "--model", str(tmp_path / model)]
+        command += ["--out", str(tmp_path / "run"), *(f"--set={key}={value}" for key, value in (sets | change).items())]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_too_little_disk_by_the_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(BadInput, match=r"needs .* on disk and .* has 1.0 kB free; free some, give another --out"):
+        make(tmp_path / "run", tmp_path / "model", {})
     assert not (tmp_path / "run").exists()
 
 

@@ -79,6 +79,13 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
     assert "method.rtn.damp: unknown key (known: name)" in message
 
 
+def test_a_list_with_a_wrong_item_is_not_also_too_short() -> None:
+    message = refused({"formats": ["awq"]})
+    assert "formats.0: " in message
+    assert "at least 1" not in message
+    assert "at least 1" in refused({"formats": []})
+
+
 def test_every_mistake_is_reported_at_once() -> None:
     message = refused({"wieghts": {}, "calibration": {"samples": 0}})
     assert "wieghts" in message
@@ -106,6 +113,13 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"method": {"damp": float("nan")}}, "method.gptq.damp"),
         ({"calibration": {"samples": True}}, "calibration.samples"),
         ({"calibration": {"seq_len": 4}}, "calibration.seq_len"),
+        (
+            {"calibration": {"source": "a.txt", "config": "raw"}},
+            "calibration: config 'raw' means nothing for source 'a.txt'",
+        ),
+        ({"evaluation": {"source": "a.jsonl", "split": "train"}}, "evaluation: split 'train' means nothing for source"),
+        ({"calibration": {"source": "a.txt", "column": "body"}}, "column 'body' means nothing for source 'a.txt'"),
+        ({"calibration": {"revision": "main"}}, "revision 'main' means nothing for source 'default'"),
         ({"evaluation": {"source": "self"}}, "`self` is a calibration source"),
         ({"evaluation": {"window": 512, "stride": 513}}, "stride 513 is larger than window 512"),
         ({"transforms": ["awq"]}, "transforms"),
@@ -201,6 +215,11 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     assert "w4a16-gptq" in shipped()
     with pytest.raises(BadInput, match=r"no such file and no shipped recipe; did you mean .*w4a16-gptq[,?]"):
         load("w4a16-gtpq")
+
+
+def test_an_unknown_recipe_like_no_other_is_told_where_they_are_listed() -> None:
+    with pytest.raises(BadInput, match=r"no shipped recipe; `quantpress recipes` lists them$"):
+        load("zzz")
 
 
 def test_set_changes_the_document(tmp_path: Path) -> None:
