@@ -20,10 +20,10 @@ from .errors import BadInput
 from .formats import FORMATS
 from .grid import Grid, QuantizedLinear
 from .journal import Journal, finished
-from .methods import ROUNDERS, Rounded, corrected
 from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS, Plan, make_plan
 from .recipe import Gptq, Recipe
+from .rounding import record, round_stage
 from .sources import Source
 from .stages import Stage, Stages
 from .texts import load_documents
@@ -130,7 +130,7 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     timing = {"seconds": time.monotonic() - started, "cpu_seconds": machine.cpu_seconds()}
     timing["peak_rss_bytes"] = machine.peak_rss_bytes()
     manifest |= {"machine": machine.describe(job.skeleton.device), "timing": timing}
-    manifest["timing"]["per_block_seconds"] = [record["seconds"] for record in journal.done]
+    manifest["timing"]["per_block_seconds"] = [done["seconds"] for done in journal.done]
     write_json(settings.out / "manifest.json", manifest)
     shutil.rmtree(work)
     return manifest
@@ -221,9 +221,11 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
         rounded: dict[str, QuantizedLinear] = {}
         records: dict[str, dict[str, Any]] = {}
         for stage in _stages(job, block, linears.values(), hidden, arguments[k] if arguments else None, last):
-            _round_stage(job, block, [linears[name] for name in stage.names], stage, rounded, records)
+            round_stage(
+                job.recipe.method, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
+            )
         _check_finite(hidden, k)
-        layers = [records.get(name) or _record(x, None) for name, x in linears.items()]
+        layers = [records.get(name) or record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
         tensors = _block_tensors(job, k, block, rounded)
         journal.commit(tensors, {} if last else hidden, {"block": k, "seconds": round(seconds, 3), "layers": layers})
@@ -279,72 +281,6 @@ def _check_finite(hidden: dict[str, Tensor], k: int) -> None:
             raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
 
 
-def _round_stage(
-    job: Job,
-    block: nn.Module,
-    linears: list[Linear],
-    stage: Stage,
-    rounded: dict[str, QuantizedLinear],
-    records: dict[str, dict[str, Any]],
-) -> None:
-    """Round the linears of one stage, those of one grid together, put the result in place and on record."""
-    stacks: dict[Grid, list[Linear]] = {}
-    for linear in linears:
-        grid = job.schemes[linear.name]
-        assert grid is not None
-        stacks.setdefault(grid, []).append(linear)
-    for grid, stack in stacks.items():
-        result, note = _round(job, torch.cat([_weight(block, linear) for linear in stack]), grid, stage)
-        start = 0
-        for linear in stack:
-            rows = slice(start, start + linear.out_features)
-            one = result.linear.rows(rows.start, rows.stop)
-            rounded[linear.name] = one
-            module: Any = block.get_submodule(linear.module)
-            weight = one.dequantize(module.weight.dtype)
-            module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
-            error, power = float(result.error[rows].sum()), float(result.power[rows].sum())
-            records[linear.name] = _record(linear, grid) | {
-                "loss": error / stage.tokens if stage.tokens else None,
-                "relative_error": error / power if power > 0 else 0.0,
-                "damp": result.damp,
-                "tokens": stage.tokens,
-                "note": note,
-            }
-            start = rows.stop
-
-
-def _round(job: Job, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
-    """Round one stack; what is done otherwise than asked comes back as a note."""
-    method, moment = job.recipe.method, stage.moment
-    if not isinstance(method, Gptq):
-        return ROUNDERS[method.name](weight, grid, method, moment), None
-    if moment is None or not bool(moment.diagonal().any()):
-        return ROUNDERS["rtn"](weight, grid, method, None), "no calibration token reached it: rounded to nearest"
-    if stage.drift is not None:
-        weight = corrected(weight, moment, stage.drift, method.error_correction, method.damp)
-    result = ROUNDERS[method.name](weight, grid, method, moment)
-    if result.damp is not None and result.damp > method.damp:
-        return result, f"singular Hessian: damping raised from {method.damp:g} to {result.damp:g}"
-    if stage.tokens < weight.shape[1]:
-        return result, f"saw {stage.tokens} tokens, fewer than its {weight.shape[1]} inputs"
-    return result, None
-
-
-def _weight(block: nn.Module, linear: Linear) -> Tensor:
-    weight: Tensor = block.get_submodule(linear.module).weight  # type: ignore[assignment]
-    return weight.T if linear.transposed else weight
-
-
-def _record(linear: Linear, grid: Grid | None) -> dict[str, Any]:
-    shape = {"name": linear.name, "block": linear.block, "shape": [linear.out_features, linear.in_features]}
-    empty = {"loss": None, "relative_error": None, "damp": None, "tokens": None, "note": None}
-    if grid is None:
-        return shape | {"bits": 16, "group_size": None, "symmetric": None, "scheme": "16 bit"} | empty
-    kind = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric, "scheme": str(grid)}
-    return shape | kind | empty
-
-
 def _block_tensors(job: Job, k: int, block: nn.Module, rounded: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     """Everything block `k` has on disk: packed linears, and the rest as the checkpoint holds it."""
     format = FORMATS[job.recipe.formats[0]]
@@ -359,7 +295,7 @@ def _block_tensors(job: Job, k: int, block: nn.Module, rounded: dict[str, Quanti
 
 def _manifest(job: Job, files: dict[str, str], tokens: Tokens | None, journal: Journal) -> dict[str, Any]:
     """What `quantized/manifest.json` says: all that is the same each time the same run is made."""
-    layers = [layer for record in journal.done for layer in record["layers"]]
+    layers = [layer for done in journal.done for layer in done["layers"]]
     source, wanted = job.source, job.recipe.calibration
     calibration = None
     if tokens is not None:

@@ -1,0 +1,80 @@
+"""One stage of a block rounded: the linears that share an input, those of one grid solved together."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .grid import Grid, QuantizedLinear
+from .methods import ROUNDERS, Rounded, corrected
+from .model import Linear
+from .recipe import Gptq, Method
+from .stages import Stage
+
+
+def round_stage(
+    method: Method,
+    schemes: dict[str, Grid | None],
+    block: nn.Module,
+    linears: list[Linear],
+    stage: Stage,
+    rounded: dict[str, QuantizedLinear],
+    records: dict[str, dict[str, Any]],
+) -> None:
+    """Round the linears of one stage, those of one grid together, put the result in place and on record."""
+    stacks: dict[Grid, list[Linear]] = {}
+    for linear in linears:
+        grid = schemes[linear.name]
+        assert grid is not None
+        stacks.setdefault(grid, []).append(linear)
+    for grid, stack in stacks.items():
+        result, note = _round(method, torch.cat([_weight(block, linear) for linear in stack]), grid, stage)
+        start = 0
+        for linear in stack:
+            rows = slice(start, start + linear.out_features)
+            one = result.linear.rows(rows.start, rows.stop)
+            rounded[linear.name] = one
+            module: Any = block.get_submodule(linear.module)
+            weight = one.dequantize(module.weight.dtype)
+            module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
+            error, power = float(result.error[rows].sum()), float(result.power[rows].sum())
+            records[linear.name] = record(linear, grid) | {
+                "loss": error / stage.tokens if stage.tokens else None,
+                "relative_error": error / power if power > 0 else 0.0,
+                "damp": result.damp,
+                "tokens": stage.tokens,
+                "note": note,
+            }
+            start = rows.stop
+
+
+def _round(method: Method, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
+    """Round one stack; what is done otherwise than asked comes back as a note."""
+    moment = stage.moment
+    if not isinstance(method, Gptq):
+        return ROUNDERS[method.name](weight, grid, method, moment), None
+    if moment is None or not bool(moment.diagonal().any()):
+        return ROUNDERS["rtn"](weight, grid, method, None), "no calibration token reached it: rounded to nearest"
+    if stage.drift is not None:
+        weight = corrected(weight, moment, stage.drift, method.error_correction, method.damp)
+    result = ROUNDERS[method.name](weight, grid, method, moment)
+    if result.damp is not None and result.damp > method.damp:
+        return result, f"singular Hessian: damping raised from {method.damp:g} to {result.damp:g}"
+    if stage.tokens < weight.shape[1]:
+        return result, f"saw {stage.tokens} tokens, fewer than its {weight.shape[1]} inputs"
+    return result, None
+
+
+def _weight(block: nn.Module, linear: Linear) -> Tensor:
+    weight: Tensor = block.get_submodule(linear.module).weight  # type: ignore[assignment]
+    return weight.T if linear.transposed else weight
+
+
+def record(linear: Linear, grid: Grid | None) -> dict[str, Any]:
+    """What the manifest says of one linear before it is rounded, or when it is left as it is."""
+    shape = {"name": linear.name, "block": linear.block, "shape": [linear.out_features, linear.in_features]}
+    empty = {"loss": None, "relative_error": None, "damp": None, "tokens": None, "note": None}
+    if grid is None:
+        return shape | {"bits": 16, "group_size": None, "symmetric": None, "scheme": "16 bit"} | empty
+    kind = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric, "scheme": str(grid)}
+    return shape | kind | empty
