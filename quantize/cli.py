@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import recipe as recipes
+from . import recipe_file as recipes
 from .errors import BadInput
+from .recipe import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -191,7 +192,7 @@ def verify(run_folder: Annotated[Path, typer.Argument(help="a run folder")]) -> 
 @app.command()
 def schema() -> None:
     """The JSON Schema of a recipe, for editors."""
-    print(json.dumps(recipes.Recipe.model_json_schema(), indent=2))  # noqa: T201
+    print(json.dumps(Recipe.model_json_schema(), indent=2))  # noqa: T201
 
 
 @app.command("recipes")
@@ -240,12 +241,12 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _recipe(where: str, model: str | None, sets: list[str]) -> recipes.Recipe:
+def _recipe(where: str, model: str | None, sets: list[str]) -> Recipe:
     chosen = recipes.load(where, sets)
     return chosen if model is None else chosen.model_copy(update={"model": model})
 
 
-def _default_out(recipe: recipes.Recipe) -> Path:
+def _default_out(recipe: Recipe) -> Path:
     name = Path(recipe.model).name.removesuffix(".gguf").replace("@", "-") or "model"
     return Path("artifacts") / name / recipe.name
 
@@ -256,7 +257,7 @@ def _cache() -> Path:
     return Path(os.environ["QUANTPRESS_CACHE"]) if "QUANTPRESS_CACHE" in os.environ else default_cache()
 
 
-def _source(recipe: recipes.Recipe, allow_pickle: bool, trust_remote_code: bool) -> Any:
+def _source(recipe: Recipe, allow_pickle: bool, trust_remote_code: bool) -> Any:
     _quiet_libraries()
     from .machine import flush_denormals, return_freed_memory
     from .sources import resolve
@@ -266,9 +267,7 @@ def _source(recipe: recipes.Recipe, allow_pickle: bool, trust_remote_code: bool)
     return resolve(recipe.model, cache=_cache(), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
 
-def _quantize(
-    recipe: recipes.Recipe, out: Path, overwrite: bool, ignore_limits: bool, allow_pickle: bool, trust: bool
-) -> None:
+def _quantize(recipe: Recipe, out: Path, overwrite: bool, ignore_limits: bool, allow_pickle: bool, trust: bool) -> None:
     source = _source(recipe, allow_pickle, trust)
     from .pipeline import Settings, prepare
     from .pipeline import quantize as quantize_job
@@ -285,7 +284,7 @@ def _quantize(
         err_console.print(f"note: {line}", markup=False)
 
 
-def _evaluation_text(recipe: recipes.Recipe, allow_pickle: bool, trust: bool) -> Any:
+def _evaluation_text(recipe: Recipe, allow_pickle: bool, trust: bool) -> Any:
     if recipe.evaluation is None:
         raise BadInput("the recipe has `evaluation: null`; --set evaluation={} measures with the defaults")
     source = _source(recipe, allow_pickle, trust)
@@ -294,7 +293,7 @@ def _evaluation_text(recipe: recipes.Recipe, allow_pickle: bool, trust: bool) ->
     return evaluation_text(source.path, recipe.evaluation, _cache(), trust)
 
 
-def _evaluate(out: Path, recipe: recipes.Recipe, text: Any, allow_pickle: bool, trust: bool) -> dict[str, Any]:
+def _evaluate(out: Path, recipe: Recipe, text: Any, allow_pickle: bool, trust: bool) -> dict[str, Any]:
     from quantpress.eval.measure import evaluate
 
     from .checkpoint import write_json

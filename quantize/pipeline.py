@@ -66,7 +66,7 @@ class Job:
 
     @property
     def shuffled(self) -> bool:
-        return isinstance(self.recipe.method, Gptq) and not self.recipe.method.static_groups
+        return self.recipe.shuffled
 
 
 def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:
@@ -79,7 +79,7 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     skeleton = Skeleton(checkpoint, device=device or machine.device())
     linears = skeleton.linears()
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
-    shuffled = isinstance(recipe.method, Gptq) and not recipe.method.static_groups
+    shuffled = recipe.shuffled
     for name in recipe.formats:
         _check_format(name, linears, schemes, skeleton, shuffled)
     return Job(recipe, source, checkpoint, skeleton, linears, schemes, make_plan(recipe, skeleton, linears, schemes))
@@ -156,7 +156,7 @@ def _is_finished(settings: Settings) -> bool:
 
 def _finished(job: Job, tokenizer: Any, settings: Settings) -> dict[str, Any]:
     """The manifest of the run that is there, when it is this very run; raises BadInput when it is not, or damaged."""
-    itself = isinstance(job.recipe.method, Gptq) and job.recipe.calibration.source == "self"
+    itself = job.recipe.calibrated and job.recipe.calibration.source == "self"
     key = _key(job, job.checkpoint.file_hashes(), None if itself else _tokens(job, tokenizer, settings))
     manifest = finished(settings.out, key, compare_calibration=not itself)
     verify(settings.out)
@@ -182,7 +182,7 @@ def _check_weights(job: Job) -> None:
 
 
 def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
-    if not isinstance(job.recipe.method, Gptq):
+    if not job.recipe.calibrated:
         return None
     wanted = job.recipe.calibration
     limit = getattr(job.skeleton.config, "max_position_embeddings", None)

@@ -69,7 +69,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     artifact = original - saved + packed
     inside = [sum(reader.nbytes(n) for n in skeleton.block_names(k).values()) for k in range(skeleton.n_blocks)]
     shell = original - sum(inside)
-    calibrated = isinstance(recipe.method, Gptq)
+    calibrated = recipe.calibrated
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
     streams = 2 if isinstance(recipe.method, Gptq) and recipe.method.error_correction else 1

@@ -1,33 +1,47 @@
-"""The recipe: one YAML file, checked as a whole before anything is read. No torch here.
+"""The recipe: what one YAML file may say, checked as a whole before anything is read. No torch here.
 
-`load` reads a file (or the name of a shipped recipe), applies `--set key.path=value` overrides and validates the
-result; every mistake comes back as one BadInput line that names the place.
+recipe_file.py reads it from disk.
 """
 
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from .errors import BadInput
 
-FormatName = Literal["compressed-tensors", "gptq"]
+FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
 Bos = Literal["auto", "always", "never"]
+NumberType = Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"]
+ScaleSearch = Literal["minmax", "mse", "activation"]
+
+# Bits, and the columns that share a scale, of the number types that leave no choice; 0: one scale a tensor.
+_LAYOUT: dict[str, tuple[int, tuple[int, ...]]] = {
+    "fp8": (8, (-1, 0)), "fp8-block": (8, (128,)), "mxfp8": (8, (32,)), "mxfp4": (4, (32,)), "nvfp4": (4, (16,)),
+}  # fmt: skip
+
+# The weight types a format has a layout for, and the input types that servers compute with (type, bits).
+_HELD: dict[str, tuple[str, ...]] = {
+    "compressed-tensors": ("int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"),
+    "gptq": ("int",),
+    "awq": ("int",),
+    "modelopt": ("int", "fp8", "nvfp4"),
+}
+_INPUTS: dict[tuple[str, int], tuple[str, ...]] = {
+    ("int", 8): ("int8",), ("int", 4): ("int8", "fp8"), ("fp8", 8): ("fp8",), ("fp8-block", 8): ("fp8",),
+    ("mxfp8", 8): ("mxfp8",), ("mxfp4", 4): ("mxfp4",), ("nvfp4", 4): ("nvfp4",),
+}  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -55,8 +69,8 @@ def _pattern(value: str) -> str:
 
 
 def _group_size(value: int) -> int:
-    if value != -1 and (value < 8 or value % 8):
-        raise ValueError("a multiple of 8, or -1 for per channel")
+    if value not in (-1, 0) and (value < 8 or value % 8):
+        raise ValueError("a multiple of 8, -1 for per channel or 0 for one scale a tensor")
     return value
 
 
@@ -132,12 +146,42 @@ class Gates(Strict):
 
 
 class Grid(Strict):
-    """The number grid of a linear's weight: 2^bits codes, `group_size` columns of a row sharing one scale."""
+    """The number grid of a linear's weight: its codes, and which of them share a scale.
 
+    `int` has 2^bits evenly spaced codes in groups of `group_size` columns of a row. The float types fix their layout:
+    fp8 is E4M3 with a scale a row or a tensor, fp8-block one a 128x128 block; mxfp8 (E4M3) and mxfp4 (E2M1) one power
+    of two a group of 32 (OCP Microscaling v1.0); nvfp4 E2M1 with an E4M3 scale a group of 16 and one float32 a tensor.
+    """
+
+    type: NumberType = "int"
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: GroupSize = Field(128, description="columns sharing one scale; -1: per channel")
+    group_size: GroupSize = Field(128, description="columns sharing one scale; -1: per channel; 0: the whole tensor")
     symmetric: bool = True
-    scale_search: Literal["minmax", "mse"] = "mse"
+    scale_search: ScaleSearch = Field(
+        "mse",
+        description="minmax: the range; mse: the range with the least squared error; activation: that error weighted "
+        "by the inputs that meet it in calibration",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _float_types_fix_their_layout(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") in _LAYOUT:
+            bits, groups = _LAYOUT[value["type"]]
+            return {"bits": bits, "group_size": groups[0]} | value
+        return value
+
+    @model_validator(mode="after")
+    def _layout_fits_the_type(self) -> Self:
+        if self.type == "int":
+            if self.group_size == 0:
+                raise ValueError("group_size 0 (one scale a tensor) is for type fp8; use -1 (per channel)")
+            return self
+        bits, groups = _LAYOUT[self.type]
+        if self.bits != bits or self.group_size not in groups or not self.symmetric:
+            sizes = " or ".join(map(str, groups))
+            raise ValueError(f"type {self.type} has bits {bits}, group_size {sizes} and is symmetric; leave them out")
+        return self
 
     @property
     def levels(self) -> int:
@@ -146,24 +190,84 @@ class Grid(Strict):
 
     def columns(self, in_features: int) -> int:
         """Columns that share one scale in a row of `in_features`."""
-        return in_features if self.group_size == -1 else self.group_size
+        return in_features if self.group_size in (-1, 0) else self.group_size
 
     def check(self, name: str, in_features: int) -> None:
         """Raise BadInput when `group_size` does not divide `in_features`."""
-        if in_features % self.columns(in_features):
+        if self.type != "fp8-block" and in_features % self.columns(in_features):
             divisors = [str(d) for d in range(8, 257, 8) if in_features % d == 0]
+            choose = f"choose {', '.join([*divisors, '-1 (per channel)'])}" if self.type == "int" else "choose fp8"
             raise BadInput(
                 f"{name}: in_features {in_features} is not a multiple of group_size {self.group_size}; "
-                f"choose {', '.join([*divisors, '-1 (per channel)'])}, or add the layer to `ignore`"
+                f"{choose}, or add the layer to `ignore`"
             )
 
     def __str__(self) -> str:
-        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        if self.type in ("mxfp8", "mxfp4", "nvfp4", "fp8-block"):
+            return self.type
+        group = {-1: "channel", 0: "tensor"}.get(self.group_size, f"g{self.group_size}")
+        if self.type == "fp8":
+            return f"fp8 {group}"
         return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
 
 
+class Activations(Strict):
+    """What the inputs of quantized linears are rounded to when the artifact runs.
+
+    Dynamic scales are one a token (mxfp8, mxfp4: one a group of 32 of a token); a static one is one a tensor, measured
+    in calibration. nvfp4 has both: a static float32 a tensor and an E4M3 scale a group of 16, found as it runs.
+    """
+
+    type: Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
+    dynamic: bool = True
+    symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        if not self.dynamic and self.type not in ("int8", "fp8"):
+            raise ValueError(f"activations of type {self.type} find their scales as they run: leave `dynamic` out")
+        if not self.symmetric and self.type != "int8":
+            raise ValueError(f"activations of type {self.type} are symmetric: leave `symmetric` out")
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a scale has to be measured beforehand."""
+        return not self.dynamic or self.type == "nvfp4"
+
+    def __str__(self) -> str:
+        how = ("dynamic" if self.dynamic else "static") if self.type in ("int8", "fp8") else ""
+        return " ".join(filter(None, (self.type, how, "" if self.symmetric else "asym")))
+
+
+class SmoothQuant(Strict):
+    """SmoothQuant, arXiv:2211.10438: outliers of the inputs move into the weights, channel by channel."""
+
+    name: Literal["smoothquant"] = "smoothquant"
+    alpha: Annotated[float, Lax, Field(ge=0, le=1)] | Literal["search"] = Field(
+        0.5, description="share of a channel's range that moves; search: the best by each linear group's output error"
+    )
+
+
+class Awq(Strict):
+    """AWQ, arXiv:2306.00978: channels with large inputs get larger weights, and so a finer grid."""
+
+    name: Literal["awq"] = "awq"
+    points: int = Field(20, ge=2, le=100, description="strengths tried between none and full")
+
+
+class Hadamard(Strict):
+    """Offline rotation of the residual stream and of the value heads, folded into the weights (QuaRot, SpinQuant)."""
+
+    name: Literal["hadamard"] = "hadamard"
+    seed: int = Field(0, ge=0, description="of the random signs")
+
+
+Transform = Annotated[SmoothQuant | Awq | Hadamard, Field(discriminator="name")]
+
+
 class Rtn(Strict):
-    """Round to nearest: no calibration, seconds."""
+    """Round to nearest: seconds; no calibration unless the scale search, a transform or static inputs want it."""
 
     name: Literal["rtn"] = "rtn"
 
@@ -209,10 +313,11 @@ class Override(Strict):
     """Layers that match get other settings; the last override that matches a layer decides each key."""
 
     match: Pattern = Field(description="a glob such as *.down_proj, or re: and a regular expression")
+    type: NumberType | None = None
     bits: Literal[2, 3, 4, 8] | None = None
     group_size: GroupSize | None = None
     symmetric: bool | None = None
-    scale_search: Literal["minmax", "mse"] | None = None
+    scale_search: ScaleSearch | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -222,6 +327,12 @@ class Override(Strict):
 
     def settings(self) -> dict[str, Any]:
         return self.model_dump(exclude={"match"}, exclude_none=True)
+
+    def applied_to(self, grid: Grid) -> Grid:
+        """`grid` with these settings; another type brings its own layout."""
+        settings = self.settings()
+        kept = {"scale_search"} if settings.get("type", grid.type) != grid.type else set(Grid.model_fields)
+        return Grid.model_validate(grid.model_dump(include=kept) | settings)
 
 
 class Recipe(Strict):
@@ -233,9 +344,15 @@ class Recipe(Strict):
         "smollm2-135m", min_length=1, description="a folder, a hub id org/name[@revision], a .gguf file or smollm2-135m"
     )
     calibration: Calibration = Calibration()
-    transforms: tuple[()] = Field((), strict=False, description="none exist yet")
+    transforms: tuple[Transform, ...] = Field(
+        (), strict=False, description="what is done to the weights, in this order, before they are rounded"
+    )
     method: Method = Gptq()
     weights: Grid = Grid()
+    activations: Activations | None = Field(None, description="inputs rounded as the artifact runs; null: 16 bit")
+    kv_cache: Literal["fp8", "int8"] | None = Field(
+        None, description="scales for a quantized key-value cache, one a layer, measured in calibration"
+    )
     ignore: tuple[Pattern, ...] = Field(
         (), strict=False, description="patterns of linears left in 16 bit, beside embeddings and head"
     )
@@ -263,14 +380,56 @@ class Recipe(Strict):
         measured = (gates.max_perplexity_increase, gates.max_kl, gates.min_top1_agreement)
         if self.evaluation is None and any(gate is not None for gate in measured):
             raise ValueError("gates on quality need an evaluation; `evaluation: null` switches it off")
-        shuffled = isinstance(self.method, Gptq) and not self.method.static_groups
-        grids = [self.weights, *(self._overridden(o) for o in self.overrides)]
-        if shuffled and any(grid.group_size == -1 for grid in grids):
+        grids = [self.weights, *(o.applied_to(self.weights) for o in self.overrides)]
+        if self.shuffled and any(grid.group_size == -1 for grid in grids):
             raise ValueError("static_groups: false means nothing per channel (group_size -1); drop it")
+        if self.shuffled and any(grid.type != "int" for grid in grids):
+            raise ValueError("static_groups: false is for weights of type int; drop it")
+        for format in self.formats:
+            wrong = [str(grid) for grid in grids if str(grid.type) not in _HELD[format]]
+            if wrong:
+                raise ValueError(
+                    f"format {format} cannot hold {wrong[0]} weights; it takes type {', '.join(_HELD[format])}"
+                )
+        if self.activations is not None:
+            kind = self.activations.type
+            for grid in grids:
+                if kind not in _INPUTS.get((grid.type, grid.bits), ()):
+                    can = _INPUTS.get((grid.type, grid.bits), ())
+                    raise ValueError(
+                        f"{grid} weights with {kind} activations: no server computes that pair; "
+                        + (f"activations of type {' or '.join(can)} go with them" if can else "leave activations out")
+                    )
+            if self.weights.type == "fp8-block" and not self.activations.dynamic:
+                raise ValueError("fp8-block weights take dynamic activations: leave `dynamic` out")
+            if {"gptq", "awq"} & set(self.formats):
+                raise ValueError(
+                    "formats gptq and awq hold weights only; activations need compressed-tensors or modelopt"
+                )
+        if self.kv_cache is not None and {"gptq", "awq"} & set(self.formats):
+            raise ValueError("formats gptq and awq hold no kv_cache scales; use compressed-tensors or modelopt")
+        if self.kv_cache == "int8" and "compressed-tensors" in self.formats:
+            raise ValueError(
+                "kv_cache int8: servers read fp8 scales from compressed-tensors files; use fp8 or modelopt"
+            )
         return self
 
-    def _overridden(self, override: Override) -> Grid:
-        return Grid.model_validate(self.weights.model_dump() | override.settings())
+    @property
+    def shuffled(self) -> bool:
+        """Whether groups become scattered columns (desc_act files)."""
+        return isinstance(self.method, Gptq) and not self.method.static_groups
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text has to run through the model before anything can be rounded."""
+        searches = {self.weights.scale_search, *(o.scale_search for o in self.overrides)}
+        return (
+            not isinstance(self.method, Rtn)
+            or any(not isinstance(transform, Hadamard) for transform in self.transforms)
+            or "activation" in searches
+            or (self.activations is not None and self.activations.calibrated)
+            or self.kv_cache is not None
+        )
 
     def schemes(self, linears: dict[str, int]) -> dict[str, Grid | None]:
         """The grid of each linear {name: in_features}; None for one that is ignored.
@@ -286,11 +445,10 @@ class Recipe(Strict):
             if any(matches(pattern, name) for pattern in self.ignore):
                 out[name] = None
                 continue
-            settings = self.weights.model_dump()
+            grid = self.weights
             for override in self.overrides:
                 if matches(override.match, name):
-                    settings |= override.settings()
-            grid = Grid.model_validate(settings)
+                    grid = override.applied_to(grid)
             grid.check(name, in_features)
             out[name] = grid
         if all(grid is None for grid in out.values()):
@@ -303,115 +461,3 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key written twice is an error, not a silent choice of the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def shipped() -> list[str]:
-    """Names of the recipes inside the package."""
-    folder = resources.files("quantpress.recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in file `where`, or the shipped one of that name, with `key.path=value` overrides applied."""
-    path = Path(where)
-    try:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-        elif where in shipped():
-            text = (resources.files("quantpress.recipes") / f"{where}.yaml").read_text(encoding="utf-8")
-        else:
-            near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.6)
-            hint = f"did you mean {', '.join(near)}?" if near else "`quantpress recipes` lists them"
-            raise BadInput(f"recipe {where!r}: no such file and no shipped recipe; {hint}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"recipe {where}: cannot be read: {error}") from error
-    try:
-        document = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise BadInput(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict):
-        found = "an empty file" if document is None else type(document).__name__
-        raise BadInput(f"recipe {where}: expected a mapping of keys, found {found}")
-    document.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "recipe")
-    for override in overrides:
-        apply_override(document, override)
-    return parse(document, where)
-
-
-def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a recipe document; every problem on one line, each with its place."""
-    try:
-        return Recipe.model_validate(document)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        inner = [e["loc"] for e in errors]
-        # A list whose items are wrong also counts as too short: say only what is wrong with them.
-        errors = [e for e in errors if e["type"] != "too_short" or not any(_inside(place, e["loc"]) for place in inner)]
-        problems = "; ".join(_problem(e) for e in errors)
-        raise BadInput(f"recipe {where}: {problems}") from None
-
-
-_PLAIN = {
-    "model_type": "a mapping of keys is needed",
-    "model_attributes_type": "a mapping of keys is needed",
-    "tuple_type": "a list is needed",
-}
-
-
-def _inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
-    return len(place) > len(outer) and place[: len(outer)] == outer
-
-
-def _problem(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.6)
-        message = f"unknown key{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"
-    elif not isinstance(error["input"], dict | Recipe):
-        message += f", not {error['input']!r}"
-    return f"{place}: {message}" if place else message
-
-
-def _keys_at(place: Iterable[int | str]) -> list[str]:
-    """The keys a mapping at `place` may have."""
-    models: dict[str, type[BaseModel]] = {
-        "calibration": Calibration, "evaluation": Evaluation, "weights": Grid, "gates": Gates,
-        "overrides": Override, "rtn": Rtn, "gptq": Gptq,
-    }  # fmt: skip
-    model: type[BaseModel] = Recipe
-    for part in place:
-        model = models.get(str(part), model)
-    return list(model.model_fields)
-
-
-def apply_override(document: dict[str, Any], override: str) -> None:
-    """Apply one `key.path=value` to the document; the value is read as YAML."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise BadInput(f"--set {override!r}: write key.path=value, such as method.damp=0.02")
-    *parents, last = key.split(".")
-    node = document
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise BadInput(f"--set {override!r}: {parent!r} is not a mapping in this recipe")
-        node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise BadInput(f"--set {override!r}: the value is not YAML") from error

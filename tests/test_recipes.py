@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import Gptq, Recipe, load, shipped
+from quantpress.quantize.recipe import Gptq, Recipe
+from quantpress.quantize.recipe_file import load, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 NAMES = sorted(path.stem for path in FILES)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..recipe import Gptq, Grid, Rtn
+from ..recipe import Grid, Method
 from .gptq import corrected, gptq
 from .rounded import Rounded
 from .rtn import rtn
 
 __all__ = ["ROUNDERS", "Rounded", "corrected"]
 
-Rounder = Callable[[Tensor, Grid, Rtn | Gptq, Tensor | None], Rounded]
+Rounder = Callable[[Tensor, Grid, Method, Tensor | None], Rounded]
 
 ROUNDERS: dict[str, Rounder] = {"rtn": rtn, "gptq": gptq}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..grid import QuantizedLinear, fit, scale_dtype
-from ..recipe import Gptq, Grid, Rtn
+from ..recipe import Gptq, Grid, Method
 from .rounded import Rounded
 from .rtn import output_power
 
@@ -14,7 +14,7 @@ _BLOCK = 32  # columns solved one by one before the next ones are updated in one
 _MAX_DAMP = 10.0
 
 
-def gptq(weight: Tensor, grid: Grid, settings: Rtn | Gptq, moment: Tensor | None) -> Rounded:
+def gptq(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None) -> Rounded:
     """Round `weight` [out, in] to `grid`, each column making up for the error of the columns before it.
 
     GPTQ, arXiv:2210.17323, Algorithm 1: with H^-1 = U^T U, column k is rounded from W_k - sum_{i<k} e_i U_ik / U_ii,

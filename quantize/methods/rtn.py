@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from ..grid import QuantizedLinear, fit, scale_dtype, snap
-from ..recipe import Gptq, Grid, Rtn
+from ..recipe import Grid, Method
 from .rounded import Rounded
 
 
-def rtn(weight: Tensor, grid: Grid, settings: Rtn | Gptq, moment: Tensor | None = None) -> Rounded:
+def rtn(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None) -> Rounded:
     """Round `weight` [out, in] to the nearest point of a grid fitted to each group of columns.
 
     `moment` [in, in] = X^T X, when there is one, only measures the error; it does not steer the rounding.

@@ -17,7 +17,8 @@ from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton
 from quantpress.quantize.pipeline import Settings, prepare, quantize
-from quantpress.quantize.recipe import matches, parse
+from quantpress.quantize.recipe import matches
+from quantpress.quantize.recipe_file import parse
 from quantpress.quantize.sources import resolve
 from tests.tiny import FAMILIES, build, text
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import Gptq, Grid, Recipe, Rtn, load, matches, parse, shipped
+from quantpress.quantize.recipe import Gptq, Grid, Recipe, Rtn, matches
+from quantpress.quantize.recipe_file import load, parse, shipped
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS = {f"model.layers.{i}.{name}": 576 for i in range(3) for name in (*PROJECTIONS, "mlp.gate_proj", "mlp.up_proj")}
@@ -80,7 +81,7 @@ def test_a_key_like_no_other_lists_the_known_ones() -> None:
 
 
 def test_a_list_with_a_wrong_item_is_not_also_too_short() -> None:
-    message = refused({"formats": ["awq"]})
+    message = refused({"formats": ["awk"]})
     assert "formats.0: " in message
     assert "at least 1" not in message
     assert "at least 1" in refused({"formats": []})
@@ -96,8 +97,11 @@ def test_every_mistake_is_reported_at_once() -> None:
     ("document", "expected"),
     [
         ({"weights": {"bits": 5}}, "weights.bits: Input should be 2, 3, 4 or 8, not 5"),
-        ({"weights": {"group_size": 100}}, "weights.group_size: a multiple of 8, or -1 for per channel, not 100"),
-        ({"weights": {"group_size": 0}}, "weights.group_size"),
+        (
+            {"weights": {"group_size": 100}},
+            "weights.group_size: a multiple of 8, -1 for per channel or 0 for one scale a tensor, not 100",
+        ),
+        ({"weights": {"group_size": 0}}, "weights: group_size 0"),
         ({"weights": {"group_size": True}}, "weights.group_size"),
         ({"weights": {"symmetric": "maybe"}}, "weights.symmetric"),
         ({"weights": {"symmetric": 1}}, "weights.symmetric"),
@@ -124,7 +128,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"evaluation": {"window": 512, "stride": 513}}, "stride 513 is larger than window 512"),
         ({"transforms": ["awq"]}, "transforms"),
         ({"formats": []}, "formats"),
-        ({"formats": ["awq"]}, "formats.0: Input should be 'compressed-tensors' or 'gptq'"),
+        ({"formats": ["awk"]}, "formats.0: Input should be 'compressed-tensors', 'gptq', 'awq' or 'modelopt'"),
         ({"formats": ["gptq", "gptq"]}, "names one twice"),
         ({"name": "../up"}, "name"),
         ({"model": ""}, "model"),
@@ -358,3 +362,45 @@ def test_a_row_without_a_usable_divisor_is_offered_per_channel() -> None:
 )
 def test_a_grid_reads_as_a_scheme(grid: Grid, text: str) -> None:
     assert str(grid) == text
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"weights": {"type": "nvfp4", "bits": 8}}, "type nvfp4 has bits 4, group_size 16 and is symmetric"),
+        ({"weights": {"type": "fp8", "group_size": 64}}, "type fp8 has bits 8, group_size -1 or 0"),
+        (
+            {"weights": {"type": "mxfp4"}, "formats": ["gptq"]},
+            "format gptq cannot hold mxfp4 weights; it takes type int",
+        ),
+        ({"weights": {"type": "fp8"}, "activations": {"type": "int8"}}, "activations of type fp8 go with them"),
+        ({"weights": {"bits": 3}, "activations": {"type": "int8"}}, "leave activations out"),
+        ({"weights": {"type": "mxfp8"}, "activations": {"type": "mxfp8", "dynamic": False}}, "leave `dynamic` out"),
+        ({"weights": {"bits": 8}, "activations": {"type": "int8"}, "formats": ["awq"]}, "hold weights only"),
+        ({"kv_cache": "fp8", "formats": ["gptq"]}, "hold no kv_cache scales"),
+        ({"kv_cache": "int8"}, "use fp8 or modelopt"),
+        ({"transforms": [{"name": "awq", "pointz": 3}]}, "transforms.0.awq.pointz: unknown key, did you mean 'points'"),
+    ],
+)
+def test_number_types_that_do_not_go_together_are_refused(document: dict[str, Any], words: str) -> None:
+    assert words in refused(document)
+
+
+def test_a_float_type_brings_its_layout_and_an_override_may_change_the_type() -> None:
+    recipe = parse({"weights": {"type": "nvfp4"}, "overrides": [{"match": "*.b", "type": "fp8"}]})
+    a, b = recipe.schemes({"x.a": 32, "x.b": 33}).values()
+    assert a == Grid(type="nvfp4", bits=4, group_size=16)
+    assert b == Grid(type="fp8", bits=8, group_size=-1)
+
+
+def test_what_needs_calibration() -> None:
+    rtn = {"method": {"name": "rtn"}}
+    assert parse({}).calibrated
+    assert not parse(rtn).calibrated
+    assert not parse(rtn | {"transforms": [{"name": "hadamard"}]}).calibrated
+    assert parse(rtn | {"transforms": [{"name": "awq"}]}).calibrated
+    assert parse(rtn | {"weights": {"scale_search": "activation"}}).calibrated
+    assert parse(rtn | {"kv_cache": "fp8"}).calibrated
+    w8a8 = rtn | {"weights": {"bits": 8, "group_size": -1}}
+    assert not parse(w8a8 | {"activations": {"type": "int8"}}).calibrated
+    assert parse(w8a8 | {"activations": {"type": "int8", "dynamic": False}}).calibrated
