@@ -1,17 +1,20 @@
 """An artifact folder read back from disk: what is evaluated is what a server would load."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .activations import round_inputs
 from .checkpoint import Checkpoint, file_sha256
 from .errors import BadInput
 from .formats import FORMATS, detect
-from .grid import Grid, QuantizedLinear
+from .grid import Grid, Inputs, QuantizedLinear
 from .model import Skeleton
+from .recipe import Activations
 
 
 class Artifact:
@@ -25,6 +28,7 @@ class Artifact:
         self.checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = self.checkpoint.config
         self.format = detect(self.config)
+        self.activations: Activations | None = None
         self.linears: dict[str, Grid] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self.transposed: frozenset[str] = frozenset()  # linears the model keeps as [in, out]
@@ -32,6 +36,7 @@ class Artifact:
             shapes = {name: self.checkpoint.shape(name) for name in self.checkpoint.names()}
             self.shapes = FORMATS[self.format].linears(shapes, self.checkpoint.read)
             grids = FORMATS[self.format].grids(self.config["quantization_config"], list(self.shapes))
+            self.activations = FORMATS[self.format].activations(self.config["quantization_config"])
             for name in self.shapes:
                 grid = grids.get(name)
                 if grid is None:
@@ -46,6 +51,12 @@ class Artifact:
         if self.format is None:
             raise KeyError(name)
         return FORMATS[self.format].unpack(name, self.checkpoint.read, self.linears[name], self.shapes[name])
+
+    def inputs(self, name: str) -> Inputs | None:
+        """How the inputs of a quantized linear are rounded; None where they stay in 16 bit."""
+        if self.format is None or self.activations is None or name not in self.linears:
+            return None
+        return FORMATS[self.format].inputs(name, self.checkpoint.read, self.activations, self.linears[name])
 
     def read(self, name: str) -> Tensor:
         """A tensor as the plain model holds it."""
@@ -63,10 +74,14 @@ class Artifact:
 
 
 def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Artifact, Skeleton]:
-    """An artifact and the skeleton of its model, which reads through it."""
+    """An artifact and the skeleton of its model, which reads through it and rounds inputs as the artifact says."""
     artifact = Artifact(folder)
     skeleton = Skeleton(artifact, device=device, dtype=dtype)
     artifact.transposed = frozenset(x.name for x in skeleton.linears() if x.transposed)
+    for linear in skeleton.linears():
+        inputs = artifact.inputs(linear.name)
+        if inputs is not None:
+            skeleton.round_inputs(linear, partial(round_inputs, inputs=inputs))
     return artifact, skeleton
 
 

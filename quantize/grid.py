@@ -1,7 +1,8 @@
 """Number grids: fitting scales, snapping weights to codes, and the record every rounder returns.
 
-A grid maps a weight w to an unsigned code c in [0, 2^bits - 1] and back to (c - zero) * scale. A symmetric grid is
-the same thing with every zero at 2^(bits-1).
+A grid maps a weight w to a number n of a small set and back to (n - zero) * scale. Integer grids have n = 0 … 2^bits-1,
+the unsigned code itself; a symmetric one is the same thing with every zero at 2^(bits-1). Float grids have the numbers
+of E4M3 or E2M1 and zero 0; their code is the number's bit pattern.
 """
 
 from dataclasses import dataclass, replace
@@ -9,21 +10,42 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .recipe import Grid
+from .recipe import Activations, Grid
 
-__all__ = ["Grid", "QuantizedLinear", "fit", "scale_dtype", "snap"]
+__all__ = ["Grid", "Inputs", "QuantizedLinear", "fit", "global_scale", "round_numbers_", "scale_dtype", "snap"]
 
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _SHRINKS = tuple(1.0 - 0.05 * i for i in range(13))  # 1.00 … 0.40 of the min-max range
+_FLOAT_SHRINKS = tuple(1.0 - 0.05 * i for i in range(7))  # coarse at their end: less to gain by clipping
 _SMALLEST_SCALE = 2.0**-17
+_SMALLEST_FLOAT_SCALE = 2.0**-60
 _CHUNK = 1 << 20  # weights searched at a time, so that the candidates stay in cache
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of a linear are rounded as it runs; `scale` float32 [] and `zero` [] where they are static.
+
+    columns: how many values of a token share a dynamic scale, 0 for all of them. For nvfp4 `scale` is the global scale,
+    a power of two that the E4M3 scales were multiplied by before rounding.
+    """
+
+    spec: Activations
+    columns: int = 0
+    scale: Tensor | None = None
+    zero: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
     """The rounded weight of one linear layer, unpacked: what every rounder returns and every format packs.
 
-    codes [out, in] uint8; scales [out, groups] in the dtype that is stored; zeros [out, groups] uint8;
-    g_idx [in] int32, the group of each column, or None when column j is in group j // group_size.
+    codes [out, in] uint8; scales [out, groups] in the dtype that is stored, [1, 1] for one scale a tensor and
+    [out / 128, in / 128] rounded up for fp8-block; zeros uint8 like scales; g_idx [in] int32, the group of each column,
+    or None when column j is in group j // group_size. global_scale: nvfp4 only, float32 [], a power of two that the
+    scales were multiplied by before they were rounded to E4M3. inputs: None where inputs stay in 16 bit.
     """
 
     codes: Tensor
@@ -31,6 +53,8 @@ class QuantizedLinear:
     zeros: Tensor
     grid: Grid
     g_idx: Tensor | None = None
+    global_scale: Tensor | None = None
+    inputs: Inputs | None = None
 
     @property
     def out_features(self) -> int:
@@ -46,73 +70,201 @@ class QuantizedLinear:
             return self.g_idx.long()
         return torch.arange(self.in_features, device=self.codes.device) // self.grid.columns(self.in_features)
 
+    def step(self) -> Tensor:
+        """The distance between neighbouring whole numbers, float32, one for each weight [out, in] (broadcast)."""
+        scales = self.scales.to(torch.float32)
+        if self.global_scale is not None:
+            scales = scales / self.global_scale
+        if self.grid.type == "fp8-block":
+            scales = scales.repeat_interleave(BLOCK, 0)[: self.out_features]
+        return scales[:, self.column_groups()]
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] the artifact stands for: (codes - zeros) * scales, multiplied in float32."""
-        groups = self.column_groups()
-        codes = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, groups]
-        return codes.mul_(self.scales.to(torch.float32)[:, groups]).to(dtype)
+        """The weight [out, in] the artifact stands for: (number - zero) * scale, multiplied in float32."""
+        numbers = decode(self.codes, self.grid)
+        if self.grid.type == "int":
+            numbers -= self.zeros.to(torch.float32)[:, self.column_groups()]
+        return numbers.mul_(self.step()).to(dtype)
 
     def stored_bits(self) -> int:
         """Bits this layer needs: codes, scales, zeros (asymmetric only) and g_idx (when columns are shuffled)."""
         bits = self.codes.numel() * self.grid.bits + self.scales.numel() * self.scales.element_size() * 8
         if not self.grid.symmetric:
             bits += self.zeros.numel() * self.grid.bits
+        bits += 0 if self.global_scale is None else 32
         return bits + (0 if self.g_idx is None else 32 * self.in_features)
 
     def rows(self, start: int, stop: int) -> "QuantizedLinear":
-        """Output rows [start, stop): linears solved together are taken apart again with this."""
+        """Output rows [start, stop): linears solved together are taken apart again with this.
+
+        Blocks of rows are not cut: for fp8-block only the whole can be asked for.
+        """
+        whole = self.scales.shape[0] == 1 or (start, stop) == (0, self.out_features)
+        assert whole or self.grid.type != "fp8-block"
+        part = slice(None) if whole else slice(start, stop)
         return replace(
             self,
             codes=self.codes[start:stop].contiguous(),
-            scales=self.scales[start:stop].contiguous(),
-            zeros=self.zeros[start:stop].contiguous(),
+            scales=self.scales[part].contiguous(),
+            zeros=self.zeros[part].contiguous(),
         )
 
 
-def scale_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype scales are stored in: the model's own 16-bit dtype, float16 for a float32 model."""
-    return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16
+def scale_dtype(weight: Tensor, grid: Grid) -> torch.dtype:
+    """The dtype the scales of a weight are stored in.
+
+    For integers the model's own 16-bit dtype, float16 for a float32 model; E4M3 and E8M0 where the type says so; else
+    a dtype with float32's range, since the scale of an fp8 weight may be too small for float16.
+    """
+    if grid.type == "nvfp4":
+        return torch.float8_e4m3fn
+    if grid.type in ("mxfp4", "mxfp8"):
+        return torch.float8_e8m0fnu
+    if weight.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float16 if grid.type == "int" else torch.float32
 
 
-def fit(weight: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero for each row of `weight` [rows, columns], one group of columns a row.
+def global_scale(weight: Tensor, grid: Grid) -> Tensor | None:
+    """What scales are multiplied by before they become E4M3: float32 [], nvfp4 only.
 
-    Min-max is the rule of compressed-tensors (zero always inside the range). `scale_search: mse` tries smaller
-    ranges, both ends separately at 2 and 3 bits, and keeps the one with the least squared error weighted by
-    `importance` [columns] (1 when None). Returns float32 [rows] scales, already rounded to `dtype`, and zeros.
+    The largest power of two that keeps amax / 6 within E4M3. NVIDIA's rule is 6 * 448 / amax itself; a power of two
+    moves no scale off the E4M3 grid and its inverse is exact, so files that hold the inverse hold the same weights.
+    """
+    if grid.type != "nvfp4":
+        return None
+    amax = weight.to(torch.float32).abs().amax().clamp(min=2.0**-60)
+    return torch.exp2(torch.floor(torch.log2(E4M3_MAX * E2M1_MAX / amax)))
+
+
+def fit(
+    weight: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    importance: Tensor | None = None,
+    overall: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero for each row of `weight` [rows, columns], the columns of one group.
+
+    Min-max is the rule of compressed-tensors (zero always inside the range; OCP Microscaling's for mxfp). The searches
+    try smaller ranges, both ends separately at 2 and 3 bits, and keep the one with the least squared error weighted by
+    `importance` [columns] (1 when None). `overall`: the global scale (nvfp4). Where rows share a scale (one a tensor,
+    one a block) each gets the same. Returns float32 [rows] scales that `dtype` can store exactly, and zeros.
     """
     weight = weight.to(torch.float32)
+    store = _Store(grid, dtype, overall)
     low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
+    shared = {0: len(weight)}.get(grid.group_size, BLOCK if grid.type == "fp8-block" else 1)
+    if shared > 1:
+        low, high = _over_rows(low, shared, torch.amin), _over_rows(high, shared, torch.amax)
     if grid.scale_search == "minmax":
-        return _affine(low, high, grid, dtype)
+        return _affine(low, high, store)
     scales, zeros = torch.empty_like(low), torch.empty_like(low)
-    step = max(1, _CHUNK // weight.shape[1] // 4)
+    step = max(1, _CHUNK // weight.shape[1] // 4) if shared == 1 else shared
     for r in range(0, weight.shape[0], step):
         rows = slice(r, r + step)
-        scales[rows], zeros[rows] = _search(weight[rows], low[rows], high[rows], grid, dtype, importance)
+        scales[rows], zeros[rows] = _search(weight[rows], low[rows], high[rows], store, importance, shared > 1)
     return scales, zeros
 
 
 def snap(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """Codes (float32, whole numbers) nearest to `weight`; `scale` and `zero` broadcast against it."""
-    return (weight / scale).round_().add_(zero).clamp_(0, grid.levels)
+    """Numbers of the grid (float32) nearest to `weight`; `scale` and `zero` broadcast against it."""
+    numbers = weight / scale
+    if grid.type == "int":
+        return numbers.round_().add_(zero).clamp_(0, grid.levels)
+    return round_numbers_(numbers, grid)
 
 
-def _affine(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def round_numbers_(numbers: Tensor, grid: Grid) -> Tensor:
+    """Round float32 `numbers`, weights in units of their scale (zero added), to the grid in place; ties to even."""
+    if grid.type == "int":
+        return numbers.round_().clamp_(0, grid.levels)
+    if grid.bits == 8:
+        return numbers.copy_(numbers.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
+    size = numbers.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return numbers.div_(step).round_().mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
+
+
+def encode(numbers: Tensor, grid: Grid) -> Tensor:
+    """Numbers of the grid (float32) -> codes uint8: the number itself, the E4M3 byte, or the E2M1 nibble."""
+    if grid.type == "int":
+        return numbers.to(torch.uint8)
+    if grid.bits == 8:
+        return numbers.to(torch.float8_e4m3fn).view(torch.uint8)
+    size = torch.bucketize(numbers.abs(), _E2M1.to(numbers.device))
+    return (size + 8 * torch.signbit(numbers)).to(torch.uint8)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """Codes uint8 -> numbers of the grid, float32."""
+    if grid.type == "int":
+        return codes.to(torch.float32)
+    if grid.bits == 8:
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    table = torch.cat([_E2M1, -_E2M1]).to(codes.device)
+    return table[codes.long()]
+
+
+def collapse(scales: Tensor, grid: Grid) -> Tensor:
+    """Scales (or zeros) [out, groups], one a row, as they are stored: one a block of rows, or one in all."""
+    if grid.group_size == 0:
+        return scales[:1, :1]
+    return scales[::BLOCK] if grid.type == "fp8-block" else scales
+
+
+@dataclass(frozen=True)
+class _Store:
+    """A grid and the scales it can have."""
+
+    grid: Grid
+    dtype: torch.dtype
+    overall: Tensor | None
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        """The scales (float32) nearest to `scale` that can be stored."""
+        if self.overall is not None:
+            smallest = 2.0**-9  # of E4M3: a scale of 0 would lose the group, and divide by zero
+            scaled = (scale * self.overall).clamp_(smallest, E4M3_MAX)
+            return scaled.to(self.dtype).to(torch.float32) / self.overall
+        if self.dtype == torch.float8_e8m0fnu:  # OCP Microscaling v1.0, 6.3: the exponent of the largest, less emax
+            largest = E4M3_MAX if self.grid.bits == 8 else E2M1_MAX
+            exponent = torch.floor(torch.log2((scale * largest).clamp_(min=2.0**-100)))
+            return torch.exp2(exponent - (8 if self.grid.bits == 8 else 2))
+        # 2^-17 and up, a bfloat16 scale is exact in float16 too, so every format can store it; none divides by zero.
+        smallest = _SMALLEST_SCALE if self.grid.type == "int" else _SMALLEST_FLOAT_SCALE
+        return scale.clamp(min=smallest).to(self.dtype).to(torch.float32)
+
+
+def _over_rows(values: Tensor, rows: int, reduce: object) -> Tensor:
+    """Each of `values` [n] replaced by what `reduce` makes of its run of `rows`."""
+    out = torch.empty_like(values)
+    for r in range(0, len(values), rows):
+        out[r : r + rows] = reduce(values[r : r + rows])  # type: ignore[operator]
+    return out
+
+
+def _affine(low: Tensor, high: Tensor, store: _Store) -> tuple[Tensor, Tensor]:
     """The grid that spans [low, high]; a row of zeros gets scale 1."""
-    scale = (torch.maximum(-low, high) * 2 if grid.symmetric else high - low) / grid.levels
-    # 2^-17 and up, a bfloat16 scale is exact in float16 too, so every format can store it; and none divides by zero.
-    scale = scale.clamp_(min=_SMALLEST_SCALE).to(dtype).to(torch.float32)
-    scale = torch.where((low == 0) & (high == 0), torch.ones_like(scale), scale)
+    grid = store.grid
+    if grid.type != "int":
+        span = torch.maximum(-low, high) / (E4M3_MAX if grid.bits == 8 else E2M1_MAX)
+    else:
+        span = (torch.maximum(-low, high) * 2 if grid.symmetric else high - low) / grid.levels
+    scale = store.nearest(span)
+    scale = torch.where((low == 0) & (high == 0), store.nearest(torch.ones_like(scale)), scale)
+    if grid.type != "int":
+        return scale, torch.zeros_like(scale)
     if grid.symmetric:
         return scale, torch.full_like(scale, float(1 << (grid.bits - 1)))
     return scale, (-low / scale).round_().clamp_(0, grid.levels)
 
 
 def _search(
-    weight: Tensor, low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None
+    weight: Tensor, low: Tensor, high: Tensor, store: _Store, importance: Tensor | None, together: bool
 ) -> tuple[Tensor, Tensor]:
-    """The candidate range with the least weighted squared error, row by row."""
+    """The candidate range with the least weighted squared error, row by row, or for all rows `together`."""
+    grid = store.grid
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
 
@@ -121,16 +273,22 @@ def _search(
         error = snap(weight, scale[:, None], zero[:, None], grid).sub_(zero[:, None]).mul_(scale[:, None])
         error = error.sub_(weight).square_()
         loss = error.sum(1) if importance is None else error @ importance.to(error.dtype)
+        if together:
+            loss = loss.sum().expand_as(loss)
         better = loss < best
         best = torch.where(better, loss, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
 
-    for shrink in _SHRINKS:
-        consider(*_affine(low * shrink, high * shrink, grid, dtype))
-    if not grid.symmetric and grid.bits <= 3:  # coarse grids gain from clipping one end only
+    if store.dtype == torch.float8_e8m0fnu:  # powers of two: the rule's own, and its neighbours
+        for factor in (1.0, 2.0, 0.5):
+            consider(*_affine(low * factor, high * factor, store))
+        return best_scale, best_zero
+    for shrink in _SHRINKS if grid.type == "int" else _FLOAT_SHRINKS:
+        consider(*_affine(low * shrink, high * shrink, store))
+    if grid.type == "int" and not grid.symmetric and grid.bits <= 3:  # coarse grids gain from clipping one end only
         width = best_scale * grid.levels
         near, far = -best_zero * best_scale, -best_zero * best_scale + width
         for shift in (-0.12, -0.06, 0.06, 0.12):
-            consider(*_affine((near + shift * width).clamp(max=0), far, grid, dtype))
-            consider(*_affine(near, (far + shift * width).clamp(min=0), grid, dtype))
+            consider(*_affine((near + shift * width).clamp(max=0), far, store))
+            consider(*_affine(near, (far + shift * width).clamp(min=0), store))
     return best_scale, best_zero

@@ -4,7 +4,7 @@ The blocks are found in the transformers class, not listed by hand. Everything a
 encoding, masks, final norm, head) runs as the class itself runs it, with the blocks replaced by taps.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +81,11 @@ class Skeleton:
                     else:
                         found.append(Linear(disk, name, k, first, second, False))
         return found
+
+    def round_inputs(self, linear: Linear, how: Callable[[Tensor], Tensor]) -> None:
+        """From now on apply `how` to the inputs of `linear` before its weight is."""
+        module = self._blocks[linear.block].get_submodule(linear.module)
+        module.register_forward_pre_hook(lambda _, args: (how(args[0]), *args[1:]))
 
     def disk_name(self, name: str) -> str:
         """The checkpoint's name for a parameter of the model."""

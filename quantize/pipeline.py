@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from . import machine
+from .activations import columns_of
 from .artifact import verify
 from .calibration import Tokens, calibration_tokens, generated_tokens, open_tokenizer
 from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
 from .convert import convert
 from .errors import BadInput
 from .formats import FORMATS
-from .grid import Grid, QuantizedLinear
+from .grid import Grid, Inputs, QuantizedLinear
 from .journal import Journal, finished
 from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS, Plan, make_plan
 from .recipe import Gptq, Recipe
 from .rounding import record, round_stage
 from .sources import Source
-from .stages import Stage, Stages
+from .stages import Stage, Stages, shared_inputs
 from .texts import load_documents
 
 
@@ -79,14 +80,13 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     skeleton = Skeleton(checkpoint, device=device or machine.device())
     linears = skeleton.linears()
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
-    shuffled = recipe.shuffled
     for name in recipe.formats:
-        _check_format(name, linears, schemes, skeleton, shuffled)
+        _check_format(name, linears, schemes, skeleton, recipe)
     return Job(recipe, source, checkpoint, skeleton, linears, schemes, make_plan(recipe, skeleton, linears, schemes))
 
 
 def _check_format(
-    format: str, linears: list[Linear], schemes: dict[str, Grid | None], skeleton: Skeleton, shuffled: bool
+    format: str, linears: list[Linear], schemes: dict[str, Grid | None], skeleton: Skeleton, recipe: Recipe
 ) -> None:
     """Raise BadInput for what `format` cannot hold, layer by layer and as a whole."""
     for linear in linears:
@@ -99,10 +99,13 @@ def _check_format(
                 "write it with --set formats=[gptq]"
             )
         try:
-            FORMATS[format].check(grid, linear.out_features, linear.in_features, shuffled)
+            FORMATS[format].check(grid, linear.out_features, linear.in_features, recipe.shuffled)
         except BadInput as error:
             raise BadInput(f"{linear.name}: {error}") from None
-    FORMATS[format].config(schemes, ignored_extra=skeleton.outside(), shuffled=shuffled)
+    FORMATS[format].config(
+        schemes, ignored_extra=skeleton.outside(), shuffled=recipe.shuffled, activations=recipe.activations,
+        kv_cache=recipe.kv_cache,
+    )  # fmt: skip
 
 
 def quantize(job: Job, settings: Settings) -> dict[str, Any]:
@@ -238,11 +241,17 @@ def _hidden_states(
 ) -> tuple[dict[str, Tensor], list[Arguments] | None]:
     """The states [samples, seq_len, hidden] that enter the next block, and what each block gets beside them.
 
-    `hidden` is what the rounded blocks made; `reference`, for error correction, what the original ones did.
+    `hidden` is what the rounded blocks made; `reference`, for error correction, what the original ones did. Without
+    calibration there are none; what blocks get is there when linears with one input have to share a scale.
     """
-    if tokens is None:
+    shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
+    if tokens is None and not shares:
         return {}, None
     job.skeleton.open_shell()
+    if tokens is None:
+        arguments = job.skeleton.block_arguments(1)
+        job.skeleton.close_shell()
+        return {}, arguments
     if journal.done:
         hidden = journal.hidden()
     else:
@@ -264,13 +273,20 @@ def _stages(
     last: bool,
 ) -> Iterable[Stage]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
-    if arguments is None:
-        return [Stage((name,), None, 0) for name in wanted]
-    states = hidden["hidden"]
+    recipe, states = job.recipe, hidden.get("hidden")
+    spec = recipe.activations
+    inputs = None if spec is None else (spec, columns_of(spec, recipe.weights))
+    if states is None or arguments is None:
+        together: list[tuple[str, ...]] = [(name,) for name in wanted]
+        if arguments is not None:
+            some = torch.ones(1, 1, job.skeleton.config.hidden_size, dtype=job.skeleton.dtype)
+            together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
+            together += [(name,) for name in wanted if not any(name in names for names in together)]
+        return [Stage(names, inputs=None if inputs is None else Inputs(*inputs)) for names in together]
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,
-        device=job.skeleton.device, batch=batch, keep=not last, reference=hidden.get("reference"),
+        device=job.skeleton.device, batch=batch, keep=not last, reference=hidden.get("reference"), activations=inputs,
     )  # fmt: skip
 
 
@@ -329,7 +345,10 @@ def _finish(job: Job, journal: Journal, settings: Settings, manifest: dict[str, 
         parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
         merge_parts([journal.folder / "shell.safetensors", *parts], partial)
         format = FORMATS[job.recipe.formats[0]]
-        quantization = format.config(job.schemes, ignored_extra=job.skeleton.outside(), shuffled=job.shuffled)
+        quantization = format.config(
+            job.schemes, ignored_extra=job.skeleton.outside(), shuffled=job.shuffled,
+            activations=job.recipe.activations, kv_cache=job.recipe.kv_cache,
+        )  # fmt: skip
         config = dict(job.checkpoint.config) | {"quantization_config": quantization}
         write_json(partial / "config.json", config)
         for name, content in format.extra_files(quantization).items():

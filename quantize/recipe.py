@@ -188,6 +188,11 @@ class Grid(Strict):
         """The largest code, 2^bits - 1."""
         return (1 << self.bits) - 1
 
+    @property
+    def shares_across_linears(self) -> bool:
+        """Whether servers, which fuse linears with one input, want these to have one scale in common."""
+        return self.type == "nvfp4" or self.group_size == 0
+
     def columns(self, in_features: int) -> int:
         """Columns that share one scale in a row of `in_features`."""
         return in_features if self.group_size in (-1, 0) else self.group_size

@@ -1,5 +1,6 @@
 """One stage of a block rounded: the linears that share an input, those of one grid solved together."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,17 +23,18 @@ def round_stage(
     records: dict[str, dict[str, Any]],
 ) -> None:
     """Round the linears of one stage, those of one grid together, put the result in place and on record."""
-    stacks: dict[Grid, list[Linear]] = {}
+    stacks: dict[tuple[Grid, str], list[Linear]] = {}
     for linear in linears:
         grid = schemes[linear.name]
         assert grid is not None
-        stacks.setdefault(grid, []).append(linear)
-    for grid, stack in stacks.items():
+        apart = linear.name if grid.type == "fp8-block" else ""  # blocks of rows begin anew in each
+        stacks.setdefault((grid, apart), []).append(linear)
+    for (grid, _), stack in stacks.items():
         result, note = _round(method, torch.cat([_weight(block, linear) for linear in stack]), grid, stage)
         start = 0
         for linear in stack:
             rows = slice(start, start + linear.out_features)
-            one = result.linear.rows(rows.start, rows.stop)
+            one = replace(result.linear.rows(rows.start, rows.stop), inputs=stage.inputs)
             rounded[linear.name] = one
             module: Any = block.get_submodule(linear.module)
             weight = one.dequantize(module.weight.dtype)

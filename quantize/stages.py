@@ -13,7 +13,10 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from .activations import measured, round_inputs
+from .grid import Inputs
 from .model import Arguments, Experts
+from .recipe import Activations
 
 _PANELS = 8  # X^T X is symmetric: about half of it is computed, in this many panels
 
@@ -23,13 +26,15 @@ class Stage:
     """Linears that receive the same tensor X [tokens, in], about to be applied.
 
     moment: X^T X [in, in] float32, None when no token came; tokens: rows of X. drift: (X0 - X)^T X [in, in], X0 what
-    the original model would send instead; None where that was not asked for or tokens do not correspond.
+    the original model would send instead; None where that was not asked for or tokens do not correspond. inputs: how X
+    is rounded as the artifact runs, None where it is not; X in the moments is what that makes of it.
     """
 
     names: tuple[str, ...]
-    moment: Tensor | None
-    tokens: int
+    moment: Tensor | None = None
+    tokens: int = 0
     drift: Tensor | None = None
+    inputs: Inputs | None = None
 
 
 class Stages:
@@ -38,6 +43,7 @@ class Stages:
     hidden [samples, seq_len, hidden] is replaced by what the block makes of it, `batch` samples at a time, unless
     `keep` is false: then the rest of the block after the last linear is not run. linears {name: module} are the ones
     to halt at. reference: the original model's hidden states, which the block's original weights are applied to beside.
+    activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale.
     """
 
     def __init__(
@@ -51,25 +57,28 @@ class Stages:
         batch: int,
         keep: bool = True,
         reference: Tensor | None = None,
+        activations: tuple[Activations, int] | None = None,
     ) -> None:
+        self._activations = activations
+        self._inputs: dict[str, Inputs] = {}
         self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
         self._routed = _inside_experts(block)
 
     def __iter__(self) -> Generator[Stage, None, None]:
-        shared = self._shared_inputs()
+        shared = shared_inputs(self._block, self._hidden[:1].to(self._device), self._arguments, self._linears)
         beside: list[_Run] = []
         if self._reference is not None:
             # Shares the parameters, which the caller replaces in the block and never writes to.
             original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
             twins = {name: original.get_submodule(_path(self._block, m)) for name, m in self._linears.items()}
-            beside = self._runs(original, twins, self._reference)
-        runs = self._runs(self._block, self._linears, self._hidden)
+            beside = self._runs(original, twins, self._reference, {})
+        runs = self._runs(self._block, self._linears, self._hidden, self._inputs)
         try:
             for names in shared:
                 yield self._stage(names, runs, beside)
             unreached = [name for name in self._linears if not any(name in names for names in shared)]
-            yield from (Stage((name,), None, 0) for name in unreached)
+            yield from (self._stage((name,), [], []) for name in unreached)
             if self._keep:
                 for run in (*runs, *beside):
                     run.finish()
@@ -77,21 +86,26 @@ class Stages:
             for run in (*runs, *beside):
                 run.drop()
 
-    def _runs(self, block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor) -> "list[_Run]":
+    def _runs(
+        self, block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, inputs: Mapping[str, Inputs]
+    ) -> "list[_Run]":
         parts = torch.split(hidden, self._batch)
-        return [_Run(block, linears, part, self._arguments, self._device) for part in parts]
+        return [_Run(block, linears, part, self._arguments, self._device, inputs) for part in parts]
 
     def _stage(self, names: tuple[str, ...], runs: "list[_Run]", beside: "list[_Run]") -> Stage:
         """Take every batch to the linear `names[0]` and sum up what it is about to receive."""
         moment = drift = None
         tokens = 0
         aligned = bool(beside) and not any(self._linears[name] in self._routed for name in names)
-        for i, run in enumerate(runs):
-            x = run.advance(names[0])
+        waiting = [run.advance(names[0]) for run in runs]
+        inputs = self._measured(waiting)
+        if inputs is not None:
+            self._inputs |= dict.fromkeys(names, inputs)
+        for i, x in enumerate(waiting):
             original = beside[i].advance(names[0]) if beside else None
             if x.shape[0] == 0:
                 continue
-            rows = x.to(torch.float32)
+            rows = (x if inputs is None else round_inputs(x, inputs)).to(torch.float32)
             if moment is None:
                 moment = rows.new_zeros(rows.shape[1], rows.shape[1])
                 drift = torch.zeros_like(moment) if aligned else None
@@ -101,31 +115,43 @@ class Stages:
                 drift.addmm_((original.to(torch.float32) - rows).T, rows)
         if moment is not None:
             moment = moment.triu_().add_(moment.triu(1).T)
-        return Stage(names, moment, tokens, drift)
+        return Stage(names, moment, tokens, drift, inputs)
 
-    def _shared_inputs(self) -> list[tuple[str, ...]]:
-        """The linears in the order they are reached, those that receive one tensor together, observed on one sample."""
-        seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none is freed and its memory reused
+    def _measured(self, waiting: list[Tensor]) -> Inputs | None:
+        """How what waits before a linear, [tokens, in] a batch, is going to be rounded."""
+        if self._activations is None:
+            return None
+        spec, columns = self._activations
+        ranges = [x.aminmax() for x in waiting if x.numel()] if spec.calibrated else []
+        low = min((float(r.min) for r in ranges), default=0.0)
+        return measured(spec, columns, low, max((float(r.max) for r in ranges), default=0.0))
 
-        def note(name: str, x: Tensor) -> None:
-            for other, names in seen:
-                if x is other or (x.numel() and x.data_ptr() == other.data_ptr() and x.shape == other.shape):
-                    names.append(name)
-                    return
-            seen.append((x, [name]))
 
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-            for name, module in self._linears.items()
-        ]
-        args, kwargs = self._arguments
-        try:
-            with torch.no_grad():
-                self._block(self._hidden[:1].to(self._device), *args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [tuple(names) for _, names in seen]
+def shared_inputs(
+    block: nn.Module, hidden: Tensor, arguments: Arguments, linears: Mapping[str, nn.Module]
+) -> list[tuple[str, ...]]:
+    """The linears in the order `block` reaches them, those that receive one tensor together: observed on `hidden`."""
+    seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none is freed and its memory reused
+
+    def note(name: str, x: Tensor) -> None:
+        for other, names in seen:
+            if x is other or (x.numel() and x.data_ptr() == other.data_ptr() and x.shape == other.shape):
+                names.append(name)
+                return
+        seen.append((x, [name]))
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, module in linears.items()
+    ]
+    args, kwargs = arguments
+    try:
+        with torch.no_grad():
+            block(hidden, *args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [tuple(names) for _, names in seen]
 
 
 class _Run:
@@ -138,15 +164,18 @@ class _Run:
         hidden: Tensor,
         arguments: Arguments,
         device: torch.device,
+        inputs: Mapping[str, Inputs],
     ) -> None:
         def whole_pass() -> None:
             args, kwargs = arguments
             result = block(hidden.to(device), *args, **kwargs)
             hidden.copy_(result[0] if isinstance(result, tuple) else result)
 
-        def halt(name: str, x: Tensor) -> None:
+        def halt(name: str, x: Tensor) -> Tensor:
             if getcurrent() is self._thread:
                 main.switch((name, x))
+                return round_inputs(x, inputs[name]) if name in inputs else x
+            return x
 
         main, self._thread = getcurrent(), greenlet(whole_pass)
         self._handles = [

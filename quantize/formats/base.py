@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..errors import BadInput
-from ..grid import QuantizedLinear
-from ..recipe import Grid
+from ..grid import Inputs, QuantizedLinear
+from ..recipe import Activations, Grid
 
-Kind = tuple[int, int, bool]  # bits, group_size, symmetric: all of a grid that a file knows
+Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: all of a grid that a file knows
 
 
 class Format(ABC):
@@ -48,11 +48,18 @@ class Format(ABC):
 
     @abstractmethod
     def config(
-        self, schemes: dict[str, Grid | None], *, ignored_extra: Iterable[str] = (), shuffled: bool = False
+        self,
+        schemes: dict[str, Grid | None],
+        *,
+        ignored_extra: Iterable[str] = (),
+        shuffled: bool = False,
+        activations: Activations | None = None,
+        kv_cache: str | None = None,
     ) -> dict[str, Any]:
         """The quantization_config of a model with these linears; None is left in 16 bit, `ignored_extra` too.
 
-        Raises BadInput for schemes that one model cannot mix.
+        activations: what the inputs of every quantized linear are rounded to; kv_cache: `fp8` or `int8` when the files
+        hold scales for it. Raises BadInput for schemes that one model cannot mix.
         """
 
     @abstractmethod
@@ -62,17 +69,25 @@ class Format(ABC):
         Names it does not speak of are absent. Raises BadInput for a config that cannot be read.
         """
 
+    def activations(self, config: dict[str, Any]) -> Activations | None:
+        """What a quantization_config says of the inputs; raises BadInput for what cannot be computed here."""
+        return None
+
+    def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
+        """How the inputs of linear `name` are rounded, with the static scales that are stored beside it."""
+        raise BadInput(f"{name}: this format holds no activation scales ({spec})")
+
     def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """JSON files written beside config.json."""
         return {}
 
 
 def kind(grid: Grid) -> Kind:
-    return grid.bits, grid.group_size, grid.symmetric
+    return grid.type, grid.bits, grid.group_size, grid.symmetric
 
 
 def grid_of(bits: Any, group_size: Any, symmetric: Any) -> Grid:
-    """A grid found in a config; raises BadInput for one we cannot hold."""
+    """An integer grid found in a config; raises BadInput for one we cannot hold."""
     try:
         return Grid(bits=bits, group_size=group_size, symmetric=symmetric)
     except ValidationError:

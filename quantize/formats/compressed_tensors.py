@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..grid import QuantizedLinear
-from ..recipe import Grid
+from ..recipe import Activations, Grid
 from . import bits as bitstream
 from .base import Format, Kind, grid_of, kind, patterns, take
 
@@ -76,7 +76,13 @@ class CompressedTensors(Format):
         return ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
     def config(
-        self, schemes: dict[str, Grid | None], *, ignored_extra: Iterable[str] = (), shuffled: bool = False
+        self,
+        schemes: dict[str, Grid | None],
+        *,
+        ignored_extra: Iterable[str] = (),
+        shuffled: bool = False,
+        activations: Activations | None = None,
+        kv_cache: str | None = None,
     ) -> dict[str, Any]:
         # Imported late: the library pulls in a second and a half of other modules.
         from compressed_tensors.quantization import (
@@ -98,7 +104,7 @@ class CompressedTensors(Format):
         named = patterns(kinds | dict.fromkeys(ignored))
         groups = {}
         for k, value in enumerate(distinct):
-            bits, group_size, symmetric = value
+            _, bits, group_size, symmetric = value
             weights = QuantizationArgs(
                 num_bits=bits,
                 type="int",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..grid import QuantizedLinear
-from ..recipe import Grid
+from ..recipe import Activations, Grid
 from . import bits as bitstream
 from .base import Format, Kind, grid_of, kind, patterns, take
 
@@ -33,6 +33,8 @@ class Gptq(Format):
         self.lowered = lowered
 
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
+        if grid.type != "int":
+            raise BadInput(f"gptq holds integer weights, not {grid}; use compressed-tensors")
         for what, n in (("in_features", in_features), ("out_features", out_features)):
             if n * grid.bits % 32:
                 step = {2: 16, 3: 32, 4: 8, 8: 4}[grid.bits]
@@ -112,11 +114,19 @@ class Gptq(Format):
         return ("qweight", "qzeros", "scales", "g_idx")
 
     def config(
-        self, schemes: dict[str, Grid | None], *, ignored_extra: Iterable[str] = (), shuffled: bool = False
+        self,
+        schemes: dict[str, Grid | None],
+        *,
+        ignored_extra: Iterable[str] = (),
+        shuffled: bool = False,
+        activations: Activations | None = None,
+        kv_cache: str | None = None,
     ) -> dict[str, Any]:
+        if activations is not None or kv_cache is not None:
+            raise BadInput("gptq files hold weights only: no activations, no kv_cache; use compressed-tensors")
         kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in schemes.items()}
         counted = Counter(value for value in kinds.values() if value is not None)
-        if len({symmetric for _, _, symmetric in counted}) > 1:
+        if len({symmetric for *_, symmetric in counted}) > 1:
             raise BadInput(
                 "gptq cannot hold symmetric and asymmetric layers in one model, whose zeros are all of one version; "
                 "use compressed-tensors or one kind"
@@ -131,15 +141,15 @@ class Gptq(Format):
             if value is None:
                 dynamic[f"-:{pattern}"] = {}
             elif value != base:
-                dynamic[f"+:{pattern}"] = {"bits": value[0], "group_size": value[1], "sym": value[2]}
+                dynamic[f"+:{pattern}"] = {"bits": value[1], "group_size": value[2], "sym": value[3]}
         return {
             "quant_method": "gptq",
-            "bits": base[0],
-            "group_size": base[1],
-            "sym": base[2],
+            "bits": base[1],
+            "group_size": base[2],
+            "sym": base[3],
             "desc_act": shuffled,
             "lm_head": False,
-            "checkpoint_format": "gptq" if base[2] else "gptq_v2",
+            "checkpoint_format": "gptq" if base[3] else "gptq_v2",
         } | ({"dynamic": dynamic} if dynamic else {})
 
     def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,14 +1,14 @@
 """GPTQ with group-aware order and scales fitted to the updated columns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..grid import QuantizedLinear, fit, scale_dtype
+from ..grid import fit, global_scale, round_numbers_, scale_dtype
 from ..recipe import Gptq, Grid, Method
 from .rounded import Rounded
-from .rtn import output_power
+from .rtn import as_stored, output_power
 
 _BLOCK = 32  # columns solved one by one before the next ones are updated in one product
 _MAX_DAMP = 10.0
@@ -27,14 +27,14 @@ def gptq(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None) ->
     if moment is None or not isinstance(settings, Gptq):
         raise ValueError("gptq needs the second moment of the inputs and its own settings")
     out_features, in_features = weight.shape
-    columns, dtype = grid.columns(in_features), scale_dtype(weight)
+    columns, dtype, overall = grid.columns(in_features), scale_dtype(weight, grid), global_scale(weight, grid)
     order = column_order(moment.diagonal(), columns, settings.order)
     feedback, variance, damp = factor(moment[order][:, order], settings.damp)
 
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
-    state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w, dtype=torch.uint8))
+    state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
     importance = variance if settings.weighted_scales else None
-    groups = in_features // columns
+    groups = -(-in_features // columns)
     scales, zeros = weight.new_empty(2, groups, out_features, dtype=torch.float32).unbind(0)
     error = torch.zeros(out_features, device=w.device, dtype=w.dtype)
 
@@ -43,42 +43,41 @@ def gptq(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None) ->
         for g in range(groups):
             part = slice(g * columns, (g + 1) * columns)
             picked = None if natural is None else natural[part]
-            scales[g], zeros[g] = fit(weight[:, part], grid, dtype, picked)
+            scales[g], zeros[g] = fit(weight[:, part], grid, dtype, picked, overall)
         group_of = order // columns
         error += state.solve(0, in_features, w, scales[group_of], zeros[group_of], variance, grid)
     else:
         shuffled = settings.order == "activation"
         for start in range(0, in_features, columns):
-            stop = start + columns
+            stop = min(start + columns, in_features)
             updated = state.updated(start, stop)
             picked = None if importance is None else importance[start:stop]
-            scale, zero = fit(updated.T, grid, dtype, picked)
+            scale, zero = fit(updated.T, grid, dtype, picked, overall)
             g = start // columns if shuffled else int(order[start]) // columns
             scales[g], zeros[g] = scale, zero
+            rows = (stop - start, out_features)
             error += state.solve(
-                start, stop, updated, scale.expand(columns, -1), zero.expand(columns, -1), variance[start:stop], grid
+                start, stop, updated, scale.expand(rows), zero.expand(rows), variance[start:stop], grid
             )
 
     g_idx = None
     if settings.order == "activation" and not settings.static_groups:
         g_idx = torch.empty(in_features, dtype=torch.int32, device=order.device)
         g_idx[order] = (torch.arange(in_features, device=order.device) // columns).to(torch.int32)
-    codes = torch.empty_like(state.codes)
-    codes[order] = state.codes
-    linear = QuantizedLinear(
-        codes.T.contiguous(), scales.T.to(dtype).contiguous(), zeros.T.to(torch.uint8).contiguous(), grid, g_idx
-    )
+    numbers = torch.empty_like(state.numbers)
+    numbers[order] = state.numbers
+    linear = replace(as_stored(numbers.T, scales.T, zeros.T, grid, dtype, overall), g_idx=g_idx)
     return Rounded(linear, error, output_power(weight.to(moment.dtype), moment), damp)
 
 
 @dataclass
 class _Solve:
-    """The columns, transposed: weight, error (updated column minus rounded column) and codes, all [in, out]."""
+    """The columns, transposed: weight, error (updated column minus rounded column) and numbers, all [in, out]."""
 
     weight: Tensor
     feedback: Tensor  # -U_ik / U_ii at [k, i], strictly lower triangular [in, in]
     error: Tensor
-    codes: Tensor
+    numbers: Tensor
 
     def updated(self, start: int, stop: int) -> Tensor:
         """Columns [start, stop) after the feedback of every column before `start`."""
@@ -96,18 +95,17 @@ class _Solve:
             end = min(begin + _BLOCK, stop)
             here, count = slice(begin - start, end - start), end - begin
             block = torch.addmm(updated[here], self.feedback[begin:end, start:begin], self.error[start:begin])
-            # Shifted by zero * scale a weight is code * scale: two operations fewer a column, and there are many.
+            # Shifted by zero * scale a weight is number * scale: two operations fewer a column, and there are many.
             scale = scales[here]
             block.addcmul_(zeros[here], scale)
-            codes = torch.empty_like(block)
+            numbers = self.numbers[begin:end]
             inside = self.feedback[begin:end, begin:end].T.contiguous()
-            rows = zip(block.unbind(), codes.unbind(), scale.unbind(), self.error[begin:end].unbind(), strict=True)
-            for j, (row, code, step, error) in enumerate(rows):
-                torch.div(row, step, out=code).round_().clamp_(0, grid.levels)
-                torch.addcmul(row, code, step, value=-1, out=error)
+            rows = zip(block.unbind(), numbers.unbind(), scale.unbind(), self.error[begin:end].unbind(), strict=True)
+            for j, (row, number, step, error) in enumerate(rows):
+                round_numbers_(torch.div(row, step, out=number), grid)
+                torch.addcmul(row, number, step, value=-1, out=error)
                 if j + 1 < count:
                     block[j + 1 :].addr_(inside[j, j + 1 :], error)
-            self.codes[begin:end] = codes
             total += variance[here] @ self.error[begin:end].square()
         return total
 
@@ -118,7 +116,7 @@ def column_order(diagonal: Tensor, columns: int, order: str) -> Tensor:
     `group_aware` (GAR, arXiv:2505.14638) sorts inside each group and then the groups by their largest entry, so that
     groups stay contiguous on disk; `activation` is act-order; sorting is stable, so equal inputs give equal orders.
     """
-    if order == "natural":
+    if order == "natural" or diagonal.numel() % columns:  # blocks of 128 need not divide: the last is smaller
         return torch.arange(diagonal.numel(), device=diagonal.device)
     if order == "activation":
         return diagonal.argsort(descending=True, stable=True)

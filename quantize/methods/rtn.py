@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..grid import QuantizedLinear, fit, scale_dtype, snap
+from ..grid import QuantizedLinear, collapse, encode, fit, global_scale, scale_dtype, snap
 from ..recipe import Grid, Method
 from .rounded import Rounded
 
@@ -11,17 +11,31 @@ from .rounded import Rounded
 def rtn(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None) -> Rounded:
     """Round `weight` [out, in] to the nearest point of a grid fitted to each group of columns.
 
-    `moment` [in, in] = X^T X, when there is one, only measures the error; it does not steer the rounding.
+    `moment` [in, in] = X^T X, when there is one, measures the error; with `scale_search: activation` its diagonal also
+    weighs the columns as scales are searched.
     """
-    out_features, in_features = weight.shape
-    columns, dtype = grid.columns(in_features), scale_dtype(weight)
-    w = weight.to(torch.float32).reshape(-1, columns)
-    scale, zero = fit(w, grid, dtype)
-    codes = snap(w, scale[:, None], zero[:, None], grid).to(torch.uint8).reshape(out_features, in_features)
-    scales, zeros = scale.reshape(out_features, -1), zero.reshape(out_features, -1)
-    linear = QuantizedLinear(codes, scales.to(dtype), zeros.to(torch.uint8), grid)
-    w = w.reshape(out_features, in_features)
+    in_features = weight.shape[1]
+    columns, dtype, overall = grid.columns(in_features), scale_dtype(weight, grid), global_scale(weight, grid)
+    importance = moment.diagonal() if moment is not None and grid.scale_search == "activation" else None
+    w = weight.to(torch.float32)
+    scales, zeros, numbers = [], [], torch.empty_like(w)
+    for start in range(0, in_features, columns):
+        part = slice(start, start + columns)
+        scale, zero = fit(w[:, part], grid, dtype, None if importance is None else importance[part], overall)
+        numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
+        scales.append(scale)
+        zeros.append(zero)
+    linear = as_stored(numbers, torch.stack(scales, 1), torch.stack(zeros, 1), grid, dtype, overall)
     return Rounded(linear, output_power(linear.dequantize() - w, moment), output_power(w, moment))
+
+
+def as_stored(
+    numbers: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, dtype: torch.dtype, overall: Tensor | None
+) -> QuantizedLinear:
+    """The record of numbers [out, in] with float32 scales and zeros [out, groups] that `dtype` holds exactly."""
+    scales = collapse(scales if overall is None else scales * overall, grid).to(dtype).contiguous()
+    zeros = collapse(zeros, grid).to(torch.uint8).contiguous()
+    return QuantizedLinear(encode(numbers, grid).contiguous(), scales, zeros, grid, global_scale=overall)
 
 
 def output_power(weight: Tensor, moment: Tensor | None) -> Tensor:

@@ -258,4 +258,4 @@ def test_stored_bits_count_codes_scales_zeros_and_g_idx() -> None:
     [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float16)],
 )
 def test_scales_are_stored_in_sixteen_bits(weight: torch.dtype, stored: torch.dtype) -> None:
-    assert scale_dtype(torch.zeros(1, dtype=weight)) == stored
+    assert scale_dtype(torch.zeros(1, dtype=weight), Grid()) == stored
