@@ -192,7 +192,7 @@ def encode(numbers: Tensor, grid: Grid) -> Tensor:
         return numbers.to(torch.uint8)
     if grid.bits == 8:
         return numbers.to(torch.float8_e4m3fn).view(torch.uint8)
-    size = torch.bucketize(numbers.abs(), _E2M1.to(numbers.device))
+    size = torch.bucketize(numbers.abs().contiguous(), _E2M1.to(numbers.device))
     return (size + 8 * torch.signbit(numbers)).to(torch.uint8)
 
 
