@@ -206,6 +206,8 @@ def list_recipes() -> None:
 
 def main() -> None:
     """Run the command line; every mistake of the user's is one line and exit code 2."""
+    # Before torch is there: its threads are not to spin while they wait, which on a busy machine costs more than work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = app(standalone_mode=False)
         if status == _INTERRUPTED:  # typer turns Ctrl-C into this status, without a word

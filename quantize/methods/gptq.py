@@ -9,6 +9,7 @@ from ..grid import fit, global_scale, round_numbers_, scale_dtype
 from ..recipe import Gptq, Grid, Method
 from .rounded import Rounded
 from .rtn import as_stored, output_power
+from .threads import one_thread
 
 _BLOCK = 32  # columns solved one by one before the next ones are updated in one product
 _MAX_DAMP = 10.0
@@ -38,27 +39,28 @@ def gptq(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None) ->
     scales, zeros = weight.new_empty(2, groups, out_features, dtype=torch.float32).unbind(0)
     error = torch.zeros(out_features, device=w.device, dtype=w.dtype)
 
-    if settings.order == "activation" and settings.static_groups:
-        natural = importance[order.argsort()] if importance is not None else None
-        for g in range(groups):
-            part = slice(g * columns, (g + 1) * columns)
-            picked = None if natural is None else natural[part]
-            scales[g], zeros[g] = fit(weight[:, part], grid, dtype, picked, overall)
-        group_of = order // columns
-        error += state.solve(0, in_features, w, scales[group_of], zeros[group_of], variance, grid)
-    else:
-        shuffled = settings.order == "activation"
-        for start in range(0, in_features, columns):
-            stop = min(start + columns, in_features)
-            updated = state.updated(start, stop)
-            picked = None if importance is None else importance[start:stop]
-            scale, zero = fit(updated.T, grid, dtype, picked, overall)
-            g = start // columns if shuffled else int(order[start]) // columns
-            scales[g], zeros[g] = scale, zero
-            rows = (stop - start, out_features)
-            error += state.solve(
-                start, stop, updated, scale.expand(rows), zero.expand(rows), variance[start:stop], grid
-            )
+    with one_thread():
+        if settings.order == "activation" and settings.static_groups:
+            natural = importance[order.argsort()] if importance is not None else None
+            for g in range(groups):
+                part = slice(g * columns, (g + 1) * columns)
+                picked = None if natural is None else natural[part]
+                scales[g], zeros[g] = fit(weight[:, part], grid, dtype, picked, overall)
+            group_of = order // columns
+            error += state.solve(0, in_features, w, scales[group_of], zeros[group_of], variance, grid)
+        else:
+            shuffled = settings.order == "activation"
+            for start in range(0, in_features, columns):
+                stop = min(start + columns, in_features)
+                updated = state.updated(start, stop)
+                picked = None if importance is None else importance[start:stop]
+                scale, zero = fit(updated.T, grid, dtype, picked, overall)
+                g = start // columns if shuffled else int(order[start]) // columns
+                scales[g], zeros[g] = scale, zero
+                rows = (stop - start, out_features)
+                error += state.solve(
+                    start, stop, updated, scale.expand(rows), zero.expand(rows), variance[start:stop], grid
+                )
 
     g_idx = None
     if settings.order == "activation" and not settings.static_groups:

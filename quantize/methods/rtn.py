@@ -6,6 +6,7 @@ from torch import Tensor
 from ..grid import QuantizedLinear, collapse, encode, fit, global_scale, scale_dtype, snap
 from ..recipe import Grid, Method
 from .rounded import Rounded
+from .threads import one_thread
 
 
 def rtn(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None) -> Rounded:
@@ -19,12 +20,13 @@ def rtn(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = No
     importance = moment.diagonal() if moment is not None and grid.scale_search == "activation" else None
     w = weight.to(torch.float32)
     scales, zeros, numbers = [], [], torch.empty_like(w)
-    for start in range(0, in_features, columns):
-        part = slice(start, start + columns)
-        scale, zero = fit(w[:, part], grid, dtype, None if importance is None else importance[part], overall)
-        numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
-        scales.append(scale)
-        zeros.append(zero)
+    with one_thread():
+        for start in range(0, in_features, columns):
+            part = slice(start, start + columns)
+            scale, zero = fit(w[:, part], grid, dtype, None if importance is None else importance[part], overall)
+            numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
+            scales.append(scale)
+            zeros.append(zero)
     linear = as_stored(numbers, torch.stack(scales, 1), torch.stack(zeros, 1), grid, dtype, overall)
     return Rounded(linear, output_power(linear.dequantize() - w, moment), output_power(w, moment))
 
