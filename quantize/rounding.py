@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .grid import Grid, QuantizedLinear
-from .methods import ROUNDERS, Rounded, corrected
+from .methods import ROUNDERS, Rounded
 from .model import Linear
 from .recipe import Gptq, Method
 from .stages import Stage
@@ -54,12 +54,10 @@ def _round(method: Method, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Ro
     """Round one stack; what is done otherwise than asked comes back as a note."""
     moment = stage.moment
     if not isinstance(method, Gptq):
-        return ROUNDERS[method.name](weight, grid, method, moment), None
+        return ROUNDERS[method.name](weight, grid, method, moment, None), None
     if moment is None or not bool(moment.diagonal().any()):
-        return ROUNDERS["rtn"](weight, grid, method, None), "no calibration token reached it: rounded to nearest"
-    if stage.drift is not None:
-        weight = corrected(weight, moment, stage.drift, method.error_correction, method.damp)
-    result = ROUNDERS[method.name](weight, grid, method, moment)
+        return ROUNDERS["rtn"](weight, grid, method, None, None), "no calibration token reached it: rounded to nearest"
+    result = ROUNDERS[method.name](weight, grid, method, moment, stage.drift)
     if result.damp is not None and result.damp > method.damp:
         return result, f"singular Hessian: damping raised from {method.damp:g} to {result.damp:g}"
     if stage.tokens < weight.shape[1]:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..recipe import Grid, Method
-from .gptq import corrected, gptq
+from .gptq import gptq
 from .rounded import Rounded
 from .rtn import rtn
 
-__all__ = ["ROUNDERS", "Rounded", "corrected"]
+__all__ = ["ROUNDERS", "Rounded"]
 
-Rounder = Callable[[Tensor, Grid, Method, Tensor | None], Rounded]
+Rounder = Callable[[Tensor, Grid, Method, Tensor | None, Tensor | None], Rounded]
 
 ROUNDERS: dict[str, Rounder] = {"rtn": rtn, "gptq": gptq}

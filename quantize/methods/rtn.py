@@ -9,7 +9,9 @@ from .rounded import Rounded
 from .threads import one_thread
 
 
-def rtn(weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None) -> Rounded:
+def rtn(
+    weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Tensor | None = None
+) -> Rounded:
     """Round `weight` [out, in] to the nearest point of a grid fitted to each group of columns.
 
     `moment` [in, in] = X^T X, when there is one, measures the error; with `scale_search: activation` its diagonal also
