@@ -3,10 +3,12 @@
 Run by peers.py with the Python that has llm-compressor; imports nothing of quantpress:
 
     python llmcompressor_run.py MODEL OUT --text FILE --samples 32 --seq-len 512 --method gptq --bits 4 --group-size 64
+    python llmcompressor_run.py MODEL OUT --text FILE … --method gptq --scheme W8A8 --smoothquant 0.8
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -14,6 +16,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 
@@ -25,33 +28,50 @@ def main() -> None:
     parser.add_argument("--samples", type=int, required=True)
     parser.add_argument("--seq-len", type=int, required=True)
     parser.add_argument("--bos", action="store_true", help="BOS as the first token of every sequence")
-    parser.add_argument("--method", choices=["rtn", "gptq"], required=True)
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--method", choices=["rtn", "gptq", "awq"], required=True)
+    parser.add_argument("--scheme", help="a preset scheme instead of integer weights, such as FP8_DYNAMIC")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--smoothquant", type=float, help="its strength; SmoothQuant goes before the method")
     parser.add_argument("--symmetric", action="store_true")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-    weights = QuantizationArgs(
-        num_bits=args.bits, type="int", strategy="group", group_size=args.group_size, symmetric=args.symmetric
-    )
-    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
-    if args.method == "rtn":
-        oneshot(model=model, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
+    what = {"ignore": ["lm_head"], **scheme(args)}
+    # The modifiers' defaults: GPTQ has static act-order and damp 0.01.
+    recipe = [GPTQModifier(**what) if args.method == "gptq" else QuantizationModifier(**what)]
+    if args.method == "awq":
+        recipe.insert(0, AWQModifier())
+        if not torch.cuda.is_available():  # it pins memory whatever the device, which fails without a GPU
+            torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    if args.smoothquant is not None:
+        recipe.insert(0, SmoothQuantModifier(smoothing_strength=args.smoothquant))
+    if len(recipe) == 1 and args.method == "rtn":
+        oneshot(model=model, recipe=recipe)
     else:
         windows = sequences(tokenizer, args)
         dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * args.seq_len for _ in windows]})
         oneshot(
             model=model,
             dataset=dataset,
-            recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),  # its defaults: static act-order, damp 0.01
+            recipe=recipe,
             max_seq_length=args.seq_len,
             num_calibration_samples=args.samples,
             shuffle_calibration_samples=False,
         )
     model.save_pretrained(args.out, save_compressed=True)
     tokenizer.save_pretrained(args.out)
+
+
+def scheme(args: argparse.Namespace) -> dict[str, Any]:
+    """What a modifier is told to round to."""
+    if args.scheme:
+        return {"targets": "Linear", "scheme": args.scheme}
+    weights = QuantizationArgs(
+        num_bits=args.bits, type="int", strategy="group", group_size=args.group_size, symmetric=args.symmetric
+    )
+    return {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[list[int]]:

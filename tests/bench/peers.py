@@ -32,32 +32,46 @@ WINDOWS, WINDOW = 8, 2048
 
 @dataclass(frozen=True)
 class Case:
-    """One method on one grid, asked of both."""
+    """One kind of artifact, asked of both; without `peer` of quantpress alone, to show what a part brings."""
 
-    method: str
-    bits: int
-    symmetric: bool
-    group_size: int = 64
-    correction: float = 0.0  # ours alone; the peer's row beside it is its plain GPTQ
-
-    @property
-    def ours_alone(self) -> bool:
-        return self.correction > 0
-
-    def __str__(self) -> str:
-        plain = f"{self.method} {self.bits} bit g{self.group_size} {'sym' if self.symmetric else 'asym'}"
-        return plain + (" corrected" if self.correction else "")
+    ours: dict[str, object]  # recipe keys
+    peer: str | None  # options of llmcompressor_run.py
 
 
+def _weights(bits: int, symmetric: bool, search: str = "mse") -> dict[str, object]:
+    grid = {"bits": bits, "group_size": 64, "symmetric": symmetric, "scale_search": search}
+    return {f"weights.{key}": json.dumps(value) for key, value in grid.items()}
+
+
+def _gptq(correction: float) -> dict[str, object]:
+    return {"method": f"{{name: gptq, error_correction: {correction}}}"}
+
+
+RTN: dict[str, object] = {"method": "{name: rtn}"}
+AWQ: dict[str, object] = {"transforms": "[{name: awq}]"}
+SMOOTH: dict[str, object] = {"transforms": "[{name: smoothquant, alpha: 0.8}]"}
+INT8: dict[str, object] = {
+    "weights": "{bits: 8, group_size: -1, symmetric: true}",
+    "activations": "{type: int8}",
+}
+FP8: dict[str, object] = {"weights": "{type: fp8}", "activations": "{type: fp8}"}
+NVFP4: dict[str, object] = {"weights": "{type: nvfp4}"}
 CASES = {
-    "rtn-asym": Case("rtn", 4, False),
-    "rtn-sym": Case("rtn", 4, True),
-    "gptq-asym": Case("gptq", 4, False),
-    "gptq-sym": Case("gptq", 4, True),
-    "gptq-3bit": Case("gptq", 3, False),
-    "gptq-asym-corrected": Case("gptq", 4, False, correction=0.5),
-    "gptq-sym-corrected": Case("gptq", 4, True, correction=0.5),
-    "gptq-3bit-corrected": Case("gptq", 3, False, correction=0.5),
+    # rounding to nearest is there to show the same grid, so both take the range
+    "rtn-asym": Case(RTN | _weights(4, False, "minmax"), "--method rtn --bits 4"),
+    "rtn-sym": Case(RTN | _weights(4, True, "minmax"), "--method rtn --bits 4 --symmetric"),
+    "gptq-asym-uncorrected": Case(_gptq(0) | _weights(4, False), None),
+    "gptq-asym": Case(_gptq(0.5) | _weights(4, False), "--method gptq --bits 4"),
+    "gptq-sym": Case(_gptq(0.5) | _weights(4, True), "--method gptq --bits 4 --symmetric"),
+    "awq-asym": Case(AWQ | RTN | _weights(4, False, "activation"), "--method awq --bits 4"),
+    "awq-gptq-asym": Case(AWQ | _gptq(0.5) | _weights(4, False), None),
+    "gptq-3bit": Case(_gptq(0.5) | _weights(3, False), "--method gptq --bits 3"),
+    "gptq-2bit": Case(_gptq(0.5) | _weights(2, False), "--method gptq --bits 2"),
+    "w8a8-rtn": Case(RTN | INT8, "--method rtn --scheme W8A8"),
+    "w8a8-smoothquant-gptq": Case(SMOOTH | _gptq(0.5) | INT8, "--method gptq --scheme W8A8 --smoothquant 0.8"),
+    "fp8-dynamic": Case(RTN | FP8, "--method rtn --scheme FP8_DYNAMIC"),
+    "nvfp4a16": Case(RTN | NVFP4, "--method rtn --scheme NVFP4A16"),
+    "nvfp4a16-gptq": Case(_gptq(0.5) | NVFP4, "--method gptq --scheme NVFP4A16"),
 }
 
 
@@ -87,25 +101,18 @@ def peer_command(case: Case, given: Inputs, out: Path, python: str) -> list[str]
     """llm-compressor's run; its artifact is `out` itself."""
     command = [python, str(HERE / "llmcompressor_run.py"), given.model, str(out)]
     command += ["--text", given.calibration, "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
-    command += ["--method", case.method, "--bits", str(case.bits), "--group-size", str(case.group_size)]
-    return command + ["--symmetric"] * case.symmetric + ["--bos"] * given.bos
+    return command + shlex.split(case.peer or "") + ["--bos"] * given.bos
 
 
 def our_command(case: Case, given: Inputs, out: Path) -> list[str]:
     """quantpress's run; its artifact is `out`/quantized."""
-    settings = {
+    settings: dict[str, object] = {
         "calibration.source": given.calibration,
         "calibration.samples": SAMPLES,
         "calibration.seq_len": SEQ_LEN,
         "calibration.bos": "always" if given.bos else "never",
-        "weights.bits": case.bits,
-        "weights.group_size": case.group_size,
-        "weights.symmetric": str(case.symmetric).lower(),
-        # rounding to nearest is there to show the same grid, so both take the range; gptq brings its own search
-        "weights.scale_search": "minmax" if case.method == "rtn" else "mse",
-        "method": f"{{name: gptq, error_correction: {case.correction}}}" if case.method == "gptq" else "{name: rtn}",
     }
-    return common.quantpress(given.model, out, settings)
+    return common.quantpress(given.model, out, settings | case.ours)
 
 
 def score(folder: str | Path, given: Inputs) -> float:
@@ -115,15 +122,15 @@ def score(folder: str | Path, given: Inputs) -> float:
     return float(common.answer(command)["perplexity"])
 
 
-def run(case: Case, side: str, python: str, given: Inputs, work: Path) -> Row:
+def run(name: str, side: str, python: str, given: Inputs, work: Path) -> Row:
     """Quantize, score, and remove the artifact."""
-    out = work / side / str(case).replace(" ", "-")
+    out, case = work / side / name, CASES[name]
     shutil.rmtree(out, ignore_errors=True)
     ours = side == OURS
     command = our_command(case, given, out) if ours else peer_command(case, given, out, python)
     used = common.measured(command, given.threads, out.with_suffix(".log"))
     artifact = out / "quantized" if ours else out
-    row = Row(str(case), side, score(artifact, given), common.weight_bytes(artifact) / 1e6, used)
+    row = Row(name, side, score(artifact, given), common.weight_bytes(artifact) / 1e6, used)
     shutil.rmtree(out)
     return row
 
@@ -195,7 +202,7 @@ class Results:
     def add(self, row: Row) -> None:
         """Take `row` in place of an older one."""
         self.rows = [r for r in self.rows if (r.case, r.side) != (row.case, row.side)] + [row]
-        order = [str(case) for case in CASES.values()]
+        order = list(CASES)
         self.rows.sort(key=lambda r: (order.index(r.case), r.side == OURS))
         if self.path is not None:
             rows, alone = [asdict(r) for r in self.rows], {s: asdict(u) for s, u in self.alone.items()}
@@ -242,11 +249,17 @@ def compare(args: argparse.Namespace, given: Inputs, work: Path) -> None:
     results.alone |= {side: common.interpreter(python, given.threads) for side, python in sides.items()}
     if results.original is None:
         results.original = (score(given.model, given), common.weight_bytes(Path(given.model)) / 1e6)
-    for case in (CASES[name] for name in args.only):
+    for name in args.only:
         for side, python in sides.items():
-            if case.ours_alone and side != OURS:
+            if CASES[name].peer is None and side != OURS:
                 continue
-            row = run(case, side, python, given, work)
+            try:
+                row = run(name, side, python, given, work)
+            except common.ChildFailed as error:  # a peer that cannot do it is a result too
+                common.say(f"{name}, {side}: {str(error).splitlines()[-1]}", args.out)
+                if side == OURS:
+                    raise
+                continue
             results.add(row)
             common.say(f"{row.case}, {side}: perplexity {row.perplexity:.3f}, {row.usage}")
     text = report(results.rows, results.original, results.alone)
