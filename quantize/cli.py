@@ -122,7 +122,7 @@ def plan(
         f"artifact {size(p.artifact_bytes)} (original {size(p.original_bytes)}), memory up to {size(p.memory_bytes)}, "
         f"disk up to {size(p.disk_bytes)}, about {max(1, round(p.seconds / 60))} min on this machine"
     )
-    for line in lints:
+    for line in (*p.notes, *lints):
         out_console.print(f"note: {line}")
 
 

@@ -51,7 +51,7 @@ class Skeleton:
 
     def __init__(self, reader: Reader, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.reader, self.device = reader, device
-        self.config = _text_config(reader.config)
+        self.config = text_config(reader.config)
         self.row = ARCHITECTURES.get(self.config.model_type, PLAIN)
         self.dtype = dtype or _dtype(reader.config)
         with torch.device("meta"):
@@ -290,7 +290,7 @@ def _unfuse_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -
     setattr(owner, attribute, Experts(experts))
 
 
-def _text_config(config: Mapping[str, Any]) -> Any:
+def text_config(config: Mapping[str, Any]) -> Any:
     """The transformers config object; refused when it is not a text-only causal language model."""
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     kind = plain.get("model_type")

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from .grid import Grid, Inputs, QuantizedLinear
 from .journal import Journal, finished
 from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS, Plan, make_plan
-from .recipe import Gptq, Recipe
+from .recipe import Gptq, Hadamard, Recipe
+from .rotation import Rotated
 from .rounding import record, round_stage
 from .sources import Source
 from .stages import Stage, Stages, shared_inputs
@@ -55,11 +56,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe that has been found to fit its model: everything but the work."""
+    """A recipe that has been found to fit its model: everything but the work.
+
+    checkpoint: the original. reader: what is quantized, the original or its rotation.
+    """
 
     recipe: Recipe
     source: Source
     checkpoint: Checkpoint
+    reader: Checkpoint | Rotated
     skeleton: Skeleton
     linears: list[Linear]
     schemes: dict[str, Grid | None]
@@ -77,12 +82,17 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method")
         raise BadInput(f"{source.id} is already quantized ({method}); give the original checkpoint")
-    skeleton = Skeleton(checkpoint, device=device or machine.device())
+    first = recipe.transforms[0] if recipe.transforms else None
+    reader = Rotated(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
+    skeleton = Skeleton(reader, device=device or machine.device())
     linears = skeleton.linears()
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
     for name in recipe.formats:
         _check_format(name, linears, schemes, skeleton, recipe)
-    return Job(recipe, source, checkpoint, skeleton, linears, schemes, make_plan(recipe, skeleton, linears, schemes))
+    plan = make_plan(recipe, skeleton, linears, schemes)
+    notes = reader.notes if isinstance(reader, Rotated) else ()
+    plan = replace(plan, original_bytes=checkpoint.total_bytes, notes=notes)
+    return Job(recipe, source, checkpoint, reader, skeleton, linears, schemes, plan)
 
 
 def _check_format(
@@ -175,13 +185,22 @@ def _make_room(out: Path) -> None:
 
 
 def _check_weights(job: Job) -> None:
-    """NaN and inf are found before the work, by layer."""
+    """NaN and inf are found before the work, by layer; and whether a rotated tensor still fits its number type."""
     for name in job.checkpoint.names():
-        tensor = job.checkpoint.read(name)
-        for part in torch.split(tensor.reshape(-1), 1 << 20):  # isfinite makes copies: of a piece, not of the tensor
-            if not bool(torch.isfinite(part).all()):
-                kind = "NaN" if bool(torch.isnan(part).any()) else "inf"
-                raise BadInput(f"{job.checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+        if kind := _not_finite(job.checkpoint.read(name)):
+            raise BadInput(f"{job.checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+    if isinstance(job.reader, Rotated):
+        for name in job.reader.names():
+            if kind := _not_finite(job.reader.read(name)):
+                dtype = str(job.reader.dtype(name)).removeprefix("torch.")
+                raise BadInput(f"{name} holds {kind} in {dtype} once it is rotated; convert the checkpoint to bfloat16")
+
+
+def _not_finite(tensor: Tensor) -> str | None:
+    for part in torch.split(tensor.reshape(-1), 1 << 20):  # isfinite makes copies: of a piece, not of the tensor
+        if not bool(torch.isfinite(part).all()):
+            return "NaN" if bool(torch.isnan(part).any()) else "inf"
+    return None
 
 
 def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
@@ -305,7 +324,7 @@ def _block_tensors(job: Job, k: int, block: nn.Module, rounded: dict[str, Quanti
         tensors |= {n: t.cpu() for n, t in format.pack(name, linear).items()}
     for disk in job.skeleton.block_names(k).values():
         if disk.removesuffix(".weight") not in rounded:
-            tensors[disk] = job.checkpoint.read(disk)
+            tensors[disk] = job.reader.read(disk)
     return tensors
 
 
@@ -330,7 +349,7 @@ def _manifest(job: Job, files: dict[str, str], tokens: Tokens | None, journal: J
         "seed": wanted.seed,
         "error_measure": "output" if tokens is not None else "weight",
         "layers": layers,
-        "fallbacks": [f"{layer['name']}: {layer['note']}" for layer in layers if layer["note"]],
+        "fallbacks": [*job.plan.notes, *(f"{layer['name']}: {layer['note']}" for layer in layers if layer["note"])],
     }
 
 
@@ -349,7 +368,7 @@ def _finish(job: Job, journal: Journal, settings: Settings, manifest: dict[str, 
             job.schemes, ignored_extra=job.skeleton.outside(), shuffled=job.shuffled,
             activations=job.recipe.activations, kv_cache=job.recipe.kv_cache,
         )  # fmt: skip
-        config = dict(job.checkpoint.config) | {"quantization_config": quantization}
+        config = dict(job.reader.config) | {"quantization_config": quantization}
         write_json(partial / "config.json", config)
         for name, content in format.extra_files(quantization).items():
             write_json(partial / name, content)
@@ -368,9 +387,9 @@ def _finish(job: Job, journal: Journal, settings: Settings, manifest: dict[str, 
 def _shell_tensors(job: Job) -> dict[str, Tensor]:
     """The tensors outside the blocks; a head that is tied and equal to the embedding is stored once."""
     inside = {disk for k in range(job.skeleton.n_blocks) for disk in job.skeleton.block_names(k).values()}
-    names = [name for name in job.checkpoint.names() if name not in inside]
-    tensors = {name: job.checkpoint.read(name) for name in names}
-    if job.checkpoint.config.get("tie_word_embeddings", getattr(job.skeleton.config, "tie_word_embeddings", False)):
+    names = [name for name in job.reader.names() if name not in inside]
+    tensors = {name: job.reader.read(name) for name in names}
+    if job.reader.config.get("tie_word_embeddings", getattr(job.skeleton.config, "tie_word_embeddings", False)):
         for head in job.skeleton.heads():
             twin = tensors.get(f"{head}.weight")
             if twin is not None and any(n != f"{head}.weight" and torch.equal(t, twin) for n, t in tensors.items()):
@@ -383,7 +402,7 @@ def _sizes(job: Job, folder: Path) -> dict[str, Any]:
     artifact = Checkpoint(folder)
     quantized = [x for x in job.linears if job.schemes[x.name] is not None]
     weights = sum(x.out_features * x.in_features for x in quantized)
-    stored = sum(artifact.nbytes(n) for n in artifact.names() if n not in job.checkpoint)
+    stored = sum(artifact.nbytes(n) for n in artifact.names() if n not in job.reader)
     parameters = sum(_count(job.checkpoint.shape(name)) for name in job.checkpoint.names())
     return {
         "format": job.recipe.formats[0],

@@ -31,6 +31,7 @@ class Plan:
     operations: float
     seconds: float
     passes: int
+    notes: tuple[str, ...] = ()  # what is not as the original has it
 
     def check(self, out: Path, *, ignore: bool) -> None:
         """Raise BadInput when the machine has less memory or disk than the run needs."""

@@ -390,6 +390,8 @@ class Recipe(Strict):
         measured = (gates.max_perplexity_increase, gates.max_kl, gates.min_top1_agreement)
         if self.evaluation is None and any(gate is not None for gate in measured):
             raise ValueError("gates on quality need an evaluation; `evaluation: null` switches it off")
+        if any(isinstance(transform, Hadamard) for transform in self.transforms[1:]):
+            raise ValueError("transform hadamard comes first, and once: what follows it has to see the rotated model")
         grids = [self.weights, *(o.applied_to(self.weights) for o in self.overrides)]
         if self.shuffled and any(grid.group_size == -1 for grid in grids):
             raise ValueError("static_groups: false means nothing per channel (group_size -1); drop it")

@@ -65,9 +65,9 @@ def test_it_loads_and_says_when_to_choose_it(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_its_name_tells_the_truth(name: str) -> None:
     recipe = load(name)
-    bits, method, *rest = name.split("-")
-    assert bits == f"w{recipe.weights.bits}a16"
-    assert method == recipe.method.name
+    steps = [f"w{recipe.weights.bits}a16", *(transform.name for transform in recipe.transforms), recipe.method.name]
+    first, rest = name.split("-")[: len(steps)], name.split("-")[len(steps) :]
+    assert first == steps
     groups = [part for part in rest if part.startswith("g") and part[1:].isdigit()]
     assert groups in ([], [f"g{recipe.weights.group_size}"])
     assert "sym" not in rest or recipe.weights.symmetric
