@@ -18,13 +18,14 @@ from ..recipe import Activations, Grid
 from . import layouts
 from .base import Format, Kind, grid_of, kind, patterns, take
 
-# What is common to the library's QuantizationArgs of each number type; those of integers follow from the grid.
+# The library's QuantizationArgs, with its presets' values; those of integers and fp8 follow from the grid.
 _WEIGHTS: dict[str, dict[str, Any]] = {
     "fp8-block": {"num_bits": 8, "strategy": "block", "block_structure": [BLOCK, BLOCK]},
     "mxfp8": {"num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
     "mxfp4": {"num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
     "nvfp4": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn},
 }
+_FP8_TENSOR: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 _FLOAT_GRIDS = [Grid(type="fp8"), Grid(type="fp8", group_size=0), *(Grid(type=t) for t in _WEIGHTS)]  # type: ignore[arg-type]
 _SPECS = [
     *(Activations(type="int8", dynamic=d, symmetric=s) for d in (True, False) for s in (True, False)),
@@ -51,8 +52,7 @@ class CompressedTensors(Format):
         tensors = layouts.pack_weight(q)
         inputs = q.inputs
         if inputs is not None and inputs.scale is not None:
-            kind = "input_global_scale" if inputs.spec.type == "nvfp4" else "input_scale"
-            tensors[kind] = inputs.scale.to(torch.float32).reshape(1)
+            tensors[_input_scale(inputs.spec)] = inputs.scale.to(torch.float32).reshape(1)
             if inputs.zero is not None:
                 tensors["input_zero_point"] = inputs.zero.to(torch.int8).reshape(1)
         return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
@@ -170,8 +170,7 @@ class CompressedTensors(Format):
         columns = columns_of(spec, grid)
         if not spec.calibrated:
             return Inputs(spec, columns)
-        kind = "input_global_scale" if spec.type == "nvfp4" else "input_scale"
-        scale = take(f"{name}.{kind}", read, (1,)).to(torch.float32).reshape(())
+        scale = take(f"{name}.{_input_scale(spec)}", read, (1,)).to(torch.float32).reshape(())
         if spec.symmetric:
             return Inputs(spec, columns, scale)
         return Inputs(spec, columns, scale, take(f"{name}.input_zero_point", read, (1,)).to(torch.float32).reshape(()))
@@ -180,11 +179,12 @@ class CompressedTensors(Format):
         return "fp8" if config.get("kv_cache_scheme") else None
 
 
-_FP8_TENSOR: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+def _input_scale(spec: Activations) -> str:
+    return "input_global_scale" if spec.type == "nvfp4" else "input_scale"
 
 
 def _weight_args(grid: Grid) -> dict[str, Any]:
-    """The library's QuantizationArgs for weights of `grid`, with the values of its presets."""
+    """The library's QuantizationArgs for weights of `grid`."""
     strategy = {-1: "channel", 0: "tensor"}.get(grid.group_size, "group")
     if grid.type == "int":
         group = {} if strategy == "channel" else {"group_size": grid.group_size}

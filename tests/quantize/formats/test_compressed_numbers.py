@@ -181,6 +181,16 @@ def test_layers_of_several_types_and_dense_ones(tmp_path: Path) -> None:
     assert Artifact(tmp_path / "a").linears == {n: g for n, g in schemes.items() if g is not None}
 
 
+def test_weights_alone_may_go_by_the_name_of_the_plain_layout() -> None:
+    """What older versions of the library infer for fp8 weights with 16-bit inputs."""
+    config = CT.config({"x": Grid(type="fp8")})
+    assert config["format"] == "float-quantized"
+    config["config_groups"]["group_0"]["format"] = None
+    assert CT.grids(config | {"format": "naive-quantized"}, ["x"]) == {"x": Grid(type="fp8")}
+    with pytest.raises(BadInput, match="format 'mxfp8-quantized' cannot be read for fp8 channel weights"):
+        CT.grids(config | {"format": "mxfp8-quantized"}, ["x"])
+
+
 def test_several_kinds_with_one_kind_of_inputs_are_read() -> None:
     spec = Activations(type="int8")
     schemes = {"a.x": Grid(bits=8, group_size=-1), "a.y": Grid(group_size=32)}
