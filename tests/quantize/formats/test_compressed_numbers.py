@@ -133,6 +133,11 @@ def as_the_library_rounds(x: Tensor, inputs: Inputs) -> Tensor:
     if spec.type == "int8" and spec.dynamic and spec.symmetric:
         scale = x.abs().amax(-1, keepdim=True) / 127.5
         return (x / scale).round().clamp(-128, 127) * scale
+    if spec.type == "int8" and spec.dynamic:  # rounds after adding the zero: another number on a tie
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / 255
+        zero = (-128 - low / scale).clamp(-128, 127).round()
+        return ((x / scale + zero).clamp(-128, 127).round() - zero) * scale
     if spec.type in ("mxfp8", "mxfp4"):
         groups = x.unflatten(-1, (-1, 32)).float()
         bits = 8 if spec.type == "mxfp8" else 4
