@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .grid import BLOCK, E2M1_MAX, E4M3_MAX, Inputs, round_numbers_
+from .grid import BLOCK, E2M1_MAX, E4M3_MAX, Inputs, round_numbers_, shared_scale
 from .recipe import Activations, Grid
 
 _E4M3 = Grid(type="fp8")
@@ -73,6 +73,6 @@ def _float(values: Tensor, inputs: Inputs) -> Tensor:
         scale = stored.to(torch.float32) / overall
     elif kind == "fp8":
         scale = amax / E4M3_MAX if scale is None else scale.to(values.device)
-    else:  # the exponent of the largest, less the type's own (OCP Microscaling v1.0, 6.3)
-        scale = torch.exp2(torch.floor(torch.log2(amax)) - (8 if kind == "mxfp8" else 2))
+    else:
+        scale = shared_scale(amax, grid)
     return round_numbers_(values / scale, grid) * scale

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, wr
 from .errors import BadInput
 from .formats import FORMATS, Format, detect
 from .grid import QuantizedLinear
-from .recipe import FormatName, Grid
+from .recipe import Activations, FormatName, Grid
 
 _PART_BYTES = 500_000_000  # held in memory before it is written
 
@@ -49,12 +50,20 @@ def convert(source: Path, target: Path, to: str) -> None:
             writer.check(grid, *shape, shuffled=scattered)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from None
-    quantization = writer.config(schemes, ignored_extra=heads, shuffled=shuffled)
+    source_config = checkpoint.config["quantization_config"]
+    activations = reader.activations(source_config)
+    quantization = writer.config(
+        schemes,
+        ignored_extra=heads,
+        shuffled=shuffled,
+        activations=activations,
+        kv_cache=reader.kv_cache(source_config),
+    )
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_weights(checkpoint, reader, writer, schemes, shapes, partial)
+        _write_weights(checkpoint, reader, writer, schemes, shapes, activations, partial)
         write_json(partial / "config.json", checkpoint.config | {"quantization_config": quantization})
         for name, content in writer.extra_files(quantization).items():
             write_json(partial / name, content)
@@ -83,6 +92,7 @@ def _write_weights(
     writer: Format,
     schemes: dict[str, Grid | None],
     shapes: dict[str, tuple[int, int]],
+    activations: Activations | None,
     folder: Path,
 ) -> None:
     packed = {f"{name}.{suffix}": name for name in shapes for suffix in reader.suffixes()}
@@ -105,6 +115,8 @@ def _write_weights(
             grid = schemes[linear]
             assert grid is not None
             q = reader.unpack(linear, checkpoint.read, grid, shapes[linear])
+            if activations is not None:
+                q = replace(q, inputs=reader.inputs(linear, checkpoint.read, activations, grid))
             held |= writer.pack(linear, _in_model_dtype(q, checkpoint.config))
         if sum(t.nbytes for t in held.values()) >= _PART_BYTES:
             flush()
@@ -118,9 +130,10 @@ def _in_model_dtype(q: QuantizedLinear, config: dict[str, Any]) -> QuantizedLine
     """Scales in the model's own dtype when that loses nothing: readers cast them to it anyway."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
-    if dtype is None or not torch.equal(q.scales.to(dtype).to(torch.float32), q.scales.to(torch.float32)):
+    if dtype is None or q.scales.element_size() == 1:  # E4M3 and E8M0 scales are part of the number type
         return q
-    return QuantizedLinear(q.codes, q.scales.to(dtype), q.zeros, q.grid, q.g_idx)
+    exact = torch.equal(q.scales.to(dtype).to(torch.float32), q.scales.to(torch.float32))
+    return replace(q, scales=q.scales.to(dtype)) if exact else q
 
 
 def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: dict[str, tuple[int, int]]) -> None:

@@ -146,7 +146,7 @@ def fit(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero for each row of `weight` [rows, columns], the columns of one group.
 
-    Min-max is the rule of compressed-tensors (zero always inside the range; OCP Microscaling's for mxfp). The searches
+    Min-max is the rule of compressed-tensors (zero always inside the range; `shared_scale` for mxfp). The searches
     try smaller ranges, both ends separately at 2 and 3 bits, and keep the one with the least squared error weighted by
     `importance` [columns] (1 when None). `overall`: the global scale (nvfp4). Where rows share a scale (one a tensor,
     one a block) each gets the same. Returns float32 [rows] scales that `dtype` can store exactly, and zeros.
@@ -206,6 +206,16 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
     return table[codes.long()]
 
 
+def shared_scale(amax: Tensor, grid: Grid) -> Tensor:
+    """The power of two that a group of mxfp8 or mxfp4 numbers shares, for the largest of them.
+
+    The exponent of the largest, less the type's own (OCP Microscaling v1.0, 6.3), and the next one where its mantissa is
+    1.75 or more, as in compressed-tensors: the ends of the types are 1.75 * 2^8 and 1.5 * 2^2.
+    """
+    exponent = 8 if grid.bits == 8 else 2
+    return torch.exp2(torch.floor(torch.log2(amax.clamp(min=2.0**-100) * (2 / 1.75))) - exponent)
+
+
 def collapse(scales: Tensor, grid: Grid) -> Tensor:
     """Scales (or zeros) [out, groups], one a row, as they are stored: one a block of rows, or one in all."""
     if grid.group_size == 0:
@@ -227,10 +237,8 @@ class _Store:
             smallest = 2.0**-9  # of E4M3: a scale of 0 would lose the group, and divide by zero
             scaled = (scale * self.overall).clamp_(smallest, E4M3_MAX)
             return scaled.to(self.dtype).to(torch.float32) / self.overall
-        if self.dtype == torch.float8_e8m0fnu:  # OCP Microscaling v1.0, 6.3: the exponent of the largest, less emax
-            largest = E4M3_MAX if self.grid.bits == 8 else E2M1_MAX
-            exponent = torch.floor(torch.log2((scale * largest).clamp_(min=2.0**-100)))
-            return torch.exp2(exponent - (8 if self.grid.bits == 8 else 2))
+        if self.dtype == torch.float8_e8m0fnu:
+            return shared_scale(scale * (E4M3_MAX if self.grid.bits == 8 else E2M1_MAX), self.grid)
         # 2^-17 and up, a bfloat16 scale is exact in float16 too, so every format can store it; none divides by zero.
         smallest = _SMALLEST_SCALE if self.grid.type == "int" else _SMALLEST_FLOAT_SCALE
         return scale.clamp(min=smallest).to(self.dtype).to(torch.float32)

@@ -35,8 +35,10 @@ class Format(ABC):
         return False
 
     @abstractmethod
-    def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
-        """Bytes of the tensors `pack` makes of one linear, scales of `scale_bytes` each."""
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
+        """Bytes of the tensors `pack` makes of one linear with such inputs, scales of `scale_bytes` each."""
 
     @abstractmethod
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
@@ -76,6 +78,10 @@ class Format(ABC):
     def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
         """How the inputs of linear `name` are rounded, with the static scales that are stored beside it."""
         raise BadInput(f"{name}: this format holds no activation scales ({spec})")
+
+    def kv_cache(self, config: dict[str, Any]) -> str | None:
+        """`fp8` or `int8` when a quantization_config says that the files hold scales for the key-value cache."""
+        return None
 
     def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """JSON files written beside config.json."""

@@ -119,12 +119,18 @@ def test_global_scale_is_a_power_of_two_below_nvidias_rule(amax: float) -> None:
     assert 0.5 < overall.item() / (448 * 6 / amax) <= 1.000001
 
 
-def test_microscaling_minmax_is_the_rule_of_the_standard() -> None:
-    w = weight(64, 32)
-    for grid, emax in ((Grid(type="mxfp8", scale_search="minmax"), 8), (Grid(type="mxfp4", scale_search="minmax"), 2)):
+def power_of_two(amax: float, kind: str) -> float:
+    """The exponent of `amax`, the next one from a mantissa of 1.75 on, less the type's own."""
+    fraction, exponent = math.frexp(amax)  # fraction in [0.5, 1)
+    return 2.0 ** (exponent - 1 + (fraction >= 0.875) - (8 if kind == "mxfp8" else 2))
+
+
+def test_microscaling_minmax_is_the_rule_of_the_standard_and_of_compressed_tensors() -> None:
+    w = weight(512, 32)
+    for grid in (Grid(type="mxfp8", scale_search="minmax"), Grid(type="mxfp4", scale_search="minmax")):
         scale, _ = fit(w, grid, torch.float8_e8m0fnu)
         for row, got in zip(w.tolist(), scale.tolist(), strict=True):
-            assert got == 2.0 ** (math.floor(math.log2(max(map(abs, row)))) - emax)
+            assert got == power_of_two(max(map(abs, row)), grid.type)
 
 
 @every_type
@@ -170,7 +176,7 @@ def as_kernel(x: Tensor, spec: Activations, group: int) -> Tensor:
             else:
                 scale = amax / 448
                 if spec.type.startswith("mx"):
-                    scale = 2.0 ** (math.floor(math.log2(amax)) - (8 if spec.type == "mxfp8" else 2))
+                    scale = power_of_two(amax, spec.type)
                 numbers = torch.tensor([min(table, key=lambda n, v=v: abs(abs(v) - n)) * (1 if v > 0 else -1)
                                         for v in (part / scale).tolist()])  # fmt: skip
             out[t, g : g + group] = (numbers * scale).float()
