@@ -148,8 +148,9 @@ def fit(
 
     Min-max is the rule of compressed-tensors (zero always inside the range; `shared_scale` for mxfp). The searches
     try smaller ranges, both ends separately at 2 and 3 bits, and keep the one with the least squared error weighted by
-    `importance` [columns] (1 when None). `overall`: the global scale (nvfp4). Where rows share a scale (one a tensor,
-    one a block) each gets the same. Returns float32 [rows] scales that `dtype` can store exactly, and zeros.
+    `importance` [columns] (1 when None), or of the output where that is a moment X^T X [columns, columns]. `overall`:
+    the global scale (nvfp4). Where rows share a scale (one a tensor, one a block) each gets the same. Returns float32
+    [rows] scales that `dtype` can store exactly, and zeros.
     """
     weight = weight.to(torch.float32)
     store = _Store(grid, dtype, overall)
@@ -209,8 +210,8 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
 def shared_scale(amax: Tensor, grid: Grid) -> Tensor:
     """The power of two that a group of mxfp8 or mxfp4 numbers shares, for the largest of them.
 
-    The exponent of the largest, less the type's own (OCP Microscaling v1.0, 6.3), and the next one where its mantissa is
-    1.75 or more, as in compressed-tensors: the ends of the types are 1.75 * 2^8 and 1.5 * 2^2.
+    The exponent of the largest, less the type's own (OCP Microscaling v1.0, 6.3), and the next one where its mantissa
+    is 1.75 or more, as in compressed-tensors: the ends of the types are 1.75 * 2^8 and 1.5 * 2^2.
     """
     exponent = 8 if grid.bits == 8 else 2
     return torch.exp2(torch.floor(torch.log2(amax.clamp(min=2.0**-100) * (2 / 1.75))) - exponent)
@@ -279,8 +280,11 @@ def _search(
     def consider(scale: Tensor, zero: Tensor) -> None:
         nonlocal best, best_scale, best_zero
         error = snap(weight, scale[:, None], zero[:, None], grid).sub_(zero[:, None]).mul_(scale[:, None])
-        error = error.sub_(weight).square_()
-        loss = error.sum(1) if importance is None else error @ importance.to(error.dtype)
+        error = error.sub_(weight)
+        if importance is not None and importance.dim() == 2:
+            loss = (error @ importance.to(error.dtype)).mul_(error).sum(1)
+        else:
+            loss = error.square_().sum(1) if importance is None else error.square_() @ importance.to(error.dtype)
         if together:
             loss = loss.sum().expand_as(loss)
         better = loss < best

@@ -29,6 +29,7 @@ from .rounding import record, round_stage
 from .sources import Source
 from .stages import Stage, Stages, shared_inputs
 from .texts import load_documents
+from .transforming import BlockTransforms
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
     for name in recipe.formats:
         _check_format(name, linears, schemes, skeleton, recipe)
+    BlockTransforms(recipe, skeleton)
     plan = make_plan(recipe, skeleton, linears, schemes)
     notes = reader.notes if isinstance(reader, Rotated) else ()
     plan = replace(plan, original_bytes=checkpoint.total_bytes, notes=notes)
@@ -236,21 +238,26 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
     if first == skeleton.n_blocks:
         return
     hidden, arguments = _hidden_states(job, tokens, journal)
+    transforms = BlockTransforms(job.recipe, skeleton)
     for k, block in skeleton.blocks(first):
         started = time.monotonic()
         last = k + 1 == skeleton.n_blocks
         linears = {x.name: x for x in job.linears if x.block == k}
         rounded: dict[str, QuantizedLinear] = {}
         records: dict[str, dict[str, Any]] = {}
-        for stage in _stages(job, block, linears.values(), hidden, arguments[k] if arguments else None, last):
+        passing = arguments[k] if arguments else None
+        grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
+        changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
+        for stage in _stages(job, block, linears.values(), hidden, passing, last):
             round_stage(
                 job.recipe.method, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
         _check_finite(hidden, k)
         layers = [records.get(name) or record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
-        tensors = _block_tensors(job, k, block, rounded)
-        journal.commit(tensors, {} if last else hidden, {"block": k, "seconds": round(seconds, 3), "layers": layers})
+        tensors = _block_tensors(job, k, block, rounded, changes.parameters)
+        line = {"block": k, "seconds": round(seconds, 3), "layers": layers, "transforms": changes.records}
+        journal.commit(tensors, {} if last else hidden, line)
         errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
         settings.on_block(Progress(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
 
@@ -316,21 +323,27 @@ def _check_finite(hidden: dict[str, Tensor], k: int) -> None:
             raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
 
 
-def _block_tensors(job: Job, k: int, block: nn.Module, rounded: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """Everything block `k` has on disk: packed linears, and the rest as the checkpoint holds it."""
+def _block_tensors(
+    job: Job, k: int, block: nn.Module, rounded: dict[str, QuantizedLinear], changed: set[str]
+) -> dict[str, Tensor]:
+    """Everything block `k` has on disk: packed linears, parameters a transform `changed`, the rest as it was there."""
     format = FORMATS[job.recipe.formats[0]]
     tensors: dict[str, Tensor] = {}
     for name, linear in rounded.items():
         tensors |= {n: t.cpu() for n, t in format.pack(name, linear).items()}
-    for disk in job.skeleton.block_names(k).values():
+    for name, disk in job.skeleton.block_names(k).items():
         if disk.removesuffix(".weight") not in rounded:
-            tensors[disk] = job.reader.read(disk)
+            before = job.reader.read(disk)
+            tensors[disk] = block.get_parameter(name).to("cpu", before.dtype) if name in changed else before
     return tensors
 
 
 def _manifest(job: Job, files: dict[str, str], tokens: Tokens | None, journal: Journal) -> dict[str, Any]:
     """What `quantized/manifest.json` says: all that is the same each time the same run is made."""
     layers = [layer for done in journal.done for layer in done["layers"]]
+    transforms = [record for done in journal.done for record in done["transforms"]]
+    notes = [(record["feed"], record["note"]) for record in transforms]
+    notes += [(layer["name"], layer["note"]) for layer in layers]
     source, wanted = job.source, job.recipe.calibration
     calibration = None
     if tokens is not None:
@@ -348,8 +361,9 @@ def _manifest(job: Job, files: dict[str, str], tokens: Tokens | None, journal: J
         "calibration": calibration,
         "seed": wanted.seed,
         "error_measure": "output" if tokens is not None else "weight",
+        "transforms": transforms,
         "layers": layers,
-        "fallbacks": [*job.plan.notes, *(f"{layer['name']}: {layer['note']}" for layer in layers if layer["note"])],
+        "fallbacks": [*job.plan.notes, *(f"{name}: {note}" for name, note in notes if note)],
     }
 
 

@@ -14,7 +14,7 @@ from .errors import BadInput
 from .formats import FORMATS
 from .grid import scale_dtype
 from .model import Linear, Skeleton
-from .recipe import Gptq, Grid, Recipe
+from .recipe import Awq, Gptq, Grid, Recipe, SmoothQuant
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 _PROCESS_BYTES = 600_000_000  # Python, torch, transformers and the tokenizer, measured on Linux
@@ -82,7 +82,11 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
     memory = _PROCESS_BYTES + max(shell, max(inside) * 3 + work) + hidden
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
+    tried = _scales_tried(recipe)
     operations = _operations(linears, schemes, tokens, streams, calibrated)
+    if tried:  # the block runs once more, to be looked at; that needs no more memory than rounding it afterwards
+        operations += _operations(linears, schemes, tokens, 1, calibrated)
+        operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
         original_bytes=original,
@@ -91,7 +95,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         disk_bytes=disk,
         operations=operations,
         seconds=operations / _speed(skeleton.device) + original / 1e9,
-        passes=streams if calibrated else 0,
+        passes=streams + (tried > 0) if calibrated else 0,
     )
 
 
@@ -140,6 +144,11 @@ def _operations(
             if calibrated:
                 total += (2.0 * streams - 1) * tokens * x.in_features**2 + 4.0 * weights * x.in_features
     return total
+
+
+def _scales_tried(recipe: Recipe) -> int:
+    """Scales that the transforms compare for each linear, at the most."""
+    return sum(t.points if isinstance(t, Awq) else 12 for t in recipe.transforms if isinstance(t, Awq | SmoothQuant))
 
 
 def _speed(device: torch.device) -> float:

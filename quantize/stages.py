@@ -6,7 +6,7 @@ propagate, and each linear is rounded for the inputs it will really get, the err
 """
 
 import copy
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ class Stages:
     `keep` is false: then the rest of the block after the last linear is not run. linears {name: module} are the ones
     to halt at. reference: the original model's hidden states, which the block's original weights are applied to beside.
     activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale.
+    watch: called with the first name of a stage and some rows of X [tokens, in] float32, until all of X has passed.
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class Stages:
         keep: bool = True,
         reference: Tensor | None = None,
         activations: tuple[Activations, int] | None = None,
+        watch: Callable[[str, Tensor], None] = lambda name, rows: None,
     ) -> None:
         self._activations = activations
         self._inputs: dict[str, Inputs] = {}
         self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
-        self._routed = _inside_experts(block)
+        self._routed, self._watch = _inside_experts(block), watch
 
     def __iter__(self) -> Generator[Stage, None, None]:
         shared = shared_inputs(self._block, self._hidden[:1].to(self._device), self._arguments, self._linears)
@@ -106,6 +108,7 @@ class Stages:
             if x.shape[0] == 0:
                 continue
             rows = (x if inputs is None else round_inputs(x, inputs)).to(torch.float32)
+            self._watch(names[0], rows)
             if moment is None:
                 moment = rows.new_zeros(rows.shape[1], rows.shape[1])
                 drift = torch.zeros_like(moment) if aligned else None

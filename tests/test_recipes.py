@@ -93,8 +93,8 @@ def test_its_name_tells_the_truth(name: str) -> None:
     family = weights.type.removesuffix("-block")
     assert NUMBERS[numbers] == (family, weights.bits, None if inputs is None else inputs.type)
     steps = [*(transform.name for transform in recipe.transforms), recipe.method.name]
-    plain = steps == ["rtn"] and weights.type != "int"  # what one does with floats, and does not say
-    assert rest[: len(steps)] == steps or plain
+    plain = recipe.method.name == "rtn" and (weights.type != "int" or recipe.transforms)  # goes without saying
+    assert rest[: len(steps)] == steps or (plain and rest[: len(steps) - 1] == steps[:-1])
     assert ("block" in rest) == (weights.type == "fp8-block")
     assert ("static" in rest) == (inputs is not None and not inputs.dynamic)
     assert "dynamic" not in rest or (inputs is not None and inputs.dynamic)

@@ -38,6 +38,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {k: v for k, v in _LLAMA.items() if k != "head_dim"}),
     "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _LLAMA.items() if k not in ("head_dim", "num_key_value_heads")}),
     "gpt2": ("GPT2Config", _GPT2 | {"bos_token_id": 0, "eos_token_id": 1}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {k: v for k, v in _MOE.items() if k != "head_dim"}
+        | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+        | {"mlp_only_layers": [1]},
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", _MOE | {"num_experts": 4, "moe_intermediate_size": 32}),
     "mixtral": ("MixtralConfig", _MOE | {"num_local_experts": 4}),
 }

@@ -8,24 +8,30 @@ from ..recipe import Grid, Method
 from .rounded import Rounded
 from .threads import one_thread
 
+_WIDEST = 256  # columns of a group
+
 
 def rtn(
     weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Tensor | None = None
 ) -> Rounded:
     """Round `weight` [out, in] to the nearest point of a grid fitted to each group of columns.
 
-    `moment` [in, in] = X^T X, when there is one, measures the error; with `scale_search: activation` its diagonal also
-    weighs the columns as scales are searched.
+    `moment` [in, in] = X^T X, when there is one, measures the error. With `scale_search: activation` scales are sought
+    that make the least error in a group's output, by its block of the moment; of groups wider than 256 columns only by
+    the diagonal of it: the block would cost more than everything else.
     """
     in_features = weight.shape[1]
     columns, dtype, overall = grid.columns(in_features), scale_dtype(weight, grid), global_scale(weight, grid)
-    importance = moment.diagonal() if moment is not None and grid.scale_search == "activation" else None
+    weigh = moment if grid.scale_search == "activation" else None
     w = weight.to(torch.float32)
     scales, zeros, numbers = [], [], torch.empty_like(w)
     with one_thread():
         for start in range(0, in_features, columns):
             part = slice(start, start + columns)
-            scale, zero = fit(w[:, part], grid, dtype, None if importance is None else importance[part], overall)
+            importance = None if weigh is None else weigh[part, part]
+            if importance is not None and columns > _WIDEST:
+                importance = importance.diagonal()
+            scale, zero = fit(w[:, part], grid, dtype, importance, overall)
             numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
             scales.append(scale)
             zeros.append(zero)

@@ -1,0 +1,112 @@
+"""What transforms share: inputs as calibration saw them, a choice of scales, and the error a scale leaves behind.
+
+A transform picks scales s [in] for linears with a common input: x becomes x / s in the op before them, W becomes W * s,
+and W x stays what it was until W is rounded.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..recipe import Grid, Rtn
+from .rtn import output_power, rtn
+
+Rounding = Callable[[Tensor], Tensor]  # what the artifact makes of inputs [tokens, in] as it runs
+Weights = Sequence[tuple[Tensor, Grid]]  # linears with a common input: weight [out, in], and what it is rounded to
+
+_MOST = 1e4  # a scale beyond that would leave the range of float16
+_ROWS = 256  # of each weight: errors of scales are compared on them, and found to rank as on all
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Inputs X [tokens, in] of linears that share them: moment = X^T X, peak = max |X| [in], some rows of X.
+
+    tie: int64 [in], the channel of the source each input comes from; inputs of one channel get one scale.
+    """
+
+    moment: Tensor
+    peak: Tensor
+    rows: Tensor
+    tie: Tensor
+
+    def divided(self, scale: Tensor) -> "Observed":
+        """The inputs X / scale."""
+        return Observed(self.moment / scale[:, None] / scale, self.peak / scale, self.rows / scale, self.tie)
+
+    def tied_mean(self, values: Tensor) -> Tensor:
+        """`values` [in], each replaced by the mean over the inputs that share its channel."""
+        sums = values.new_zeros(int(self.tie.max()) + 1)
+        counts = sums.index_add(0, self.tie, torch.ones_like(values))
+        return (sums.index_add(0, self.tie, values) / counts)[self.tie]
+
+    def tied_max(self, values: Tensor) -> Tensor:
+        """`values` [in], each replaced by the largest over the inputs that share its channel."""
+        return values.new_zeros(int(self.tie.max()) + 1).scatter_reduce(0, self.tie, values, "amax")[self.tie]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The scale [in] a transform chose; strength: its exponent, None for no scaling at all.
+
+    before, after: squared error of the rounded linears' outputs over their squared outputs, without the scale and with.
+    """
+
+    scale: Tensor
+    strength: float | None
+    before: float
+    after: float
+
+
+def sane(scale: Tensor) -> Tensor:
+    """`scale` within what 16-bit weights bear; 1 where it came out as zero or not finite."""
+    scale = scale.to(torch.float32)
+    return torch.where(torch.isfinite(scale) & (scale > 0), scale.clamp(1 / _MOST, _MOST), torch.ones_like(scale))
+
+
+def some_rows(weights: Weights) -> Weights:
+    """Up to about 256 rows of each weight, evenly spread."""
+    return [(w[:: max(1, w.shape[0] // _ROWS)], grid) for w, grid in weights]
+
+
+def output_error(weights: Weights, inputs: Observed, scale: Tensor, rounding: Rounding | None = None) -> float:
+    """Squared error of the outputs when each weight W is rounded to nearest as W * scale.
+
+    Over all calibration tokens: sum ||(Q(W s) / s - W) X^T||^2 = tr(D H D^T) with D = Q(W s) - W s and H the second
+    moment of X / s, so no pass over X is needed. With `rounding`, which acts on the inputs themselves, over those kept.
+    """
+    moved, total = inputs.divided(scale), 0.0
+    x = None if rounding is None else rounding(moved.rows)
+    for weight, grid in weights:
+        w = weight.to(torch.float32)
+        nearest = rtn((w * scale).to(weight.dtype), grid, Rtn(), moved.moment)
+        if x is None:
+            total += float(nearest.error.sum())
+        else:
+            total += float((x @ nearest.linear.dequantize().T - inputs.rows @ w.T).square().sum())
+    return total
+
+
+def least(
+    weights: Weights,
+    inputs: Observed,
+    candidates: Sequence[tuple[float, Tensor]],
+    rounding: Rounding | None = None,
+    *,
+    or_none: bool = True,
+) -> Scaling:
+    """Of `candidates` (strength, scale), and with `or_none` of no scaling, the one with the least output error."""
+    weights = some_rows(weights)
+    before = output_error(weights, inputs, torch.ones_like(inputs.peak), rounding)
+    errors = [output_error(weights, inputs, scale, rounding) for _, scale in candidates]
+    if rounding is None:
+        power = sum(float(output_power(w.to(torch.float32), inputs.moment).sum()) for w, _ in weights)
+    else:
+        power = sum(float((inputs.rows @ w.to(torch.float32).T).square().sum()) for w, _ in weights)
+    best = min(range(len(errors)), key=errors.__getitem__)
+    power = power or 1.0
+    if or_none and before <= errors[best]:
+        return Scaling(torch.ones_like(inputs.peak), None, before / power, before / power)
+    return Scaling(candidates[best][1], candidates[best][0], before / power, errors[best] / power)
