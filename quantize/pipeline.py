@@ -93,9 +93,9 @@ def _check_format(
         grid = schemes[linear.name]
         if grid is None:
             continue
-        if format == "compressed-tensors" and linear.transposed:
+        if format != "gptq" and linear.transposed:
             raise BadInput(
-                f"{linear.name} is a Conv1D, which readers of compressed-tensors leave unquantized without a word; "
+                f"{linear.name} is a Conv1D, which readers of {format} leave unquantized without a word; "
                 "write it with --set formats=[gptq]"
             )
         try:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -103,6 +104,41 @@ def take(name: str, read: Callable[[str], Tensor], shape: tuple[int, ...]) -> Te
     if tuple(tensor.shape) != shape:
         raise BadInput(f"{name}: shape {list(tensor.shape)} where the config asks for {list(shape)}")
     return tensor
+
+
+def in_float16(format: str, name: str, scales: Tensor) -> Tensor:
+    """`scales` as float16; raises BadInput where that changes one."""
+    out = scales.to(torch.float16)
+    lost = out.to(torch.float32) != scales.to(torch.float32)
+    if bool(lost.any()):
+        worst = scales[lost].to(torch.float32).abs().min()
+        raise BadInput(
+            f"{name}: {format} stores scales in float16, and {worst.item():.9g} ({scales.dtype}) is not exact there; "
+            "use compressed-tensors"
+        )
+    return out
+
+
+def left_out(format: str, schemes: dict[str, Grid | None], extra: Iterable[str]) -> list[str]:
+    """The modules that stay in 16 bit, for readers that leave out whatever has one of these in its name.
+
+    transformers also takes a name for a regular expression. Raises BadInput when that would leave out
+    a quantized linear, and for experts of one layer that are quantized in part: servers hold them as one.
+    """
+    quantized = [name for name, grid in schemes.items() if grid is not None]
+    names = list(dict.fromkeys([*(name for name, grid in schemes.items() if grid is None), *extra]))
+    if "embed_out" in names:
+        names.append("lm_head")  # what transformers calls the same head
+    for layer in dict.fromkeys(name.partition(".experts.")[0] for name in names if ".experts." in name):
+        names.append(f"{layer}.experts")
+    for name in names:
+        taken = next((q for q in quantized if name in q or re.match(name, q)), None)
+        if taken is not None:
+            raise BadInput(
+                f"{format} leaves out modules by a part of their name, and {name} (16 bit) is part of {taken} "
+                "(quantized); use compressed-tensors, or quantize both or neither"
+            )
+    return names
 
 
 def patterns(schemes: dict[str, Kind | None]) -> dict[str, Kind | None]:

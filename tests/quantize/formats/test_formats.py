@@ -103,7 +103,7 @@ def test_detect() -> None:
     assert detect({"quantization_config": {"quant_method": "gptq", "sym": False}}) == "gptq-v1-asymmetric"
     v2 = {"quant_method": "gptq", "sym": False, "checkpoint_format": "gptq_v2"}
     assert detect({"quantization_config": v2}) == "gptq"
-    with pytest.raises(BadInput, match="quantized with 'awq'"):
-        detect({"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(BadInput, match="quantized with 'hqq'"):
+        detect({"quantization_config": {"quant_method": "hqq"}})
     with pytest.raises(BadInput, match="checkpoint_format 'marlin'"):
         detect({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}})
