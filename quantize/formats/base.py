@@ -13,11 +13,17 @@ from ..errors import BadInput
 from ..grid import Inputs, QuantizedLinear
 from ..recipe import Activations, Grid
 
+_CACHES = {("float", 8): "fp8", ("int", 8): "int8"}
 Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: all of a grid that a file knows
 
 
 class Format(ABC):
-    """One on-disk format. No files are opened here: tensors go in and out by name."""
+    """One on-disk format. No files are opened here: tensors go in and out by name.
+
+    cache_suffixes: where the scales of the keys and of the values lie, after the attention module's own name.
+    """
+
+    cache_suffixes: tuple[str, str] = ("k_scale", "v_scale")
 
     @abstractmethod
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
@@ -77,6 +83,16 @@ class Format(ABC):
     def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
         """How the inputs of linear `name` are rounded, with the static scales that are stored beside it."""
         raise BadInput(f"{name}: this format holds no activation scales ({spec})")
+
+    def kv_cache(self, config: dict[str, Any]) -> str | None:
+        """`fp8` or `int8` when a quantization_config says that scales of a key-value cache are stored."""
+        scheme = config.get("kv_cache_scheme")
+        if scheme is None:
+            return None
+        found = (scheme.get("type"), scheme.get("num_bits")) if isinstance(scheme, dict) else scheme
+        if found not in _CACHES:
+            raise BadInput(f"quantization_config: kv_cache_scheme {scheme} cannot be read; known: 8-bit float and int")
+        return _CACHES[found]
 
     def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """JSON files written beside config.json."""

@@ -13,7 +13,7 @@ from quantpress.quantize.errors import BadInput
 from quantpress.quantize.formats import FORMATS, detect
 from quantpress.quantize.grid import Grid, QuantizedLinear
 
-from .formats.artifacts import Schemes, load, logits, make, quantization_config, uniform
+from .formats.artifacts import Schemes, linears, load, logits, make, quantization_config, uniform
 from .formats.records import equal, with_scales
 
 FOUR = Grid(group_size=32)
@@ -65,6 +65,38 @@ def test_there_and_back(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text()) == direct
     assert (tmp_path / "gptq" / "tokenizer.json").read_bytes() == (tmp_path / "ct" / "tokenizer.json").read_bytes()
     assert not (tmp_path / "back" / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize("origin", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("grid", [FOUR, ASYMMETRIC, Grid(group_size=-1)], ids=str)
+def test_to_awq_and_back(origin: str, grid: Grid, tmp_path: Path) -> None:
+    schemes = uniform(grid, dense=("down_proj",))
+    before, _ = make(tmp_path / "a", origin, schemes)
+    convert_folder(tmp_path / "a", tmp_path / "awq", "awq")
+    convert_folder(tmp_path / "awq", tmp_path / "back", origin)
+    shapes = {name: (q.out_features, q.in_features) for name, q in before.items()}
+    for name, q in records(tmp_path / "awq", schemes, shapes).items():
+        assert equal(q, with_scales(before[name], torch.float16))
+    first, last = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "back")
+    assert set(first.names()) == set(last.names())
+    assert all(torch.equal(first.read(n), last.read(n)) for n in first.names())
+    assert first.config == last.config
+    assert quantization_config(tmp_path / "awq") == FORMATS["awq"].config(schemes, ignored_extra=["lm_head"])
+
+
+@pytest.mark.parametrize("to", ["gptq", "awq"])
+def test_routers_are_named_where_the_source_does_not(to: str, tmp_path: Path) -> None:
+    """A source that lists its targets says nothing of what they do not take in."""
+    names = linears("mixtral", tmp_path / "names")
+    make(tmp_path / "a", "compressed-tensors", dict.fromkeys(names, FOUR), family="mixtral")
+    config = Checkpoint(tmp_path / "a").config
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = [r"re:.*_proj$", r"re:.*\.w\d$"]
+    write_json(tmp_path / "a" / "config.json", config)
+    convert_folder(tmp_path / "a", tmp_path / "b", to)
+    routers = sorted(n.removesuffix(".weight") for n in Checkpoint(tmp_path / "b").names() if n.endswith("gate.weight"))
+    assert len(routers) == 2
+    assert FORMATS[to].grids(quantization_config(tmp_path / "b"), routers) == dict.fromkeys(routers)
+    assert not any("embed" in str(value) for value in quantization_config(tmp_path / "b").values())
 
 
 def test_transformers_loads_what_came_from_gptq(tmp_path: Path) -> None:
@@ -123,13 +155,20 @@ def listing(folder: Path) -> set[str]:
     ("format", "schemes", "to", "message"),
     [
         ("compressed-tensors", uniform(FOUR), "compressed-tensors", "is in format compressed-tensors already"),
-        ("compressed-tensors", uniform(FOUR), "awq", "unknown format 'awq'"),
+        ("compressed-tensors", uniform(FOUR), "hqq", "unknown format 'hqq'"),
         ("compressed-tensors", uniform(FOUR), "gptq-v1-asymmetric", "unknown format"),
         (
             "compressed-tensors",
             uniform(FOUR) | {"model.layers.1.mlp.up_proj": ASYMMETRIC},
             "gptq",
             "symmetric and asymmetric layers in one model",
+        ),
+        ("gptq", several(), "awq", r"down_proj: awq holds 4-bit integers, not int8 channel sym"),
+        (
+            "gptq",
+            uniform(FOUR) | {"model.layers.1.mlp.up_proj": Grid(group_size=16)},
+            "awq",
+            "awq has one kind of weight",
         ),
     ],
 )
