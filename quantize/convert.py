@@ -60,6 +60,7 @@ def convert(source: Path, target: Path, to: str) -> None:
         q = reader.unpack(name, checkpoint.read, grid, shapes[name])
         if activations is not None:
             q = replace(q, inputs=reader.inputs(name, checkpoint.read, activations, grid))
+        _check_inverse(name, q)
         return writer.pack(name, _in_model_dtype(q, checkpoint.config))
 
     renamed = {} if kv_cache is None else _caches(checkpoint, reader, writer)
@@ -104,6 +105,17 @@ def _grid(schemes: dict[str, Grid | None], name: str) -> Grid:
     grid = schemes[name]
     assert grid is not None
     return grid
+
+
+def _check_inverse(name: str, q: QuantizedLinear) -> None:
+    """The global scales of nvfp4 are inverted between formats, which only a power of two survives unchanged."""
+    scales = [q.global_scale] if q.inputs is None else [q.global_scale, q.inputs.scale]
+    for scale in scales:
+        if q.grid.type == "nvfp4" and scale is not None and float(torch.frexp(scale).mantissa) != 0.5:
+            raise BadInput(
+                f"{name}: its global scale {scale.item():.9g} is not a power of two, so its inverse, which the other "
+                "format stores, is not exact; quantize the original model in that format"
+            )
 
 
 def _heads(checkpoint: Checkpoint) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import machine
+from . import kv_cache, machine
 from .activations import columns_of
 from .artifact import verify
 from .calibration import Tokens, calibration_tokens, generated_tokens, open_tokenizer
@@ -82,6 +82,8 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
     for name in recipe.formats:
         _check_format(name, linears, schemes, skeleton, recipe)
+    if recipe.kv_cache is not None:
+        kv_cache.attentions(skeleton)
     return Job(recipe, source, checkpoint, skeleton, linears, schemes, make_plan(recipe, skeleton, linears, schemes))
 
 
@@ -216,6 +218,7 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
     skeleton, first = job.skeleton, len(journal.done)
     if first == skeleton.n_blocks:
         return
+    caches = None if job.recipe.kv_cache is None else kv_cache.attentions(skeleton)
     hidden, arguments = _hidden_states(job, tokens, journal)
     for k, block in skeleton.blocks(first):
         started = time.monotonic()
@@ -223,14 +226,15 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
         linears = {x.name: x for x in job.linears if x.block == k}
         rounded: dict[str, QuantizedLinear] = {}
         records: dict[str, dict[str, Any]] = {}
-        for stage in _stages(job, block, linears.values(), hidden, arguments[k] if arguments else None, last):
+        cache = None if caches is None else kv_cache.Largest(*caches[k])
+        for stage in _stages(job, block, linears.values(), hidden, arguments[k] if arguments else None, last, cache):
             round_stage(
                 job.recipe.method, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
         _check_finite(hidden, k)
         layers = [records.get(name) or record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
-        tensors = _block_tensors(job, k, block, rounded)
+        tensors = _block_tensors(job, k, block, rounded, cache)
         journal.commit(tensors, {} if last else hidden, {"block": k, "seconds": round(seconds, 3), "layers": layers})
         errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
         settings.on_block(Progress(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
@@ -271,6 +275,7 @@ def _stages(
     hidden: dict[str, Tensor],
     arguments: Arguments | None,
     last: bool,
+    cache: kv_cache.Largest | None,
 ) -> Iterable[Stage]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
     recipe, states = job.recipe, hidden.get("hidden")
@@ -286,7 +291,8 @@ def _stages(
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,
-        device=job.skeleton.device, batch=batch, keep=not last, reference=hidden.get("reference"), activations=inputs,
+        device=job.skeleton.device, batch=batch, keep=not last or cache is not None,
+        reference=hidden.get("reference"), activations=inputs, begin=(lambda: None) if cache is None else cache.start,
     )  # fmt: skip
 
 
@@ -297,8 +303,10 @@ def _check_finite(hidden: dict[str, Tensor], k: int) -> None:
             raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
 
 
-def _block_tensors(job: Job, k: int, block: nn.Module, rounded: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """Everything block `k` has on disk: packed linears, and the rest as the checkpoint holds it."""
+def _block_tensors(
+    job: Job, k: int, block: nn.Module, rounded: dict[str, QuantizedLinear], cache: kv_cache.Largest | None
+) -> dict[str, Tensor]:
+    """Everything block `k` has on disk: packed linears, cache scales, and the rest as the checkpoint holds it."""
     format = FORMATS[job.recipe.formats[0]]
     tensors: dict[str, Tensor] = {}
     for name, linear in rounded.items():
@@ -306,6 +314,9 @@ def _block_tensors(job: Job, k: int, block: nn.Module, rounded: dict[str, Quanti
     for disk in job.skeleton.block_names(k).values():
         if disk.removesuffix(".weight") not in rounded:
             tensors[disk] = job.checkpoint.read(disk)
+    if cache is not None and job.recipe.kv_cache is not None:
+        scales = zip(format.cache_suffixes, cache.scales(job.recipe.kv_cache), strict=True)
+        tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in scales}
     return tensors
 
 
@@ -383,7 +394,8 @@ def _sizes(job: Job, folder: Path) -> dict[str, Any]:
     artifact = Checkpoint(folder)
     quantized = [x for x in job.linears if job.schemes[x.name] is not None]
     weights = sum(x.out_features * x.in_features for x in quantized)
-    stored = sum(artifact.nbytes(n) for n in artifact.names() if n not in job.checkpoint)
+    packed = {f"{x.name}.{suffix}" for x in quantized for suffix in FORMATS[job.recipe.formats[0]].suffixes()}
+    stored = sum(artifact.nbytes(n) for n in artifact.names() if n in packed)
     parameters = sum(_count(job.checkpoint.shape(name)) for name in job.checkpoint.names())
     return {
         "format": job.recipe.formats[0],

@@ -6,7 +6,7 @@ propagate, and each linear is rounded for the inputs it will really get, the err
 """
 
 import copy
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,8 @@ class Stages:
     hidden [samples, seq_len, hidden] is replaced by what the block makes of it, `batch` samples at a time, unless
     `keep` is false: then the rest of the block after the last linear is not run. linears {name: module} are the ones
     to halt at. reference: the original model's hidden states, which the block's original weights are applied to beside.
-    activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale.
+    activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale. begin: called
+    when the pass begins; the block has run before that on one sample, to see the order of its linears.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Stages:
         keep: bool = True,
         reference: Tensor | None = None,
         activations: tuple[Activations, int] | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self._activations = activations
+        self._activations, self._begin = activations, begin
         self._inputs: dict[str, Inputs] = {}
         self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
@@ -74,6 +76,7 @@ class Stages:
             twins = {name: original.get_submodule(_path(self._block, m)) for name, m in self._linears.items()}
             beside = self._runs(original, twins, self._reference, {})
         runs = self._runs(self._block, self._linears, self._hidden, self._inputs)
+        self._begin()
         try:
             for names in shared:
                 yield self._stage(names, runs, beside)

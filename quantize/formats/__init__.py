@@ -8,11 +8,13 @@ from .awq import Awq
 from .base import Format
 from .compressed_tensors import CompressedTensors
 from .gptq import Gptq
+from .modelopt import ModelOpt
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "gptq": Gptq(),
     "awq": Awq(),
+    "modelopt": ModelOpt(),
     "gptq-v1-asymmetric": Gptq(lowered=True),  # read only
 }
 
@@ -35,4 +37,6 @@ def detect(config: dict[str, Any]) -> str | None:
     if method == "awq":
         awq.check_version(quantization)
         return "awq"
-    raise BadInput(f"quantized with {method!r}, which cannot be read; known: compressed-tensors, gptq, awq")
+    if str(method).startswith("modelopt"):
+        return "modelopt"
+    raise BadInput(f"quantized with {method!r}, which cannot be read; known: compressed-tensors, gptq, awq, modelopt")

@@ -38,6 +38,7 @@ TEXT = (
 RECIPES = {
     "compressed-tensors": "weights: {bits: 4, group_size: 64, symmetric: false}\nformats: [compressed-tensors]\n",
     "gptq": "weights: {bits: 4, group_size: 64, symmetric: true}\nformats: [gptq]\n",
+    "awq": "weights: {bits: 4, group_size: 64, symmetric: false}\nformats: [awq]\n",
 }
 # Mean and largest absolute difference allowed in log-probability: vLLM computes in bfloat16, the expectation in
 # float32. With AMX vLLM's 4-bit kernel rounds the activations to int8 too.

@@ -1,11 +1,14 @@
 """What both formats promise: a record comes back as it went in, in the bytes that were announced."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.formats import FORMATS, detect
 from quantpress.quantize.grid import Grid
+from quantpress.quantize.recipe import FormatName
 
 from .records import GRIDS, equal, record, with_scales
 
@@ -95,6 +98,10 @@ def test_scale_search_is_not_part_of_a_scheme(format: str) -> None:
 def test_nothing_quantized_has_no_config(format: str) -> None:
     with pytest.raises(BadInput, match="no linear is quantized"):
         FORMATS[format].config(dict.fromkeys(names()))
+
+
+def test_every_name_a_recipe_may_give_is_a_format() -> None:
+    assert set(get_args(FormatName)) <= set(FORMATS)
 
 
 def test_detect() -> None:
