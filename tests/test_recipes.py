@@ -36,8 +36,10 @@ def refusals(recipe: Recipe) -> list[str]:
     """What vLLM, on CPU, refuses in the artifacts of a recipe."""
     grids = [grid for grid in recipe.schemes(LARGER_MODEL).values() if grid is not None]
     reasons = []
-    if any(grid.bits != 4 for grid in grids):
+    if any(grid.bits != 4 or grid.type != "int" for grid in grids):
         reasons.append("bits")
+    if "modelopt" in recipe.formats and any(grid.type == "int" for grid in grids):
+        reasons.append("integers of ModelOpt")
     if any(grid.group_size == -1 for grid in grids):
         reasons.append("per channel")
     if any(grid.group_size not in (-1, 32, 64, 128) for grid in grids):
@@ -65,14 +67,17 @@ def test_it_loads_and_says_when_to_choose_it(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_its_name_tells_the_truth(name: str) -> None:
     recipe = load(name)
-    bits, method, *rest = name.split("-")
-    assert bits == f"w{recipe.weights.bits}a16"
-    assert method == recipe.method.name
+    bits, *rest = name.removeprefix("modelopt-").split("-")
+    assert name.startswith("modelopt-") == (recipe.formats == ("modelopt",))
+    assert bits == (f"w{recipe.weights.bits}a16" if recipe.weights.type == "int" else recipe.weights.type)
+    if recipe.weights.type == "int":
+        assert rest[0] in (recipe.method.name, *(transform.name for transform in recipe.transforms))
+    assert ("kv8" in rest) <= (recipe.kv_cache is not None)
     groups = [part for part in rest if part.startswith("g") and part[1:].isdigit()]
     assert groups in ([], [f"g{recipe.weights.group_size}"])
     assert "sym" not in rest or recipe.weights.symmetric
     assert "channel" not in rest or recipe.weights.group_size == -1
-    assert not name.endswith("-as-gptq") or recipe.formats == ("gptq",)
+    assert "-as-" not in name or recipe.formats == (name.rpartition("-as-")[2],)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -55,7 +55,9 @@ class Awq(Format):
             raise BadInput(f"{name}.qzeros: the config says symmetric, and the zeros are not 8")
         return QuantizedLinear(codes.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous(), grid)
 
-    def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
         groups = in_features // grid.columns(in_features)
         return (in_features + groups) * out_features // 2 + 2 * groups * out_features
 

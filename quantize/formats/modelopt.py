@@ -101,14 +101,17 @@ class ModelOpt(Format):
         zeros = torch.full(scales.shape, middle, dtype=torch.uint8)
         return QuantizedLinear(codes, scales, zeros, grid, global_scale=overall)
 
-    def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
-        codes = out_features * in_features * grid.bits // 8
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
+        size = out_features * in_features * grid.bits // 8
+        size += 4 if activations is not None and activations.calibrated else 0  # input_scale
         if grid.type == "fp8":
-            return codes + 4 * (1 if grid.group_size == 0 else out_features)
+            return size + 4 * (1 if grid.group_size == 0 else out_features)
         if grid.type == "nvfp4":
-            return codes + out_features * in_features // 16 + 4
+            return size + out_features * in_features // 16 + 4
         columns = in_features if grid.bits == 4 else 0  # pre_quant_scale
-        return codes + scale_bytes * (out_features * (in_features // grid.columns(in_features)) + columns)
+        return size + scale_bytes * (out_features * (in_features // grid.columns(in_features)) + columns)
 
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
         out = {}

@@ -138,6 +138,8 @@ def test_the_scales_of_inputs() -> None:
         assert tensors["x.input_scale"].dtype == torch.float32
         assert tensors["x.input_scale"].item() == stored
         assert MODELOPT.inputs("x", tensors.__getitem__, spec, grid) == inputs
+        size = MODELOPT.packed_bytes(grid, 32, 128, 2, spec)  # type: ignore[call-arg]
+        assert size == sum(t.nbytes for t in tensors.values())
     assert MODELOPT.inputs("x", {}.__getitem__, DYNAMIC, CHANNEL) == Inputs(DYNAMIC)
     assert "x.input_scale" not in MODELOPT.pack("x", replace(sample(CHANNEL), inputs=Inputs(DYNAMIC)))
 
