@@ -12,6 +12,7 @@ import torch
 from . import machine
 from .errors import BadInput
 from .formats import FORMATS
+from .grid import scale_dtype
 from .model import Linear, Skeleton
 from .recipe import Gptq, Grid, Recipe
 
@@ -58,13 +59,15 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     """The plan of quantizing `linears` by `schemes`."""
     reader: Any = skeleton.reader
     format = FORMATS[recipe.formats[0]]
-    scale_bytes = 2
+    some = torch.empty(0, dtype=skeleton.dtype)
     original = sum(reader.nbytes(name) for name in reader.names())
     packed = saved = 0
     for linear in linears:
         grid = schemes[linear.name]
         if grid is not None:
-            packed += format.packed_bytes(grid, linear.out_features, linear.in_features, scale_bytes)
+            scale_bytes = scale_dtype(some, grid).itemsize
+            shape = linear.out_features, linear.in_features
+            packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
             saved += reader.nbytes(f"{linear.name}.weight")
     artifact = original - saved + packed
     inside = [sum(reader.nbytes(n) for n in skeleton.block_names(k).values()) for k in range(skeleton.n_blocks)]

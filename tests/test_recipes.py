@@ -1,17 +1,27 @@
 """The recipes that ship: each loads, fits a model, is named after what it does and warns of what refuses it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import Gptq, Recipe
+from quantpress.quantize.formats import FORMATS
+from quantpress.quantize.recipe import Activations, Gptq, NumberType, Recipe
 from quantpress.quantize.recipe_file import load, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 NAMES = sorted(path.stem for path in FILES)
+
+
+# What the first part of a name says: type and bits of the weights, type of the inputs (None: 16 bit).
+NUMBERS: dict[str, tuple[str, int, str | None]] = {
+    **{f"w{bits}a16": ("int", bits, None) for bits in (2, 3, 4, 8)},
+    "w8a8": ("int", 8, "int8"), "w4a8": ("int", 4, "int8"), "w4afp8": ("int", 4, "fp8"),
+    "fp8": ("fp8", 8, "fp8"), "mxfp8": ("mxfp8", 8, "mxfp8"), "mxfp4": ("mxfp4", 4, "mxfp4"),
+    "mxfp4a16": ("mxfp4", 4, None), "nvfp4": ("nvfp4", 4, "nvfp4"), "nvfp4a16": ("nvfp4", 4, None),
+}  # fmt: skip
 
 
 def linears(hidden: int, intermediate: int) -> dict[str, int]:
@@ -35,6 +45,11 @@ def comment(name: str) -> str:
 def refusals(recipe: Recipe) -> list[str]:
     """What vLLM, on CPU, refuses in the artifacts of a recipe."""
     grids = [grid for grid in recipe.schemes(LARGER_MODEL).values() if grid is not None]
+    inputs = None if recipe.activations is None else recipe.activations.type
+    if any(grid.type != "int" for grid in grids) or inputs == "fp8":
+        return ["number type"]
+    if inputs == "int8":
+        return []  # per channel and 8 bits too
     reasons = []
     if any(grid.bits != 4 or grid.type != "int" for grid in grids):
         reasons.append("bits")
@@ -49,6 +64,14 @@ def refusals(recipe: Recipe) -> list[str]:
     if isinstance(recipe.method, Gptq) and not recipe.method.static_groups:
         reasons.append("desc_act")
     return reasons
+
+
+def fit(recipe: Recipe, model: dict[str, int]) -> None:
+    """Raise BadInput for a linear of `model` that the grids or the formats cannot take."""
+    for name, grid in recipe.schemes(model).items():
+        if grid is not None:
+            for format in recipe.formats:
+                FORMATS[format].check(grid, 128, model[name], recipe.shuffled)
 
 
 def test_the_package_holds_every_recipe_file() -> None:
@@ -67,12 +90,20 @@ def test_it_loads_and_says_when_to_choose_it(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_its_name_tells_the_truth(name: str) -> None:
     recipe = load(name)
-    bits, *rest = name.removeprefix("modelopt-").split("-")
-    assert name.startswith("modelopt-") == (recipe.formats == ("modelopt",))
-    assert bits == (f"w{recipe.weights.bits}a16" if recipe.weights.type == "int" else recipe.weights.type)
-    if recipe.weights.type == "int":
-        assert rest[0] in (recipe.method.name, *(transform.name for transform in recipe.transforms))
+    weights, inputs = recipe.weights, recipe.activations
+    served = name.startswith("modelopt-")
+    numbers, *rest = name.removeprefix("modelopt-").split("-")
+    family = weights.type.removesuffix("-block")
+    assert NUMBERS[numbers] == (family, weights.bits, None if inputs is None else inputs.type)
+    steps = [*(transform.name for transform in recipe.transforms), recipe.method.name]
+    plain = steps == ["rtn"] and weights.type != "int"  # what one does with floats, and does not say
+    algorithm = served or rest[:1] == ["awq"]  # named as its users name it: AWQ rounds to nearest
+    assert rest[: len(steps)] == steps or plain or algorithm
+    assert served == (recipe.formats == ("modelopt",))
     assert ("kv8" in rest) <= (recipe.kv_cache is not None)
+    assert ("block" in rest) == (weights.type == "fp8-block")
+    assert ("static" in rest) == (inputs is not None and not inputs.dynamic and not served)
+    assert "dynamic" not in rest or (inputs is not None and inputs.dynamic)
     groups = [part for part in rest if part.startswith("g") and part[1:].isdigit()]
     assert groups in ([], [f"g{recipe.weights.group_size}"])
     assert "sym" not in rest or recipe.weights.symmetric
@@ -83,14 +114,14 @@ def test_its_name_tells_the_truth(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_fits_the_default_model_or_says_that_it_does_not(name: str) -> None:
     recipe = load(name)
-    recipe.schemes(LARGER_MODEL)
+    fit(recipe, LARGER_MODEL)
     if recipe.weights.group_size == 128:
-        with pytest.raises(BadInput, match="576 is not a multiple of group_size 128"):
-            recipe.schemes(DEFAULT_MODEL)
+        with pytest.raises(BadInput, match=r"576 is not a multiple of group_size 128|whole blocks .* is 128 x 576"):
+            fit(recipe, DEFAULT_MODEL)
         assert "576" in recipe.description
         assert "576" in comment(name)
     else:
-        recipe.schemes(DEFAULT_MODEL)
+        fit(recipe, DEFAULT_MODEL)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,6 +143,15 @@ def test_bits_methods_and_formats_are_all_covered() -> None:
     covered = {(r.weights.bits, r.method.name, f) for r in map(load, NAMES) for f in r.formats}
     assert {(b, m, "compressed-tensors") for b in (2, 3, 4, 8) for m in ("rtn", "gptq")} <= covered
     assert {(b, "gptq", "gptq") for b in (2, 3, 4, 8)} <= covered
+
+
+def test_every_pair_of_number_types_is_covered() -> None:
+    """The names' first parts, and all types of weights and inputs that the schema knows."""
+    recipes = [load(name) for name in NAMES]
+    assert {name.removeprefix("modelopt-").split("-")[0] for name in NAMES} == set(NUMBERS)
+    assert {recipe.weights.type for recipe in recipes} == set(get_args(NumberType))
+    inputs = {recipe.activations.type for recipe in recipes if recipe.activations is not None}
+    assert inputs == set(get_args(Activations.model_fields["type"].annotation))
 
 
 def test_no_file_sets_its_name() -> None:

@@ -42,8 +42,10 @@ class Format(ABC):
         return False
 
     @abstractmethod
-    def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
-        """Bytes of the tensors `pack` makes of one linear, scales of `scale_bytes` each."""
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
+        """Bytes of the tensors `pack` makes of one linear with such inputs, scales of `scale_bytes` each."""
 
     @abstractmethod
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:

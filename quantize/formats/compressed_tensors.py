@@ -1,8 +1,7 @@
-"""compressed-tensors `pack-quantized`: weight_packed, weight_scale, weight_zero_point and weight_shape.
+"""compressed-tensors: the library's config classes around the layouts of layouts.py, for every number type.
 
-For a weight [out, in] in groups: weight_packed int32 [out, words], codes packed along `in`; weight_scale
-[out, groups]; weight_zero_point int32 [words, groups], packed along `out`, asymmetric only; weight_shape int64 [2].
-The library thinks in signed codes and adds 2^(bits-1) as it packs, which gives our unsigned ones.
+Beside the weight lie the static scales of its inputs: input_scale [1] float32 (input_zero_point [1] int8 when they are
+asymmetric), or for nvfp4 input_global_scale [1] float32.
 """
 
 import re
@@ -12,13 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations import columns_of
 from ..errors import BadInput
-from ..grid import QuantizedLinear
+from ..grid import BLOCK, Inputs, QuantizedLinear
 from ..recipe import Activations, Grid
-from . import bits as bitstream
+from . import layouts
 from .base import Format, Kind, grid_of, kind, patterns, take
 
-PACKED = "pack-quantized"
+# The library's QuantizationArgs, with its presets' values; those of integers and fp8 follow from the grid.
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "fp8-block": {"num_bits": 8, "strategy": "block", "block_structure": [BLOCK, BLOCK]},
+    "mxfp8": {"num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+    "mxfp4": {"num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+    "nvfp4": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn},
+}
+_FP8_TENSOR: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+_FLOAT_GRIDS = [Grid(type="fp8"), Grid(type="fp8", group_size=0), *(Grid(type=t) for t in _WEIGHTS)]  # type: ignore[arg-type]
+_SPECS = [
+    *(Activations(type="int8", dynamic=d, symmetric=s) for d in (True, False) for s in (True, False)),
+    *(Activations(type="fp8", dynamic=d) for d in (True, False)),
+    *(Activations(type=t) for t in ("mxfp8", "mxfp4", "nvfp4")),
+]
 
 
 class CompressedTensors(Format):
@@ -27,53 +40,57 @@ class CompressedTensors(Format):
             raise BadInput(
                 "compressed-tensors has dropped g_idx: scattered groups (static_groups: false) need format gptq"
             )
+        if grid.type == "fp8-block" and (out_features % BLOCK or in_features % BLOCK):
+            raise BadInput(
+                f"readers of compressed-tensors want whole blocks of {BLOCK} x {BLOCK}, and the weight is "
+                f"{out_features} x {in_features}; use type fp8, or add the layer to `ignore`"
+            )
 
     def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
         if q.g_idx is not None:
             raise BadInput(f"{name}: its groups are scattered columns (g_idx), which compressed-tensors cannot hold")
-        tensors = {
-            f"{name}.weight_packed": bitstream.pack(q.codes, q.grid.bits),
-            f"{name}.weight_scale": q.scales.contiguous(),
-            f"{name}.weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64),
-        }
-        if not q.grid.symmetric:
-            packed = bitstream.pack(q.zeros.T.contiguous(), q.grid.bits)
-            tensors[f"{name}.weight_zero_point"] = packed.T.contiguous()
-        return tensors
+        tensors = layouts.pack_weight(q)
+        inputs = q.inputs
+        if inputs is not None and inputs.scale is not None:
+            tensors[_input_scale(inputs.spec)] = inputs.scale.to(torch.float32).reshape(1)
+            if inputs.zero is not None:
+                tensors["input_zero_point"] = inputs.zero.to(torch.int8).reshape(1)
+        return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
     def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
-        n_out, n_in = shape
-        grid.check(name, n_in)
-        stored = tuple(take(f"{name}.weight_shape", read, (2,)).tolist())
-        if stored != shape:
-            raise BadInput(f"{name}.weight_shape: {list(stored)} where the model has {list(shape)}")
-        groups = n_in // grid.columns(n_in)
-        words = take(f"{name}.weight_packed", read, (n_out, bitstream.n_words(n_in, grid.bits)))
-        scales = take(f"{name}.weight_scale", read, (n_out, groups))
-        if grid.symmetric:
-            zeros = torch.full((n_out, groups), 1 << (grid.bits - 1), dtype=torch.uint8)
-        else:
-            packed = take(f"{name}.weight_zero_point", read, (bitstream.n_words(n_out, grid.bits), groups))
-            zeros = bitstream.unpack(packed.T.contiguous(), grid.bits, n_out).T.contiguous()
-        return QuantizedLinear(bitstream.unpack(words, grid.bits, n_in), scales, zeros, grid)
+        grid.check(name, shape[1])
+        words = grid.type == "int" and _has(f"{name}.weight_shape", read)
+        if words:
+            stored = tuple(take(f"{name}.weight_shape", read, (2,)).tolist())
+            if stored != shape:
+                raise BadInput(f"{name}.weight_shape: {list(stored)} where the model has {list(shape)}")
+        return layouts.unpack_weight(name, read, grid, shape, words)
 
-    def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
-        groups = in_features // grid.columns(in_features)
-        words = out_features * bitstream.n_words(in_features, grid.bits)
-        words += 0 if grid.symmetric else groups * bitstream.n_words(out_features, grid.bits)
-        return 4 * words + scale_bytes * out_features * groups + 16
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
+        layout = layouts.layout_of(grid, activations)
+        size = layouts.weight_bytes(grid, out_features, in_features, scale_bytes, layout)
+        if activations is not None and activations.calibrated:
+            size += 4 + (0 if activations.symmetric else 1)
+        return size
 
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
-        out = {}
+        out: dict[str, tuple[int, int]] = {}
         for name in shapes:
-            if name.endswith(".weight_packed"):
-                linear = name.removesuffix(".weight_packed")
+            linear, _, suffix = name.rpartition(".")
+            if suffix == "weight_packed" and f"{linear}.weight_shape" in shapes:
                 n_out, n_in = take(f"{linear}.weight_shape", read, (2,)).tolist()
-                out[linear] = (n_out, n_in)
+            elif suffix in ("weight", "weight_packed") and f"{linear}.weight_scale" in shapes:
+                n_out, n_in = shapes[name]
+                n_in *= 2 if suffix == "weight_packed" else 1
+            else:
+                continue
+            out[linear] = (n_out, n_in)
         return out
 
     def suffixes(self) -> tuple[str, ...]:
-        return ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+        return layouts.SUFFIXES
 
     def config(
         self,
@@ -98,38 +115,33 @@ class CompressedTensors(Format):
         if "embed_out" in ignored:
             ignored.append("lm_head")  # what transformers calls the same head
         _check_experts(kinds)
-        distinct = list(dict.fromkeys(value for value in kinds.values() if value is not None))
-        if not distinct:
+        grids = {kind(grid): grid for grid in schemes.values() if grid is not None}
+        if not grids:
             raise BadInput("no linear is quantized")
+        if kv_cache not in (None, "fp8"):
+            raise BadInput(f"kv_cache {kv_cache}: compressed-tensors files hold fp8 scales for it; use fp8")
         named = patterns(kinds | dict.fromkeys(ignored))
-        groups = {}
-        for k, value in enumerate(distinct):
-            _, bits, group_size, symmetric = value
-            weights = QuantizationArgs(
-                num_bits=bits,
-                type="int",
-                symmetric=symmetric,
-                strategy="channel" if group_size == -1 else "group",
-                group_size=None if group_size == -1 else group_size,
+        groups = {
+            f"group_{k}": QuantizationScheme(
+                targets=["Linear"] if len(grids) == 1 else [f"re:{p}" for p, v in named.items() if v == value],
+                weights=QuantizationArgs(**_weight_args(grid)),
+                input_activations=None if activations is None else QuantizationArgs(**_input_args(activations, grid)),
+                format=layouts.layout_of(grid, activations),
             )
-            targets = ["Linear"] if len(distinct) == 1 else [f"re:{p}" for p, v in named.items() if v == value]
-            groups[f"group_{k}"] = QuantizationScheme(targets=targets, weights=weights, format=PACKED)
+            for k, (value, grid) in enumerate(grids.items())
+        }
+        formats = {scheme.format for scheme in groups.values()}
         config: dict[str, Any] = QuantizationConfig(
             config_groups=groups,
-            format=PACKED,
+            format=formats.pop() if len(formats) == 1 else "mixed-precision",
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=ignored,
+            kv_cache_scheme=None if kv_cache is None else QuantizationArgs(**_FP8_TENSOR),
         ).model_dump(mode="json")
         return config
 
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
-        from compressed_tensors.quantization import QuantizationConfig
-
-        try:
-            parsed = QuantizationConfig.model_validate(config)
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise BadInput(f"quantization_config: compressed-tensors does not accept it: {reason}") from None
+        parsed = _parse(config)
         ignore = parsed.ignore or []
         schemes = [(scheme.targets, _grid(scheme, parsed.format)) for scheme in parsed.config_groups.values()]
         out: dict[str, Grid | None] = {}
@@ -144,6 +156,108 @@ class CompressedTensors(Format):
                 out[name] = (by_name or by_class)[0]
         return out
 
+    def activations(self, config: dict[str, Any]) -> Activations | None:
+        parsed = _parse(config)
+        found = {_spec(scheme, _grid(scheme, parsed.format)) for scheme in parsed.config_groups.values()}
+        if len(found) > 1:
+            raise BadInput(
+                f"compressed-tensors with {len(found)} kinds of activations in one model cannot be read, only one "
+                f"({', '.join(sorted(str(spec or '16 bit') for spec in found))})"
+            )
+        return next(iter(found), None)
+
+    def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
+        columns = columns_of(spec, grid)
+        if not spec.calibrated:
+            return Inputs(spec, columns)
+        scale = take(f"{name}.{_input_scale(spec)}", read, (1,)).to(torch.float32).reshape(())
+        if spec.symmetric:
+            return Inputs(spec, columns, scale)
+        return Inputs(spec, columns, scale, take(f"{name}.input_zero_point", read, (1,)).to(torch.float32).reshape(()))
+
+    def kv_cache(self, config: dict[str, Any]) -> str | None:
+        return "fp8" if config.get("kv_cache_scheme") else None
+
+
+def _input_scale(spec: Activations) -> str:
+    return "input_global_scale" if spec.type == "nvfp4" else "input_scale"
+
+
+def _weight_args(grid: Grid) -> dict[str, Any]:
+    """The library's QuantizationArgs for weights of `grid`."""
+    strategy = {-1: "channel", 0: "tensor"}.get(grid.group_size, "group")
+    if grid.type == "int":
+        group = {} if strategy == "channel" else {"group_size": grid.group_size}
+        return {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "strategy": strategy} | group
+    return {"type": "float"} | _WEIGHTS.get(grid.type, {"num_bits": 8, "strategy": strategy})
+
+
+def _input_args(spec: Activations, grid: Grid) -> dict[str, Any]:
+    """The library's QuantizationArgs for inputs beside weights of `grid`."""
+    if spec.type == "nvfp4":
+        return {"type": "float", "dynamic": "local"} | _WEIGHTS["nvfp4"]
+    if spec.type in ("mxfp8", "mxfp4"):
+        return {"type": "float", "dynamic": True} | _WEIGHTS[spec.type]
+    number = {"num_bits": 8, "type": "int" if spec.type == "int8" else "float", "symmetric": spec.symmetric}
+    if grid.type == "fp8-block":
+        return number | {"strategy": "group", "group_size": BLOCK, "dynamic": True}
+    return number | {"strategy": "token" if spec.dynamic else "tensor", "dynamic": spec.dynamic}
+
+
+def _same(args: Any, wanted: dict[str, Any]) -> bool:
+    """Whether parsed QuantizationArgs mean what `wanted` means; scale_dtype says nothing that the layout does not."""
+    defaults = {"symmetric": True, "dynamic": False, "group_size": None, "block_structure": None}
+    keys = ("num_bits", "type", "strategy", *defaults)
+    return all(getattr(args, key) == (defaults | wanted).get(key) for key in keys)
+
+
+def _parse(config: dict[str, Any]) -> Any:
+    """The library's QuantizationConfig; raises BadInput for one it does not accept."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    try:
+        return QuantizationConfig.model_validate(config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"quantization_config: compressed-tensors does not accept it: {reason}") from None
+
+
+def _grid(scheme: Any, default: str) -> Grid:
+    layout = getattr(scheme, "format", None) or default
+    weights = scheme.weights
+    if weights is None or weights.dynamic or scheme.output_activations is not None:
+        raise BadInput("compressed-tensors without static weights, or with quantized outputs, cannot be read")
+    if weights.type == "int":
+        if weights.strategy not in ("group", "channel"):
+            raise BadInput(f"compressed-tensors strategy {weights.strategy!r} cannot be read, only group and channel")
+        grid = grid_of(weights.num_bits, weights.group_size if weights.strategy == "group" else -1, weights.symmetric)
+    else:
+        grids = [g for g in _FLOAT_GRIDS if _same(weights, _weight_args(g))]
+        if not grids:
+            raise BadInput(
+                f"compressed-tensors floats of {weights.num_bits} bits, strategy {weights.strategy!r}, group size "
+                f"{weights.group_size}, block {weights.block_structure} cannot be read; known are "
+                f"{', '.join(map(str, _FLOAT_GRIDS))}"
+            )
+        grid = grids[0]
+    if layout not in layouts.readable(grid):
+        known = " or ".join(map(repr, layouts.readable(grid)))
+        raise BadInput(f"compressed-tensors format {layout!r} cannot be read for {grid} weights, only {known}")
+    return grid
+
+
+def _spec(scheme: Any, grid: Grid) -> Activations | None:
+    inputs = scheme.input_activations
+    if inputs is None:
+        return None
+    for spec in _SPECS:
+        if _same(inputs, _input_args(spec, grid)):
+            return spec
+    raise BadInput(
+        f"compressed-tensors activations of {inputs.num_bits} bits ({inputs.type}, strategy {inputs.strategy!r}, "
+        f"dynamic {inputs.dynamic}) beside {grid} weights cannot be computed here"
+    )
+
 
 def _check_experts(kinds: dict[str, Kind | None]) -> None:
     """transformers makes one tensor of all experts, with the first one's scheme: others would be silently wrong."""
@@ -155,16 +269,12 @@ def _check_experts(kinds: dict[str, Kind | None]) -> None:
         )
 
 
-def _grid(scheme: Any, default: str) -> Grid:
-    layout = getattr(scheme, "format", None) or default
-    weights = scheme.weights
-    if layout != PACKED or weights is None or weights.type != "int":
-        raise BadInput(f"compressed-tensors format {layout!r} cannot be read yet, only {PACKED!r} integers")
-    if scheme.input_activations is not None:
-        raise BadInput("compressed-tensors with quantized activations cannot be read yet, only weights")
-    if weights.strategy not in ("group", "channel"):
-        raise BadInput(f"compressed-tensors strategy {weights.strategy!r} cannot be read, only group and channel")
-    return grid_of(weights.num_bits, weights.group_size if weights.strategy == "group" else -1, weights.symmetric)
+def _has(name: str, read: Callable[[str], Tensor]) -> bool:
+    try:
+        read(name)
+    except (BadInput, KeyError):
+        return False
+    return True
 
 
 def _matches(name: str, targets: Iterable[str]) -> bool:

@@ -91,7 +91,9 @@ class Gptq(Format):
             raise BadInput(f"{name}.qzeros: the config says symmetric, and the zeros are not {middle}")
         return torch.full_like(stored, middle)
 
-    def packed_bytes(self, grid: Grid, out_features: int, in_features: int, scale_bytes: int) -> int:
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
         groups = in_features // grid.columns(in_features)
         words = bitstream.n_words(in_features, grid.bits) * out_features
         words += bitstream.n_words(out_features, grid.bits) * groups

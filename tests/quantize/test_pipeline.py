@@ -386,10 +386,24 @@ def test_too_little_memory_by_the_plan_is_refused(tmp_path: Path, monkeypatch: p
     make(tmp_path / "run", tmp_path / "model", {}, ignore_limits=True)
 
 
-def test_the_plan_knows_the_bytes(tmp_path: Path) -> None:
-    build("phi3", tmp_path / "model", torch.bfloat16)
-    recipe = parse(BASE | {"model": str(tmp_path / "model"), "method": {"name": "rtn"}})
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {},
+        {"weights": {"bits": 8, "group_size": -1}, "activations": {"type": "int8", "dynamic": False}},
+        {"weights": {"bits": 4, "group_size": 32}, "activations": {"type": "int8"}},
+        {"weights": {"type": "fp8", "group_size": 0}, "activations": {"type": "fp8", "dynamic": False}},
+        {"weights": {"type": "mxfp8"}},
+        {"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}},
+    ],
+    ids=str,
+)
+def test_the_plan_knows_the_bytes(numbers: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    build("phi3", tmp_path / "model", dtype)
+    document = {"method": {"name": "rtn"}} | numbers
+    recipe = parse(BASE | {"model": str(tmp_path / "model")} | document)
     job = prepare(recipe, resolve(recipe.model, cache=tmp_path / "cache"))
-    manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    manifest = make(tmp_path / "run", tmp_path / "model", document)
     assert job.plan.artifact_bytes == manifest["artifact"]["bytes"]
     shutil.rmtree(tmp_path / "run")

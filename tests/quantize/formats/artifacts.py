@@ -10,6 +10,7 @@ import transformers
 from quantpress.quantize.checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
 from quantpress.quantize.formats import FORMATS
 from quantpress.quantize.grid import Grid, QuantizedLinear
+from quantpress.quantize.recipe import Activations
 from tests.tiny import VOCAB, build
 
 from .records import record
@@ -34,10 +35,17 @@ def linears(family: str, folder: Path) -> list[str]:
 
 
 def make(
-    folder: Path, format: str, schemes: Schemes, *, shuffled: bool = False, family: str = "llama"
+    folder: Path,
+    format: str,
+    schemes: Schemes,
+    *,
+    shuffled: bool = False,
+    family: str = "llama",
+    spec: Activations | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[dict[str, QuantizedLinear], Any]:
     """Write the artifact; returns its records and the plain model with the dequantized weights."""
-    plain, dtype = folder.with_name(folder.name + "-plain"), torch.bfloat16
+    plain = folder.with_name(folder.name + "-plain")
     build(family, plain, dtype=dtype)
     original = Checkpoint(plain)
     tensors, records, weights = {}, {}, {}
@@ -48,7 +56,7 @@ def make(
             tensors[name] = weights[name] = original.read(name)
             continue
         n_out, n_in = original.shape(name)
-        q = record(grid, n_out, n_in, dtype=dtype, shuffled=shuffled, seed=len(records))
+        q = record(grid, n_out, n_in, dtype=dtype, shuffled=shuffled, seed=len(records), spec=spec)
         records[linear] = q
         tensors |= FORMATS[format].pack(linear, q)
         weights[name] = q.dequantize(dtype)
@@ -57,7 +65,7 @@ def make(
     merge_parts([folder / "part"], folder, 20_000)
     (folder / "part").unlink()
     head = "embed_out" if family == "gpt_neox" else "lm_head"
-    quantization = FORMATS[format].config(schemes, ignored_extra=[head], shuffled=shuffled)
+    quantization = FORMATS[format].config(schemes, ignored_extra=[head], shuffled=shuffled, activations=spec)
     write_json(folder / "config.json", original.config | {"quantization_config": quantization})
     for file, content in FORMATS[format].extra_files(quantization).items():
         write_json(folder / file, content)

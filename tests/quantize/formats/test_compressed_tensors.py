@@ -99,7 +99,8 @@ def edited(**changes: object) -> dict[str, object]:
     ("changes", "message"),
     [
         ({"actorder": "group"}, "actorder='group' has been removed"),
-        ({"type": "float"}, "format 'pack-quantized' cannot be read yet"),
+        ({"type": "float"}, "format 'pack-quantized' cannot be read for mxfp4 weights, only 'mxfp4-pack-quantized'"),
+        ({"type": "float", "num_bits": 8, "group_size": 64}, "floats of 8 bits, strategy 'group', group size 64"),
         ({"num_bits": 5}, "quantized to 5 bits"),
         ({"strategy": "tensor", "group_size": None}, "strategy 'tensor'"),
     ],
@@ -111,8 +112,8 @@ def test_what_cannot_be_read_is_refused(changes: dict[str, object], message: str
 
 def test_other_layouts_are_refused() -> None:
     config = CT.config({"x": Grid(group_size=32)})
-    config["config_groups"]["group_0"]["format"] = "int-quantized"
-    with pytest.raises(BadInput, match="format 'int-quantized' cannot be read yet"):
+    config["config_groups"]["group_0"]["format"] = "float-quantized"
+    with pytest.raises(BadInput, match="format 'float-quantized' cannot be read for int4 g32 sym weights"):
         CT.grids(config, ["x"])
 
 
