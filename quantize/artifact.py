@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kv_cache
 from .activations import round_inputs
 from .checkpoint import Checkpoint, file_sha256
 from .errors import BadInput
@@ -29,6 +30,7 @@ class Artifact:
         self.config: dict[str, Any] = self.checkpoint.config
         self.format = detect(self.config)
         self.activations: Activations | None = None
+        self.kv_cache: str | None = None
         self.linears: dict[str, Grid] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self.transposed: frozenset[str] = frozenset()  # linears the model keeps as [in, out]
@@ -37,6 +39,7 @@ class Artifact:
             self.shapes = FORMATS[self.format].linears(shapes, self.checkpoint.read)
             grids = FORMATS[self.format].grids(self.config["quantization_config"], list(self.shapes))
             self.activations = FORMATS[self.format].activations(self.config["quantization_config"])
+            self.kv_cache = FORMATS[self.format].kv_cache(self.config["quantization_config"])
             for name in self.shapes:
                 grid = grids.get(name)
                 if grid is None:
@@ -58,6 +61,22 @@ class Artifact:
             return None
         return FORMATS[self.format].inputs(name, self.checkpoint.read, self.activations, self.linears[name])
 
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        """The scales of the cached keys and values of `attention`, float32 []."""
+        if self.format is None:
+            raise KeyError(attention)
+        keys, values = (f"{attention}.{suffix}" for suffix in FORMATS[self.format].cache_suffixes)
+        for name in (keys, values):
+            if name not in self.checkpoint:
+                raise BadInput(f"the config speaks of a quantized key-value cache, and there is no {name}")
+        return self._scalar(keys), self._scalar(values)
+
+    def _scalar(self, name: str) -> Tensor:
+        scale = self.checkpoint.read(name).to(torch.float32)
+        if scale.numel() != 1:
+            raise BadInput(f"{name}: shape {list(scale.shape)}, and only one scale a layer can be read")
+        return scale.reshape(())
+
     def read(self, name: str) -> Tensor:
         """A tensor as the plain model holds it."""
         linear = name.removesuffix(".weight")
@@ -74,10 +93,13 @@ class Artifact:
 
 
 def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Artifact, Skeleton]:
-    """An artifact and the skeleton of its model, which reads through it and rounds inputs as the artifact says."""
+    """An artifact and the skeleton of its model, which reads through it and rounds inputs and cache as it says."""
     artifact = Artifact(folder)
     skeleton = Skeleton(artifact, device=device, dtype=dtype)
     artifact.transposed = frozenset(x.name for x in skeleton.linears() if x.transposed)
+    if artifact.kv_cache is not None:
+        for name, attention in kv_cache.attentions(skeleton):
+            kv_cache.tap(attention, kv_cache.rounding(artifact.kv_cache, *artifact.cache_scales(name)))
     for linear in skeleton.linears():
         inputs = artifact.inputs(linear.name)
         if inputs is not None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +14,7 @@ from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, wr
 from .errors import BadInput
 from .formats import FORMATS, Format, detect
 from .grid import QuantizedLinear
-from .recipe import Activations, FormatName, Grid
+from .recipe import FormatName, Grid
 
 _PART_BYTES = 500_000_000  # held in memory before it is written
 
@@ -39,31 +40,37 @@ def convert(source: Path, target: Path, to: str) -> None:
     if not shapes:
         raise BadInput(f"{source}: the config says {origin}, and no linear is quantized")
     schemes = _schemes(checkpoint, reader, shapes)
-    heads = ["embed_out"] if "embed_out.weight" in checkpoint else ["lm_head"]
+    stated = checkpoint.config["quantization_config"]
+    activations, kv_cache = reader.activations(stated), reader.kv_cache(stated)
     shuffled = False
     for name, shape in shapes.items():
-        grid = schemes[name]
-        assert grid is not None
+        grid = _grid(schemes, name)
         scattered = reader.scattered(name, checkpoint.read, grid, shape[1])
         shuffled |= scattered
         try:
             writer.check(grid, *shape, shuffled=scattered)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from None
-    source_config = checkpoint.config["quantization_config"]
-    activations = reader.activations(source_config)
     quantization = writer.config(
-        schemes,
-        ignored_extra=heads,
-        shuffled=shuffled,
-        activations=activations,
-        kv_cache=reader.kv_cache(source_config),
+        schemes, ignored_extra=_heads(checkpoint), shuffled=shuffled, activations=activations, kv_cache=kv_cache
     )
+
+    def repack(name: str) -> dict[str, Tensor]:
+        grid = _grid(schemes, name)
+        q = reader.unpack(name, checkpoint.read, grid, shapes[name])
+        if activations is not None:
+            q = replace(q, inputs=reader.inputs(name, checkpoint.read, activations, grid))
+        _check_inverse(name, q)
+        return writer.pack(name, _in_model_dtype(q, checkpoint.config))
+
+    renamed = {} if kv_cache is None else _caches(checkpoint, reader, writer)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_weights(checkpoint, reader, writer, schemes, shapes, activations, partial)
+        _write_weights(
+            checkpoint, {f"{n}.{suffix}": n for n in shapes for suffix in reader.suffixes()}, repack, renamed, partial
+        )
         write_json(partial / "config.json", checkpoint.config | {"quantization_config": quantization})
         for name, content in writer.extra_files(quantization).items():
             write_json(partial / name, content)
@@ -76,26 +83,64 @@ def convert(source: Path, target: Path, to: str) -> None:
 
 
 def _schemes(checkpoint: Checkpoint, reader: Format, shapes: dict[str, tuple[int, int]]) -> dict[str, Grid | None]:
-    """The grid of each quantized linear, and None for what the source leaves in 16 bit on purpose."""
+    """The grid of each quantized linear, and None for what stays in 16 bit.
+
+    That is what the source says so of, and every matrix in the blocks: a source that names its targets is silent on
+    routers and the like, and what is written may have to name them.
+    """
     dense = [n.removesuffix(".weight") for n in checkpoint.names() if n.endswith(".weight")]
     dense = [name for name in dense if name not in shapes and len(checkpoint.shape(f"{name}.weight")) == 2]
     grids = reader.grids(checkpoint.config["quantization_config"], [*shapes, *dense])
     for name in shapes:
         if grids.get(name) is None:
             raise BadInput(f"{checkpoint.folder}: {name} is quantized, and the config does not say how")
-    return {name: grid for name, grid in grids.items() if name in shapes or grid is None}
+    out: dict[str, Grid | None] = {name: grids[name] for name in shapes}
+    for name in dense:
+        if (name in grids and grids[name] is None) or any(part.isdigit() for part in name.split(".")):
+            out[name] = None
+    return {name: out[name] for name in (*grids, *dense) if name in out}
+
+
+def _grid(schemes: dict[str, Grid | None], name: str) -> Grid:
+    grid = schemes[name]
+    assert grid is not None
+    return grid
+
+
+def _check_inverse(name: str, q: QuantizedLinear) -> None:
+    """The global scales of nvfp4 are inverted between formats, which only a power of two survives unchanged."""
+    scales = [q.global_scale] if q.inputs is None else [q.global_scale, q.inputs.scale]
+    for scale in scales:
+        if q.grid.type == "nvfp4" and scale is not None and float(torch.frexp(scale).mantissa) != 0.5:
+            raise BadInput(
+                f"{name}: its global scale {scale.item():.9g} is not a power of two, so its inverse, which the other "
+                "format stores, is not exact; quantize the original model in that format"
+            )
+
+
+def _heads(checkpoint: Checkpoint) -> list[str]:
+    """The output head, which may not be stored."""
+    return ["embed_out"] if "embed_out.weight" in checkpoint else ["lm_head"]
+
+
+def _caches(checkpoint: Checkpoint, reader: Format, writer: Format) -> dict[str, str]:
+    """The new name of each scale of the key-value cache."""
+    return {
+        name: f"{name.removesuffix(old)}{new}"
+        for name in checkpoint.names()
+        for old, new in zip(reader.cache_suffixes, writer.cache_suffixes, strict=True)
+        if name.endswith(f".{old}")
+    }
 
 
 def _write_weights(
     checkpoint: Checkpoint,
-    reader: Format,
-    writer: Format,
-    schemes: dict[str, Grid | None],
-    shapes: dict[str, tuple[int, int]],
-    activations: Activations | None,
+    packed: dict[str, str],
+    repack: Callable[[str], dict[str, Tensor]],
+    renamed: dict[str, str],
     folder: Path,
 ) -> None:
-    packed = {f"{name}.{suffix}": name for name in shapes for suffix in reader.suffixes()}
+    """Write the shards. packed: the linear each of the source's tensors belongs to; repack: its tensors by its name."""
     parts: list[Path] = []
     held: dict[str, Tensor] = {}
     done: set[str] = set()
@@ -109,15 +154,10 @@ def _write_weights(
     for tensor in checkpoint.names():
         linear = packed.get(tensor)
         if linear is None:
-            held[tensor] = checkpoint.read(tensor)
+            held[renamed.get(tensor, tensor)] = checkpoint.read(tensor)
         elif linear not in done:
             done.add(linear)
-            grid = schemes[linear]
-            assert grid is not None
-            q = reader.unpack(linear, checkpoint.read, grid, shapes[linear])
-            if activations is not None:
-                q = replace(q, inputs=reader.inputs(linear, checkpoint.read, activations, grid))
-            held |= writer.pack(linear, _in_model_dtype(q, checkpoint.config))
+            held |= repack(linear)
         if sum(t.nbytes for t in held.values()) >= _PART_BYTES:
             flush()
     flush()
@@ -130,10 +170,11 @@ def _in_model_dtype(q: QuantizedLinear, config: dict[str, Any]) -> QuantizedLine
     """Scales in the model's own dtype when that loses nothing: readers cast them to it anyway."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
-    if dtype is None or q.scales.element_size() == 1:  # E4M3 and E8M0 scales are part of the number type
+    if dtype is None or (q.grid.type != "int" and dtype == torch.float16) or q.scales.element_size() == 1:
+        return q  # scales of fp8 weights have float32's range, E4M3 and E8M0 ones are part of the type
+    if not torch.equal(q.scales.to(dtype).to(torch.float32), q.scales.to(torch.float32)):
         return q
-    exact = torch.equal(q.scales.to(dtype).to(torch.float32), q.scales.to(torch.float32))
-    return replace(q, scales=q.scales.to(dtype)) if exact else q
+    return replace(q, scales=q.scales.to(dtype))
 
 
 def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: dict[str, tuple[int, int]]) -> None:

@@ -68,6 +68,10 @@ class Skeleton:
     def n_blocks(self) -> int:
         return len(self._blocks)
 
+    def block(self, k: int) -> nn.Module:
+        """Block `k` as it stands: its weights are on the meta device unless it is the one being run."""
+        return self._blocks[k]
+
     def linears(self) -> list[Linear]:
         """Every linear inside the blocks, in order. Embeddings and the head are not among them."""
         found = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import machine
+from . import kv_cache, machine
 from .activations import columns_of
 from .artifact import verify
 from .calibration import Tokens, calibration_tokens, generated_tokens, open_tokenizer
@@ -91,6 +91,8 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     for name in recipe.formats:
         _check_format(name, linears, schemes, skeleton, recipe)
     BlockTransforms(recipe, skeleton)
+    if recipe.kv_cache is not None:
+        kv_cache.attentions(skeleton)
     plan = make_plan(recipe, skeleton, linears, schemes)
     notes = reader.notes if isinstance(reader, Rotated) else ()
     plan = replace(plan, original_bytes=checkpoint.total_bytes, notes=notes)
@@ -105,9 +107,9 @@ def _check_format(
         grid = schemes[linear.name]
         if grid is None:
             continue
-        if format == "compressed-tensors" and linear.transposed:
+        if format != "gptq" and linear.transposed:
             raise BadInput(
-                f"{linear.name} is a Conv1D, which readers of compressed-tensors leave unquantized without a word; "
+                f"{linear.name} is a Conv1D, which readers of {format} leave unquantized without a word; "
                 "write it with --set formats=[gptq]"
             )
         try:
@@ -237,6 +239,7 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
     skeleton, first = job.skeleton, len(journal.done)
     if first == skeleton.n_blocks:
         return
+    caches = None if job.recipe.kv_cache is None else kv_cache.attentions(skeleton)
     hidden, arguments = _hidden_states(job, tokens, journal)
     transforms = BlockTransforms(job.recipe, skeleton)
     for k, block in skeleton.blocks(first):
@@ -248,14 +251,15 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
         passing = arguments[k] if arguments else None
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
         changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
-        for stage in _stages(job, block, linears.values(), hidden, passing, last):
+        cache = None if caches is None else kv_cache.Largest(*caches[k])
+        for stage in _stages(job, block, linears.values(), hidden, passing, last, cache):
             round_stage(
                 job.recipe.method, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
         _check_finite(hidden, k)
         layers = [records.get(name) or record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
-        tensors = _block_tensors(job, k, block, rounded, changes.parameters)
+        tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
         line = {"block": k, "seconds": round(seconds, 3), "layers": layers, "transforms": changes.records}
         journal.commit(tensors, {} if last else hidden, line)
         errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
@@ -297,6 +301,7 @@ def _stages(
     hidden: dict[str, Tensor],
     arguments: Arguments | None,
     last: bool,
+    cache: kv_cache.Largest | None,
 ) -> Iterable[Stage]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
     recipe, states = job.recipe, hidden.get("hidden")
@@ -312,7 +317,8 @@ def _stages(
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,
-        device=job.skeleton.device, batch=batch, keep=not last, reference=hidden.get("reference"), activations=inputs,
+        device=job.skeleton.device, batch=batch, keep=not last or cache is not None,
+        reference=hidden.get("reference"), activations=inputs, begin=(lambda: None) if cache is None else cache.start,
     )  # fmt: skip
 
 
@@ -324,9 +330,14 @@ def _check_finite(hidden: dict[str, Tensor], k: int) -> None:
 
 
 def _block_tensors(
-    job: Job, k: int, block: nn.Module, rounded: dict[str, QuantizedLinear], changed: set[str]
+    job: Job,
+    k: int,
+    block: nn.Module,
+    rounded: dict[str, QuantizedLinear],
+    changed: set[str],
+    cache: kv_cache.Largest | None,
 ) -> dict[str, Tensor]:
-    """Everything block `k` has on disk: packed linears, parameters a transform `changed`, the rest as it was there."""
+    """Everything block `k` has on disk: packed linears, parameters a transform `changed`, cache scales, the rest."""
     format = FORMATS[job.recipe.formats[0]]
     tensors: dict[str, Tensor] = {}
     for name, linear in rounded.items():
@@ -335,6 +346,9 @@ def _block_tensors(
         if disk.removesuffix(".weight") not in rounded:
             before = job.reader.read(disk)
             tensors[disk] = block.get_parameter(name).to("cpu", before.dtype) if name in changed else before
+    if cache is not None and job.recipe.kv_cache is not None:
+        scales = zip(format.cache_suffixes, cache.scales(job.recipe.kv_cache), strict=True)
+        tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in scales}
     return tensors
 
 
@@ -416,7 +430,8 @@ def _sizes(job: Job, folder: Path) -> dict[str, Any]:
     artifact = Checkpoint(folder)
     quantized = [x for x in job.linears if job.schemes[x.name] is not None]
     weights = sum(x.out_features * x.in_features for x in quantized)
-    stored = sum(artifact.nbytes(n) for n in artifact.names() if n not in job.reader)
+    packed = {f"{x.name}.{suffix}" for x in quantized for suffix in FORMATS[job.recipe.formats[0]].suffixes()}
+    stored = sum(artifact.nbytes(n) for n in artifact.names() if n in packed)
     parameters = sum(_count(job.checkpoint.shape(name)) for name in job.checkpoint.names())
     return {
         "format": job.recipe.formats[0],

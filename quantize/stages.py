@@ -45,6 +45,7 @@ class Stages:
     to halt at. reference: the original model's hidden states, which the block's original weights are applied to beside.
     activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale.
     watch: called with the first name of a stage and some rows of X [tokens, in] float32, until all of X has passed.
+    begin: called when the pass begins; the block has run before that on one sample, to see the order of its linears.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class Stages:
         reference: Tensor | None = None,
         activations: tuple[Activations, int] | None = None,
         watch: Callable[[str, Tensor], None] = lambda name, rows: None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self._activations = activations
+        self._activations, self._begin = activations, begin
         self._inputs: dict[str, Inputs] = {}
         self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
@@ -76,6 +78,7 @@ class Stages:
             twins = {name: original.get_submodule(_path(self._block, m)) for name, m in self._linears.items()}
             beside = self._runs(original, twins, self._reference, {})
         runs = self._runs(self._block, self._linears, self._hidden, self._inputs)
+        self._begin()
         try:
             for names in shared:
                 yield self._stage(names, runs, beside)

@@ -51,8 +51,10 @@ def refusals(recipe: Recipe) -> list[str]:
     if inputs == "int8":
         return []  # per channel and 8 bits too
     reasons = []
-    if any(grid.bits != 4 for grid in grids):
+    if any(grid.bits != 4 or grid.type != "int" for grid in grids):
         reasons.append("bits")
+    if "modelopt" in recipe.formats and any(grid.type == "int" for grid in grids):
+        reasons.append("integers of ModelOpt")
     if any(grid.group_size == -1 for grid in grids):
         reasons.append("per channel")
     if any(grid.group_size not in (-1, 32, 64, 128) for grid in grids):
@@ -89,20 +91,23 @@ def test_it_loads_and_says_when_to_choose_it(name: str) -> None:
 def test_its_name_tells_the_truth(name: str) -> None:
     recipe = load(name)
     weights, inputs = recipe.weights, recipe.activations
-    numbers, *rest = name.split("-")
+    served = name.startswith("modelopt-")
+    numbers, *rest = name.removeprefix("modelopt-").split("-")
     family = weights.type.removesuffix("-block")
     assert NUMBERS[numbers] == (family, weights.bits, None if inputs is None else inputs.type)
     steps = [*(transform.name for transform in recipe.transforms), recipe.method.name]
     plain = recipe.method.name == "rtn" and (weights.type != "int" or recipe.transforms)  # goes without saying
-    assert rest[: len(steps)] == steps or (plain and rest[: len(steps) - 1] == steps[:-1])
+    assert rest[: len(steps)] == steps or served or (plain and rest[: len(steps) - 1] == steps[:-1])
+    assert served == (recipe.formats == ("modelopt",))
+    assert ("kv8" in rest) <= (recipe.kv_cache is not None)
     assert ("block" in rest) == (weights.type == "fp8-block")
-    assert ("static" in rest) == (inputs is not None and not inputs.dynamic)
+    assert ("static" in rest) == (inputs is not None and not inputs.dynamic and not served)
     assert "dynamic" not in rest or (inputs is not None and inputs.dynamic)
     groups = [part for part in rest if part.startswith("g") and part[1:].isdigit()]
     assert groups in ([], [f"g{recipe.weights.group_size}"])
     assert "sym" not in rest or recipe.weights.symmetric
     assert "channel" not in rest or recipe.weights.group_size == -1
-    assert not name.endswith("-as-gptq") or recipe.formats == ("gptq",)
+    assert "-as-" not in name or recipe.formats == (name.rpartition("-as-")[2],)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,7 +147,7 @@ def test_bits_methods_and_formats_are_all_covered() -> None:
 def test_every_pair_of_number_types_is_covered() -> None:
     """The names' first parts, and all types of weights and inputs that the schema knows."""
     recipes = [load(name) for name in NAMES]
-    assert {name.split("-")[0] for name in NAMES} == set(NUMBERS)
+    assert {name.removeprefix("modelopt-").split("-")[0] for name in NAMES} == set(NUMBERS)
     assert {recipe.weights.type for recipe in recipes} == set(get_args(NumberType))
     inputs = {recipe.activations.type for recipe in recipes if recipe.activations is not None}
     assert inputs == set(get_args(Activations.model_fields["type"].annotation))

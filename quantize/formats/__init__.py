@@ -3,14 +3,18 @@
 from typing import Any
 
 from ..errors import BadInput
-from . import gptq
+from . import awq, gptq
+from .awq import Awq
 from .base import Format
 from .compressed_tensors import CompressedTensors
 from .gptq import Gptq
+from .modelopt import ModelOpt
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "gptq": Gptq(),
+    "awq": Awq(),
+    "modelopt": ModelOpt(),
     "gptq-v1-asymmetric": Gptq(lowered=True),  # read only
 }
 
@@ -30,4 +34,9 @@ def detect(config: dict[str, Any]) -> str | None:
         return "compressed-tensors"
     if method == "gptq":
         return gptq.version(quantization)
-    raise BadInput(f"quantized with {method!r}, which cannot be read; known: compressed-tensors, gptq")
+    if method == "awq":
+        awq.check_version(quantization)
+        return "awq"
+    if str(method).startswith("modelopt"):
+        return "modelopt"
+    raise BadInput(f"quantized with {method!r}, which cannot be read; known: compressed-tensors, gptq, awq, modelopt")

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -12,11 +13,17 @@ from ..errors import BadInput
 from ..grid import Inputs, QuantizedLinear
 from ..recipe import Activations, Grid
 
+_CACHES = {("float", 8): "fp8", ("int", 8): "int8"}
 Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: all of a grid that a file knows
 
 
 class Format(ABC):
-    """One on-disk format. No files are opened here: tensors go in and out by name."""
+    """One on-disk format. No files are opened here: tensors go in and out by name.
+
+    cache_suffixes: where the scales of the keys and of the values lie, after the attention module's own name.
+    """
+
+    cache_suffixes: tuple[str, str] = ("k_scale", "v_scale")
 
     @abstractmethod
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
@@ -80,8 +87,14 @@ class Format(ABC):
         raise BadInput(f"{name}: this format holds no activation scales ({spec})")
 
     def kv_cache(self, config: dict[str, Any]) -> str | None:
-        """`fp8` or `int8` when a quantization_config says that the files hold scales for the key-value cache."""
-        return None
+        """`fp8` or `int8` when a quantization_config says that scales of a key-value cache are stored."""
+        scheme = config.get("kv_cache_scheme")
+        if scheme is None:
+            return None
+        found = (scheme.get("type"), scheme.get("num_bits")) if isinstance(scheme, dict) else scheme
+        if found not in _CACHES:
+            raise BadInput(f"quantization_config: kv_cache_scheme {scheme} cannot be read; known: 8-bit float and int")
+        return _CACHES[found]
 
     def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """JSON files written beside config.json."""
@@ -109,6 +122,41 @@ def take(name: str, read: Callable[[str], Tensor], shape: tuple[int, ...]) -> Te
     if tuple(tensor.shape) != shape:
         raise BadInput(f"{name}: shape {list(tensor.shape)} where the config asks for {list(shape)}")
     return tensor
+
+
+def in_float16(format: str, name: str, scales: Tensor) -> Tensor:
+    """`scales` as float16; raises BadInput where that changes one."""
+    out = scales.to(torch.float16)
+    lost = out.to(torch.float32) != scales.to(torch.float32)
+    if bool(lost.any()):
+        worst = scales[lost].to(torch.float32).abs().min()
+        raise BadInput(
+            f"{name}: {format} stores scales in float16, and {worst.item():.9g} ({scales.dtype}) is not exact there; "
+            "use compressed-tensors"
+        )
+    return out
+
+
+def left_out(format: str, schemes: dict[str, Grid | None], extra: Iterable[str]) -> list[str]:
+    """The modules that stay in 16 bit, for readers that leave out whatever has one of these in its name.
+
+    transformers also takes a name for a regular expression. Raises BadInput when that would leave out
+    a quantized linear, and for experts of one layer that are quantized in part: servers hold them as one.
+    """
+    quantized = [name for name, grid in schemes.items() if grid is not None]
+    names = list(dict.fromkeys([*(name for name, grid in schemes.items() if grid is None), *extra]))
+    if "embed_out" in names:
+        names.append("lm_head")  # what transformers calls the same head
+    for layer in dict.fromkeys(name.partition(".experts.")[0] for name in names if ".experts." in name):
+        names.append(f"{layer}.experts")
+    for name in names:
+        taken = next((q for q in quantized if name in q or re.match(name, q)), None)
+        if taken is not None:
+            raise BadInput(
+                f"{format} leaves out modules by a part of their name, and {name} (16 bit) is part of {taken} "
+                "(quantized); use compressed-tensors, or quantize both or neither"
+            )
+    return names
 
 
 def patterns(schemes: dict[str, Kind | None]) -> dict[str, Kind | None]:

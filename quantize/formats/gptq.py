@@ -20,7 +20,7 @@ from ..errors import BadInput
 from ..grid import QuantizedLinear
 from ..recipe import Activations, Grid
 from . import bits as bitstream
-from .base import Format, Kind, grid_of, kind, patterns, take
+from .base import Format, Kind, grid_of, in_float16, kind, patterns, take
 
 # Servers keep these in one tensor and look up its name, not the names of its parts.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -47,13 +47,7 @@ class Gptq(Format):
 
     def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
         self.check(q.grid, q.out_features, q.in_features, q.g_idx is not None)
-        scales = q.scales.to(torch.float16)
-        if not torch.equal(scales.to(torch.float32), q.scales.to(torch.float32)):
-            worst = q.scales[scales.to(torch.float32) != q.scales.to(torch.float32)].to(torch.float32).abs().min()
-            raise BadInput(
-                f"{name}: gptq stores scales in float16, and {worst.item():.9g} ({q.scales.dtype}) is not exact there; "
-                "use compressed-tensors"
-            )
+        scales = in_float16("gptq", name, q.scales)
         zeros = q.zeros - 1 if q.grid.symmetric else q.zeros
         return {
             f"{name}.qweight": bitstream.pack(q.codes, q.grid.bits).T.contiguous(),

@@ -1,6 +1,7 @@
 """Conversion keeps every code, scale and zero, and refuses what it cannot keep."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from quantpress.quantize.errors import BadInput
 from quantpress.quantize.formats import FORMATS, detect
 from quantpress.quantize.grid import Grid, QuantizedLinear
 
-from .formats.artifacts import Schemes, load, logits, make, quantization_config, uniform
+from .formats.artifacts import Schemes, linears, load, logits, make, quantization_config, uniform
 from .formats.records import equal, with_scales
 
 FOUR = Grid(group_size=32)
@@ -65,6 +66,94 @@ def test_there_and_back(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text()) == direct
     assert (tmp_path / "gptq" / "tokenizer.json").read_bytes() == (tmp_path / "ct" / "tokenizer.json").read_bytes()
     assert not (tmp_path / "back" / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize("origin", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("grid", [FOUR, ASYMMETRIC, Grid(group_size=-1)], ids=str)
+def test_to_awq_and_back(origin: str, grid: Grid, tmp_path: Path) -> None:
+    schemes = uniform(grid, dense=("down_proj",))
+    before, _ = make(tmp_path / "a", origin, schemes)
+    convert_folder(tmp_path / "a", tmp_path / "awq", "awq")
+    convert_folder(tmp_path / "awq", tmp_path / "back", origin)
+    shapes = {name: (q.out_features, q.in_features) for name, q in before.items()}
+    for name, q in records(tmp_path / "awq", schemes, shapes).items():
+        assert equal(q, with_scales(before[name], torch.float16))
+    first, last = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "back")
+    assert set(first.names()) == set(last.names())
+    assert all(torch.equal(first.read(n), last.read(n)) for n in first.names())
+    assert first.config == last.config
+    assert quantization_config(tmp_path / "awq") == FORMATS["awq"].config(schemes, ignored_extra=["lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("origin", "grid"),
+    [
+        *((origin, Grid(group_size=64)) for origin in ("compressed-tensors", "gptq", "awq")),
+        *((origin, Grid(bits=8, group_size=-1)) for origin in ("compressed-tensors", "gptq")),
+    ],
+    ids=str,
+)
+def test_to_modelopt_and_back(origin: str, grid: Grid, tmp_path: Path) -> None:
+    schemes = uniform(grid, dense=("down_proj",))  # 96 columns
+    before, _ = make(tmp_path / "a", origin, schemes)
+    convert_folder(tmp_path / "a", tmp_path / "m", "modelopt")
+    convert_folder(tmp_path / "m", tmp_path / "back", origin)
+    shapes = {name: (q.out_features, q.in_features) for name, q in before.items()}
+    for name, q in records(tmp_path / "m", schemes, shapes).items():
+        assert equal(q, before[name])
+    first, last = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "back")
+    assert set(first.names()) == set(last.names())
+    assert all(torch.equal(first.read(n), last.read(n)) for n in first.names())
+    assert first.config == last.config
+    direct = FORMATS["modelopt"].config(schemes, ignored_extra=["lm_head"])
+    assert quantization_config(tmp_path / "m") == direct
+    file = json.loads((tmp_path / "m" / "hf_quant_config.json").read_text())
+    assert file == FORMATS["modelopt"].extra_files(direct)["hf_quant_config.json"]
+
+
+def with_cache(folder: Path) -> dict[str, torch.Tensor]:
+    """Gives an artifact of compressed-tensors the scales of an FP8 cache; returns them by name."""
+    checkpoint = Checkpoint(folder)
+    scales = {f"model.layers.{k}.self_attn.{x}_scale": torch.tensor(0.1 + k) for k in range(2) for x in "kv"}
+    tensors = {n: checkpoint.read(n) for n in checkpoint.names()}
+    for old in folder.glob("model*"):
+        old.unlink()
+    write_part(folder / "model.safetensors", tensors | scales)
+    config = checkpoint.config
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    write_json(folder / "config.json", config)
+    return scales
+
+
+def test_the_scales_of_the_cache_go_along(tmp_path: Path) -> None:
+    make(tmp_path / "a", "compressed-tensors", uniform(Grid(bits=8, group_size=-1)))
+    scales = with_cache(tmp_path / "a")
+    convert_folder(tmp_path / "a", tmp_path / "m", "modelopt")
+    written = Checkpoint(tmp_path / "m")
+    for name, scale in scales.items():
+        letter = name[-7]
+        assert name not in written
+        assert written.read(name.replace(f".{letter}_scale", f".{letter}_proj.{letter}_scale")) == scale
+    assert FORMATS["modelopt"].kv_cache(quantization_config(tmp_path / "m")) == "fp8"
+    file = json.loads((tmp_path / "m" / "hf_quant_config.json").read_text())
+    assert file["quantization"]["kv_cache_quant_algo"] == "FP8"
+    with pytest.raises(BadInput, match="gptq files hold weights only"):
+        convert_folder(tmp_path / "a", tmp_path / "g", "gptq")
+
+
+@pytest.mark.parametrize("to", ["gptq", "awq"])
+def test_routers_are_named_where_the_source_does_not(to: str, tmp_path: Path) -> None:
+    """A source that lists its targets says nothing of what they do not take in."""
+    names = linears("mixtral", tmp_path / "names")
+    make(tmp_path / "a", "compressed-tensors", dict.fromkeys(names, FOUR), family="mixtral")
+    config = Checkpoint(tmp_path / "a").config
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = [r"re:.*_proj$", r"re:.*\.w\d$"]
+    write_json(tmp_path / "a" / "config.json", config)
+    convert_folder(tmp_path / "a", tmp_path / "b", to)
+    routers = sorted(n.removesuffix(".weight") for n in Checkpoint(tmp_path / "b").names() if n.endswith("gate.weight"))
+    assert len(routers) == 2
+    assert FORMATS[to].grids(quantization_config(tmp_path / "b"), routers) == dict.fromkeys(routers)
+    assert not any("embed" in str(value) for value in quantization_config(tmp_path / "b").values())
 
 
 def test_transformers_loads_what_came_from_gptq(tmp_path: Path) -> None:
@@ -123,13 +212,21 @@ def listing(folder: Path) -> set[str]:
     ("format", "schemes", "to", "message"),
     [
         ("compressed-tensors", uniform(FOUR), "compressed-tensors", "is in format compressed-tensors already"),
-        ("compressed-tensors", uniform(FOUR), "awq", "unknown format 'awq'"),
+        ("compressed-tensors", uniform(FOUR), "hqq", "unknown format 'hqq'"),
         ("compressed-tensors", uniform(FOUR), "gptq-v1-asymmetric", "unknown format"),
         (
             "compressed-tensors",
             uniform(FOUR) | {"model.layers.1.mlp.up_proj": ASYMMETRIC},
             "gptq",
             "symmetric and asymmetric layers in one model",
+        ),
+        ("gptq", uniform(FOUR), "modelopt", r"_proj: modelopt: no reader takes int4 g32 sym weights"),
+        ("gptq", several(), "awq", r"down_proj: awq holds 4-bit integers, not int8 channel sym"),
+        (
+            "gptq",
+            uniform(FOUR) | {"model.layers.1.mlp.up_proj": Grid(group_size=16)},
+            "awq",
+            "awq has one kind of weight",
         ),
     ],
 )
@@ -204,3 +301,15 @@ def test_a_target_that_exists_and_a_plain_source(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="a-plain is not quantized"):
         convert_folder(tmp_path / "a-plain", tmp_path / "c", "gptq")
     assert listing(tmp_path / "b") == set()
+
+
+def test_the_inverse_of_a_global_scale_must_be_exact() -> None:
+    grid, zeros = Grid.model_validate({"type": "nvfp4"}), torch.zeros(1, 1, dtype=torch.uint8)
+    q = QuantizedLinear(torch.zeros(1, 16, dtype=torch.uint8), zeros.float(), zeros, grid)
+    for scale, exact in ((2.0**-20, True), (8192.0, True), (2688 / 3, False)):
+        given = replace(q, global_scale=torch.tensor(scale))
+        if exact:
+            convert._check_inverse("x", given)
+            continue
+        with pytest.raises(BadInput, match="x: its global scale 896 is not a power of two"):
+            convert._check_inverse("x", given)

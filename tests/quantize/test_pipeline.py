@@ -258,6 +258,43 @@ def test_routers_and_head_are_named_as_ignored(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "document"),
+    [
+        ("FP8", {"weights": {"type": "fp8", "group_size": 0}, "activations": {"type": "fp8", "dynamic": False}}),
+        ("FP8_PER_CHANNEL_PER_TOKEN", {"weights": {"type": "fp8"}, "activations": {"type": "fp8"}}),
+        ("NVFP4", {"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}}),
+        ("W4A16_NVFP4", {"weights": {"type": "nvfp4"}}),
+        ("W4A16_AWQ", {"weights": {"bits": 4, "group_size": 64}, "ignore": ["*.down_proj"]}),
+        ("W8A16", {"weights": {"bits": 8, "group_size": -1}}),
+    ],
+)
+def test_modelopt_checkpoints(algorithm: str, document: dict[str, Any], tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    manifest = make(
+        tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}} | {"formats": ["modelopt"]} | document
+    )
+    out, original = tmp_path / "run" / "quantized", Checkpoint(tmp_path / "model")
+    stated = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert stated["quant_algo"] == algorithm
+    assert ("model.layers.1.mlp.down_proj" in stated["exclude_modules"]) == ("ignore" in document)
+    assert "lm_head" in stated["exclude_modules"]
+    back, _ = open_artifact(out, CPU)
+    assert len(back.linears) == (12 if "ignore" in document else 14)
+    for name in back.linears:
+        before, after = original.read(f"{name}.weight").float(), back.read(f"{name}.weight").float()
+        assert 0 < (after - before).norm() / before.norm() < 0.15
+        assert (back.inputs(name) is None) == (document.get("activations") is None)
+    if algorithm in ("FP8", "NVFP4"):  # what servers fuse has one scale
+        parts = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+        inputs = [back.checkpoint.read(f"{part}.input_scale").item() for part in parts]
+        kind = "weight_scale" if algorithm == "FP8" else "weight_scale_2"
+        assert len({*inputs}) == len({back.checkpoint.read(f"{part}.{kind}").item() for part in parts}) == 1
+        assert inputs[0] > 0
+    assert manifest["artifact"]["format"] == "modelopt"
+    assert 4 <= manifest["artifact"]["quantized_bits_per_weight"] < 9
+
+
 def test_conv1d_is_refused_for_compressed_tensors(tmp_path: Path) -> None:
     build("gpt2", tmp_path / "model", torch.bfloat16)
     with pytest.raises(BadInput, match="is a Conv1D"):

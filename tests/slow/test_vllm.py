@@ -40,6 +40,7 @@ TEXT = (
 RECIPES = {
     "compressed-tensors": "weights: {bits: 4, group_size: 64, symmetric: false}\nformats: [compressed-tensors]\n",
     "gptq": "weights: {bits: 4, group_size: 64, symmetric: true}\nformats: [gptq]\n",
+    "awq": "weights: {bits: 4, group_size: 64, symmetric: false}\nformats: [awq]\n",
     "w8a8": "weights: {bits: 8, group_size: -1}\nactivations: {type: int8}\n",
     "w8a8-static": "weights: {bits: 8, group_size: -1}\nactivations: {type: int8, dynamic: false}\n",
     "w4a8": "weights: {bits: 4, group_size: 64}\nactivations: {type: int8}\n",

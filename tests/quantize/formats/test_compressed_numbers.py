@@ -208,7 +208,7 @@ def test_blocks_that_readers_refuse_are_refused(shape: tuple[int, int]) -> None:
         CT.check(Grid(type="fp8-block"), *shape, shuffled=False)
 
 
-def test_a_quantized_cache_is_announced_and_its_scales_left_alone(tmp_path: Path) -> None:
+def test_a_quantized_cache_is_announced_and_its_scales_are_not_taken_for_weights(tmp_path: Path) -> None:
     schemes = uniform(Grid(bits=8, group_size=-1))
     _, plain = make(tmp_path / "a", "compressed-tensors", schemes)
     checkpoint = Checkpoint(tmp_path / "a")
@@ -223,7 +223,8 @@ def test_a_quantized_cache_is_announced_and_its_scales_left_alone(tmp_path: Path
     assert (scheme["symmetric"], scheme["dynamic"]) == (True, False)
     write_json(tmp_path / "a/config.json", checkpoint.config | {"quantization_config": quantization})
     assert set(Artifact(tmp_path / "a").linears) == set(schemes)
-    assert torch.equal(ours(tmp_path / "a"), logits(plain))
+    off = (ours(tmp_path / "a") - logits(plain)).norm() / logits(plain).norm()
+    assert 0 < off < 0.1  # keys and values were rounded, and nothing else
     assert CT.kv_cache(quantization) == "fp8"
     with pytest.raises(BadInput, match="kv_cache int8"):
         CT.config(schemes, kv_cache="int8")

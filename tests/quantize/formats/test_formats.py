@@ -1,11 +1,14 @@
 """What both formats promise: a record comes back as it went in, in the bytes that were announced."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.formats import FORMATS, detect
 from quantpress.quantize.grid import Grid
+from quantpress.quantize.recipe import FormatName
 
 from .records import GRIDS, equal, record, with_scales
 
@@ -97,13 +100,17 @@ def test_nothing_quantized_has_no_config(format: str) -> None:
         FORMATS[format].config(dict.fromkeys(names()))
 
 
+def test_every_name_a_recipe_may_give_is_a_format() -> None:
+    assert set(get_args(FormatName)) <= set(FORMATS)
+
+
 def test_detect() -> None:
     assert detect({}) is None
     assert detect({"quantization_config": {"quant_method": "gptq"}}) == "gptq"
     assert detect({"quantization_config": {"quant_method": "gptq", "sym": False}}) == "gptq-v1-asymmetric"
     v2 = {"quant_method": "gptq", "sym": False, "checkpoint_format": "gptq_v2"}
     assert detect({"quantization_config": v2}) == "gptq"
-    with pytest.raises(BadInput, match="quantized with 'awq'"):
-        detect({"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(BadInput, match="quantized with 'hqq'"):
+        detect({"quantization_config": {"quant_method": "hqq"}})
     with pytest.raises(BadInput, match="checkpoint_format 'marlin'"):
         detect({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}})

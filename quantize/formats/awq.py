@@ -1,0 +1,136 @@
+"""AWQ files: qweight, qzeros and scales as AutoAWQ's GEMM version laid them out.
+
+For a weight [out, in] in groups: qweight int32 [in, out/8] and qzeros int32 [groups, out/8], eight 4-bit codes a word
+along `out` in the order of `_ORDER`; scales float16 [groups, out]. Zeros are stored as they are.
+
+A symmetric model is one whose zeros are all 8. It says `zero_point: true` all the same, because readers part at false:
+vLLM's Marlin kernel has no such type and others leave qzeros unread. `sym: true` beside it, which readers of AWQ files
+pass over, tells our own reader.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from ..grid import QuantizedLinear
+from ..recipe import Activations, Grid
+from .base import Format, grid_of, in_float16, kind, left_out, take
+
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each eight that is in bits 4i to 4i+3
+
+
+class Awq(Format):
+    def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
+        if grid.type != "int" or grid.bits != 4:
+            raise BadInput(f"awq holds 4-bit integers, not {grid}; use compressed-tensors")
+        if shuffled:
+            raise BadInput("awq has no g_idx: scattered groups (static_groups: false) need format gptq")
+        for what, n in (("in_features", in_features), ("out_features", out_features)):
+            if n % 8:
+                raise BadInput(
+                    f"awq packs eight codes a word, and {what} {n} is not a multiple of 8; use compressed-tensors or "
+                    "add the layer to `ignore`"
+                )
+
+    def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
+        self.check(q.grid, q.out_features, q.in_features, q.g_idx is not None)
+        return {
+            f"{name}.qweight": _pack(q.codes.T),
+            f"{name}.qzeros": _pack(q.zeros.T),
+            f"{name}.scales": in_float16("awq", name, q.scales).T.contiguous(),
+        }
+
+    def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
+        n_out, n_in = shape
+        self.check(grid, n_out, n_in, False)
+        grid.check(name, n_in)
+        groups = n_in // grid.columns(n_in)
+        codes = _unpack(take(f"{name}.qweight", read, (n_in, n_out // 8)))
+        zeros = _unpack(take(f"{name}.qzeros", read, (groups, n_out // 8)))
+        scales = take(f"{name}.scales", read, (groups, n_out))
+        if grid.symmetric and not bool((zeros == 8).all()):
+            raise BadInput(f"{name}.qzeros: the config says symmetric, and the zeros are not 8")
+        return QuantizedLinear(codes.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous(), grid)
+
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
+        groups = in_features // grid.columns(in_features)
+        return (in_features + groups) * out_features // 2 + 2 * groups * out_features
+
+    def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
+        out = {}
+        for name, shape in shapes.items():
+            if name.endswith(".qweight"):
+                if len(shape) != 2:
+                    raise BadInput(f"{name}: shape {list(shape)} where a matrix is needed")
+                out[name.removesuffix(".qweight")] = (8 * shape[1], shape[0])
+        return out
+
+    def suffixes(self) -> tuple[str, ...]:
+        return ("qweight", "qzeros", "scales")
+
+    def config(
+        self,
+        schemes: dict[str, Grid | None],
+        *,
+        ignored_extra: Iterable[str] = (),
+        shuffled: bool = False,
+        activations: Activations | None = None,
+        kv_cache: str | None = None,
+    ) -> dict[str, Any]:
+        if activations is not None or kv_cache is not None:
+            raise BadInput("awq files hold weights only: no activations, no kv_cache; use compressed-tensors")
+        grids = list({kind(grid): grid for grid in schemes.values() if grid is not None}.values())
+        if not grids:
+            raise BadInput("no linear is quantized")
+        if len(grids) > 1:
+            raise BadInput(
+                f"awq has one kind of weight for all layers, and these have {', '.join(map(str, grids))}; "
+                "use compressed-tensors, or `ignore` in the place of `overrides`"
+            )
+        config = {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": grids[0].group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": left_out("awq", schemes, ignored_extra),
+        }
+        return config | ({"sym": True} if grids[0].symmetric else {})
+
+    def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
+        symmetric = config.get("sym") is True or config.get("zero_point") is False
+        bits, group_size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+        if bits is None or group_size is None:
+            raise BadInput("quantization_config: awq needs `bits` and `group_size`")
+        grid = grid_of(bits, group_size, symmetric)
+        skipped = config.get("modules_to_not_convert") or []
+        return {name: None if any(part in name for part in skipped) else grid for name in names}
+
+
+def check_version(config: dict[str, Any]) -> None:
+    """Raise BadInput for an AWQ layout other than GEMM's."""
+    version = str(config.get("version") or "gemm").lower()
+    if version != "gemm":
+        raise BadInput(f"awq version {version!r} is laid out for one kernel and cannot be read; known: gemm")
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Codes [rows, n] uint8 -> int32 [rows, n / 8]."""
+    eights = codes.reshape(len(codes), -1, 8).to(torch.int64)
+    word = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)
+    for i, column in enumerate(_ORDER):
+        word |= eights[..., column] << (4 * i)
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
+
+
+def _unpack(words: Tensor) -> Tensor:
+    """int32 [rows, n / 8] -> codes [rows, n] uint8."""
+    out = torch.empty(*words.shape, 8, dtype=torch.uint8, device=words.device)
+    for i, column in enumerate(_ORDER):
+        out[..., column] = (words >> (4 * i) & 15).to(torch.uint8)
+    return out.reshape(len(words), -1)

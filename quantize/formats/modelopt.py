@@ -1,0 +1,248 @@
+"""NVIDIA ModelOpt's checkpoints, as TensorRT-LLM and vLLM read them: one `quant_algo` for all layers.
+
+For a weight [out, in]:
+FP8                        weight E4M3 [out, in], weight_scale float32 []; the inputs' static input_scale float32 []
+FP8_PER_CHANNEL_PER_TOKEN  weight E4M3 [out, in], weight_scale float32 [out]; inputs dynamic
+NVFP4, W4A16_NVFP4         weight uint8 [out, in/2], E2M1, the even column in the low nibble; weight_scale E4M3
+                           [out, in/16], times weight_scale_2 float32 []; NVFP4 also input_scale float32 []
+W4A16_AWQ                  weight uint8 [out/2, in], signed, the even row in the low nibble; weight_scale
+                           [out, in/group]; pre_quant_scale [in], which inputs are multiplied by: ones
+W8A16                      weight int8 [out, in], weight_scale [out]
+
+The algorithm stands in config.json, and again in hf_quant_config.json, which TensorRT-LLM trusts more.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from ..grid import Inputs, QuantizedLinear
+from ..recipe import Activations, Grid
+from .base import Format, Kind, grid_of, kind, left_out, take
+
+_STATIC, _DYNAMIC = Activations(type="fp8", dynamic=False), Activations(type="fp8")
+_NVFP4 = Activations(type="nvfp4")
+_GROUPS = (64, 128)  # what TensorRT-LLM's 4-bit kernel takes
+_ALGORITHMS: dict[tuple[Kind, Activations | None], str] = {
+    (("fp8", 8, 0, True), _STATIC): "FP8",
+    (("fp8", 8, -1, True), _DYNAMIC): "FP8_PER_CHANNEL_PER_TOKEN",
+    (("nvfp4", 4, 16, True), _NVFP4): "NVFP4",
+    (("nvfp4", 4, 16, True), None): "W4A16_NVFP4",
+    **{(("int", 4, group, True), None): "W4A16_AWQ" for group in _GROUPS},
+    (("int", 8, -1, True), None): "W8A16",
+}
+_KINDS = {weights for weights, _ in _ALGORITHMS}
+
+
+class ModelOpt(Format):
+    cache_suffixes = ("k_proj.k_scale", "v_proj.v_scale")
+
+    def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
+        if shuffled:
+            raise BadInput("modelopt has no g_idx: scattered groups (static_groups: false) need format gptq")
+        if kind(grid) not in _KINDS:
+            raise BadInput(
+                f"modelopt: no reader takes {grid} weights; those known are nvfp4, fp8, int8 channel sym and int4 sym "
+                f"in groups of {' or '.join(map(str, _GROUPS))}. Choose one, or compressed-tensors"
+            )
+        if kind(grid)[:2] == ("int", 4) and out_features % 2:
+            raise BadInput(f"modelopt packs two rows of 4 bits a byte, and out_features {out_features} is odd")
+
+    def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
+        self.check(q.grid, q.out_features, q.in_features, q.g_idx is not None)
+        tensors: dict[str, Tensor] = {}
+        inverse = False
+        match q.grid.type, q.grid.bits:
+            case "fp8", _:
+                weight = q.codes.view(torch.float8_e4m3fn)
+                scales = q.scales.to(torch.float32).reshape(() if q.grid.group_size == 0 else -1)
+            case "nvfp4", _:
+                assert q.global_scale is not None
+                weight, scales, inverse = q.codes[:, 0::2] | q.codes[:, 1::2] << 4, q.scales, True
+                tensors["weight_scale_2"] = 1 / q.global_scale
+            case _, 4:
+                signed = q.codes ^ 8  # the nibble of code - 8
+                weight, scales = signed[0::2] | signed[1::2] << 4, q.scales
+                tensors["pre_quant_scale"] = torch.ones(q.in_features, dtype=q.scales.dtype, device=q.scales.device)
+            case _:
+                weight, scales = (q.codes ^ 128).view(torch.int8), q.scales.reshape(-1)
+        if q.inputs is not None and q.inputs.scale is not None:
+            tensors["input_scale"] = 1 / q.inputs.scale if inverse else q.inputs.scale
+        tensors |= {"weight": weight, "weight_scale": scales}
+        return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}
+
+    def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
+        n_out, n_in = shape
+        self.check(grid, n_out, n_in, False)
+        grid.check(name, n_in)
+        groups, overall = n_in // grid.columns(n_in), None
+        match grid.type, grid.bits:
+            case "fp8", _:
+                codes = take(f"{name}.weight", read, shape).view(torch.uint8)
+                scales = _scale(name, read).reshape(1, 1) if grid.group_size == 0 else _rows(name, read, n_out)
+            case "nvfp4", _:
+                codes = _halves(take(f"{name}.weight", read, (n_out, n_in // 2)), -1)
+                scales = take(f"{name}.weight_scale", read, (n_out, groups))
+                overall = 1 / _scale(name, read, "weight_scale_2")
+            case _, 4:
+                codes = _halves(take(f"{name}.weight", read, (n_out // 2, n_in)), 0) ^ 8
+                scales = take(f"{name}.weight_scale", read, (n_out, groups))
+                if not bool((take(f"{name}.pre_quant_scale", read, (n_in,)) == 1).all()):
+                    raise BadInput(f"{name}.pre_quant_scale: inputs are scaled there, which cannot be read")
+            case _:
+                codes = take(f"{name}.weight", read, shape).view(torch.uint8) ^ 128
+                scales = _rows(name, read, n_out)
+        middle = 1 << (grid.bits - 1) if grid.type == "int" else 0
+        zeros = torch.full(scales.shape, middle, dtype=torch.uint8)
+        return QuantizedLinear(codes, scales, zeros, grid, global_scale=overall)
+
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
+        size = out_features * in_features * grid.bits // 8
+        size += 4 if activations is not None and activations.calibrated else 0  # input_scale
+        if grid.type == "fp8":
+            return size + 4 * (1 if grid.group_size == 0 else out_features)
+        if grid.type == "nvfp4":
+            return size + out_features * in_features // 16 + 4
+        columns = in_features if grid.bits == 4 else 0  # pre_quant_scale
+        return size + scale_bytes * (out_features * (in_features // grid.columns(in_features)) + columns)
+
+    def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
+        out = {}
+        for name in (n.removesuffix(".weight_scale") for n in shapes if n.endswith(".weight_scale")):
+            weight = shapes.get(f"{name}.weight", ())
+            if len(weight) != 2:
+                raise BadInput(f"{name}: a weight matrix is needed beside weight_scale")
+            rows, columns = weight
+            if f"{name}.weight_scale_2" in shapes:
+                columns *= 2
+            elif len(shapes[f"{name}.weight_scale"]) == 2:
+                rows *= 2
+            out[name] = (rows, columns)
+        return out
+
+    def suffixes(self) -> tuple[str, ...]:
+        return ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale", "input_scale")
+
+    def config(
+        self,
+        schemes: dict[str, Grid | None],
+        *,
+        ignored_extra: Iterable[str] = (),
+        shuffled: bool = False,
+        activations: Activations | None = None,
+        kv_cache: str | None = None,
+    ) -> dict[str, Any]:
+        grids = list({kind(grid): grid for grid in schemes.values() if grid is not None}.values())
+        if not grids:
+            raise BadInput("no linear is quantized")
+        if len(grids) > 1:
+            raise BadInput(
+                f"modelopt is written with one kind of weight for all layers, and these have "
+                f"{', '.join(map(str, grids))}; use compressed-tensors, or `ignore` in the place of `overrides`"
+            )
+        algorithm = _algorithm(grids[0], activations)
+        if kv_cache not in (None, "fp8"):
+            raise BadInput(f"modelopt: no reader keeps a cache of type {kv_cache}; use fp8")
+        grouped = {"group_size": grids[0].group_size} if grids[0].bits == 4 else {}
+        cache = {} if kv_cache is None else {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": algorithm,
+            **grouped,
+            **cache,
+            "ignore": left_out("modelopt", schemes, ignored_extra),
+            "producer": {"name": "modelopt", "version": f"quantpress-{version('quantpress')}"},
+        }
+
+    def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        awq = {"has_zero_point": False, "pre_quant_scale": True} if config["quant_algo"] == "W4A16_AWQ" else {}
+        inner = {
+            "quant_algo": config["quant_algo"],
+            "kv_cache_quant_algo": "FP8" if "kv_cache_scheme" in config else None,
+            "exclude_modules": config["ignore"],
+            **({"group_size": config["group_size"]} if "group_size" in config else {}),
+            **awq,
+        }
+        return {"hf_quant_config.json": {"producer": config["producer"], "quantization": inner}}
+
+    def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
+        weights, _ = _known(config)
+        group_size = config.get("group_size", weights[2])
+        if weights[:2] == ("int", 4) and "group_size" not in config:
+            raise BadInput("quantization_config: modelopt W4A16_AWQ needs `group_size`")
+        grid = grid_of(weights[1], group_size, True) if weights[0] == "int" else _float(weights)
+        if kind(grid) not in _KINDS:
+            raise BadInput(f"quantization_config: {config['quant_algo']} in groups of {group_size} cannot be read")
+        ignored = [str(part) for part in config.get("ignore") or []]
+        return {
+            name: None if any(part in name or fnmatch.fnmatchcase(name, part) for part in ignored) else grid
+            for name in names
+        }
+
+    def activations(self, config: dict[str, Any]) -> Activations | None:
+        return _known(config)[1]
+
+    def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
+        if not spec.calibrated:
+            return Inputs(spec)
+        scale = _scale(name, read, "input_scale")
+        return Inputs(spec, grid.group_size, 1 / scale) if spec.type == "nvfp4" else Inputs(spec, scale=scale)
+
+
+def _algorithm(grid: Grid, activations: Activations | None) -> str:
+    """What readers call such weights with such inputs; raises BadInput, naming the inputs that go with the weights."""
+    found = _ALGORITHMS.get((kind(grid), activations))
+    if found is None:
+        fitting = [str(spec or "16 bit") for weights, spec in _ALGORITHMS if weights == kind(grid)]
+        asked = "16 bit" if activations is None else str(activations)
+        raise BadInput(
+            f"modelopt: no reader takes {grid} weights with {asked} activations; "
+            + (f"with these weights: {' or '.join(fitting)}" if fitting else "use compressed-tensors")
+            + ("; static activations go with group_size 0, dynamic ones with -1" if grid.type == "fp8" else "")
+        )
+    return found
+
+
+def _known(config: dict[str, Any]) -> tuple[Kind, Activations | None]:
+    """The weights and the inputs that a `quant_algo` speaks of."""
+    stated = str(config.get("quant_algo")).upper()
+    for key, algorithm in _ALGORITHMS.items():
+        if algorithm == stated:
+            return key
+    raise BadInput(
+        f"quantization_config: modelopt quant_algo {config.get('quant_algo')!r} cannot be read; known: "
+        + ", ".join(dict.fromkeys(_ALGORITHMS.values()))
+    )
+
+
+def _float(weights: Kind) -> Grid:
+    return Grid.model_validate({"type": weights[0], "group_size": weights[2]})
+
+
+def _scale(name: str, read: Callable[[str], Tensor], suffix: str = "weight_scale") -> Tensor:
+    """A scalar, float32 []; some tools store it as [1]."""
+    scale = read(f"{name}.{suffix}").to(torch.float32)
+    if scale.numel() != 1 or not bool(scale > 0):
+        raise BadInput(f"{name}.{suffix}: one positive number is needed")
+    return scale.reshape(())
+
+
+def _rows(name: str, read: Callable[[str], Tensor], n_out: int) -> Tensor:
+    """weight_scale, one a row, as [out, 1]."""
+    scales = read(f"{name}.weight_scale")
+    if tuple(scales.shape) not in ((n_out,), (n_out, 1)):
+        raise BadInput(f"{name}.weight_scale: shape {list(scales.shape)} where the config asks for [{n_out}]")
+    return scales.reshape(n_out, 1)
+
+
+def _halves(packed: Tensor, dim: int) -> Tensor:
+    """Two nibbles a byte along `dim`, the low one first, as codes uint8."""
+    both = torch.stack([packed & 15, packed >> 4], dim=dim % 2 + 1)
+    return both.flatten(dim % 2, dim % 2 + 1)
