@@ -288,7 +288,12 @@ def _hidden_states(
         hidden = {"hidden": job.skeleton.embed(tokens.ids).cpu()}
         _check_finite(hidden, -1)
         if isinstance(job.recipe.method, Gptq) and job.recipe.method.error_correction:
-            hidden["reference"] = hidden["hidden"].clone()
+            import os
+
+            m = -(-int(len(hidden["hidden"]) * float(os.environ.get("FRACTION", "1"))))
+            b = max(1, BATCH_TOKENS // hidden["hidden"].shape[1])
+            m = min(len(hidden["hidden"]), -(-m // b) * b)
+            hidden["reference"] = hidden["hidden"][:m].clone()
     arguments = job.skeleton.block_arguments(tokens.ids.shape[1])
     job.skeleton.close_shell()
     return hidden, arguments
