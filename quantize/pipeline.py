@@ -22,11 +22,12 @@ from .grid import Grid, QuantizedLinear
 from .journal import Journal, finished
 from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS, Plan, make_plan
-from .recipe import Gptq, Recipe
+from .recipe import AutoRound, Recipe
 from .rounding import record, round_stage
 from .sources import Source
 from .stages import Stage, Stages
 from .texts import load_documents
+from .tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,15 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
         linears = {x.name: x for x in job.linears if x.block == k}
         rounded: dict[str, QuantizedLinear] = {}
         records: dict[str, dict[str, Any]] = {}
-        for stage in _stages(job, block, linears.values(), hidden, arguments[k] if arguments else None, last):
+        method = job.recipe.method
+        tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, AutoRound) else None
+        whole = tuning is not None or not last
+        for stage in _stages(job, block, linears.values(), hidden, arguments[k] if arguments else None, whole):
             round_stage(
-                job.recipe.method, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
+                job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
+        if tuning is not None and arguments is not None:
+            tuning.run(rounded, records, hidden, arguments[k], skeleton.device)
         _check_finite(hidden, k)
         layers = [records.get(name) or record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
@@ -238,7 +244,7 @@ def _hidden_states(
 ) -> tuple[dict[str, Tensor], list[Arguments] | None]:
     """The states [samples, seq_len, hidden] that enter the next block, and what each block gets beside them.
 
-    `hidden` is what the rounded blocks made; `reference`, for error correction, what the original ones did.
+    `hidden` is what the rounded blocks made; `reference`, for error correction and tuning, what the original ones did.
     """
     if tokens is None:
         return {}, None
@@ -248,7 +254,7 @@ def _hidden_states(
     else:
         hidden = {"hidden": job.skeleton.embed(tokens.ids).cpu()}
         _check_finite(hidden, -1)
-        if isinstance(job.recipe.method, Gptq) and job.recipe.method.error_correction:
+        if job.recipe.paired:
             hidden["reference"] = hidden["hidden"].clone()
     arguments = job.skeleton.block_arguments(tokens.ids.shape[1])
     job.skeleton.close_shell()
@@ -261,7 +267,7 @@ def _stages(
     linears: Iterable[Linear],
     hidden: dict[str, Tensor],
     arguments: Arguments | None,
-    last: bool,
+    whole: bool,
 ) -> Iterable[Stage]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
     if arguments is None:
@@ -270,7 +276,7 @@ def _stages(
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,
-        device=job.skeleton.device, batch=batch, keep=not last, reference=hidden.get("reference"),
+        device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"),
     )  # fmt: skip
 
 

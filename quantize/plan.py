@@ -13,9 +13,10 @@ from . import machine
 from .errors import BadInput
 from .formats import FORMATS
 from .model import Linear, Skeleton
-from .recipe import Gptq, Grid, Recipe
+from .recipe import AutoRound, Grid, Recipe
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
+TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
 _PROCESS_BYTES = 600_000_000  # Python, torch, transformers and the tokenizer, measured on Linux
 
 
@@ -72,13 +73,20 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     calibrated = recipe.calibrated
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
-    streams = 2 if isinstance(recipe.method, Gptq) and recipe.method.error_correction else 1
+    streams = 2 if recipe.paired else 1
     hidden = streams * tokens * int(skeleton.config.hidden_size) * item
     work = _largest_solve(linears, schemes, calibrated) + streams * _activations(linears, tokens, item)
+    if isinstance(recipe.method, AutoRound):
+        batch = recipe.method.batch_size * recipe.calibration.seq_len
+        work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
+        work += hidden // streams  # the block's inputs, kept
     # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
     memory = _PROCESS_BYTES + max(shell, max(inside) * 3 + work) + hidden
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
     operations = _operations(linears, schemes, tokens, streams, calibrated)
+    if isinstance(recipe.method, AutoRound):
+        trained = 3 * recipe.method.n_steps * batch  # a backward pass is two forward ones
+        operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
         original_bytes=original,
@@ -136,6 +144,30 @@ def _operations(
             if calibrated:
                 total += (2.0 * streams - 1) * tokens * x.in_features**2 + 4.0 * weights * x.in_features
     return total
+
+
+def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
+    """Weights of each block that a token meets: all of them, but of a router's experts only those it is sent to."""
+    active: dict[int, float] = {}
+    for x in linears:
+        active[x.block] = active.get(x.block, 0.0) + x.in_features * x.out_features * _share(skeleton, x)
+    return active
+
+
+def _share(skeleton: Skeleton, linear: Linear) -> float:
+    """The share of the tokens that a linear meets."""
+    if skeleton.row.experts is None or not linear.module.startswith(f"{skeleton.row.experts}."):
+        return 1.0
+    experts = getattr(skeleton.config, "num_experts", None) or skeleton.config.num_local_experts
+    return float(skeleton.config.num_experts_per_tok / experts)
+
+
+def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, parameters: int) -> int:
+    """A block of `parameters` in float32 twice, what is learned of it, and a batch's tensors kept for the gradient."""
+    widths: dict[int, float] = {}
+    for x in linears:
+        widths[x.block] = widths.get(x.block, 0.0) + (x.in_features + x.out_features) * _share(skeleton, x)
+    return 48 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
 
 
 def _speed(device: torch.device) -> float:

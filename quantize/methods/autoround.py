@@ -1,0 +1,72 @@
+"""SignRound: which way each weight is rounded and how far each group's range reaches, by the sign of the slope."""
+
+import torch
+from torch import Tensor
+
+from ..grid import QuantizedLinear
+from ..recipe import AutoRound
+from .fake_quant import FakeQuant, drawn, fake_quantize, storable
+
+_REACH = 0.5  # how far a weight may be moved before it is rounded, in steps of the grid
+_CLIP = (0.5, 1.5)  # factors on the ends of a group's range
+_SHARE = 0.8  # of its distance to its code that a weight keeps
+
+
+class SignRound:
+    """One linear under SignRound (arXiv:2309.05516, 3.2), from codes that are there already.
+
+    q = clip(round(w / s + v) + z), v in [-0.5, 0.5] [out, in]; each group's range [low, high] is that of the start
+    times a, b: s = (b high - a low) / levels, z = round(-a low / s); symmetric grids keep their zero and s = b s0.
+    w is the original weight [out, in] drawn towards its code (see `drawn`): v = 0, a = b = 1 is then the start,
+    whatever rounded it, and a code changes only where the slope says so for several steps.
+    """
+
+    def __init__(self, settings: AutoRound, weight: Tensor, start: QuantizedLinear) -> None:
+        grid, (out, groups) = start.grid, start.scales.shape
+        self._rate, self._start, self._levels = settings.first_rate, start, grid.levels
+        self._latent = drawn(weight, start, _SHARE).reshape(out, groups, -1)
+        self._scale = start.scales.to(torch.float32)[:, :, None]
+        self._zero = start.zeros.to(torch.float32)[:, :, None]
+        self._low, self._high = -self._zero * self._scale, (grid.levels - self._zero) * self._scale
+        self._offset = torch.zeros_like(self._latent)
+        self._a, self._b = torch.ones_like(self._scale), torch.ones_like(self._scale)
+        self._now = self._forward()
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weight [out, in], float32."""
+        return self._now.weight
+
+    @property
+    def result(self) -> QuantizedLinear:
+        return self._now.stored(self._start)
+
+    def step(self, gradient: Tensor, progress: float) -> None:
+        """Move against the sign of the gradient [out, in] of the loss by `weight`, by lr * (1 - progress)."""
+        rate = self._rate * (1 - progress)
+        by_offset, by_a, by_b = self._gradients(gradient)
+        self._offset.sub_(by_offset.sign_(), alpha=rate).clamp_(-_REACH, _REACH)
+        self._a.sub_(by_a.sign_(), alpha=rate).clamp_(*_CLIP)
+        self._b.sub_(by_b.sign_(), alpha=rate).clamp_(*_CLIP)
+        self._now = self._forward()
+
+    def _forward(self) -> FakeQuant:
+        scale, zero = self._range()
+        return fake_quantize(self._latent, self._offset, scale, zero, self._levels)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        dtype = self._start.scales.dtype
+        if self._start.grid.symmetric:
+            return storable(self._scale * self._b, dtype), self._zero
+        scale = storable((self._b * self._high - self._a * self._low) / self._levels, dtype)
+        return scale, (-self._a * self._low / scale).round_().clamp_(0, self._levels)
+
+    def _gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """By v, a and b. Rounding a scale to its stored dtype and a zero to a whole number counts as the identity."""
+        now = self._now
+        by_offset, by_scale, by_zero = now.gradients(gradient)
+        if self._start.grid.symmetric:
+            return by_offset, torch.zeros_like(by_scale), by_scale * self._scale
+        by_scale = by_scale + by_zero * self._a * self._low / now.scale.square()
+        by_a = -by_scale * self._low / self._levels - by_zero * self._low / now.scale
+        return by_offset, by_a, by_scale * self._high / self._levels
