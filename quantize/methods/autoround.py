@@ -9,6 +9,8 @@ from .fake_quant import FakeQuant, drawn, fake_quantize, storable
 
 _REACH = 0.5  # how far a weight may be moved before it is rounded, in steps of the grid
 _CLIP = (0.5, 1.5)  # factors on the ends of a group's range
+_MOMENTUM = 0.9  # of the gradient whose sign is followed
+_RANGE_RATE = 0.1  # a range moves this share of what a rounding does
 _SHARE = 0.8  # of its distance to its code that a weight keeps
 
 
@@ -30,6 +32,7 @@ class SignRound:
         self._low, self._high = -self._zero * self._scale, (grid.levels - self._zero) * self._scale
         self._offset = torch.zeros_like(self._latent)
         self._a, self._b = torch.ones_like(self._scale), torch.ones_like(self._scale)
+        self._slopes = tuple(torch.zeros_like(x) for x in (self._offset, self._a, self._b))
         self._now = self._forward()
 
     @property
@@ -42,12 +45,18 @@ class SignRound:
         return self._now.stored(self._start)
 
     def step(self, gradient: Tensor, progress: float) -> None:
-        """Move against the sign of the gradient [out, in] of the loss by `weight`, by lr * (1 - progress)."""
+        """Move against the sign of the running gradient, `gradient` [out, in] by `weight`; by lr * (1 - progress).
+
+        The paper follows each batch's sign, with one rate for all. From codes that GPTQ has already fitted to one
+        another that raised the error of some blocks; a running gradient and slower ranges lower it.
+        """
         rate = self._rate * (1 - progress)
-        by_offset, by_a, by_b = self._gradients(gradient)
-        self._offset.sub_(by_offset.sign_(), alpha=rate).clamp_(-_REACH, _REACH)
-        self._a.sub_(by_a.sign_(), alpha=rate).clamp_(*_CLIP)
-        self._b.sub_(by_b.sign_(), alpha=rate).clamp_(*_CLIP)
+        for slope, new in zip(self._slopes, self._gradients(gradient), strict=True):
+            slope.mul_(_MOMENTUM).add_(new)
+        by_offset, by_a, by_b = (slope.sign() for slope in self._slopes)
+        self._offset.sub_(by_offset, alpha=rate).clamp_(-_REACH, _REACH)
+        self._a.sub_(by_a, alpha=rate * _RANGE_RATE).clamp_(*_CLIP)
+        self._b.sub_(by_b, alpha=rate * _RANGE_RATE).clamp_(*_CLIP)
         self._now = self._forward()
 
     def _forward(self) -> FakeQuant:
