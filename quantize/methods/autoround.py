@@ -1,4 +1,4 @@
-"""SignRound: which way each weight is rounded and how far each group's range reaches, by the sign of the slope."""
+"""SignRound: which way each weight is rounded and how far each group's range reaches, by gradient steps."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from .fake_quant import FakeQuant, drawn, fake_quantize, storable
 
 _REACH = 0.5  # how far a weight may be moved before it is rounded, in steps of the grid
 _CLIP = (0.5, 1.5)  # factors on the ends of a group's range
-_MOMENTUM = 0.9  # of the gradient whose sign is followed
-_RANGE_RATE = 0.1  # a range moves this share of what a rounding does
+_BETAS = (0.9, 0.95)  # of the running gradient and its running square
+_RANGE_RATE = 0.2  # a range moves this share of what a rounding does
 _SHARE = 0.8  # of its distance to its code that a weight keeps
 
 
@@ -32,7 +32,7 @@ class SignRound:
         self._low, self._high = -self._zero * self._scale, (grid.levels - self._zero) * self._scale
         self._offset = torch.zeros_like(self._latent)
         self._a, self._b = torch.ones_like(self._scale), torch.ones_like(self._scale)
-        self._slopes = tuple(torch.zeros_like(x) for x in (self._offset, self._a, self._b))
+        self._moves = tuple(_Move(x) for x in (self._offset, self._a, self._b))
         self._now = self._forward()
 
     @property
@@ -45,18 +45,17 @@ class SignRound:
         return self._now.stored(self._start)
 
     def step(self, gradient: Tensor, progress: float) -> None:
-        """Move against the sign of the running gradient, `gradient` [out, in] by `weight`; by lr * (1 - progress).
+        """Move against the running gradient, `gradient` [out, in] by `weight`; by lr * (1 - progress) at most.
 
-        The paper follows each batch's sign, with one rate for all. From codes that GPTQ has already fitted to one
-        another that raised the error of some blocks; a running gradient and slower ranges lower it.
+        The paper follows the sign of each batch. From codes that GPTQ has already fitted to one another that raises
+        the error of some blocks: all weights of a row step together. A running gradient over its running size (Adam,
+        arXiv:1412.6980), 1 where every batch agrees and small where they do not, and slower ranges lower it.
         """
         rate = self._rate * (1 - progress)
-        for slope, new in zip(self._slopes, self._gradients(gradient), strict=True):
-            slope.mul_(_MOMENTUM).add_(new)
-        by_offset, by_a, by_b = (slope.sign() for slope in self._slopes)
-        self._offset.sub_(by_offset, alpha=rate).clamp_(-_REACH, _REACH)
-        self._a.sub_(by_a, alpha=rate * _RANGE_RATE).clamp_(*_CLIP)
-        self._b.sub_(by_b, alpha=rate * _RANGE_RATE).clamp_(*_CLIP)
+        offset, a, b = (m.follow(g) for m, g in zip(self._moves, self._gradients(gradient), strict=True))
+        self._offset.sub_(offset, alpha=rate).clamp_(-_REACH, _REACH)
+        self._a.sub_(a, alpha=rate * _RANGE_RATE).clamp_(*_CLIP)
+        self._b.sub_(b, alpha=rate * _RANGE_RATE).clamp_(*_CLIP)
         self._now = self._forward()
 
     def _forward(self) -> FakeQuant:
@@ -79,3 +78,19 @@ class SignRound:
         by_scale = by_scale + by_zero * self._a * self._low / now.scale.square()
         by_a = -by_scale * self._low / self._levels - by_zero * self._low / now.scale
         return by_offset, by_a, by_scale * self._high / self._levels
+
+
+class _Move:
+    """Adam's direction for one tensor."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def follow(self, gradient: Tensor) -> Tensor:
+        """The running gradient over its running size; 0 where no gradient ever came."""
+        self._steps += 1
+        fast, slow = _BETAS
+        self._mean.lerp_(gradient, 1 - fast)
+        self._square.lerp_(gradient.square(), 1 - slow)
+        size = (self._square / (1 - slow**self._steps)).sqrt_()
+        return self._mean.div(1 - fast**self._steps).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))

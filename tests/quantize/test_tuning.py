@@ -13,8 +13,12 @@ from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.grid import Grid, QuantizedLinear
 from quantpress.quantize.methods.rtn import rtn
 from quantpress.quantize.model import Arguments, Linear, Skeleton, run_block
+from quantpress.quantize.pipeline import prepare
+from quantpress.quantize.plan import Plan
 from quantpress.quantize.recipe import AutoRound, Rtn
+from quantpress.quantize.recipe_file import parse
 from quantpress.quantize.rounding import place, weight_of
+from quantpress.quantize.sources import resolve
 from quantpress.quantize.tuning import Passes, Tuning, batches
 from tests.quantize.test_pipeline import CPU, Stop, files, make
 from tests.tiny import FAMILIES, build
@@ -160,3 +164,23 @@ def test_batches_meet_every_sample_and_depend_on_seed_and_block_alone() -> None:
     assert first(6, 0, 1) != first(6, 0, 2)
     assert first(6, 0, 1) != first(6, 1, 1)
     assert [len(x) for x in (next(batches(3, 8, 0, 0)), next(batches(5, 2, 0, 0)))] == [3, 2]
+
+
+def test_the_plan_counts_steps_and_what_they_keep(tmp_path: Path) -> None:
+    build("mixtral", tmp_path / "model", torch.bfloat16)
+
+    def plan(method: dict[str, Any]) -> Plan:
+        calibration = {"samples": 64, "seq_len": 64}
+        recipe = parse({"method": method, "calibration": calibration, "weights": {"group_size": 32}})
+        source = resolve(str(tmp_path / "model"), cache=tmp_path)
+        return prepare(recipe, source, CPU).plan
+
+    rounded = plan({"name": "gptq"})
+    short, long = (plan({"name": "autoround", "steps": n}) for n in (10, 30))
+    wide = plan({"name": "autoround", "steps": 10, "batch_size": 32})
+    assert short.memory_bytes > rounded.memory_bytes
+    assert wide.memory_bytes > short.memory_bytes
+    # A step is three forward passes (2 operations a weight) over 4 x 64 tokens; each meets 2 of the 4 experts.
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 2 * 3 * 64 * 96)
+    assert long.operations - short.operations == 20 * 3 * 2 * 4 * 64 * weights
+    assert short.passes == rounded.passes == 2
