@@ -307,7 +307,7 @@ class Gptq(Strict):
 
 
 class AutoRound(Strict):
-    """SignRound, arXiv:2309.05516: a rounded block's codes and ranges tuned by signed gradient steps on its output."""
+    """SignRound, arXiv:2309.05516: a rounded block's codes and ranges tuned by gradient steps on its output."""
 
     name: Literal["autoround"] = "autoround"
     light: bool = Field(False, description="50 steps instead of 200")
@@ -317,8 +317,8 @@ class AutoRound(Strict):
         None,
         gt=0,
         strict=False,
-        description="what the first step moves: roundings by this many grid steps, ranges by this share; falls to 0 "
-        "in a line; default: 0.5 / steps",
+        description="what the first step moves a rounding, in steps of the grid (ranges: by a fifth of it as a "
+        "share); falls to 0 in a line; default: 0.5 / steps",
     )
     patience: int | None = Field(
         None,
