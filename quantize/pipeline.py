@@ -22,14 +22,15 @@ from .formats import FORMATS
 from .grid import Grid, Inputs, QuantizedLinear
 from .journal import Journal, finished
 from .model import Arguments, Linear, Skeleton
-from .plan import BATCH_TOKENS, Plan, make_plan
-from .recipe import Gptq, Hadamard, Recipe
+from .plan import BATCH_TOKENS, Plan, make_plan, paired_samples
+from .recipe import AutoRound, Hadamard, Recipe
 from .rotation import Rotated
 from .rounding import record, round_stage
 from .sources import Source
 from .stages import Stage, Stages, shared_inputs
 from .texts import load_documents
 from .transforming import BlockTransforms
+from .tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -251,11 +252,16 @@ def _run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Set
         passing = arguments[k] if arguments else None
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
         changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
+        method = job.recipe.method
+        tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, AutoRound) else None
         cache = None if caches is None else kv_cache.Largest(*caches[k])
-        for stage in _stages(job, block, linears.values(), hidden, passing, last, cache):
+        whole = tuning is not None or cache is not None or not last
+        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache):
             round_stage(
-                job.recipe.method, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
+                job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
+        if tuning is not None and arguments is not None:
+            tuning.run(rounded, records, hidden, arguments[k], skeleton.device)
         _check_finite(hidden, k)
         layers = [records.get(name) or record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
@@ -271,8 +277,8 @@ def _hidden_states(
 ) -> tuple[dict[str, Tensor], list[Arguments] | None]:
     """The states [samples, seq_len, hidden] that enter the next block, and what each block gets beside them.
 
-    `hidden` is what the rounded blocks made; `reference`, for error correction, what the original ones did. Without
-    calibration there are none; what blocks get is there when linears with one input have to share a scale.
+    `hidden` is what the rounded blocks made; `reference`, for error correction and tuning, what the original ones did.
+    Without calibration there are none; what blocks get is there when linears with one input have to share a scale.
     """
     shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
     if tokens is None and not shares:
@@ -287,13 +293,8 @@ def _hidden_states(
     else:
         hidden = {"hidden": job.skeleton.embed(tokens.ids).cpu()}
         _check_finite(hidden, -1)
-        if isinstance(job.recipe.method, Gptq) and job.recipe.method.error_correction:
-            import os
-
-            m = -(-int(len(hidden["hidden"]) * float(os.environ.get("FRACTION", "1"))))
-            b = max(1, BATCH_TOKENS // hidden["hidden"].shape[1])
-            m = min(len(hidden["hidden"]), -(-m // b) * b)
-            hidden["reference"] = hidden["hidden"][:m].clone()
+        if job.recipe.paired:
+            hidden["reference"] = hidden["hidden"][: paired_samples(job.recipe)].clone()
     arguments = job.skeleton.block_arguments(tokens.ids.shape[1])
     job.skeleton.close_shell()
     return hidden, arguments
@@ -305,7 +306,7 @@ def _stages(
     linears: Iterable[Linear],
     hidden: dict[str, Tensor],
     arguments: Arguments | None,
-    last: bool,
+    whole: bool,
     cache: kv_cache.Largest | None,
 ) -> Iterable[Stage]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
@@ -322,8 +323,8 @@ def _stages(
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,
-        device=job.skeleton.device, batch=batch, keep=not last or cache is not None,
-        reference=hidden.get("reference"), activations=inputs, begin=(lambda: None) if cache is None else cache.start,
+        device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"), activations=inputs,
+        begin=(lambda: None) if cache is None else cache.start,
     )  # fmt: skip
 
 

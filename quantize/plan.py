@@ -14,9 +14,11 @@ from .errors import BadInput
 from .formats import FORMATS
 from .grid import scale_dtype
 from .model import Linear, Skeleton
-from .recipe import Awq, Gptq, Grid, Recipe, SmoothQuant
+from .recipe import AutoRound, Awq, Grid, Recipe, SmoothQuant
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
+TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
+_PAIRED_SHARE = 1.0  # of the calibration sequences, for error correction
 _PROCESS_BYTES = 600_000_000  # Python, torch, transformers and the tokenizer, measured on Linux
 
 
@@ -76,9 +78,13 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     calibrated = recipe.calibrated
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
-    streams = 2 if isinstance(recipe.method, Gptq) and recipe.method.error_correction else 1
+    streams = 2 if recipe.paired else 1
     hidden = streams * tokens * int(skeleton.config.hidden_size) * item
     work = _largest_solve(linears, schemes, calibrated) + streams * _activations(linears, tokens, item)
+    if isinstance(recipe.method, AutoRound):
+        batch = recipe.method.batch_size * recipe.calibration.seq_len
+        work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
+        work += hidden // streams  # the block's inputs, kept
     # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
     memory = _PROCESS_BYTES + max(shell, max(inside) * 3 + work) + hidden
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
@@ -87,6 +93,9 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     if tried:  # the block runs once more, to be looked at; that needs no more memory than rounding it afterwards
         operations += _operations(linears, schemes, tokens, 1, calibrated)
         operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
+    if isinstance(recipe.method, AutoRound):
+        trained = 3 * recipe.method.n_steps * batch  # a backward pass is two forward ones
+        operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
         original_bytes=original,
@@ -97,6 +106,21 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         seconds=operations / _speed(skeleton.device) + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
     )
+
+
+def paired_samples(recipe: Recipe) -> int:
+    """Calibration sequences for which the original model runs beside the rounded one.
+
+    All of them for tuning, whose target it is; for error correction, which only measures how far inputs have moved, a
+    part, in whole batches.
+    """
+    samples = recipe.calibration.samples
+    if not recipe.paired:
+        return 0
+    if isinstance(recipe.method, AutoRound):
+        return samples
+    batch = max(1, BATCH_TOKENS // recipe.calibration.seq_len)
+    return min(samples, -(-math.ceil(samples * _PAIRED_SHARE) // batch) * batch)
 
 
 def size(n: float) -> str:
@@ -149,6 +173,30 @@ def _operations(
 def _scales_tried(recipe: Recipe) -> int:
     """Scales that the transforms compare for each linear, at the most."""
     return sum(t.points if isinstance(t, Awq) else 12 for t in recipe.transforms if isinstance(t, Awq | SmoothQuant))
+
+
+def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
+    """Weights of each block that a token meets: all of them, but of a router's experts only those it is sent to."""
+    active: dict[int, float] = {}
+    for x in linears:
+        active[x.block] = active.get(x.block, 0.0) + x.in_features * x.out_features * _share(skeleton, x)
+    return active
+
+
+def _share(skeleton: Skeleton, linear: Linear) -> float:
+    """The share of the tokens that a linear meets."""
+    if skeleton.row.experts is None or not linear.module.startswith(f"{skeleton.row.experts}."):
+        return 1.0
+    experts = getattr(skeleton.config, "num_experts", None) or skeleton.config.num_local_experts
+    return float(skeleton.config.num_experts_per_tok / experts)
+
+
+def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, parameters: int) -> int:
+    """A block of `parameters` in float32 twice, what is learned of it, and a batch's tensors kept for the gradient."""
+    widths: dict[int, float] = {}
+    for x in linears:
+        widths[x.block] = widths.get(x.block, 0.0) + (x.in_features + x.out_features) * _share(skeleton, x)
+    return 48 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
 
 
 def _speed(device: torch.device) -> float:

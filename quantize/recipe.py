@@ -316,7 +316,48 @@ class Gptq(Strict):
         return self
 
 
-Method = Annotated[Rtn | Gptq, Field(discriminator="name")]
+class AutoRound(Strict):
+    """SignRound, arXiv:2309.05516: a rounded block's codes and ranges tuned by gradient steps on its output."""
+
+    name: Literal["autoround"] = "autoround"
+    light: bool = Field(False, description="50 steps instead of 200")
+    steps: int | None = Field(None, ge=1, description="gradient steps a block; default: 200, light 50")
+    batch_size: int = Field(4, ge=1, description="calibration sequences a step")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="what the first step moves a rounding, in steps of the grid (ranges: by a fifth of it as a "
+        "share); falls to 0 in a line; default: 0.5 / steps",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="steps without a better block after which to stop; null: never, the error often rises before it "
+        "falls. The best block met is kept in any case",
+    )
+    seed: int = Field(0, ge=0, description="of the order the sequences are met in")
+    start: Literal["gptq", "rtn"] = Field("gptq", description="what rounds the block before it is tuned")
+    error_correction: float = Field(
+        0.5, ge=0, le=1, strict=False, description="of a start from gptq; the original model runs beside in any case"
+    )
+
+    @model_validator(mode="after")
+    def _light_is_a_number_of_steps(self) -> Self:
+        if self.light and self.steps is not None:
+            raise ValueError(f"light means 50 steps and steps says {self.steps}: give one of them")
+        return self
+
+    @property
+    def n_steps(self) -> int:
+        return self.steps or (50 if self.light else 200)
+
+    @property
+    def first_rate(self) -> float:
+        return self.lr or 0.5 / self.n_steps
+
+
+Method = Annotated[Rtn | Gptq | AutoRound, Field(discriminator="name")]
 
 
 class Override(Strict):
@@ -403,6 +444,10 @@ class Recipe(Strict):
                 raise ValueError(
                     f"format {format} cannot hold {wrong[0]} weights; it takes type {', '.join(_HELD[format])}"
                 )
+        if self.tuned and any(grid.type != "int" for grid in grids):
+            raise ValueError(f"method {self.method.name} tunes weights of type int; use gptq or rtn for others")
+        if self.tuned and (self.activations is not None or self.kv_cache is not None):
+            raise ValueError("method autoround tunes weights for 16-bit inputs: leave activations and kv_cache out")
         if self.activations is not None:
             kind = self.activations.type
             for grid in grids:
@@ -430,6 +475,23 @@ class Recipe(Strict):
     def shuffled(self) -> bool:
         """Whether groups become scattered columns (desc_act files)."""
         return isinstance(self.method, Gptq) and not self.method.static_groups
+
+    @property
+    def tuned(self) -> bool:
+        """Whether each block is tuned after it is rounded."""
+        return isinstance(self.method, AutoRound)
+
+    @property
+    def rounder(self) -> Rtn | Gptq:
+        """What rounds a linear: the method itself, or the one that a tuned block starts from."""
+        if isinstance(self.method, AutoRound):
+            return Gptq(error_correction=self.method.error_correction) if self.method.start == "gptq" else Rtn()
+        return self.method
+
+    @property
+    def paired(self) -> bool:
+        """Whether the original model runs beside the rounded one."""
+        return self.tuned or (isinstance(self.method, Gptq) and self.method.error_correction > 0)
 
     @property
     def calibrated(self) -> bool:

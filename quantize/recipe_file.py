@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from .errors import BadInput
 from .recipe import (
     Activations,
+    AutoRound,
     Awq,
     Calibration,
     Evaluation,
@@ -118,7 +119,7 @@ def _keys_at(place: Iterable[int | str]) -> list[str]:
     models: dict[str, type[BaseModel]] = {
         "calibration": Calibration, "evaluation": Evaluation, "weights": Grid, "gates": Gates,
         "overrides": Override, "activations": Activations, "rtn": Rtn, "gptq": Gptq, "smoothquant": SmoothQuant,
-        "awq": Awq, "hadamard": Hadamard,
+        "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     for part in place:

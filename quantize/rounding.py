@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from .grid import Grid, QuantizedLinear
 from .methods import ROUNDERS, Rounded
 from .model import Linear
-from .recipe import Gptq, Method
+from .recipe import Gptq, Rtn
 from .stages import Stage
 
 
 def round_stage(
-    method: Method,
+    method: Rtn | Gptq,
     schemes: dict[str, Grid | None],
     block: nn.Module,
     linears: list[Linear],
@@ -30,15 +30,13 @@ def round_stage(
         apart = linear.name if grid.type == "fp8-block" else ""  # blocks of rows begin anew in each
         stacks.setdefault((grid, apart), []).append(linear)
     for (grid, _), stack in stacks.items():
-        result, note = _round(method, torch.cat([_weight(block, linear) for linear in stack]), grid, stage)
+        result, note = _round(method, torch.cat([weight_of(block, linear) for linear in stack]), grid, stage)
         start = 0
         for linear in stack:
             rows = slice(start, start + linear.out_features)
             one = replace(result.linear.rows(rows.start, rows.stop), inputs=stage.inputs)
             rounded[linear.name] = one
-            module: Any = block.get_submodule(linear.module)
-            weight = one.dequantize(module.weight.dtype)
-            module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
+            place(block, linear, one)
             error, power = float(result.error[rows].sum()), float(result.power[rows].sum())
             records[linear.name] = record(linear, grid) | {
                 "loss": error / stage.tokens if stage.tokens else None,
@@ -50,7 +48,7 @@ def round_stage(
             start = rows.stop
 
 
-def _round(method: Method, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
+def _round(method: Rtn | Gptq, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
     """Round one stack; what is done otherwise than asked comes back as a note."""
     moment = stage.moment
     if not isinstance(method, Gptq):
@@ -65,7 +63,15 @@ def _round(method: Method, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Ro
     return result, None
 
 
-def _weight(block: nn.Module, linear: Linear) -> Tensor:
+def place(block: nn.Module, linear: Linear, rounded: QuantizedLinear) -> None:
+    """Let the block compute with the rounded weight."""
+    module: Any = block.get_submodule(linear.module)
+    weight = rounded.dequantize(module.weight.dtype)
+    module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
+
+
+def weight_of(block: nn.Module, linear: Linear) -> Tensor:
+    """The weight [out, in] that is in place."""
     weight: Tensor = block.get_submodule(linear.module).weight  # type: ignore[assignment]
     return weight.T if linear.transposed else weight
 

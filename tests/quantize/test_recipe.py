@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import Gptq, Grid, Recipe, Rtn, matches
+from quantpress.quantize.recipe import AutoRound, Gptq, Grid, Recipe, Rtn, matches
 from quantpress.quantize.recipe_file import load, parse, shipped
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -404,3 +404,32 @@ def test_what_needs_calibration() -> None:
     w8a8 = rtn | {"weights": {"bits": 8, "group_size": -1}}
     assert not parse(w8a8 | {"activations": {"type": "int8"}}).calibrated
     assert parse(w8a8 | {"activations": {"type": "int8", "dynamic": False}}).calibrated
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"light": True, "steps": 20}, "light means 50 steps and steps says 20"),
+        ({"start": "awq"}, "'gptq' or 'rtn', not 'awq'"),
+        ({"stepps": 20}, "did you mean 'steps'"),
+    ],
+)
+def test_what_autoround_refuses(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        parse({"method": {"name": "autoround"} | document})
+
+
+def test_tuning_is_for_integer_weights() -> None:
+    with pytest.raises(BadInput, match="method autoround tunes weights of type int; use gptq or rtn"):
+        parse({"method": {"name": "autoround"}, "weights": {"type": "mxfp4"}})
+
+
+def test_what_a_tuned_block_starts_from() -> None:
+    light = parse({"method": {"name": "autoround", "light": True, "error_correction": 0.25}})
+    assert (light.tuned, light.paired, light.calibrated) == (True, True, True)
+    assert isinstance(light.method, AutoRound)
+    assert (light.method.n_steps, light.method.first_rate) == (50, 0.01)
+    assert light.rounder == Gptq(error_correction=0.25)
+    assert parse({"method": {"name": "autoround", "start": "rtn"}}).rounder == Rtn()
+    plain = parse({"method": {"name": "gptq", "error_correction": 0}})
+    assert (plain.rounder, plain.tuned, plain.paired) == (plain.method, False, False)

@@ -128,7 +128,7 @@ def test_factor_is_the_inverse_hessians() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(0, 100), min_size=24, max_size=24), st.sampled_from([4, 8, 12, 24]))
+@given(st.lists(st.floats(0, 100, allow_subnormal=False), min_size=24, max_size=24), st.sampled_from([4, 8, 12, 24]))
 def test_group_aware_order_keeps_groups_together(diagonal: list[float], columns: int) -> None:
     d = torch.tensor(diagonal)
     order = column_order(d, columns, "group_aware")

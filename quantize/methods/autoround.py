@@ -1,0 +1,96 @@
+"""SignRound: which way each weight is rounded and how far each group's range reaches, by gradient steps."""
+
+import torch
+from torch import Tensor
+
+from ..grid import QuantizedLinear
+from ..recipe import AutoRound
+from .fake_quant import FakeQuant, drawn, fake_quantize, storable
+
+_REACH = 0.5  # how far a weight may be moved before it is rounded, in steps of the grid
+_CLIP = (0.5, 1.5)  # factors on the ends of a group's range
+_BETAS = (0.9, 0.95)  # of the running gradient and its running square
+_RANGE_RATE = 0.2  # a range moves this share of what a rounding does
+_SHARE = 0.8  # of its distance to its code that a weight keeps
+
+
+class SignRound:
+    """One linear under SignRound (arXiv:2309.05516, 3.2), from codes that are there already.
+
+    q = clip(round(w / s + v) + z), v in [-0.5, 0.5] [out, in]; each group's range [low, high] is that of the start
+    times a, b: s = (b high - a low) / levels, z = round(-a low / s); symmetric grids keep their zero and s = b s0.
+    w is the original weight [out, in] drawn towards its code (see `drawn`): v = 0, a = b = 1 is then the start,
+    whatever rounded it, and a code changes only where the slope says so for several steps.
+    """
+
+    def __init__(self, settings: AutoRound, weight: Tensor, start: QuantizedLinear) -> None:
+        grid, (out, groups) = start.grid, start.scales.shape
+        self._rate, self._start, self._levels = settings.first_rate, start, grid.levels
+        self._latent = drawn(weight, start, _SHARE).reshape(out, groups, -1)
+        self._scale = start.scales.to(torch.float32)[:, :, None]
+        self._zero = start.zeros.to(torch.float32)[:, :, None]
+        self._low, self._high = -self._zero * self._scale, (grid.levels - self._zero) * self._scale
+        self._offset = torch.zeros_like(self._latent)
+        self._a, self._b = torch.ones_like(self._scale), torch.ones_like(self._scale)
+        self._moves = tuple(_Move(x) for x in (self._offset, self._a, self._b))
+        self._now = self._forward()
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weight [out, in], float32."""
+        return self._now.weight
+
+    @property
+    def result(self) -> QuantizedLinear:
+        return self._now.stored(self._start)
+
+    def step(self, gradient: Tensor, progress: float) -> None:
+        """Move against the running gradient, `gradient` [out, in] by `weight`; by lr * (1 - progress) at most.
+
+        The paper follows the sign of each batch. From codes that GPTQ has already fitted to one another that raises
+        the error of some blocks: all weights of a row step together. A running gradient over its running size (Adam,
+        arXiv:1412.6980), 1 where every batch agrees and small where they do not, and slower ranges lower it.
+        """
+        rate = self._rate * (1 - progress)
+        offset, a, b = (m.follow(g) for m, g in zip(self._moves, self._gradients(gradient), strict=True))
+        self._offset.sub_(offset, alpha=rate).clamp_(-_REACH, _REACH)
+        self._a.sub_(a, alpha=rate * _RANGE_RATE).clamp_(*_CLIP)
+        self._b.sub_(b, alpha=rate * _RANGE_RATE).clamp_(*_CLIP)
+        self._now = self._forward()
+
+    def _forward(self) -> FakeQuant:
+        scale, zero = self._range()
+        return fake_quantize(self._latent, self._offset, scale, zero, self._levels)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        dtype = self._start.scales.dtype
+        if self._start.grid.symmetric:
+            return storable(self._scale * self._b, dtype), self._zero
+        scale = storable((self._b * self._high - self._a * self._low) / self._levels, dtype)
+        return scale, (-self._a * self._low / scale).round_().clamp_(0, self._levels)
+
+    def _gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """By v, a and b. Rounding a scale to its stored dtype and a zero to a whole number counts as the identity."""
+        now = self._now
+        by_offset, by_scale, by_zero = now.gradients(gradient)
+        if self._start.grid.symmetric:
+            return by_offset, torch.zeros_like(by_scale), by_scale * self._scale
+        by_scale = by_scale + by_zero * self._a * self._low / now.scale.square()
+        by_a = -by_scale * self._low / self._levels - by_zero * self._low / now.scale
+        return by_offset, by_a, by_scale * self._high / self._levels
+
+
+class _Move:
+    """Adam's direction for one tensor."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def follow(self, gradient: Tensor) -> Tensor:
+        """The running gradient over its running size; 0 where no gradient ever came."""
+        self._steps += 1
+        fast, slow = _BETAS
+        self._mean.lerp_(gradient, 1 - fast)
+        self._square.lerp_(gradient.square(), 1 - slow)
+        size = (self._square / (1 - slow**self._steps)).sqrt_()
+        return self._mean.div(1 - fast**self._steps).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))

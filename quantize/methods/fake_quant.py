@@ -1,0 +1,77 @@
+"""Fake quantization: the rounded weight a forward pass sees, and the straight-through gradient that comes back.
+
+Rounding counts as the identity in the backward pass, clipping as itself (Bengio et al., arXiv:1308.3432). Written out
+by hand: autograd would keep half a dozen tensors the size of the weight for each linear of the block.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..grid import QuantizedLinear
+
+SMALLEST_SCALE = 2.0**-17  # as grid.fit: exact in both 16-bit types, and never divides by zero
+
+
+@dataclass(frozen=True)
+class FakeQuant:
+    """One rounding of a weight: codes and inside [out, groups, columns], scale and zero [out, groups, 1], float32.
+
+    inside is 1 where the code was not clipped, 0 where it was; position is weight / scale.
+    """
+
+    codes: Tensor
+    inside: Tensor
+    position: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """What QuantizedLinear.dequantize gives for these codes, [out, in] float32."""
+        return ((self.codes - self.zero) * self.scale).flatten(1)
+
+    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the loss by weight / scale, by the scale and by the zero, from `gradient` [out, in] by `weight`.
+
+        q = clip(round(w / s) + z): by w / s it is s where not clipped; by s it is (q - z) - w / s there, q - z where
+        clipped; by z it is 0 and -s.
+        """
+        g = gradient.view_as(self.codes)
+        by_position = g * self.inside * self.scale
+        by_scale = (g * (self.codes - self.zero - self.inside * self.position)).sum(2, keepdim=True)
+        by_zero = (g * (self.inside - 1)).sum(2, keepdim=True) * self.scale
+        return by_position, by_scale, by_zero
+
+    def stored(self, like: QuantizedLinear) -> QuantizedLinear:
+        """The record of these codes, on the grid and in the dtypes of `like`."""
+        scales, zeros = self.scale.squeeze(2).to(like.scales.dtype), self.zero.squeeze(2).to(torch.uint8)
+        return replace(like, codes=self.codes.flatten(1).to(torch.uint8), scales=scales, zeros=zeros)
+
+
+def fake_quantize(weight: Tensor, offset: Tensor | float, scale: Tensor, zero: Tensor, levels: int) -> FakeQuant:
+    """Round weight / scale + offset; weight and offset [out, groups, columns], scale and zero [out, groups, 1]."""
+    position = weight / scale
+    free = (position + offset).round_().add_(zero)
+    codes = free.clamp(0, levels)
+    return FakeQuant(codes, (free == codes).to(weight.dtype), position, scale, zero)
+
+
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` in float32 as it comes back from `dtype`, the one it is stored in."""
+    return scale.clamp(min=SMALLEST_SCALE).to(dtype).to(torch.float32)
+
+
+def drawn(weight: Tensor, start: QuantizedLinear, share: float) -> Tensor:
+    """`weight` [out, in] drawn towards its codes in `start`, to which it then rounds; float32.
+
+    Within half a grid step of its code it keeps `share` < 1 of the distance, farther off half a step's share: the
+    start need not have chosen the nearest code. Beyond the ends of the grid it stays as far out as it is.
+    """
+    groups, levels = start.column_groups(), start.grid.levels
+    scale, zero = start.scales.to(torch.float32)[:, groups], start.zeros.to(torch.float32)[:, groups]
+    codes = start.codes.to(torch.float32)
+    beside = weight.to(torch.float32) / scale + zero - codes
+    beyond = ((codes == 0) & (beside < 0)) | ((codes == levels) & (beside > 0))
+    return (codes - zero + torch.where(beyond, beside, share * beside.clamp(-0.5, 0.5))) * scale
