@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from quantpress.quantize import pipeline
+from quantpress.quantize import blocks
 from quantpress.quantize.architectures import ARCHITECTURES, Feed
 from quantpress.quantize.artifact import open_artifact
 from quantpress.quantize.checkpoint import Checkpoint
@@ -202,13 +202,13 @@ def test_the_artifact_holds_the_block_as_it_was_calibrated(
 ) -> None:
     build(family, tmp_path / "model", torch.bfloat16)
     in_memory: dict[str, Tensor] = {}
-    tensors = pipeline._block_tensors
+    tensors = blocks._block_tensors
 
     def spy(job: Any, k: int, block: nn.Module, *rest: Any) -> dict[str, Tensor]:
         in_memory.update({disk: block.get_parameter(n).clone() for n, disk in job.skeleton.block_names(k).items()})
         return tensors(job, k, block, *rest)
 
-    monkeypatch.setattr(pipeline, "_block_tensors", spy)
+    monkeypatch.setattr(blocks, "_block_tensors", spy)
     formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
     # Where it can be left out, a linear in 16 bit whose columns are scaled all the same.
     ignore = [] if "gpt" in family or family == "phi3" else ["*.0.*k_proj"]

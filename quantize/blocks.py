@@ -1,0 +1,147 @@
+"""The decoder blocks of a job, one after the other: calibrated, transformed, rounded, tuned, journalled."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kv_cache
+from .activations import columns_of
+from .calibration import Tokens
+from .errors import BadInput
+from .formats import FORMATS
+from .grid import Inputs, QuantizedLinear
+from .job import Job, Progress, Settings
+from .journal import Journal
+from .model import Arguments, Linear
+from .plan import BATCH_TOKENS, paired_samples
+from .recipe import AutoRound
+from .rounding import record, round_stage
+from .stages import Stage, Stages, shared_inputs
+from .transforming import BlockTransforms
+from .tuning import Tuning
+
+
+def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
+    """Calibrate, round, propagate and write each block that the journal does not hold yet."""
+    skeleton, first = job.skeleton, len(journal.done)
+    if first == skeleton.n_blocks:
+        return
+    caches = None if job.recipe.kv_cache is None else kv_cache.attentions(skeleton)
+    hidden, arguments = _hidden_states(job, tokens, journal)
+    transforms = BlockTransforms(job.recipe, skeleton)
+    for k, block in skeleton.blocks(first):
+        started = time.monotonic()
+        last = k + 1 == skeleton.n_blocks
+        linears = {x.name: x for x in job.linears if x.block == k}
+        rounded: dict[str, QuantizedLinear] = {}
+        records: dict[str, dict[str, Any]] = {}
+        passing = arguments[k] if arguments else None
+        grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
+        changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
+        method = job.recipe.method
+        tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, AutoRound) else None
+        cache = None if caches is None else kv_cache.Largest(*caches[k])
+        whole = tuning is not None or cache is not None or not last
+        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache):
+            round_stage(
+                job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
+            )
+        if tuning is not None and arguments is not None:
+            tuning.run(rounded, records, hidden, arguments[k], skeleton.device)
+        _check_finite(hidden, k)
+        layers = [records.get(name) or record(x, None) for name, x in linears.items()]
+        seconds = time.monotonic() - started
+        tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
+        line = {"block": k, "seconds": round(seconds, 3), "layers": layers, "transforms": changes.records}
+        journal.commit(tensors, {} if last else hidden, line)
+        errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
+        settings.on_block(Progress(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
+
+
+def _hidden_states(
+    job: Job, tokens: Tokens | None, journal: Journal
+) -> tuple[dict[str, Tensor], list[Arguments] | None]:
+    """The states [samples, seq_len, hidden] that enter the next block, and what each block gets beside them.
+
+    `hidden` is what the rounded blocks made; `reference`, for error correction and tuning, what the original ones did.
+    Without calibration there are none; what blocks get is there when linears with one input have to share a scale.
+    """
+    shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
+    if tokens is None and not shares:
+        return {}, None
+    job.skeleton.open_shell()
+    if tokens is None:
+        arguments = job.skeleton.block_arguments(1)
+        job.skeleton.close_shell()
+        return {}, arguments
+    if journal.done:
+        hidden = journal.hidden()
+    else:
+        hidden = {"hidden": job.skeleton.embed(tokens.ids).cpu()}
+        _check_finite(hidden, -1)
+        if job.recipe.paired:
+            hidden["reference"] = hidden["hidden"][: paired_samples(job.recipe)].clone()
+    arguments = job.skeleton.block_arguments(tokens.ids.shape[1])
+    job.skeleton.close_shell()
+    return hidden, arguments
+
+
+def _stages(
+    job: Job,
+    block: nn.Module,
+    linears: Iterable[Linear],
+    hidden: dict[str, Tensor],
+    arguments: Arguments | None,
+    whole: bool,
+    cache: kv_cache.Largest | None,
+) -> Iterable[Stage]:
+    wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
+    recipe, states = job.recipe, hidden.get("hidden")
+    spec = recipe.activations
+    inputs = None if spec is None else (spec, columns_of(spec, recipe.weights))
+    if states is None or arguments is None:
+        together: list[tuple[str, ...]] = [(name,) for name in wanted]
+        if arguments is not None:
+            some = torch.ones(1, 1, job.skeleton.config.hidden_size, dtype=job.skeleton.dtype)
+            together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
+            together += [(name,) for name in wanted if not any(name in names for names in together)]
+        return [Stage(names, inputs=None if inputs is None else Inputs(*inputs)) for names in together]
+    batch = max(1, BATCH_TOKENS // states.shape[1])
+    return Stages(
+        block, states, arguments, wanted,
+        device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"), activations=inputs,
+        begin=(lambda: None) if cache is None else cache.start,
+    )  # fmt: skip
+
+
+def _check_finite(hidden: dict[str, Tensor], k: int) -> None:
+    for states in hidden.values():
+        if not bool(torch.isfinite(states).all()):
+            where = "the embedding" if k < 0 else f"block {k}"
+            raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
+
+
+def _block_tensors(
+    job: Job,
+    k: int,
+    block: nn.Module,
+    rounded: dict[str, QuantizedLinear],
+    changed: set[str],
+    cache: kv_cache.Largest | None,
+) -> dict[str, Tensor]:
+    """Everything block `k` has on disk: packed linears, parameters a transform `changed`, cache scales, the rest."""
+    format = FORMATS[job.recipe.formats[0]]
+    tensors: dict[str, Tensor] = {}
+    for name, linear in rounded.items():
+        tensors |= {n: t.cpu() for n, t in format.pack(name, linear).items()}
+    for name, disk in job.skeleton.block_names(k).items():
+        if disk.removesuffix(".weight") not in rounded:
+            before = job.reader.read(disk)
+            tensors[disk] = block.get_parameter(name).to("cpu", before.dtype) if name in changed else before
+    if cache is not None and job.recipe.kv_cache is not None:
+        scales = zip(format.cache_suffixes, cache.scales(job.recipe.kv_cache), strict=True)
+        tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in scales}
+    return tensors

@@ -1,0 +1,109 @@
+"""A recipe that has been found to fit its model: everything a run needs to know before the work."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import kv_cache, machine
+from .checkpoint import Checkpoint
+from .errors import BadInput
+from .formats import FORMATS
+from .grid import Grid
+from .model import Linear, Skeleton
+from .plan import Plan, make_plan
+from .recipe import Hadamard, Recipe
+from .rotation import Rotated
+from .sources import Source
+from .transforming import BlockTransforms
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A block has been finished."""
+
+    block: int
+    blocks: int
+    loss: float | None  # mean relative error of its linears
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides, beside the recipe."""
+
+    out: Path
+    cache: Path
+    overwrite: bool = False
+    ignore_limits: bool = False
+    trust_remote_code: bool = False
+    on_block: Callable[[Progress], None] = lambda progress: None
+    on_note: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that has been found to fit its model: everything but the work.
+
+    checkpoint: the original. reader: what is quantized, the original or its rotation.
+    """
+
+    recipe: Recipe
+    source: Source
+    checkpoint: Checkpoint
+    reader: Checkpoint | Rotated
+    skeleton: Skeleton
+    linears: list[Linear]
+    schemes: dict[str, Grid | None]
+    plan: Plan
+
+    @property
+    def shuffled(self) -> bool:
+        return self.recipe.shuffled
+
+
+def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:
+    """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run."""
+    machine.flush_denormals()
+    checkpoint = Checkpoint(source.path)
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise BadInput(f"{source.id} is already quantized ({method}); give the original checkpoint")
+    first = recipe.transforms[0] if recipe.transforms else None
+    reader = Rotated(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
+    skeleton = Skeleton(reader, device=device or machine.device())
+    linears = skeleton.linears()
+    schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
+    for name in recipe.formats:
+        _check_format(name, linears, schemes, skeleton, recipe)
+    BlockTransforms(recipe, skeleton)
+    if recipe.kv_cache is not None:
+        kv_cache.attentions(skeleton)
+    plan = make_plan(recipe, skeleton, linears, schemes)
+    notes = reader.notes if isinstance(reader, Rotated) else ()
+    plan = replace(plan, original_bytes=checkpoint.total_bytes, notes=notes)
+    return Job(recipe, source, checkpoint, reader, skeleton, linears, schemes, plan)
+
+
+def _check_format(
+    format: str, linears: list[Linear], schemes: dict[str, Grid | None], skeleton: Skeleton, recipe: Recipe
+) -> None:
+    """Raise BadInput for what `format` cannot hold, layer by layer and as a whole."""
+    for linear in linears:
+        grid = schemes[linear.name]
+        if grid is None:
+            continue
+        if format != "gptq" and linear.transposed:
+            raise BadInput(
+                f"{linear.name} is a Conv1D, which readers of {format} leave unquantized without a word; "
+                "write it with --set formats=[gptq]"
+            )
+        try:
+            FORMATS[format].check(grid, linear.out_features, linear.in_features, recipe.shuffled)
+        except BadInput as error:
+            raise BadInput(f"{linear.name}: {error}") from None
+    FORMATS[format].config(
+        schemes, ignored_extra=skeleton.outside(), shuffled=recipe.shuffled, activations=recipe.activations,
+        kv_cache=recipe.kv_cache,
+    )  # fmt: skip
