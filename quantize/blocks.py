@@ -16,7 +16,7 @@ from .grid import Inputs, QuantizedLinear
 from .job import Job, Progress, Settings
 from .journal import Journal
 from .model import Arguments, Linear
-from .plan import BATCH_TOKENS, paired_samples
+from .plan import BATCH_TOKENS
 from .recipe import AutoRound
 from .rounding import record, round_stage
 from .stages import Stage, Stages, shared_inputs
@@ -83,7 +83,7 @@ def _hidden_states(
         hidden = {"hidden": job.skeleton.embed(tokens.ids).cpu()}
         _check_finite(hidden, -1)
         if job.recipe.paired:
-            hidden["reference"] = hidden["hidden"][: paired_samples(job.recipe)].clone()
+            hidden["reference"] = hidden["hidden"].clone()
     arguments = job.skeleton.block_arguments(tokens.ids.shape[1])
     job.skeleton.close_shell()
     return hidden, arguments

@@ -18,7 +18,6 @@ from .recipe import AutoRound, Awq, Grid, Recipe, SmoothQuant
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
-_PAIRED_SHARE = 1.0  # of the calibration sequences, for error correction
 _PROCESS_BYTES = 600_000_000  # Python, torch, transformers and the tokenizer, measured on Linux
 
 
@@ -106,21 +105,6 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         seconds=operations / _speed(skeleton.device) + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
     )
-
-
-def paired_samples(recipe: Recipe) -> int:
-    """Calibration sequences for which the original model runs beside the rounded one.
-
-    All of them for tuning, whose target it is; for error correction, which only measures how far inputs have moved, a
-    part, in whole batches.
-    """
-    samples = recipe.calibration.samples
-    if not recipe.paired:
-        return 0
-    if isinstance(recipe.method, AutoRound):
-        return samples
-    batch = max(1, BATCH_TOKENS // recipe.calibration.seq_len)
-    return min(samples, -(-math.ceil(samples * _PAIRED_SHARE) // batch) * batch)
 
 
 def size(n: float) -> str:

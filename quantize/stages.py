@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .activations import measured, round_inputs
 from .grid import Inputs
-from .methods import Drift
 from .model import Arguments, Experts
 from .recipe import Activations
 
@@ -28,15 +27,15 @@ _PANELS = 8  # X^T X is symmetric: about half of it is computed, in this many pa
 class Stage:
     """Linears that receive the same tensor X [tokens, in], about to be applied.
 
-    moment: X^T X [in, in] float32, None when no token came; tokens: rows of X. drift: how far X is from what the
-    original model would send; None where that was not asked for or tokens do not correspond. inputs: how X is rounded
-    as the artifact runs, None where it is not; X in the moments is what that makes of it.
+    moment: X^T X [in, in] float32, None when no token came; tokens: rows of X. drift: (X0 - X)^T X [in, in], X0 what
+    the original model would send instead; None where that was not asked for or tokens do not correspond. inputs: how X
+    is rounded as the artifact runs, None where it is not; X in the moments is what that makes of it.
     """
 
     names: tuple[str, ...]
     moment: Tensor | None = None
     tokens: int = 0
-    drift: Drift | None = None
+    drift: Tensor | None = None
     inputs: Inputs | None = None
 
 
@@ -45,8 +44,7 @@ class Stages:
 
     hidden [samples, seq_len, hidden] is replaced by what the block makes of it, `batch` samples at a time, unless
     `keep` is false: then the rest of the block after the last linear is not run. linears {name: module} are the ones
-    to halt at. reference: the original model's hidden states of the first samples (whole batches, or all of them),
-    which the block's original weights are applied to beside.
+    to halt at. reference: the original model's hidden states, which the block's original weights are applied to beside.
     activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale.
     watch: called with the first name of a stage and some rows of X [tokens, in] float32, until all of X has passed.
     begin: called when the pass begins; the block has run before that on one sample, to see the order of its linears.
@@ -103,7 +101,7 @@ class Stages:
 
     def _stage(self, names: tuple[str, ...], runs: "list[_Run]", beside: "list[_Run]") -> Stage:
         """Take every batch to the linear `names[0]` and sum up what it is about to receive."""
-        moment = cross = part = None
+        moment = drift = None
         tokens = 0
         aligned = bool(beside) and not any(self._linears[name] in self._routed for name in names)
         waiting = [run.advance(names[0]) for run in runs]
@@ -111,28 +109,23 @@ class Stages:
         if inputs is not None:
             self._inputs |= dict.fromkeys(names, inputs)
         for i, x in enumerate(waiting):
-            original = beside[i].advance(names[0]) if i < len(beside) else None
+            original = beside[i].advance(names[0]) if beside else None
             if x.shape[0] == 0:
                 continue
             rows = (x if inputs is None else round_inputs(x, inputs)).to(torch.float32)
             self._watch(names[0], rows)
             if moment is None:
                 moment = rows.new_zeros(rows.shape[1], rows.shape[1])
-                cross = torch.zeros_like(moment) if aligned else None
+                drift = torch.zeros_like(moment) if aligned else None
             with exact_products(x.dtype):
                 add_second_moment(moment, rows)
-                if cross is not None and original is not None:
-                    cross.addmm_(original.to(torch.float32).T, rows)
+                if drift is not None and original is not None:
+                    drift.addmm_(original.to(torch.float32).T, rows)
             tokens += rows.shape[0]
-            if cross is not None and i + 1 == len(beside):
-                part = moment.clone() if i + 1 < len(waiting) else moment
-        if moment is None:
-            return Stage(names, inputs=inputs)
-        moment = _symmetric(moment)
-        if cross is None or part is None:
-            return Stage(names, moment, tokens, None, inputs)
-        part = moment if len(beside) == len(waiting) else _symmetric(part)
-        return Stage(names, moment, tokens, Drift(cross.sub_(part), part), inputs)
+        if moment is not None:
+            moment = moment.triu_().add_(moment.triu(1).T)
+            drift = None if drift is None else drift.sub_(moment)  # so far X0^T X
+        return Stage(names, moment, tokens, drift, inputs)
 
     def _measured(self, waiting: list[Tensor]) -> Inputs | None:
         """How what waits before a linear, [tokens, in] a batch, is going to be rounded."""
@@ -234,11 +227,6 @@ def add_second_moment(total: Tensor, rows: Tensor) -> None:
     width = max(128, -(-n // _PANELS))
     for start in range(0, n, width):
         total[start : start + width, start:].addmm_(rows[:, start : start + width].T, rows[:, start:])
-
-
-def _symmetric(upper: Tensor) -> Tensor:
-    """The matrix [in, in] whose upper triangle this is; in place."""
-    return upper.triu_().add_(upper.triu(1).T)
 
 
 @contextmanager

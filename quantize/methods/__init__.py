@@ -10,15 +10,15 @@ from torch import Tensor
 from ..recipe import Grid, Method, Transform
 from .awq import awq
 from .gptq import gptq
-from .rounded import Drift, Rounded
+from .rounded import Rounded
 from .rtn import rtn
 from .scaling import Observed, Rounding, Scaling, Weights
 from .smoothquant import smoothquant
 
-__all__ = ["ROUNDERS", "TRANSFORMS", "Drift", "Rounded"]
+__all__ = ["ROUNDERS", "TRANSFORMS", "Rounded"]
 
 Transformer = Callable[[Weights, Observed, Transform, Rounding | None], Scaling]
-Rounder = Callable[[Tensor, Grid, Method, Tensor | None, Drift | None], Rounded]
+Rounder = Callable[[Tensor, Grid, Method, Tensor | None, Tensor | None], Rounded]
 
 ROUNDERS: dict[str, Rounder] = {"rtn": rtn, "gptq": gptq}
 TRANSFORMS: dict[str, Transformer] = {"smoothquant": smoothquant, "awq": awq}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..grid import fit, global_scale, round_numbers_, scale_dtype
 from ..recipe import Gptq, Grid, Method
-from .rounded import Drift, Rounded
+from .rounded import Rounded
 from .rtn import as_stored, output_power
 from .threads import one_thread
 
@@ -16,15 +16,15 @@ _MAX_DAMP = 10.0
 
 
 def gptq(
-    weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Drift | None = None
+    weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Tensor | None = None
 ) -> Rounded:
     """Round `weight` [out, in] to `grid`, each column making up for the error of the columns before it.
 
     GPTQ, arXiv:2210.17323, Algorithm 1: with H^-1 = U^T U, column k is rounded from W_k - sum_{i<k} e_i U_ik / U_ii,
     e_i = w_i - q_i the error of the updated column i. U is the inverse of one triangular factor of H; H itself is
     never inverted. `moment` [in, in] = X^T X (H without its factor 2, which cancels); the solve runs in its dtype,
-    float32 in a run. `drift`: how far the inputs have moved from the original model's; `settings` says how that is made
-    up for.
+    float32 in a run. `drift` [in, in] = (X0 - X)^T X, X0 the inputs the original model would send: `settings` says how
+    it is made up for.
 
     Raises ValueError without a moment, or when no damping up to 10 makes it positive definite.
     """
@@ -32,7 +32,7 @@ def gptq(
         raise ValueError("gptq needs the second moment of the inputs and its own settings")
     original, (out_features, in_features) = weight, weight.shape
     if drift is not None and settings.correction == "qep":
-        weight = corrected(weight, drift, settings.error_correction, settings.damp)
+        weight = corrected(weight, moment, drift, settings.error_correction, settings.damp)
     columns, dtype, overall = grid.columns(in_features), scale_dtype(original, grid), global_scale(weight, grid)
     order = column_order(moment.diagonal(), columns, settings.order)
     feedback, variance, damp = factor(moment[order][:, order], settings.damp)
@@ -40,8 +40,7 @@ def gptq(
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
     state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
     if drift is not None and settings.correction == "gptaq":
-        cross = drift.cross * (moment.trace() / drift.moment.trace())  # as if over all tokens
-        state.carry = carried(cross[order][:, order], feedback, variance, settings.error_correction)
+        state.carry = carried(drift[order][:, order], feedback, variance, settings.error_correction)
         state.value = torch.empty_like(w)
     importance = variance if settings.weighted_scales else None
     groups = -(-in_features // columns)
@@ -153,34 +152,34 @@ def column_order(diagonal: Tensor, columns: int, order: str) -> Tensor:
     return (inside + starts)[outside].reshape(-1)
 
 
-def corrected(weight: Tensor, drift: Drift, strength: float, damp: float) -> Tensor:
+def corrected(weight: Tensor, moment: Tensor, drift: Tensor, strength: float, damp: float) -> Tensor:
     """The weight [out, in] that makes up for inputs which are already wrong; float32.
 
     QEP (arXiv:2504.09629, 4.2): W + strength * W (X0 - X)^T X (X^T X + damping)^-1 is, at strength 1, the least-squares
-    weight that makes of the inputs X at hand what W made of the original ones X0.
+    weight that makes of the inputs X at hand what W made of the original ones X0. moment = X^T X and
+    drift = (X0 - X)^T X, both [in, in].
     """
-    moment = drift.moment
     w = weight.to(moment.dtype)
     diagonal, mean = moment.diagonal(), moment.diagonal().mean()
     while damp <= _MAX_DAMP:
         lower, info = torch.linalg.cholesky_ex(moment + torch.diag((damp * mean).expand_as(diagonal)))
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            return w + strength * torch.cholesky_solve((w @ drift.cross).T, lower).T
+            return w + strength * torch.cholesky_solve((w @ drift).T, lower).T
         damp *= 3
     raise ValueError(f"the Hessian stays singular with damping {_MAX_DAMP}")
 
 
-def carried(cross: Tensor, feedback: Tensor, variance: Tensor, strength: float) -> Tensor:
+def carried(drift: Tensor, feedback: Tensor, variance: Tensor, strength: float) -> Tensor:
     """What the value of each column adds to later ones for the error already in the inputs, beyond `feedback`.
 
     GPTAQ, arXiv:2504.02692, eq. 16: rounding column i also adds w_i P_ik to column k, P = strength *
-    triu(D U^T, 1) U with D = `cross` = (X0 - X)^T X. Here w_i, the updated column, is its error plus its rounded value:
-    the error's part is added to `feedback` in place, P^T [in, in] itself is returned for the values.
+    triu(D U^T, 1) U with D = (X0 - X)^T X. Here w_i, the updated column, is its error plus its rounded value: the
+    error's part is added to `feedback` in place, P^T [in, in] itself is returned for the values.
     """
     u = (torch.eye(len(feedback), dtype=feedback.dtype, device=feedback.device) - feedback.T) * variance.rsqrt()[
         :, None
     ]
-    p = strength * torch.triu(cross @ u.T, 1) @ u
+    p = strength * torch.triu(drift @ u.T, 1) @ u
     feedback += p.T
     return p.T.contiguous()
 

@@ -8,17 +8,6 @@ from ..grid import QuantizedLinear
 
 
 @dataclass(frozen=True)
-class Drift:
-    """How far the inputs X of a linear have moved from X0, those of the original model, over a part of the tokens.
-
-    cross = (X0 - X)^T X and moment = X^T X, both [in, in], of the same rows.
-    """
-
-    cross: Tensor
-    moment: Tensor
-
-
-@dataclass(frozen=True)
 class Rounded:
     """A rounded weight with the error it makes, row by row, so that stacked linears can be taken apart.
 

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from ..grid import QuantizedLinear, collapse, encode, fit, global_scale, scale_dtype, snap
 from ..recipe import Grid, Method
-from .rounded import Drift, Rounded
+from .rounded import Rounded
 from .threads import one_thread
 
 _WIDEST = 256  # columns of a group
 
 
 def rtn(
-    weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Drift | None = None
+    weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Tensor | None = None
 ) -> Rounded:
     """Round `weight` [out, in] to the nearest point of a grid fitted to each group of columns.
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from quantpress.quantize.grid import Grid, fit, snap
 from quantpress.quantize.methods.gptq import column_order, corrected, factor, gptq
-from quantpress.quantize.methods.rounded import Drift
 from quantpress.quantize.methods.rtn import output_power, rtn
 from quantpress.quantize.recipe import Gptq, Rtn
 
@@ -144,13 +143,12 @@ def test_corrected_is_the_least_squares_weight() -> None:
     original = torch.randn(200, 24, dtype=torch.float64)
     actual = original + 0.1 * torch.randn(200, 24, dtype=torch.float64)
     weight = torch.randn(5, 24, dtype=torch.float64)
-    moment = actual.T @ actual
-    drift = Drift((original - actual).T @ actual, moment)
+    moment, drift = actual.T @ actual, (original - actual).T @ actual
     best = torch.linalg.lstsq(actual, original @ weight.T).solution.T
-    torch.testing.assert_close(corrected(weight, drift, 1.0, 1e-12), best)
-    half = corrected(weight, drift, 0.5, 1e-12)
+    torch.testing.assert_close(corrected(weight, moment, drift, 1.0, 1e-12), best)
+    half = corrected(weight, moment, drift, 0.5, 1e-12)
     torch.testing.assert_close(half, (weight + best) / 2)
-    torch.testing.assert_close(corrected(weight, Drift(torch.zeros_like(moment), moment), 1.0, 0.01), weight)
+    torch.testing.assert_close(corrected(weight, moment, torch.zeros_like(drift), 1.0, 0.01), weight)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -172,7 +170,7 @@ def test_gptaq_equals_its_definition(symmetric: bool) -> None:
         q[:, j] = (snap(w[:, j].float(), scale, zero, grid) - zero) * scale
         error = (w[:, j] - q[:, j]) / u[j, j]
         w[:, j + 1 :] -= torch.outer(error, u[j, j + 1 :]) - torch.outer(w[:, j], p[j, j + 1 :])
-    done = gptq(weight, grid, s, moment, Drift(drift, moment))
+    done = gptq(weight, grid, s, moment, drift)
     torch.testing.assert_close(done.linear.dequantize(), q[:, perm.argsort()].float(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(done.error, output_power(done.linear.dequantize().double() - weight, moment))
 
@@ -183,8 +181,7 @@ def test_either_correction_brings_the_output_closer_to_the_originals(correction:
     original = torch.randn(600, 64, generator=make) @ (torch.randn(64, 64, generator=make) / 8 + torch.eye(64))
     actual = original + 0.2 * torch.randn(600, 64, generator=make) @ torch.randn(64, 64, generator=make) / 8
     weight = torch.randn(32, 64, generator=make) * 0.1
-    moment = actual.T @ actual
-    drift = Drift((original - actual).T @ actual, moment)
+    moment, drift = actual.T @ actual, (original - actual).T @ actual
     grid = Grid(bits=4, group_size=32, symmetric=False)
 
     def off(done: Tensor) -> float:
