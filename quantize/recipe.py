@@ -401,7 +401,7 @@ class Recipe(Strict):
     method: Method = Gptq()
     weights: Grid = Grid()
     activations: Activations | None = Field(None, description="inputs rounded as the artifact runs; null: 16 bit")
-    kv_cache: Literal["fp8", "int8"] | None = Field(
+    kv_cache: Literal["fp8"] | None = Field(
         None, description="scales for a quantized key-value cache, one a layer, measured in calibration"
     )
     ignore: tuple[Pattern, ...] = Field(
@@ -465,10 +465,6 @@ class Recipe(Strict):
                 )
         if self.kv_cache is not None and {"gptq", "awq"} & set(self.formats):
             raise ValueError("formats gptq and awq hold no kv_cache scales; use compressed-tensors or modelopt")
-        if self.kv_cache == "int8" and "compressed-tensors" in self.formats:
-            raise ValueError(
-                "kv_cache int8: servers read fp8 scales from compressed-tensors files; use fp8 or modelopt"
-            )
         return self
 
     @property

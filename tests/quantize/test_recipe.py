@@ -378,7 +378,7 @@ def test_a_grid_reads_as_a_scheme(grid: Grid, text: str) -> None:
         ({"weights": {"type": "mxfp8"}, "activations": {"type": "mxfp8", "dynamic": False}}, "leave `dynamic` out"),
         ({"weights": {"bits": 8}, "activations": {"type": "int8"}, "formats": ["awq"]}, "hold weights only"),
         ({"kv_cache": "fp8", "formats": ["gptq"]}, "hold no kv_cache scales"),
-        ({"kv_cache": "int8"}, "use fp8 or modelopt"),
+        ({"kv_cache": "int8"}, "kv_cache: Input should be 'fp8'"),
         ({"transforms": [{"name": "awq", "pointz": 3}]}, "transforms.0.awq.pointz: unknown key, did you mean 'points'"),
     ],
 )
