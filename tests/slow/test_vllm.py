@@ -168,6 +168,8 @@ def test_vllm_answers_like_the_dequantized_weights(
     artifact: Path, kernel: str, model: Any, ids: list[int], tmp_path: Path
 ) -> None:
     switch, mean, largest = KERNELS[kernel]
+    if Artifact(artifact).activations is not None:  # bfloat16 noise moves rounded inputs by whole steps
+        _, mean, largest = KERNELS["int8-activations"]
     if kernel == "int8-activations" and not AMX:
         pytest.skip("this processor has no AMX: vLLM would take the weights-only kernel again")
     if kernel == "int8-activations" and Artifact(artifact).activations is not None:
