@@ -104,6 +104,6 @@ def _tensor_parallel(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str
         if grid is None or not name.endswith(("o_proj", "down_proj")):
             continue
         groups = in_features // grid.columns(in_features)
-        while most > 1 and grid.group_size != -1 and groups % most:
+        while most > 1 and grid.group_size > 0 and groups % most:
             most //= 2
     return [] if most == 8 else [f"tensor parallelism up to {most}: beyond it a shard would cut a scale group in two"]

@@ -61,3 +61,15 @@ def test_hopper_wants_group_128() -> None:
 def test_experts_are_for_vllm(grid: Grid, activations: Activations | None, said: str) -> None:
     assert any(said in line for line in lints(grid, activations, "model.layers.0.mlp.experts.3.up_proj"))
     assert not any(said in line for line in lints(grid, activations))
+
+
+@pytest.mark.parametrize(
+    ("grid", "most"),
+    [(Grid(group_size=64), 2), (Grid(group_size=-1), 8), (Grid(type="fp8", group_size=0), 8), (Grid(type="mxfp4"), 4)],
+    ids=str,
+)
+def test_tensor_parallelism_ends_where_a_group_would_be_cut(grid: Grid, most: int) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    lines = servability(("compressed-tensors",), {name: (512, 1408)}, {name: grid}, shuffled=False)
+    said = [line for line in lines if "tensor parallelism" in line]
+    assert said == [] if most == 8 else said[0].startswith(f"tensor parallelism up to {most}:")
