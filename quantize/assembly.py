@@ -46,7 +46,7 @@ def describe(job: Job, files: dict[str, str], tokens: Tokens | None, journal: Jo
     }
 
 
-def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str, Any]) -> None:
+def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str, Any], parts: list[Path]) -> None:
     """Put the parts together beside the final place, then rename: an artifact is never visible half written."""
     partial, final = settings.out / "quantized.partial", settings.out / "quantized"
     shutil.rmtree(partial, ignore_errors=True)
@@ -54,7 +54,6 @@ def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str,
         partial.mkdir(parents=True)
         shell = _shell_tensors(job)
         write_part(journal.folder / "shell.safetensors", shell)
-        parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
         merge_parts([journal.folder / "shell.safetensors", *parts], partial)
         format = FORMATS[job.recipe.formats[0]]
         quantization = format.config(

@@ -2,22 +2,26 @@
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import kv_cache
 from .activations import columns_of
 from .calibration import Tokens
+from .checkpoint import write_part
+from .end_to_end import QuantizedModel, train_scales
 from .errors import BadInput
 from .formats import FORMATS
 from .grid import Inputs, QuantizedLinear
 from .job import Job, Progress, Settings
 from .journal import Journal
-from .model import Arguments, Linear
+from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS
-from .recipe import AutoRound
+from .recipe import Qat, Tuned
 from .rounding import record, round_stage
 from .stages import Stage, Stages, shared_inputs
 from .transforming import BlockTransforms
@@ -42,7 +46,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
         changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
         method = job.recipe.method
-        tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, AutoRound) else None
+        tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, Tuned) else None
         cache = None if caches is None else kv_cache.Largest(*caches[k])
         whole = tuning is not None or cache is not None or not last
         for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache):
@@ -145,3 +149,30 @@ def _block_tensors(
         scales = zip(format.cache_suffixes, cache.scales(job.recipe.kv_cache), strict=True)
         tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in scales}
     return tensors
+
+
+def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> tuple[list[Path], dict[str, float] | None]:
+    """The blocks' parts, their scales trained end to end where the recipe asks for it, and the loss of that.
+
+    The journal's parts are left alone: a run killed in here does this step again, and with the same result.
+    """
+    parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
+    method, format = job.recipe.method, FORMATS[job.recipe.formats[0]]
+    if not isinstance(method, Qat) or method.end_to_end is None or tokens is None:
+        return parts, None
+    tensors = [load_file(part) for part in parts]
+    quantized = {
+        x.name: format.unpack(x.name, tensors[x.block].__getitem__, grid, (x.out_features, x.in_features))
+        for x in job.linears
+        if (grid := job.schemes[x.name]) is not None
+    }
+    skeleton = Skeleton(job.reader, device=job.skeleton.device, dtype=torch.float32)
+    model = QuantizedModel(skeleton, tensors, quantized, tokens.ids, method.end_to_end.objective)
+    best, summary = train_scales(model, method)
+    for x in job.linears:
+        if x.name in best:
+            tensors[x.block] |= format.pack(x.name, best[x.name])
+    trained = [journal.folder / f"trained-{k:05d}.safetensors" for k in range(len(parts))]
+    for path, one in zip(trained, tensors, strict=True):
+        write_part(path, one)
+    return trained, summary

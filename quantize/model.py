@@ -188,6 +188,10 @@ class Skeleton:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocab] for hidden states [tokens, hidden] that left the last block."""
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """As `logits`, differentiable."""
         with self._taps(hidden[None].to(self.device)):
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import machine
 from .artifact import verify
 from .assembly import assemble, describe
-from .blocks import run_blocks
+from .blocks import run_blocks, train_end_to_end
 from .calibration import Tokens, calibration_tokens, generated_tokens, open_tokenizer
 from .checkpoint import write_json
 from .errors import BadInput
@@ -45,7 +45,10 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     journal = Journal(work, _key(job, files, tokens))
     run_blocks(job, tokens, journal, settings)
     manifest = describe(job, files, tokens, journal)
-    assemble(job, journal, settings, manifest)
+    parts, summary = train_end_to_end(job, tokens, journal)
+    if summary is not None:
+        manifest["end_to_end"] = summary
+    assemble(job, journal, settings, manifest, parts)
     timing = {"seconds": time.monotonic() - started, "cpu_seconds": machine.cpu_seconds()}
     timing["peak_rss_bytes"] = machine.peak_rss_bytes()
     manifest |= {"machine": machine.describe(job.skeleton.device), "timing": timing}

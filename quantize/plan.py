@@ -14,7 +14,7 @@ from .errors import BadInput
 from .formats import FORMATS
 from .grid import scale_dtype
 from .model import Linear, Skeleton
-from .recipe import AutoRound, Awq, Grid, Recipe, SmoothQuant
+from .recipe import Awq, Grid, Qat, Recipe, SmoothQuant, Tuned
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
@@ -80,7 +80,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     streams = 2 if recipe.paired else 1
     hidden = streams * tokens * int(skeleton.config.hidden_size) * item
     work = _largest_solve(linears, schemes, calibrated) + streams * _activations(linears, tokens, item)
-    if isinstance(recipe.method, AutoRound):
+    if isinstance(recipe.method, Tuned):
         batch = recipe.method.batch_size * recipe.calibration.seq_len
         work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
         work += hidden // streams  # the block's inputs, kept
@@ -92,9 +92,12 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     if tried:  # the block runs once more, to be looked at; that needs no more memory than rounding it afterwards
         operations += _operations(linears, schemes, tokens, 1, calibrated)
         operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
-    if isinstance(recipe.method, AutoRound):
+    if isinstance(recipe.method, Tuned):
         trained = 3 * recipe.method.n_steps * batch  # a backward pass is two forward ones
         operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
+    if isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None:
+        memory = max(memory, _PROCESS_BYTES + _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact))
+        operations += _end_to_end_operations(recipe, recipe.method, skeleton, linears)
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
         original_bytes=original,
@@ -105,6 +108,11 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         seconds=operations / _speed(skeleton.device) + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
     )
+
+
+def held_out(samples: int) -> int:
+    """Calibration sequences that training end to end does not see, and is judged by."""
+    return max(1, samples // 8)
 
 
 def size(n: float) -> str:
@@ -181,6 +189,37 @@ def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, 
     for x in linears:
         widths[x.block] = widths.get(x.block, 0.0) + (x.in_features + x.out_features) * _share(skeleton, x)
     return 48 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
+
+
+def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], shell: int, artifact: int) -> int:
+    """The parts as read and as written, codes in 8 and 16 bit, the rest in float32, and one sequence on its way."""
+    blocks: dict[int, list[int]] = {}
+    for x in linears:
+        sizes = blocks.setdefault(x.block, [0, 0])
+        sizes[0] += x.in_features * x.out_features
+        sizes[1] += x.in_features + x.out_features
+    weights = sum(of_block for of_block, _ in blocks.values())
+    largest, widths = max(of_block for of_block, _ in blocks.values()), max(width for _, width in blocks.values())
+    config = skeleton.config
+    a_token = skeleton.n_blocks * int(config.hidden_size) + 4 * int(config.vocab_size) + 3 * widths
+    kept = recipe.calibration.seq_len * a_token
+    kept += recipe.calibration.samples * recipe.calibration.seq_len * int(config.hidden_size)  # the original's outputs
+    return 2 * artifact + 3 * weights + 4 * shell + 4 * (3 * largest + kept)
+
+
+def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, linears: list[Linear]) -> float:
+    """Four forward passes a step, for blocks run again on the way back; one for each look at what is held out.
+
+    The head is not run again, but for kl the original's is, and its blocks once.
+    """
+    assert method.end_to_end is not None
+    samples = recipe.calibration.samples
+    unseen = held_out(samples)
+    sequences = 4 * method.end_to_end.steps * min(method.batch_size, samples - unseen) + (TUNING_CHECKS + 1) * unseen
+    head = int(skeleton.config.hidden_size) * int(skeleton.config.vocab_size)
+    blocks = sum(_active(skeleton, linears).values())
+    total = sequences * (blocks + head) + (samples * blocks if method.end_to_end.objective == "kl" else 0)
+    return 2.0 * recipe.calibration.seq_len * total
 
 
 def _speed(device: torch.device) -> float:

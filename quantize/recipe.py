@@ -25,6 +25,7 @@ FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
 Bos = Literal["auto", "always", "never"]
 NumberType = Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"]
 ScaleSearch = Literal["minmax", "mse", "activation"]
+Objective = Literal["kl", "next_token"]
 
 # Bits, and the columns that share a scale, of the number types that leave no choice; 0: one scale a tensor.
 _LAYOUT: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -316,20 +317,10 @@ class Gptq(Strict):
         return self
 
 
-class AutoRound(Strict):
-    """SignRound, arXiv:2309.05516: a rounded block's codes and ranges tuned by gradient steps on its output."""
+class Tuned(Strict):
+    """What the methods share that tune a block as a whole, by gradient steps, once it is rounded."""
 
-    name: Literal["autoround"] = "autoround"
-    light: bool = Field(False, description="50 steps instead of 200")
-    steps: int | None = Field(None, ge=1, description="gradient steps a block; default: 200, light 50")
     batch_size: int = Field(4, ge=1, description="calibration sequences a step")
-    lr: float | None = Field(
-        None,
-        gt=0,
-        strict=False,
-        description="what the first step moves a rounding, in steps of the grid (ranges: by a fifth of it as a "
-        "share); falls to 0 in a line; default: 0.5 / steps",
-    )
     patience: int | None = Field(
         None,
         ge=1,
@@ -340,6 +331,26 @@ class AutoRound(Strict):
     start: Literal["gptq", "rtn"] = Field("gptq", description="what rounds the block before it is tuned")
     error_correction: float = Field(
         0.5, ge=0, le=1, strict=False, description="of a start from gptq; the original model runs beside in any case"
+    )
+
+    @property
+    def n_steps(self) -> int:
+        """Gradient steps a block."""
+        raise NotImplementedError
+
+
+class AutoRound(Tuned):
+    """SignRound, arXiv:2309.05516: a rounded block's codes and ranges tuned by gradient steps on its output."""
+
+    name: Literal["autoround"] = "autoround"
+    light: bool = Field(False, description="50 steps instead of 200")
+    steps: int | None = Field(None, ge=1, description="gradient steps a block; default: 200, light 50")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="what the first step moves a rounding, in steps of the grid (ranges: by a fifth of it as a "
+        "share); falls to 0 in a line; default: 0.5 / steps",
     )
 
     @model_validator(mode="after")
@@ -357,7 +368,56 @@ class AutoRound(Strict):
         return self.lr or 0.5 / self.n_steps
 
 
-Method = Annotated[Rtn | Gptq | AutoRound, Field(discriminator="name")]
+class EndToEnd(Strict):
+    """E2E-QP: the scales of the whole model trained together, a part of the calibration text held out."""
+
+    objective: Objective = Field(
+        "kl",
+        description="kl: the divergence from the original's predictions; next_token: the paper's, which also learns "
+        "the calibration text",
+    )
+    steps: int = Field(32, ge=1, description="gradient steps, of `batch_size` sequences")
+    lr: float = Field(
+        2e-3, gt=0, strict=False, description="what the first step moves a scale, as a share; falls to 0 in a line"
+    )
+
+
+class Qat(Tuned):
+    """EfficientQAT, arXiv:2407.11062: a rounded block's weights, scales and zeros trained through the rounding."""
+
+    name: Literal["qat"] = "qat"
+    steps: int = Field(200, ge=1, description="gradient steps a block")
+    weight_lr: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="what the first step moves a weight, in steps of the grid; falls to 0 in a line; default: "
+        "0.3 / steps",
+    )
+    quant_lr: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="what it moves a scale, as a share, and a zero, in steps of the grid; default: 0.1 / steps",
+    )
+    end_to_end: EndToEnd | None = Field(
+        None, description="then the scales of the whole model together; it has to fit in memory. null: no"
+    )
+
+    @property
+    def n_steps(self) -> int:
+        return self.steps
+
+    @property
+    def weight_rate(self) -> float:
+        return self.weight_lr or 0.3 / self.steps
+
+    @property
+    def quant_rate(self) -> float:
+        return self.quant_lr or 0.1 / self.steps
+
+
+Method = Annotated[Rtn | Gptq | AutoRound | Qat, Field(discriminator="name")]
 
 
 class Override(Strict):
@@ -447,7 +507,11 @@ class Recipe(Strict):
         if self.tuned and any(grid.type != "int" for grid in grids):
             raise ValueError(f"method {self.method.name} tunes weights of type int; use gptq or rtn for others")
         if self.tuned and (self.activations is not None or self.kv_cache is not None):
-            raise ValueError("method autoround tunes weights for 16-bit inputs: leave activations and kv_cache out")
+            raise ValueError(
+                f"method {self.method.name} tunes weights for 16-bit inputs: leave activations and kv_cache out"
+            )
+        if isinstance(self.method, Qat) and self.method.end_to_end is not None and self.calibration.samples < 2:
+            raise ValueError("method.end_to_end holds a sequence out: calibration.samples has to be 2 or more")
         if self.activations is not None:
             kind = self.activations.type
             for grid in grids:
@@ -475,12 +539,12 @@ class Recipe(Strict):
     @property
     def tuned(self) -> bool:
         """Whether each block is tuned after it is rounded."""
-        return isinstance(self.method, AutoRound)
+        return isinstance(self.method, Tuned)
 
     @property
     def rounder(self) -> Rtn | Gptq:
         """What rounds a linear: the method itself, or the one that a tuned block starts from."""
-        if isinstance(self.method, AutoRound):
+        if isinstance(self.method, Tuned):
             return Gptq(error_correction=self.method.error_correction) if self.method.start == "gptq" else Rtn()
         return self.method
 

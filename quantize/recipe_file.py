@@ -20,12 +20,14 @@ from .recipe import (
     AutoRound,
     Awq,
     Calibration,
+    EndToEnd,
     Evaluation,
     Gates,
     Gptq,
     Grid,
     Hadamard,
     Override,
+    Qat,
     Recipe,
     Rtn,
     SmoothQuant,
@@ -119,7 +121,8 @@ def _keys_at(place: Iterable[int | str]) -> list[str]:
     models: dict[str, type[BaseModel]] = {
         "calibration": Calibration, "evaluation": Evaluation, "weights": Grid, "gates": Gates,
         "overrides": Override, "activations": Activations, "rtn": Rtn, "gptq": Gptq, "smoothquant": SmoothQuant,
-        "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound,
+        "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
+        "end_to_end": EndToEnd,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     for part in place:

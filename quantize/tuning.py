@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 from .grid import QuantizedLinear
 from .methods.autoround import SignRound
+from .methods.qat import BlockAp
 from .model import Arguments, Linear, run_block
 from .plan import BATCH_TOKENS, TUNING_CHECKS
-from .recipe import AutoRound
+from .recipe import AutoRound, Qat, Tuned
 from .rounding import place, weight_of
 
 
@@ -32,11 +33,19 @@ class Tuner(Protocol):
         """Follow the gradient [out, in] of the loss by `weight`; progress in [0, 1): the share of steps done."""
 
 
+def tuner(settings: Tuned, weight: Tensor, start: QuantizedLinear) -> Tuner:
+    """What `settings` ask for, for the original weight [out, in] and the codes it starts from."""
+    if isinstance(settings, AutoRound):
+        return SignRound(settings, weight, start)
+    assert isinstance(settings, Qat)
+    return BlockAp(settings, weight, start)
+
+
 class Tuning:
     """Block `k` on its way: made before the block is rounded, whose inputs and weights it keeps; run after."""
 
     def __init__(
-        self, settings: AutoRound, k: int, block: nn.Module, linears: Mapping[str, Linear], hidden: Tensor
+        self, settings: Tuned, k: int, block: nn.Module, linears: Mapping[str, Linear], hidden: Tensor
     ) -> None:
         self._settings, self._k, self._block, self._linears = settings, k, block, linears
         self._inputs = hidden.clone()  # rounding replaces them by the outputs
@@ -55,7 +64,7 @@ class Tuning:
         hidden["reference"] [samples, seq_len, hidden]: what the original model has after this block.
         """
         passes = Passes(self._block, self._inputs, hidden["reference"], arguments, device)
-        start = {name: SignRound(self._settings, self._weights[name], one) for name, one in rounded.items()}
+        start = {name: tuner(self._settings, self._weights[name], one) for name, one in rounded.items()}
         best, summary = self._descend(start, passes)
         rounded.update(best)
         for name, one in rounded.items():

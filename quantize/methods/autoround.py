@@ -5,11 +5,11 @@ from torch import Tensor
 
 from ..grid import QuantizedLinear
 from ..recipe import AutoRound
+from .adam import Direction
 from .fake_quant import FakeQuant, drawn, fake_quantize, storable
 
 _REACH = 0.5  # how far a weight may be moved before it is rounded, in steps of the grid
 _CLIP = (0.5, 1.5)  # factors on the ends of a group's range
-_BETAS = (0.9, 0.95)  # of the running gradient and its running square
 _RANGE_RATE = 0.2  # a range moves this share of what a rounding does
 _SHARE = 0.8  # of its distance to its code that a weight keeps
 
@@ -32,7 +32,7 @@ class SignRound:
         self._low, self._high = -self._zero * self._scale, (grid.levels - self._zero) * self._scale
         self._offset = torch.zeros_like(self._latent)
         self._a, self._b = torch.ones_like(self._scale), torch.ones_like(self._scale)
-        self._moves = tuple(_Move(x) for x in (self._offset, self._a, self._b))
+        self._moves = tuple(Direction(x) for x in (self._offset, self._a, self._b))
         self._now = self._forward()
 
     @property
@@ -78,19 +78,3 @@ class SignRound:
         by_scale = by_scale + by_zero * self._a * self._low / now.scale.square()
         by_a = -by_scale * self._low / self._levels - by_zero * self._low / now.scale
         return by_offset, by_a, by_scale * self._high / self._levels
-
-
-class _Move:
-    """Adam's direction for one tensor."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
-
-    def follow(self, gradient: Tensor) -> Tensor:
-        """The running gradient over its running size; 0 where no gradient ever came."""
-        self._steps += 1
-        fast, slow = _BETAS
-        self._mean.lerp_(gradient, 1 - fast)
-        self._square.lerp_(gradient.square(), 1 - slow)
-        size = (self._square / (1 - slow**self._steps)).sqrt_()
-        return self._mean.div(1 - fast**self._steps).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import AutoRound, Gptq, Grid, Recipe, Rtn, matches
+from quantpress.quantize.recipe import AutoRound, Gptq, Grid, Qat, Recipe, Rtn, matches
 from quantpress.quantize.recipe_file import load, parse, shipped
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -419,9 +419,31 @@ def test_what_autoround_refuses(document: dict[str, Any], message: str) -> None:
         parse({"method": {"name": "autoround"} | document})
 
 
-def test_tuning_is_for_integer_weights() -> None:
-    with pytest.raises(BadInput, match="method autoround tunes weights of type int; use gptq or rtn"):
-        parse({"method": {"name": "autoround"}, "weights": {"type": "mxfp4"}})
+@pytest.mark.parametrize("name", ["autoround", "qat"])
+def test_tuning_is_for_integer_weights_alone(name: str) -> None:
+    with pytest.raises(BadInput, match=f"method {name} tunes weights of type int; use gptq or rtn"):
+        parse({"method": {"name": name}, "weights": {"type": "mxfp4"}})
+    for more in ({"activations": {"type": "int8"}, "weights": {"bits": 8}}, {"kv_cache": "fp8"}):
+        with pytest.raises(BadInput, match=f"method {name} tunes weights for 16-bit inputs"):
+            parse({"method": {"name": name}} | more)
+
+
+def test_end_to_end_holds_a_sequence_out() -> None:
+    document = {"method": {"name": "qat", "end_to_end": {"steps": 2}}, "calibration": {"samples": 1}}
+    with pytest.raises(BadInput, match=r"holds a sequence out: calibration\.samples has to be 2 or more"):
+        parse(document)
+    with pytest.raises(BadInput, match="did you mean 'steps'"):
+        parse({"method": {"name": "qat", "end_to_end": {"stepps": 2}}})
+
+
+def test_rates_of_qat_follow_its_steps_unless_given() -> None:
+    plain = parse({"method": {"name": "qat", "steps": 50}}).method
+    given = parse({"method": {"name": "qat", "steps": 50, "weight_lr": "1e-2", "quant_lr": 0.5}}).method
+    assert isinstance(plain, Qat)
+    assert isinstance(given, Qat)
+    assert plain.n_steps == 50
+    assert (plain.weight_rate, plain.quant_rate) == pytest.approx((0.006, 0.002))
+    assert (given.weight_rate, given.quant_rate) == (0.01, 0.5)
 
 
 def test_what_a_tuned_block_starts_from() -> None:

@@ -15,7 +15,7 @@ from quantpress.quantize.methods.rtn import rtn
 from quantpress.quantize.model import Arguments, Linear, Skeleton, run_block
 from quantpress.quantize.pipeline import prepare
 from quantpress.quantize.plan import Plan
-from quantpress.quantize.recipe import AutoRound, Rtn
+from quantpress.quantize.recipe import AutoRound, Qat, Rtn
 from quantpress.quantize.recipe_file import parse
 from quantpress.quantize.rounding import place, weight_of
 from quantpress.quantize.sources import resolve
@@ -23,7 +23,10 @@ from quantpress.quantize.tuning import Passes, Tuning, batches
 from tests.quantize.test_pipeline import CPU, Stop, files, make
 from tests.tiny import FAMILIES, build
 
-QUICK: dict[str, dict[str, Any]] = {"autoround": {"name": "autoround", "steps": 16, "batch_size": 2, "lr": 0.04}}
+QUICK: dict[str, dict[str, Any]] = {
+    "autoround": {"name": "autoround", "steps": 16, "batch_size": 2, "lr": 0.04},
+    "qat": {"name": "qat", "steps": 16, "batch_size": 2},
+}
 
 
 @pytest.mark.parametrize("method", QUICK)
@@ -102,7 +105,7 @@ class Scene:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("settings", [AutoRound(steps=60, batch_size=4)])
+@pytest.mark.parametrize("settings", [AutoRound(steps=60, batch_size=4), Qat(steps=60, batch_size=4)])
 def test_a_tuned_block_is_clearly_nearer_to_its_target(family: str, settings: Any, tmp_path: Path) -> None:
     scene = Scene(family, tmp_path, settings)
     before = (scene.output(scene.block) - scene.targets).square().mean()
@@ -119,8 +122,9 @@ def test_a_tuned_block_is_clearly_nearer_to_its_target(family: str, settings: An
         assert entry["loss"] / entry["relative_error"] > 0, name
 
 
-def test_a_block_that_only_gets_worse_keeps_its_start(tmp_path: Path) -> None:
-    scene = Scene("llama", tmp_path, AutoRound(steps=4, lr=5.0))
+@pytest.mark.parametrize("settings", [AutoRound(steps=4, lr=5.0), Qat(steps=4, weight_lr=5.0, quant_lr=5.0)])
+def test_a_block_that_only_gets_worse_keeps_its_start(settings: Any, tmp_path: Path) -> None:
+    scene = Scene("llama", tmp_path, settings)
     scene.run()
     for name, one in scene.start.items():
         assert torch.equal(scene.rounded[name].codes, one.codes)
@@ -166,21 +170,42 @@ def test_batches_meet_every_sample_and_depend_on_seed_and_block_alone() -> None:
     assert [len(x) for x in (next(batches(3, 8, 0, 0)), next(batches(5, 2, 0, 0)))] == [3, 2]
 
 
-def test_the_plan_counts_steps_and_what_they_keep(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", QUICK)
+def test_the_plan_counts_steps_and_what_they_keep(method: str, tmp_path: Path) -> None:
     build("mixtral", tmp_path / "model", torch.bfloat16)
 
-    def plan(method: dict[str, Any]) -> Plan:
+    def plan(settings: dict[str, Any]) -> Plan:
         calibration = {"samples": 64, "seq_len": 64}
-        recipe = parse({"method": method, "calibration": calibration, "weights": {"group_size": 32}})
+        recipe = parse({"method": settings, "calibration": calibration, "weights": {"group_size": 32}})
         source = resolve(str(tmp_path / "model"), cache=tmp_path)
         return prepare(recipe, source, CPU).plan
 
     rounded = plan({"name": "gptq"})
-    short, long = (plan({"name": "autoround", "steps": n}) for n in (10, 30))
-    wide = plan({"name": "autoround", "steps": 10, "batch_size": 32})
+    short, long = (plan({"name": method, "steps": n}) for n in (10, 30))
+    wide = plan({"name": method, "steps": 10, "batch_size": 32})
     assert short.memory_bytes > rounded.memory_bytes
     assert wide.memory_bytes > short.memory_bytes
     # A step is three forward passes (2 operations a weight) over 4 x 64 tokens; each meets 2 of the 4 experts.
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 2 * 3 * 64 * 96)
     assert long.operations - short.operations == 20 * 3 * 2 * 4 * 64 * weights
     assert short.passes == rounded.passes == 2
+
+
+def test_the_plan_counts_training_end_to_end(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+
+    def plan(steps: int | None, seq_len: int = 64) -> Plan:
+        method = {"name": "qat", "steps": 4, "end_to_end": steps and {"steps": steps}}
+        calibration = {"samples": 64, "seq_len": seq_len}
+        recipe = parse({"method": method, "calibration": calibration, "weights": {"group_size": 32}})
+        source = resolve(str(tmp_path / "model"), cache=tmp_path)
+        return prepare(recipe, source, CPU).plan
+
+    none, short, long = plan(None), plan(10), plan(30)
+    assert short.memory_bytes >= none.memory_bytes
+    # A step is four forward passes (2 operations a weight, those of the head too) over 4 x 64 tokens.
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 256
+    assert long.operations - short.operations == 20 * 4 * 2 * 4 * 64 * weights
+    looks = 5 * 8 * 2 * 64 * weights
+    original = 64 * 2 * 64 * (weights - 64 * 256)
+    assert short.operations - none.operations == 10 * 4 * 2 * 4 * 64 * weights + looks + original
