@@ -35,7 +35,7 @@ def gptq(
         weight = corrected(weight, moment, drift, settings.error_correction, settings.damp)
     columns, dtype, overall = grid.columns(in_features), scale_dtype(original, grid), global_scale(weight, grid)
     order = column_order(moment.diagonal(), columns, settings.order)
-    feedback, variance, damp = factor(moment[order][:, order], settings.damp)
+    feedback, variance, damp = factor(moment[order[:, None], order], settings.damp)
 
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
     state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
@@ -160,9 +160,11 @@ def corrected(weight: Tensor, moment: Tensor, drift: Tensor, strength: float, da
     drift = (X0 - X)^T X, both [in, in].
     """
     w = weight.to(moment.dtype)
-    diagonal, mean = moment.diagonal(), moment.diagonal().mean()
+    mean = moment.diagonal().mean()
     while damp <= _MAX_DAMP:
-        lower, info = torch.linalg.cholesky_ex(moment + torch.diag((damp * mean).expand_as(diagonal)))
+        damped = moment.clone()
+        damped.diagonal().add_(damp * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
             return w + strength * torch.cholesky_solve((w @ drift).T, lower).T
         damp *= 3
@@ -191,7 +193,9 @@ def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     effect on the output once later columns make up for it. A column no token ever excites gets the mean on its
     diagonal: nothing is fed into it or out of it. Damping is tripled until the factorisation succeeds.
     """
-    h = moment.clone()
+    # These matrices are what a large model's peak is made of: few at a time, and the solve in place.
+    h = moment.flip(0, 1)
+    del moment
     diagonal = h.diagonal()
     mean = diagonal.mean()
     if not torch.isfinite(mean) or mean <= 0:
@@ -201,11 +205,14 @@ def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     while damp <= _MAX_DAMP:
         diagonal.copy_(base + damp * mean)
         # H = A A^T with A upper triangular is the Cholesky factorisation of H with rows and columns reversed.
-        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            del h, diagonal
             upper = lower.flip(0, 1)
+            del lower
             root = upper.diagonal().clone()
-            u = torch.linalg.solve_triangular(upper, torch.diag(-root), upper=True, left=False)
-            return u.T.contiguous().tril_(-1), root.square(), damp
+            u = torch.diag(-root)
+            torch.linalg.solve_triangular(upper, u, upper=True, left=False, out=u)
+            return u.T.tril_(-1), root.square(), damp
         damp *= 3
     raise ValueError(f"the Hessian stays singular with damping {_MAX_DAMP}")
