@@ -12,7 +12,7 @@ import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGE = 4 << 20  # bytes
+_LARGE = 1 << 18  # bytes
 
 
 def device() -> torch.device:
@@ -32,7 +32,8 @@ def flush_denormals() -> None:
 def return_freed_memory() -> None:
     """Have glibc give large blocks back to the system when they are freed, instead of keeping them for later.
 
-    Tensors of many sizes come and go here; the heap they would leave behind is larger than what is in use.
+    Tensors of many sizes come and go here; the heap they would leave behind is larger than what is in use, and grows
+    with every block: the weights that one thread reads ahead are freed by another.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
