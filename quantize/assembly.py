@@ -57,7 +57,7 @@ def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str,
         merge_parts([journal.folder / "shell.safetensors", *parts], partial)
         format = FORMATS[job.recipe.formats[0]]
         quantization = format.config(
-            job.schemes, ignored_extra=job.skeleton.outside(), shuffled=job.shuffled,
+            job.schemes, ignored_extra=job.skeleton.outside(), shuffled=job.recipe.shuffled,
             activations=job.recipe.activations, kv_cache=job.recipe.kv_cache,
         )  # fmt: skip
         config = dict(job.reader.config) | {"quantization_config": quantization}

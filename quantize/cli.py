@@ -105,7 +105,7 @@ def plan(
     chosen = _recipe(recipe, model, sets)
     job = prepare(chosen, _source(chosen, allow_pickle, trust_remote_code))
     lints = servability(chosen.formats, {x.name: (x.out_features, x.in_features) for x in job.linears}, job.schemes,
-                        shuffled=job.shuffled, activations=chosen.activations)  # fmt: skip
+                        shuffled=job.recipe.shuffled, activations=chosen.activations)  # fmt: skip
     if as_json:
         print(json.dumps(job.plan.as_dict() | {"servability": lints}))  # noqa: T201
         return

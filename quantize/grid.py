@@ -5,6 +5,7 @@ the unsigned code itself; a symmetric one is the same thing with every zero at 2
 of E4M3 or E2M1 and zero 0; their code is the number's bit pattern.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -245,11 +246,11 @@ class _Store:
         return scale.clamp(min=smallest).to(self.dtype).to(torch.float32)
 
 
-def _over_rows(values: Tensor, rows: int, reduce: object) -> Tensor:
+def _over_rows(values: Tensor, rows: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """Each of `values` [n] replaced by what `reduce` makes of its run of `rows`."""
     out = torch.empty_like(values)
     for r in range(0, len(values), rows):
-        out[r : r + rows] = reduce(values[r : r + rows])  # type: ignore[operator]
+        out[r : r + rows] = reduce(values[r : r + rows])
     return out
 
 

@@ -58,10 +58,6 @@ class Job:
     schemes: dict[str, Grid | None]
     plan: Plan
 
-    @property
-    def shuffled(self) -> bool:
-        return self.recipe.shuffled
-
 
 def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:
     """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run."""
