@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import kv_cache
 from .activations import round_inputs
-from .checkpoint import Checkpoint, file_sha256
+from .checkpoint import Checkpoint
 from .errors import BadInput
+from .files import file_sha256
 from .formats import FORMATS, detect
 from .grid import Grid, Inputs, QuantizedLinear
 from .model import Skeleton

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import machine
 from .calibration import Tokens
-from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
+from .checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from .convert import convert
+from .files import write_json
 from .formats import FORMATS
 from .job import Job, Settings
 from .journal import Journal
@@ -56,10 +57,7 @@ def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str,
         write_part(journal.folder / "shell.safetensors", shell)
         merge_parts([journal.folder / "shell.safetensors", *parts], partial)
         format = FORMATS[job.recipe.formats[0]]
-        quantization = format.config(
-            job.schemes, ignored_extra=job.skeleton.outside(), shuffled=job.recipe.shuffled,
-            activations=job.recipe.activations, kv_cache=job.recipe.kv_cache,
-        )  # fmt: skip
+        quantization = format.config(job.contents)
         config = dict(job.reader.config) | {"quantization_config": quantization}
         write_json(partial / "config.json", config)
         for name, content in format.extra_files(quantization).items():

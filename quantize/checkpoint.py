@@ -10,16 +10,16 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import BadInput
+from .files import file_sha256, whole_file, write_json
 
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (
@@ -156,7 +156,7 @@ def write_part(path: Path, tensors: Mapping[str, Tensor]) -> str:
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header = _header((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names)
     digest = hashlib.sha256(header)
-    with _beside(path) as file:
+    with whole_file(path) as file:
         file.write(header)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
@@ -205,12 +205,6 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         shutil.copyfile(file, target / name)
         copied.append(name.as_posix())
     return copied
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that appears only when it is whole and on disk; keys keep their order."""
-    with _beside(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _read_json(path: Path, why: str = "") -> dict[str, Any]:
@@ -285,7 +279,7 @@ def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> byte
 def _write_shard(path: Path, tensors: dict[str, _Entry]) -> None:
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     buffer = memoryview(bytearray(_CHUNK))
-    with _beside(path) as file:
+    with whole_file(path) as file:
         file.write(_header((name, entry.dtype, entry.shape) for name, entry in ordered))
         for _, entry in ordered:
             with open(entry.path, "rb", buffering=0) as source:
@@ -305,31 +299,6 @@ def _fill(file: Any, buffer: memoryview, path: Path) -> None:
         buffer = buffer[n:]
 
 
-@contextmanager
-def _beside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` once it is whole and on disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _companions(folder: Path) -> list[Path]:
     found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
     return sorted(file for file in found if file.suffix not in (".safetensors", ".bin", ".partial"))
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,9 +10,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
+from .checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from .errors import BadInput
-from .formats import FORMATS, Format, detect
+from .files import write_json
+from .formats import FORMATS, Contents, Format, detect
 from .grid import QuantizedLinear
 from .recipe import FormatName, Grid
 
@@ -51,9 +52,7 @@ def convert(source: Path, target: Path, to: str) -> None:
             writer.check(grid, *shape, shuffled=scattered)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from None
-    quantization = writer.config(
-        schemes, ignored_extra=_heads(checkpoint), shuffled=shuffled, activations=activations, kv_cache=kv_cache
-    )
+    quantization = writer.config(Contents(schemes, _heads(checkpoint), shuffled, activations, kv_cache))
 
     def repack(name: str) -> dict[str, Tensor]:
         grid = _grid(schemes, name)

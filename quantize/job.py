@@ -9,7 +9,7 @@ import torch
 from . import kv_cache, machine
 from .checkpoint import Checkpoint
 from .errors import BadInput
-from .formats import FORMATS
+from .formats import FORMATS, Contents
 from .grid import Grid
 from .model import Linear, Skeleton
 from .plan import Plan, make_plan
@@ -58,6 +58,10 @@ class Job:
     schemes: dict[str, Grid | None]
     plan: Plan
 
+    @property
+    def contents(self) -> Contents:
+        return _contents(self.recipe, self.skeleton, self.schemes)
+
 
 def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:
     """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run."""
@@ -99,7 +103,8 @@ def _check_format(
             FORMATS[format].check(grid, linear.out_features, linear.in_features, recipe.shuffled)
         except BadInput as error:
             raise BadInput(f"{linear.name}: {error}") from None
-    FORMATS[format].config(
-        schemes, ignored_extra=skeleton.outside(), shuffled=recipe.shuffled, activations=recipe.activations,
-        kv_cache=recipe.kv_cache,
-    )  # fmt: skip
+    FORMATS[format].config(_contents(recipe, skeleton, schemes))
+
+
+def _contents(recipe: Recipe, skeleton: Skeleton, schemes: dict[str, Grid | None]) -> Contents:
+    return Contents(schemes, skeleton.outside(), recipe.shuffled, recipe.activations, recipe.kv_cache)

@@ -12,8 +12,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoint import write_json, write_part
+from .checkpoint import write_part
 from .errors import BadInput
+from .files import write_json
 
 
 def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = True) -> dict[str, Any]:

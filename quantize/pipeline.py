@@ -14,8 +14,8 @@ from .artifact import verify
 from .assembly import assemble, describe
 from .blocks import run_blocks, train_end_to_end
 from .calibration import Tokens, calibration_tokens, generated_tokens, open_tokenizer
-from .checkpoint import write_json
 from .errors import BadInput
+from .files import write_json
 from .job import Job, Progress, Settings, prepare
 from .journal import Journal, finished
 from .rotation import Rotated

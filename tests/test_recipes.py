@@ -9,7 +9,7 @@ import yaml
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.formats import FORMATS
 from quantpress.quantize.recipe import Activations, Gptq, NumberType, Recipe
-from quantpress.quantize.recipe_file import load, shipped
+from quantpress.quantize.recipe.file import load, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 NAMES = sorted(path.stem for path in FILES)

@@ -5,7 +5,7 @@ from typing import Any
 from ..errors import BadInput
 from . import awq, gptq
 from .awq import Awq
-from .base import Format
+from .base import Contents, Format
 from .compressed_tensors import CompressedTensors
 from .gptq import Gptq
 from .modelopt import ModelOpt
@@ -18,7 +18,7 @@ FORMATS: dict[str, Format] = {
     "gptq-v1-asymmetric": Gptq(lowered=True),  # read only
 }
 
-__all__ = ["FORMATS", "Format", "detect"]
+__all__ = ["FORMATS", "Contents", "Format", "detect"]
 
 
 def detect(config: dict[str, Any]) -> str | None:

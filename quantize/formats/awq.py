@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..grid import QuantizedLinear
 from ..recipe import Activations, Grid
-from .base import Format, grid_of, in_float16, kind, left_out, take
+from .base import Contents, Format, grid_of, in_float16, kind, left_out, take
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each eight that is in bits 4i to 4i+3
 
@@ -73,18 +73,10 @@ class Awq(Format):
     def suffixes(self) -> tuple[str, ...]:
         return ("qweight", "qzeros", "scales")
 
-    def config(
-        self,
-        schemes: dict[str, Grid | None],
-        *,
-        ignored_extra: Iterable[str] = (),
-        shuffled: bool = False,
-        activations: Activations | None = None,
-        kv_cache: str | None = None,
-    ) -> dict[str, Any]:
-        if activations is not None or kv_cache is not None:
+    def config(self, contents: Contents) -> dict[str, Any]:
+        if contents.activations is not None or contents.kv_cache is not None:
             raise BadInput("awq files hold weights only: no activations, no kv_cache; use compressed-tensors")
-        grids = list({kind(grid): grid for grid in schemes.values() if grid is not None}.values())
+        grids = list({kind(grid): grid for grid in contents.schemes.values() if grid is not None}.values())
         if not grids:
             raise BadInput("no linear is quantized")
         if len(grids) > 1:
@@ -98,7 +90,7 @@ class Awq(Format):
             "group_size": grids[0].group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": left_out("awq", schemes, ignored_extra),
+            "modules_to_not_convert": left_out("awq", contents.schemes, contents.outside),
         }
         return config | ({"sym": True} if grids[0].symmetric else {})
 

@@ -2,7 +2,8 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,22 @@ from ..recipe import Activations, Grid
 
 _CACHES = {("float", 8): "fp8", ("int", 8): "int8"}
 Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: all of a grid that a file knows
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a model of one format holds, as its quantization_config has to say.
+
+    schemes: the grid of each linear, None for one left in 16 bit; outside: further linears left in 16 bit, beside the
+    blocks; shuffled: groups are scattered columns, named by g_idx; activations: what the inputs of every quantized
+    linear are rounded to; kv_cache: `fp8` or `int8` when the files hold scales for it.
+    """
+
+    schemes: dict[str, Grid | None]
+    outside: Sequence[str] = ()
+    shuffled: bool = False
+    activations: Activations | None = None
+    kv_cache: str | None = None
 
 
 class Format(ABC):
@@ -56,20 +73,8 @@ class Format(ABC):
         """The tensor names `pack` may write, after the linear's own."""
 
     @abstractmethod
-    def config(
-        self,
-        schemes: dict[str, Grid | None],
-        *,
-        ignored_extra: Iterable[str] = (),
-        shuffled: bool = False,
-        activations: Activations | None = None,
-        kv_cache: str | None = None,
-    ) -> dict[str, Any]:
-        """The quantization_config of a model with these linears; None is left in 16 bit, `ignored_extra` too.
-
-        activations: what the inputs of every quantized linear are rounded to; kv_cache: `fp8` or `int8` when the files
-        hold scales for it. Raises BadInput for schemes that one model cannot mix.
-        """
+    def config(self, contents: Contents) -> dict[str, Any]:
+        """The quantization_config of a model; raises BadInput for schemes that one model cannot mix."""
 
     @abstractmethod
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:

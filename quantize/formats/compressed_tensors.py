@@ -16,7 +16,7 @@ from ..errors import BadInput
 from ..grid import BLOCK, Inputs, QuantizedLinear
 from ..recipe import Activations, Grid
 from . import layouts
-from .base import Format, Kind, grid_of, kind, patterns, take
+from .base import Contents, Format, Kind, grid_of, kind, patterns, take
 
 # The library's QuantizationArgs, with its presets' values; those of integers and fp8 follow from the grid.
 _WEIGHTS: dict[str, dict[str, Any]] = {
@@ -92,15 +92,7 @@ class CompressedTensors(Format):
     def suffixes(self) -> tuple[str, ...]:
         return layouts.SUFFIXES
 
-    def config(
-        self,
-        schemes: dict[str, Grid | None],
-        *,
-        ignored_extra: Iterable[str] = (),
-        shuffled: bool = False,
-        activations: Activations | None = None,
-        kv_cache: str | None = None,
-    ) -> dict[str, Any]:
+    def config(self, contents: Contents) -> dict[str, Any]:
         # Imported late: the library pulls in a second and a half of other modules.
         from compressed_tensors.quantization import (
             QuantizationArgs,
@@ -109,24 +101,27 @@ class CompressedTensors(Format):
             QuantizationStatus,
         )
 
-        kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in schemes.items()}
+        kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in contents.schemes.items()}
         ignored = [name for name, value in kinds.items() if value is None]
-        ignored += [name for name in ignored_extra if name not in ignored]
+        ignored += [name for name in contents.outside if name not in ignored]
         if "embed_out" in ignored:
             ignored.append("lm_head")  # what transformers calls the same head
         _check_experts(kinds)
-        grids = {kind(grid): grid for grid in schemes.values() if grid is not None}
+        grids = {kind(grid): grid for grid in contents.schemes.values() if grid is not None}
         if not grids:
             raise BadInput("no linear is quantized")
-        if kv_cache not in (None, "fp8"):
-            raise BadInput(f"kv_cache {kv_cache}: compressed-tensors files hold fp8 scales for it; use fp8")
+        if contents.kv_cache not in (None, "fp8"):
+            raise BadInput(f"kv_cache {contents.kv_cache}: compressed-tensors files hold fp8 scales for it; use fp8")
+        spec = contents.activations
         named = patterns(kinds | dict.fromkeys(ignored))
         groups = {
             f"group_{k}": QuantizationScheme(
                 targets=["Linear"] if len(grids) == 1 else [f"re:{p}" for p, v in named.items() if v == value],
                 weights=QuantizationArgs(**_weight_args(grid)),
-                input_activations=None if activations is None else QuantizationArgs(**_input_args(activations, grid)),
-                format=layouts.layout_of(grid, activations),
+                input_activations=None
+                if contents.activations is None
+                else QuantizationArgs(**_input_args(contents.activations, grid)),
+                format=layouts.layout_of(grid, spec),
             )
             for k, (value, grid) in enumerate(grids.items())
         }
@@ -136,7 +131,7 @@ class CompressedTensors(Format):
             format=formats.pop() if len(formats) == 1 else "mixed-precision",
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=ignored,
-            kv_cache_scheme=None if kv_cache is None else QuantizationArgs(**_FP8_TENSOR),
+            kv_cache_scheme=None if contents.kv_cache is None else QuantizationArgs(**_FP8_TENSOR),
         ).model_dump(mode="json")
         return config
 

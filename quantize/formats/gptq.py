@@ -20,7 +20,7 @@ from ..errors import BadInput
 from ..grid import QuantizedLinear
 from ..recipe import Activations, Grid
 from . import bits as bitstream
-from .base import Format, Kind, grid_of, in_float16, kind, patterns, take
+from .base import Contents, Format, Kind, grid_of, in_float16, kind, patterns, take
 
 # Servers keep these in one tensor and look up its name, not the names of its parts.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -109,18 +109,10 @@ class Gptq(Format):
     def suffixes(self) -> tuple[str, ...]:
         return ("qweight", "qzeros", "scales", "g_idx")
 
-    def config(
-        self,
-        schemes: dict[str, Grid | None],
-        *,
-        ignored_extra: Iterable[str] = (),
-        shuffled: bool = False,
-        activations: Activations | None = None,
-        kv_cache: str | None = None,
-    ) -> dict[str, Any]:
-        if activations is not None or kv_cache is not None:
+    def config(self, contents: Contents) -> dict[str, Any]:
+        if contents.activations is not None or contents.kv_cache is not None:
             raise BadInput("gptq files hold weights only: no activations, no kv_cache; use compressed-tensors")
-        kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in schemes.items()}
+        kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in contents.schemes.items()}
         counted = Counter(value for value in kinds.values() if value is not None)
         if len({symmetric for *_, symmetric in counted}) > 1:
             raise BadInput(
@@ -130,7 +122,7 @@ class Gptq(Format):
         if not counted:
             raise BadInput("no linear is quantized")
         base = counted.most_common(1)[0][0]
-        kinds.update(dict.fromkeys(ignored_extra))
+        kinds.update(dict.fromkeys(contents.outside))
         kinds.pop("lm_head", None)  # `lm_head: false` says that one
         dynamic: dict[str, dict[str, Any]] = {}
         for pattern, value in patterns(_with_fused(kinds)).items():
@@ -143,7 +135,7 @@ class Gptq(Format):
             "bits": base[1],
             "group_size": base[2],
             "sym": base[3],
-            "desc_act": shuffled,
+            "desc_act": contents.shuffled,
             "lm_head": False,
             "checkpoint_format": "gptq" if base[3] else "gptq_v2",
         } | ({"dynamic": dynamic} if dynamic else {})

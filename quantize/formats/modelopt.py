@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..grid import Inputs, QuantizedLinear
 from ..recipe import Activations, Grid
-from .base import Format, Kind, grid_of, kind, left_out, take
+from .base import Contents, Format, Kind, grid_of, kind, left_out, take
 
 _STATIC, _DYNAMIC = Activations(type="fp8", dynamic=False), Activations(type="fp8")
 _NVFP4 = Activations(type="nvfp4")
@@ -130,16 +130,8 @@ class ModelOpt(Format):
     def suffixes(self) -> tuple[str, ...]:
         return ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale", "input_scale")
 
-    def config(
-        self,
-        schemes: dict[str, Grid | None],
-        *,
-        ignored_extra: Iterable[str] = (),
-        shuffled: bool = False,
-        activations: Activations | None = None,
-        kv_cache: str | None = None,
-    ) -> dict[str, Any]:
-        grids = list({kind(grid): grid for grid in schemes.values() if grid is not None}.values())
+    def config(self, contents: Contents) -> dict[str, Any]:
+        grids = list({kind(grid): grid for grid in contents.schemes.values() if grid is not None}.values())
         if not grids:
             raise BadInput("no linear is quantized")
         if len(grids) > 1:
@@ -147,17 +139,19 @@ class ModelOpt(Format):
                 f"modelopt is written with one kind of weight for all layers, and these have "
                 f"{', '.join(map(str, grids))}; use compressed-tensors, or `ignore` in the place of `overrides`"
             )
-        algorithm = _algorithm(grids[0], activations)
-        if kv_cache not in (None, "fp8"):
-            raise BadInput(f"modelopt: no reader keeps a cache of type {kv_cache}; use fp8")
+        algorithm = _algorithm(grids[0], contents.activations)
+        if contents.kv_cache not in (None, "fp8"):
+            raise BadInput(f"modelopt: no reader keeps a cache of type {contents.kv_cache}; use fp8")
         grouped = {"group_size": grids[0].group_size} if grids[0].bits == 4 else {}
-        cache = {} if kv_cache is None else {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+        cache = (
+            {} if contents.kv_cache is None else {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+        )
         return {
             "quant_method": "modelopt",
             "quant_algo": algorithm,
             **grouped,
             **cache,
-            "ignore": left_out("modelopt", schemes, ignored_extra),
+            "ignore": left_out("modelopt", contents.schemes, contents.outside),
             "producer": {"name": "modelopt", "version": f"quantpress-{version('quantpress')}"},
         }
 

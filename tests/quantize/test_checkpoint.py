@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantpress.quantize.checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
+from quantpress.quantize.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import write_json
 
 DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
           torch.float8_e4m3fn)  # fmt: skip

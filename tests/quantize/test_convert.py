@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from quantpress.quantize import convert
-from quantpress.quantize.checkpoint import Checkpoint, write_json, write_part
+from quantpress.quantize.checkpoint import Checkpoint, write_part
 from quantpress.quantize.convert import convert as convert_folder
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats import FORMATS, detect
+from quantpress.quantize.files import write_json
+from quantpress.quantize.formats import FORMATS, Contents, detect
 from quantpress.quantize.grid import Grid, QuantizedLinear
 
 from .formats.artifacts import Schemes, linears, load, logits, make, quantization_config, uniform
@@ -61,7 +62,7 @@ def test_there_and_back(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if case != "several":  # their groups may change places
         assert first.config == last.config
     # A converted folder says what one written in that format says.
-    direct = FORMATS["gptq"].config(CASES[case], ignored_extra=["lm_head"])
+    direct = FORMATS["gptq"].config(Contents(CASES[case], outside=["lm_head"]))
     assert quantization_config(tmp_path / "gptq") == direct
     assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text()) == direct
     assert (tmp_path / "gptq" / "tokenizer.json").read_bytes() == (tmp_path / "ct" / "tokenizer.json").read_bytes()
@@ -82,7 +83,7 @@ def test_to_awq_and_back(origin: str, grid: Grid, tmp_path: Path) -> None:
     assert set(first.names()) == set(last.names())
     assert all(torch.equal(first.read(n), last.read(n)) for n in first.names())
     assert first.config == last.config
-    assert quantization_config(tmp_path / "awq") == FORMATS["awq"].config(schemes, ignored_extra=["lm_head"])
+    assert quantization_config(tmp_path / "awq") == FORMATS["awq"].config(Contents(schemes, outside=["lm_head"]))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_to_modelopt_and_back(origin: str, grid: Grid, tmp_path: Path) -> None:
     assert set(first.names()) == set(last.names())
     assert all(torch.equal(first.read(n), last.read(n)) for n in first.names())
     assert first.config == last.config
-    direct = FORMATS["modelopt"].config(schemes, ignored_extra=["lm_head"])
+    direct = FORMATS["modelopt"].config(Contents(schemes, outside=["lm_head"]))
     assert quantization_config(tmp_path / "m") == direct
     file = json.loads((tmp_path / "m" / "hf_quant_config.json").read_text())
     assert file == FORMATS["modelopt"].extra_files(direct)["hf_quant_config.json"]

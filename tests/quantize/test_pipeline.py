@@ -18,7 +18,7 @@ from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton
 from quantpress.quantize.pipeline import Settings, prepare, quantize
 from quantpress.quantize.recipe import matches
-from quantpress.quantize.recipe_file import parse
+from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.sources import resolve
 from tests.tiny import FAMILIES, build, text
 

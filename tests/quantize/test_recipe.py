@@ -10,7 +10,7 @@ import pytest
 
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.recipe import AutoRound, Gptq, Grid, Qat, Recipe, Rtn, matches
-from quantpress.quantize.recipe_file import load, parse, shipped
+from quantpress.quantize.recipe.file import load, parse, shipped
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS = {f"model.layers.{i}.{name}": 576 for i in range(3) for name in (*PROJECTIONS, "mlp.gate_proj", "mlp.up_proj")}

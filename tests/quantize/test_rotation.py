@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantpress.eval.measure import evaluate, evaluation_text
-from quantpress.quantize.checkpoint import Checkpoint, write_json, write_part
+from quantpress.quantize.checkpoint import Checkpoint, write_part
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import write_json
 from quantpress.quantize.hadamard import Rotation, hadamard_factors
 from quantpress.quantize.pipeline import prepare
 from quantpress.quantize.recipe import Evaluation, Gates
-from quantpress.quantize.recipe_file import parse
+from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.rotation import FAMILIES, Rotated
 from quantpress.quantize.sources import resolve
 from tests import tiny

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantpress.quantize import sources
+from quantpress.quantize import files
 from quantpress.quantize.sources import Source, resolve
 
 from .originals import refused, tiny
@@ -86,8 +86,8 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_the_first_of_two_conversions_wins(tmp_path: Path) -> None:
     target = tmp_path / "made"
-    with sources.whole_folder(target) as slow:
-        with sources.whole_folder(target) as quick:
+    with files.whole_folder(target) as slow:
+        with files.whole_folder(target) as quick:
             (quick / "a").write_text("quick")
         (slow / "a").write_text("slow")
     assert (target / "a").read_text() == "quick"
@@ -96,7 +96,7 @@ def test_the_first_of_two_conversions_wins(tmp_path: Path) -> None:
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with sources.whole_folder(tmp_path / "made") as new:
+        with files.whole_folder(tmp_path / "made") as new:
             (new / "half").write_text("")
             raise KeyboardInterrupt
 
@@ -108,7 +108,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_swept_a_day_later(tmp_path: Path) -> None:
     cache, model = tmp_path / "cache", tmp_path / "model"
     tiny("Qwen2").save_pretrained(model)
-    with sources.whole_folder(cache / "gguf" / "made") as new:
+    with files.whole_folder(cache / "gguf" / "made") as new:
         name = new.name
     for kind, hours in (("dead", 25), ("young", 23), ("busy", 25)):
         then = time.time() - hours * 3600

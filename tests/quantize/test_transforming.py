@@ -18,7 +18,7 @@ from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton, run_block
 from quantpress.quantize.pipeline import prepare
 from quantpress.quantize.recipe import Recipe
-from quantpress.quantize.recipe_file import parse
+from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.sources import resolve
 from quantpress.quantize.transforming import BlockTransforms, Link, fold, unfit
 from tests.quantize.test_pipeline import files, make

@@ -16,7 +16,7 @@ from quantpress.quantize.model import Arguments, Linear, Skeleton, run_block
 from quantpress.quantize.pipeline import prepare
 from quantpress.quantize.plan import Plan
 from quantpress.quantize.recipe import AutoRound, Qat, Rtn
-from quantpress.quantize.recipe_file import parse
+from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.rounding import place, weight_of
 from quantpress.quantize.sources import resolve
 from quantpress.quantize.tuning import Passes, Tuning, batches

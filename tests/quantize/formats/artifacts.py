@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import transformers
 
-from quantpress.quantize.checkpoint import Checkpoint, copy_companions, merge_parts, write_json, write_part
-from quantpress.quantize.formats import FORMATS
+from quantpress.quantize.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from quantpress.quantize.files import write_json
+from quantpress.quantize.formats import FORMATS, Contents
 from quantpress.quantize.grid import Grid, QuantizedLinear
 from quantpress.quantize.recipe import Activations
 from tests.tiny import VOCAB, build
@@ -65,7 +66,7 @@ def make(
     merge_parts([folder / "part"], folder, 20_000)
     (folder / "part").unlink()
     head = "embed_out" if family == "gpt_neox" else "lm_head"
-    quantization = FORMATS[format].config(schemes, ignored_extra=[head], shuffled=shuffled, activations=spec)
+    quantization = FORMATS[format].config(Contents(schemes, outside=[head], shuffled=shuffled, activations=spec))
     write_json(folder / "config.json", original.config | {"quantization_config": quantization})
     for file, content in FORMATS[format].extra_files(quantization).items():
         write_json(folder / file, content)

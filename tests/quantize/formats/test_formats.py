@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats import FORMATS, detect
+from quantpress.quantize.formats import FORMATS, Contents, detect
 from quantpress.quantize.grid import Grid
 from quantpress.quantize.recipe import FormatName
 
@@ -80,7 +80,7 @@ def mixed() -> dict[str, dict[str, Grid | None]]:
 @pytest.mark.parametrize("case", mixed())
 def test_a_config_says_what_it_was_given(format: str, case: str) -> None:
     schemes = mixed()[case]
-    config = FORMATS[format].config(schemes, ignored_extra=["lm_head"])
+    config = FORMATS[format].config(Contents(schemes, outside=["lm_head"]))
     assert detect({"quantization_config": config}) == format
     read = FORMATS[format].grids(config, list(schemes))
     assert read == schemes
@@ -91,13 +91,13 @@ def test_a_config_says_what_it_was_given(format: str, case: str) -> None:
 @pytest.mark.parametrize("format", WRITTEN)
 def test_scale_search_is_not_part_of_a_scheme(format: str) -> None:
     schemes: dict[str, Grid | None] = {n: Grid(scale_search="minmax" if "q_proj" in n else "mse") for n in names()}
-    assert FORMATS[format].config(schemes) == FORMATS[format].config(dict.fromkeys(names(), Grid()))
+    assert FORMATS[format].config(Contents(schemes)) == FORMATS[format].config(Contents(dict.fromkeys(names(), Grid())))
 
 
 @pytest.mark.parametrize("format", WRITTEN)
 def test_nothing_quantized_has_no_config(format: str) -> None:
     with pytest.raises(BadInput, match="no linear is quantized"):
-        FORMATS[format].config(dict.fromkeys(names()))
+        FORMATS[format].config(Contents(dict.fromkeys(names())))
 
 
 def test_every_name_a_recipe_may_give_is_a_format() -> None:

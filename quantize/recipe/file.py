@@ -14,24 +14,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .errors import BadInput
-from .recipe import (
-    Activations,
-    AutoRound,
-    Awq,
-    Calibration,
-    EndToEnd,
-    Evaluation,
-    Gates,
-    Gptq,
-    Grid,
-    Hadamard,
-    Override,
-    Qat,
-    Recipe,
-    Rtn,
-    SmoothQuant,
-)
+from ..errors import BadInput
+from .document import Override, Recipe
+from .gates import Gates
+from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, Qat, Rtn, SmoothQuant
+from .numbers import Activations, Grid
+from .text import Calibration, Evaluation
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -1,0 +1,56 @@
+"""The command line: parse, call one function, one line on error. Exit codes: 0 fine, 1 failed, 2 bad input, 3 gate."""
+
+import os
+import sys
+
+import typer
+
+from ..errors import BadInput
+from .shared import err_console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="One validated recipe from a Hugging Face checkpoint to a quantized, measured artifact.",
+)
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; every mistake of the user's is one line and exit code 2."""
+    # Before torch is there: its threads are not to spin while they wait, which on a busy machine costs more than work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        status = app(standalone_mode=False)
+        if status == _INTERRUPTED:  # typer turns Ctrl-C into this status, without a word
+            raise KeyboardInterrupt
+        sys.exit(status if isinstance(status, int) else 0)
+    except BadInput as error:
+        _fail(str(error), 2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, _usage_error()):
+            _fail(f"{error.format_message()} (see quantpress --help)", 2)  # type: ignore[attr-defined]
+        raise
+
+
+def _stopped(arguments: list[str]) -> str:
+    if not {"run", "quantize"} & set(arguments[:1]):
+        return "stopped"
+    same = "the same command without --overwrite" if "--overwrite" in arguments else "the same command"
+    return f"stopped; {same} goes on from what is finished"
+
+
+def _usage_error() -> type[Exception]:
+    from typer._click.exceptions import ClickException  # typer 0.2x carries its own click
+
+    return ClickException
+
+
+def _fail(message: str, code: int) -> None:
+    err_console.print(f"quantpress: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    sys.exit(code)

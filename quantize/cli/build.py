@@ -1,0 +1,152 @@
+"""The commands that make artifacts: run, quantize, plan, convert; and those about recipes."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..recipe import Recipe
+from ..recipe import file as recipes
+from .app import app
+from .shared import (
+    JsonOpt,
+    LimitsOpt,
+    ModelOpt,
+    OutOpt,
+    OverwriteOpt,
+    PickleOpt,
+    RecipeArg,
+    SetOpt,
+    TrustOpt,
+    chosen_recipe,
+    default_out,
+    open_source,
+    out_console,
+)
+from .work import evaluation_windows, exit_on_gates, measure, print_results, quantize_model
+
+
+@app.command()
+def run(
+    recipe: RecipeArg = "w4a16-gptq",
+    model: ModelOpt = None,
+    out: OutOpt = None,
+    sets: SetOpt = [],  # noqa: B006
+    overwrite: OverwriteOpt = False,
+    ignore_limits: LimitsOpt = False,
+    allow_pickle: PickleOpt = False,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Quantize, evaluate and report: the whole recipe."""
+    chosen = chosen_recipe(recipe, model, sets)
+    where = out or default_out(chosen)
+    # Read before the work, so that a text that cannot be used does not cost a run.
+    text = None if chosen.evaluation is None else evaluation_windows(chosen, allow_pickle, trust_remote_code)
+    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
+    results = None if text is None else measure(where, chosen, text, allow_pickle, trust_remote_code)
+    from quantpress.eval.report import write_report
+
+    page = write_report(where) if results is not None else None
+    document = {"out": str(where), "report": None if page is None else str(page), "results": results}
+    if as_json:
+        print(json.dumps(document))  # noqa: T201
+    else:
+        _print_run(where, page, results)
+    exit_on_gates(results)
+
+
+@app.command()
+def quantize(
+    recipe: RecipeArg = "w4a16-gptq",
+    model: ModelOpt = None,
+    out: OutOpt = None,
+    sets: SetOpt = [],  # noqa: B006
+    overwrite: OverwriteOpt = False,
+    ignore_limits: LimitsOpt = False,
+    allow_pickle: PickleOpt = False,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Only the artifact: no evaluation, no report."""
+    chosen = chosen_recipe(recipe, model, sets)
+    where = out or default_out(chosen)
+    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
+    out_console.print(f"artifact: {where / 'quantized'}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArg = "w4a16-gptq",
+    model: ModelOpt = None,
+    sets: SetOpt = [],  # noqa: B006
+    allow_pickle: PickleOpt = False,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """What a run would need and make: schemes, bytes, memory, disk, time; and which servers would take it."""
+    from quantpress.export.contracts import servability
+
+    from ..pipeline import prepare
+    from ..plan import size
+
+    chosen = chosen_recipe(recipe, model, sets)
+    job = prepare(chosen, open_source(chosen, allow_pickle, trust_remote_code))
+    lints = servability(chosen.formats, {x.name: (x.out_features, x.in_features) for x in job.linears}, job.schemes,
+                        shuffled=job.recipe.shuffled, activations=chosen.activations)  # fmt: skip
+    if as_json:
+        print(json.dumps(job.plan.as_dict() | {"servability": lints}))  # noqa: T201
+        return
+    table = Table("linears", "number", "scheme", box=None, pad_edge=False)
+    kinds: dict[tuple[str, str], int] = {}
+    for linear in job.linears:
+        key = (linear.module, job.plan.layers[linear.name])
+        kinds[key] = kinds.get(key, 0) + 1
+    for (module, scheme), number in kinds.items():
+        table.add_row(module, str(number), scheme)
+    out_console.print(table)
+    p = job.plan
+    out_console.print(
+        f"artifact {size(p.artifact_bytes)} (original {size(p.original_bytes)}), memory up to {size(p.memory_bytes)}, "
+        f"disk up to {size(p.disk_bytes)}, about {max(1, round(p.seconds / 60))} min on this machine"
+    )
+    for line in (*p.notes, *lints):
+        out_console.print(f"note: {line}")
+
+
+@app.command()
+def convert(
+    artifact: Annotated[Path, typer.Argument(help="a quantized folder")],
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    to: Annotated[str, typer.Option("--to", help="compressed-tensors or gptq")],
+) -> None:
+    """The same codes in another format, without loss; refused where that cannot be."""
+    from ..convert import convert as convert_folder
+
+    convert_folder(artifact, out, to)
+    out_console.print(f"artifact: {out}")
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a recipe, for editors."""
+    print(json.dumps(Recipe.model_json_schema(), indent=2))  # noqa: T201
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """The recipes that ship with quantpress."""
+    table = Table("recipe", "what for", box=None, pad_edge=False)
+    for name in recipes.shipped():
+        table.add_row(name, recipes.load(name).description)
+    out_console.print(table)
+
+
+def _print_run(where: Path, page: Path | None, results: dict[str, Any] | None) -> None:
+    if results is not None:
+        print_results(results)
+    out_console.print(f"artifact    {where / 'quantized'}")
+    if page is not None:
+        out_console.print(f"report      {page}")
+    out_console.print(f"provenance  {where / 'manifest.json'}")

@@ -1,0 +1,101 @@
+"""What the commands share: their options, a recipe and a model opened, progress, where things go."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import BadInput
+from ..recipe import Recipe
+from ..recipe import file as recipes
+
+out_console, err_console = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+
+RecipeArg = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped one (quantpress recipes)")]
+ModelOpt = Annotated[
+    str | None, typer.Option("--model", help="folder, hub id org/name[@revision], .gguf file or smollm2-135m")
+]
+OutOpt = Annotated[Path | None, typer.Option("--out", help="run folder; default artifacts/<model>/<recipe>")]
+SetOpt = Annotated[list[str], typer.Option("--set", help="override a recipe key: --set method.damp=0.02")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="replace what the run folder holds")]
+LimitsOpt = Annotated[bool, typer.Option("--ignore-limits", help="run although memory or disk look too small")]
+PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]
+TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+def chosen_recipe(where: str, model: str | None, sets: list[str]) -> Recipe:
+    chosen = recipes.load(where, sets)
+    return chosen if model is None else chosen.model_copy(update={"model": model})
+
+
+def default_out(recipe: Recipe) -> Path:
+    name = Path(recipe.model).name.removesuffix(".gguf").replace("@", "-") or "model"
+    return Path("artifacts") / name / recipe.name
+
+
+def cache_folder() -> Path:
+    from ..sources import default_cache
+
+    return Path(os.environ["QUANTPRESS_CACHE"]) if "QUANTPRESS_CACHE" in os.environ else default_cache()
+
+
+def open_source(recipe: Recipe, allow_pickle: bool, trust_remote_code: bool) -> Any:
+    quiet_libraries()
+    from ..machine import flush_denormals, return_freed_memory
+    from ..sources import resolve
+
+    flush_denormals()
+    return_freed_memory()
+    return resolve(recipe.model, cache=cache_folder(), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
+    """Progress with time left and memory on a terminal; a plain line now and then elsewhere."""
+    from ..machine import rss_bytes
+    from ..plan import size
+
+    if not err_console.is_terminal:
+        told = 0
+
+        def plain(done: int, note: str, total: int = blocks) -> None:
+            nonlocal told
+            if done * 5 // total > told * 5 // total or done == total:
+                err_console.print(f"{what} block {done}/{total} {note} {size(rss_bytes())}".replace("  ", " "))
+            told = done
+
+        yield plain
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("block {task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                  console=err_console, transient=True) as progress:  # fmt: skip
+        task = progress.add_task(what, total=blocks or None, note="")
+
+        def advance(done: int, note: str, total: int = blocks) -> None:
+            progress.update(task, completed=done, total=total, note=f"{note} {size(rss_bytes())}")
+
+        yield advance
+
+
+def read_manifest(run_folder: Path) -> dict[str, Any]:
+    path = run_folder / "manifest.json"
+    if not path.is_file():
+        raise BadInput(f"{run_folder} holds no finished run (no manifest.json)")
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def quiet_libraries() -> None:
+    """Our own progress and messages are the ones to read."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

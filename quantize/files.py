@@ -1,0 +1,104 @@
+"""Files and folders written whole or not at all, and what is in them. No torch here."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import BadInput
+
+_TEMPORARY = ".quantpress-"  # how folders that are still being made are called in the cache
+_STALE_SECONDS = 24 * 3600
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that appears only when it is whole and on disk; keys keep their order."""
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` once it is whole and on disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well and vanishes when it does not.
+
+    Two processes may do the same work at once: the first to finish wins and the other takes its result.
+    """
+    with temporary_folder(target.parent) as new:
+        yield new
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in (*new.rglob("*"), new):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)  # mkdtemp and safetensors make them private
+            _fsync(file)
+        try:
+            new.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        _fsync(target.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, removed in the end if it is still there."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
+    except OSError as error:
+        raise BadInput(f"{parent}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def sweep(cache: Path) -> None:
+    """Remove the temporary folders of processes that were killed: those in which nothing was written for a day.
+
+    Age rather than a process id, which says nothing when machines or containers share a cache.
+    """
+    for folder in cache.glob(f"*/{_TEMPORARY}*"):
+        try:
+            written = max(file.lstat().st_mtime for file in (folder, *folder.rglob("*")))
+        except OSError:
+            continue  # somebody is at work there, or sweeps it too
+        if time.time() - written > _STALE_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows does not open folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

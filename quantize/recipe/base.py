@@ -1,0 +1,43 @@
+"""What every part of a recipe is made of: strict models, fractions, name patterns."""
+
+import fnmatch
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    """Unknown keys fail, and so does `true` for a number; only lists and floats (YAML reads 1e-2 as text) convert."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _fraction(value: Any) -> Any:
+    """'3%' is 0.03; a bare number is the fraction itself."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return float(value.strip()[:-1]) / 100
+    return value
+
+
+def _pattern(value: str) -> str:
+    if not value:
+        raise ValueError("an empty pattern matches nothing")
+    if value.startswith("re:"):
+        try:
+            re.compile(value[3:])
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
+Lax = Field(strict=False)
+Fraction = Annotated[float, Lax, BeforeValidator(_fraction)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob, or `re:` and a regular expression that matches from the start, takes in `name`."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)

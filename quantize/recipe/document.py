@@ -1,0 +1,197 @@
+"""The whole recipe, checked as a whole before anything is read."""
+
+import difflib
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ..errors import BadInput
+from .base import Pattern, Strict, matches
+from .gates import Gates
+from .methods import Gptq, Hadamard, Method, Qat, Rtn, Transform, Tuned
+from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from .text import Calibration, Evaluation
+
+FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
+
+# The weight types a format has a layout for, and the input types that servers compute with (type, bits).
+_HELD: dict[str, tuple[str, ...]] = {
+    "compressed-tensors": ("int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"),
+    "gptq": ("int",),
+    "awq": ("int",),
+    "modelopt": ("int", "fp8", "nvfp4"),
+}
+_INPUTS: dict[tuple[str, int], tuple[str, ...]] = {
+    ("int", 8): ("int8",), ("int", 4): ("int8", "fp8"), ("fp8", 8): ("fp8",), ("fp8-block", 8): ("fp8",),
+    ("mxfp8", 8): ("mxfp8",), ("mxfp4", 4): ("mxfp4",), ("nvfp4", 4): ("nvfp4",),
+}  # fmt: skip
+
+
+class Override(Strict):
+    """Layers that match get other settings; the last override that matches a layer decides each key."""
+
+    match: Pattern = Field(description="a glob such as *.down_proj, or re: and a regular expression")
+    type: NumberType | None = None
+    bits: Literal[2, 3, 4, 8] | None = None
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
+    scale_search: ScaleSearch | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.settings():
+            raise ValueError(f"override for {self.match!r} changes nothing; to leave layers alone use `ignore`")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"match"}, exclude_none=True)
+
+    def applied_to(self, grid: Grid) -> Grid:
+        """`grid` with these settings; another type brings its own layout."""
+        settings = self.settings()
+        kept = {"scale_search"} if settings.get("type", grid.type) != grid.type else set(Grid.model_fields)
+        return Grid.model_validate(grid.model_dump(include=kept) | settings)
+
+
+class Recipe(Strict):
+    """Everything a run does, in one validated document."""
+
+    name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    model: str = Field(
+        "smollm2-135m", min_length=1, description="a folder, a hub id org/name[@revision], a .gguf file or smollm2-135m"
+    )
+    calibration: Calibration = Calibration()
+    transforms: tuple[Transform, ...] = Field(
+        (), strict=False, description="what is done to the weights, in this order, before they are rounded"
+    )
+    method: Method = Gptq()
+    weights: Grid = Grid()
+    activations: Activations | None = Field(None, description="inputs rounded as the artifact runs; null: 16 bit")
+    kv_cache: Literal["fp8"] | None = Field(
+        None, description="scales for a quantized key-value cache, one a layer, measured in calibration"
+    )
+    ignore: tuple[Pattern, ...] = Field(
+        (), strict=False, description="patterns of linears left in 16 bit, beside embeddings and head"
+    )
+    overrides: tuple[Override, ...] = Field((), strict=False)
+    formats: tuple[FormatName, ...] = Field(
+        ("compressed-tensors",),
+        min_length=1,
+        strict=False,
+        description="the first is the artifact, the others converted from it",
+    )
+    evaluation: Evaluation | None = Evaluation()
+    gates: Gates = Gates()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_has_a_name(cls, value: Any) -> Any:
+        """`method: {damp: 0.02}` and `--set method.damp=0.02` speak of the default method."""
+        return {"name": "gptq"} | value if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _pairs_are_possible(self) -> Self:
+        if len(set(self.formats)) != len(self.formats):
+            raise ValueError(f"formats {list(self.formats)} names one twice")
+        gates = self.gates
+        measured = (gates.max_perplexity_increase, gates.max_kl, gates.min_top1_agreement)
+        if self.evaluation is None and any(gate is not None for gate in measured):
+            raise ValueError("gates on quality need an evaluation; `evaluation: null` switches it off")
+        if any(isinstance(transform, Hadamard) for transform in self.transforms[1:]):
+            raise ValueError("transform hadamard comes first, and once: what follows it has to see the rotated model")
+        grids = [self.weights, *(o.applied_to(self.weights) for o in self.overrides)]
+        if self.shuffled and any(grid.group_size == -1 for grid in grids):
+            raise ValueError("static_groups: false means nothing per channel (group_size -1); drop it")
+        if self.shuffled and any(grid.type != "int" for grid in grids):
+            raise ValueError("static_groups: false is for weights of type int; drop it")
+        for format in self.formats:
+            wrong = [str(grid) for grid in grids if str(grid.type) not in _HELD[format]]
+            if wrong:
+                raise ValueError(
+                    f"format {format} cannot hold {wrong[0]} weights; it takes type {', '.join(_HELD[format])}"
+                )
+        if self.tuned and any(grid.type != "int" for grid in grids):
+            raise ValueError(f"method {self.method.name} tunes weights of type int; use gptq or rtn for others")
+        if self.tuned and (self.activations is not None or self.kv_cache is not None):
+            raise ValueError(
+                f"method {self.method.name} tunes weights for 16-bit inputs: leave activations and kv_cache out"
+            )
+        if isinstance(self.method, Qat) and self.method.end_to_end is not None and self.calibration.samples < 2:
+            raise ValueError("method.end_to_end holds a sequence out: calibration.samples has to be 2 or more")
+        if self.activations is not None:
+            kind = self.activations.type
+            for grid in grids:
+                if kind not in _INPUTS.get((grid.type, grid.bits), ()):
+                    can = _INPUTS.get((grid.type, grid.bits), ())
+                    raise ValueError(
+                        f"{grid} weights with {kind} activations: no server computes that pair; "
+                        + (f"activations of type {' or '.join(can)} go with them" if can else "leave activations out")
+                    )
+            if self.weights.type == "fp8-block" and not self.activations.dynamic:
+                raise ValueError("fp8-block weights take dynamic activations: leave `dynamic` out")
+            if {"gptq", "awq"} & set(self.formats):
+                raise ValueError(
+                    "formats gptq and awq hold weights only; activations need compressed-tensors or modelopt"
+                )
+        if self.kv_cache is not None and {"gptq", "awq"} & set(self.formats):
+            raise ValueError("formats gptq and awq hold no kv_cache scales; use compressed-tensors or modelopt")
+        return self
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether groups become scattered columns (desc_act files)."""
+        return isinstance(self.method, Gptq) and not self.method.static_groups
+
+    @property
+    def tuned(self) -> bool:
+        """Whether each block is tuned after it is rounded."""
+        return isinstance(self.method, Tuned)
+
+    @property
+    def rounder(self) -> Rtn | Gptq:
+        """What rounds a linear: the method itself, or the one that a tuned block starts from."""
+        if isinstance(self.method, Tuned):
+            return Gptq(error_correction=self.method.error_correction) if self.method.start == "gptq" else Rtn()
+        return self.method
+
+    @property
+    def paired(self) -> bool:
+        """Whether the original model runs beside the rounded one."""
+        return self.tuned or (isinstance(self.method, Gptq) and self.method.error_correction > 0)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text has to run through the model before anything can be rounded."""
+        searches = {self.weights.scale_search, *(o.scale_search for o in self.overrides)}
+        return (
+            not isinstance(self.method, Rtn)
+            or any(not isinstance(transform, Hadamard) for transform in self.transforms)
+            or "activation" in searches
+            or (self.activations is not None and self.activations.calibrated)
+            or self.kv_cache is not None
+        )
+
+    def schemes(self, linears: dict[str, int]) -> dict[str, Grid | None]:
+        """The grid of each linear {name: in_features}; None for one that is ignored.
+
+        Raises BadInput for a pattern without a match and a group size that does not divide.
+        """
+        for pattern in (*self.ignore, *(o.match for o in self.overrides)):
+            if not any(matches(pattern, name) for name in linears):
+                near = difflib.get_close_matches(pattern, linears, n=3, cutoff=0.0)
+                raise BadInput(f"pattern {pattern!r} matches no linear layer; the nearest names are {', '.join(near)}")
+        out: dict[str, Grid | None] = {}
+        for name, in_features in linears.items():
+            if any(matches(pattern, name) for pattern in self.ignore):
+                out[name] = None
+                continue
+            grid = self.weights
+            for override in self.overrides:
+                if matches(override.match, name):
+                    grid = override.applied_to(grid)
+            grid.check(name, in_features)
+            out[name] = grid
+        if all(grid is None for grid in out.values()):
+            raise BadInput(f"`ignore` {list(self.ignore)} matches every linear layer: nothing is left to quantize")
+        return out

@@ -1,0 +1,183 @@
+"""The transforms and methods of a recipe, each with its settings."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .base import Lax, Strict
+
+Objective = Literal["kl", "next_token"]
+
+
+class SmoothQuant(Strict):
+    """SmoothQuant, arXiv:2211.10438: outliers of the inputs move into the weights, channel by channel."""
+
+    name: Literal["smoothquant"] = "smoothquant"
+    alpha: Annotated[float, Lax, Field(ge=0, le=1)] | Literal["search"] = Field(
+        0.5, description="share of a channel's range that moves; search: the best by each linear group's output error"
+    )
+
+
+class Awq(Strict):
+    """AWQ, arXiv:2306.00978: channels with large inputs get larger weights, and so a finer grid."""
+
+    name: Literal["awq"] = "awq"
+    points: int = Field(20, ge=2, le=100, description="strengths tried between none and full")
+
+
+class Hadamard(Strict):
+    """Offline rotation of the residual stream and of the value heads, folded into the weights (QuaRot, SpinQuant)."""
+
+    name: Literal["hadamard"] = "hadamard"
+    seed: int = Field(0, ge=0, description="of the random signs")
+
+
+Transform = Annotated[SmoothQuant | Awq | Hadamard, Field(discriminator="name")]
+
+
+class Rtn(Strict):
+    """Round to nearest: seconds; no calibration unless the scale search, a transform or static inputs want it."""
+
+    name: Literal["rtn"] = "rtn"
+
+
+class Gptq(Strict):
+    """GPTQ, arXiv:2210.17323: each column's rounding error is pushed onto the columns still to come."""
+
+    name: Literal["gptq"] = "gptq"
+    damp: float = Field(
+        0.01, gt=0, lt=1, strict=False, description="times the mean of the Hessian's diagonal, added to it"
+    )
+    order: Literal["group_aware", "activation", "natural"] = Field(
+        "group_aware",
+        description="order the columns are solved in: group_aware sorts inside groups and then the groups; "
+        "activation sorts all columns by the Hessian's diagonal",
+    )
+    static_groups: bool = Field(
+        True, description="with order activation: groups stay contiguous on disk. false writes desc_act files"
+    )
+    weighted_scales: bool = Field(
+        True, description="scale search weighs each column by the variance later columns cannot make up for"
+    )
+    error_correction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        strict=False,
+        description="share of the error already in a linear's inputs that its weight makes up for; above 0 the "
+        "original model runs beside, twice the work",
+    )
+    correction: Literal["qep", "gptaq"] = Field(
+        "qep",
+        description="how: qep, arXiv:2504.09629, moves the weight before it is rounded; gptaq, arXiv:2504.02692, moves "
+        "the columns still to come as each is rounded (try error_correction 0.25 with it)",
+    )
+
+    @model_validator(mode="after")
+    def _groups_need_activation_order(self) -> Self:
+        if not self.static_groups and self.order != "activation":
+            raise ValueError(f"static_groups: false needs order: activation, not {self.order}")
+        return self
+
+
+class Tuned(Strict):
+    """What the methods share that tune a block as a whole, by gradient steps, once it is rounded."""
+
+    batch_size: int = Field(4, ge=1, description="calibration sequences a step")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="steps without a better block after which to stop; null: never, the error often rises before it "
+        "falls. The best block met is kept in any case",
+    )
+    seed: int = Field(0, ge=0, description="of the order the sequences are met in")
+    start: Literal["gptq", "rtn"] = Field("gptq", description="what rounds the block before it is tuned")
+    error_correction: float = Field(
+        0.5, ge=0, le=1, strict=False, description="of a start from gptq; the original model runs beside in any case"
+    )
+
+    @property
+    def n_steps(self) -> int:
+        """Gradient steps a block."""
+        raise NotImplementedError
+
+
+class AutoRound(Tuned):
+    """SignRound, arXiv:2309.05516: a rounded block's codes and ranges tuned by gradient steps on its output."""
+
+    name: Literal["autoround"] = "autoround"
+    light: bool = Field(False, description="50 steps instead of 200")
+    steps: int | None = Field(None, ge=1, description="gradient steps a block; default: 200, light 50")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="what the first step moves a rounding, in steps of the grid (ranges: by a fifth of it as a "
+        "share); falls to 0 in a line; default: 0.5 / steps",
+    )
+
+    @model_validator(mode="after")
+    def _light_is_a_number_of_steps(self) -> Self:
+        if self.light and self.steps is not None:
+            raise ValueError(f"light means 50 steps and steps says {self.steps}: give one of them")
+        return self
+
+    @property
+    def n_steps(self) -> int:
+        return self.steps or (50 if self.light else 200)
+
+    @property
+    def first_rate(self) -> float:
+        return self.lr or 0.5 / self.n_steps
+
+
+class EndToEnd(Strict):
+    """E2E-QP: the scales of the whole model trained together, a part of the calibration text held out."""
+
+    objective: Objective = Field(
+        "kl",
+        description="kl: the divergence from the original's predictions; next_token: the paper's, which also learns "
+        "the calibration text",
+    )
+    steps: int = Field(32, ge=1, description="gradient steps, of `batch_size` sequences")
+    lr: float = Field(
+        2e-3, gt=0, strict=False, description="what the first step moves a scale, as a share; falls to 0 in a line"
+    )
+
+
+class Qat(Tuned):
+    """EfficientQAT, arXiv:2407.11062: a rounded block's weights, scales and zeros trained through the rounding."""
+
+    name: Literal["qat"] = "qat"
+    steps: int = Field(200, ge=1, description="gradient steps a block")
+    weight_lr: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="what the first step moves a weight, in steps of the grid; falls to 0 in a line; default: "
+        "0.3 / steps",
+    )
+    quant_lr: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="what it moves a scale, as a share, and a zero, in steps of the grid; default: 0.1 / steps",
+    )
+    end_to_end: EndToEnd | None = Field(
+        None, description="then the scales of the whole model together; it has to fit in memory. null: no"
+    )
+
+    @property
+    def n_steps(self) -> int:
+        return self.steps
+
+    @property
+    def weight_rate(self) -> float:
+        return self.weight_lr or 0.3 / self.steps
+
+    @property
+    def quant_rate(self) -> float:
+        return self.quant_lr or 0.1 / self.steps
+
+
+Method = Annotated[Rtn | Gptq | AutoRound | Qat, Field(discriminator="name")]

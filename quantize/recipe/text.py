@@ -1,0 +1,64 @@
+"""The texts of a recipe: what calibrates the methods and what the result is measured on."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .base import Strict
+
+Bos = Literal["auto", "always", "never"]
+
+
+class Text(Strict):
+    """Where text comes from."""
+
+    source: str = Field(
+        "default",
+        description="`default` (the embedded text), a .txt or .jsonl file, or a hub dataset id such as "
+        "Salesforce/wikitext; for calibration also `self`: text the model itself generates",
+    )
+    config: str | None = Field(None, description="dataset configuration, such as wikitext-2-raw-v1")
+    split: str = Field("train", description="dataset split")
+    revision: str | None = Field(None, description="dataset commit, tag or branch")
+    column: str = Field("text", description="the field of a JSONL line or dataset row that holds the text")
+    bos: Bos = Field("auto", description="BOS before each sequence: auto does what the tokenizer does")
+
+    @model_validator(mode="after")
+    def _dataset_keys_need_a_dataset(self) -> Self:
+        kind = Path(self.source).suffix.lower()
+        if kind not in (".txt", ".jsonl") and self.source not in ("default", "self"):
+            return self
+        for key in ("config", "split", "revision") + (() if kind == ".jsonl" else ("column",)):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} {getattr(self, key)!r} means nothing for source {self.source!r}: drop it, or name a "
+                    f"{'.jsonl file or ' if key == 'column' else ''}hub dataset"
+                )
+        return self
+
+
+class Calibration(Text):
+    """The text that shows the rounder what the activations look like."""
+
+    samples: int = Field(128, ge=1, description="sequences")
+    seq_len: int = Field(512, ge=8, description="tokens a sequence")
+    seed: int = Field(0, ge=0, description="which part of the text is taken, and `self` generation")
+    chat_template: bool = Field(False, description="wrap each text as a user's turn in the model's chat template")
+
+
+class Evaluation(Text):
+    """Perplexity, and divergence from the original, over windows of one text."""
+
+    split: str = "test"
+    windows: int = Field(16, ge=1, description="windows, from the start of the text")
+    window: int = Field(1024, ge=16, description="tokens a window")
+    stride: int | None = Field(None, ge=1, description="tokens between window starts; default: the window")
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Self:
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"stride {self.stride} is larger than window {self.window}: tokens would be left out")
+        if self.source == "self":
+            raise ValueError("`self` is a calibration source; evaluate on text the model did not write")
+        return self
