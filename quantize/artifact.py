@@ -108,15 +108,21 @@ def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None 
     return artifact, skeleton
 
 
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of the run in `out`; raises BadInput when there is none."""
+    path = out / "manifest.json"
+    if not path.is_file():
+        raise BadInput(f"{out} holds no finished run (no manifest.json)")
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
 def verify(out: Path) -> int:
     """Check the files of `out/quantized` against the hashes in its manifest; returns how many there are.
 
     Raises BadInput naming the first file that differs or is absent.
     """
-    path = out / "manifest.json"
-    if not path.is_file():
-        raise BadInput(f"{out} holds no finished run (no manifest.json)")
-    hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["artifact"]["files"]
+    hashes: dict[str, str] = read_manifest(out)["artifact"]["files"]
     for name, digest in hashes.items():
         file = out / "quantized" / name
         if not file.is_file():

@@ -33,7 +33,7 @@ def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = T
     }
     if not compare_calibration:
         del before["calibration"]
-    different = _differences(before, json.loads(json.dumps({name: key[name] for name in before})))
+    different = differences(before, json.loads(json.dumps({name: key[name] for name in before})))
     if different:
         raise BadInput(
             f"{out} already holds a finished run of something else ({'; '.join(different[:4])}); "
@@ -51,7 +51,7 @@ class Journal:
         self.done: list[dict[str, Any]] = []
         if (folder / "key.json").exists():
             before = json.loads((folder / "key.json").read_text())
-            different = list(_differences(before, json.loads(json.dumps(key))))
+            different = list(differences(before, json.loads(json.dumps(key))))
             if different:
                 raise BadInput(
                     f"{folder.parent} holds an unfinished run of something else ({'; '.join(different[:4])}); "
@@ -98,11 +98,12 @@ class Journal:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def _differences(before: Any, now: Any, place: str = "") -> list[str]:
+def differences(before: Any, now: Any, place: str = "") -> list[str]:
+    """One line for each value that two JSON documents do not have in common."""
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for key in sorted(before.keys() | now.keys()):
-            found += _differences(before.get(key), now.get(key), f"{place}.{key}" if place else key)
+            found += differences(before.get(key), now.get(key), f"{place}.{key}" if place else key)
         return found
     return [] if before == now else [f"{place}: {_short(before)} there, {_short(now)} now"]
 

@@ -73,7 +73,8 @@ def describe(where: torch.device) -> dict[str, Any]:
     """The machine a figure was measured on."""
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
     memory = psutil.virtual_memory().total
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "device": name, "memory_bytes": memory}
+    cores = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"cpu": _cpu_name(), **cores, "device": name, "memory_bytes": memory}
 
 
 def _cpu_name() -> str:

@@ -19,9 +19,10 @@ MAY_IMPORT = {
     "formats": ("errors", "recipe", "grid", "activations"),
     "engine": ("errors", "recipe", "grid", "methods", "activations", "formats"),
     "pipeline": ("errors", "recipe", "grid", "methods", "activations", "formats", "engine"),
+    "reproduce": ("errors", "recipe", "engine", "pipeline"),
     "export": ("errors", "recipe", "grid", "activations", "formats", "engine", "pipeline"),
     "eval": ("errors", "recipe", "grid", "activations", "formats", "engine", "pipeline", "export"),
-    "cli": ("errors", "recipe", "grid", "methods", "activations", "formats", "engine", "pipeline", "export", "eval"),
+    "cli": ("errors", "recipe", "engine", "pipeline", "reproduce", "export", "eval"),
     "recipes": (),
 }
 RECIPE_NEEDS = {"collections", "difflib", "fnmatch", "importlib", "pathlib", "pydantic", "re", "typing", "yaml"}

@@ -8,7 +8,7 @@ import typer
 
 from ..recipe import file as recipes
 from .app import app
-from .shared import JsonOpt, PickleOpt, SetOpt, TrustOpt, out_console, read_manifest
+from .shared import JsonOpt, PickleOpt, SetOpt, TrustOpt, out_console
 from .work import evaluation_windows, exit_on_gates, measure, print_results
 
 
@@ -21,6 +21,8 @@ def evaluate_command(
     as_json: JsonOpt = False,
 ) -> None:
     """Measure a finished run again; --set evaluation.windows=32 changes how."""
+    from ..artifact import read_manifest
+
     manifest = read_manifest(run_folder)
     document = manifest["recipe"]
     for override in sets:

@@ -1,6 +1,5 @@
 """What the commands share: their options, a recipe and a model opened, progress, where things go."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..errors import BadInput
 from ..recipe import Recipe
 from ..recipe import file as recipes
 
@@ -82,14 +80,6 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
             progress.update(task, completed=done, total=total, note=f"{note} {size(rss_bytes())}")
 
         yield advance
-
-
-def read_manifest(run_folder: Path) -> dict[str, Any]:
-    path = run_folder / "manifest.json"
-    if not path.is_file():
-        raise BadInput(f"{run_folder} holds no finished run (no manifest.json)")
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
 
 
 def quiet_libraries() -> None:

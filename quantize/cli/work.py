@@ -1,7 +1,9 @@
 """The stages behind the commands: quantize, measure, and what is printed of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -9,24 +11,35 @@ from ..errors import BadInput
 from ..recipe import Recipe
 from .shared import cache_folder, err_console, open_source, out_console, progress_bar
 
+if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
+    from ..pipeline import Job, Settings
+
 
 def quantize_model(
     recipe: Recipe, out: Path, overwrite: bool, ignore_limits: bool, allow_pickle: bool, trust: bool
 ) -> None:
     source = open_source(recipe, allow_pickle, trust)
-    from ..pipeline import Settings, prepare
+    from ..pipeline import prepare
     from ..pipeline import quantize as quantize_job
 
     job = prepare(recipe, source)
+    with quantizing(job, out, overwrite, ignore_limits, trust) as settings:
+        manifest = quantize_job(job, settings)
+    for line in manifest["fallbacks"]:
+        err_console.print(f"note: {line}", markup=False)
+
+
+@contextmanager
+def quantizing(job: "Job", out: Path, overwrite: bool, ignore_limits: bool, trust: bool) -> "Iterator[Settings]":
+    """What a run is told, while its progress is shown."""
+    from ..pipeline import Settings
+
     with progress_bar("quantizing", job.skeleton.n_blocks) as advance:
-        settings = Settings(
+        yield Settings(
             out, cache_folder(), overwrite, ignore_limits, trust,
             lambda p: advance(p.block, "" if p.loss is None else f"error {p.loss:.2%}"),
             lambda line: err_console.print(f"note: {line}", markup=False, soft_wrap=True),
         )  # fmt: skip
-        manifest = quantize_job(job, settings)
-    for line in manifest["fallbacks"]:
-        err_console.print(f"note: {line}", markup=False)
 
 
 def evaluation_windows(recipe: Recipe, allow_pickle: bool, trust: bool) -> Any:
