@@ -47,7 +47,7 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     manifest = describe(job, files, tokens, journal)
     parts, summary = train_end_to_end(job, tokens, journal)
     if summary is not None:
-        manifest["end_to_end"] = summary
+        manifest |= {"end_to_end": summary, "error_measure": "output, before the scales were trained end to end"}
     assemble(job, journal, settings, manifest, parts)
     timing = {"seconds": time.monotonic() - started, "cpu_seconds": machine.cpu_seconds()}
     timing["peak_rss_bytes"] = machine.peak_rss_bytes()

@@ -6,43 +6,30 @@ from torch import Tensor
 from ..grid import QuantizedLinear
 from ..recipe import AutoRound
 from .adam import Direction
-from .fake_quant import FakeQuant, drawn, fake_quantize, storable
+from .fake_quant import FakeQuant, Trained, fake_quantize, storable
 
 _REACH = 0.5  # how far a weight may be moved before it is rounded, in steps of the grid
 _CLIP = (0.5, 1.5)  # factors on the ends of a group's range
 _RANGE_RATE = 0.2  # a range moves this share of what a rounding does
-_SHARE = 0.8  # of its distance to its code that a weight keeps
 
 
-class SignRound:
+class SignRound(Trained):
     """One linear under SignRound (arXiv:2309.05516, 3.2), from codes that are there already.
 
     q = clip(round(w / s + v) + z), v in [-0.5, 0.5] [out, in]; each group's range [low, high] is that of the start
     times a, b: s = (b high - a low) / levels, z = round(-a low / s); symmetric grids keep their zero and s = b s0.
-    w is the original weight [out, in] drawn towards its code (see `drawn`): v = 0, a = b = 1 is then the start,
-    whatever rounded it, and a code changes only where the slope says so for several steps.
+    v = 0, a = b = 1 is the start, since w is drawn towards its code; a code changes only where the slope says so for
+    several steps.
     """
 
     def __init__(self, settings: AutoRound, weight: Tensor, start: QuantizedLinear) -> None:
-        grid, (out, groups) = start.grid, start.scales.shape
-        self._rate, self._start, self._levels = settings.first_rate, start, grid.levels
-        self._latent = drawn(weight, start, _SHARE).reshape(out, groups, -1)
-        self._scale = start.scales.to(torch.float32)[:, :, None]
-        self._zero = start.zeros.to(torch.float32)[:, :, None]
-        self._low, self._high = -self._zero * self._scale, (grid.levels - self._zero) * self._scale
+        super().__init__(weight, start)
+        self._rate, self._levels = settings.first_rate, start.grid.levels
+        self._low, self._high = -self._zero * self._scale, (self._levels - self._zero) * self._scale
         self._offset = torch.zeros_like(self._latent)
         self._a, self._b = torch.ones_like(self._scale), torch.ones_like(self._scale)
         self._moves = tuple(Direction(x) for x in (self._offset, self._a, self._b))
         self._now = self._forward()
-
-    @property
-    def weight(self) -> Tensor:
-        """The rounded weight [out, in], float32."""
-        return self._now.weight
-
-    @property
-    def result(self) -> QuantizedLinear:
-        return self._now.stored(self._start)
 
     def step(self, gradient: Tensor, progress: float) -> None:
         """Move against the running gradient, `gradient` [out, in] by `weight`; by lr * (1 - progress) at most.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..grid import QuantizedLinear
 
+_SHARE = 0.8  # of its distance to its code that a weight keeps
 SMALLEST_SCALE = 2.0**-17  # as grid.fit: exact in both 16-bit types, and never divides by zero
 
 
@@ -56,6 +57,32 @@ def fake_quantize(weight: Tensor, offset: Tensor | float, scale: Tensor, zero: T
     free = (position + offset).round_().add_(zero)
     codes = free.clamp(0, levels)
     return FakeQuant(codes, (free == codes).to(weight.dtype), position, scale, zero)
+
+
+class Trained:
+    """One linear that is trained through its rounding, from codes that are there already.
+
+    The latent weight [out, groups, columns], scale and zero [out, groups, 1] are float32. The latent weight is the
+    original one `weight` [out, in] drawn towards its code, so that the first iterate is the start, whatever rounded it.
+    """
+
+    _now: FakeQuant  # the rounding that is current: set by whoever trains
+
+    def __init__(self, weight: Tensor, start: QuantizedLinear) -> None:
+        out, groups = start.scales.shape
+        self._start = start
+        self._latent = drawn(weight, start, _SHARE).reshape(out, groups, -1)
+        self._scale = start.scales.to(torch.float32)[:, :, None]
+        self._zero = start.zeros.to(torch.float32)[:, :, None]
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weight [out, in], float32."""
+        return self._now.weight
+
+    @property
+    def result(self) -> QuantizedLinear:
+        return self._now.stored(self._start)
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,43 +1,27 @@
 """Block-AP of EfficientQAT: the weights, scales and zeros of one linear, all of them trained through the rounding."""
 
-import torch
 from torch import Tensor
 
 from ..grid import QuantizedLinear
 from ..recipe import Qat
 from .adam import Direction
-from .fake_quant import FakeQuant, drawn, fake_quantize, storable
-
-_SHARE = 0.8  # of its distance to its code that a weight keeps
+from .fake_quant import FakeQuant, Trained, fake_quantize, storable
 
 
-class BlockAp:
+class BlockAp(Trained):
     """One linear under Block-AP (arXiv:2407.11062, 3.2), from codes that are there already.
 
     q = clip(round(w / s) + round(z)); w [out, in], s and z [out, groups] are trained in float32, s and z rounded to
-    what is stored whenever they are used. w is the original weight drawn towards its code (see `drawn`), so that the
-    first iterate is the start, whatever rounded it. Symmetric grids keep their zero.
+    what is stored whenever they are used. Symmetric grids keep their zero.
     """
 
     def __init__(self, settings: Qat, weight: Tensor, start: QuantizedLinear) -> None:
-        out, groups = start.scales.shape
-        self._weight_rate, self._quant_rate, self._start = settings.weight_rate, settings.quant_rate, start
-        self._latent = drawn(weight, start, _SHARE).reshape(out, groups, -1)
-        self._scale = start.scales.to(torch.float32)[:, :, None]
-        self._zero = start.zeros.to(torch.float32)[:, :, None]
+        super().__init__(weight, start)
+        self._weight_rate, self._quant_rate = settings.weight_rate, settings.quant_rate
         # A grid step of the start, what the rates are measured in; a group of zeros has none and stays as it is.
         self._unit = self._scale * self._latent.any(2, keepdim=True)
         self._directions = tuple(Direction(x) for x in (self._latent, self._scale, self._zero))
         self._now = self._forward()
-
-    @property
-    def weight(self) -> Tensor:
-        """The rounded weight [out, in], float32."""
-        return self._now.weight
-
-    @property
-    def result(self) -> QuantizedLinear:
-        return self._now.stored(self._start)
 
     def step(self, gradient: Tensor, progress: float) -> None:
         """One step of Adam, `gradient` [out, in] by `weight`; the rates fall to 0 in a line.

@@ -102,6 +102,7 @@ def test_only_scales_differ_from_a_run_without_it(family: str, tmp_path: Path) -
     manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT))
     make(tmp_path / "plain", tmp_path / "model", document(family, PLAIN))
     assert manifest["end_to_end"]["loss_after"] < manifest["end_to_end"]["loss_before"]
+    assert manifest["error_measure"] == "output, before the scales were trained end to end"
     trained, plain = (Artifact(tmp_path / name / "quantized") for name in ("run", "plain"))
     assert sorted(trained.checkpoint.names()) == sorted(plain.checkpoint.names())
     changed = 0
