@@ -67,7 +67,7 @@ def last_hidden(skeleton: Skeleton, tokens: Tensor, on_block: Callable[[], None]
 def compare(
     original: Skeleton, artifact: Skeleton, text: Windows, on_block: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Perplexity of both and the divergence of `artifact` from `original`; the results document without its gates."""
+    """Perplexity of both and the divergence of `artifact` from `original`; results without sizes and gates."""
     started = time.monotonic()
     ids = text.tokens.ids
     hidden = [last_hidden(model, ids, on_block) for model in (original, artifact)]
@@ -102,22 +102,26 @@ def _results(model: Skeleton, text: Windows, nll: list[Tensor], kl: Tensor, same
     sides = []
     for values in nll:
         mean = float(values.mean())
+        bits = float(values.sum()) / math.log(2) / max(1, text.bytes)
         sides.append(
             {
                 "perplexity": math.exp(mean) if mean < 700 else math.inf,
                 "nll": mean,
                 "nll_stderr": _standard_error(values),
-                "bits_per_byte": float(values.sum()) / math.log(2) / max(1, text.bytes),
+                "bits_per_byte": bits,
+                "byte_perplexity": 2**bits if bits < 1000 else math.inf,
             }
         )
     difference = nll[1] - nll[0]
+    mean, error = float(difference.mean()), _standard_error(difference)
     quantiles = torch.quantile(kl, torch.tensor([0.5, 0.9, 0.99], dtype=kl.dtype)).tolist()
     return {
-        "schema": 1,
+        "schema": 2,
         "text": {
             "source": tokens.source,
             "sha256": tokens.sha256,
             "tokens": n,
+            "bytes": text.bytes,
             "windows": len(tokens.ids),
             "window": tokens.ids.shape[1],
             "stride": int(text.scored[-1]) if len(text.scored) > 1 else tokens.ids.shape[1],
@@ -127,8 +131,8 @@ def _results(model: Skeleton, text: Windows, nll: list[Tensor], kl: Tensor, same
         "device": str(model.device),
         "original": sides[0],
         "artifact": sides[1],
-        "perplexity_increase": math.expm1(float(difference.mean())),
-        "nll_difference_stderr": _standard_error(difference),
+        "perplexity_increase": math.expm1(mean),
+        "perplexity_increase_interval": (math.expm1(mean - 1.96 * error), math.expm1(mean + 1.96 * error)),
         "divergence": {
             "kl_mean": float(kl.mean()),
             "kl_stderr": _standard_error(kl),
@@ -137,6 +141,7 @@ def _results(model: Skeleton, text: Windows, nll: list[Tensor], kl: Tensor, same
             "kl_p99": quantiles[2],
             "kl_max": float(kl.max()),
             "top1_agreement": float(same.double().mean()),
+            "top1_stderr": _standard_error(same.double()),
         },
     }
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from quantpress.quantize import machine
 from quantpress.quantize.artifact import open_artifact
@@ -15,6 +14,7 @@ from quantpress.quantize.texts import load_documents
 
 from .divergence import Windows, compare, windows
 from .gates import judge
+from .records import Results
 
 
 def evaluation_text(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: bool = False) -> Windows:
@@ -30,9 +30,9 @@ def evaluate(
     text: Windows,
     gates: Gates,
     on_block: Callable[[int], None] = lambda blocks: None,
-) -> dict[str, Any]:
-    """The results document (schema 1) of the artifact folder against the original's; `on_block(total)` is called as
-    blocks of either model finish.
+) -> Results:
+    """The results of the artifact folder against the original's; `on_block(total)` is called as blocks of either model
+    finish.
 
     Raises BadInput when the two are not the same model.
     """
@@ -45,5 +45,5 @@ def evaluate(
     results = compare(plain, quantized, text, lambda: on_block(2 * plain.n_blocks))
     results["original"]["bytes"] = checkpoint.total_bytes
     results["artifact"]["bytes"] = reader.checkpoint.total_bytes
-    results["gates"] = judge(gates, results, reader.checkpoint.total_bytes)
-    return results
+    measured = Results.model_validate(results)
+    return measured.model_copy(update={"gates": judge(gates, measured)})

@@ -29,7 +29,7 @@ def evaluate_command(
     text = evaluation_windows(chosen, allow_pickle, trust_remote_code)
     results = measure(run_folder, chosen, text, allow_pickle, trust_remote_code)
     if as_json:
-        print(json.dumps(results))  # noqa: T201
+        print(json.dumps(results.document()))  # noqa: T201
     else:
         print_results(results)
     exit_on_gates(results)

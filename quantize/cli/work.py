@@ -1,13 +1,16 @@
 """The stages behind the commands: quantize, measure, and what is printed of them."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import BadInput
 from ..recipe import Recipe
 from .shared import cache_folder, err_console, open_source, out_console, progress_bar
+
+if TYPE_CHECKING:
+    from quantpress.eval.records import Results
 
 
 def quantize_model(
@@ -38,7 +41,7 @@ def evaluation_windows(recipe: Recipe, allow_pickle: bool, trust: bool) -> Any:
     return evaluation_text(source.path, recipe.evaluation, cache_folder(), trust)
 
 
-def measure(out: Path, recipe: Recipe, text: Any, allow_pickle: bool, trust: bool) -> dict[str, Any]:
+def measure(out: Path, recipe: Recipe, text: Any, allow_pickle: bool, trust: bool) -> "Results":
     from quantpress.eval.measure import evaluate
 
     from ..files import write_json
@@ -54,24 +57,26 @@ def measure(out: Path, recipe: Recipe, text: Any, allow_pickle: bool, trust: boo
 
         results = evaluate(source.path, out / "quantized", text, recipe.gates, on_block)
     (out / "eval").mkdir(exist_ok=True)
-    write_json(out / "eval" / "results.json", results)
+    write_json(out / "eval" / "results.json", results.document())
     return results
 
 
-def print_results(results: dict[str, Any]) -> None:
+def print_results(results: "Results") -> None:
     from ..plan import size
 
-    before, after, away = results["original"], results["artifact"], results["divergence"]
-    out_console.print(
-        f"perplexity  {before['perplexity']:.3f} -> {after['perplexity']:.3f} ({results['perplexity_increase']:+.2%})\n"
-        f"divergence  KL {away['kl_mean']:.4f} nats, top-1 agreement {away['top1_agreement']:.1%}\n"
-        f"weights     {size(before['bytes'])} -> {size(after['bytes'])}"
-    )
-    for check in results["gates"]["checks"]:
-        sign = "ok  " if check["passed"] else "MISS"
-        out_console.print(f"gate {sign}   {check['name']} {check['value']:.6g} (limit {check['limit']:.6g})")
+    before, after, away = results.original, results.artifact, results.divergence
+    if before is not None and after is not None and away is not None:
+        out_console.print(
+            f"perplexity  {before.perplexity:.3f} -> {after.perplexity:.3f} ({results.perplexity_increase:+.2%})\n"
+            f"divergence  KL {away.kl_mean:.4f} nats, top-1 agreement {away.top1_agreement:.1%}\n"
+            f"weights     {size(before.bytes)} -> {size(after.bytes)}"
+        )
+    for check in results.gates.checks:
+        sign = {"ACCEPT": "ok  ", "REGRESSION": "MISS", "INCONCLUSIVE": "?   "}[check.verdict]
+        out_console.print(f"gate {sign}   {check.name} {check.reason}", markup=False)
 
 
-def exit_on_gates(results: dict[str, Any] | None) -> None:
-    if results is not None and results["gates"]["verdict"] == "REGRESSION":
+def exit_on_gates(results: "Results | None") -> None:
+    """Exit code 3 for a missed gate; INCONCLUSIVE is one only where the recipe says gates.strict."""
+    if results is not None and results.gates.missed:
         raise typer.Exit(3)

@@ -95,8 +95,8 @@ class Recipe(Strict):
         if len(set(self.formats)) != len(self.formats):
             raise ValueError(f"formats {list(self.formats)} names one twice")
         gates = self.gates
-        measured = (gates.max_perplexity_increase, gates.max_kl, gates.min_top1_agreement)
-        if self.evaluation is None and any(gate is not None for gate in measured):
+        measured = set(gates.limits()) - {"max_bytes"}
+        if self.evaluation is None and measured:
             raise ValueError("gates on quality need an evaluation; `evaluation: null` switches it off")
         if any(isinstance(transform, Hadamard) for transform in self.transforms[1:]):
             raise ValueError("transform hadamard comes first, and once: what follows it has to see the rotated model")

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from quantpress.eval.divergence import compare, kl_divergence, windows
-from quantpress.eval.gates import judge
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton
-from quantpress.quantize.recipe import Evaluation, Gates
+from quantpress.quantize.recipe import Evaluation
 from tests.tiny import build, text, tokenizer
 
 CPU = torch.device("cpu")
@@ -71,12 +70,3 @@ def test_short_text_is_refused() -> None:
 def test_kl_of_known_distributions() -> None:
     p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     assert kl_divergence(p, q).item() == pytest.approx(0.5 * (2**0.5 * 0 + torch.tensor(4 / 3).log().item()), rel=1e-5)
-
-
-def test_gates_judge_what_was_measured() -> None:
-    results = {"perplexity_increase": 0.04, "divergence": {"kl_mean": 0.1, "top1_agreement": 0.9}}
-    assert judge(Gates(), results, 10)["verdict"] == "NONE"
-    assert judge(Gates(max_perplexity_increase="5%", max_kl=0.1), results, 10)["verdict"] == "ACCEPT"  # type: ignore[arg-type]
-    missed = judge(Gates(max_bytes=9, max_kl=0.2), results, 10)
-    assert missed["verdict"] == "REGRESSION"
-    assert [c["name"] for c in missed["checks"] if not c["passed"]] == ["max_bytes"]
