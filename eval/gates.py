@@ -5,6 +5,7 @@ import math
 from quantpress.quantize.recipe import Gates
 
 from .records import Check, GateReport, Interval, Results
+from .statistics import around
 
 _WORST = ("REGRESSION", "INCONCLUSIVE", "ACCEPT")
 
@@ -29,6 +30,14 @@ def judge(gates: Gates, results: Results) -> GateReport:
 
 def _measured(name: str, results: Results) -> tuple[float | None, Interval | None]:
     """The value a gate is about and its 95% interval; None for what was not measured or is exact."""
+    if name.startswith("min_recovery."):
+        return _recovery(name.removeprefix("min_recovery."), results)
+    if name == "min_tokens_per_second":
+        runtime = results.efficiency.runtime if results.efficiency else None
+        if runtime is None or not runtime.speed:
+            return None, None
+        first = runtime.speed[0]
+        return first.decode_tokens_per_second, around(first.decode_tokens_per_second, first.decode_stderr)
     away = results.divergence
     if name == "max_perplexity_increase":
         return results.perplexity_increase, results.perplexity_increase_interval
@@ -45,9 +54,11 @@ def _measured(name: str, results: Results) -> tuple[float | None, Interval | Non
     return away.top1_agreement, around(away.top1_agreement, away.top1_stderr)
 
 
-def around(value: float, stderr: float) -> Interval | None:
-    """The 95% interval of a mean with that standard error; None when the error is not known."""
-    return (value - 1.96 * stderr, value + 1.96 * stderr) if math.isfinite(stderr) else None
+def _recovery(task: str, results: Results) -> tuple[float | None, Interval | None]:
+    """Of the task's worst metric: what is to hold for the task holds for each."""
+    found = [t for t in results.tasks if t.task == task and t.recovery is not None]
+    worst = min(found, key=lambda t: t.recovery or 0.0, default=None)
+    return (None, None) if worst is None else (worst.recovery, worst.recovery_interval)
 
 
 def _check(name: str, limit: float, value: float | None, interval: Interval | None, *, upper: bool) -> Check:

@@ -350,6 +350,7 @@ class Results(Record):
     efficiency: Efficiency | None = None
     generations: tuple[Generation, ...] = ()
     gates: GateReport = GateReport()
+    notes: tuple[str, ...] = ()  # what was asked for and not measured, and why
     seconds: float
 
     def document(self) -> dict[str, Any]:

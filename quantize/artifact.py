@@ -50,6 +50,18 @@ class Artifact:
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint or str(name).removesuffix(".weight") in self.linears
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights on disk."""
+        return self.checkpoint.total_bytes
+
+    def bits_per_weight(self) -> float | None:
+        """Bits on disk of a quantized weight, its scales and zeros counted; None when none is quantized."""
+        names = [name for name in self.checkpoint.names() if not name.endswith(".bias")]
+        size = sum(self.checkpoint.nbytes(name) for name in names if name.rpartition(".")[0] in self.linears)
+        count = sum(rows * columns for rows, columns in self.shapes.values())
+        return size * 8 / count if count else None
+
     def linear(self, name: str) -> QuantizedLinear:
         """The unpacked record of a quantized linear."""
         if self.format is None:
