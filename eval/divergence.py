@@ -5,21 +5,28 @@ hundred tokens at a time and are never held whole.
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from quantpress.quantize.calibration import Tokens, bos_id, cut, encode, with_bos
+from quantpress.quantize.calibration import Tokens, bos_id, cut, first_tokens, with_bos
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton, run_block
 from quantpress.quantize.recipe import Evaluation
 
+from .records import Bucket, Divergence, EvaluationText, Interval, NoiseFloor, Quality
+from .statistics import Array, around, quantile_interval, runs, standard_error
+
 _ROWS = 256  # tokens whose logits are in memory at a time
-_BATCH_TOKENS = 4096
+_TILE = 8  # rows of them that a CPU compares at once: what it works on stays in its cache
+BATCH_TOKENS = 4096
+_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the original's confidence
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,47 @@ class Windows:
     scored: Tensor  # int64 [windows]
     bytes: int  # UTF-8 bytes of the scored tokens
 
+    @property
+    def runs(self) -> NDArray[np.int64]:
+        """The run of neighbours each scored token belongs to, for their statistics."""
+        return runs(self.scored.tolist())
+
+    def record(self) -> EvaluationText:
+        ids = self.tokens.ids
+        return EvaluationText(
+            source=self.tokens.source,
+            sha256=self.tokens.sha256,
+            tokens=int(self.scored.sum()),
+            bytes=self.bytes,
+            windows=len(ids),
+            window=ids.shape[1],
+            stride=int(self.scored[-1]) if len(self.scored) > 1 else ids.shape[1],
+            bos=self.tokens.bos,
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What two models make of each scored token: float64 [tokens], but `same` bool and `runs` int64."""
+
+    original_nll: Array
+    artifact_nll: Array
+    kl: Array  # of the artifact's next-token distribution from the original's, nats
+    same: NDArray[np.bool_]  # whether both find the same token the most likely
+    confidence: Array  # the probability the original gives its favourite
+    runs: NDArray[np.int64]
+
 
 def windows(tokenizer: Any, text: str, source: str, wanted: Evaluation) -> Windows:
     """The first `windows` windows of the text, each scored on the tokens the one before has not scored.
 
-    Raises BadInput when the text holds not even one window.
+    Raises BadInput when the text holds fewer.
     """
     bos = bos_id(tokenizer, wanted.bos)
     body = wanted.window - (bos is not None)
     stride = min(wanted.stride or body, body)
-    ids = cut(encode(tokenizer, text), body, stride)[: wanted.windows]
+    stream = first_tokens(tokenizer, text, body + stride * (wanted.windows - 1))
+    ids = cut(stream, body, stride)[: wanted.windows]
     if len(ids) < wanted.windows:
         raise BadInput(
             f"evaluation text {source} gives {len(ids)} windows of {wanted.window} tokens, {wanted.windows} are asked "
@@ -57,89 +95,111 @@ def last_hidden(skeleton: Skeleton, tokens: Tensor, on_block: Callable[[], None]
     skeleton.open_shell()
     hidden = skeleton.embed(tokens).cpu()
     arguments = skeleton.block_arguments(tokens.shape[1])
-    batch = max(1, _BATCH_TOKENS // tokens.shape[1])
+    batch = max(1, BATCH_TOKENS // tokens.shape[1])
     for k, block in skeleton.blocks():
         run_block(block, hidden, arguments[k], device=skeleton.device, batch=batch)
         on_block()
     return hidden
 
 
-def compare(
-    original: Skeleton, artifact: Skeleton, text: Windows, on_block: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Perplexity of both and the divergence of `artifact` from `original`; the results document without its gates."""
-    started = time.monotonic()
+def compare(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], text: Windows) -> Scores:
+    """The scores of the original and the artifact from what left their last blocks, hidden [windows, window, hidden].
+
+    The logits of both are made anew from it, `_ROWS` tokens at a time; their shells have to be open.
+    """
     ids = text.tokens.ids
-    hidden = [last_hidden(model, ids, on_block) for model in (original, artifact)]
-    nll: tuple[list[Tensor], list[Tensor]] = ([], [])
-    divergences, agreements = [], []
+    columns: list[list[Tensor]] = [[] for _ in range(5)]
     for window in range(len(ids)):
         first = ids.shape[1] - 1 - int(text.scored[window])
         for start in range(first, ids.shape[1] - 1, _ROWS):
             rows = slice(start, min(start + _ROWS, ids.shape[1] - 1))
-            target = ids[window, rows.start + 1 : rows.stop + 1].to(original.device)
-            p, q = (
-                torch.log_softmax(model.logits(h[window, rows]).float(), -1)
-                for model, h in zip((original, artifact), hidden, strict=True)
-            )
-            for log_probs, out in zip((p, q), nll, strict=True):
-                out.append(-log_probs.gather(1, target[:, None])[:, 0].cpu())
-            divergences.append(kl_divergence(p, q).cpu())
-            agreements.append((p.argmax(-1) == q.argmax(-1)).cpu())
-    return _results(original, text, [torch.cat(x).double() for x in nll], torch.cat(divergences).double(), torch.cat(
-        agreements
-    )) | {"seconds": time.monotonic() - started}  # fmt: skip
+            before, after = (m.logits(h[window, rows]) for m, h in zip(models, hidden, strict=True))
+            target = ids[window, rows.start + 1 : rows.stop + 1].to(before.device)
+            for column, part in zip(columns, _tiles(before, after, target), strict=True):
+                column.append(part.cpu())
+    first_nll, second_nll, kl, confidence = (torch.cat(column).double().numpy() for column in columns[:4])
+    return Scores(first_nll, second_nll, kl, torch.cat(columns[4]).numpy(), confidence, text.runs)
+
+
+def _tiles(original: Tensor, artifact: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """`_compare` over logits [tokens, vocab]; on a CPU in tiles and on one thread, where it is several times faster."""
+    if original.device.type != "cpu":
+        return _compare(original, artifact, target)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        parts = [
+            _compare(*tile) for tile in zip(*(torch.split(x, _TILE) for x in (original, artifact, target)), strict=True)
+        ]
+    finally:
+        torch.set_num_threads(before)
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _compare(original: Tensor, artifact: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Both models' nll of the target [tokens], KL, the original's largest probability, and whether favourites agree."""
+    p, q = (torch.log_softmax(logits.float(), -1) for logits in (original, artifact))
+    nll = [-log_probs.gather(1, target[:, None])[:, 0] for log_probs in (p, q)]
+    (top, favourite), other = p.max(-1), q.argmax(-1)
+    return *nll, kl_divergence(p, q), top.exp(), favourite == other
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) in nats for each row of log-probabilities [tokens, vocab]; rounding never makes it negative."""
-    return (p.exp() * (p - q)).sum(-1).clamp_(min=0)
+    kl: Tensor = torch.linalg.vecdot(p.exp(), p - q)
+    return kl.clamp_(min=0)
 
 
-def _results(model: Skeleton, text: Windows, nll: list[Tensor], kl: Tensor, same: Tensor) -> dict[str, Any]:
-    tokens = text.tokens
-    n = len(kl)
-    sides = []
-    for values in nll:
-        mean = float(values.mean())
-        sides.append(
-            {
-                "perplexity": math.exp(mean) if mean < 700 else math.inf,
-                "nll": mean,
-                "nll_stderr": _standard_error(values),
-                "bits_per_byte": float(values.sum()) / math.log(2) / max(1, text.bytes),
-            }
-        )
-    difference = nll[1] - nll[0]
-    quantiles = torch.quantile(kl, torch.tensor([0.5, 0.9, 0.99], dtype=kl.dtype)).tolist()
-    return {
-        "schema": 1,
-        "text": {
-            "source": tokens.source,
-            "sha256": tokens.sha256,
-            "tokens": n,
-            "windows": len(tokens.ids),
-            "window": tokens.ids.shape[1],
-            "stride": int(text.scored[-1]) if len(text.scored) > 1 else tokens.ids.shape[1],
-            "bos": tokens.bos,
-        },
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "original": sides[0],
-        "artifact": sides[1],
-        "perplexity_increase": math.expm1(float(difference.mean())),
-        "nll_difference_stderr": _standard_error(difference),
-        "divergence": {
-            "kl_mean": float(kl.mean()),
-            "kl_stderr": _standard_error(kl),
-            "kl_median": quantiles[0],
-            "kl_p90": quantiles[1],
-            "kl_p99": quantiles[2],
-            "kl_max": float(kl.max()),
-            "top1_agreement": float(same.double().mean()),
-        },
-    }
+def quality(nll: Array, text: Windows, size: int) -> Quality:
+    """One model's perplexity from its nll [tokens]; `size`: bytes of its weights."""
+    mean, bits = float(nll.mean()), float(nll.sum()) / math.log(2) / max(1, text.bytes)
+    return Quality(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        nll=mean,
+        nll_stderr=standard_error(nll, text.runs),
+        bits_per_byte=bits,
+        byte_perplexity=2**bits if bits < 1000 else math.inf,
+        bytes=size,
+    )
 
 
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+def perplexity_increase(before: Array, after: Array, text: Windows) -> tuple[float, Interval | None]:
+    """As a fraction, with its interval: both models' nll [tokens] of the same tokens."""
+    difference = after - before
+    mean = float(difference.mean())
+    ends = around(mean, standard_error(difference, text.runs))
+    return math.expm1(mean), None if ends is None else (math.expm1(ends[0]), math.expm1(ends[1]))
+
+
+def divergence(scores: Scores, noise: NoiseFloor | None = None) -> Divergence:
+    """The divergence over all tokens and by how sure the original was."""
+    kl, same = scores.kl, scores.same.astype(np.float64)
+    median, p90, p99 = np.quantile(kl, [0.5, 0.9, 0.99]).tolist()
+    buckets = []
+    for low, high in pairwise(_EDGES):
+        inside = (scores.confidence >= low) & ((scores.confidence < high) | (high == 1.0))
+        if inside.any():
+            run = np.unique(scores.runs[inside], return_inverse=True)[1]
+            buckets.append(
+                Bucket(
+                    low=low,
+                    high=high,
+                    tokens=int(inside.sum()),
+                    kl_mean=float(kl[inside].mean()),
+                    kl_stderr=standard_error(kl[inside], run),
+                    top1_agreement=float(same[inside].mean()),
+                )
+            )
+    return Divergence(
+        kl_mean=float(kl.mean()),
+        kl_stderr=standard_error(kl, scores.runs),
+        kl_median=median,
+        kl_p90=p90,
+        kl_p99=p99,
+        kl_p99_interval=quantile_interval(kl, 0.99, scores.runs),
+        kl_max=float(kl.max()),
+        top1_agreement=float(same.mean()),
+        top1_stderr=standard_error(same, scores.runs),
+        confidence=tuple(buckets),
+        noise=noise,
+    )

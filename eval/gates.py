@@ -1,22 +1,79 @@
-"""The recipe's limits against what was measured."""
+"""The recipe's limits against what was measured, each with its uncertainty."""
 
-from typing import Any
+import math
 
 from quantpress.quantize.recipe import Gates
 
+from .records import Check, GateReport, Interval, Results
+from .statistics import around
 
-def judge(gates: Gates, results: dict[str, Any], artifact_bytes: int) -> dict[str, Any]:
-    """The verdict: ACCEPT, REGRESSION, or NONE without gates; and each check with its limit and value."""
-    measured: list[tuple[str, float | None, float, bool]] = [
-        ("max_perplexity_increase", gates.max_perplexity_increase, results["perplexity_increase"], True),
-        ("max_kl", gates.max_kl, results["divergence"]["kl_mean"], True),
-        ("min_top1_agreement", gates.min_top1_agreement, results["divergence"]["top1_agreement"], False),
-        ("max_bytes", gates.max_bytes, artifact_bytes, True),
-    ]
+_WORST = ("REGRESSION", "INCONCLUSIVE", "ACCEPT")
+
+
+def judge(gates: Gates, results: Results) -> GateReport:
+    """Every limit of `gates` against `results`, and the verdict, which is the worst of them: NONE without limits."""
     checks = [
-        {"name": name, "limit": limit, "value": value, "passed": value <= limit if upper else value >= limit}
-        for name, limit, value, upper in measured
-        if limit is not None
+        _check(name, limit, *_measured(name, results), upper=name.startswith("max_"))
+        for name, limit in gates.limits().items()
     ]
-    verdict = "NONE" if not checks else "ACCEPT" if all(check["passed"] for check in checks) else "REGRESSION"
-    return {"verdict": verdict, "checks": checks}
+    if not checks:
+        return GateReport()
+    verdict = next(v for v in _WORST if any(check.verdict == v for check in checks))
+    decisive = [check for check in checks if check.verdict == verdict]
+    reason = (
+        f"{'the one limit is' if len(checks) == 1 else f'all {len(checks)} limits are'} kept"
+        if verdict == "ACCEPT"
+        else "; ".join(f"{check.name}: {check.reason}" for check in decisive)
+    )
+    return GateReport(verdict=verdict, reason=reason, strict=gates.strict, checks=tuple(checks))
+
+
+def _measured(name: str, results: Results) -> tuple[float | None, Interval | None]:
+    """The value a gate is about and its 95% interval; None for what was not measured or is exact."""
+    if name.startswith("min_recovery."):
+        return _recovery(name.removeprefix("min_recovery."), results)
+    if name == "min_tokens_per_second":
+        runtime = results.efficiency.runtime if results.efficiency else None
+        if runtime is None or not runtime.speed:
+            return None, None
+        first = runtime.speed[0]
+        return first.decode_tokens_per_second, around(first.decode_tokens_per_second, first.decode_stderr)
+    away = results.divergence
+    if name == "max_perplexity_increase":
+        return results.perplexity_increase, results.perplexity_increase_interval
+    if name == "max_bytes":
+        size = results.efficiency.bytes if results.efficiency else results.artifact.bytes if results.artifact else None
+        return size, None
+    if away is None:
+        return None, None
+    if name == "max_kl":
+        return away.kl_mean, around(away.kl_mean, away.kl_stderr)
+    if name == "max_kl_p99":
+        return away.kl_p99, away.kl_p99_interval
+    assert name == "min_top1_agreement", name
+    return away.top1_agreement, around(away.top1_agreement, away.top1_stderr)
+
+
+def _recovery(task: str, results: Results) -> tuple[float | None, Interval | None]:
+    """Of the task's worst metric: what is to hold for the task holds for each."""
+    found = [t for t in results.tasks if t.task == task and t.recovery is not None]
+    worst = min(found, key=lambda t: t.recovery or 0.0, default=None)
+    return (None, None) if worst is None else (worst.recovery, worst.recovery_interval)
+
+
+def _check(name: str, limit: float, value: float | None, interval: Interval | None, *, upper: bool) -> Check:
+    """ACCEPT and REGRESSION when the whole interval says so; a value that is not a number never keeps a limit."""
+    if value is None:
+        return Check(name=name, limit=limit, value=None, verdict="INCONCLUSIVE", reason="it was not measured")
+    low, high = interval or (value, value)
+    kept = high <= limit if upper else low >= limit
+    missed = not math.isfinite(value) or (low > limit if upper else high < limit)
+    shown = f"{value:.5g}" + (f" (95% interval {low:.5g} to {high:.5g})" if interval else "")
+    if not kept and not missed:
+        verdict, reason = "INCONCLUSIVE", f"{shown} cannot be told from the limit {limit:.5g}: measure more"
+    else:
+        how = "keeps" if kept and not missed else "misses"
+        verdict, reason = "REGRESSION" if missed else "ACCEPT", f"{shown} {how} the limit {limit:.5g}"
+    return Check.model_validate(
+        {"name": name, "limit": limit, "value": value, "interval": interval, "verdict": verdict, "reason": reason}
+    )

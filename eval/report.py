@@ -20,7 +20,7 @@ from quantpress.quantize.errors import BadInput
 
 from .heat import DARK, LIGHT, Heat, HeatScale, heat
 from .png import layers_png, tradeoff_png
-from .records import Check, Manifest, Results, read
+from .records import Check, Divergence, EvaluationText, Manifest, Quality, Results, read
 from .tradeoff import Plot, Point, pareto, tradeoff
 from .wording import NBSP, cell, change, gate, gate_name, number, seconds, share, size, small
 
@@ -35,6 +35,31 @@ class Run:
     manifest: Manifest
     results: Results
     label: str
+
+    @property
+    def text(self) -> EvaluationText:
+        assert self.results.text is not None  # as _run saw to, here and below
+        return self.results.text
+
+    @property
+    def original(self) -> Quality:
+        assert self.results.original is not None
+        return self.results.original
+
+    @property
+    def artifact(self) -> Quality:
+        assert self.results.artifact is not None
+        return self.results.artifact
+
+    @property
+    def divergence(self) -> Divergence:
+        assert self.results.divergence is not None
+        return self.results.divergence
+
+    @property
+    def increase(self) -> float:
+        """Of the perplexity, as a fraction."""
+        return math.nan if self.results.perplexity_increase is None else self.results.perplexity_increase
 
     @property
     def size(self) -> int:
@@ -59,7 +84,7 @@ class Run:
 
     @property
     def failed(self) -> list[Check]:
-        return [check for check in self.results.gates.checks if not check.passed]
+        return [check for check in self.results.gates.checks if check.verdict == "REGRESSION"]
 
     @property
     def verdict(self) -> str:
@@ -73,27 +98,29 @@ class Run:
                 if count == 1
                 else f"Accepted: {'both' if count == 2 else f'all {count}'} gates passed."
             )
+        if self.results.gates.verdict == "INCONCLUSIVE":
+            return f"Inconclusive: {self.results.gates.reason}."
         reasons = "; ".join(f"{gate_name(c.name)} {gate(c.value, c.name)}, limit {gate(c.limit, c.name)}"
                             for c in self.failed)  # fmt: skip
         return f"Regression: {len(self.failed)} of {count} gates failed ({reasons})."
 
     @property
     def headline(self) -> str:
-        artifact, results = self.manifest.artifact, self.results
+        artifact = self.manifest.artifact
         return (
             f"{self.smaller} weights: {size(artifact.original_bytes)} → {size(artifact.bytes)}. "
-            f"Perplexity {number(results.original.perplexity)} → {number(results.artifact.perplexity)} "
-            f"({change(results.perplexity_increase)}). The same next token as the original "
-            f"{share(results.divergence.top1_agreement)} of the time."
+            f"Perplexity {number(self.original.perplexity)} → {number(self.artifact.perplexity)} "
+            f"({change(self.increase)}). The same next token as the original "
+            f"{share(self.divergence.top1_agreement)} of the time."
         )
 
     @property
     def warnings(self) -> list[str]:
         out = list(self.manifest.fallbacks)
-        if not math.isfinite(self.results.artifact.perplexity):
+        if not math.isfinite(self.artifact.perplexity):
             out.insert(0, "The artifact's perplexity is not a finite number: it does not work as a language model.")
         calibration = self.manifest.calibration
-        if calibration and calibration.sha256 == self.results.text.sha256:
+        if calibration and calibration.sha256 == self.text.sha256:
             out.append("Calibrated on the text it is evaluated on: the quality shown flatters the artifact.")
         return out
 
@@ -124,7 +151,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     several = [_run(folder) for folder in runs]
     for other in several[1:]:
         _comparable(several[0], other)
-    several = _labelled(sorted(several, key=lambda r: (r.size, r.results.artifact.perplexity, r.manifest.name)))
+    several = _labelled(sorted(several, key=lambda r: (r.size, r.artifact.perplexity, r.manifest.name)))
     front = _front(several)
     summary = [_figures(r) | {"label": r.label, "pareto": r.label in front} for r in several]
     return _write(out, "compare", several, "Size against quality", {"runs": summary})
@@ -132,13 +159,15 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 
 def _run(folder: Path) -> Run:
     manifest, results = read(folder)
+    if results.text is None or results.original is None or results.artifact is None or results.divergence is None:
+        raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")
     return Run(folder, manifest, results, manifest.name)
 
 
 def _comparable(a: Run, b: Run) -> None:
     """Raise BadInput, naming the difference, unless both runs judged one original on one text."""
     for key in ("sha256", "tokens", "windows", "window", "stride", "bos"):
-        one, two = getattr(a.results.text, key), getattr(b.results.text, key)
+        one, two = getattr(a.text, key), getattr(b.text, key)
         if one != two:
             raise BadInput(f"cannot compare {a.folder} and {b.folder}: evaluation text differs, {key} {one} and {two}")
     one_model, two_model = a.manifest.model, b.manifest.model
@@ -167,9 +196,9 @@ def _labelled(runs: Sequence[Run]) -> list[Run]:
 
 def _points(runs: Sequence[Run]) -> list[Point]:
     first = runs[0]
-    original = Point("original", first.manifest.artifact.original_bytes, first.results.original.perplexity,
-                     first.results.original.stderr, original=True)  # fmt: skip
-    return [original, *(Point(r.label, r.size, r.results.artifact.perplexity, r.results.artifact.stderr) for r in runs)]
+    original = Point("original", first.manifest.artifact.original_bytes, first.original.perplexity,
+                     first.original.stderr, original=True)  # fmt: skip
+    return [original, *(Point(r.label, r.size, r.artifact.perplexity, r.artifact.stderr) for r in runs)]
 
 
 def _front(runs: Sequence[Run]) -> set[str]:
@@ -186,7 +215,7 @@ def _figures(run: Run) -> dict[str, Any]:
         "verdict": run.results.gates.verdict,
         "size_ratio": run.ratio,
         "size": run.manifest.artifact.model_dump(),
-        "perplexity_increase": run.results.perplexity_increase,
+        "perplexity_increase": run.increase,
         **run.results.model_dump(include={"text", "original", "artifact", "divergence", "gates"}),
         "timing": run.manifest.timing.model_dump(exclude={"per_block_seconds"}),
         "warnings": run.warnings,

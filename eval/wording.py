@@ -53,8 +53,10 @@ def gate_name(name: str) -> str:
     return {"kl": "mean KL divergence", "top1 agreement": "same next token", "bytes": "size on disk"}.get(words, words)
 
 
-def gate(value: float, name: str) -> str:
+def gate(value: float | None, name: str) -> str:
     """A gate's limit or value in the unit its name calls for."""
+    if value is None:
+        return "not measured"
     if "increase" in name:
         return change(value)
     return share(value) if "agreement" in name else size(value) if "bytes" in name else small(value)

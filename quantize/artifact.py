@@ -1,6 +1,5 @@
 """An artifact folder read back from disk: what is evaluated is what a server would load."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from . import kv_cache
 from .activations import round_inputs
 from .checkpoint import Checkpoint
 from .errors import BadInput
-from .files import file_sha256
+from .files import file_sha256, read_manifest
 from .formats import FORMATS, detect
 from .grid import Grid, Inputs, QuantizedLinear
 from .model import Skeleton
@@ -49,6 +48,18 @@ class Artifact:
 
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint or str(name).removesuffix(".weight") in self.linears
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights on disk."""
+        return self.checkpoint.total_bytes
+
+    def bits_per_weight(self) -> float | None:
+        """Bits on disk of a quantized weight, its scales and zeros counted; None when none is quantized."""
+        names = [name for name in self.checkpoint.names() if not name.endswith(".bias")]
+        size = sum(self.checkpoint.nbytes(name) for name in names if name.rpartition(".")[0] in self.linears)
+        count = sum(rows * columns for rows, columns in self.shapes.values())
+        return size * 8 / count if count else None
 
     def linear(self, name: str) -> QuantizedLinear:
         """The unpacked record of a quantized linear."""
@@ -106,15 +117,6 @@ def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None 
         if inputs is not None:
             skeleton.round_inputs(linear, partial(round_inputs, inputs=inputs))
     return artifact, skeleton
-
-
-def read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest of the run in `out`; raises BadInput when there is none."""
-    path = out / "manifest.json"
-    if not path.is_file():
-        raise BadInput(f"{out} holds no finished run (no manifest.json)")
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
 
 
 def verify(out: Path) -> int:

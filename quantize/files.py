@@ -29,6 +29,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of the run in `out`; raises BadInput when there is none."""
+    path = out / "manifest.json"
+    if not path.is_file():
+        raise BadInput(f"{out} holds no finished run (no manifest.json)")
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` once it is whole and on disk."""

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .artifact import read_manifest
-from .files import write_json
+from .files import read_manifest, write_json
 from .journal import differences
 
 

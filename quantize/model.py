@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import ARCHITECTURES, PLAIN
 from .errors import BadInput
 
+_EMBEDDED_TOKENS = 4096  # at a time
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states
 
 
@@ -114,7 +116,7 @@ class Skeleton:
         """Block `k`'s tensors by their name inside the block, in the model's dtype, on the CPU."""
         return {n: self.reader.read(disk).to(self.dtype) for n, disk in self.block_names(k).items()}
 
-    def blocks(self, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
+    def blocks(self, start: int = 0, keep: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Blocks from `start` on, each materialised on the device while the next one is read; then dropped."""
         with ThreadPoolExecutor(1) as pool:
             ahead: Future[dict[str, Tensor]] = pool.submit(self.read_block, start)
@@ -127,7 +129,15 @@ class Skeleton:
                 block.load_state_dict({n: t.to(self.device) for n, t in tensors.items()}, assign=True, strict=True)
                 block.requires_grad_(False)
                 yield k, block
-                block.to("meta")
+                if not keep:
+                    block.to("meta")
+
+    def whole(self) -> Any:
+        """The model with all its weights at once, for what cannot go block by block; it has to fit in memory."""
+        self.open_shell()
+        for _ in self.blocks(keep=True):
+            pass
+        return self.model
 
     def open_shell(self) -> None:
         """Materialise what is around the blocks: embeddings, final norm, head."""
@@ -171,9 +181,9 @@ class Skeleton:
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len]."""
         out = []
-        for row in tokens:
+        for rows in torch.split(tokens, max(1, _EMBEDDED_TOKENS // tokens.shape[1])):
             with self._taps() as taps:
-                self.model.base_model(input_ids=row[None].to(self.device), use_cache=False)
+                self.model.base_model(input_ids=rows.to(self.device), use_cache=False)
             out.append(taps[0].hidden)
         return torch.cat(out)
 

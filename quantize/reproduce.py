@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from .artifact import read_manifest
 from .checkpoint import Checkpoint
 from .errors import BadInput
-from .files import file_sha256
+from .files import file_sha256, read_manifest
 from .job import Job, Settings
 from .journal import differences
 from .pipeline import quantize

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -27,6 +27,9 @@ from .shared import (
 )
 from .work import evaluation_windows, exit_on_gates, measure, print_results, quantize_model
 
+if TYPE_CHECKING:
+    from quantpress.eval.records import Results
+
 
 @app.command()
 def run(
@@ -50,7 +53,11 @@ def run(
     from quantpress.eval.report import write_report
 
     page = write_report(where) if results is not None else None
-    document = {"out": str(where), "report": None if page is None else str(page), "results": results}
+    document = {
+        "out": str(where),
+        "report": None if page is None else str(page),
+        "results": results and results.document(),
+    }
     if as_json:
         print(json.dumps(document))  # noqa: T201
     else:
@@ -143,7 +150,7 @@ def list_recipes() -> None:
     out_console.print(table)
 
 
-def _print_run(where: Path, page: Path | None, results: dict[str, Any] | None) -> None:
+def _print_run(where: Path, page: Path | None, results: "Results | None") -> None:
     if results is not None:
         print_results(results)
     out_console.print(f"artifact    {where / 'quantized'}")

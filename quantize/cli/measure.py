@@ -1,40 +1,12 @@
-"""The commands that look at what was made: eval, report, compare, verify."""
+"""The commands that look at what was made: report, compare, verify."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..recipe import file as recipes
 from .app import app
-from .shared import JsonOpt, PickleOpt, SetOpt, TrustOpt, out_console
-from .work import evaluation_windows, exit_on_gates, measure, print_results
-
-
-@app.command("eval")
-def evaluate_command(
-    run_folder: Annotated[Path, typer.Argument(help="a run folder")],
-    sets: SetOpt = [],  # noqa: B006
-    allow_pickle: PickleOpt = False,
-    trust_remote_code: TrustOpt = False,
-    as_json: JsonOpt = False,
-) -> None:
-    """Measure a finished run again; --set evaluation.windows=32 changes how."""
-    from ..artifact import read_manifest
-
-    manifest = read_manifest(run_folder)
-    document = manifest["recipe"]
-    for override in sets:
-        recipes.apply_override(document, override)
-    chosen = recipes.parse(document, str(run_folder / "manifest.json"))
-    text = evaluation_windows(chosen, allow_pickle, trust_remote_code)
-    results = measure(run_folder, chosen, text, allow_pickle, trust_remote_code)
-    if as_json:
-        print(json.dumps(results))  # noqa: T201
-    else:
-        print_results(results)
-    exit_on_gates(results)
+from .shared import out_console
 
 
 @app.command()

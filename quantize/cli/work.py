@@ -1,9 +1,10 @@
 """The stages behind the commands: quantize, measure, and what is printed of them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,6 +13,9 @@ from ..recipe import Recipe
 from .shared import cache_folder, err_console, open_source, out_console, progress_bar
 
 if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
+    from quantpress.eval.measure import Prepared, Watch
+    from quantpress.eval.records import Results
+
     from ..pipeline import Job, Settings
 
 
@@ -42,49 +46,121 @@ def quantizing(job: "Job", out: Path, overwrite: bool, ignore_limits: bool, trus
         )  # fmt: skip
 
 
-def evaluation_windows(recipe: Recipe, allow_pickle: bool, trust: bool) -> Any:
+def evaluation_windows(recipe: Recipe, allow_pickle: bool, trust: bool) -> "Prepared":
+    """What the recipe's evaluation reads beside the models."""
     if recipe.evaluation is None:
         raise BadInput("the recipe has `evaluation: null`; --set evaluation={} measures with the defaults")
     source = open_source(recipe, allow_pickle, trust)
-    from quantpress.eval.measure import evaluation_text
+    from quantpress.eval.measure import prepare
 
-    return evaluation_text(source.path, recipe.evaluation, cache_folder(), trust)
+    return prepare(source.path, recipe.evaluation, cache_folder(), trust)
 
 
-def measure(out: Path, recipe: Recipe, text: Any, allow_pickle: bool, trust: bool) -> dict[str, Any]:
+def measure(out: Path, recipe: Recipe, text: "Prepared", allow_pickle: bool, trust: bool) -> "Results":
+    """Evaluate the run folder `out`; its eval/ holds every section as soon as it is measured."""
     from quantpress.eval.measure import evaluate
+    from quantpress.eval.records import Subject
+
+    source = open_source(recipe, allow_pickle, trust)
+    subject = Subject(kind="run", name=recipe.name, format=recipe.formats[0], original=recipe.model)
+    with watched(out, recipe.name) as watch:
+        return evaluate(source.path, out / "quantized", text, recipe.gates, watch, subject)
+
+
+@contextmanager
+def watched(out: Path, name: str) -> "Iterator[Watch]":
+    """An evaluation shown as it goes on and written to `out`/eval section by section: results.json and junit.xml."""
+    from quantpress.eval.junit import write_junit
+    from quantpress.eval.measure import Watch
 
     from ..files import write_json
 
-    source = open_source(recipe, allow_pickle, trust)
-    done = 0
-    with progress_bar("evaluating", 0) as advance:
+    (out / "eval").mkdir(parents=True, exist_ok=True)
+    with ExitStack() as bars:
+        shown: str | None = None
+        advance: Callable[..., None] = print
 
-        def on_block(total: int) -> None:
-            nonlocal done
-            done += 1
-            advance(done, "", total)
+        def step(section: str, done: int, total: int) -> None:
+            nonlocal shown, advance
+            if section != shown:
+                bars.close()
+                shown, advance = section, bars.enter_context(progress_bar(f"evaluating {section}:", total))
+            if total:
+                advance(done, "", total)
 
-        results = evaluate(source.path, out / "quantized", text, recipe.gates, on_block)
-    (out / "eval").mkdir(exist_ok=True)
-    write_json(out / "eval" / "results.json", results)
-    return results
+        def save(results: "Results") -> None:
+            write_json(out / "eval" / "results.json", results.document())
+            write_junit(out / "eval" / "junit.xml", name, results)
+
+        yield Watch(step, save)
 
 
-def print_results(results: dict[str, Any]) -> None:
+def print_results(results: "Results") -> None:
+    """What was measured, a line a thing."""
+    for line in _figures(results):
+        out_console.print(line, markup=False)
+    for note in results.notes:
+        err_console.print(f"note: not measured: {note}", markup=False, soft_wrap=True)
+    signs = {"ACCEPT": "ok  ", "REGRESSION": "MISS", "INCONCLUSIVE": "?   "}
+    for check in results.gates.checks:
+        out_console.print(f"gate {signs[check.verdict]}   {check.name} {check.reason}", markup=False)
+    if results.gates.verdict == "INCONCLUSIVE":
+        how = "which gates.strict fails" if results.gates.strict else "which does not fail without gates.strict"
+        err_console.print(f"note: a gate is inconclusive, {how}", markup=False, soft_wrap=True)
+
+
+def _figures(results: "Results") -> "Iterator[str]":
     from ..plan import size
 
-    before, after, away = results["original"], results["artifact"], results["divergence"]
-    out_console.print(
-        f"perplexity  {before['perplexity']:.3f} -> {after['perplexity']:.3f} ({results['perplexity_increase']:+.2%})\n"
-        f"divergence  KL {away['kl_mean']:.4f} nats, top-1 agreement {away['top1_agreement']:.1%}\n"
-        f"weights     {size(before['bytes'])} -> {size(after['bytes'])}"
-    )
-    for check in results["gates"]["checks"]:
-        sign = "ok  " if check["passed"] else "MISS"
-        out_console.print(f"gate {sign}   {check['name']} {check['value']:.6g} (limit {check['limit']:.6g})")
+    before, after, away, held = results.original, results.artifact, results.divergence, results.efficiency
+    if before is not None and after is not None and results.perplexity_increase is not None:
+        low, high = results.perplexity_increase_interval or (math.nan, math.nan)
+        yield (
+            f"perplexity  {before.perplexity:.3f} -> {after.perplexity:.3f} ({results.perplexity_increase:+.2%}, "
+            f"95% {low:+.2%} to {high:+.2%})"
+        )
+    if away is not None:
+        floor = "" if away.noise is None else f", noise floor {away.noise.kl_mean:.5f}"
+        yield f"divergence  KL {away.kl_mean:.4f} +- {away.kl_stderr:.4f} nats, 99% {away.kl_p99:.3f}{floor}"
+        yield f"same token  {away.top1_agreement:.1%} +- {away.top1_stderr:.1%}"
+    for task in results.tasks:
+        line = f"{task.task} {task.metric} {task.artifact.value:.4f} +- {task.artifact.stderr:.4f}"
+        if task.original is not None and task.difference_interval is not None:
+            low, high = task.difference_interval
+            line += (
+                f", original {task.original.value:.4f}, difference {task.difference:+.4f} ({low:+.4f} to {high:+.4f})"
+            )
+        if task.recovery is not None:
+            line += f", recovery {task.recovery:.1%}"
+        yield f"task        {line}"
+    if held is not None:
+        first = "" if held.original_bytes is None else f"{size(held.original_bytes)} -> "
+        bits = "" if held.bits_per_weight is None else f", {held.bits_per_weight:.2f} bits a quantized weight"
+        yield f"weights     {first}{size(held.bytes)}{bits}"
+        if held.cache is not None:
+            fits = ", ".join(f"{fit.gpu} {fit.concurrency}" for fit in held.fits)
+            yield (
+                f"cache       {size(held.cache.bytes_per_token)} a token ({held.cache.dtype}); sequences of "
+                f"{held.cache.context} tokens that fit: {fits or 'no GPU asked'}"
+            )
+        for who, runtime in (("artifact", held.runtime), ("original", held.original_runtime)):
+            for speed in () if runtime is None else runtime.speed:
+                yield (
+                    f"speed       {who}, batch {speed.batch}, context {speed.context}: prefill "
+                    f"{speed.prefill_tokens_per_second:.0f}, decode {speed.decode_tokens_per_second:.1f} tokens/s"
+                )
+        if held.runtime is not None:
+            yield f"            timed: {held.runtime.what}"
+        if held.cost is not None:
+            yield f"cost        {held.cost.formula}"
+    for generation in results.generations:
+        where = (
+            "all tokens alike" if generation.first_difference is None else f"from token {generation.first_difference}"
+        )
+        yield f"continuing  {generation.prompt!r}: {where}"
 
 
-def exit_on_gates(results: dict[str, Any] | None) -> None:
-    if results is not None and results["gates"]["verdict"] == "REGRESSION":
+def exit_on_gates(results: "Results | None") -> None:
+    """Exit code 3 for a missed gate; INCONCLUSIVE is one only where the recipe says gates.strict."""
+    if results is not None and results.gates.missed:
         raise typer.Exit(3)

@@ -2,6 +2,7 @@
 
 from .base import Strict, matches
 from .document import FormatName, Override, Recipe
+from .evaluation import GPUS, EfficiencySettings, Evaluation, Task, Timing
 from .gates import Gates
 from .methods import (
     AutoRound,
@@ -18,14 +19,16 @@ from .methods import (
     Tuned,
 )
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
-from .text import Bos, Calibration, Evaluation, Text
+from .text import Bos, Calibration, Text
 
 __all__ = [
+    "GPUS",
     "Activations",
     "AutoRound",
     "Awq",
     "Bos",
     "Calibration",
+    "EfficiencySettings",
     "EndToEnd",
     "Evaluation",
     "FormatName",
@@ -44,7 +47,9 @@ __all__ = [
     "ScaleSearch",
     "SmoothQuant",
     "Strict",
+    "Task",
     "Text",
+    "Timing",
     "Transform",
     "Tuned",
     "matches",

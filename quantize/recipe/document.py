@@ -7,10 +7,11 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import BadInput
 from .base import Pattern, Strict, matches
+from .evaluation import Evaluation
 from .gates import Gates
 from .methods import Gptq, Hadamard, Method, Qat, Rtn, Transform, Tuned
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
-from .text import Calibration, Evaluation
+from .text import Calibration
 
 FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
 
@@ -95,9 +96,11 @@ class Recipe(Strict):
         if len(set(self.formats)) != len(self.formats):
             raise ValueError(f"formats {list(self.formats)} names one twice")
         gates = self.gates
-        measured = (gates.max_perplexity_increase, gates.max_kl, gates.min_top1_agreement)
-        if self.evaluation is None and any(gate is not None for gate in measured):
+        measured = set(gates.limits()) - {"max_bytes"}
+        if self.evaluation is None and measured:
             raise ValueError("gates on quality need an evaluation; `evaluation: null` switches it off")
+        if self.evaluation is not None:
+            gates.check(self.evaluation)
         if any(isinstance(transform, Hadamard) for transform in self.transforms[1:]):
             raise ValueError("transform hadamard comes first, and once: what follows it has to see the rotated model")
         grids = [self.weights, *(o.applied_to(self.weights) for o in self.overrides)]

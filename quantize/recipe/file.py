@@ -16,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import BadInput
 from .document import Override, Recipe
+from .evaluation import EfficiencySettings, Evaluation, Task, Timing
 from .gates import Gates
 from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, Qat, Rtn, SmoothQuant
 from .numbers import Activations, Grid
-from .text import Calibration, Evaluation
+from .text import Calibration
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -110,7 +111,7 @@ def _keys_at(place: Iterable[int | str]) -> list[str]:
         "calibration": Calibration, "evaluation": Evaluation, "weights": Grid, "gates": Gates,
         "overrides": Override, "activations": Activations, "rtn": Rtn, "gptq": Gptq, "smoothquant": SmoothQuant,
         "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
-        "end_to_end": EndToEnd,
+        "end_to_end": EndToEnd, "tasks": Task, "efficiency": EfficiencySettings, "timing": Timing,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     for part in place:

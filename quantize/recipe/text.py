@@ -1,4 +1,4 @@
-"""The texts of a recipe: what calibrates the methods and what the result is measured on."""
+"""The texts of a recipe, and the one that calibrates the methods."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -45,20 +45,3 @@ class Calibration(Text):
     seq_len: int = Field(512, ge=8, description="tokens a sequence")
     seed: int = Field(0, ge=0, description="which part of the text is taken, and `self` generation")
     chat_template: bool = Field(False, description="wrap each text as a user's turn in the model's chat template")
-
-
-class Evaluation(Text):
-    """Perplexity, and divergence from the original, over windows of one text."""
-
-    split: str = "test"
-    windows: int = Field(16, ge=1, description="windows, from the start of the text")
-    window: int = Field(1024, ge=16, description="tokens a window")
-    stride: int | None = Field(None, ge=1, description="tokens between window starts; default: the window")
-
-    @model_validator(mode="after")
-    def _stride_fits(self) -> Self:
-        if self.stride is not None and self.stride > self.window:
-            raise ValueError(f"stride {self.stride} is larger than window {self.window}: tokens would be left out")
-        if self.source == "self":
-            raise ValueError("`self` is a calibration source; evaluate on text the model did not write")
-        return self

@@ -73,11 +73,23 @@ def fake_manifest(name: str = "int4-gptq", bits: int = 4, size: int = 114_000_00
 def fake_results(perplexity: float = 18.4, verdict: str = "REGRESSION") -> dict[str, Any]:
     increase, kl = perplexity / 17.05 - 1, max(1e-4, math.log(perplexity / 17.05) * 1.3)
     checks = [
-        {"name": "max_perplexity_increase", "limit": 0.03, "value": increase, "passed": verdict == "ACCEPT"},
-        {"name": "min_top1_agreement", "limit": 0.8, "value": max(0.1, 0.97 - kl), "passed": True},
+        {
+            "name": "max_perplexity_increase",
+            "limit": 0.03,
+            "value": increase,
+            "verdict": "ACCEPT" if verdict == "NONE" else verdict,
+            "reason": "as the test says",
+        },
+        {
+            "name": "min_top1_agreement",
+            "limit": 0.8,
+            "value": max(0.1, 0.97 - kl),
+            "verdict": "ACCEPT",
+            "reason": "as the test says",
+        },
     ]
     return {
-        "schema": 1,
+        "schema": 2,
         "text": {"source": "wiki sample", "sha256": "ef" * 32, "tokens": 16384, "windows": 16, "window": 1024,
                  "stride": 1024, "bos": True},
         "dtype": "bfloat16", "device": "cpu",
@@ -86,7 +98,7 @@ def fake_results(perplexity: float = 18.4, verdict: str = "REGRESSION") -> dict[
         "perplexity_increase": increase,
         "divergence": {"kl_mean": kl, "kl_stderr": kl / 40, "kl_median": kl / 3, "kl_p90": 2.5 * kl,
                        "kl_p99": 8 * kl, "kl_max": 30 * kl, "top1_agreement": max(0.1, 0.97 - kl)},
-        "gates": {"verdict": verdict, "checks": [] if verdict == "NONE" else checks},
+        "gates": {"verdict": verdict, "reason": "as the test says", "checks": [] if verdict == "NONE" else checks},
         "seconds": 61.0,
     }  # fmt: skip
 
@@ -280,8 +292,13 @@ def test_calibrating_on_the_evaluation_text_is_said(tmp_path: Path) -> None:
         ("eval/results.json", None, "no eval/results.json; evaluate the run first"),
         ("manifest.json", "{", "manifest.json: cannot be read"),
         ("manifest.json", "[]", "schema None is not 1"),
-        ("eval/results.json", '{"schema": 2}', "schema 2 is not 1"),
-        ("eval/results.json", '{"schema": 1}', "results.json: text: Field required"),
+        ("eval/results.json", '{"schema": 1}', "schema 1 is not 2"),
+        ("eval/results.json", '{"schema": 2}', "results.json: dtype: Field required"),
+        (
+            "eval/results.json",
+            '{"schema": 2, "dtype": "float32", "device": "cpu", "seconds": 1}',
+            "holds no perplexity and divergence",
+        ),
     ],
 )
 def test_a_folder_that_is_no_run_is_refused_in_one_line(run: Path, file: str, content: str | None, said: str) -> None:

@@ -11,7 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantpress.eval.measure import evaluate, evaluation_text
+from quantpress.eval.measure import evaluate
+from quantpress.eval.measure import prepare as prepare_evaluation
 from quantpress.quantize.checkpoint import Checkpoint, write_part
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import write_json
@@ -312,8 +313,9 @@ def test_a_run_resumes_to_the_same_bytes_and_is_measured_against_the_original(tm
 
     (tmp_path / "text.txt").write_text(tiny.text())
     wanted = Evaluation(source=str(tmp_path / "text.txt"), windows=2, window=64)
-    results = evaluate(model, tmp_path / "whole" / "quantized", evaluation_text(model, wanted, tmp_path), Gates())
-    assert 0 < results["divergence"]["kl_mean"] < 1e-4
+    results = evaluate(model, tmp_path / "whole" / "quantized", prepare_evaluation(model, wanted, tmp_path), Gates())
+    assert results.divergence is not None
+    assert 0 < results.divergence.kl_mean < 1e-4
     assert json.loads((tmp_path / "whole" / "quantized" / "manifest.json").read_text())["recipe"]["transforms"] == [
         {"name": "hadamard", "seed": 0}
     ]

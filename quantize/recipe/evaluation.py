@@ -1,0 +1,120 @@
+"""What is measured on the artifact: text, tasks, continuations, memory and speed."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from .base import Strict
+from .text import Text
+
+# Memory in MiB as the driver reports it, which is less than the name says where error correction takes a part.
+GPUS: dict[str, int] = {
+    "T4": 15360, "L4": 23034, "A10G": 23028, "RTX 3090": 24576, "RTX 4090": 24564, "RTX 5090": 32607, "L40S": 46068,
+    "A100 40GB": 40960, "A100 80GB": 81920, "H100 80GB": 81559, "H200": 143771, "B200": 183359, "MI300X": 196592,
+}  # fmt: skip
+
+
+class Task(Strict):
+    """A task of lm-eval by its name, or a local one by its YAML file (see lm-eval's task guide)."""
+
+    name: str | None = Field(None, min_length=1, description="of a task or group that lm-eval knows, such as arc_easy")
+    file: str | None = Field(
+        None, description="a task's YAML file; data_files in it are relative to its folder. It may run code: read it"
+    )
+    few_shot: int | None = Field(None, ge=0, description="examples before each question; null: what the task says")
+    limit: int | None = Field(None, ge=1, description="the first documents only; null: all")
+    metric: str | None = Field(None, description="the metric to keep, such as acc_norm; null: all that are means")
+
+    @model_validator(mode="after")
+    def _is_named_once(self) -> Self:
+        if (self.name is None) == (self.file is None):
+            raise ValueError("a task has a `name` that lm-eval knows or a `file`, one of them")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What results and gates call it."""
+        return self.name or Path(self.file or "").stem
+
+
+class Timing(Strict):
+    """How fast the dequantized model runs in transformers on the machine at hand; a server's kernels are not timed."""
+
+    batches: tuple[int, ...] = Field((1,), min_length=1, strict=False, description="sequences at once")
+    contexts: tuple[int, ...] = Field((128, 1024), min_length=1, strict=False, description="tokens of the prompt")
+    new_tokens: int = Field(16, ge=2, description="decoded after it")
+    repeats: int = Field(3, ge=2, description="after one that does not count")
+
+    @field_validator("batches", "contexts")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(item < 1 for item in value):
+            raise ValueError("numbers of 1 and more are needed")
+        return value
+
+
+class EfficiencySettings(Strict):
+    """What it takes to hold and run the artifact."""
+
+    context: int = Field(4096, ge=1, description="tokens a sequence, for the key-value cache and what fits a GPU")
+    gpus: tuple[str, ...] = Field(
+        ("L4", "RTX 4090", "L40S", "A100 80GB", "H100 80GB"),
+        strict=False,
+        description=f"which to count sequences for: {', '.join(GPUS)}",
+    )
+    timing: Timing | None = Field(None, description="{} times prefill and decoding with the defaults; null: not timed")
+    price_per_hour: float | None = Field(
+        None, gt=0, strict=False, description="of the machine that is timed, in any currency: gives a price a token"
+    )
+
+    @field_validator("gpus")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in GPUS:
+                raise ValueError(f"no GPU {name!r} in the table; there are {', '.join(GPUS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _a_price_needs_a_speed(self) -> Self:
+        if self.price_per_hour is not None and self.timing is None:
+            raise ValueError("price_per_hour needs a measured speed: add `timing: {}`")
+        return self
+
+
+class Evaluation(Text):
+    """What is measured: perplexity and divergence from the original over windows of one text, tasks, continuations of
+    a few prompts, memory and speed.
+    """
+
+    split: str = "test"
+    windows: int = Field(16, ge=1, description="windows, from the start of the text")
+    window: int = Field(1024, ge=16, description="tokens a window")
+    stride: int | None = Field(None, ge=1, description="tokens between window starts; default: the window")
+    tasks: tuple[Task, ...] = Field(
+        (), strict=False, description="tasks of lm-eval, which is an extra: quantpress[tasks]"
+    )
+    prompts: tuple[str, ...] = Field(
+        (
+            "The capital of France is",
+            "Water boils at a lower temperature on a mountain because",
+            "def fibonacci(n):\n",
+        ),
+        strict=False,
+        description="continued greedily by both models, side by side; []: none",
+    )
+    new_tokens: int = Field(40, ge=1, description="most tokens of each continuation")
+    efficiency: EfficiencySettings = EfficiencySettings()
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Self:
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"stride {self.stride} is larger than window {self.window}: tokens would be left out")
+        if self.source == "self":
+            raise ValueError("`self` is a calibration source; evaluate on text the model did not write")
+        labels = [task.label for task in self.tasks]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"task {label} is there twice")
+        return self

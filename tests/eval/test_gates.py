@@ -1,0 +1,72 @@
+"""Verdicts: a limit is kept or missed when the whole interval says so, and inconclusive when it does not."""
+
+import math
+from typing import Any
+
+import pytest
+
+from quantpress.eval.gates import judge
+from quantpress.eval.records import Results
+from quantpress.quantize.recipe import Gates
+from tests.eval.test_report import fake_results
+
+
+def results(**changes: Any) -> Results:
+    """KL 0.1 +- 0.002, top-1 agreement 0.9 +- 0.005, perplexity up 4% (3.5% to 4.5%), 1000 bytes."""
+    document = fake_results()
+    document["perplexity_increase"], document["perplexity_increase_interval"] = 0.04, (0.035, 0.045)
+    document["divergence"] |= {"kl_mean": 0.1, "kl_stderr": 0.002, "top1_agreement": 0.9, "top1_stderr": 0.005}
+    document["divergence"] |= {"kl_p99": 1.0, "kl_p99_interval": (0.9, 1.1)}
+    document["artifact"]["bytes"] = 1000
+    return Results.model_validate(document | changes)
+
+
+@pytest.mark.parametrize(
+    ("gates", "verdict"),
+    [
+        ({}, "NONE"),
+        ({"max_perplexity_increase": "5%"}, "ACCEPT"),
+        ({"max_perplexity_increase": "4.2%"}, "INCONCLUSIVE"),
+        ({"max_perplexity_increase": "3.8%"}, "INCONCLUSIVE"),
+        ({"max_perplexity_increase": "3%"}, "REGRESSION"),
+        ({"max_kl": 0.105}, "ACCEPT"),
+        ({"max_kl": 0.1}, "INCONCLUSIVE"),
+        ({"max_kl": 0.095}, "REGRESSION"),
+        ({"max_kl_p99": 1.2}, "ACCEPT"),
+        ({"max_kl_p99": 1.05}, "INCONCLUSIVE"),
+        ({"max_kl_p99": 0.8}, "REGRESSION"),
+        ({"min_top1_agreement": "88%"}, "ACCEPT"),
+        ({"min_top1_agreement": "90%"}, "INCONCLUSIVE"),
+        ({"min_top1_agreement": "92%"}, "REGRESSION"),
+        ({"max_bytes": 1000}, "ACCEPT"),
+        ({"max_bytes": 999}, "REGRESSION"),
+        ({"max_bytes": 1000, "max_kl": 0.1}, "INCONCLUSIVE"),
+        ({"max_bytes": 999, "max_kl": 0.1}, "REGRESSION"),
+    ],
+)
+def test_the_interval_decides(gates: dict[str, Any], verdict: str) -> None:
+    assert judge(Gates.model_validate(gates), results()).verdict == verdict
+
+
+def test_the_reason_names_what_was_missed_and_by_what() -> None:
+    report = judge(Gates(max_bytes=999, max_kl=0.2), results())
+    assert [check.name for check in report.checks if not check.passed] == ["max_bytes"]
+    assert report.reason == "max_bytes: 1000 misses the limit 999"
+
+
+def test_a_perplexity_that_is_no_number_keeps_no_limit() -> None:
+    for value in (math.nan, math.inf):
+        broken = results(perplexity_increase=value, perplexity_increase_interval=(math.nan, math.nan))
+        assert judge(Gates(max_perplexity_increase=0.5), broken).verdict == "REGRESSION"
+
+
+def test_what_was_not_measured_is_neither_kept_nor_missed() -> None:
+    report = judge(Gates(max_kl=1.0), results(divergence=None))
+    assert report.verdict == "INCONCLUSIVE"
+    assert report.reason == "max_kl: it was not measured"
+
+
+@pytest.mark.parametrize(("strict", "missed"), [(False, False), (True, True)])
+def test_inconclusive_fails_only_where_the_recipe_is_strict(strict: bool, missed: bool) -> None:
+    assert judge(Gates(max_kl=0.1, strict=strict), results()).missed is missed
+    assert judge(Gates(max_kl=0.01, strict=strict), results()).missed
