@@ -14,10 +14,13 @@ def quantize_model(
     recipe: Recipe, out: Path, overwrite: bool, ignore_limits: bool, allow_pickle: bool, trust: bool
 ) -> None:
     source = open_source(recipe, allow_pickle, trust)
+    from quantpress.export.contracts import check_job
+
     from ..pipeline import Settings, prepare
     from ..pipeline import quantize as quantize_job
 
     job = prepare(recipe, source)
+    check_job(job)
     with progress_bar("quantizing", job.skeleton.n_blocks) as advance:
         settings = Settings(
             out, cache_folder(), overwrite, ignore_limits, trust,

@@ -18,9 +18,13 @@ from .methods import (
     Tuned,
 )
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from .readers import READERS, refusal
+from .readers import notes as reader_notes
+from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Bos, Calibration, Evaluation, Text
 
 __all__ = [
+    "READERS",
     "Activations",
     "AutoRound",
     "Awq",
@@ -34,9 +38,11 @@ __all__ = [
     "Grid",
     "GroupSize",
     "Hadamard",
+    "LlamaCpp",
     "Method",
     "NumberType",
     "Objective",
+    "Ollama",
     "Override",
     "Qat",
     "Recipe",
@@ -44,8 +50,15 @@ __all__ = [
     "ScaleSearch",
     "SmoothQuant",
     "Strict",
+    "Target",
+    "TensorRtLlm",
     "Text",
+    "Tgi",
     "Transform",
+    "Triton",
     "Tuned",
+    "Vllm",
     "matches",
+    "reader_notes",
+    "refusal",
 ]
