@@ -88,7 +88,7 @@ def _finished(job: Job, tokenizer: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _make_room(out: Path) -> None:
-    for name in (".work", "quantized", "quantized.partial", "converted", "eval", "report", "manifest.json"):
+    for name in (".work", "quantized", "quantized.partial", "converted", "export", "eval", "report", "manifest.json"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -127,7 +127,9 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
     """What makes two runs the same run."""
-    recipe = job.recipe.model_dump(mode="json", exclude={"name", "description", "evaluation", "gates", "model"})
+    recipe = job.recipe.model_dump(
+        mode="json", exclude={"name", "description", "evaluation", "gates", "model", "targets"}
+    )
     return {
         "recipe": recipe,
         "model": files,

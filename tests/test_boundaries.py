@@ -25,7 +25,18 @@ MAY_IMPORT = {
     "cli": ("errors", "recipe", "engine", "pipeline", "reproduce", "export", "eval"),
     "recipes": (),
 }
-RECIPE_NEEDS = {"collections", "difflib", "fnmatch", "importlib", "pathlib", "pydantic", "re", "typing", "yaml"}
+RECIPE_NEEDS = {
+    "collections",
+    "dataclasses",
+    "difflib",
+    "fnmatch",
+    "importlib",
+    "pathlib",
+    "pydantic",
+    "re",
+    "typing",
+    "yaml",
+}
 # What a method must not reach for: files, the network, processes, logs, clocks, whole models.
 IO_MODULES = {
     "datasets", "httpx", "huggingface_hub", "io", "json", "logging", "os", "pathlib", "pickle", "requests", "rich",

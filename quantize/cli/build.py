@@ -93,15 +93,15 @@ def plan(
     as_json: JsonOpt = False,
 ) -> None:
     """What a run would need and make: schemes, bytes, memory, disk, time; and which servers would take it."""
-    from quantpress.export.contracts import servability
+    from quantpress.export.contracts import advice, check_job
 
     from ..pipeline import prepare
     from ..plan import size
 
     chosen = chosen_recipe(recipe, model, sets)
     job = prepare(chosen, open_source(chosen, allow_pickle, trust_remote_code))
-    lints = servability(chosen.formats, {x.name: (x.out_features, x.in_features) for x in job.linears}, job.schemes,
-                        shuffled=job.recipe.shuffled, activations=chosen.activations)  # fmt: skip
+    check_job(job)
+    lints = advice(job)
     if as_json:
         print(json.dumps(job.plan.as_dict() | {"servability": lints}))  # noqa: T201
         return

@@ -19,10 +19,14 @@ from .methods import (
     Tuned,
 )
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from .readers import READERS, refusal
+from .readers import notes as reader_notes
+from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Bos, Calibration, Text
 
 __all__ = [
     "GPUS",
+    "READERS",
     "Activations",
     "AutoRound",
     "Awq",
@@ -37,9 +41,11 @@ __all__ = [
     "Grid",
     "GroupSize",
     "Hadamard",
+    "LlamaCpp",
     "Method",
     "NumberType",
     "Objective",
+    "Ollama",
     "Override",
     "Qat",
     "Recipe",
@@ -47,10 +53,17 @@ __all__ = [
     "ScaleSearch",
     "SmoothQuant",
     "Strict",
+    "Target",
     "Task",
+    "TensorRtLlm",
     "Text",
+    "Tgi",
     "Timing",
     "Transform",
+    "Triton",
     "Tuned",
+    "Vllm",
     "matches",
+    "reader_notes",
+    "refusal",
 ]
