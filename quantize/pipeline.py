@@ -127,7 +127,9 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
     """What makes two runs the same run."""
-    recipe = job.recipe.model_dump(mode="json", exclude={"name", "description", "evaluation", "gates", "model"})
+    recipe = job.recipe.model_dump(
+        mode="json", exclude={"name", "description", "evaluation", "gates", "smoke", "model"}
+    )
     return {
         "recipe": recipe,
         "model": files,

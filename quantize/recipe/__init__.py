@@ -18,6 +18,7 @@ from .methods import (
     Tuned,
 )
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from .smoke import ServerName, Smoke
 from .text import Bos, Calibration, Evaluation, Text
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "Recipe",
     "Rtn",
     "ScaleSearch",
+    "ServerName",
+    "Smoke",
     "SmoothQuant",
     "Strict",
     "Text",

@@ -10,6 +10,7 @@ from .base import Pattern, Strict, matches
 from .gates import Gates
 from .methods import Gptq, Hadamard, Method, Qat, Rtn, Transform, Tuned
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from .smoke import Smoke
 from .text import Calibration, Evaluation
 
 FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
@@ -83,6 +84,7 @@ class Recipe(Strict):
     )
     evaluation: Evaluation | None = Evaluation()
     gates: Gates = Gates()
+    smoke: Smoke | None = Field(None, description="the artifact on a real server, after everything else; null: not")
 
     @field_validator("method", mode="before")
     @classmethod
