@@ -25,17 +25,18 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev setup-vllm quantize test test-all check format bench bench-setup wheel clean distclean FORCE
+.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup wheel clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
 	@echo '                 quantize, evaluate, chart; with nothing given: the embedded model, $(RECIPE)'
 	@echo 'make setup       create .venv and install quantpress'
-	@echo 'make setup-vllm  create .venv-vllm with $(VLLM) for the slow test of the real server'
+	@echo 'make setup-vllm  create .venv-vllm with $(VLLM), for smoke tests on the real server'
 	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel'
 	@echo 'make test-all    the slow ones too: real models and real servers'
 	@echo 'make check       ruff, ruff format, mypy'
 	@echo 'make format      let ruff fix and format'
+	@echo 'make smoke       the default model on each real server that is installed; of the others, how to get them'
 	@echo 'make bench       time, memory and quality beside llm-compressor, when that is installed'
 	@echo 'make bench-setup install llm-compressor for it, into .venv-bench'
 	@echo 'make wheel       build dist/quantpress-*.whl'
@@ -143,6 +144,9 @@ check: dev
 format: dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+smoke: dev
+	@$(BIN)/pytest tests/slow/test_serving.py --capture=no --quiet --no-header $(ARGS)
 
 bench: dev
 	@$(BIN)/python tests/bench/peers.py $(ARGS)

@@ -23,6 +23,8 @@ from .texts import load_documents
 
 __all__ = ["Job", "Progress", "Settings", "prepare", "quantize"]
 
+_NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "targets", "smoke"}  # recipe keys
+
 
 def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
@@ -127,9 +129,7 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
     """What makes two runs the same run."""
-    recipe = job.recipe.model_dump(
-        mode="json", exclude={"name", "description", "evaluation", "gates", "model", "targets"}
-    )
+    recipe = job.recipe.model_dump(mode="json", exclude=_NOT_OF_THE_ARTIFACT)
     return {
         "recipe": recipe,
         "model": files,

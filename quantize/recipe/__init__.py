@@ -21,6 +21,7 @@ from .methods import (
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
 from .readers import READERS, refusal
 from .readers import notes as reader_notes
+from .smoke import ServerName, Smoke
 from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Bos, Calibration, Text
 
@@ -51,6 +52,8 @@ __all__ = [
     "Recipe",
     "Rtn",
     "ScaleSearch",
+    "ServerName",
+    "Smoke",
     "SmoothQuant",
     "Strict",
     "Target",

@@ -12,6 +12,7 @@ from .gates import Gates
 from .methods import Gptq, Hadamard, Method, Qat, Rtn, Transform, Tuned
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
 from .readers import refusal
+from .smoke import Smoke
 from .targets import Target
 from .text import Calibration
 
@@ -89,6 +90,7 @@ class Recipe(Strict):
     )
     evaluation: Evaluation | None = Evaluation()
     gates: Gates = Gates()
+    smoke: Smoke | None = Field(None, description="the artifact on a real server, after everything else; null: not")
 
     @field_validator("method", mode="before")
     @classmethod

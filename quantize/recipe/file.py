@@ -20,6 +20,7 @@ from .evaluation import EfficiencySettings, Evaluation, Task, Timing
 from .gates import Gates
 from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, Qat, Rtn, SmoothQuant
 from .numbers import Activations, Grid
+from .smoke import Smoke
 from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Calibration
 
@@ -126,7 +127,7 @@ def _keys_at(place: Iterable[int | str]) -> list[str]:
         "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
         "end_to_end": EndToEnd, "tasks": Task, "efficiency": EfficiencySettings, "timing": Timing,
         "vllm": Vllm, "tgi": Tgi, "tensorrt-llm": TensorRtLlm, "triton": Triton,
-        "llama.cpp": LlamaCpp, "ollama": Ollama,
+        "llama.cpp": LlamaCpp, "ollama": Ollama, "smoke": Smoke,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     for part in place:

@@ -1,0 +1,64 @@
+"""How fast a server answers: time to first token, time between tokens, tokens a second."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from .client import Client, Stream
+from .records import Percentiles
+
+REQUESTS = 6
+_TOKENS = 32
+_WORDS = "the river carries water from the mountains to the sea and the towns on its banks live from it "
+
+
+@dataclass(frozen=True)
+class Figures:
+    """See records.Serving."""
+
+    requests: int
+    prompt_tokens: int | None
+    ttft_ms: float | None
+    itl_ms: Percentiles | None
+    tokens_per_second: dict[int, float]
+
+
+def measure(client: Client, concurrency: int) -> Figures:
+    """One unmeasured request, then REQUESTS one after another, then as many rounds of `concurrency` at a time."""
+    client.stream(_prompt(0), _TOKENS)
+    started = time.perf_counter()
+    alone = [client.stream(_prompt(i), _TOKENS) for i in range(1, REQUESTS + 1)]
+    speeds = {1: _tokens(alone) / (time.perf_counter() - started)}
+    if concurrency > 1:
+        prompts = [_prompt(i) for i in range(REQUESTS + 1, REQUESTS + 1 + 2 * concurrency)]
+        started = time.perf_counter()
+        with ThreadPoolExecutor(concurrency) as pool:
+            together = list(pool.map(lambda prompt: client.stream(prompt, _TOKENS), prompts))
+        speeds[concurrency] = _tokens(together) / (time.perf_counter() - started)
+    firsts = [stream.times[0] for stream in alone if stream.times]
+    gaps = [gap for stream in alone for gap in np.diff(stream.times)]
+    counts = [stream.prompt_tokens for stream in alone if stream.prompt_tokens is not None]
+    return Figures(
+        REQUESTS, round(sum(counts) / len(counts)) if counts else None,
+        float(np.median(firsts)) * 1000 if firsts else None, _percentiles(gaps), speeds,
+    )  # fmt: skip
+
+
+def _prompt(number: int) -> str:
+    """About 50 words of which the first differs, so that no request finds another's prefix cached."""
+    return f"{number}: {_WORDS * 2}"
+
+
+def _tokens(streams: Sequence[Stream]) -> int:
+    """Generated tokens; a server that does not count them sends about one a chunk."""
+    return sum(s.completion_tokens if s.completion_tokens is not None else len(s.times) for s in streams)
+
+
+def _percentiles(seconds: Sequence[float]) -> Percentiles | None:
+    if not len(seconds):
+        return None
+    p50, p95, p99 = np.percentile(np.asarray(seconds) * 1000, [50, 95, 99]).tolist()
+    return Percentiles(p50=p50, p95=p95, p99=p99)
