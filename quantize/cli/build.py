@@ -1,4 +1,4 @@
-"""The commands that make artifacts: run, quantize, plan, convert; and those about recipes."""
+"""The commands around an artifact: quantize, plan, convert; and those about recipes."""
 
 import json
 from pathlib import Path
@@ -25,44 +25,10 @@ from .shared import (
     open_source,
     out_console,
 )
-from .work import evaluation_windows, exit_on_gates, measure, print_results, quantize_model
+from .work import quantize_model
 
 if TYPE_CHECKING:
-    from quantpress.eval.records import Results
-
-
-@app.command()
-def run(
-    recipe: RecipeArg = "w4a16-gptq",
-    model: ModelOpt = None,
-    out: OutOpt = None,
-    sets: SetOpt = [],  # noqa: B006
-    overwrite: OverwriteOpt = False,
-    ignore_limits: LimitsOpt = False,
-    allow_pickle: PickleOpt = False,
-    trust_remote_code: TrustOpt = False,
-    as_json: JsonOpt = False,
-) -> None:
-    """Quantize, evaluate and report: the whole recipe."""
-    chosen = chosen_recipe(recipe, model, sets)
-    where = out or default_out(chosen)
-    # Read before the work, so that a text that cannot be used does not cost a run.
-    text = None if chosen.evaluation is None else evaluation_windows(chosen, allow_pickle, trust_remote_code)
-    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
-    results = None if text is None else measure(where, chosen, text, allow_pickle, trust_remote_code)
-    from quantpress.eval.report import write_report
-
-    page = write_report(where) if results is not None else None
-    document = {
-        "out": str(where),
-        "report": None if page is None else str(page),
-        "results": results and results.document(),
-    }
-    if as_json:
-        print(json.dumps(document))  # noqa: T201
-    else:
-        _print_run(where, page, results)
-    exit_on_gates(results)
+    pass
 
 
 @app.command()
@@ -148,12 +114,3 @@ def list_recipes() -> None:
     for name in recipes.shipped():
         table.add_row(name, recipes.load(name).description)
     out_console.print(table)
-
-
-def _print_run(where: Path, page: Path | None, results: "Results | None") -> None:
-    if results is not None:
-        print_results(results)
-    out_console.print(f"artifact    {where / 'quantized'}")
-    if page is not None:
-        out_console.print(f"report      {page}")
-    out_console.print(f"provenance  {where / 'manifest.json'}")
