@@ -18,7 +18,7 @@ from .methods import (
     Transform,
     Tuned,
 )
-from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from .numbers import SUPER_BLOCK, Activations, BlockGrid, GgmlType, Grid, GroupSize, NumberType, ScaleSearch
 from .readers import READERS, refusal
 from .readers import notes as reader_notes
 from .smoke import ServerName, Smoke
@@ -28,9 +28,11 @@ from .text import Bos, Calibration, Text
 __all__ = [
     "GPUS",
     "READERS",
+    "SUPER_BLOCK",
     "Activations",
     "AutoRound",
     "Awq",
+    "BlockGrid",
     "Bos",
     "Calibration",
     "EfficiencySettings",
@@ -38,6 +40,7 @@ __all__ = [
     "Evaluation",
     "FormatName",
     "Gates",
+    "GgmlType",
     "Gptq",
     "Grid",
     "GroupSize",
