@@ -128,7 +128,7 @@ class BlockGrid(Grid):
     """
 
     type: GgmlType  # type: ignore[assignment]
-    bits: Literal[2, 3, 4, 5, 6, 8]  # type: ignore[assignment]
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4  # type: ignore[assignment]
 
     @property
     def uniform(self) -> bool:
