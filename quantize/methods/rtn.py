@@ -17,13 +17,14 @@ def rtn(
 ) -> Rounded:
     """Round `weight` [out, in] to the nearest point of a grid fitted to each group of columns.
 
-    `moment` [in, in] = X^T X, when there is one, measures the error. With `scale_search: activation` scales are sought
-    that make the least error in a group's output, by its block of the moment; of groups wider than 256 columns only by
-    the diagonal of it: the block would cost more than everything else.
+    `moment` [in, in] = X^T X, when there is one, measures the error; of it the diagonal [in] alone will do. With
+    `scale_search: activation` scales are sought that make the least error in a group's output, by its block of the
+    moment; of groups wider than 256 columns only by the diagonal of it: the block would cost more than everything else.
     """
     in_features, fitting = weight.shape[1], Fitting(weight, grid)
     columns = fitting.columns
     weigh = moment if grid.scale_search == "activation" else None
+    diagonal = None if weigh is None else weigh if weigh.dim() == 1 else weigh.diagonal()
     w = weight.to(torch.float32)
     numbers = torch.empty_like(w)
     with one_thread():
@@ -31,10 +32,10 @@ def rtn(
             group, part = start // columns, slice(start, start + columns)
             if start % fitting.span == 0:
                 wide = slice(start, start + fitting.span)
-                fitting.reach(group, w[:, wide], None if weigh is None else weigh.diagonal()[wide])
-            importance = None if weigh is None else weigh[part, part]
-            if importance is not None and columns > _WIDEST:
-                importance = importance.diagonal()
+                fitting.reach(group, w[:, wide], None if diagonal is None else diagonal[wide])
+            importance = None if diagonal is None else diagonal[part]
+            if weigh is not None and weigh.dim() == 2 and columns <= _WIDEST:
+                importance = weigh[part, part]
             scale, zero = fitting.fit(group, w[:, part], importance)
             numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
     linear = fitting.linear(numbers)
@@ -43,5 +44,5 @@ def rtn(
 
 def output_power(weight: Tensor, moment: Tensor | None) -> Tensor:
     """Squared output of each row of `weight` [out, in] over the tokens in `moment`; its squared norm without one."""
-    moved = weight if moment is None else weight @ moment
+    moved = weight if moment is None else weight * moment if moment.dim() == 1 else weight @ moment
     return (moved * weight).sum(1)
