@@ -149,7 +149,7 @@ def _stop(on: Subject) -> str:
 
 def _context(on: Subject) -> str:
     """A prompt that does not fit is refused with a word about why, and the server goes on."""
-    prompt = "word " * (2 * on.max_model_len)
+    prompt = "word " * (2 * max(on.max_model_len, on.client.max_model_len() or 0))
     try:
         on.client.complete(prompt, _TOKENS)
     except Refused as refusal:

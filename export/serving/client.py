@@ -104,6 +104,11 @@ class Client:
             raise ServerError(f"/v1/models: no list of models with ids in `data`: {str(listed)[:_QUOTED]}")
         return listed
 
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and answer that the server says it takes, as vLLM lists it; None where it does not say."""
+        told = [model.get("max_model_len") for model in self.models() if model["id"] == self.model]
+        return told[0] if told and isinstance(told[0], int) else None
+
     def alive(self) -> bool:
         """Whether the server still answers a short request."""
         try:

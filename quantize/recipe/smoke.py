@@ -16,7 +16,11 @@ class Smoke(Strict):
     python: str | None = Field(None, description="the interpreter that has the server; default: .venv-vllm's, or ours")
     url: str | None = Field(None, description="for `server: url`: http://host:port of an OpenAI-compatible server")
     concurrency: int = Field(4, ge=1, le=256, description="requests at a time")
-    max_model_len: int = Field(1024, ge=64, description="tokens of prompt and answer; at most what the model takes")
+    max_model_len: int | None = Field(
+        None,
+        ge=64,
+        description="tokens of prompt and answer; null: 1024, or all that a server takes which runs already",
+    )
     deadline_s: float = Field(300, gt=0, strict=False, description="seconds the server has to become healthy")
 
     @model_validator(mode="after")
