@@ -1,10 +1,11 @@
 """Talking to an OpenAI-compatible server, with the time each chunk of a stream arrived."""
 
 import json
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from httpx_sse import SSEError, connect_sse
@@ -28,6 +29,8 @@ class Refused(ServerError):
         self.status, self.said = status, said
 
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 Prompt = str | Sequence[int]  # text or token ids
 Messages = Sequence[dict[str, str]]
 
@@ -68,6 +71,30 @@ class Stream:
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
+
+
+def at_once(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """`work` on all items at the same time; raises the first of their errors.
+
+    Threads that nobody waits for when we are interrupted: a server that hangs would hold us up with it.
+    """
+    results: dict[int, _Result] = {}
+    errors: list[Exception] = []
+
+    def run(number: int) -> None:
+        try:
+            results[number] = work(items[number])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(items))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(items))]
 
 
 class Client:
