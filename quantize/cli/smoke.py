@@ -80,6 +80,14 @@ def smoke_stage(
     return record
 
 
+def check_server(settings: Smoke) -> None:
+    """Before the work of a run: raise BadInput when the server of its last stage is not installed here."""
+    from quantpress.export.serving import SERVERS, interpreter
+
+    if settings.server != "url":
+        interpreter(SERVERS[settings.server], settings.python)
+
+
 def _found(path: Path) -> tuple[Path, Path | None]:
     """The artifact that `path` means (a folder or a .gguf file), and its run folder when it lies in one."""
     if not path.exists():

@@ -27,6 +27,8 @@ class Smoke(Strict):
     def _url_names_a_server(self) -> Self:
         if (self.server == "url") != (self.url is not None):
             raise ValueError("`server: url` and `url: http://host:port` go together")
+        if self.url is not None and "@" in self.url:
+            raise ValueError("url holds a name or password: give a key in the environment, QUANTPRESS_API_KEY")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url {self.url!r} does not start with http:// or https://")
         if self.url is not None and self.python is not None:
