@@ -161,7 +161,7 @@ def _agree(row: Server | None, served: _Served, state: _State) -> str:
         raise state.answers
     if not state.answers:
         raise Skipped("the server's greedy answers are empty")
-    tolerance = agreement.tolerance_for("url" if row is None else row.name, served.folder)
+    tolerance = agreement.tolerance_for("url" if row is None else row.name, served.artifact, served.folder)
     state.agreed = agreement.compare(served.folder, state.answers, tolerance)
     within, line = agreement.judged(state.agreed)
     if not within:
