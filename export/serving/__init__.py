@@ -3,7 +3,7 @@
 from .containers import composed
 from .process import ServerFailed
 from .records import Check, Serving, read
-from .servers import SERVERS, Options, Running, Server, installed, interpreter, reach, serve
+from .servers import SERVERS, Options, Running, Server, installed, reach, serve
 from .smoke import Listener, smoke
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Serving",
     "composed",
     "installed",
-    "interpreter",
     "reach",
     "read",
     "serve",

