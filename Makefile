@@ -99,6 +99,11 @@ VENV_FAILED = { echo "$(PYTHON) cannot make .venv: install its venv module (Debi
 	@$(INSTALL) $(EDITABLE) -e '.[dev]'
 	@touch $@
 
+# What `transformers serve` needs: for the tests of every server.
+.venv/.servers: pyproject.toml .venv/.dev
+	@$(INSTALL) 'transformers[serving]'
+	@touch $@
+
 .venv/.files: FORCE | .venv/.torch
 	@find quantize eval export recipes \( -name '*.py' -o -name '*.yaml' -o -path '*/templates/*' \) -type f \
 	  | LC_ALL=C sort > $@.new
@@ -133,7 +138,7 @@ quantize: setup
 test: $(if $(WHEEL),.venv/.wheel,dev)
 	@$(BIN)/pytest -m 'not slow' $(ARGS)
 
-test-all: $(if $(WHEEL),.venv/.wheel,dev)
+test-all: $(if $(WHEEL),.venv/.wheel,dev) .venv/.servers
 	@$(BIN)/pytest $(ARGS)
 
 check: dev
@@ -145,7 +150,7 @@ format: dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-smoke: dev
+smoke: dev .venv/.servers
 	@$(BIN)/pytest tests/slow/test_serving.py --capture=no --quiet --no-header $(ARGS)
 
 bench: dev

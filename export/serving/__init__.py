@@ -1,5 +1,6 @@
 """Artifacts on real servers: started, talked to, compared with our own forward, timed, and always ended."""
 
+from .containers import composed
 from .process import ServerFailed
 from .records import Check, Serving, read
 from .servers import SERVERS, Options, Running, Server, installed, reach, serve
@@ -14,6 +15,7 @@ __all__ = [
     "Server",
     "ServerFailed",
     "Serving",
+    "composed",
     "installed",
     "reach",
     "read",

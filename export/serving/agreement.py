@@ -85,14 +85,15 @@ def log_probabilities(skeleton: Skeleton, sequences: Sequence[Tensor]) -> list[T
     return [skeleton.logits(states[0]).float().log_softmax(-1).cpu() for states in hidden]
 
 
-def tolerance_for(server: str, folder: Path) -> Tolerance:
-    """What the kernel that the server takes for this artifact may be off."""
-    if server == "llama.cpp":
+def tolerance_for(server: str, artifact: Path, folder: Path) -> Tolerance:
+    """What the kernel that the server takes for this artifact may be off; `folder` as for `compare`."""
+    if artifact.suffix == ".gguf":
         return _LLAMA_CPP
-    artifact = Artifact(folder)
-    four_bit = any(grid.type == "int" and grid.bits == 4 for grid in artifact.linears.values())
+    reader = Artifact(folder)
+    four_bit = any(grid.type == "int" and grid.bits == 4 for grid in reader.linears.values())
     # vLLM's 4-bit kernel on a CPU with AMX rounds the inputs to int8, whatever the file says.
-    if artifact.activations is not None or (server == "vllm" and four_bit and machine.has_amx()):
+    amx = server != "transformers" and machine.device().type == "cpu" and machine.has_amx()
+    if reader.activations is not None or (four_bit and amx):
         return _ROUNDED
     return _SIXTEEN_BIT
 

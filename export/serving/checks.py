@@ -2,11 +2,10 @@
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .client import Client, Messages, Refused, ServerError
+from .client import Client, Messages, Refused, ServerError, at_once
 from .records import Check
 from .servers import Running
 
@@ -149,7 +148,7 @@ def _stop(on: Subject) -> str:
 
 def _context(on: Subject) -> str:
     """A prompt that does not fit is refused with a word about why, and the server goes on."""
-    prompt = "word " * (2 * on.max_model_len)
+    prompt = "word " * (2 * max(on.max_model_len, on.client.max_model_len() or 0))
     try:
         on.client.complete(prompt, _TOKENS)
     except Refused as refusal:
@@ -178,8 +177,7 @@ def _concurrent(on: Subject) -> str:
     """Answers at the same time go to who asked; their rounding may differ from that of an answer made alone."""
     prompts = [_PROMPTS[i % len(_PROMPTS)] + "," * (i // len(_PROMPTS)) for i in range(max(2, on.concurrency))]
     alone = [on.client.complete(prompt, _TOKENS).text for prompt in prompts]
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        together = [answer.text for answer in pool.map(lambda p: on.client.complete(p, _TOKENS), prompts)]
+    together = [answer.text for answer in at_once(lambda p: on.client.complete(p, _TOKENS), prompts)]
     for i, text in enumerate(together):
         likeness = [_common(text, other) for other in alone]
         if likeness[i] < max(likeness):

@@ -1,10 +1,11 @@
 """Talking to an OpenAI-compatible server, with the time each chunk of a stream arrived."""
 
 import json
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from httpx_sse import SSEError, connect_sse
@@ -28,6 +29,8 @@ class Refused(ServerError):
         self.status, self.said = status, said
 
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 Prompt = str | Sequence[int]  # text or token ids
 Messages = Sequence[dict[str, str]]
 
@@ -70,6 +73,30 @@ class Stream:
     completion_tokens: int | None
 
 
+def at_once(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """`work` on all items at the same time; raises the first of their errors.
+
+    Threads that nobody waits for when we are interrupted: a server that hangs would hold us up with it.
+    """
+    results: dict[int, _Result] = {}
+    errors: list[Exception] = []
+
+    def run(number: int) -> None:
+        try:
+            results[number] = work(items[number])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(items))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(items))]
+
+
 class Client:
     """Requests to one model of a server at `url` (without /v1). Every failure is a ServerError."""
 
@@ -103,6 +130,11 @@ class Client:
         if not isinstance(listed, list) or not all(isinstance(m, dict) and "id" in m for m in listed):
             raise ServerError(f"/v1/models: no list of models with ids in `data`: {str(listed)[:_QUOTED]}")
         return listed
+
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and answer that the server says it takes, as vLLM lists it; None where it does not say."""
+        told = [model.get("max_model_len") for model in self.models() if model["id"] == self.model]
+        return told[0] if told and isinstance(told[0], int) else None
 
     def alive(self) -> bool:
         """Whether the server still answers a short request."""

@@ -1,16 +1,18 @@
 """How fast a server answers: time to first token, time between tokens, tokens a second."""
 
+import itertools
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from .client import Client, Stream
+from .client import Client, Stream, at_once
 from .records import Percentiles
 
 REQUESTS = 6
+_FEWEST, _ENOUGH_S = 2, 30.0
+_ROUNDS = 2
 _TOKENS = 32
 _WORDS = "the river carries water from the mountains to the sea and the towns on its banks live from it "
 
@@ -27,22 +29,26 @@ class Figures:
 
 
 def measure(client: Client, concurrency: int) -> Figures:
-    """One unmeasured request, then REQUESTS one after another, then as many rounds of `concurrency` at a time."""
-    client.stream(_prompt(0), _TOKENS)
+    """One request that does not count, then REQUESTS one after another, then rounds of `concurrency` at a time; on a
+    slow server fewer of both."""
+    prompts = map(_prompt, itertools.count())
+    client.stream(next(prompts), _TOKENS)
+    alone: list[Stream] = []
     started = time.perf_counter()
-    alone = [client.stream(_prompt(i), _TOKENS) for i in range(1, REQUESTS + 1)]
+    while len(alone) < REQUESTS and (len(alone) < _FEWEST or time.perf_counter() - started < _ENOUGH_S):
+        alone.append(client.stream(next(prompts), _TOKENS))
     speeds = {1: _tokens(alone) / (time.perf_counter() - started)}
     if concurrency > 1:
-        prompts = [_prompt(i) for i in range(REQUESTS + 1, REQUESTS + 1 + 2 * concurrency)]
+        rounds = _ROUNDS if time.perf_counter() - started < _ENOUGH_S / 2 else 1
+        each = [list(itertools.islice(prompts, rounds)) for _ in range(concurrency)]
         started = time.perf_counter()
-        with ThreadPoolExecutor(concurrency) as pool:
-            together = list(pool.map(lambda prompt: client.stream(prompt, _TOKENS), prompts))
-        speeds[concurrency] = _tokens(together) / (time.perf_counter() - started)
+        together = at_once(lambda mine: [client.stream(prompt, _TOKENS) for prompt in mine], each)
+        speeds[concurrency] = _tokens(list(itertools.chain(*together))) / (time.perf_counter() - started)
     firsts = [stream.times[0] for stream in alone if stream.times]
     gaps = [gap for stream in alone for gap in np.diff(stream.times)]
     counts = [stream.prompt_tokens for stream in alone if stream.prompt_tokens is not None]
     return Figures(
-        REQUESTS, round(sum(counts) / len(counts)) if counts else None,
+        len(alone), round(sum(counts) / len(counts)) if counts else None,
         float(np.median(firsts)) * 1000 if firsts else None, _percentiles(gaps), speeds,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from quantpress.quantize.errors import BadInput
 from .process import Child, ServerFailed, free_port, running, wait_until_healthy
 
 SERVED_NAME = "quantpress"
+DEFAULT_CONTEXT = 1024  # tokens of prompt and answer
 _PROBE = (
     "import importlib.metadata as m, importlib.util as u, json, sys\n"
     "found = [[d, m.version(d)] for d in m.packages_distributions().get(sys.argv[1], [])]\n"
@@ -45,19 +47,23 @@ class Server:
 
     reads: what it takes an artifact as. needs: modules its interpreter has to have, its own first. model: the name that
     requests give it, by the artifact. lacks: the checks that cannot be made on it, and the abilities that others make
-    use of where they are, each with the reason.
+    use of where they are, each with the reason. version: where it is known already, and no interpreter is asked.
+    port: the one it always takes. after: a command that ends what the server leaves.
     """
 
     name: str
-    reads: Literal["folder", "gguf"]
+    reads: Literal["folder", "gguf", "anything"]
     needs: tuple[str, ...]
     install: str
     command: Callable[[Launch], list[str]]
     environment: Callable[[], Mapping[str, str]] = dict
     environment_folder: str | None = None  # the virtual environment of its own that is looked into first
     health: str = "/health"
-    model: Callable[[Path], str] = lambda artifact: SERVED_NAME
+    model: Callable[[Path], str] | None = lambda artifact: SERVED_NAME  # None: the server is asked
     lacks: Mapping[str, str] = field(default_factory=dict)
+    version: str | None = None
+    port: int | None = None
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Options:
     python: str | None = None
     url: str | None = None
     concurrency: int = 4
-    max_model_len: int = 1024
+    max_model_len: int | None = None  # None: 1024, or all that one takes which is not started here
     deadline_s: float = 300
     api_key: str | None = field(default=None, repr=False)
 
@@ -152,18 +158,43 @@ def serve(
     It ends with the block, and all it has started. Raises BadInput when it is not installed or cannot take such an
     artifact, ServerFailed when it does not become healthy.
     """
-    if (server.reads == "gguf") != (artifact.suffix == ".gguf"):
+    if server.reads != "anything" and (server.reads == "gguf") != (artifact.suffix == ".gguf"):
         kind = "a .gguf file" if server.reads == "gguf" else "a Hugging Face folder"
         raise BadInput(f"{server.name} reads {kind}, and {artifact} is none")
     python, version = interpreter(server, options.python)
-    launch = Launch(python, artifact.absolute(), free_port(), options.max_model_len, options.concurrency)
+    context = options.max_model_len or DEFAULT_CONTEXT
+    launch = Launch(python, artifact.absolute(), _port(server), context, options.concurrency)
     url, started = f"http://127.0.0.1:{launch.port}", time.monotonic()
     command = server.command(launch)
-    with running(command, server.environment(), log) as child:
+    with _cleared(server), running(command, server.environment(), log) as child:
         wait_until_healthy(server.name, child, url + server.health, options.deadline_s, tell)
         took = time.monotonic() - started
-        name = server.model(launch.artifact)
+        name = server.model and server.model(launch.artifact)
         yield Running(server.name, url, name, version, server.lacks, child, log, took, tuple(command))
+
+
+@contextlib.contextmanager
+def _cleared(server: Server) -> Iterator[None]:
+    """What the server leaves behind is ended after the block."""
+    try:
+        yield
+    finally:
+        if server.after:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                subprocess.run(server.after, capture_output=True, timeout=60, check=False)
+
+
+def _port(server: Server) -> int:
+    """Its own port, found to be free, or any free one."""
+    if server.port is None:
+        return free_port()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was served a moment ago is free
+        try:
+            probe.bind(("127.0.0.1", server.port))
+        except OSError as error:
+            raise BadInput(f"{server.name}: port {server.port} is taken ({error.strerror})") from None
+    return server.port
 
 
 @contextlib.contextmanager
@@ -185,6 +216,8 @@ def interpreter(server: Server, given: str | None) -> tuple[str, str]:
 
     Raises BadInput with the command that installs it when there is none.
     """
+    if server.version is not None:
+        return sys.executable, server.version
     own = Path(server.environment_folder or "", "bin/python").absolute()
     candidates = [given] if given else [str(own)] if server.environment_folder and own.is_file() else []
     for python in candidates if given else [*candidates, sys.executable]:

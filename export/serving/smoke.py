@@ -19,7 +19,7 @@ from .checks import CHECKS, Failed, Skipped, Subject, made, make
 from .client import Client, ServerError
 from .process import ServerFailed
 from .records import Agreement, Check, Serving
-from .servers import SERVERS, Options, Running, Server, interpreter, reach, serve
+from .servers import DEFAULT_CONTEXT, SERVERS, Options, Running, Server, interpreter, reach, serve
 
 _SMALLEST_CONTEXT = 64  # tokens; below it the prompts themselves do not fit
 
@@ -39,6 +39,7 @@ class _Served:
     artifact: Path
     folder: Path
     tokenizer: Any
+    context: int  # tokens of prompt and answer
     options: Options
 
 
@@ -53,7 +54,7 @@ def smoke(
     """
     listener = listener or Listener()
     row = _row(server, options)
-    served = _prepared(artifact, options, cache)
+    served = _prepared(artifact, options, cache, started=row is not None and row.port is None)
     log = None if row is None else out / "eval" / f"serving-{row.name}.log"
     checks: list[Check] = []
 
@@ -103,17 +104,18 @@ def _row(server: str | Server, options: Options) -> Server | None:
     return SERVERS[server]
 
 
-def _prepared(artifact: Path, options: Options, cache: Path) -> _Served:
-    """The artifact opened, and the context no longer than its model's."""
+def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _Served:
+    """The artifact opened, and the context no longer than its model's; started: whether we say how long it is."""
     if not artifact.exists():
         raise BadInput(f"{artifact}: no such artifact")
     folder = resolve(str(artifact), cache=cache).path if artifact.suffix == ".gguf" else artifact
     config = text_config(Checkpoint(folder).config)
-    most = getattr(config, "max_position_embeddings", None) or options.max_model_len
-    context = min(options.max_model_len, most)
+    most = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    wanted = options.max_model_len or (DEFAULT_CONTEXT if started else most)
+    context = min(wanted, most)
     if context < _SMALLEST_CONTEXT:
         raise BadInput(f"{artifact}: a context of {context} tokens; the smoke test needs {_SMALLEST_CONTEXT}")
-    return _Served(artifact, folder, open_tokenizer(folder), replace(options, max_model_len=context))
+    return _Served(artifact, folder, open_tokenizer(folder), context, replace(options, max_model_len=context))
 
 
 @contextlib.contextmanager
@@ -132,7 +134,7 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
     if own:
         told.check(Check(name="start", status="pass", reason="healthy", seconds=running.load_seconds or 0))
     with Client(running.url, running.model, key, loopback=own) as client:
-        subject = Subject(running, client, served.tokenizer, served.options.max_model_len, served.options.concurrency)
+        subject = Subject(running, client, served.tokenizer, served.context, served.options.concurrency)
         make(subject, told.check)
         lacks = running.lacks
         try:
@@ -147,7 +149,8 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
 
         told.check(made("speed", speed, {}))
     if running.child is not None:
-        state.peak_rss_bytes = running.child.peak_rss_bytes
+        if "memory" not in running.lacks:
+            state.peak_rss_bytes = running.child.peak_rss_bytes
         if (status := running.child.ended()) is not None:
             reason = f"ended by itself with status {status}:\n{running.child.last_lines()}"
             told.check(Check(name="alive", status="fail", reason=reason, seconds=0))
@@ -158,7 +161,7 @@ def _agree(row: Server | None, served: _Served, state: _State) -> str:
         raise state.answers
     if not state.answers:
         raise Skipped("the server's greedy answers are empty")
-    tolerance = agreement.tolerance_for("url" if row is None else row.name, served.folder)
+    tolerance = agreement.tolerance_for("url" if row is None else row.name, served.artifact, served.folder)
     state.agreed = agreement.compare(served.folder, state.answers, tolerance)
     within, line = agreement.judged(state.agreed)
     if not within:
@@ -178,7 +181,7 @@ def _record(row: Server | None, served: _Served, state: _State, checks: list[Che
         verdict="FAILED" if any(check.status == "fail" for check in checks) else "PASSED",
         checks=tuple(checks),
         agreement=state.agreed,
-        max_model_len=served.options.max_model_len,
+        max_model_len=served.context,
         load_seconds=None if running is None else running.load_seconds,
         requests=0 if found is None else found.requests,
         prompt_tokens=None if found is None else found.prompt_tokens,

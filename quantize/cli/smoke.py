@@ -24,12 +24,15 @@ _API_KEY = "QUANTPRESS_API_KEY"
 
 @app.command("smoke")
 def smoke_command(
-    artifact: Annotated[Path, typer.Argument(help="a run folder, a quantized folder or a .gguf file")],
+    artifact: Annotated[
+        Path,
+        typer.Argument(help="a run folder, a quantized folder, a .gguf file, or RUN/export/<target>: its container"),
+    ],
     server: Annotated[str | None, typer.Option("--server", help="vllm, llama.cpp, transformers or url")] = None,
     url: Annotated[str | None, typer.Option("--url", help="a server that already runs: http://host:port")] = None,
     server_python: Annotated[str | None, typer.Option(help="the interpreter that has the server")] = None,
     concurrency: Annotated[int | None, typer.Option(help="requests at a time; default 4")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default 1024")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="tokens of prompt and answer")] = None,
     deadline: Annotated[float | None, typer.Option(help="seconds to become healthy; default 300")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="run folder for eval/serving.json and the log")] = None,
     as_json: JsonOpt = False,
@@ -38,21 +41,28 @@ def smoke_command(
 
     What is not given is as the run's recipe has it. Exit code 0 when every check passed, 1 when one failed.
     """
+    container = artifact if (artifact / "export.json").is_file() and server is None and url is None else None
     where, run_folder = _found(artifact)
     given = {"server": server, "url": url, "python": server_python, "concurrency": concurrency,
              "max_model_len": max_model_len, "deadline_s": deadline}  # fmt: skip
     settings = _settings(run_folder, where, {key: value for key, value in given.items() if value is not None})
-    record = smoke_stage(where, out or run_folder or Path("artifacts") / where.stem / "smoke", settings, quiet=as_json)
+    into = out or run_folder or Path("artifacts") / where.stem / "smoke"
+    record = smoke_stage(where, into, settings, container=container, quiet=as_json)
     if as_json:
         print(record.model_dump_json(by_alias=True))  # noqa: T201
     if record.verdict == "FAILED":
         raise typer.Exit(1)
 
 
-def smoke_stage(artifact: Path, out: Path, settings: Smoke, quiet: bool = False) -> "Serving":
-    """The smoke test as a stage of a run: tells its progress, writes `out/eval/serving.json`, returns the record."""
+def smoke_stage(
+    artifact: Path, out: Path, settings: Smoke, quiet: bool = False, container: Path | None = None
+) -> "Serving":
+    """The smoke test as a stage of a run: tells its progress, writes `out/eval/serving.json`, returns the record.
+
+    container: an export folder whose compose.yaml starts the server, in place of settings.server.
+    """
     quiet_libraries()
-    from quantpress.export.serving import Listener, Options, smoke
+    from quantpress.export.serving import Listener, Options, composed, smoke
 
     options = Options(
         settings.python, settings.url, settings.concurrency, settings.max_model_len, settings.deadline_s,
@@ -63,7 +73,8 @@ def smoke_stage(artifact: Path, out: Path, settings: Smoke, quiet: bool = False)
         err_console.print(line, markup=False, soft_wrap=True)
 
     listener = Listener(say) if quiet else Listener(say, _tell)
-    record = smoke(artifact, settings.server, out, options, cache_folder(), listener)
+    server = settings.server if container is None else composed(container)
+    record = smoke(artifact, server, out, options, cache_folder(), listener)
     if not quiet:
         _print(record, out)
     return record
@@ -73,7 +84,8 @@ def _found(path: Path) -> tuple[Path, Path | None]:
     """The artifact that `path` means (a folder or a .gguf file), and its run folder when it lies in one."""
     if not path.exists():
         raise BadInput(f"{path}: no such run folder or artifact")
-    artifact = path / "quantized" if (path / "quantized").is_dir() else path
+    inside = [path / name for name in ("quantized", "model") if (path / name).is_dir()]
+    artifact = inside[0] if inside else path
     if artifact.is_dir() and not (artifact / "config.json").is_file():
         files = sorted(artifact.glob("*.gguf"))
         if not files:
@@ -81,8 +93,9 @@ def _found(path: Path) -> tuple[Path, Path | None]:
         artifact = files[0]  # of a split model the first part; it names the others
     if artifact.is_file() and artifact.suffix != ".gguf":
         raise BadInput(f"{path}: an artifact is a folder or a .gguf file")
-    runs = [folder for folder in (artifact.parent, artifact.parent.parent) if (folder / "manifest.json").is_file()]
-    return artifact, path if artifact == path / "quantized" else next(iter(runs), None)
+    above = list(artifact.absolute().parents)[:4]  # RUN/export/<target>/model/model.gguf
+    runs = [folder for folder in above if (folder / "manifest.json").is_file() and (folder / "quantized").is_dir()]
+    return artifact, path if (path / "quantized").is_dir() else next(iter(runs), None)
 
 
 def _settings(run_folder: Path | None, artifact: Path, given: dict[str, Any]) -> Smoke:

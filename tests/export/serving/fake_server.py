@@ -48,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         if "messages" in body:  # the template of the tests: contents one after another
             body["prompt"] = "".join(message["content"] for message in body["messages"])
         prompt = body["prompt"] if isinstance(body["prompt"], str) else bytes(body["prompt"]).decode()
+        if fault == "hangs":
+            time.sleep(600)
         if fault == "html":
             return self.send(b"<html>Bad gateway</html>", 200, "text/html")
         if len(prompt) > CONTEXT and fault != "any-length":

@@ -1,14 +1,18 @@
 """Every check passes on a server that does what it should, and fails on one that does that thing wrong."""
 
+import os
 import re
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from quantpress.export.serving.checks import CHECKS, Subject, made, make
-from quantpress.export.serving.client import Client
+from quantpress.export.serving.client import Client, ServerError, at_once
 from quantpress.export.serving.records import Check
 from quantpress.export.serving.servers import Running
 
@@ -64,6 +68,37 @@ def test_a_planted_fault_fails_its_check(server: Running, fault: str, name: str,
     found = check(name, subject(server, fault))
     assert found.status == "fail"
     assert re.search(words, found.reason), found.reason
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs(tmp_path: Path) -> None:
+    """Neither for its answers, asked for all at once, nor for the server."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with fake_server(tmp_path) as found:
+                client = Client(found.url, "fake:hangs")
+                (tmp_path / "asked").touch()
+                at_once(lambda prompt: client.complete(prompt, 1), ["a", "b"])
+        except KeyboardInterrupt:
+            os._exit(130)
+        finally:
+            os._exit(1)
+    end = time.monotonic() + 30
+    while not (tmp_path / "asked").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    server = psutil.Process(pid).children(recursive=True)
+    assert len(server) == 2
+    os.kill(pid, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert not psutil.wait_procs(server, timeout=1)[1]
+
+
+def test_errors_of_requests_at_once_are_raised(server: Running) -> None:
+    with pytest.raises(ServerError, match="not JSON"):
+        at_once(lambda prompt: Client(server.url, "fake:html").complete(prompt, 1), ["a", "b"])
 
 
 def test_what_a_server_lacks_is_skipped_with_the_reason(server: Running) -> None:
