@@ -5,6 +5,7 @@ Read from the servers' sources and, for vLLM 0.32 on a CPU, measured.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from quantpress.quantize.artifact import Artifact
@@ -16,6 +17,11 @@ from quantpress.quantize.recipe import READERS, Activations, Grid, Target, Vllm,
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Linears whose input is split over GPUs (row-parallel); the others split their output.
 _ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "w2")
+_GGUF = {  # keys of config.json, and of GGUF's metadata after the architecture's name
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+}  # fmt: skip
 _BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
 
 
@@ -46,7 +52,10 @@ class Contents:
 
     def of_config(self, *names: str) -> int | None:
         """The first of these keys that config.json has."""
-        return next((int(self.config[n]) for n in names if self.config.get(n) is not None), None)
+        found = next((self.config[n] for n in names if self.config.get(n) is not None), None)
+        if found is None:
+            return None
+        return int(max(found)) if isinstance(found, list) else int(found)  # GGUF may say it for each layer
 
     @property
     def heads(self) -> int | None:
@@ -96,6 +105,34 @@ def of_artifact(artifact: Artifact) -> Contents:
     )
 
 
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, a split one's parts in their order."""
+    return sorted(folder.glob("*.gguf"))
+
+
+def of_folder(folder: Path) -> Contents:
+    """What an artifact folder holds, in whatever format."""
+    files = gguf_files(folder)
+    return of_gguf(files[0]) if files else of_artifact(Artifact(folder))
+
+
+def of_gguf(file: Path) -> Contents:
+    """A GGUF file, or the first part of one, by its metadata under the names that config.json has for it."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(file).fields
+        family = fields["general.architecture"].contents()
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{file}: not a GGUF file that can be read: {error}") from None
+    found = {
+        ours: fields[f"{family}.{theirs}"].contents()
+        for ours, theirs in _GGUF.items()
+        if f"{family}.{theirs}" in fields
+    }
+    return Contents("gguf", {}, {}, config=found)
+
+
 def problems(target: Target, contents: Contents) -> list[str]:
     """One line for each thing that keeps `target` from loading the files; none when it will."""
     label = READERS[target.reader].label
@@ -114,19 +151,19 @@ def problems(target: Target, contents: Contents) -> list[str]:
     return found
 
 
-def check_job(job: Job) -> None:
-    """Raise BadInput when a target of the recipe could not load what the run would write in any of its formats."""
+def check_job(job: Job) -> dict[str, str]:
+    """The format each target of the recipe will load, of those that the run writes.
+
+    Raises BadInput when a target could load none of them.
+    """
+    taken: dict[str, str] = {}
     for target in job.recipe.targets:
-        refused = [problems(target, of_job(job, format)) for format in job.recipe.formats]
-        if all(refused):
-            raise BadInput(f"targets: {sentence(refused[0])}")
-
-
-def check(target: Target, contents: Contents) -> None:
-    """Raise BadInput when `target` cannot load the files."""
-    found = problems(target, contents)
-    if found:
-        raise BadInput(sentence(found))
+        refused = {format: problems(target, of_job(job, format)) for format in job.recipe.formats}
+        found = next((format for format, lines in refused.items() if not lines), None)
+        if found is None:
+            raise BadInput(f"targets: {sentence(next(iter(refused.values())))}")
+        taken[target.name] = found
+    return taken
 
 
 def advice(job: Job) -> list[str]:
@@ -135,6 +172,8 @@ def advice(job: Job) -> list[str]:
     found: list[str] = []
     for format in job.recipe.formats:
         contents = of_job(job, format)
+        if format not in READERS["vllm"].formats:
+            continue
         for target in () if job.recipe.targets else (Vllm(), Vllm(device="cpu")):
             found += problems(target, contents)
         found += reader_notes("vllm", format, contents.grids, contents.activations)
@@ -152,6 +191,8 @@ def sentence(found: Sequence[str]) -> str:
 
 
 def _fused(contents: Contents) -> Iterator[str]:
+    if contents.format == "gguf":
+        return  # its readers keep each tensor's type
     for fused in _FUSED:
         for name in contents.shapes:
             if not name.endswith(f".{fused[0]}"):
