@@ -41,7 +41,7 @@ def main() -> None:
 def _stopped(arguments: list[str]) -> str:
     if arguments[:1] == ["eval"]:
         return "stopped; what was measured until then is written (eval/results.json, complete: false)"
-    if not {"run", "quantize"} & set(arguments[:1]):
+    if not {"run", "quantize", "sweep"} & set(arguments[:1]):
         return "stopped"
     same = "the same command without --overwrite" if "--overwrite" in arguments else "the same command"
     return f"stopped; {same} goes on from what is finished"
