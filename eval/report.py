@@ -7,8 +7,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,111 +16,13 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from quantpress.quantize.errors import BadInput
 
-from .heat import DARK, LIGHT, Heat, HeatScale, heat
+from .heat import DARK, LIGHT, HeatScale
 from .png import layers_png, tradeoff_png
-from .records import Check, Divergence, EvaluationText, Manifest, Quality, Results, read
+from .runs import Run, comparable, labelled, open_run
 from .tradeoff import Plot, Point, pareto, tradeoff
 from .wording import NBSP, cell, change, gate, gate_name, number, seconds, share, size, small
 
 _WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run folder as the report sees it; `label` is what the charts call it."""
-
-    folder: Path
-    manifest: Manifest
-    results: Results
-    label: str
-
-    @property
-    def text(self) -> EvaluationText:
-        assert self.results.text is not None  # as _run saw to, here and below
-        return self.results.text
-
-    @property
-    def original(self) -> Quality:
-        assert self.results.original is not None
-        return self.results.original
-
-    @property
-    def artifact(self) -> Quality:
-        assert self.results.artifact is not None
-        return self.results.artifact
-
-    @property
-    def divergence(self) -> Divergence:
-        assert self.results.divergence is not None
-        return self.results.divergence
-
-    @property
-    def increase(self) -> float:
-        """Of the perplexity, as a fraction."""
-        return math.nan if self.results.perplexity_increase is None else self.results.perplexity_increase
-
-    @property
-    def size(self) -> int:
-        return self.manifest.artifact.bytes
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller than the original the weights are on disk."""
-        return self.manifest.artifact.original_bytes / max(1, self.size)
-
-    @property
-    def smaller(self) -> str:
-        return f"{self.ratio:.1f}× smaller" if self.ratio >= 1 else f"{1 / self.ratio:.1f}× larger"
-
-    @property
-    def original_bits(self) -> float:
-        return self.manifest.artifact.original_bytes * 8 / max(1, self.manifest.artifact.parameters)
-
-    @cached_property
-    def heat(self) -> Heat:
-        return heat(self.manifest.layers)
-
-    @property
-    def failed(self) -> list[Check]:
-        return [check for check in self.results.gates.checks if check.verdict == "REGRESSION"]
-
-    @property
-    def verdict(self) -> str:
-        """The gates' answer in plain words."""
-        count = len(self.results.gates.checks)
-        if self.results.gates.verdict == "NONE":
-            return "Not judged: the recipe sets no gates."
-        if self.results.gates.verdict == "ACCEPT":
-            return (
-                "Accepted: the gate passed."
-                if count == 1
-                else f"Accepted: {'both' if count == 2 else f'all {count}'} gates passed."
-            )
-        if self.results.gates.verdict == "INCONCLUSIVE":
-            return f"Inconclusive: {self.results.gates.reason}."
-        reasons = "; ".join(f"{gate_name(c.name)} {gate(c.value, c.name)}, limit {gate(c.limit, c.name)}"
-                            for c in self.failed)  # fmt: skip
-        return f"Regression: {len(self.failed)} of {count} gates failed ({reasons})."
-
-    @property
-    def headline(self) -> str:
-        artifact = self.manifest.artifact
-        return (
-            f"{self.smaller} weights: {size(artifact.original_bytes)} → {size(artifact.bytes)}. "
-            f"Perplexity {number(self.original.perplexity)} → {number(self.artifact.perplexity)} "
-            f"({change(self.increase)}). The same next token as the original "
-            f"{share(self.divergence.top1_agreement)} of the time."
-        )
-
-    @property
-    def warnings(self) -> list[str]:
-        out = list(self.manifest.fallbacks)
-        if not math.isfinite(self.artifact.perplexity):
-            out.insert(0, "The artifact's perplexity is not a finite number: it does not work as a language model.")
-        calibration = self.manifest.calibration
-        if calibration and calibration.sha256 == self.text.sha256:
-            out.append("Calibrated on the text it is evaluated on: the quality shown flatters the artifact.")
-        return out
 
 
 def write_report(run: Path) -> Path:
@@ -130,7 +30,7 @@ def write_report(run: Path) -> Path:
 
     Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
     """
-    one = _run(run)
+    one = open_run(run)
     heading = f"{one.manifest.name}: size against quality"
     return _write(
         run / "report",
@@ -148,50 +48,22 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     """
     if len({run.resolve() for run in runs}) < max(2, len(runs)):
         raise BadInput(f"compare: two or more different runs are needed, got {', '.join(map(str, runs)) or 'none'}")
-    several = [_run(folder) for folder in runs]
+    several = [open_run(folder) for folder in runs]
     for other in several[1:]:
-        _comparable(several[0], other)
-    several = _labelled(sorted(several, key=lambda r: (r.size, r.artifact.perplexity, r.manifest.name)))
+        comparable(several[0], other)
+    several = labelled(sorted(several, key=lambda r: (r.size, r.artifact.perplexity, r.manifest.name)))
     front = _front(several)
     summary = [_figures(r) | {"label": r.label, "pareto": r.label in front} for r in several]
     return _write(out, "compare", several, "Size against quality", {"runs": summary})
 
 
-def _run(folder: Path) -> Run:
-    manifest, results = read(folder)
-    if results.text is None or results.original is None or results.artifact is None or results.divergence is None:
-        raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")
-    return Run(folder, manifest, results, manifest.name)
-
-
-def _comparable(a: Run, b: Run) -> None:
-    """Raise BadInput, naming the difference, unless both runs judged one original on one text."""
-    for key in ("sha256", "tokens", "windows", "window", "stride", "bos"):
-        one, two = getattr(a.text, key), getattr(b.text, key)
-        if one != two:
-            raise BadInput(f"cannot compare {a.folder} and {b.folder}: evaluation text differs, {key} {one} and {two}")
-    one_model, two_model = a.manifest.model, b.manifest.model
-    if one_model.files != two_model.files or (not one_model.files and one_model.id != two_model.id):
-        names = sorted(one_model.files.keys() | two_model.files.keys())
-        file = next((n for n in names if one_model.files.get(n) != two_model.files.get(n)), "id")
-        raise BadInput(
-            f"cannot compare {a.folder} and {b.folder}: different originals, {one_model.id} and {two_model.id} "
-            f"({file} differs)"
-        )
-
-
-def _labelled(runs: Sequence[Run]) -> list[Run]:
-    """Runs that share a name are told apart by their folders."""
-    names = [run.manifest.name for run in runs]
-    folders = [run.folder.resolve() for run in runs]
-    out = []
-    for run, name, folder in zip(runs, names, folders, strict=True):
-        if names.count(name) > 1:
-            twins = [f.name for f, n in zip(folders, names, strict=True) if n == name]
-            where = folder.name if twins.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}"
-            name = where if where.endswith(name) else f"{name} ({where})"
-        out.append(Run(run.folder, run.manifest, run.results, name))
-    return out
+def write_sweep(out: Path, runs: Sequence[Path]) -> Path | None:
+    """Write OUT/report for the runs of a sweep and those that failed; None when there is not one to show."""
+    if not runs:
+        return None
+    if len(runs) == 1:
+        return write_report(runs[0])
+    return write_comparison(runs, out / "report")
 
 
 def _points(runs: Sequence[Run]) -> list[Point]:

@@ -1,6 +1,7 @@
 """How numbers and names read on the page: units, signs, how many digits."""
 
 import math
+from collections.abc import Callable
 
 NBSP = "\u00a0"  # a number and its unit stay on one line
 
@@ -45,6 +46,13 @@ def share(fraction: float) -> str:
         return "not finite"
     text = "100" if percent == 100 else f"{min(percent, 99.99):.4g}" if percent > 99.9 else small(percent)
     return f"{text}{NBSP}%"
+
+
+def interval(ends: tuple[float, float], how: Callable[[float], str]) -> str:
+    """A 95% interval, each end as `how` writes it."""
+    low, high = how(ends[0]), how(ends[1])
+    unit = f"{NBSP}%"
+    return f"{low.removesuffix(unit)} to {high}" if low.endswith(unit) and high.endswith(unit) else f"{low} to {high}"
 
 
 def gate_name(name: str) -> str:

@@ -1,6 +1,6 @@
 """The command line, a file for each group of commands; the one part of quantize/ that knows eval/ and export/."""
 
-from . import run, build, evaluate, reproduce, export, smoke, measure, doctor  # noqa: F401, I001  they add commands
+from . import build, choose, doctor, evaluate, export, measure, reproduce, run, smoke  # noqa: F401  they add commands
 from .app import main
 
 __all__ = ["main"]

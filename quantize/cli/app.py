@@ -2,13 +2,27 @@
 
 import os
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import BadInput
 from .shared import err_console
 
+_ORDER = (  # of the help: as the work goes
+    "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",
+    "publish", "convert", "reproduce", "recipes", "schema", "doctor",
+)  # fmt: skip
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: _ORDER.index(name) if name in _ORDER else 99)
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -41,7 +55,7 @@ def main() -> None:
 def _stopped(arguments: list[str]) -> str:
     if arguments[:1] == ["eval"]:
         return "stopped; what was measured until then is written (eval/results.json, complete: false)"
-    if not {"run", "quantize"} & set(arguments[:1]):
+    if not {"run", "quantize", "sweep"} & set(arguments[:1]):
         return "stopped"
     same = "the same command without --overwrite" if "--overwrite" in arguments else "the same command"
     return f"stopped; {same} goes on from what is finished"

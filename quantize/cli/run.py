@@ -115,10 +115,13 @@ class _Release:
         self._ledger.run(Stage(f"export {target.name}", inputs, (f"export/{target.name}/SHA256SUMS",), work))
 
     def verify(self) -> None:
-        """The files are those of the manifest: cheap next to the rest, so each time."""
-        from ..artifact import verify
+        """Every file as the manifest says and every tensor as its config says: cheap next to the rest, so each time."""
+        from quantpress.export.verify import verify
 
-        verify(self.out)
+        _, wrong = verify(self.out)
+        if wrong:
+            more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
+            raise BadInput(f"{wrong[0]}{more}; quantpress verify {self.out} says all, --overwrite makes it anew")
 
     def evaluate(self, text: "Prepared") -> "Results":
         """What was measured, judged by the gates as they are now."""

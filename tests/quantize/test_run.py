@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner, Result
 
+from quantpress.export.serving import Serving
 from quantpress.quantize.cli import run as command
 from quantpress.quantize.cli.app import app
 from quantpress.quantize.errors import BadInput
@@ -97,7 +97,7 @@ def test_a_damaged_artifact_goes_no_further(project: Project) -> None:
     weights.write_bytes(raw)
     done = project.run()
     assert isinstance(done.exception, BadInput)
-    assert "is not the file the manifest names" in str(done.exception)
+    assert "model.safetensors" in str(done.exception)
 
 
 def test_a_server_that_is_not_there_costs_no_run(project: Project) -> None:
@@ -108,13 +108,18 @@ def test_a_server_that_is_not_there_costs_no_run(project: Project) -> None:
 
 
 def test_a_failed_smoke_test_fails_the_run_and_is_made_again(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = ["FAILED", "PASSED"]
+    verdicts: list[Literal["FAILED", "PASSED"]] = ["FAILED", "PASSED"]
     served: list[Path] = []
 
     def stage(artifact: Path, out: Path, *_: Any) -> Any:
         served.append(artifact)
-        (out / "eval" / "serving.json").write_text("{}")
-        return SimpleNamespace(verdict=verdicts[len(served) - 1], server="url", version=None)
+        record = Serving(
+            schema=1, server="url", version=None, artifact=str(artifact), device="cpu", command=(),
+            verdict=verdicts[len(served) - 1], checks=(), agreement=None, max_model_len=64, load_seconds=None,
+            requests=0, prompt_tokens=None, ttft_ms=None, itl_ms=None, tokens_per_second={}, peak_rss_bytes=None, log=None,
+        )  # fmt: skip
+        record.write(out)
+        return record
 
     monkeypatch.setattr(command, "smoke_stage", stage)
     smoke = {"server": "url", "url": "http://127.0.0.1:9"}

@@ -1,0 +1,109 @@
+"""Sweeps: what is run, what is not run again, and what becomes of a run that fails."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantpress.eval.sweep import STATE, Outcome, Task, in_turn, over_ray, plan, sweep
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.recipe.file import parse
+
+# In place of `quantpress run`: counts its calls, and ends as the name of the recipe says.
+RUN = """
+import json, os, pathlib, signal, sys
+recipe = json.loads(pathlib.Path(sys.argv[1]).read_text())
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(exist_ok=True)
+calls = out.parent / "calls.txt"
+with calls.open("a") as file:
+    file.write(recipe["name"] + "\\n")
+if recipe["name"] == "refused" and not (out.parent / "mended").exists():
+    print("note: on the way", file=sys.stderr)
+    sys.exit(print("quantpress: group_size 96 does not divide 512", file=sys.stderr) or 2)
+if recipe["name"] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+(out / "eval").mkdir(exist_ok=True)
+(out / "eval" / "results.json").write_text("{}")
+print(json.dumps({"results": {"gates": {"reason": "max_kl: too much"}}}))
+sys.exit(3 if recipe["name"] == "strict" else 0)
+"""
+
+
+def tasks(out: Path, *names: str, identity: str = "weights", model: str = "a") -> list[Task]:
+    recipes = [parse({"name": name}) for name in names]
+    return plan(recipes, model, identity, out, ["--ignore-limits"], command=(sys.executable, "-c", RUN))
+
+
+def calls(out: Path) -> list[str]:
+    return (out / "calls.txt").read_text().split()
+
+
+def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
+    told: list[Outcome] = []
+    ended = sweep(tasks(tmp_path / "s", "refused", "killed", "fine", "strict"), tmp_path / "s", in_turn, told.append)
+    assert [(one.name, one.status) for one in ended] == [
+        ("refused", "failed"), ("killed", "failed"), ("fine", "done"), ("strict", "gate")
+    ]  # fmt: skip
+    assert told == ended
+    assert ended[0].reason == "group_size 96 does not divide 512"
+    assert ended[1].reason.startswith("ended by signal 9 (out of memory?); see ")
+    assert ended[3].reason == "max_kl: too much"
+
+
+def test_what_is_finished_is_not_done_again_and_what_failed_is(tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    names = ("refused", "fine", "strict")
+    sweep(tasks(out, *names), out, in_turn, lambda one: None)
+    (out / "mended").touch()
+    again = sweep(tasks(out, *names), out, in_turn, lambda one: None)
+    assert calls(out) == ["refused", "fine", "strict", "refused"]
+    assert [(one.status, one.reused) for one in again] == [("done", False), ("done", True), ("gate", True)]
+    assert again[2].reason == "max_kl: too much"
+
+
+@pytest.mark.parametrize("change", ["model", "recipe", "results"])
+def test_a_finished_run_of_something_else_does_not_count(tmp_path: Path, change: str) -> None:
+    out = tmp_path / "s"
+    sweep(tasks(out, "fine"), out, in_turn, lambda one: None)
+    others = tasks(out, "fine", identity="other weights" if change == "model" else "weights")
+    if change == "recipe":
+        recipe = parse({"name": "fine", "method": {"name": "rtn"}})
+        others = plan([recipe], "a", "weights", out, ["--ignore-limits"], command=(sys.executable, "-c", RUN))
+    if change == "results":
+        (out / "fine" / "eval" / "results.json").unlink()
+    (one,) = sweep(others, out, in_turn, lambda one: None)
+    assert not one.reused
+    assert calls(out) == ["fine", "fine"]
+
+
+def test_what_was_done_is_on_record_after_each_run(tmp_path: Path) -> None:
+    out, seen = tmp_path / "s", []
+    sweep(tasks(out, "fine", "strict"), out, in_turn,
+          lambda one: seen.append(len(json.loads((out / STATE).read_text())["runs"])))  # fmt: skip
+    assert seen == [1, 2]
+
+
+def test_mistakes_are_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="two recipes are called fine"):
+        tasks(tmp_path / "s", "fine", "fine")
+    with pytest.raises(BadInput, match="nothing to compare it by"):
+        plan([parse({"name": "blind", "evaluation": None})], "a", "w", tmp_path / "s")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(BadInput, match="holds no sweep"):
+        tasks(tmp_path / "mine", "fine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_does_the_same_work(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
+    out = tmp_path / "s"
+    ended = sweep(tasks(out, "refused", "fine", "strict"), out, over_ray("local", 1, 0), lambda one: None)
+    assert [one.status for one in ended] == ["failed", "done", "gate"]
+    assert sorted(calls(out)) == ["fine", "refused", "strict"]
+    again = sweep(tasks(out, "fine"), out, over_ray("local", 1, 0), lambda one: None)
+    assert again[0].reused
