@@ -39,8 +39,8 @@ class Windows:
 
     @property
     def runs(self) -> NDArray[np.int64]:
-        """The run of neighbours each scored token belongs to, for their statistics."""
-        return runs(self.scored.tolist())
+        """The run of neighbours each scored token belongs to, for their statistics: with 16 windows, the window."""
+        return runs(int(self.scored.sum()))
 
     def record(self) -> EvaluationText:
         ids = self.tokens.ids
@@ -163,17 +163,26 @@ def quality(nll: Array, text: Windows, size: int) -> Quality:
     )
 
 
+def _groups(run: NDArray[np.int64]) -> int:
+    return int(run.max()) + 1
+
+
 def perplexity_increase(before: Array, after: Array, text: Windows) -> tuple[float, Interval | None]:
     """As a fraction, with its interval: both models' nll [tokens] of the same tokens."""
     difference = after - before
     mean = float(difference.mean())
-    ends = around(mean, standard_error(difference, text.runs))
-    return math.expm1(mean), None if ends is None else (math.expm1(ends[0]), math.expm1(ends[1]))
+    ends = around(mean, standard_error(difference, text.runs), _groups(text.runs))
+    return _growth(mean), None if ends is None else (_growth(ends[0]), _growth(ends[1]))
+
+
+def _growth(nats: float) -> float:
+    return math.expm1(nats) if nats < 700 else math.inf
 
 
 def divergence(scores: Scores, noise: NoiseFloor | None = None) -> Divergence:
     """The divergence over all tokens and by how sure the original was."""
-    kl, same = scores.kl, scores.same.astype(np.float64)
+    kl, same, groups = scores.kl, scores.same.astype(np.float64), _groups(scores.runs)
+    kl_stderr, top1_stderr = (standard_error(values, scores.runs) for values in (kl, same))
     median, p90, p99 = np.quantile(kl, [0.5, 0.9, 0.99]).tolist()
     buckets = []
     for low, high in pairwise(_EDGES):
@@ -192,14 +201,16 @@ def divergence(scores: Scores, noise: NoiseFloor | None = None) -> Divergence:
             )
     return Divergence(
         kl_mean=float(kl.mean()),
-        kl_stderr=standard_error(kl, scores.runs),
+        kl_stderr=kl_stderr,
+        kl_interval=around(float(kl.mean()), kl_stderr, groups),
         kl_median=median,
         kl_p90=p90,
         kl_p99=p99,
         kl_p99_interval=quantile_interval(kl, 0.99, scores.runs),
         kl_max=float(kl.max()),
         top1_agreement=float(same.mean()),
-        top1_stderr=standard_error(same, scores.runs),
+        top1_stderr=top1_stderr,
+        top1_interval=around(float(same.mean()), top1_stderr, groups),
         confidence=tuple(buckets),
         noise=noise,
     )

@@ -92,6 +92,14 @@ def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
     assert perplexity_increase(scores.original_nll, scores.artifact_nll, cut) == (0.0, (0.0, 0.0))
 
 
+def test_an_artifact_that_fell_apart_is_infinitely_worse() -> None:
+    cut = windows(tokenizer(), text(), "text", Evaluation(windows=2, window=32))
+    before, n = np.full(62, 3.0), 62
+    for after in (np.full(n, np.inf), np.full(n, 1e4)):
+        assert perplexity_increase(before, after, cut)[0] == math.inf
+        assert quality(after, cut, 1).perplexity == math.inf
+
+
 def test_the_buckets_hold_every_token_once_by_the_originals_confidence() -> None:
     confidence = np.array([0.05, 0.1, 0.3, 0.6, 0.95, 1.0])
     kl = np.arange(6.0)
