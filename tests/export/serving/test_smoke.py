@@ -110,6 +110,7 @@ def test_a_server_at_a_url_fails_where_its_answers_are_not_the_artifacts(
         (["{model}", "--server", "vllm", "--server-python", "/no/python"], "/no/python has no vllm: `make setup-vllm`"),
         (["{model}", "--server", "llama.cpp"], "llama.cpp reads a .gguf file, and"),
         (["{model}", "--server", "vlm"], "smoke.server"),
+        (["{model}", "--server", "tgi"], "`quantpress export {model} --target tgi` writes it"),
         (["{model}", "--server", "url"], "go together"),
         (["{model}", "--server", "vllm", "--url", "http://127.0.0.1:1"], "go together"),
         (["{empty}"], "neither a run folder nor an artifact"),
@@ -125,7 +126,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     filled = [argument.format(**places) for argument in arguments]
     status, _ = run(["smoke", *filled, "--out", str(tmp_path / "run")], capsys, tmp_path)
     assert status == 2
-    assert words in ERRORS[-1]
+    assert words.format(**places) in ERRORS[-1]
     assert ERRORS[-1].count("\n") == 1
     assert not (tmp_path / "run").exists()
 
