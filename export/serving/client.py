@@ -266,7 +266,7 @@ def _steps(found: dict[str, Any]) -> list[Step]:
             return []
         return [Step(r["id"], r["logprob"], {t["id"]: t["logprob"] for t in r["top_logprobs"]}) for r in rows]
     tokens = found.get("tokens") or []
-    if not all(str(token).startswith("token_id:") for token in tokens):
+    if not tokens or not all(str(token).startswith("token_id:") for token in tokens):
         return []
     tops = found.get("top_logprobs") or [{}] * len(tokens)
     return [
