@@ -5,6 +5,7 @@ Read from the servers' sources and, for vLLM 0.32 on a CPU, measured.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from quantpress.quantize.artifact import Artifact
@@ -16,6 +17,11 @@ from quantpress.quantize.recipe import READERS, Activations, Grid, Target, Vllm,
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Linears whose input is split over GPUs (row-parallel); the others split their output.
 _ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "w2")
+_GGUF = {  # keys of config.json, and of GGUF's metadata after the architecture's name
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+}  # fmt: skip
 _BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
 
 
@@ -46,7 +52,10 @@ class Contents:
 
     def of_config(self, *names: str) -> int | None:
         """The first of these keys that config.json has."""
-        return next((int(self.config[n]) for n in names if self.config.get(n) is not None), None)
+        found = next((self.config[n] for n in names if self.config.get(n) is not None), None)
+        if found is None:
+            return None
+        return int(max(found)) if isinstance(found, list) else int(found)  # GGUF may say it for each layer
 
     @property
     def heads(self) -> int | None:
@@ -94,6 +103,34 @@ def of_artifact(artifact: Artifact) -> Contents:
         artifact.scattered,
         artifact.config,
     )
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, a split one's parts in their order."""
+    return sorted(folder.glob("*.gguf"))
+
+
+def of_folder(folder: Path) -> Contents:
+    """What an artifact folder holds, in whatever format."""
+    files = gguf_files(folder)
+    return of_gguf(files[0]) if files else of_artifact(Artifact(folder))
+
+
+def of_gguf(file: Path) -> Contents:
+    """A GGUF file, or the first part of one, by its metadata under the names that config.json has for it."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(file).fields
+        family = fields["general.architecture"].contents()
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{file}: not a GGUF file that can be read: {error}") from None
+    found = {
+        ours: fields[f"{family}.{theirs}"].contents()
+        for ours, theirs in _GGUF.items()
+        if f"{family}.{theirs}" in fields
+    }
+    return Contents("gguf", {}, {}, config=found)
 
 
 def problems(target: Target, contents: Contents) -> list[str]:

@@ -11,19 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantpress.quantize.artifact import Artifact
 from quantpress.quantize.convert import convert
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import file_sha256, whole_folder, write_json
 from quantpress.quantize.formats import FORMATS
-from quantpress.quantize.recipe import READERS, Target, Vllm
+from quantpress.quantize.recipe import READERS, Ollama, Target
 
-from . import contracts, resources, vllm
-from .server import Server, compose, kubernetes, serve_sh
+from . import contracts, llama_cpp, ollama, resources, tensorrt_llm, tgi, triton, vllm
+from .server import Deployment, Server, compose, kubernetes, serve_sh
 
 LOOPBACK = "127.0.0.1"
-_Maker = Callable[[Any, str, resources.Resources, str | None], Server]
-_SERVERS: dict[type, _Maker] = {Vllm: vllm.server}
+SERVERS: dict[str, Callable[[Any, Deployment], Server]] = {
+    "vllm": vllm.server,
+    "tgi": tgi.server,
+    "tensorrt-llm": tensorrt_llm.server,
+    "triton": triton.server,
+    "llama.cpp": llama_cpp.server,
+    "ollama": ollama.server,
+}
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,16 @@ def export(
     with whole_folder(ready) as new:
         model = new / "model"
         _place(source, model, to)
-        contents = contracts.of_artifact(Artifact(model))
+        contents = contracts.of_folder(model)
         needed = resources.of_contents(target, contents, _weights_bytes(model))
-        server = _SERVERS[type(target)](target, name, needed, contents.kv_cache)
+        file = next((gguf.name for gguf in contracts.gguf_files(model)), "")
+        server = SERVERS[target.name](target, Deployment(name, needed, contents.kv_cache, file))
+        if isinstance(target, Ollama):
+            given = model / "Modelfile"
+            said = given.read_text(encoding="utf-8") if given.exists() else None
+            given.write_text(ollama.modelfile(file, said, target), encoding="utf-8")
         _write(new, server, host)
-        converted_from = None if to is None else contracts.of_artifact(Artifact(source)).format
+        converted_from = None if to is None else contracts.of_folder(source).format
         write_json(new / "export.json", _record(target, server, contents, converted_from, artifact))
         _sums(new)
     if folder.exists():
@@ -74,9 +84,9 @@ def find_artifact(run: Path) -> Path:
     if not run.is_dir():
         raise BadInput(f"{run}: no such folder")
     for folder in (run / "quantized", run):
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or contracts.gguf_files(folder):
             return folder
-    raise BadInput(f"{run} holds no artifact (no quantized/config.json and no config.json)")
+    raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a .gguf file)")
 
 
 def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | None]:
@@ -84,17 +94,22 @@ def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | No
 
     The artifact as it is comes first, then what the run has converted, then every format that holds the same exactly.
     """
-    contents = contracts.of_artifact(Artifact(artifact))
+    contents = contracts.of_folder(artifact)
     refused = contracts.problems(target, contents)
     if not refused:
         return artifact, None
     readable = READERS[target.reader].formats
     for other in readable:
         done = run / "converted" / other
-        if (done / "config.json").is_file() and not contracts.problems(target, contracts.of_artifact(Artifact(done))):
+        if (done / "config.json").is_file() and not contracts.problems(target, contracts.of_folder(done)):
             return done, None
     for other in readable:
-        if other in FORMATS and other != contents.format and not contracts.problems(target, contents.in_format(other)):
+        if (
+            other in FORMATS
+            and contents.format in FORMATS
+            and other != contents.format
+            and not contracts.problems(target, contents.in_format(other))
+        ):
             return artifact, other
     raise BadInput(contracts.sentence(refused))
 
@@ -128,7 +143,8 @@ def _write(folder: Path, server: Server, host: str) -> None:
     if server.clustered:
         files["kubernetes.yaml"] = kubernetes(server)
     files["README.md"] = _readme(server, host)
-    for name, text in files.items():
+    for name, text in (files | server.files).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "serve.sh").chmod(0o755)
 
@@ -162,12 +178,13 @@ def _record(
     manifest = artifact / "manifest.json"
     return {
         "schema": 1,
+        "name": server.name,
         "target": target.model_dump(mode="json"),
         "format": contents.format,
         "converted_from": converted_from,
         "image": server.image,
         "command": server.in_container(),
-        "environment": server.env,
+        "environment": server.container_env(),
         "port": server.port,
         "health": server.health,
         "resources": server.resources.as_dict(),

@@ -17,6 +17,17 @@ _START_SECONDS = 900  # until a server that has not answered counts as failed: l
 
 
 @dataclass(frozen=True)
+class Deployment:
+    """What a target has to know of the model: what it is called, what it takes, the type its cache has scales for, and
+    the file of one that is a single file."""
+
+    name: str
+    resources: Resources
+    kv_cache: str | None = None
+    file: str = ""
+
+
+@dataclass(frozen=True)
 class Mount:
     """A folder, beside the files or absolute; where the container sees it; and the blank it fills in."""
 
@@ -45,7 +56,9 @@ class Server:
     name: str
     title: str
     image: str
-    command: tuple[str, ...]
+    local: tuple[str, ...]
+    entrypoint: tuple[str, ...]
+    arguments: tuple[str, ...]
     needs: str
     port: int
     health: str
@@ -55,21 +68,26 @@ class Server:
     cuda: bool = True
     env: dict[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = (Mount("model", "/model"),)
-    setup: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
     contained: bool = False
     clustered: bool = True
 
+    @property
+    def _inside(self) -> dict[str, str]:
+        return {HOST: _ANYWHERE, PORT: str(self.port)} | {mount.blank: mount.path for mount in self.mounts}
+
     def in_container(self) -> list[str]:
         """The command as it runs in the container, which listens on all of its own addresses."""
-        blanks = {HOST: _ANYWHERE, PORT: str(self.port), PYTHON: "python3"} | {
-            mount.blank: mount.path for mount in self.mounts
-        }
-        argv = list(self.command)
-        for blank, value in blanks.items():
-            argv = [part.replace(blank, value) for part in argv]
-        if not self.setup:
-            return argv
-        return ["/bin/sh", "-c", "; ".join(("set -eu", *self.setup, "exec " + shlex.join(argv)))]
+        return [_filled(part, self._inside) for part in (*self.entrypoint, *self.arguments)]
+
+    def container_env(self) -> dict[str, str]:
+        return {key: _filled(value, self._inside) for key, value in self.env.items()}
+
+
+def _filled(part: str, blanks: dict[str, str]) -> str:
+    for blank, value in blanks.items():
+        part = part.replace(blank, value)
+    return part
 
 
 def curl_free_check(port: int, path: str) -> tuple[str, ...]:
@@ -88,11 +106,11 @@ def serve_sh(server: Server, host: str) -> str:
     ]
     if server.contained:
         return "\n".join([*lines, *_docker_run(server, host)]) + "\n"
-    lines += [f'export {key}="${{{key}:-{value}}}"' for key, value in server.env.items()]
     blanks = {HOST: f"${{HOST:-{host}}}", PORT: f"${{PORT:-{server.port}}}", PYTHON: "${PYTHON:-python3}"}
     blanks |= {mount.blank: mount.on_host("$here") for mount in server.mounts}
-    words = [_shell_word(part, blanks) for part in server.command]
-    lines += [*server.setup, "exec " + _wrapped([*words, _REST])]
+    lines += [f'export {key}="${{{key}:-{_filled(value, blanks)}}}"' for key, value in server.env.items()]
+    words = [_shell_word(part, blanks) for part in (*server.local, *server.arguments)]
+    lines += ["exec " + _wrapped([*words, _REST])]
     return "\n".join(lines) + "\n"
 
 
@@ -126,10 +144,10 @@ def _docker_run(server: Server, host: str) -> list[str]:
     shell += ["--publish", f'"${{HOST:-{host}}}:${{PORT:-{server.port}}}:{server.port}"']
     for mount in server.mounts:
         shell += ["--volume", f'"{mount.on_host("$here")}:{mount.path}:ro"']
-    for key, value in server.env.items():
+    for key, value in server.container_env().items():
         shell += ["--env", shlex.quote(f"{key}={value}")]
-    inside = [shlex.quote(word) for word in server.in_container()]
-    return ["exec " + _wrapped([*shell, server.image, *inside, *([] if server.setup else [_REST])])]
+    entrypoint, *inside = (shlex.quote(word) for word in server.in_container())
+    return ["exec " + _wrapped([*shell, "--entrypoint", entrypoint, server.image, *inside, _REST])]
 
 
 def compose(server: Server, host: str) -> str:
@@ -142,7 +160,7 @@ def compose(server: Server, host: str) -> str:
         "volumes": [
             {"type": "bind", "source": m.on_host("."), "target": m.path, "read_only": True} for m in server.mounts
         ],
-        "environment": dict(server.env),
+        "environment": {key: _undollared(value) for key, value in server.container_env().items()},
         "security_opt": ["no-new-privileges:true"],
         "shm_size": "2gb",
         "restart": "unless-stopped",
@@ -181,7 +199,7 @@ def kubernetes(server: Server) -> str:
         "command": argv[:1],
         "args": [word.replace("$(", "$$(") for word in argv[1:]],
         "ports": [{"name": "http", "containerPort": server.port}],
-        "env": [{"name": key, "value": value} for key, value in server.env.items()],
+        "env": [{"name": key, "value": value} for key, value in server.container_env().items()],
         "resources": needs,
         "startupProbe": probe | {"periodSeconds": 10, "failureThreshold": _START_SECONDS // 10},
         "readinessProbe": probe | {"periodSeconds": 10},
