@@ -133,19 +133,20 @@ def refusal(
     grids: each grid with the recipe key it comes from (`weights`, `overrides.0`); scattered: groups are scattered
     columns, named by g_idx.
     """
-    label, rows = READERS[reader].label, READERS[reader].rows
-    own = [row for row in rows if row.format == format]
-    if not own:
-        read = READERS[reader].formats
-        return f"{label} reads {', '.join(read)} files, not {format}: set formats: [{read[0]}]"
-    for place, grid in grids:
-        changes = min((_changes(row, place, grid, activations, scattered) for row in own), key=_distance)
-        if changes:
-            other = _taken_as(rows, format, grid, activations, scattered)
-            instead = f", or formats: [{other}]" if other else ""
-            kind = f"{grid} weights" + ("" if activations is None else f" with {activations} activations")
-            kind += " and desc_act" if scattered else ""
-            return f"{label} does not take {format} files of {kind}: set {', '.join(changes.values())}{instead}"
+    label, read = READERS[reader].label, READERS[reader].formats
+    rows = sorted(READERS[reader].rows, key=lambda row: read.index(row.format))
+    for place, grid in grids or [("weights", Grid())]:
+        needed = [_changes(row, place, format, grid, activations, scattered) for row in rows]
+        changes = min(needed, key=_distance)
+        if not changes:
+            continue
+        set_ = f"set {', '.join(changes.values())}"
+        if format not in read:
+            return f"{label} reads {', '.join(read)} files, not {format}: {set_}"
+        moved = [c["format"] for c in needed if list(c) == ["format"] and "format" not in changes]
+        kind = f"{grid} weights" + ("" if activations is None else f" with {activations} activations")
+        kind += " and desc_act" if scattered else ""
+        return f"{label} does not take {format} files of {kind}: {set_}" + (f", or {moved[0]}" if moved else "")
     return None
 
 
@@ -155,14 +156,18 @@ def notes(reader: str, format: str, grids: Sequence[Grid], activations: Activati
         f"{READERS[reader].label} takes {grid} weights with {inputs_of(activations)} inputs {row.note}"
         for grid in grids
         for row in READERS[reader].rows
-        if row.note and row.format == format and not _changes(row, "", grid, activations, False)
+        if row.note and not _changes(row, "", format, grid, activations, False)
     ]
     return list(dict.fromkeys(found))
 
 
-def _changes(row: Row, place: str, grid: Grid, activations: Activations | None, scattered: bool) -> dict[str, str]:
+def _changes(
+    row: Row, place: str, format: str, grid: Grid, activations: Activations | None, scattered: bool
+) -> dict[str, str]:
     """What would have to be set for `row` to hold such files: {what: `key: value`}."""
     changes: dict[str, str] = {}
+    if row.format != format:
+        changes["format"] = f"formats: [{row.format}]"
     if row.types and grid.type not in row.types:
         changes["type"] = f"{place}.type: {row.types[0]}"
         grid = Grid.model_validate({"type": row.types[0]})  # another type brings its own layout
@@ -184,7 +189,7 @@ def _changes(row: Row, place: str, grid: Grid, activations: Activations | None, 
 
 def _distance(changes: dict[str, str]) -> int:
     """How far a row is: another type is another recipe, other inputs nearly so."""
-    weight = {"type": 8, "inputs": 3, "bits": 2}
+    weight = {"type": 8, "inputs": 3, "format": 3, "bits": 2}
     return sum(weight.get(what, 1) for what in changes)
 
 
@@ -192,11 +197,3 @@ def _nearest_group(size: int, allowed: tuple[int, ...]) -> int:
     """The allowed size nearest in ratio; per channel counts as very large groups."""
     width = {group: {-1: 1 << 12, 0: 1 << 24}.get(group, group) for group in (size, *allowed)}
     return min(allowed, key=lambda group: max(width[group] / width[size], width[size] / width[group]))
-
-
-def _taken_as(
-    rows: Sequence[Row], format: str, grid: Grid, activations: Activations | None, scattered: bool
-) -> str | None:
-    """Another format in which the same numbers are taken."""
-    taken = {row.format for row in rows if not _changes(row, "", grid, activations, scattered)}
-    return next((other for other in _FORMATS if other != format and other in taken), None)
