@@ -89,6 +89,18 @@ def find_artifact(run: Path) -> Path:
     raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a .gguf file)")
 
 
+def own_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest.json of a folder, when this package wrote it. Raises BadInput for one that is not JSON."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON: {error}") from None
+    return document if "quantpress" in document else None
+
+
 def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | None]:
     """A folder that `target` loads, and the format it has to be converted to first, if any.
 
@@ -205,9 +217,9 @@ def _weights_bytes(model: Path) -> int:
 
 def _name(run: Path, artifact: Path) -> str:
     """What the served model is called: a DNS label of the model's and the recipe's name."""
+    manifest = own_manifest(artifact)
     words = [run.resolve().name]
-    if (artifact / "manifest.json").is_file():
-        manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
+    if manifest is not None:
         words = [Path(str(manifest["model"]["id"])).name.removesuffix(".gguf"), str(manifest["name"])]
     label = re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") or "model"
     digest = hashlib.sha256(label.encode()).hexdigest()[:8]
