@@ -151,19 +151,19 @@ def problems(target: Target, contents: Contents) -> list[str]:
     return found
 
 
-def check_job(job: Job) -> None:
-    """Raise BadInput when a target of the recipe could not load what the run would write in any of its formats."""
+def check_job(job: Job) -> dict[str, str]:
+    """The format each target of the recipe will load, of those that the run writes.
+
+    Raises BadInput when a target could load none of them.
+    """
+    taken: dict[str, str] = {}
     for target in job.recipe.targets:
-        refused = [problems(target, of_job(job, format)) for format in job.recipe.formats]
-        if all(refused):
-            raise BadInput(f"targets: {sentence(refused[0])}")
-
-
-def check(target: Target, contents: Contents) -> None:
-    """Raise BadInput when `target` cannot load the files."""
-    found = problems(target, contents)
-    if found:
-        raise BadInput(sentence(found))
+        refused = {format: problems(target, of_job(job, format)) for format in job.recipe.formats}
+        found = next((format for format, lines in refused.items() if not lines), None)
+        if found is None:
+            raise BadInput(f"targets: {sentence(next(iter(refused.values())))}")
+        taken[target.name] = found
+    return taken
 
 
 def advice(job: Job) -> list[str]:
@@ -172,6 +172,8 @@ def advice(job: Job) -> list[str]:
     found: list[str] = []
     for format in job.recipe.formats:
         contents = of_job(job, format)
+        if format not in READERS["vllm"].formats:
+            continue
         for target in () if job.recipe.targets else (Vllm(), Vllm(device="cpu")):
             found += problems(target, contents)
         found += reader_notes("vllm", format, contents.grids, contents.activations)
@@ -189,6 +191,8 @@ def sentence(found: Sequence[str]) -> str:
 
 
 def _fused(contents: Contents) -> Iterator[str]:
+    if contents.format == "gguf":
+        return  # its readers keep each tensor's type
     for fused in _FUSED:
         for name in contents.shapes:
             if not name.endswith(f".{fused[0]}"):

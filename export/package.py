@@ -79,6 +79,11 @@ def export(
     return Exported(folder, contents.format, converted_from)
 
 
+def check(run: Path, target: Target) -> None:
+    """Raise BadInput for what `export` would refuse of the artifact."""
+    _loadable(run, find_artifact(run), target)
+
+
 def find_artifact(run: Path) -> Path:
     """The artifact folder of a run, or the folder itself; raises BadInput for one that is neither."""
     if not run.is_dir():

@@ -112,7 +112,14 @@ def job(folder: Any, family: str = "llama", **keys: Any) -> Any:
 def test_a_job_is_refused_for_its_shapes_before_the_work(tmp_path: Any) -> None:
     with pytest.raises(BadInput, match=r"targets: vLLM split over 2 GPUs would cut a scale group of 32 .*down_proj"):
         check_job(job(tmp_path, targets=[{"name": "vllm", "tensor_parallel": 2}]))
-    check_job(job(tmp_path, targets=["vllm"]))
+    formats = ["gptq", "compressed-tensors"]
+    both = job(
+        tmp_path,
+        targets=["vllm", {"name": "triton"}],
+        formats=formats,
+        weights={"bits": 4, "group_size": 32, "symmetric": False},
+    )
+    assert check_job(both) == {"vllm": "compressed-tensors", "triton": "compressed-tensors"}
     with pytest.raises(BadInput, match=r"needs one scheme for all of them"):
         check_job(job(tmp_path, ignore=["*v_proj"], targets=["vllm"]))
 
