@@ -69,6 +69,7 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = (Mount("model", "/model"),)
     files: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     contained: bool = False
     clustered: bool = True
 
