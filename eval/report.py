@@ -20,7 +20,7 @@ from .heat import DARK, LIGHT, HeatScale
 from .png import layers_png, tradeoff_png
 from .runs import Run, comparable, labelled, open_run
 from .tradeoff import Plot, Point, pareto, tradeoff
-from .wording import NBSP, cell, change, gate, gate_name, number, seconds, share, size, small
+from .wording import NBSP, cell, change, gate, gate_name, interval, number, score, seconds, share, size, small
 
 _WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
 
@@ -64,6 +64,17 @@ def write_sweep(out: Path, runs: Sequence[Path]) -> Path | None:
     if len(runs) == 1:
         return write_report(runs[0])
     return write_comparison(runs, out / "report")
+
+
+def chart(run: Run) -> bytes:
+    """The trade-off chart of one run as PNG."""
+    plot = tradeoff(_points([run]), _WIDE, _hover)
+    return tradeoff_png(plot, f"{run.label}: size against quality", run.manifest.model.caveat or "")
+
+
+def render(template: str, **context: Any) -> str:
+    """A Markdown template with the page's number formats."""
+    return _environment().get_template(template).render(context)
 
 
 def _points(runs: Sequence[Run]) -> list[Point]:
@@ -172,8 +183,9 @@ def _environment() -> Environment:
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.globals |= {"change": change, "share": share}
     environment.filters |= {
         "size": size, "number": number, "change": change, "share": share, "gate": gate, "gate_name": gate_name,
-        "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds,
+        "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds, "interval": interval, "score": score,
     }  # fmt: skip
     return environment

@@ -48,6 +48,11 @@ def share(fraction: float) -> str:
     return f"{text}{NBSP}%"
 
 
+def score(value: float) -> str:
+    """A task's score, or an error of it, in hundredths: 61.3."""
+    return f"{100 * value:.1f}" if math.isfinite(value) else "not finite"
+
+
 def interval(ends: tuple[float, float], how: Callable[[float], str]) -> str:
     """A 95% interval, each end as `how` writes it."""
     low, high = how(ends[0]), how(ends[1])
