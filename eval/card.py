@@ -17,7 +17,6 @@ from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import whole_file
 from quantpress.quantize.recipe import file as recipes
 
-from .recommend import one_metric
 from .report import chart, render
 from .runs import Run, open_run
 
@@ -38,16 +37,17 @@ class Serving:
     notes: tuple[str, ...] = ()
 
 
-def write_card(folder: Path, base_model: str | None = None, license: str | None = None) -> Path:
+def write_card(folder: Path, base_model: str | None = None, license: str | None = None, repo: str = "org/name") -> Path:
     """Write FOLDER/quantized/README.md and its chart for a run folder that has been evaluated; the path of README.md.
 
-    base_model: the original's hub id, where it was quantized from a folder; license: where the original names none.
+    base_model: the original's hub id, where it was quantized from a folder; license: where the original names none;
+    repo: the id it will have on the hub, for the commands that serve it.
     Raises BadInput for a base_model that is no hub id.
     """
     run = open_run(folder)
     card = folder / "quantized" / "README.md"
     data = metadata(run, base_model, license)
-    text = render("card.md", run=run, data=data, servers=servers(run), chart=CHART, tasks=one_metric(run.results.tasks))
+    text = render("card.md", run=run, data=data, servers=servers(run, repo), chart=CHART, recipe=_shown(run))
     content = f"---\n{data.to_yaml()}\n---\n\n{text}"
     ModelCard(content)  # parses the block as the hub does
     with whole_file(card.with_name(CHART)) as file:
@@ -84,9 +84,9 @@ def metadata(run: Run, base_model: str | None = None, license: str | None = None
     )
 
 
-def servers(run: Run) -> list[Serving]:
+def servers(run: Run, name: str) -> list[Serving]:
     """Each program that might load the artifact's format, with the reasons of those that do not."""
-    format, name = run.manifest.artifact.format, "org/name"
+    format = run.manifest.artifact.format
     lines = _refusals(run)
     vllm = tuple(x for x in lines if x.startswith(("vLLM refuses", "vLLM has no", "vLLM fuses")))
     notes = tuple(x for x in lines if x not in vllm and not x.startswith("transformers"))
@@ -124,6 +124,15 @@ def _refusals(run: Run) -> list[str]:
     recipe = recipes.parse(dict(run.manifest.recipe), str(run.folder / "manifest.json"))
     return servability([run.manifest.artifact.format], artifact.shapes, artifact.linears,
                        shuffled=recipe.shuffled, activations=artifact.activations)  # fmt: skip
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    """The recipe without the folders of the machine it ran on."""
+    recipe = dict(run.manifest.recipe) | {"model": run.manifest.model.id}
+    for key in ("calibration", "evaluation"):
+        if isinstance(recipe.get(key), dict) and Path(str(recipe[key].get("source", ""))).is_absolute():
+            recipe[key] = recipe[key] | {"source": Path(recipe[key]["source"]).name}
+    return recipe
 
 
 def _hub_id(run: Run) -> str | None:

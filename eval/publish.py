@@ -12,9 +12,10 @@ from quantpress.quantize.artifact import verify
 from quantpress.quantize.errors import BadInput
 
 from .card import write_card
-from .runs import open_run
+from .runs import Run, open_run
 
 _NEVER = (".partial", ".log", ".env")  # suffixes of what has no business in an artifact
+_LARGE = ("tokenizer.json", "vocab.json")  # a model's words, not ours
 _TOKEN = "HF_TOKEN"
 
 
@@ -55,7 +56,7 @@ def prepare_upload(
             f"{run} missed its gates ({measured.results.gates.reason}); --although-missed publishes it all the same"
         )
     verify(run)
-    write_card(run, base_model, license)
+    write_card(run, base_model, license, repo)
     folder = run / "quantized"
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     odd = [str(file.relative_to(folder)) for file in found if file.suffix in _NEVER or file.name.startswith(".")]
@@ -63,7 +64,7 @@ def prepare_upload(
         raise BadInput(f"{folder} holds {', '.join(odd)}, which is no part of an artifact; move it away")
     files = tuple((file.relative_to(folder).as_posix(), file.stat().st_size) for file in found)
     said = message or f"{measured.manifest.model.id} quantized with quantpress, recipe {measured.manifest.name}"
-    return Upload(folder, repo, private, said, files, tuple(_warnings(run, folder)))
+    return Upload(folder, repo, private, said, files, tuple(_warnings(measured, folder)))
 
 
 def upload(what: Upload, endpoint: str | None = None) -> str:
@@ -91,13 +92,12 @@ def upload(what: Upload, endpoint: str | None = None) -> str:
     return commit.commit_url
 
 
-def _warnings(run: Path, folder: Path) -> list[str]:
-    """What a reader of the repository could see and perhaps should not."""
-    home = os.path.expanduser("~")
-    places = {str(run.resolve().parent), home if home != "/" else ""} - {""}
-    local = [
-        file.name for file in sorted(folder.glob("*.json"))
-        if file.name not in ("tokenizer.json", "vocab.json")
-        and any(place in file.read_text("utf-8", "replace") for place in places)
-    ]  # fmt: skip
+def _warnings(run: Run, folder: Path) -> list[str]:
+    """Files in which a reader of the repository would see where things lie on this machine."""
+    recipe, home = run.manifest.recipe, os.path.expanduser("~")
+    named = [recipe.get("model"), *((recipe.get(key) or {}).get("source") for key in ("calibration", "evaluation"))]
+    places = {str(run.folder.resolve().parent), *(str(place) for place in named if os.path.isabs(str(place)))}
+    places |= {home} if home != "/" else set()
+    small = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".md") and file.name not in _LARGE]
+    local = [file.name for file in small if any(place in file.read_text("utf-8", "replace") for place in places)]
     return [f"{name} names a folder of this machine" for name in local]

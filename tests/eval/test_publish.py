@@ -72,7 +72,7 @@ def test_the_hub_reads_the_card(made: Path) -> None:
 
 
 def test_only_servers_that_load_the_files_are_named(made: Path) -> None:
-    by_title = {server.title: server for server in servers(open_run(made))}
+    by_title = {server.title: server for server in servers(open_run(made), "org/name")}
     assert set(by_title) == {"vLLM", "transformers", "TGI"}
     assert "asymmetric" in by_title["vLLM"].refused[0]  # gptq, which vLLM takes symmetric only
     assert not by_title["transformers"].refused
@@ -220,6 +220,7 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     finally:
         results.write_text(before)
     what = prepare_upload(made, "org/name", private=True)
+    assert what.warnings == ("manifest.json names a folder of this machine",)  # the recipe's model; not the card
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("quantpress.eval.publish.get_token", lambda: None)
     with pytest.raises(BadInput, match="needs a hub login"):
