@@ -184,7 +184,8 @@ def _order(prefer: Preference) -> Callable[[Candidate], tuple[float, float]]:
 
 
 def _why(best: Candidate, fit: int, wish: Wish) -> Iterable[str]:
-    yield f"fits: {_sum(best.run, best.cache_bytes or 0, wish)}, of {size(wish.memory)}"
+    whole = f"{wish.memory.human_readable()} ({size(wish.memory)})"
+    yield f"fits: {_sum(best.run, best.cache_bytes or 0, wish)}, of {whole}"
     cache = best.run.results.efficiency.cache if best.run.results.efficiency else None
     if cache is not None:
         yield (
@@ -192,7 +193,7 @@ def _why(best: Candidate, fit: int, wish: Wish) -> Iterable[str]:
             f"{size(cache_bytes(cache, wish.context))} a sequence"
         )
     floor = "" if wish.min_recovery is None else f", at least {share(wish.min_recovery)} asked for"
-    yield f"recovery {_shown(best.recovery)} ({best.recovery.basis}){floor}"
+    yield f"recovery {_shown(best.recovery)}, by {best.recovery.basis}{floor}"
     low = best.recovery.interval[0] if best.recovery.interval else None
     if wish.min_recovery is not None and low is not None and low < wish.min_recovery:
         yield "the interval reaches below what is asked for: measure more before you rely on it"

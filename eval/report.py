@@ -6,7 +6,7 @@ Everything comes from `manifest.json` and `eval/results.json`; the same input gi
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,35 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from quantpress.quantize.errors import BadInput
 
+from .figures import divergence_figure, layers_figure, png, recovery_axis, tasks_figure, tradeoff_figure
+from .figures import files as figure_files
 from .heat import DARK, LIGHT, HeatScale
-from .png import layers_png, tradeoff_png
 from .runs import Run, comparable, labelled, open_run
+from .sweep import Outcome, failures
 from .tradeoff import Plot, Point, pareto, tradeoff
-from .wording import NBSP, cell, change, gate, gate_name, number, seconds, share, size, small
+from .wording import (
+    NBSP,
+    cell,
+    change,
+    confidence,
+    first_word,
+    gate,
+    gate_name,
+    interval,
+    number,
+    score,
+    seconds,
+    share,
+    size,
+    small,
+    spread,
+)
 
 _WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report: index.html, tradeoff.png, layers.png, summary.md, summary.json; the path of index.html.
+    """Write RUN/report: index.html, each chart as PNG and SVG, summary.md, summary.json; the path of index.html.
 
     Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
     """
@@ -49,21 +67,37 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     if len({run.resolve() for run in runs}) < max(2, len(runs)):
         raise BadInput(f"compare: two or more different runs are needed, got {', '.join(map(str, runs)) or 'none'}")
     several = [open_run(folder) for folder in runs]
+    return _write_several(several, out, [])
+
+
+def _write_several(several: Sequence[Run], out: Path, failed: Sequence[Outcome]) -> Path:
     for other in several[1:]:
         comparable(several[0], other)
     several = labelled(sorted(several, key=lambda r: (r.size, r.artifact.perplexity, r.manifest.name)))
     front = _front(several)
     summary = [_figures(r) | {"label": r.label, "pareto": r.label in front} for r in several]
-    return _write(out, "compare", several, "Size against quality", {"runs": summary})
+    document = {"runs": summary} | ({"failed": [vars(one) for one in failed]} if failed else {})
+    template = "report" if len(several) == 1 else "compare"
+    return _write(out, template, several, "Size against quality", document, failed)
 
 
 def write_sweep(out: Path, runs: Sequence[Path]) -> Path | None:
-    """Write OUT/report for the runs of a sweep and those that failed; None when there is not one to show."""
+    """Write OUT/report for the runs of a sweep, with those that failed and why; None when there is not one to show."""
     if not runs:
         return None
-    if len(runs) == 1:
-        return write_report(runs[0])
-    return write_comparison(runs, out / "report")
+    several = [open_run(folder) for folder in runs]
+    return _write_several(several, out / "report", failures(out))
+
+
+def chart(run: Run) -> bytes:
+    """The trade-off chart of one run as PNG."""
+    plot = tradeoff(_points([run]), _WIDE, _hover([run]))
+    return png(tradeoff_figure(plot, f"{run.label}: size against quality", run.manifest.model.caveat or ""))
+
+
+def render(template: str, **context: Any) -> str:
+    """A Markdown template with the page's number formats."""
+    return _environment().get_template(template).render(context)
 
 
 def _points(runs: Sequence[Run]) -> list[Point]:
@@ -71,6 +105,21 @@ def _points(runs: Sequence[Run]) -> list[Point]:
     original = Point("original", first.manifest.artifact.original_bytes, first.original.perplexity,
                      first.original.stderr, original=True)  # fmt: skip
     return [original, *(Point(r.label, r.size, r.artifact.perplexity, r.artifact.stderr) for r in runs)]
+
+
+def _rates(runs: Sequence[Run]) -> list[Point]:
+    """Tokens a second in place of bytes, the original first; none unless all were timed by the same program."""
+    first = runs[0].results.efficiency
+    before = first.original_runtime if first else None
+    timed = {r.results.efficiency.runtime.what for r in runs if r.results.efficiency and r.results.efficiency.runtime}
+    if len(runs) < 2 or before is None or len(timed) != 1 or any(r.tokens_per_second is None for r in runs):
+        return []
+    rate = max(speed.decode_tokens_per_second for speed in before.speed)
+    original = Point("original", rate, runs[0].original.perplexity, runs[0].original.stderr, original=True)
+    return [
+        original,
+        *(Point(r.label, r.tokens_per_second or 0.0, r.artifact.perplexity, r.artifact.stderr) for r in runs),
+    ]
 
 
 def _front(runs: Sequence[Run]) -> set[str]:
@@ -97,7 +146,7 @@ def _figures(run: Run) -> dict[str, Any]:
 def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """The recipe keys, dotted, whose values differ between runs, with each run's value."""
     flat = [_flatten(run.manifest.recipe) for run in runs]
-    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if key != "name"]
+    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if key not in ("name", "description")]
     rows = {key: [_yaml(f[key], flow=True) if key in f else "" for f in flat] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
@@ -115,22 +164,31 @@ def _yaml(value: Any, flow: bool = False) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _write(folder: Path, template: str, runs: list[Run], heading: str, summary: dict[str, Any]) -> Path:
-    points, caveat = _points(runs), runs[0].manifest.model.caveat
+def _write(
+    folder: Path, template: str, runs: list[Run], heading: str, summary: dict[str, Any], failed: Sequence[Outcome] = ()
+) -> Path:
+    caveat, model = runs[0].manifest.model.caveat, runs[0].manifest.model.id
     scale = HeatScale.of([run.heat for run in runs])
-    plots: list[Plot] = [
-        tradeoff(points, size, _hover, number_only=len(runs) > 1 and (size is _NARROW or len(runs) > 12))
-        for size in (_WIDE, _NARROW)
-    ]
+    plots, speeds = _plots(runs, _points(runs), rate=False), _plots(runs, _rates(runs), rate=True)
     context = {
-        "runs": runs, "run": runs[0], "front": _front(runs), "plots": plots, "scale": scale, "points": points,
-        "differences": _differences(runs), "colors": list(zip(LIGHT, DARK, strict=True)),
+        "runs": runs, "run": runs[0], "front": _front(runs), "plots": plots, "speeds": speeds, "scale": scale,
+        "differences": _differences(runs), "colors": list(zip(LIGHT, DARK, strict=True)), "failed": failed,
     }  # fmt: skip
-    footer = f"{runs[0].manifest.model.id}: {caveat}" if caveat else runs[0].manifest.model.id
+    footer = f"{model}: {caveat}" if caveat else model
+    heats = {run.label: run.heat for run in runs}
+    files = figure_files("tradeoff", tradeoff_figure(plots[0], heading, footer))
+    files |= figure_files("layers", layers_figure(heats, scale, footer))
+    if speeds:
+        files |= figure_files("speed", tradeoff_figure(speeds[0], "Speed against quality", footer))
+    if all(run.divergence.confidence for run in runs):
+        files |= figure_files("divergence", divergence_figure({r.label: r.divergence for r in runs}, footer))
+    tasks = {f"{r.label}: {t.task} {t.metric}" if len(runs) > 1 else f"{t.task} {t.metric}": [t]
+             for r in runs for t in r.results.tasks if t.recovery is not None}  # fmt: skip
+    if tasks:
+        files |= figure_files("tasks", tasks_figure(tasks, footer))
     pages = _environment()
-    files = {
-        "tradeoff.png": tradeoff_png(plots[0], heading, footer),
-        "layers.png": layers_png({run.label: run.heat for run in runs}, scale, footer),
+    context["charts"] = [name.removesuffix(".png") for name in files if name.endswith(".png")]
+    files |= {
         "summary.md": pages.get_template(f"{template}.md").render(context).encode("utf-8", "replace"),
         "summary.json": (json.dumps(_finite({"schema": 1} | summary), indent=2) + "\n").encode(),
         "index.html": pages.get_template(f"{template}.html").render(context).encode("utf-8", "replace"),
@@ -152,8 +210,24 @@ def _write(folder: Path, template: str, runs: list[Run], heading: str, summary: 
     return folder / "index.html"
 
 
-def _hover(point: Point) -> str:
-    return f"{point.label}: {size(point.size)}, perplexity {number(point.perplexity)}"
+def _plots(runs: Sequence[Run], points: Sequence[Point], *, rate: bool) -> list[Plot]:
+    """The chart for wide and for narrow windows; none without points."""
+    return [
+        tradeoff(points, size, _hover(runs, rate), len(runs) > 1 and (size is _NARROW or len(runs) > 12), rate)
+        for size in (_WIDE, _NARROW)
+        if points
+    ]
+
+
+def _hover(runs: Sequence[Run], rate: bool = False) -> Callable[[Point], str]:
+    """What hovers over a mark: the recipe in a few words, and both figures."""
+    schemes = {run.label: f" ({run.scheme})" for run in runs if run.scheme}
+
+    def title(point: Point) -> str:
+        x = f"{number(point.size)} tokens/s" if rate else size(point.size)
+        return f"{point.label}{schemes.get(point.label, '')}: {x}, perplexity {number(point.perplexity)}"
+
+    return title
 
 
 def _finite(value: Any) -> Any:
@@ -172,8 +246,10 @@ def _environment() -> Environment:
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis}
     environment.filters |= {
         "size": size, "number": number, "change": change, "share": share, "gate": gate, "gate_name": gate_name,
-        "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds,
+        "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds, "interval": interval, "score": score,
+        "first_word": first_word, "spread": spread,
     }  # fmt: skip
     return environment

@@ -17,10 +17,12 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in px
 
 @dataclass(frozen=True)
 class Point:
-    """One model on the trade-off chart: `size` in bytes of weights on disk, perplexity and its standard error."""
+    """One model on the trade-off chart: `size` in bytes of weights on disk (or a rate, tokens a second), perplexity and
+    its standard error.
+    """
 
     label: str
-    size: int
+    size: float
     perplexity: float
     stderr: float
     original: bool = False
@@ -95,11 +97,14 @@ class _Axis:
         return [i * step for i in range(first, last + 1)]
 
 
-def pareto(points: Sequence[Point]) -> list[int]:
-    """Indices, by size, of the points that no other point beats in size and perplexity; non-finite never."""
+def pareto(points: Sequence[Point], rate: bool = False) -> list[int]:
+    """Indices, by size, of the points that no other point beats in size and perplexity; non-finite never. Of sizes the
+    smaller is better, of a `rate` the larger.
+    """
+    sign = -1 if rate else 1
     finite = [i for i, p in enumerate(points) if math.isfinite(p.perplexity)]
     front: list[int] = []
-    for i in sorted(finite, key=lambda i: (points[i].size, points[i].perplexity)):
+    for i in sorted(finite, key=lambda i: (sign * points[i].size, points[i].perplexity)):
         last = points[front[-1]] if front else None
         if last is None or points[i].perplexity < last.perplexity or _same(points[i], last):
             front.append(i)
@@ -115,25 +120,27 @@ def tradeoff(
     size: tuple[int, int],
     title: Callable[[Point], str],
     number_only: bool = False,
+    rate: bool = False,
 ) -> Plot:
     """Lay out `points` (the original first) in `size` px; `title` is the text that hovers over a mark.
 
     With several artifacts an original much larger than all of them is drawn at the right edge, off the axis, so that
-    the artifacts keep the room. `number_only` labels artifacts 1, 2, … where names do not fit.
+    the artifacts keep the room. `number_only` labels artifacts 1, 2, … where names do not fit. `rate`: the horizontal
+    axis is tokens a second, not bytes.
     """
     width, height = size
     frame = (58.0, 34.0, width - 22.0, height - 50.0)
     shown = [(i, p) for i, p in enumerate(points) if math.isfinite(p.perplexity)]
     sizes = [p.size for _, p in shown if not p.original]
     several = len(points) > 2
-    far = several and bool(sizes) and points[0].size > 1.6 * max(sizes)
+    far = not rate and several and bool(sizes) and points[0].size > 1.6 * max(sizes)
     x = _x_axis(sizes if far else [p.size for _, p in shown], several, frame, far)
     y = _y_axis([p for _, p in shown], several, frame)
 
-    on_front = set(pareto(points))
+    on_front = set(pareto(points, rate))
     spots = [(frame[2] if far and p.original else x(p.size), y(p.perplexity)) for _, p in shown]
     steps = [spots[k] for k, (i, _) in enumerate(shown) if i in on_front]
-    steps = _staircase(sorted(steps, key=lambda s: (s[0], -s[1]))) if several else []
+    steps = _staircase(sorted(steps, key=lambda s: (s[0], -s[1])), rate) if several else []
     obstacles = [_pad(a + b, 3) for a, b in pairwise(steps)]
     texts = [str(i) if number_only and not p.original else shorten(p.label) for i, p in shown]
     labels = _place(spots, texts, frame, obstacles)
@@ -142,12 +149,13 @@ def tradeoff(
         role = "original" if p.original else "front" if i in on_front else "dominated"
         whisker = None if several or p.stderr <= 0 else (y(p.perplexity + p.stderr), y(p.perplexity - p.stderr))
         marks.append(Mark(*spot, role, whisker, far and p.original, label, title(p)))
-    unit, name = byte_unit(x.high)
+    unit, name = (1.0, "") if rate else byte_unit(x.high)
+    x_title = "Tokens a second while decoding (higher is better)" if rate else f"Weights on disk, {name}"
     return Plot(
         width, height, frame,
         [(x(t), f"{t / unit:g}") for t in x.ticks(max(3, width // 130))],
         [(y(t), f"{t:,.10g}") for t in y.ticks(5)],
-        f"Weights on disk, {name}", "Perplexity (lower is better)" + (", log scale" if y.log else ""),
+        x_title, "Perplexity (lower is better)" + (", log scale" if y.log else ""),
         marks, steps,
     )  # fmt: skip
 
@@ -174,11 +182,11 @@ def _y_axis(points: list[Point], several: bool, frame: Box) -> _Axis:
     return _Axis(low - pad, high + pad, frame[3], frame[1])
 
 
-def _staircase(spots: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """What the front reaches: right at one perplexity, then down to the next."""
+def _staircase(spots: list[tuple[float, float]], rate: bool) -> list[tuple[float, float]]:
+    """What the front reaches: right at one perplexity, then down to the next; of a rate up first, then right."""
     out = spots[:1]
-    for (_, y0), (x1, y1) in pairwise(spots):
-        out += [(x1, y0), (x1, y1)]
+    for (x0, y0), (x1, y1) in pairwise(spots):
+        out += [(x0, y1) if rate else (x1, y0), (x1, y1)]
     return out
 
 

@@ -1,6 +1,7 @@
 """How numbers and names read on the page: units, signs, how many digits."""
 
 import math
+import re
 from collections.abc import Callable
 
 NBSP = "\u00a0"  # a number and its unit stay on one line
@@ -28,6 +29,13 @@ def small(value: float) -> str:
     return f"{value:.{max(0, digits)}f}" if abs(value) >= 1e-5 or not value else f"{value:.1e}"
 
 
+def spread(value: float) -> str:
+    """A standard error: two significant digits."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+
+
 def change(fraction: float) -> str:
     """A signed percentage; thousands of percent as a factor."""
     if not math.isfinite(fraction):
@@ -46,6 +54,16 @@ def share(fraction: float) -> str:
         return "not finite"
     text = "100" if percent == 100 else f"{min(percent, 99.99):.4g}" if percent > 99.9 else small(percent)
     return f"{text}{NBSP}%"
+
+
+def confidence(low: float, high: float) -> str:
+    """A range of probabilities."""
+    return f"{100 * low:.0f} to {100 * high:.0f}{NBSP}%"
+
+
+def score(value: float) -> str:
+    """A task's score, or an error of it, in hundredths: 61.3."""
+    return f"{100 * value:.1f}" if math.isfinite(value) else "not finite"
 
 
 def interval(ends: tuple[float, float], how: Callable[[float], str]) -> str:
@@ -67,7 +85,9 @@ def gate(value: float | None, name: str) -> str:
         return "not measured"
     if "increase" in name:
         return change(value)
-    return share(value) if "agreement" in name else size(value) if "bytes" in name else small(value)
+    return (
+        share(value) if "agreement" in name or "recovery" in name else size(value) if "bytes" in name else small(value)
+    )
 
 
 def seconds(value: float) -> str:
@@ -87,6 +107,12 @@ def cell(text: str) -> str:
 def byte_unit(size: float) -> tuple[float, str]:
     """The decimal unit `size` bytes read best in."""
     return next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0]), (1.0, "bytes"))
+
+
+def first_word(text: str) -> str:
+    """The first word of a text with the space before it; only space where there is no word."""
+    found = re.match(r"\s*\S+|\s+", text)
+    return found.group() if found else ""
 
 
 def shorten(text: str, most: int = 30) -> str:

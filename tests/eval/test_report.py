@@ -15,7 +15,7 @@ import pytest
 from quantpress.eval.report import write_comparison, write_report
 from quantpress.quantize.errors import BadInput
 
-FILES = ["index.html", "layers.png", "summary.json", "summary.md", "tradeoff.png"]
+FILES = ["index.html", "layers.png", "layers.svg", "summary.json", "summary.md", "tradeoff.png", "tradeoff.svg"]
 KINDS = {
     "q": "self_attn",
     "k": "self_attn",

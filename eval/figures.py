@@ -1,23 +1,29 @@
-"""The charts as PNG, two pixels a px and always light, for places that show no page: chats, slides, pull requests."""
+"""The charts as PNG (two pixels a px) and SVG, always light, for places that show no page: chats, pull requests.
+
+Each function draws one figure; `files` writes it in both formats, the same bytes each time.
+"""
 
 import io
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .heat import LEVELS, LIGHT, Cell, Heat, HeatScale
+from .records import Divergence, TaskResult
 from .tradeoff import FONT, Box, Plot
-from .wording import shorten
+from .wording import confidence, share, shorten, small
 
+_SERIES = ("#2459c4", "#cd6049", "#2f8f6b", "#8a5bb0", "#b58a1b", "#5b6470")
 _INK, _MUTED, _LINE, _ACCENT = "#1b1f24", "#5b6470", "#d9dde2", "#2459c4"
 
 
-def tradeoff_png(plot: Plot, heading: str, footer: str) -> bytes:
+def tradeoff_figure(plot: Plot, heading: str, footer: str) -> Figure:
     """The trade-off chart; `footer` carries the caveat that must not get lost."""
     lines = textwrap.wrap(footer, plot.width // 6)
     top, bottom = 34, 12 + 14 * len(lines)
@@ -47,10 +53,10 @@ def tradeoff_png(plot: Plot, heading: str, footer: str) -> bytes:
         align = {"start": "left", "middle": "center", "end": "right"}[mark.label.anchor]
         _text(axes, mark.label.x, mark.label.y, mark.label.text, ha=align,
               color=_MUTED if mark.role == "dominated" else _INK)  # fmt: skip
-    return _png(figure)
+    return figure
 
 
-def layers_png(heats: Mapping[str, Heat], scale: HeatScale | None, footer: str) -> bytes:
+def layers_figure(heats: Mapping[str, Heat], scale: HeatScale | None, footer: str) -> Figure:
     """One heat strip a run, on one colour scale."""
     cell, left, width = 17, 150, 860
     heights = [len(h.kinds) * cell + 62 for h in heats.values()]
@@ -80,7 +86,7 @@ def layers_png(heats: Mapping[str, Heat], scale: HeatScale | None, footer: str) 
             _text(axes, left + i * 34, top + 26, f"{100 * edge:.2g} %", ha="center", size=10, color=_MUTED)
     _text(axes, left + LEVELS * 34 + 40, top + 10, "hatched: left in 16 bit; grey: not measured", size=10, color=_MUTED)
     _footer(axes, top + 52, lines)
-    return _png(figure)
+    return figure
 
 
 def _paint(axes: Any, box: Box, cell: Cell, scale: HeatScale | None) -> None:
@@ -113,7 +119,79 @@ def _footer(axes: Any, top: float, lines: list[str]) -> None:
         _text(axes, 14, top + 14 * i, line, size=10, color=_MUTED)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
+
+
+def files(name: str, figure: Figure) -> dict[str, bytes]:
+    """NAME.png and NAME.svg; text stays text in the latter."""
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "quantpress"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return {f"{name}.png": png(figure), f"{name}.svg": out.getvalue()}
+
+
+def divergence_figure(away: Mapping[str, Divergence], footer: str) -> Figure:
+    """Mean KL divergence by how sure the original was: a group of bars a bucket, a bar a run."""
+    width, left, top = 860, 150, 52
+    buckets = len(next(iter(away.values())).confidence)
+    bar = 13 if len(away) > 1 else 18
+    group = bar * len(away) + 14
+    lines = textwrap.wrap(footer, width // 6)
+    base = top + group * buckets
+    figure, axes = _canvas(width, base + 62 + 16 * len(away) * (len(away) > 1) + 14 * len(lines), 0)
+    _text(axes, 14, 24, "KL divergence by the original's confidence in its favourite token", size=14, weight="bold")
+    values = [b.kl_mean for d in away.values() for b in d.confidence if math.isfinite(b.kl_mean)]
+    most = max(values, default=1.0) or 1.0
+    for k in range(buckets):
+        one = next(iter(away.values())).confidence[k]
+        _text(axes, left - 8, top + k * group + (group - 14) / 2 + 4, confidence(one.low, one.high), ha="right",
+              color=_MUTED)  # fmt: skip
+        for i, d in enumerate(away.values()):
+            value = d.confidence[k].kl_mean
+            y, w = top + k * group + i * bar, (width - left - 110) * (value / most if math.isfinite(value) else 0)
+            axes.add_patch(Rectangle((left, y), w, bar - 2, color=_SERIES[i % len(_SERIES)], lw=0))
+            _text(axes, left + w + 6, y + bar - 4, small(value), size=10, color=_MUTED)
+    if len(away) > 1:
+        for i, name in enumerate(away):
+            axes.add_patch(Rectangle((left, base + 8 + 16 * i), 10, 10, color=_SERIES[i % len(_SERIES)], lw=0))
+            _text(axes, left + 18, base + 17 + 16 * i, shorten(name, 70), size=11)
+    _footer(axes, base + 44 + 16 * len(away) * (len(away) > 1), [*lines])
+    return figure
+
+
+def tasks_figure(tasks: Mapping[str, Sequence[TaskResult]], footer: str) -> Figure:
+    """Each task's recovery with its 95% interval, around all of the original's score."""
+    width, left, row = 860, 250, 22
+    rows = [(task, name, one) for task in tasks for name, one in ((t.metric, t) for t in tasks[task])]
+    lines = textwrap.wrap(footer, width // 6)
+    figure, axes = _canvas(width, 92 + row * len(rows) + 14 * len(lines), 0)
+    _text(axes, 14, 24, "Recovery of the original's score, with 95 % intervals", size=14, weight="bold")
+    at = recovery_axis([one for _, _, one in rows], left, width - 90)
+    axes.plot([at(1.0)] * 2, [40, 52 + row * len(rows)], color=_MUTED, lw=0.8)
+    _text(axes, at(1.0), 66 + row * len(rows), "100 %", ha="center", size=10, color=_MUTED)
+    for i, (label, _, one) in enumerate(rows):
+        y = 54 + row * i
+        _text(axes, left - 12, y + 4, shorten(label, 38), ha="right", color=_MUTED)
+        if one.recovery_interval:
+            axes.plot([at(end) for end in one.recovery_interval], [y, y], color=_ACCENT, lw=1.4, alpha=0.6)
+        axes.plot([at(one.recovery or 0.0)], [y], "o", ms=5.5, color=_ACCENT, mec="white", mew=0.8)
+        _text(axes, width - 78, y + 4, share(one.recovery or 0.0))
+    _footer(axes, 84 + row * len(rows), lines)
+    return figure
+
+
+def recovery_axis(tasks: Sequence[TaskResult], start: float, stop: float) -> Callable[[float], float]:
+    """Positions for recoveries: every interval and 100 % have room, and values beyond are held at the ends."""
+    ends = [end for task in tasks for end in (*(task.recovery_interval or ()), task.recovery or 1.0, 1.0)]
+    finite = [end for end in ends if math.isfinite(end)]
+    low, high = min(finite, default=0.9), max(finite, default=1.1)
+    pad = max(0.01, 0.06 * (high - low))
+
+    def at(value: float) -> float:
+        place = (min(max(value, low), high) - low + pad) / (high - low + 2 * pad)
+        return start + place * (stop - start)
+
+    return at
