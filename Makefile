@@ -25,17 +25,18 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev setup-vllm quantize test test-all check format bench bench-setup wheel clean distclean FORCE
+.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup wheel clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
 	@echo '                 quantize, evaluate, chart; with nothing given: the embedded model, $(RECIPE)'
 	@echo 'make setup       create .venv and install quantpress'
-	@echo 'make setup-vllm  create .venv-vllm with $(VLLM) for the slow test of the real server'
+	@echo 'make setup-vllm  create .venv-vllm with $(VLLM), for smoke tests on the real server'
 	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel'
 	@echo 'make test-all    the slow ones too: real models and real servers'
 	@echo 'make check       ruff, ruff format, mypy'
 	@echo 'make format      let ruff fix and format'
+	@echo 'make smoke       the default model on each real server that is installed; of the others, how to get them'
 	@echo 'make bench       time, memory and quality beside llm-compressor, when that is installed'
 	@echo 'make bench-setup install llm-compressor for it, into .venv-bench'
 	@echo 'make wheel       build dist/quantpress-*.whl'
@@ -98,6 +99,11 @@ VENV_FAILED = { echo "$(PYTHON) cannot make .venv: install its venv module (Debi
 	@$(INSTALL) $(EDITABLE) -e '.[dev]'
 	@touch $@
 
+# What `transformers serve` needs: for the tests of every server.
+.venv/.servers: pyproject.toml .venv/.dev
+	@$(INSTALL) 'transformers[serving]'
+	@touch $@
+
 .venv/.files: FORCE | .venv/.torch
 	@find quantize eval export recipes \( -name '*.py' -o -name '*.yaml' -o -path '*/templates/*' \) -type f \
 	  | LC_ALL=C sort > $@.new
@@ -132,7 +138,7 @@ quantize: setup
 test: $(if $(WHEEL),.venv/.wheel,dev)
 	@$(BIN)/pytest -m 'not slow' $(ARGS)
 
-test-all: $(if $(WHEEL),.venv/.wheel,dev)
+test-all: $(if $(WHEEL),.venv/.wheel,dev) .venv/.servers
 	@$(BIN)/pytest $(ARGS)
 
 check: dev
@@ -143,6 +149,9 @@ check: dev
 format: dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+smoke: dev .venv/.servers
+	@$(BIN)/pytest tests/slow/test_serving.py --capture=no --quiet --no-header $(ARGS)
 
 bench: dev
 	@$(BIN)/python tests/bench/peers.py $(ARGS)

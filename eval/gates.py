@@ -37,7 +37,8 @@ def _measured(name: str, results: Results) -> tuple[float | None, Interval | Non
         if runtime is None or not runtime.speed:
             return None, None
         first = runtime.speed[0]
-        return first.decode_tokens_per_second, around(first.decode_tokens_per_second, first.decode_stderr)
+        rate = first.decode_tokens_per_second
+        return rate, around(rate, first.decode_stderr, first.repeats)
     away = results.divergence
     if name == "max_perplexity_increase":
         return results.perplexity_increase, results.perplexity_increase_interval

@@ -14,6 +14,7 @@ from .records import Interval
 Z95 = 1.959964
 RUN = 64  # tokens of a run
 _RESAMPLES = 400
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 2, 3, … 10 values
 
 Array = NDArray[np.float64]
 
@@ -39,9 +40,14 @@ def standard_error(values: Array, run: NDArray[np.int64] | None = None) -> float
     return math.sqrt(groups / (groups - 1) * float(np.square(sums).sum())) / len(values)
 
 
-def around(value: float, stderr: float) -> Interval | None:
-    """The interval of a mean with that standard error; None when the error is not known."""
-    return (value - Z95 * stderr, value + Z95 * stderr) if math.isfinite(stderr) else None
+def around(value: float, stderr: float, n: int | None = None) -> Interval | None:
+    """The interval of a mean with that standard error; None when the error is not known. `n`: of how few values, where
+    they are so few that their own spread is not well known (Student's t).
+    """
+    if not math.isfinite(stderr):
+        return None
+    wide = Z95 if n is None or n - 2 >= len(_T95) else _T95[n - 2]
+    return value - wide * stderr, value + wide * stderr
 
 
 def quantile_interval(values: Array, q: float, run: NDArray[np.int64]) -> Interval | None:

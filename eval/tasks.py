@@ -73,10 +73,9 @@ class Tasks:
         out: list[Outcome] = []
         for task, spec in self._specs:
             with _quiet(), _task_errors(task):
-                found = lm_eval.simple_evaluate(
-                    model=model, tasks=[spec], num_fewshot=task.few_shot, limit=task.limit, log_samples=True,
-                    bootstrap_iters=0, task_manager=self._manager, fewshot_random_seed=_SEED,
-                )  # fmt: skip
+                found = lm_eval.evaluate(
+                    lm=model, task_dict=self._load(task, spec), limit=task.limit, log_samples=True, bootstrap_iters=0
+                )
             out += _outcomes(task, found)
         return out
 
@@ -88,10 +87,15 @@ class Tasks:
             return task.name
         return _read_file(Path(task.file).expanduser())
 
-    def _load(self, task: Task, spec: str | dict[str, Any]) -> None:
-        """The data of a task, which lm-eval then has at hand."""
+    def _load(self, task: Task, spec: str | dict[str, Any]) -> Any:
+        """The library's own task objects, with their data; the same few-shot examples each time."""
         with _task_errors(task):
-            self._manager.load([spec])
+            loaded = self._manager.load([spec])
+            for leaf in loaded["tasks"].values():
+                own = leaf.get_config("num_fewshot")
+                leaf.set_config(key="num_fewshot", value=(own or 0) if task.few_shot is None else task.few_shot)
+                leaf.set_fewshot_seed(seed=_SEED)
+        return loaded
 
 
 def kept(folder: Path, tasks: Tasks, what: Sequence[Any], run: Callable[[], list[Outcome]]) -> list[Outcome]:

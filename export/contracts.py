@@ -1,109 +1,267 @@
-"""What a server's loader refuses, said before the work. Measured on vLLM 0.32 and read from the formats' sources."""
+"""What a server's loader refuses, said before the work: the readers' table, and the limits that need a model's shapes.
 
-from collections.abc import Mapping, Sequence
+Read from the servers' sources and, for vLLM 0.32 on a CPU, measured.
+"""
 
-from quantpress.quantize.recipe import Activations, Grid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-_GPTQ_GROUPS = (-1, 32, 64, 128)
+from quantpress.quantize.artifact import Artifact
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.job import Job
+from quantpress.quantize.recipe import READERS, Activations, Grid, Target, Vllm, reader_notes, refusal
+
+# Servers multiply these in one product, so their shards need one scheme. vLLM: packed_modules_mapping of its models.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Linears whose input is split over GPUs (row-parallel); the others split their output.
+_ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "w2")
+_GGUF = {  # keys of config.json, and of GGUF's metadata after the architecture's name
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+}  # fmt: skip
+_BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
 
 
-def servability(
-    formats: Sequence[str],
-    shapes: Mapping[str, tuple[int, int]],
-    schemes: Mapping[str, Grid | None],
-    *,
-    shuffled: bool,
-    activations: Activations | None = None,
-) -> list[str]:
-    """One line for each thing that would keep a server from loading the artifact.
+@dataclass(frozen=True)
+class Contents:
+    """A quantized model as a loader meets it.
 
-    shapes {name: (out, in)}; schemes: the grid of each linear, None where it stays in 16 bit; activations: what the
-    inputs of quantized linears are rounded to.
+    shapes {name: (out, in)} and schemes {name: grid, None where it stays in 16 bit} of its linears; heads, kv_heads,
+    positions: of its config, None where it does not say; scattered: groups of scattered columns (desc_act).
     """
-    grids = sorted({grid for grid in schemes.values() if grid is not None}, key=str)
+
+    format: str
+    shapes: Mapping[str, tuple[int, int]]
+    schemes: Mapping[str, Grid | None]
+    activations: Activations | None = None
+    kv_cache: str | None = None
+    scattered: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def in_format(self, format: str) -> "Contents":
+        """The same numbers in another format."""
+        return replace(self, format=format)
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The grids that occur, in a fixed order."""
+        return sorted({grid for grid in self.schemes.values() if grid is not None}, key=str)
+
+    def of_config(self, *names: str) -> int | None:
+        """The first of these keys that config.json has."""
+        found = next((self.config[n] for n in names if self.config.get(n) is not None), None)
+        if found is None:
+            return None
+        return int(max(found)) if isinstance(found, list) else int(found)  # GGUF may say it for each layer
+
+    @property
+    def heads(self) -> int | None:
+        return self.of_config("num_attention_heads", "n_head")
+
+    @property
+    def kv_heads(self) -> int | None:
+        return self.of_config("num_key_value_heads") or self.heads
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens the model was made for; None where rotary scaling lets a server go beyond."""
+        scaled = self.config.get("rope_scaling") or (self.config.get("rope_parameters") or {}).get("factor")
+        return None if scaled else self.of_config("max_position_embeddings", "n_positions")
+
+
+def of_job(job: Job, format: str) -> Contents:
+    """What a run will write in `format`."""
+    return Contents(
+        format,
+        {x.name: (x.out_features, x.in_features) for x in job.linears},
+        job.schemes,
+        job.recipe.activations,
+        job.recipe.kv_cache,
+        job.recipe.shuffled,
+        job.checkpoint.config,
+    )
+
+
+def of_artifact(artifact: Artifact) -> Contents:
+    """What an artifact folder holds; its 16-bit linears are the matrices in blocks that are not quantized."""
+    if artifact.format is None:
+        raise BadInput(f"{artifact.checkpoint.folder} is not quantized: there is no contract to check")
+    read = artifact.checkpoint
+    dense = [n.removesuffix(".weight") for n in read.names() if n.endswith(".weight") and len(read.shape(n)) == 2]
+    dense = [n for n in dense if n not in artifact.linears and any(part.isdigit() for part in n.split("."))]
+    dense = [n for n in dense if not n.endswith((".gate", ".router"))]  # routers are no linears to quantize
+    shapes = dict(artifact.shapes) | {n: (read.shape(f"{n}.weight")[0], read.shape(f"{n}.weight")[1]) for n in dense}
+    return Contents(
+        "gptq" if artifact.format.startswith("gptq") else artifact.format,
+        shapes,
+        dict(artifact.linears) | dict.fromkeys(dense),
+        artifact.activations,
+        artifact.kv_cache,
+        artifact.scattered,
+        artifact.config,
+    )
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, a split one's parts in their order."""
+    return sorted(folder.glob("*.gguf"))
+
+
+def of_folder(folder: Path) -> Contents:
+    """What an artifact folder holds, in whatever format."""
+    files = gguf_files(folder)
+    return of_gguf(files[0]) if files else of_artifact(Artifact(folder))
+
+
+def of_gguf(file: Path) -> Contents:
+    """A GGUF file, or the first part of one, by its metadata under the names that config.json has for it."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(file).fields
+        family = fields["general.architecture"].contents()
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{file}: not a GGUF file that can be read: {error}") from None
+    found = {
+        ours: fields[f"{family}.{theirs}"].contents()
+        for ours, theirs in _GGUF.items()
+        if f"{family}.{theirs}" in fields
+    }
+    return Contents("gguf", {}, {}, config=found)
+
+
+def problems(target: Target, contents: Contents) -> list[str]:
+    """One line for each thing that keeps `target` from loading the files; none when it will."""
+    label = READERS[target.reader].label
+    grids = [("weights", grid) for grid in contents.grids]
+    refused = refusal(target.reader, contents.format, grids, contents.activations, scattered=contents.scattered)
+    found = [] if refused is None else [refused]
+    found += (f"{label} {line}" for line in _fused(contents))
+    if target.reader == "tgi":
+        found += _tgi(contents)
+    if target.reader == "vllm-cpu":
+        found += _cpu_kernel(contents)
+    found += (f"{label} {line}" for line in _parallel(contents, getattr(target, "tensor_parallel", 1)))
+    longest, asked = contents.positions, target.max_model_len
+    if longest is not None and asked is not None and asked > longest:
+        found.append(f"{label} is asked for max_model_len {asked}, and the model has {longest} positions: lower it")
+    return found
+
+
+def check_job(job: Job) -> dict[str, str]:
+    """The format each target of the recipe will load, of those that the run writes.
+
+    Raises BadInput when a target could load none of them.
+    """
+    taken: dict[str, str] = {}
+    for target in job.recipe.targets:
+        refused = {format: problems(target, of_job(job, format)) for format in job.recipe.formats}
+        found = next((format for format, lines in refused.items() if not lines), None)
+        if found is None:
+            raise BadInput(f"targets: {sentence(next(iter(refused.values())))}")
+        taken[target.name] = found
+    return taken
+
+
+def advice(job: Job) -> list[str]:
+    """What is worth knowing and refuses nothing: for a recipe without targets, what vLLM would say, on GPUs and on a
+    CPU; what loads on some GPUs only; how far the model can be split; what transformers makes of experts."""
     found: list[str] = []
-    if "gptq" in formats:
-        if any(not grid.symmetric for grid in grids):
-            found.append("vLLM refuses asymmetric GPTQ files: set weights.symmetric: true, or use compressed-tensors")
-        if shuffled:
-            found.append("vLLM refuses desc_act GPTQ files: set method.static_groups: true")
-        odd = sorted({grid.group_size for grid in grids} - set(_GPTQ_GROUPS))
-        if odd:
-            found.append(f"vLLM refuses GPTQ group sizes {odd}: it takes {list(_GPTQ_GROUPS)}")
-    if "compressed-tensors" in formats:
-        found += _number_types(grids, activations)
-        experts = {grid for name, grid in schemes.items() if grid is not None and ".experts." in name}
-        found += _experts(sorted(experts, key=str), activations)
-    if any(grid.bits in (2, 3) for grid in grids):
-        found.append("vLLM has no 2- or 3-bit kernel for these files; transformers reads them")
-    for fused in _FUSED:
-        for name in shapes:
-            if not name.endswith(fused[0]):
-                continue
-            parts = [name.removesuffix(fused[0]) + part for part in fused]
-            if len({schemes[part] for part in parts if part in schemes}) > 1:
-                found.append(f"vLLM fuses {', '.join(parts)} and needs one scheme for all of them")
-    found += _tensor_parallel(shapes, schemes)
-    return found
-
-
-def _number_types(grids: Sequence[Grid], activations: Activations | None) -> list[str]:
-    """What vLLM's kernels for compressed-tensors files do not compute: its table of schemes, and refusals on CPU."""
-    floats = sorted({str(grid.type) for grid in grids if grid.type not in ("int", "fp8-block")})
-    found = [f"vLLM's CPU backend has no kernel for {', '.join(floats)} weights; its GPU kernels take them"]
-    found = found if floats else []
-    for grid in (grid for grid in grids if grid.type == "int"):
-        found += _weights_only(grid) if activations is None else _integer_products(grid, activations)
-    return found
-
-
-def _weights_only(grid: Grid) -> list[str]:
-    if grid.bits == 8:
-        return [
-            f"vLLM's CPU backend has no kernel for {grid} weights with 16-bit activations; its GPU kernels take them"
-        ]
-    if grid.bits == 4 and grid.group_size == -1:
-        return [f"vLLM's CPU backend fails on {grid} weights with its default kernel: set weights.group_size"]
-    return []
-
-
-def _integer_products(grid: Grid, activations: Activations) -> list[str]:
-    """int8 x int8, int4 x int8 and int4 x fp8, each of one shape only."""
-    pair = f"{grid} weights with {activations} activations"
-    found = [] if grid.symmetric else [f"vLLM refuses {pair}: set weights.symmetric: true"]
-    if grid.bits == 8 and grid.group_size != -1:
-        found.append(f"vLLM refuses {pair}: set weights.group_size: -1")
-    if grid.bits == 4 and not activations.dynamic:
-        found.append(f"vLLM refuses {pair}: leave activations.dynamic out")
-    if activations.type == "fp8":
-        found.append(f"vLLM computes {pair} on Hopper GPUs only")
-        if grid.group_size != 128:
-            found.append(f"vLLM refuses {pair}: set weights.group_size: 128")
-    return found
-
-
-def _experts(grids: Sequence[Grid], activations: Activations | None) -> list[str]:
-    """What transformers 5.17 makes of experts, which it merges into one tensor as it loads."""
-    found: list[str] = []
-    for grid in grids:
-        if grid.type == "nvfp4":
-            found.append("transformers drops the global scales of nvfp4 experts and answers wrongly: serve with vLLM")
-        elif grid.type in ("mxfp8", "fp8-block") or (activations is not None and activations.type == "int8"):
-            found.append(f"transformers does not load experts of {grid} weights in this layout: serve with vLLM")
-        elif activations is not None:
-            found.append(f"transformers leaves the inputs of experts in 16 bit; {activations} is for vLLM")
+    for format in job.recipe.formats:
+        contents = of_job(job, format)
+        if format not in READERS["vllm"].formats:
+            continue
+        for target in () if job.recipe.targets else (Vllm(), Vllm(device="cpu")):
+            found += problems(target, contents)
+        found += reader_notes("vllm", format, contents.grids, contents.activations)
+        found += experts(contents)
+        most = max(n for n in (1, 2, 4, 8) if not list(_parallel(contents, n)))
+        if most < 8:
+            found.append(f"tensor parallelism up to {most}: a model {next(_parallel(contents, 2 * most))}")
     return list(dict.fromkeys(found))
 
 
-def _tensor_parallel(shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Grid | None]) -> list[str]:
-    """The largest tensor parallelism whose shards still hold whole groups (row-parallel linears split their input)."""
-    most = 8
-    for name, (_, in_features) in shapes.items():
-        grid = schemes[name]
-        if grid is None or not name.endswith(("o_proj", "down_proj")):
+def sentence(found: Sequence[str]) -> str:
+    """Problems on one line."""
+    more = len(found) - 1
+    return found[0] + (f" (and {more} more: {'; '.join(found[1:])})" if more else "")
+
+
+def _fused(contents: Contents) -> Iterator[str]:
+    if contents.format == "gguf":
+        return  # its readers keep each tensor's type
+    for fused in _FUSED:
+        for name in contents.shapes:
+            if not name.endswith(f".{fused[0]}"):
+                continue
+            parts = [name.removesuffix(fused[0]) + part for part in fused]
+            if len({contents.schemes[part] for part in parts if part in contents.schemes}) > 1:
+                yield f"fuses {', '.join(parts)} and needs one scheme for all of them"
+
+
+def _tgi(contents: Contents) -> Iterator[str]:
+    """server/text_generation_server: GPTQMarlinWeightsLoader knows no layer left out; CompressedTensorsLoader looks at
+    the one `format` of the whole config."""
+    dense = next((name for name, grid in contents.schemes.items() if grid is None), None)
+    if contents.format in ("gptq", "awq") and dense is not None:
+        yield f"TGI wants every linear of {contents.format} files quantized, and {dense} is not: use compressed-tensors"
+    if contents.format == "gptq" and len(contents.grids) > 1:
+        kinds = ", ".join(map(str, contents.grids))
+        yield f"TGI reads one kind of weight in gptq files, and these have {kinds}: drop `overrides`"
+
+
+def _cpu_kernel(contents: Contents) -> Iterator[str]:
+    """vLLM's CPUWNA16LinearKernel.can_implement: both sides of a 4-bit weight are multiples of 32."""
+    if contents.activations is not None:
+        return
+    for name, (n_out, n_in) in contents.shapes.items():
+        grid = contents.schemes.get(name)
+        if grid is not None and grid.type == "int" and grid.bits == 4 and (n_out % 32 or n_in % 32):
+            yield f"vLLM on a CPU wants both sides of {name} to be multiples of 32, and it is {n_out} x {n_in}"
+            return
+
+
+def _parallel(contents: Contents, n: int) -> Iterator[str]:
+    """What `n` GPUs cannot share: heads (vLLM: ModelConfig.verify_with_parallel_config, LlamaAttention), scale groups
+    (distributed/utils.py: verify_group_size_divides_partition), blocks (fp8_utils.py: validate_fp8_block_shape)."""
+    if n == 1:
+        return
+    heads, kv_heads = contents.heads, contents.kv_heads
+    if heads is not None and heads % n:
+        yield f"split over {n} GPUs would cut {heads} attention heads unevenly: set tensor_parallel to a divisor"
+    elif kv_heads is not None and kv_heads % n and n % kv_heads:
+        yield f"split over {n} GPUs would cut {kv_heads} key-value heads unevenly: take a divisor or a multiple of them"
+    for name, (n_out, n_in) in contents.shapes.items():
+        grid = contents.schemes.get(name)
+        if grid is None:
             continue
-        groups = in_features // grid.columns(in_features)
-        while most > 1 and grid.group_size > 0 and groups % most:
-            most //= 2
-    return [] if most == 8 else [f"tensor parallelism up to {most}: beyond it a shard would cut a scale group in two"]
+        if name.endswith(tuple(f".{part}" for part in _ROW_PARALLEL)):
+            side, unit, what = n_in, 1 if grid.group_size in (-1, 0) else grid.columns(n_in), "scale group"
+        else:  # codes of neighbouring rows share a word in these formats
+            side, unit, what = n_out, 32 // grid.bits if contents.format in ("gptq", "awq") else 1, "packed word"
+        if grid.type == "fp8-block":
+            unit, what = _BLOCK, "block"
+        if side % (n * unit):
+            yield (
+                f"split over {n} GPUs would cut a {what} of {unit} in {name} ({n_out} x {n_in}): lower tensor_parallel"
+                + (" or weights.group_size" if what == "scale group" else "")
+            )
+            return
+
+
+def experts(contents: Contents) -> Iterator[str]:
+    """What transformers 5.17 makes of experts, which it merges into one tensor as it loads."""
+    if contents.format != "compressed-tensors":
+        return
+    grids = {grid for name, grid in contents.schemes.items() if grid is not None and ".experts." in name}
+    inputs = contents.activations
+    for grid in sorted(grids, key=str):
+        if grid.type == "nvfp4":
+            yield "transformers drops the global scales of nvfp4 experts and answers wrongly: serve with vLLM"
+        elif grid.type in ("mxfp8", "fp8-block") or (inputs is not None and inputs.type == "int8"):
+            yield f"transformers does not load experts of {grid} weights in this layout: serve with vLLM"
+        elif inputs is not None:
+            yield f"transformers leaves the inputs of experts in 16 bit; {inputs} is for vLLM"

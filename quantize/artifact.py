@@ -67,6 +67,14 @@ class Artifact:
             raise KeyError(name)
         return FORMATS[self.format].unpack(name, self.checkpoint.read, self.linears[name], self.shapes[name])
 
+    @property
+    def scattered(self) -> bool:
+        """Whether the groups of a linear are scattered columns, by what is stored."""
+        if self.format is None:
+            return False
+        reader, read = FORMATS[self.format], self.checkpoint.read
+        return any(reader.scattered(n, read, grid, self.shapes[n][1]) for n, grid in self.linears.items())
+
     def inputs(self, name: str) -> Inputs | None:
         """How the inputs of a quantized linear are rounded; None where they stay in 16 bit."""
         if self.format is None or self.activations is None or name not in self.linears:

@@ -187,6 +187,8 @@ def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: di
     weights = sum(rows * columns for rows, columns in shapes.values())
     sizes = manifest.get("artifact") or {}
     sizes |= {"format": to, "bytes": written.total_bytes, "quantized_bits_per_weight": 8 * stored / weights}
+    if "files" in sizes:
+        sizes["files"] = written.file_hashes()
     if "parameters" in sizes:
         sizes["bits_per_parameter"] = 8 * written.total_bytes / sizes["parameters"]
     write_json(folder / "manifest.json", manifest | {"artifact": sizes, "converted_from": {"format": origin}})

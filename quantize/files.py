@@ -65,7 +65,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         for file in (*new.rglob("*"), new):
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)  # mkdtemp and safetensors make them private
+            state = file.stat()
+            if file.is_dir() or state.st_nlink == 1:  # a hard link's mode is another file's too
+                runs = file.is_dir() or state.st_mode & 0o100
+                file.chmod((0o777 if runs else 0o666) & ~mask)  # mkdtemp and safetensors make them private
             _fsync(file)
         try:
             new.rename(target)

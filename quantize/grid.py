@@ -2,7 +2,8 @@
 
 A grid maps a weight w to a number n of a small set and back to (n - zero) * scale. Integer grids have n = 0 … 2^bits-1,
 the unsigned code itself; a symmetric one is the same thing with every zero at 2^(bits-1). Float grids have the numbers
-of E4M3 or E2M1 and zero 0; their code is the number's bit pattern.
+of E4M3 or E2M1 and zero 0; their code is the number's bit pattern. ggml's block types are integer grids whose zero is
+fixed; where they have an offset, (n - zero) * scale - offset, it is found as a zero that need not be whole.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .recipe import Activations, Grid
+from . import ggml
+from .recipe import SUPER_BLOCK, Activations, BlockGrid, Grid
 
 __all__ = ["Grid", "Inputs", "QuantizedLinear", "fit", "global_scale", "round_numbers_", "scale_dtype", "snap"]
 
@@ -47,6 +49,9 @@ class QuantizedLinear:
     [out / 128, in / 128] rounded up for fp8-block; zeros uint8 like scales; g_idx [in] int32, the group of each column,
     or None when column j is in group j // group_size. global_scale: nvfp4 only, float32 [], a power of two that the
     scales were multiplied by before they were rounded to E4M3. inputs: None where inputs stay in 16 bit.
+    offsets like scales: what ggml's types that are not symmetric take away from each weight. In its K types scales are
+    int16 and offsets whole numbers too, in units of supers float16 [1 or 2, out, in / 256], the super
+    scales and, where there are offsets, super offsets.
     """
 
     codes: Tensor
@@ -56,6 +61,8 @@ class QuantizedLinear:
     g_idx: Tensor | None = None
     global_scale: Tensor | None = None
     inputs: Inputs | None = None
+    offsets: Tensor | None = None
+    supers: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -76,19 +83,33 @@ class QuantizedLinear:
         scales = self.scales.to(torch.float32)
         if self.global_scale is not None:
             scales = scales / self.global_scale
+        if self.supers is not None:
+            scales = scales * self._over_groups(self.supers[0])
         if self.grid.type == "fp8-block":
             scales = scales.repeat_interleave(BLOCK, 0)[: self.out_features]
         return scales[:, self.column_groups()]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] the artifact stands for: (number - zero) * scale, multiplied in float32."""
+        """The weight [out, in] the artifact stands for: (number - zero) * scale - offset, computed in float32."""
         numbers = decode(self.codes, self.grid)
-        if self.grid.type == "int":
+        if self.grid.uniform:
             numbers -= self.zeros.to(torch.float32)[:, self.column_groups()]
-        return numbers.mul_(self.step()).to(dtype)
+        numbers.mul_(self.step())
+        if self.offsets is not None:
+            offsets = self.offsets.to(torch.float32)
+            if self.supers is not None:
+                offsets = offsets * self._over_groups(self.supers[1])
+            numbers -= offsets[:, self.column_groups()]
+        return numbers.to(dtype)
+
+    def _over_groups(self, supers: Tensor) -> Tensor:
+        """One of `supers` [out, in / 256] for each group, float32 [out, groups]."""
+        return supers.to(torch.float32).repeat_interleave(SUPER_BLOCK // self.grid.group_size, 1)
 
     def stored_bits(self) -> int:
         """Bits this layer needs: codes, scales, zeros (asymmetric only) and g_idx (when columns are shuffled)."""
+        if isinstance(self.grid, BlockGrid):
+            return self.codes.numel() // self.grid.span(self.in_features) * 8 * ggml.BLOCK_BYTES[self.grid.type]
         bits = self.codes.numel() * self.grid.bits + self.scales.numel() * self.scales.element_size() * 8
         if not self.grid.symmetric:
             bits += self.zeros.numel() * self.grid.bits
@@ -108,15 +129,19 @@ class QuantizedLinear:
             codes=self.codes[start:stop].contiguous(),
             scales=self.scales[part].contiguous(),
             zeros=self.zeros[part].contiguous(),
+            offsets=None if self.offsets is None else self.offsets[part].contiguous(),
+            supers=None if self.supers is None else self.supers[:, part].contiguous(),
         )
 
 
 def scale_dtype(weight: Tensor, grid: Grid) -> torch.dtype:
     """The dtype the scales of a weight are stored in.
 
-    For integers the model's own 16-bit dtype, float16 for a float32 model; E4M3 and E8M0 where the type says so; else
-    a dtype with float32's range, since the scale of an fp8 weight may be too small for float16.
+    For integers the model's own 16-bit dtype, float16 for a float32 model; E4M3, E8M0, float16 or whole numbers where
+    the type says so; else a dtype with float32's range, since the scale of an fp8 weight may be too small for float16.
     """
+    if isinstance(grid, BlockGrid):
+        return torch.int16 if grid.nested else torch.float16
     if grid.type == "nvfp4":
         return torch.float8_e4m3fn
     if grid.type in ("mxfp4", "mxfp8"):
@@ -150,10 +175,14 @@ def fit(
     Min-max is the rule of compressed-tensors (zero always inside the range; `shared_scale` for mxfp). The searches
     try smaller ranges, both ends separately at 2 and 3 bits, and keep the one with the least squared error weighted by
     `importance` [columns] (1 when None), or of the output where that is a moment X^T X [columns, columns]. `overall`:
-    the global scale (nvfp4). Where rows share a scale (one a tensor, one a block) each gets the same. Returns float32
-    [rows] scales that `dtype` can store exactly, and zeros.
+    the global scale (nvfp4), or super scales and offsets [2, rows] (`ggml.fit_super`). Where rows share a scale (one a
+    tensor, one a block) each gets the same. Returns float32 [rows] scales that `dtype` can store exactly, and zeros,
+    whole ones but for ggml's.
     """
     weight = weight.to(torch.float32)
+    if isinstance(grid, BlockGrid):
+        diagonal = importance.diagonal() if importance is not None and importance.dim() == 2 else importance
+        return ggml.fit_group(weight, grid, diagonal, overall)
     store = _Store(grid, dtype, overall)
     low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
     shared = {0: len(weight)}.get(grid.group_size, BLOCK if grid.type == "fp8-block" else 1)
@@ -172,6 +201,8 @@ def fit(
 def snap(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Numbers of the grid (float32) nearest to `weight`; `scale` and `zero` broadcast against it."""
     numbers = weight / scale
+    if isinstance(grid, BlockGrid):  # a zero that is not whole is added before rounding
+        return numbers.add_(zero).round_().clamp_(0, grid.levels)
     if grid.type == "int":
         return numbers.round_().add_(zero).clamp_(0, grid.levels)
     return round_numbers_(numbers, grid)
@@ -179,7 +210,7 @@ def snap(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 
 def round_numbers_(numbers: Tensor, grid: Grid) -> Tensor:
     """Round float32 `numbers`, weights in units of their scale (zero added), to the grid in place; ties to even."""
-    if grid.type == "int":
+    if grid.uniform:
         return numbers.round_().clamp_(0, grid.levels)
     if grid.bits == 8:
         return numbers.copy_(numbers.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
@@ -190,7 +221,7 @@ def round_numbers_(numbers: Tensor, grid: Grid) -> Tensor:
 
 def encode(numbers: Tensor, grid: Grid) -> Tensor:
     """Numbers of the grid (float32) -> codes uint8: the number itself, the E4M3 byte, or the E2M1 nibble."""
-    if grid.type == "int":
+    if grid.uniform:
         return numbers.to(torch.uint8)
     if grid.bits == 8:
         return numbers.to(torch.float8_e4m3fn).view(torch.uint8)
@@ -200,7 +231,7 @@ def encode(numbers: Tensor, grid: Grid) -> Tensor:
 
 def decode(codes: Tensor, grid: Grid) -> Tensor:
     """Codes uint8 -> numbers of the grid, float32."""
-    if grid.type == "int":
+    if grid.uniform:
         return codes.to(torch.float32)
     if grid.bits == 8:
         return codes.view(torch.float8_e4m3fn).to(torch.float32)

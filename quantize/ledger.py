@@ -20,13 +20,15 @@ class Stage:
     """A step of a run after the artifact is there.
 
     inputs: as JSON, all that decides the outcome. outputs: paths under the run folder that it leaves behind.
-    work: does it, and returns what the manifest says of it, as JSON; it need not write there itself.
+    work: does it, and returns what the manifest says of it, as JSON; it need not write there itself. failed: whether
+    that says that it has to be done again the next time.
     """
 
     name: str
     inputs: Mapping[str, Any]
     outputs: tuple[str, ...]
     work: Callable[[], Mapping[str, Any]]
+    failed: Callable[[Mapping[str, Any]], bool] = lambda summary: False
 
 
 class Ledger:
@@ -59,6 +61,8 @@ class Ledger:
         """Why the stage has to be done; None when it does not."""
         if done is None:
             return "it was never done"
+        if stage.failed(done["summary"]):
+            return "it failed"
         changed = differences(done["inputs"], json.loads(json.dumps(dict(stage.inputs))))
         if changed:
             return f"{changed[0]}{f' and {len(changed) - 1} more' if changed[1:] else ''}"

@@ -77,6 +77,14 @@ def describe(where: torch.device) -> dict[str, Any]:
     return {"cpu": _cpu_name(), **cores, "device": name, "memory_bytes": memory}
 
 
+def has_amx() -> bool:
+    """Whether the CPU multiplies int8 tiles (Intel AMX), as far as the system says."""
+    try:
+        return "amx_int8" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

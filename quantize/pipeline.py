@@ -23,6 +23,8 @@ from .texts import load_documents
 
 __all__ = ["Job", "Progress", "Settings", "prepare", "quantize"]
 
+_NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "targets", "smoke"}  # recipe keys
+
 
 def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
@@ -88,7 +90,7 @@ def _finished(job: Job, tokenizer: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _make_room(out: Path) -> None:
-    for name in (".work", "quantized", "quantized.partial", "converted", "eval", "report", "manifest.json"):
+    for name in (".work", "quantized", "quantized.partial", "converted", "export", "eval", "report", "manifest.json"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -127,7 +129,7 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
     """What makes two runs the same run."""
-    recipe = job.recipe.model_dump(mode="json", exclude={"name", "description", "evaluation", "gates", "model"})
+    recipe = job.recipe.model_dump(mode="json", exclude=_NOT_OF_THE_ARTIFACT)
     return {
         "recipe": recipe,
         "model": files,

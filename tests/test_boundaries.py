@@ -13,19 +13,31 @@ FOLDERS = ("quantize", "eval", "export", "recipes")
 MAY_IMPORT = {
     "errors": (),
     "recipe": ("errors",),
-    "grid": ("errors", "recipe"),
-    "methods": ("errors", "recipe", "grid"),
+    "ggml": ("errors", "recipe"),
+    "grid": ("errors", "recipe", "ggml"),
+    "methods": ("errors", "recipe", "ggml", "grid"),
     "activations": ("errors", "recipe", "grid"),
-    "formats": ("errors", "recipe", "grid", "activations"),
-    "engine": ("errors", "recipe", "grid", "methods", "activations", "formats"),
-    "pipeline": ("errors", "recipe", "grid", "methods", "activations", "formats", "engine"),
+    "formats": ("errors", "recipe", "ggml", "grid", "activations"),
+    "engine": ("errors", "recipe", "ggml", "grid", "methods", "activations", "formats"),
+    "pipeline": ("errors", "recipe", "ggml", "grid", "methods", "activations", "formats", "engine"),
     "reproduce": ("errors", "recipe", "engine", "pipeline"),
     "export": ("errors", "recipe", "grid", "activations", "formats", "engine", "pipeline"),
     "eval": ("errors", "recipe", "grid", "activations", "formats", "engine", "pipeline", "export"),
     "cli": ("errors", "recipe", "engine", "pipeline", "reproduce", "export", "eval"),
     "recipes": (),
 }
-RECIPE_NEEDS = {"collections", "difflib", "fnmatch", "importlib", "pathlib", "pydantic", "re", "typing", "yaml"}
+RECIPE_NEEDS = {
+    "collections",
+    "dataclasses",
+    "difflib",
+    "fnmatch",
+    "importlib",
+    "pathlib",
+    "pydantic",
+    "re",
+    "typing",
+    "yaml",
+}
 # What a method must not reach for: files, the network, processes, logs, clocks, whole models.
 IO_MODULES = {
     "datasets", "httpx", "huggingface_hub", "io", "json", "logging", "os", "pathlib", "pickle", "requests", "rich",

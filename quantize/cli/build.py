@@ -1,4 +1,4 @@
-"""The commands that make artifacts: run, quantize, plan, convert; and those about recipes."""
+"""The commands around an artifact: quantize, plan, convert; and those about recipes."""
 
 import json
 from pathlib import Path
@@ -25,44 +25,10 @@ from .shared import (
     open_source,
     out_console,
 )
-from .work import evaluation_windows, exit_on_gates, measure, print_results, quantize_model
+from .work import quantize_model
 
 if TYPE_CHECKING:
-    from quantpress.eval.records import Results
-
-
-@app.command()
-def run(
-    recipe: RecipeArg = "w4a16-gptq",
-    model: ModelOpt = None,
-    out: OutOpt = None,
-    sets: SetOpt = [],  # noqa: B006
-    overwrite: OverwriteOpt = False,
-    ignore_limits: LimitsOpt = False,
-    allow_pickle: PickleOpt = False,
-    trust_remote_code: TrustOpt = False,
-    as_json: JsonOpt = False,
-) -> None:
-    """Quantize, evaluate and report: the whole recipe."""
-    chosen = chosen_recipe(recipe, model, sets)
-    where = out or default_out(chosen)
-    # Read before the work, so that a text that cannot be used does not cost a run.
-    text = None if chosen.evaluation is None else evaluation_windows(chosen, allow_pickle, trust_remote_code)
-    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
-    results = None if text is None else measure(where, chosen, text, allow_pickle, trust_remote_code)
-    from quantpress.eval.report import write_report
-
-    page = write_report(where) if results is not None else None
-    document = {
-        "out": str(where),
-        "report": None if page is None else str(page),
-        "results": results and results.document(),
-    }
-    if as_json:
-        print(json.dumps(document))  # noqa: T201
-    else:
-        _print_run(where, page, results)
-    exit_on_gates(results)
+    pass
 
 
 @app.command()
@@ -93,17 +59,17 @@ def plan(
     as_json: JsonOpt = False,
 ) -> None:
     """What a run would need and make: schemes, bytes, memory, disk, time; and which servers would take it."""
-    from quantpress.export.contracts import servability
+    from quantpress.export.contracts import advice, check_job
 
     from ..pipeline import prepare
     from ..plan import size
 
     chosen = chosen_recipe(recipe, model, sets)
     job = prepare(chosen, open_source(chosen, allow_pickle, trust_remote_code))
-    lints = servability(chosen.formats, {x.name: (x.out_features, x.in_features) for x in job.linears}, job.schemes,
-                        shuffled=job.recipe.shuffled, activations=chosen.activations)  # fmt: skip
+    targets = check_job(job)
+    lints = advice(job)
     if as_json:
-        print(json.dumps(job.plan.as_dict() | {"servability": lints}))  # noqa: T201
+        print(json.dumps(job.plan.as_dict() | {"targets": targets, "servability": lints}))  # noqa: T201
         return
     table = Table("linears", "number", "scheme", box=None, pad_edge=False)
     kinds: dict[tuple[str, str], int] = {}
@@ -118,6 +84,8 @@ def plan(
         f"artifact {size(p.artifact_bytes)} (original {size(p.original_bytes)}), memory up to {size(p.memory_bytes)}, "
         f"disk up to {size(p.disk_bytes)}, about {max(1, round(p.seconds / 60))} min on this machine"
     )
+    for name, format in targets.items():
+        out_console.print(f"target {name}: will load the {format} files", markup=False)
     for line in (*p.notes, *lints):
         out_console.print(f"note: {line}")
 
@@ -148,12 +116,3 @@ def list_recipes() -> None:
     for name in recipes.shipped():
         table.add_row(name, recipes.load(name).description)
     out_console.print(table)
-
-
-def _print_run(where: Path, page: Path | None, results: "Results | None") -> None:
-    if results is not None:
-        print_results(results)
-    out_console.print(f"artifact    {where / 'quantized'}")
-    if page is not None:
-        out_console.print(f"report      {page}")
-    out_console.print(f"provenance  {where / 'manifest.json'}")

@@ -12,6 +12,7 @@ from ..files import read_manifest
 from ..recipe import Recipe
 from ..recipe import file as recipes
 from .app import app
+from .draft import draft as measure_draft
 from .shared import (
     JsonOpt,
     PickleOpt,
@@ -44,6 +45,9 @@ def evaluate_command(
     out: Annotated[
         Path | None, typer.Option("--out", help="writes eval/ there; default: the run, or artifacts/<name>-eval")
     ] = None,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="instead: how often the original accepts what the artifact drafts")
+    ] = False,
     sets: SetOpt = [],  # noqa: B006
     allow_pickle: PickleOpt = False,
     trust_remote_code: TrustOpt = False,
@@ -54,6 +58,8 @@ def evaluate_command(
         raise BadInput("eval: give a folder to measure, or --url and --model of a served one")
     if (url is None) != (model is None):
         raise BadInput("eval: --url and --model go together")
+    if draft and subject is None:
+        raise BadInput("eval: --draft is measured on a folder; a server shows too little of its distributions")
     where = _where(subject, model)
     chosen = _recipe(subject, original, recipe, sets)
     if subject is not None and not _is_run(subject):
@@ -63,8 +69,12 @@ def evaluate_command(
     from quantpress.eval.measure import evaluate, evaluate_served
     from quantpress.eval.served import Server
 
-    if subject is not None:
-        what, folder = _subject(subject, chosen), subject / "quantized" if _is_run(subject) else subject
+    folder = subject / "quantized" if subject is not None and _is_run(subject) else subject
+    if draft and folder is not None:
+        measure_draft(source.path, folder, prepared.text, out or where, as_json)
+        return
+    if subject is not None and folder is not None:
+        what = _subject(subject, chosen)
         with watched(out or where, what.name) as watch:
             results = evaluate(source.path, folder, prepared, chosen.gates, watch, what)
     else:

@@ -1,4 +1,4 @@
-"""The commands that look at what was made: report, compare, verify."""
+"""The commands that look at what was made: report, compare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,11 +26,3 @@ def compare(
     from quantpress.eval.report import write_comparison
 
     out_console.print(f"report: {write_comparison(runs, out)}")
-
-
-@app.command()
-def verify(run_folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Check that the artifact's files are the ones the manifest names."""
-    from ..artifact import verify as verify_run
-
-    out_console.print(f"verified: {verify_run(run_folder)} files are as the manifest says")

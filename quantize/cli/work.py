@@ -23,10 +23,13 @@ def quantize_model(
     recipe: Recipe, out: Path, overwrite: bool, ignore_limits: bool, allow_pickle: bool, trust: bool
 ) -> None:
     source = open_source(recipe, allow_pickle, trust)
+    from quantpress.export.contracts import check_job
+
     from ..pipeline import prepare
     from ..pipeline import quantize as quantize_job
 
     job = prepare(recipe, source)
+    check_job(job)
     with quantizing(job, out, overwrite, ignore_limits, trust) as settings:
         manifest = quantize_job(job, settings)
     for line in manifest["fallbacks"]:

@@ -48,8 +48,8 @@ class Awq(Format):
         self.check(grid, n_out, n_in, False)
         grid.check(name, n_in)
         groups = n_in // grid.columns(n_in)
-        codes = _unpack(take(f"{name}.qweight", read, (n_in, n_out // 8)))
-        zeros = _unpack(take(f"{name}.qzeros", read, (groups, n_out // 8)))
+        codes = _unpack(take(f"{name}.qweight", read, (n_in, n_out // 8), torch.int32))
+        zeros = _unpack(take(f"{name}.qzeros", read, (groups, n_out // 8), torch.int32))
         scales = take(f"{name}.scales", read, (groups, n_out))
         if grid.symmetric and not bool((zeros == 8).all()):
             raise BadInput(f"{name}.qzeros: the config says symmetric, and the zeros are not 8")

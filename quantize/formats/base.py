@@ -121,9 +121,12 @@ def grid_of(bits: Any, group_size: Any, symmetric: Any) -> Grid:
         ) from None
 
 
-def take(name: str, read: Callable[[str], Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Read a tensor that must have this shape."""
+def take(name: str, read: Callable[[str], Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Read a tensor that must have this shape, and this type where one is given."""
     tensor = read(name)
+    if dtype is not None and tensor.dtype != dtype:
+        found, wanted = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype))
+        raise BadInput(f"{name}: {found} where {wanted} is read")
     if tuple(tensor.shape) != shape:
         raise BadInput(f"{name}: shape {list(tensor.shape)} where the config asks for {list(shape)}")
     return tensor

@@ -60,8 +60,8 @@ class Gptq(Format):
         n_out, n_in = shape
         self.check(grid.model_copy(update={"symmetric": True}), n_out, n_in, False)
         groups = n_in // grid.columns(n_in)
-        words = take(f"{name}.qweight", read, (bitstream.n_words(n_in, grid.bits), n_out))
-        zeros = take(f"{name}.qzeros", read, (groups, bitstream.n_words(n_out, grid.bits)))
+        words = take(f"{name}.qweight", read, (bitstream.n_words(n_in, grid.bits), n_out), torch.int32)
+        zeros = take(f"{name}.qzeros", read, (groups, bitstream.n_words(n_out, grid.bits)), torch.int32)
         scales = take(f"{name}.scales", read, (groups, n_out))
         return QuantizedLinear(
             codes=bitstream.unpack(words.T.contiguous(), grid.bits, n_in),

@@ -90,14 +90,14 @@ def unpack_weight(
         overall = take(f"{name}.weight_global_scale", read, (1,)).reshape(()) if grid.type == "nvfp4" else None
         return QuantizedLinear(codes, scales, zeros, grid, global_scale=overall)
     if words:
-        packed = take(f"{name}.weight_packed", read, (n_out, bitstream.n_words(n_in, grid.bits)))
+        packed = take(f"{name}.weight_packed", read, (n_out, bitstream.n_words(n_in, grid.bits)), torch.int32)
         codes = bitstream.unpack(packed, grid.bits, n_in)
     else:
         codes = _unsigned(take(f"{name}.weight", read, shape), grid)
     if grid.symmetric:
         zeros.fill_(1 << (grid.bits - 1))
     elif words:
-        packed = take(f"{name}.weight_zero_point", read, (bitstream.n_words(n_out, grid.bits), stored[1]))
+        packed = take(f"{name}.weight_zero_point", read, (bitstream.n_words(n_out, grid.bits), stored[1]), torch.int32)
         zeros = bitstream.unpack(packed.T.contiguous(), grid.bits, n_out).T.contiguous()
     else:
         zeros = _unsigned(take(f"{name}.weight_zero_point", read, stored), grid)

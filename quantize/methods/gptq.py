@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..grid import fit, global_scale, round_numbers_, scale_dtype
+from ..grid import round_numbers_
 from ..recipe import Gptq, Grid, Method
+from .fitting import Fitting
 from .rounded import Rounded
-from .rtn import as_stored, output_power
+from .rtn import output_power
 from .threads import one_thread
 
 _BLOCK = 32  # columns solved one by one before the next ones are updated in one product
@@ -33,8 +34,9 @@ def gptq(
     original, (out_features, in_features) = weight, weight.shape
     if drift is not None and settings.correction == "qep":
         weight = corrected(weight, moment, drift, settings.error_correction, settings.damp)
-    columns, dtype, overall = grid.columns(in_features), scale_dtype(original, grid), global_scale(weight, grid)
-    order = column_order(moment.diagonal(), columns, settings.order)
+    fitting = Fitting(original, grid)
+    columns = fitting.columns
+    order = column_order(moment.diagonal(), columns, settings.order, fitting.span)
     feedback, variance, damp = factor(moment[order[:, None], order], settings.damp)
 
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
@@ -43,28 +45,31 @@ def gptq(
         state.carry = carried(drift[order][:, order], feedback, variance, settings.error_correction)
         state.value = torch.empty_like(w)
     importance = variance if settings.weighted_scales else None
-    groups = -(-in_features // columns)
-    scales, zeros = weight.new_empty(2, groups, out_features, dtype=torch.float32).unbind(0)
     error = torch.zeros(out_features, device=w.device, dtype=w.dtype)
 
     with one_thread():
         if settings.order == "activation" and settings.static_groups:
             natural = importance[order.argsort()] if importance is not None else None
-            for g in range(groups):
-                part = slice(g * columns, (g + 1) * columns)
-                picked = None if natural is None else natural[part]
-                scales[g], zeros[g] = fit(weight[:, part], grid, dtype, picked, overall)
+            for start in range(0, in_features, columns):
+                part, wide = slice(start, start + columns), slice(start, start + fitting.span)
+                if start % fitting.span == 0:
+                    fitting.reach(start // columns, weight[:, wide], None if natural is None else natural[wide])
+                fitting.fit(start // columns, weight[:, part], None if natural is None else natural[part])
             group_of = order // columns
-            error += state.solve(0, in_features, w, scales[group_of], zeros[group_of], variance, grid)
+            scales, zeros = fitting.scales[group_of], fitting.zeros[group_of]
+            error += state.solve(0, in_features, w, scales, zeros, variance, grid)
         else:
             shuffled = settings.order == "activation"
             for start in range(0, in_features, columns):
                 stop = min(start + columns, in_features)
+                g = start // columns if shuffled else int(order[start]) // columns
+                if grid.nested and start % fitting.span == 0:
+                    end = start + fitting.span
+                    ahead = None if importance is None else importance[start:end]
+                    fitting.reach(g, state.updated(start, end).T, ahead)
                 updated = state.updated(start, stop)
                 picked = None if importance is None else importance[start:stop]
-                scale, zero = fit(updated.T, grid, dtype, picked, overall)
-                g = start // columns if shuffled else int(order[start]) // columns
-                scales[g], zeros[g] = scale, zero
+                scale, zero = fitting.fit(g, updated.T, picked)
                 rows = (stop - start, out_features)
                 error += state.solve(
                     start, stop, updated, scale.expand(rows), zero.expand(rows), variance[start:stop], grid
@@ -76,7 +81,7 @@ def gptq(
         g_idx[order] = (torch.arange(in_features, device=order.device) // columns).to(torch.int32)
     numbers = torch.empty_like(state.numbers)
     numbers[order] = state.numbers
-    linear = replace(as_stored(numbers.T, scales.T, zeros.T, grid, dtype, overall), g_idx=g_idx)
+    linear = replace(fitting.linear(numbers.T), g_idx=g_idx)
     if state.carry is not None:  # the columns' own errors no longer add up to the output's
         error = output_power(linear.dequantize().to(moment.dtype) - weight, moment)
     return Rounded(linear, error, output_power(weight.to(moment.dtype), moment), damp)
@@ -135,21 +140,25 @@ class _Solve:
         return total
 
 
-def column_order(diagonal: Tensor, columns: int, order: str) -> Tensor:
+def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> Tensor:
     """The order columns are solved in, int64 [in], from the Hessian's diagonal [in].
 
     `group_aware` (GAR, arXiv:2505.14638) sorts inside each group and then the groups by their largest entry, so that
-    groups stay contiguous on disk; `activation` is act-order; sorting is stable, so equal inputs give equal orders.
+    groups stay contiguous on disk; with a `span` of several groups, the groups inside each span and then the spans.
+    `activation` is act-order; sorting is stable, so equal inputs give equal orders.
     """
     if order == "natural" or diagonal.numel() % columns:  # blocks of 128 need not divide: the last is smaller
         return torch.arange(diagonal.numel(), device=diagonal.device)
     if order == "activation":
         return diagonal.argsort(descending=True, stable=True)
-    grouped = diagonal.reshape(-1, columns)
-    inside = grouped.argsort(dim=1, descending=True, stable=True)
-    outside = grouped.amax(1).argsort(descending=True, stable=True)
-    starts = torch.arange(grouped.shape[0], device=diagonal.device)[:, None] * columns
-    return (inside + starts)[outside].reshape(-1)
+    grouped, groups = diagonal.reshape(-1, columns), max(1, span // columns)
+    starts = torch.arange(grouped.shape[0], device=diagonal.device) * columns
+    inside = grouped.argsort(dim=1, descending=True, stable=True) + starts[:, None]
+    largest = grouped.amax(1).reshape(-1, groups)
+    among = largest.argsort(dim=1, descending=True, stable=True)
+    among += torch.arange(largest.shape[0], device=diagonal.device)[:, None] * groups
+    outside = largest.amax(1).argsort(descending=True, stable=True)
+    return inside[among[outside].reshape(-1)].reshape(-1)
 
 
 def corrected(weight: Tensor, moment: Tensor, drift: Tensor, strength: float, damp: float) -> Tensor:

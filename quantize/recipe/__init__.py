@@ -18,14 +18,21 @@ from .methods import (
     Transform,
     Tuned,
 )
-from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from .numbers import SUPER_BLOCK, Activations, BlockGrid, GgmlType, Grid, GroupSize, NumberType, ScaleSearch
+from .readers import READERS, refusal
+from .readers import notes as reader_notes
+from .smoke import ServerName, Smoke
+from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Bos, Calibration, Text
 
 __all__ = [
     "GPUS",
+    "READERS",
+    "SUPER_BLOCK",
     "Activations",
     "AutoRound",
     "Awq",
+    "BlockGrid",
     "Bos",
     "Calibration",
     "EfficiencySettings",
@@ -33,24 +40,36 @@ __all__ = [
     "Evaluation",
     "FormatName",
     "Gates",
+    "GgmlType",
     "Gptq",
     "Grid",
     "GroupSize",
     "Hadamard",
+    "LlamaCpp",
     "Method",
     "NumberType",
     "Objective",
+    "Ollama",
     "Override",
     "Qat",
     "Recipe",
     "Rtn",
     "ScaleSearch",
+    "ServerName",
+    "Smoke",
     "SmoothQuant",
     "Strict",
+    "Target",
     "Task",
+    "TensorRtLlm",
     "Text",
+    "Tgi",
     "Timing",
     "Transform",
+    "Triton",
     "Tuned",
+    "Vllm",
     "matches",
+    "reader_notes",
+    "refusal",
 ]

@@ -11,6 +11,9 @@ from .evaluation import Evaluation
 from .gates import Gates
 from .methods import Gptq, Hadamard, Method, Qat, Rtn, Transform, Tuned
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from .readers import refusal
+from .smoke import Smoke
+from .targets import Target
 from .text import Calibration
 
 FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
@@ -82,8 +85,12 @@ class Recipe(Strict):
         strict=False,
         description="the first is the artifact, the others converted from it",
     )
+    targets: tuple[Target, ...] = Field(
+        (), strict=False, description="servers the result is for; what one of them cannot load is refused"
+    )
     evaluation: Evaluation | None = Evaluation()
     gates: Gates = Gates()
+    smoke: Smoke | None = Field(None, description="the artifact on a real server, after everything else; null: not")
 
     @field_validator("method", mode="before")
     @classmethod
@@ -139,6 +146,22 @@ class Recipe(Strict):
                 )
         if self.kv_cache is not None and {"gptq", "awq"} & set(self.formats):
             raise ValueError("formats gptq and awq hold no kv_cache scales; use compressed-tensors or modelopt")
+        return self
+
+    @model_validator(mode="after")
+    def _targets_can_load_it(self) -> Self:
+        names = [target.name for target in self.targets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"targets {names} names one twice")
+        grids = [("weights", self.weights)]
+        grids += [(f"overrides.{k}", o.applied_to(self.weights)) for k, o in enumerate(self.overrides)]
+        for target in self.targets:
+            refused = [
+                refusal(target.reader, format, grids, self.activations, scattered=self.shuffled)
+                for format in self.formats
+            ]
+            if all(refused):
+                raise ValueError(f"targets: {refused[0]}")
         return self
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..errors import BadInput
 from .document import Override, Recipe
@@ -20,6 +20,8 @@ from .evaluation import EfficiencySettings, Evaluation, Task, Timing
 from .gates import Gates
 from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, Qat, Rtn, SmoothQuant
 from .numbers import Activations, Grid
+from .smoke import Smoke
+from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Calibration
 
 
@@ -74,12 +76,24 @@ def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-        inner = [e["loc"] for e in errors]
-        # A list whose items are wrong also counts as too short: say only what is wrong with them.
-        errors = [e for e in errors if e["type"] != "too_short" or not any(_inside(place, e["loc"]) for place in inner)]
-        problems = "; ".join(_problem(e) for e in errors)
-        raise BadInput(f"recipe {where}: {problems}") from None
+        raise BadInput(f"recipe {where}: {_problems(error)}") from None
+
+
+def parse_target(document: Any, where: str) -> Target:
+    """Validate one target, a name or a mapping, as `targets` of a recipe has them."""
+    try:
+        target: Target = TypeAdapter(Target).validate_python(document)
+    except ValidationError as error:
+        raise BadInput(f"{where}: {_problems(error)}") from None
+    return target
+
+
+def _problems(error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    inner = [e["loc"] for e in errors]
+    # A list whose items are wrong also counts as too short: say only what is wrong with them.
+    errors = [e for e in errors if e["type"] != "too_short" or not any(_inside(place, e["loc"]) for place in inner)]
+    return "; ".join(_problem(e) for e in errors)
 
 
 _PLAIN = {
@@ -112,6 +126,8 @@ def _keys_at(place: Iterable[int | str]) -> list[str]:
         "overrides": Override, "activations": Activations, "rtn": Rtn, "gptq": Gptq, "smoothquant": SmoothQuant,
         "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
         "end_to_end": EndToEnd, "tasks": Task, "efficiency": EfficiencySettings, "timing": Timing,
+        "vllm": Vllm, "tgi": Tgi, "tensorrt-llm": TensorRtLlm, "triton": Triton,
+        "llama.cpp": LlamaCpp, "ollama": Ollama, "smoke": Smoke,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     for part in place:

@@ -23,7 +23,8 @@ class Gates(Strict):
     min_top1_agreement: Fraction | None = Field(None, ge=0, le=1, description="98% or 0.98")
     max_bytes: int | None = Field(None, ge=1, description="weights on disk")
     min_recovery: dict[str, Fraction] = Field(
-        {}, description="by task of the evaluation: the share of the original's score that is left, 99% or 0.99"
+        {},
+        description="by task: the share of the original's score that is left in its worst metric, 99% or 0.99",
     )
     min_tokens_per_second: float | None = Field(
         None, gt=0, strict=False, description="decoded, at the first batch and context of evaluation.efficiency.timing"

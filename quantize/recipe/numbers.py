@@ -7,12 +7,20 @@ from pydantic import AfterValidator, Field, model_validator
 from ..errors import BadInput
 from .base import Strict
 
+GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 NumberType = Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"]
 ScaleSearch = Literal["minmax", "mse", "activation"]
 
-# Bits, and the columns that share a scale, of the number types that leave no choice; 0: one scale a tensor.
-_LAYOUT: dict[str, tuple[int, tuple[int, ...]]] = {
-    "fp8": (8, (-1, 0)), "fp8-block": (8, (128,)), "mxfp8": (8, (32,)), "mxfp4": (4, (32,)), "nvfp4": (4, (16,)),
+SUPER_BLOCK = 256  # columns whose scales, themselves whole numbers, share a super scale in ggml's K types
+
+# Bits, the columns that share a scale and whether it is symmetric, of the number types that leave no choice; 0: one
+# scale a tensor.
+_LAYOUT: dict[str, tuple[int, tuple[int, ...], bool]] = {
+    "fp8": (8, (-1, 0), True), "fp8-block": (8, (128,), True), "mxfp8": (8, (32,), True), "mxfp4": (4, (32,), True),
+    "nvfp4": (4, (16,), True),
+    "Q4_0": (4, (32,), True), "Q4_1": (4, (32,), False), "Q5_0": (5, (32,), True), "Q5_1": (5, (32,), False),
+    "Q8_0": (8, (32,), True), "Q2_K": (2, (16,), False), "Q3_K": (3, (16,), True), "Q4_K": (4, (32,), False),
+    "Q5_K": (5, (32,), False), "Q6_K": (6, (16,), True),
 }  # fmt: skip
 
 
@@ -45,10 +53,10 @@ class Grid(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _float_types_fix_their_layout(cls, value: Any) -> Any:
+    def _most_types_fix_their_layout(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("type") in _LAYOUT:
-            bits, groups = _LAYOUT[value["type"]]
-            return {"bits": bits, "group_size": groups[0]} | value
+            bits, groups, symmetric = _LAYOUT[value["type"]]
+            return {"bits": bits, "group_size": groups[0], "symmetric": symmetric} | value
         return value
 
     @model_validator(mode="after")
@@ -57,11 +65,23 @@ class Grid(Strict):
             if self.group_size == 0:
                 raise ValueError("group_size 0 (one scale a tensor) is for type fp8; use -1 (per channel)")
             return self
-        bits, groups = _LAYOUT[self.type]
-        if self.bits != bits or self.group_size not in groups or not self.symmetric:
-            sizes = " or ".join(map(str, groups))
-            raise ValueError(f"type {self.type} has bits {bits}, group_size {sizes} and is symmetric; leave them out")
+        bits, groups, symmetric = _LAYOUT[self.type]
+        if self.bits != bits or self.group_size not in groups or self.symmetric != symmetric:
+            sizes, how = " or ".join(map(str, groups)), "is" if symmetric else "is not"
+            raise ValueError(
+                f"type {self.type} has bits {bits}, group_size {sizes} and {how} symmetric; leave them out"
+            )
         return self
+
+    @property
+    def uniform(self) -> bool:
+        """Whether codes are the whole numbers 0 … 2^bits-1 themselves, and not the bits of floats."""
+        return self.type == "int"
+
+    @property
+    def nested(self) -> bool:
+        """Whether scales are whole numbers, times a super scale that a span of columns shares."""
+        return False
 
     @property
     def levels(self) -> int:
@@ -76,6 +96,10 @@ class Grid(Strict):
     def columns(self, in_features: int) -> int:
         """Columns that share one scale in a row of `in_features`."""
         return in_features if self.group_size in (-1, 0) else self.group_size
+
+    def span(self, in_features: int) -> int:
+        """Columns whose scales are found together, those of a group where scales are not nested."""
+        return self.columns(in_features)
 
     def check(self, name: str, in_features: int) -> None:
         """Raise BadInput when `group_size` does not divide `in_features`."""
@@ -94,6 +118,38 @@ class Grid(Strict):
         if self.type == "fp8":
             return f"fp8 {group}"
         return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
+
+
+class BlockGrid(Grid):
+    """One of ggml's block types, which tensors of GGUF files have; the mix of the file chooses it, not `weights`.
+
+    Evenly spaced codes whose zero is fixed: in the middle, or at 0 in the types that are not symmetric, which have an
+    offset beside the scale. The K types hold both as whole numbers times a float16 that 256 columns share.
+    """
+
+    type: GgmlType  # type: ignore[assignment]
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4  # type: ignore[assignment]
+
+    @property
+    def uniform(self) -> bool:
+        return True
+
+    @property
+    def nested(self) -> bool:
+        return self.type.endswith("_K")
+
+    def span(self, in_features: int) -> int:
+        return SUPER_BLOCK if self.nested else self.group_size
+
+    def check(self, name: str, in_features: int) -> None:
+        """Raise BadInput when rows of `in_features` are not whole blocks."""
+        if in_features % self.span(in_features):
+            raise BadInput(
+                f"{name}: {self.type} needs rows of a multiple of {self.span(in_features)}, not {in_features}"
+            )
+
+    def __str__(self) -> str:
+        return self.type
 
 
 class Activations(Strict):

@@ -1,75 +1,158 @@
-"""What servers refuse of the number types in compressed-tensors files, said before the work."""
+"""What servers refuse of a model's shapes, said before the work; and what is worth a note."""
+
+from typing import Any
 
 import pytest
 
-from quantpress.export.contracts import servability
-from quantpress.quantize.recipe import Activations, Grid
+from quantpress.export.contracts import Contents, advice, check_job, of_artifact, of_job, problems
+from quantpress.quantize.artifact import Artifact
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.job import prepare
+from quantpress.quantize.recipe import Activations, Grid, LlamaCpp, Target, Tgi, Vllm
+from quantpress.quantize.recipe.file import parse
+from quantpress.quantize.sources import resolve
+from tests.quantize.formats.artifacts import make, uniform
+from tests.tiny import build
 
-INT8, FP8 = Activations(type="int8"), Activations(type="fp8")
-W8, W4 = Grid(bits=8, group_size=-1), Grid(group_size=128)
+W4 = Grid(group_size=64)
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+         "mlp.down_proj")  # fmt: skip
 
 
-def lints(grid: Grid, activations: Activations | None = None, name: str = "model.layers.0.mlp.up_proj") -> list[str]:
-    return servability(
-        ["compressed-tensors"], {name: (512, 512)}, {name: grid}, shuffled=False, activations=activations
+def contents(grid: Grid | None = W4, format: str = "compressed-tensors", **keys: Any) -> Contents:
+    """One block of a model with hidden size 512, intermediate size 1408, 8 heads and 2 key-value heads."""
+    sides = {"q_proj": (512, 512), "k_proj": (128, 512), "v_proj": (128, 512), "o_proj": (512, 512),
+             "gate_proj": (1408, 512), "up_proj": (1408, 512), "down_proj": (512, 1408)}  # fmt: skip
+    names = {f"model.layers.0.{part}": sides[part.rpartition(".")[2]] for part in PARTS}
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    schemes = dict.fromkeys(names, grid) | {f"model.layers.0.{k}": v for k, v in keys.pop("schemes", {}).items()}
+    return Contents(format, names, schemes, config=config | keys.pop("config", {}), **keys)
+
+
+def test_nothing_is_said_of_what_loads() -> None:
+    assert problems(Vllm(tensor_parallel=2), contents()) == []
+    assert problems(Vllm(device="cpu"), contents()) == []
+    assert problems(Tgi(), contents(format="gptq")) == []
+
+
+def test_the_readers_table_is_part_of_it() -> None:
+    (line,) = problems(Vllm(), contents(Grid(bits=3, group_size=64)))
+    assert "does not take compressed-tensors files of int3 g64 sym weights" in line
+    (line,) = problems(LlamaCpp(), contents())
+    assert "reads gguf files" in line
+
+
+@pytest.mark.parametrize(
+    ("dense", "fused"), [("self_attn.v_proj", "q_proj, model"), ("mlp.up_proj", "gate_proj"), ("mlp.down_proj", None)]
+)
+@pytest.mark.parametrize("target", [Vllm(), Tgi()])
+def test_fused_linears_have_one_scheme(target: Target, dense: str, fused: str | None) -> None:
+    found = problems(target, contents(schemes={dense: None}))
+    assert len(found) == (0 if fused is None else 1)
+    assert all("needs one scheme" in line and str(fused) in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("grid", "gpus", "said"),
+    [
+        (Grid(group_size=64), 2, None),
+        (Grid(group_size=64), 4, "cut a scale group of 64 in model.layers.0.mlp.down_proj (512 x 1408)"),
+        (Grid(group_size=32), 4, None),
+        (Grid(group_size=-1), 8, None),
+        (Grid(type="fp8", group_size=0), 8, None),
+        (Grid(type="fp8-block"), 2, "cut a block of 128 in model.layers.0.self_attn.k_proj (128 x 512)"),
+        (Grid(group_size=64), 3, "cut 8 attention heads unevenly"),
+    ],
+)
+def test_gpus_share_whole_groups_blocks_and_heads(grid: Grid, gpus: int, said: str | None) -> None:
+    found = problems(Vllm(tensor_parallel=gpus), contents(grid))
+    assert found == [] if said is None else any(said in line for line in found)
+
+
+def test_more_gpus_than_key_value_heads_share_them_evenly() -> None:
+    assert problems(Vllm(tensor_parallel=4), contents(Grid(group_size=32))) == []
+    found = problems(Vllm(tensor_parallel=4), contents(Grid(group_size=32), config={"num_key_value_heads": 6}))
+    assert any("6 key-value heads" in line for line in found)
+
+
+def test_packed_words_are_not_cut() -> None:
+    narrow = Contents("awq", {"model.layers.0.up_proj": (24, 64)}, {"model.layers.0.up_proj": Grid(group_size=32)})
+    assert any("cut a packed word of 8" in line for line in problems(Vllm(tensor_parallel=2), narrow))
+    assert problems(Vllm(tensor_parallel=3), narrow) == []
+
+
+def test_a_length_beyond_the_models_is_refused() -> None:
+    (line,) = problems(Vllm(max_model_len=4096), contents())
+    assert "max_model_len 4096, and the model has 2048 positions" in line
+    assert problems(Vllm(max_model_len=2048), contents()) == []
+    scaled = contents(config={"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert problems(Vllm(max_model_len=4096), scaled) == []
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_tgi_leaves_no_layer_of_these_out(format: str) -> None:
+    (line,) = problems(Tgi(), contents(format=format, schemes={"mlp.down_proj": None}))
+    assert "TGI wants every linear" in line
+    assert "model.layers.0.mlp.down_proj" in line
+    assert problems(Vllm(), contents(format=format, schemes={"mlp.down_proj": None})) == []
+
+
+def test_the_cpu_kernel_wants_multiples_of_32() -> None:
+    odd = Contents("gptq", {"model.layers.0.up_proj": (72, 64)}, {"model.layers.0.up_proj": Grid(group_size=64)})
+    assert any("multiples of 32, and it is 72 x 64" in line for line in problems(Vllm(device="cpu"), odd))
+    assert problems(Vllm(), odd) == []
+
+
+def job(folder: Any, family: str = "llama", **keys: Any) -> Any:
+    build(family, folder)
+    small = {"weights": {"group_size": 32}, "method": {"name": "rtn"}, "model": str(folder)}
+    return prepare(parse(small | keys), resolve(str(folder), cache=folder))
+
+
+def test_a_job_is_refused_for_its_shapes_before_the_work(tmp_path: Any) -> None:
+    with pytest.raises(BadInput, match=r"targets: vLLM split over 2 GPUs would cut a scale group of 32 .*down_proj"):
+        check_job(job(tmp_path, targets=[{"name": "vllm", "tensor_parallel": 2}]))
+    formats = ["gptq", "compressed-tensors"]
+    both = job(
+        tmp_path,
+        targets=["vllm", {"name": "triton"}],
+        formats=formats,
+        weights={"bits": 4, "group_size": 32, "symmetric": False},
     )
+    assert check_job(both) == {"vllm": "compressed-tensors", "triton": "compressed-tensors"}
+    with pytest.raises(BadInput, match=r"needs one scheme for all of them"):
+        check_job(job(tmp_path, ignore=["*v_proj"], targets=["vllm"]))
 
 
-@pytest.mark.parametrize(
-    ("grid", "activations"),
-    [(W4, None), (W8, INT8), (W8, Activations(type="int8", dynamic=False, symmetric=False)), (W4, INT8)],
-    ids=str,
-)
-def test_nothing_is_said_of_what_vllm_loads(grid: Grid, activations: Activations | None) -> None:
-    assert lints(grid, activations) == []
+def test_advice_is_for_recipes_that_name_no_target(tmp_path: Any) -> None:
+    eight = {"weights": {"bits": 8, "group_size": 32}}
+    assert any("vLLM on a CPU does not take" in line for line in advice(job(tmp_path, **eight)))
+    assert not any("on a CPU" in line for line in advice(job(tmp_path, targets=["vllm"], **eight)))
+    assert any(line.startswith("tensor parallelism up to 1") for line in advice(job(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    ("grid", "activations", "said"),
-    [
-        (W8, None, "no kernel for int8 channel sym weights with 16-bit activations"),
-        (Grid(group_size=-1), None, "fails on int4 channel sym weights with its default kernel"),
-        (Grid(type="fp8"), FP8, "no kernel for fp8 weights"),
-        (Grid(type="nvfp4"), None, "no kernel for nvfp4 weights"),
-        (Grid(bits=8, group_size=64), INT8, "set weights.group_size: -1"),
-        (Grid(bits=8, group_size=-1, symmetric=False), INT8, "set weights.symmetric: true"),
-        (W4, Activations(type="int8", dynamic=False), "leave activations.dynamic out"),
-        (W4, FP8, "on Hopper GPUs only"),
-    ],
-    ids=str,
-)
-def test_one_line_says_what_vllm_refuses(grid: Grid, activations: Activations | None, said: str) -> None:
-    (line,) = lints(grid, activations)
-    assert said in line
-    assert "vLLM" in line
+def test_advice_on_experts(tmp_path: Any) -> None:
+    found = advice(job(tmp_path, "qwen3_moe", weights={"type": "nvfp4"}))
+    assert any("answers wrongly" in line for line in found)
+    inputs = advice(job(tmp_path, "qwen3_moe", weights={"type": "fp8"}, activations={"type": "fp8"}))
+    assert any("leaves the inputs of experts in 16 bit" in line for line in inputs)
+    assert not any("experts" in line for line in advice(job(tmp_path, weights={"type": "nvfp4"})))
 
 
-def test_hopper_wants_group_128() -> None:
-    assert any("set weights.group_size: 128" in line for line in lints(Grid(group_size=64), FP8))
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
+def test_an_artifact_is_seen_as_the_job_that_makes_it(format: str, tmp_path: Any) -> None:
+    grid = Grid(group_size=32)
+    make(tmp_path / "made", format, uniform(grid, dense=("mlp.down_proj",)))
+    found = of_artifact(Artifact(tmp_path / "made"))
+    planned = of_job(job(tmp_path / "plain", ignore=["*down_proj"], formats=[format]), format)
+    assert (found.format, found.shapes, found.scattered) == (format, planned.shapes, False)
+    assert {n: g and (g.bits, g.group_size) for n, g in found.schemes.items()} == {
+        n: g and (g.bits, g.group_size) for n, g in planned.schemes.items()
+    }
+    assert (found.heads, found.kv_heads, found.positions) == (4, 2, 128)
 
 
-@pytest.mark.parametrize(
-    ("grid", "activations", "said"),
-    [
-        (Grid(type="nvfp4"), None, "answers wrongly"),
-        (Grid(type="mxfp8"), None, "does not load experts of mxfp8"),
-        (W8, INT8, "does not load experts of int8"),
-        (Grid(type="fp8"), FP8, "leaves the inputs of experts in 16 bit"),
-    ],
-    ids=str,
-)
-def test_experts_are_for_vllm(grid: Grid, activations: Activations | None, said: str) -> None:
-    assert any(said in line for line in lints(grid, activations, "model.layers.0.mlp.experts.3.up_proj"))
-    assert not any(said in line for line in lints(grid, activations))
-
-
-@pytest.mark.parametrize(
-    ("grid", "most"),
-    [(Grid(group_size=64), 2), (Grid(group_size=-1), 8), (Grid(type="fp8", group_size=0), 8), (Grid(type="mxfp4"), 4)],
-    ids=str,
-)
-def test_tensor_parallelism_ends_where_a_group_would_be_cut(grid: Grid, most: int) -> None:
-    name = "model.layers.0.mlp.down_proj"
-    lines = servability(("compressed-tensors",), {name: (512, 1408)}, {name: grid}, shuffled=False)
-    said = [line for line in lines if "tensor parallelism" in line]
-    assert said == [] if most == 8 else said[0].startswith(f"tensor parallelism up to {most}:")
+def test_activations_count(tmp_path: Any) -> None:
+    static = contents(Grid(bits=8, group_size=-1), activations=Activations(type="int8", dynamic=False))
+    assert problems(Vllm(), static) == []
+    assert any("with int8 static activations" in line for line in problems(Tgi(), static))

@@ -76,7 +76,7 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     )
 
 
-def tiny(name: str, **settings: Any) -> Any:
+def tiny(name: str, noise: float = 0.2, **settings: Any) -> Any:
     """A random model of two blocks whose weights are bf16 numbers, so that the conversion loses nothing."""
     torch.manual_seed(0)
     size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -88,7 +88,7 @@ def tiny(name: str, **settings: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, or a swap of two of them would not show
-            parameter.copy_((parameter + 0.2 * torch.randn_like(parameter)).to(torch.bfloat16))
+            parameter.copy_((parameter + noise * torch.randn_like(parameter)).to(torch.bfloat16))
     return model
 
 
@@ -99,11 +99,12 @@ def write_gguf(
     pre: str = "qwen2",
     extra: dict[str, Any] | None = None,
     blocks: int | None = None,
+    context: int = 64,
 ) -> Path:
     """`model` the way llama.cpp's converter writes it, in float32; `blocks`: a false number of blocks."""
     c = model.config
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(64)
+    writer.add_context_length(context)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(96)
     writer.add_block_count(blocks or c.num_hidden_layers)

@@ -61,3 +61,10 @@ def test_a_stage_that_fails_is_not_remembered_as_done(bench: Bench) -> None:
     with pytest.raises(OSError, match="no"):
         bench.run({"windows": 32}, fails=True)
     assert bench.run({"windows": 16}) == {"times": 2}
+
+
+def test_an_outcome_that_failed_is_not_kept(bench: Bench) -> None:
+    stage = Stage("smoke", {}, (), lambda: {"verdict": "FAILED"}, failed=lambda said: said["verdict"] == "FAILED")
+    for _ in range(2):
+        Ledger(bench.out, bench.notes.append).run(stage)
+    assert bench.notes == ["smoke: again, because it failed"]

@@ -6,16 +6,12 @@ vLLM for machines without a GPU lives in an environment of its own, .venv-vllm; 
 Python that has vLLM, QUANTPRESS_VLLM_MODEL another model than the embedded default.
 """
 
-import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +20,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from quantpress.export.serving import SERVERS, Options, serve
+from quantpress.export.serving.client import Client
+from quantpress.quantize import machine
 from quantpress.quantize.activations import round_inputs
 from quantpress.quantize.artifact import Artifact
 
 OWN = Path(__file__).parents[2] / ".venv-vllm/bin/python"
 PYTHON = os.environ.get("QUANTPRESS_VLLM_PYTHON") or (str(OWN) if OWN.is_file() else None)
 MODEL = os.environ.get("QUANTPRESS_VLLM_MODEL", "smollm2-135m")
-STARTUP_S = 300
 TEXT = (
     "The Amazon rainforest covers most of the Amazon basin of South America. This basin encompasses seven million "
     "square kilometres, of which five and a half million are covered by the forest. The majority of it lies within "
@@ -48,7 +46,6 @@ RECIPES = {
 # Mean and largest absolute difference allowed in log-probability: vLLM computes in bfloat16, the expectation in
 # float32. With AMX vLLM's 4-bit kernel rounds the activations to int8 too.
 KERNELS = {"weights-only": ("0", 0.06, 0.5), "int8-activations": ("1", 0.5, 5.0)}
-AMX = "amx_int8" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,52 +112,12 @@ def behind(model: Any, prompt: list[int], chosen: list[int]) -> torch.Tensor:
 
 
 @contextmanager
-def server(folder: Path, kernel: str, log: Path) -> Iterator[str]:
-    """vLLM's OpenAI server on `folder`; the whole process group ends with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [PYTHON or "", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--max-model-len", "1024", "--max-num-seqs", "4", "--served-model-name", "it"]
-    env = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": kernel, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    env.setdefault("OMP_NUM_THREADS", "2")
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait(url, child, log)
-        yield url
-    finally:
-        for kind in (signal.SIGTERM, signal.SIGKILL):  # the engine is another process of the same group
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(child.pid, kind)
-                child.wait(30)
-
-
-def wait(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when the server answers; fail with the end of its log when it ends or takes too long."""
-    end = time.monotonic() + STARTUP_S
-    while time.monotonic() < end:
-        if child.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"vLLM did not start (status {child.poll()}):\n" + log.read_text(errors="replace")[-4000:])
-
-
-def complete(url: str, **request: Any) -> dict[str, Any]:
-    body = json.dumps({"model": "it", "temperature": 0, **request}).encode()
-    asked = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(asked, timeout=120) as answer:
-        choice: dict[str, Any] = json.load(answer)["choices"][0]
-    return choice
+def server(folder: Path, kernel: str, log: Path) -> Iterator[Client]:
+    """vLLM's OpenAI server on `folder`, with the 4-bit kernel that the switch chooses."""
+    row = SERVERS["vllm"]
+    row = replace(row, environment=lambda: {**SERVERS["vllm"].environment(), "VLLM_CPU_INT4_W4A8": kernel})
+    with serve(row, folder, log, Options(python=PYTHON)) as running, Client(running.url, running.model) as client:
+        yield client
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -170,14 +127,14 @@ def test_vllm_answers_like_the_dequantized_weights(
     switch, mean, largest = KERNELS[kernel]
     if Artifact(artifact).activations is not None:  # bfloat16 noise moves rounded inputs by whole steps
         _, mean, largest = KERNELS["int8-activations"]
-    if kernel == "int8-activations" and not AMX:
+    if kernel == "int8-activations" and not machine.has_amx():
         pytest.skip("this processor has no AMX: vLLM would take the weights-only kernel again")
     if kernel == "int8-activations" and Artifact(artifact).activations is not None:
         pytest.skip("the switch is for files with 16-bit activations")
     prompt = ids[: len(ids) // 2]
-    with server(artifact, switch, tmp_path / "server.log") as url:
-        scored = complete(url, prompt=ids, max_tokens=1, echo=True, logprobs=1)
-        written = complete(url, prompt=prompt, max_tokens=24, return_token_ids=True)
+    with server(artifact, switch, tmp_path / "server.log") as client:
+        scored = client.complete(ids, 1, echo=True, logprobs=1).choice
+        written = client.complete(prompt, 24, return_token_ids=True).choice
     found = torch.tensor(scored["logprobs"]["token_logprobs"][1 : len(ids)])
     assert len(found) == len(ids) - 1
     off = (found - scored_by(model, ids)).abs()

@@ -1,0 +1,39 @@
+"""llama.cpp: llama-server on a GGUF file.
+
+Flags: tools/server/README.md of ggml-org/llama.cpp; images: ghcr.io/ggml-org/llama.cpp, a tag for each build.
+"""
+
+from quantpress.quantize.recipe import LlamaCpp
+
+from .server import HOST, MODEL, PORT, Deployment, Server
+from .vllm import completion
+
+BUILD = "b10423"
+_HEALTH = "/health"
+_ALL_LAYERS = "999"  # more than any model has
+
+
+def server(target: LlamaCpp, model: Deployment) -> Server:
+    """How to start it."""
+    cuda = target.device == "cuda"
+    arguments = ["--model", f"{MODEL}/{model.file}", "--alias", model.name, "--host", HOST, "--port", PORT]
+    arguments += ["--parallel", str(target.max_num_seqs)]
+    if target.max_model_len is not None:  # the context is shared by the slots
+        arguments += ["--ctx-size", str(target.max_model_len * target.max_num_seqs)]
+    arguments += ["--n-gpu-layers", _ALL_LAYERS] if cuda else []
+    arguments += ["--offline"]
+    return Server(
+        name=model.name,
+        title=f"llama.cpp {BUILD}" + (" on a GPU" if cuda else ""),
+        image=f"ghcr.io/ggml-org/llama.cpp:{'server-cuda' if cuda else 'server'}-{BUILD}",
+        local=("llama-server",),
+        entrypoint=("/app/llama-server",),
+        arguments=tuple(arguments),
+        needs="llama-server of llama.cpp",
+        port=target.port,
+        health=_HEALTH,
+        check=("curl", "-fsS", f"http://127.0.0.1:{target.port}{_HEALTH}"),
+        probe=completion(model.name, target.port),
+        resources=model.resources,
+        cuda=cuda,
+    )

@@ -1,0 +1,24 @@
+"""Artifacts on real servers: started, talked to, compared with our own forward, timed, and always ended."""
+
+from .containers import composed
+from .process import ServerFailed
+from .records import Check, Serving, read
+from .servers import SERVERS, Options, Running, Server, installed, reach, serve
+from .smoke import Listener, smoke
+
+__all__ = [
+    "SERVERS",
+    "Check",
+    "Listener",
+    "Options",
+    "Running",
+    "Server",
+    "ServerFailed",
+    "Serving",
+    "composed",
+    "installed",
+    "reach",
+    "read",
+    "serve",
+    "smoke",
+]

@@ -1,0 +1,115 @@
+"""The server's greedy answers against our own forward on the same artifact, read back through its own format."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantpress.quantize import machine
+from quantpress.quantize.artifact import Artifact, open_artifact
+from quantpress.quantize.calibration import encode
+from quantpress.quantize.model import Skeleton, run_block
+
+from .client import Client, Step
+from .records import Agreement, Tolerance
+
+PROMPTS = (
+    "The Amazon rainforest covers most of the Amazon basin of South America. This basin encompasses",
+    "To make a cup of tea, first boil the water, then",
+    "The first computers were large machines that filled whole rooms, and",
+)
+TOKENS = 24
+_TOP = 5
+
+# Absolute differences in log-probability, on average and at most. Ours is float32; the servers' sums are bfloat16.
+_SIXTEEN_BIT = Tolerance(kernel="16-bit sums", mean=0.06, largest=0.5)
+_ROUNDED = Tolerance(kernel="rounded inputs", mean=0.5, largest=5.0)  # 16-bit noise moves inputs by whole steps
+_LLAMA_CPP = Tolerance(kernel="llama.cpp: inputs rounded to 8 bits in blocks of 32", mean=0.15, largest=1.0)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A greedy answer as token ids; steps with log-probabilities where the server gives them."""
+
+    prompt: list[int]
+    tokens: list[int]
+    steps: list[Step]
+
+
+def ask(client: Client, tokenizer: Any, takes_ids: bool, gives_logprobs: bool) -> list[Continuation]:
+    """What the server makes of the prompts. Without ids from the server its text is tokenised again."""
+    more = {"logprobs": _TOP, "return_tokens_as_token_ids": True} if gives_logprobs else {}
+    found = []
+    for text in PROMPTS:
+        prompt: list[int] = tokenizer(text)["input_ids"]
+        answer = client.complete(prompt if takes_ids else text, TOKENS, **more)
+        steps = answer.steps()
+        tokens = [step.token for step in steps] or encode(tokenizer, answer.text)
+        found.append(Continuation(prompt, tokens, steps))
+    return [one for one in found if one.tokens]
+
+
+def compare(folder: Path, answers: Sequence[Continuation], tolerance: Tolerance) -> Agreement:
+    """Our forward over each prompt and answer, block by block, in float32; `folder` is the artifact, or the checkpoint
+    that a .gguf file was dequantized to."""
+    _, skeleton = open_artifact(folder, machine.device(), torch.float32)
+    ours = log_probabilities(skeleton, [torch.tensor(one.prompt + one.tokens) for one in answers])
+    equal, behind, off = 0, 0.0, []
+    for one, scores in zip(answers, ours, strict=True):
+        scores = scores[len(one.prompt) - 1 : -1]  # row i scores token i
+        tokens = torch.tensor(one.tokens)
+        gaps = scores.amax(-1) - scores.gather(1, tokens[:, None])[:, 0]
+        behind = max(behind, float(gaps.max()))
+        equal += int((scores.argmax(-1) == tokens).long().cumprod(0).sum())
+        for row, step in zip(scores, one.steps, strict=bool(one.steps)):
+            off += [abs(float(row[token]) - logprob) for token, logprob in step.top.items()]
+    return Agreement(
+        answers=len(answers), tokens=sum(len(one.tokens) for one in answers), equal_tokens=equal, behind=behind,
+        logprobs=len(off), logprob_mean=sum(off) / len(off) if off else None, logprob_largest=max(off, default=None),
+        tokens_from="ids" if all(one.steps for one in answers) else "text", tolerance=tolerance,
+    )  # fmt: skip
+
+
+def log_probabilities(skeleton: Skeleton, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Log-probabilities [len, vocab], float32, of what follows each token of each sequence [len]; each block is read
+    once."""
+    skeleton.open_shell()
+    hidden = [skeleton.embed(ids[None]).cpu() for ids in sequences]
+    arguments = [skeleton.block_arguments(len(ids)) for ids in sequences]
+    for k, block in skeleton.blocks():
+        for states, args in zip(hidden, arguments, strict=True):
+            run_block(block, states, args[k], device=skeleton.device, batch=1)
+    return [skeleton.logits(states[0]).float().log_softmax(-1).cpu() for states in hidden]
+
+
+def tolerance_for(server: str, artifact: Path, folder: Path) -> Tolerance:
+    """What the kernel that the server takes for this artifact may be off; `folder` as for `compare`."""
+    if artifact.suffix == ".gguf":
+        return _LLAMA_CPP
+    reader = Artifact(folder)
+    four_bit = any(grid.type == "int" and grid.bits == 4 for grid in reader.linears.values())
+    # vLLM's 4-bit kernel on a CPU with AMX rounds the inputs to int8, whatever the file says.
+    amx = server != "transformers" and machine.device().type == "cpu" and machine.has_amx()
+    if reader.activations is not None or (four_bit and amx):
+        return _ROUNDED
+    return _SIXTEEN_BIT
+
+
+def judged(found: Agreement) -> tuple[bool, str]:
+    """Whether the agreement is within its tolerance, and the line that says so."""
+    allowed = found.tolerance
+    line = (
+        f"{found.equal_tokens} of {found.tokens} greedy tokens equal up to the first difference, at most "
+        f"{found.behind:.3f} behind ours in log-probability"
+    )
+    within = found.behind <= allowed.largest
+    if found.logprob_mean is not None and found.logprob_largest is not None:
+        line += (
+            f"; {found.logprobs} log-probabilities off by {found.logprob_mean:.4f} on average and "
+            f"{found.logprob_largest:.3f} at most"
+        )
+        within = within and found.logprob_mean <= allowed.mean and found.logprob_largest <= allowed.largest
+    return within, f"{line} (allowed {allowed.mean} and {allowed.largest}, {allowed.kernel})"

@@ -1,0 +1,264 @@
+"""Talking to an OpenAI-compatible server, with the time each chunk of a stream arrived."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+from httpx_sse import SSEError, connect_sse
+
+_TIMEOUT_S = 300.0  # for one answer; a CPU is slow
+_QUOTED = 300
+# Servers close connections that are idle, or that have answered so many requests; one reused as it is being closed
+# would look like a server gone. So each request has its own, and its time includes connecting.
+_LIMITS = httpx.Limits(max_keepalive_connections=0)
+
+
+class ServerError(Exception):
+    """The server did not answer as asked: one line that says how."""
+
+
+class Refused(ServerError):
+    """An HTTP status that is not 200, with what the server said."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"status {status}: {' '.join(_message(said).split())[:_QUOTED]}")
+        self.status, self.said = status, said
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+Prompt = str | Sequence[int]  # text or token ids
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token: its log-probability, and those of the likeliest tokens by id."""
+
+    token: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer. Counts are of tokens, as the server says; None where it does not."""
+
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    choice: dict[str, Any] = field(repr=False)
+
+    def steps(self) -> list[Step]:
+        """The generated tokens by id; empty when the server gives no log-probabilities or no ids."""
+        return _steps(self.choice.get("logprobs") or {})
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A streamed answer. times: when each chunk with text arrived, seconds from the request; seconds: the whole."""
+
+    text: str
+    times: tuple[float, ...]
+    seconds: float
+    done: bool  # [DONE] came, and came last
+    content_type: str
+    finish_reason: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+def at_once(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """`work` on all items at the same time; raises the first of their errors.
+
+    Threads that nobody waits for when we are interrupted: a server that hangs would hold us up with it.
+    """
+    results: dict[int, _Result] = {}
+    errors: list[Exception] = []
+
+    def run(number: int) -> None:
+        try:
+            results[number] = work(items[number])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(items))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(items))]
+
+
+class Client:
+    """Requests to one model of a server at `url` (without /v1). Every failure is a ServerError."""
+
+    def __init__(self, url: str, model: str | None, api_key: str | None = None, *, loopback: bool = True) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # A proxy of the environment is for the world outside, not for a server on this machine.
+        self._http = httpx.Client(
+            base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=not loopback, limits=_LIMITS
+        )
+        self._model = model
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    @property
+    def model(self) -> str:
+        """The name requests give the model: the first the server lists when none was given."""
+        if self._model is None:
+            listed = self.models()
+            if not listed:
+                raise ServerError("the server lists no model")
+            self._model = str(listed[0]["id"])
+        return self._model
+
+    def models(self) -> list[dict[str, Any]]:
+        """What GET /v1/models lists."""
+        listed = self._checked(lambda: self._http.get("/v1/models")).get("data")
+        if not isinstance(listed, list) or not all(isinstance(m, dict) and "id" in m for m in listed):
+            raise ServerError(f"/v1/models: no list of models with ids in `data`: {str(listed)[:_QUOTED]}")
+        return listed
+
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and answer that the server says it takes, as vLLM lists it; None where it does not say."""
+        told = [model.get("max_model_len") for model in self.models() if model["id"] == self.model]
+        return told[0] if told and isinstance(told[0], int) else None
+
+    def alive(self) -> bool:
+        """Whether the server still answers a short request."""
+        try:
+            self.complete("Hello", 1)
+        except ServerError:
+            return False
+        return True
+
+    def complete(self, prompt: Prompt, max_tokens: int, **more: Any) -> Answer:
+        """POST /v1/completions; greedy unless `more` says otherwise."""
+        body = self._body(max_tokens, more) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+        return _answer(self._checked(lambda: self._http.post("/v1/completions", json=body)))
+
+    def chat(self, messages: Messages, max_tokens: int, **more: Any) -> Answer:
+        """POST /v1/chat/completions; greedy unless `more` says otherwise."""
+        body = self._body(max_tokens, more) | {"messages": list(messages)}
+        return _answer(self._checked(lambda: self._http.post("/v1/chat/completions", json=body)))
+
+    def stream(self, prompt: Prompt, max_tokens: int, **more: Any) -> Stream:
+        """POST /v1/completions with `stream`; raises ServerError when the stream breaks off or is none."""
+        body = self._body(max_tokens, more) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        texts: list[str] = []
+        times: list[float] = []
+        done, finish = False, None
+        usage: dict[str, Any] = {}
+        started = time.perf_counter()
+        try:
+            with connect_sse(self._http, "POST", "/v1/completions", json=body) as events:
+                response = events.response
+                if response.status_code != httpx.codes.OK:
+                    raise Refused(response.status_code, response.read().decode(errors="replace"))
+                for event in events.iter_sse():
+                    now = time.perf_counter() - started
+                    if done:
+                        raise ServerError(f"the stream goes on after [DONE]: {event.data[:_QUOTED]}")
+                    if event.data == "[DONE]":
+                        done = True
+                        continue
+                    chunk = _parsed(event.data)
+                    usage = chunk.get("usage") or usage
+                    for choice in chunk.get("choices", []):
+                        finish = choice.get("finish_reason") or finish
+                        if choice.get("text"):
+                            texts.append(choice["text"])
+                            times.append(now)
+        except SSEError as error:
+            raise ServerError(f"not a stream of events: {error}") from error
+        except httpx.TransportError as error:
+            raise ServerError(f"the stream broke off after {len(times)} chunks: {_why(error)}") from error
+        return Stream(
+            "".join(texts), tuple(times), time.perf_counter() - started, done,
+            response.headers.get("content-type", ""), finish,
+            usage.get("prompt_tokens"), usage.get("completion_tokens"),
+        )  # fmt: skip
+
+    def _body(self, max_tokens: int, more: dict[str, Any]) -> dict[str, Any]:
+        return {"model": self.model, "max_tokens": max_tokens, "temperature": 0} | more
+
+    def _checked(self, send: Any) -> dict[str, Any]:
+        try:
+            response: httpx.Response = send()
+        except httpx.TransportError as error:
+            raise ServerError(f"no answer: {_why(error)}") from error
+        if response.status_code != httpx.codes.OK:
+            raise Refused(response.status_code, response.text)
+        return _parsed(response.text)
+
+
+def _message(said: str) -> str:
+    """What an error says in words: {"error": {"message": …}}, {"message": …}, {"detail": …} or plain text."""
+    try:
+        document = json.loads(said)
+    except ValueError:
+        return said
+    inner = document.get("error", document) if isinstance(document, dict) else document
+    words = inner.get("message", inner.get("detail")) if isinstance(inner, dict) else inner
+    return words if isinstance(words, str) else said
+
+
+def _why(error: httpx.TransportError) -> str:
+    return f"{type(error).__name__} {error}".strip()
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except ValueError:
+        raise ServerError(f"not JSON: {text[:_QUOTED]}") from None
+    if not isinstance(document, dict):
+        raise ServerError(f"not a JSON object: {text[:_QUOTED]}")
+    if document.get("error"):
+        raise ServerError(f"an error in place of an answer: {str(document['error'])[:_QUOTED]}")
+    return document
+
+
+def _answer(document: dict[str, Any]) -> Answer:
+    choices = document.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise ServerError(f"no `choices` in the answer: {str(document)[:_QUOTED]}")
+    choice, usage = choices[0], document.get("usage") or {}
+    text = choice["message"].get("content") if "message" in choice else choice.get("text")
+    return Answer(
+        text or "", choice.get("finish_reason"), usage.get("prompt_tokens"), usage.get("completion_tokens"), choice
+    )
+
+
+def _steps(found: dict[str, Any]) -> list[Step]:
+    """llama.cpp lists `content` with ids; vLLM gives parallel lists with tokens named `token_id:7` when asked to."""
+    if "content" in found:
+        rows = found["content"] or []
+        if any("id" not in row for row in rows):
+            return []
+        return [Step(r["id"], r["logprob"], {t["id"]: t["logprob"] for t in r["top_logprobs"]}) for r in rows]
+    tokens = found.get("tokens") or []
+    if not all(str(token).startswith("token_id:") for token in tokens):
+        return []
+    tops = found.get("top_logprobs") or [{}] * len(tokens)
+    return [
+        Step(_id(token), logprob, {_id(name): value for name, value in (top or {}).items()})
+        for token, logprob, top in zip(tokens, found["token_logprobs"], tops, strict=True)
+    ]
+
+
+def _id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))

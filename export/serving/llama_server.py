@@ -1,0 +1,27 @@
+"""llama.cpp's own HTTP server out of the package xllamacpp: `python llama_server.py MODEL PORT CONTEXT SLOTS NAME`.
+
+A script for whichever interpreter has the package: it imports nothing else, and ends when it is told to.
+"""
+
+import signal
+import sys
+
+import xllamacpp
+
+
+def main(model: str, port: int, context: int, slots: int, name: str) -> None:
+    """Serve `slots` requests at a time, each with `context` tokens; returns on SIGTERM."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])  # for every thread of the server
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.model_alias = {name}
+    params.hostnames, params.port = ["127.0.0.1"], port
+    params.n_ctx, params.n_parallel = context * slots, slots  # n_ctx is shared out among the slots
+    params.ui = False
+    server = xllamacpp.Server(params)
+    print(f"serving {model} at {server.listening_address}", flush=True)  # noqa: T201
+    signal.sigwait([signal.SIGTERM, signal.SIGINT])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

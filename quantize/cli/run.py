@@ -1,0 +1,199 @@
+"""The command that makes a release: every stage of a recipe in one run folder, and only those that have changed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import BadInput
+from ..files import file_sha256, read_manifest, write_json
+from ..recipe import Recipe, Target
+from .app import app
+from .evaluate import github_summary
+from .shared import (
+    JsonOpt,
+    LimitsOpt,
+    ModelOpt,
+    OutOpt,
+    OverwriteOpt,
+    PickleOpt,
+    RecipeArg,
+    SetOpt,
+    TrustOpt,
+    chosen_recipe,
+    default_out,
+    err_console,
+    out_console,
+)
+from .smoke import smoke_stage
+from .work import evaluation_windows, measure, print_results, quantize_model
+
+if TYPE_CHECKING:
+    from quantpress.eval.measure import Prepared
+    from quantpress.eval.records import Results
+
+    from ..ledger import Ledger
+
+
+@app.command()
+def run(
+    recipe: RecipeArg = "w4a16-gptq",
+    model: ModelOpt = None,
+    out: OutOpt = None,
+    sets: SetOpt = [],  # noqa: B006
+    overwrite: OverwriteOpt = False,
+    ignore_limits: LimitsOpt = False,
+    allow_pickle: PickleOpt = False,
+    trust_remote_code: TrustOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """The whole recipe: quantize, export, verify, evaluate, smoke test, report. Run again, only what changed."""
+    chosen = chosen_recipe(recipe, model, sets)
+    where = out or default_out(chosen)
+    # Read before the work, so that what cannot be used does not cost a run.
+    text = None if chosen.evaluation is None else evaluation_windows(chosen, allow_pickle, trust_remote_code)
+    _check_server(chosen)
+    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
+    release = _Release(chosen, where, allow_pickle, trust_remote_code, quiet=as_json)
+    for target in chosen.targets:
+        release.export(target)
+    release.verify()
+    results = None if text is None else release.evaluate(text)
+    served = release.smoke()
+    page = release.report() if results is not None else None
+    if as_json:
+        document = {"out": str(where), "report": page and str(page), "results": results and results.document()}
+        stages = {name: stage["summary"] for name, stage in read_manifest(where).get("stages", {}).items()}
+        print(json.dumps(document | {"stages": stages}))  # noqa: T201
+    else:
+        _print(where, page, results)
+    if results is not None:
+        github_summary(chosen.name, results)
+    if served == "FAILED":
+        raise typer.Exit(1)
+    if results is not None and results.gates.missed:
+        raise typer.Exit(3)
+
+
+@dataclass(frozen=True)
+class _Release:
+    """The stages after the artifact is there; `out` is the run folder."""
+
+    recipe: Recipe
+    out: Path
+    allow_pickle: bool
+    trust: bool
+    quiet: bool
+
+    @property
+    def _ledger(self) -> "Ledger":
+        from ..ledger import Ledger
+
+        return Ledger(self.out, lambda line: err_console.print(f"note: {line}", markup=False, soft_wrap=True))
+
+    @property
+    def _artifact(self) -> dict[str, str]:
+        """What every stage reads: the artifact, by its bytes, and the version of what reads it."""
+        manifest = read_manifest(self.out)
+        digest = hashlib.sha256(json.dumps(manifest["artifact"]["files"], sort_keys=True).encode()).hexdigest()
+        return {"artifact": digest, "quantpress": manifest["quantpress"]}
+
+    def export(self, target: Target) -> None:
+        from quantpress.export.package import export
+
+        from ..ledger import Stage
+
+        def work() -> dict[str, Any]:
+            made = export(self.out, target, overwrite=True)
+            return {"folder": f"export/{target.name}", "format": made.format, "converted_from": made.converted_from}
+
+        inputs = self._artifact | {"target": target.model_dump(mode="json")}
+        self._ledger.run(Stage(f"export {target.name}", inputs, (f"export/{target.name}/SHA256SUMS",), work))
+
+    def verify(self) -> None:
+        """Every file as the manifest says and every tensor as its config says: cheap next to the rest, so each time."""
+        from quantpress.export.verify import verify
+
+        _, wrong = verify(self.out)
+        if wrong:
+            more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
+            raise BadInput(f"{wrong[0]}{more}; quantpress verify {self.out} says all, --overwrite makes it anew")
+
+    def evaluate(self, text: "Prepared") -> "Results":
+        """What was measured, judged by the gates as they are now."""
+        from quantpress.eval.gates import judge
+        from quantpress.eval.junit import write_junit
+        from quantpress.eval.records import read_results
+
+        from ..ledger import Stage
+
+        def work() -> dict[str, Any]:
+            found = measure(self.out, self.recipe, text, self.allow_pickle, self.trust)
+            return {"seconds": found.seconds, "device": found.device}
+
+        assert self.recipe.evaluation is not None
+        wanted = self.recipe.evaluation.model_dump(mode="json")
+        files = {task.file: file_sha256(Path(task.file)) for task in self.recipe.evaluation.tasks if task.file}
+        inputs = self._artifact | {"evaluation": wanted, "text": text.text.tokens.sha256, "task files": files}
+        self._ledger.run(Stage("eval", inputs, ("eval/results.json",), work))
+        results = read_results(self.out)
+        judged = results.model_copy(update={"gates": judge(self.recipe.gates, results)})
+        if judged != results:
+            write_json(self.out / "eval" / "results.json", judged.document())
+            write_junit(self.out / "eval" / "junit.xml", self.recipe.name, judged)
+        return judged
+
+    def smoke(self) -> str | None:
+        """The verdict of the smoke test, None without one. One that failed is made again each time."""
+        from ..ledger import Stage
+
+        settings = self.recipe.smoke
+        if settings is None:
+            return None
+
+        def work() -> Mapping[str, Any]:
+            record = smoke_stage(_served(self.out), self.out, settings, self.quiet)
+            return {"verdict": record.verdict, "server": record.server, "version": record.version}
+
+        inputs = self._artifact | {"smoke": settings.model_dump(mode="json")}
+        stage = Stage("smoke", inputs, ("eval/serving.json",), work, failed=lambda said: said["verdict"] == "FAILED")
+        return str(self._ledger.run(stage)["verdict"])
+
+    def report(self) -> Path:
+        from quantpress.eval.report import write_report
+
+        return write_report(self.out)
+
+
+def _served(out: Path) -> Path:
+    """What a server is given: the folder, or the first .gguf file in it."""
+    files = sorted((out / "quantized").glob("*.gguf"))
+    return files[0] if files else out / "quantized"
+
+
+def _check_server(recipe: Recipe) -> None:
+    """Raise BadInput when the smoke test's server is not there."""
+    settings = recipe.smoke
+    if settings is None or settings.server == "url":
+        return
+    from quantpress.export.serving.servers import SERVERS, interpreter
+
+    try:
+        interpreter(SERVERS[settings.server], settings.python)
+    except BadInput as error:
+        raise BadInput(f"smoke.server {settings.server}: {error}; or --set smoke=null leaves the test out") from None
+
+
+def _print(where: Path, page: Path | None, results: "Results | None") -> None:
+    if results is not None:
+        print_results(results)
+    out_console.print(f"artifact    {where / 'quantized'}")
+    for folder in sorted((where / "export").glob("*/")):
+        out_console.print(f"export      {folder}")
+    if page is not None:
+        out_console.print(f"report      {page}")
+    out_console.print(f"provenance  {where / 'manifest.json'}")

@@ -1,0 +1,138 @@
+"""The command that puts an artifact on a real server, and the last stage of a run."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import BadInput
+from ..recipe import Smoke
+from ..recipe import file as recipes
+from .app import app
+from .shared import JsonOpt, cache_folder, err_console, out_console, quiet_libraries
+
+if TYPE_CHECKING:
+    from quantpress.export.serving import Check, Serving
+
+_SIGNS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "skip": "skip"}
+_API_KEY = "QUANTPRESS_API_KEY"
+
+
+@app.command("smoke")
+def smoke_command(
+    artifact: Annotated[
+        Path,
+        typer.Argument(help="a run folder, a quantized folder, a .gguf file, or RUN/export/<target>: its container"),
+    ],
+    server: Annotated[str | None, typer.Option("--server", help="vllm, llama.cpp, transformers or url")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="a server that already runs: http://host:port")] = None,
+    server_python: Annotated[str | None, typer.Option(help="the interpreter that has the server")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="requests at a time; default 4")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="tokens of prompt and answer")] = None,
+    deadline: Annotated[float | None, typer.Option(help="seconds to become healthy; default 300")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="run folder for eval/serving.json and the log")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Start a real server on the artifact, check it, compare it with our own forward, time it, end it.
+
+    What is not given is as the run's recipe has it. Exit code 0 when every check passed, 1 when one failed.
+    """
+    container = artifact if (artifact / "export.json").is_file() and server is None and url is None else None
+    where, run_folder = _found(artifact)
+    given = {"server": server, "url": url, "python": server_python, "concurrency": concurrency,
+             "max_model_len": max_model_len, "deadline_s": deadline}  # fmt: skip
+    settings = _settings(run_folder, where, {key: value for key, value in given.items() if value is not None})
+    into = out or run_folder or Path("artifacts") / where.stem / "smoke"
+    record = smoke_stage(where, into, settings, container=container, quiet=as_json)
+    if as_json:
+        print(record.model_dump_json(by_alias=True))  # noqa: T201
+    if record.verdict == "FAILED":
+        raise typer.Exit(1)
+
+
+def smoke_stage(
+    artifact: Path, out: Path, settings: Smoke, quiet: bool = False, container: Path | None = None
+) -> "Serving":
+    """The smoke test as a stage of a run: tells its progress, writes `out/eval/serving.json`, returns the record.
+
+    container: an export folder whose compose.yaml starts the server, in place of settings.server.
+    """
+    quiet_libraries()
+    from quantpress.export.serving import Listener, Options, composed, smoke
+
+    options = Options(
+        settings.python, settings.url, settings.concurrency, settings.max_model_len, settings.deadline_s,
+        os.environ.get(_API_KEY),
+    )  # fmt: skip
+
+    def say(line: str) -> None:
+        err_console.print(line, markup=False, soft_wrap=True)
+
+    listener = Listener(say) if quiet else Listener(say, _tell)
+    server = settings.server if container is None else composed(container)
+    record = smoke(artifact, server, out, options, cache_folder(), listener)
+    if not quiet:
+        _print(record, out)
+    return record
+
+
+def _found(path: Path) -> tuple[Path, Path | None]:
+    """The artifact that `path` means (a folder or a .gguf file), and its run folder when it lies in one."""
+    if not path.exists():
+        raise BadInput(f"{path}: no such run folder or artifact")
+    inside = [path / name for name in ("quantized", "model") if (path / name).is_dir()]
+    artifact = inside[0] if inside else path
+    if artifact.is_dir() and not (artifact / "config.json").is_file():
+        files = sorted(artifact.glob("*.gguf"))
+        if not files:
+            raise BadInput(f"{path}: neither a run folder nor an artifact (no config.json and no .gguf file)")
+        artifact = files[0]  # of a split model the first part; it names the others
+    if artifact.is_file() and artifact.suffix != ".gguf":
+        raise BadInput(f"{path}: an artifact is a folder or a .gguf file")
+    above = list(artifact.absolute().parents)[:4]  # RUN/export/<target>/model/model.gguf
+    runs = [folder for folder in above if (folder / "manifest.json").is_file() and (folder / "quantized").is_dir()]
+    return artifact, path if (path / "quantized").is_dir() else next(iter(runs), None)
+
+
+def _settings(run_folder: Path | None, artifact: Path, given: dict[str, Any]) -> Smoke:
+    """The recipe's settings under what the command line says; without a recipe the server that reads such a file."""
+    manifest = run_folder / "manifest.json" if run_folder is not None else None
+    recipe = json.loads(manifest.read_text(encoding="utf-8"))["recipe"] if manifest and manifest.is_file() else {}
+    base = recipe.get("smoke") or {"server": "llama.cpp" if artifact.suffix == ".gguf" else "vllm"}
+    if "url" in given:
+        given = {"server": "url"} | given
+    if given.get("server", base["server"]) != base["server"]:  # its interpreter and address are not another's
+        base = {key: value for key, value in base.items() if key not in ("python", "url")}
+    chosen = recipes.parse({"smoke": base | given}, "of the smoke test").smoke
+    assert chosen is not None
+    return chosen
+
+
+def _tell(check: "Check") -> None:
+    out_console.print(f"{_SIGNS[check.status]}  {check.name:<11} {check.seconds:6.1f} s  {escape(check.reason)}")
+
+
+def _print(record: "Serving", out: Path) -> None:
+    from ..plan import size
+
+    table = Table.grid(padding=(0, 2))
+    first, between = record.ttft_ms, record.itl_ms
+    rows = {
+        "server": f"{record.server} {record.version or ''}",
+        "loaded in": None if record.load_seconds is None else f"{record.load_seconds:.1f} s",
+        "first token": None if first is None else f"{first:.0f} ms after {record.prompt_tokens} tokens",
+        "next tokens": None if between is None else
+        f"{between.p50:.1f} ms; p95 {between.p95:.1f}, p99 {between.p99:.1f}",
+        "tokens/s": ", ".join(f"{rate:.1f} at {n}" for n, rate in record.tokens_per_second.items()) or None,
+        "peak memory": None if record.peak_rss_bytes is None else size(record.peak_rss_bytes),
+        "record": str(out / "eval" / "serving.json"),
+        "verdict": record.verdict,
+    }  # fmt: skip
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, escape(value))
+    out_console.print(table)

@@ -1,0 +1,183 @@
+"""llama.cpp's mixes: which type each tensor of a file of type Q4_K_M, Q2_K … gets.
+
+The rule of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp (as vendored by llama-cpp-python 0.3.36), for the
+file types whose tensors have the types of `GgmlType`. What it has for the falcon and glm5-next architectures alone is
+left out: they are not converted.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from ..recipe import BlockGrid, GgmlType
+
+FileType = Literal[
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M",
+    "Q5_K_S", "Q5_K_M", "Q6_K",
+]  # fmt: skip
+TensorType = GgmlType | Literal["F16"]
+
+_FALLBACK: dict[str, GgmlType] = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_KEPT = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the rule looks at beside names and shapes, from the file's metadata; experts 0: it has none."""
+
+    architecture: str
+    blocks: int
+    heads: int
+    kv_heads: int
+    experts: int = 0
+
+    @property
+    def shares_values(self) -> bool:
+        """Whether four heads or more share a value head: its tensor is small, and worth more bits."""
+        return self.kv_heads > 0 and self.heads // self.kv_heads >= 4
+
+    @property
+    def is_70b(self) -> bool:
+        """llama.cpp calls these models «70B», and spends more on their values."""
+        if self.architecture == "llama":
+            return self.blocks == 80 and self.heads != self.kv_heads
+        return self.architecture in ("qwen2", "olmo", "deci") and self.blocks == 80
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The type of a tensor; wanted: the one the mix gives it, where rows are not whole blocks of that."""
+
+    type: TensorType
+    wanted: GgmlType | None = None
+
+
+def choose(
+    mix: FileType, tensors: Mapping[str, tuple[int, ...]], model: Model, *, imatrix: bool
+) -> dict[str, Choice | None]:
+    """The type of each tensor {GGUF name: shape, the columns last}; None for those that are not quantized.
+
+    imatrix: whether the file is made with an importance matrix, which moves a few tensors.
+    """
+    order = sorted(tensors, key=lambda name: (_layer(name), name))  # the rule counts tensors as it meets them
+    rule = _Rule(mix, model, imatrix, tied="output.weight" not in tensors, values=sum(map(_is_value, tensors)))
+    out: dict[str, Choice | None] = dict.fromkeys(tensors)
+    for name in order:
+        if quantizable(name, tensors[name]):
+            out[name] = fitting(rule.type_of(name, tensors[name][-1]), tensors[name][-1])
+    return out
+
+
+def quantizable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp quantizes a tensor at all; leading dimensions of 1 do not count."""
+    matrix = any(n > 1 for n in shape[:-1])
+    return matrix and name.endswith("weight") and not any(part in name for part in _KEPT)
+
+
+def fitting(wanted: GgmlType, columns: int) -> Choice:
+    """The type itself, or the fallback where its blocks do not fill rows of `columns`, or F16 where that's do not."""
+    if columns % BlockGrid(type=wanted).span(columns) == 0:
+        return Choice(wanted)
+    fallback = _FALLBACK.get(wanted, wanted)
+    if columns % BlockGrid(type=fallback).span(columns) == 0:
+        return Choice(fallback, wanted)
+    return Choice("F16", wanted)
+
+
+def default_type(mix: FileType) -> GgmlType:
+    """The type most tensors of the mix have."""
+    name = re.sub(r"_[SML]$", "", mix)
+    assert name in get_args(GgmlType)
+    return cast(GgmlType, name)
+
+
+def _layer(name: str) -> int:
+    found = _BLOCK.match(name)
+    return int(found[1]) if found else -1
+
+
+def _is_value(name: str) -> bool:
+    return any(f"{part}.weight" in name for part in ("attn_qkv", "attn_kv_b", "attn_v"))
+
+
+@dataclass
+class _Rule:
+    """The rule, and how many values and down projections it has met."""
+
+    mix: FileType
+    model: Model
+    imatrix: bool
+    tied: bool
+    values: int
+    value: int = 0
+    down: int = 0
+
+    def type_of(self, name: str, columns: int) -> GgmlType:
+        usual = default_type(self.mix)
+        if name == "output.weight" or (self.tied and name in _EMBEDDINGS):
+            whole = columns % BlockGrid(type=usual).span(columns) == 0
+            return "Q8_0" if usual == "Q8_0" or not whole else "Q6_K"
+        if name in _EMBEDDINGS:
+            return usual
+        if _is_value(name):
+            self.value += 1
+            return self._value(usual, self.value - 1)
+        if "attn_k.weight" in name:
+            return "Q8_0" if self.model.experts == 8 else usual
+        if "attn_output.weight" in name:
+            return self._attention_output(usual)
+        if "ffn_down" in name and "attn_q.weight" not in name:
+            self.down += 1
+            return self._down(usual, _layer(name) if self.model.experts > 1 else self.down - 1)
+        return usual
+
+    def _value(self, usual: GgmlType, i: int) -> GgmlType:
+        mix, many = self.mix, self.model.shares_values
+        out = usual
+        if mix == "Q2_K":
+            out = "Q4_K" if many else "Q3_K"
+        elif mix == "Q2_K_S" and many:
+            out = "Q4_K"
+        elif mix == "Q3_K_M":
+            out = "Q5_K" if i < 2 else "Q4_K"
+        elif mix == "Q3_K_L" or (mix == "Q4_K_S" and i < 4):
+            out = "Q5_K"
+        elif mix in ("Q4_K_M", "Q5_K_M") and _more_bits(i, self.values):
+            out = "Q6_K"
+        if self.model.is_70b and out in ("Q3_K", "Q4_K"):
+            out = "Q5_K"
+        return "Q8_0" if self.model.experts == 8 else out
+
+    def _attention_output(self, usual: GgmlType) -> GgmlType:
+        if self.model.experts == 8:
+            return "Q5_K" if self.mix in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M") else usual
+        more: dict[str, GgmlType] = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}
+        return more.get(self.mix, usual)
+
+    def _down(self, usual: GgmlType, i: int) -> GgmlType:
+        mix, n = self.mix, self.model.blocks
+        early = i < n // 8
+        match mix:
+            case "Q2_K":
+                return "Q3_K"
+            case "Q2_K_S" if early:
+                return "Q4_K"
+            case "Q3_K_M":
+                return "Q5_K" if i < n // 16 else "Q4_K"
+            case "Q3_K_L":
+                return "Q5_K"
+            case "Q4_K_S" if early:
+                return "Q5_K"
+            case "Q4_K_M" | "Q5_K_M" if _more_bits(i, n):
+                return "Q6_K"
+            case "Q4_0" | "Q5_0" if early and self.imatrix:
+                return "Q4_1" if mix == "Q4_0" else "Q5_1"
+        return usual
+
+
+def _more_bits(i: int, n: int) -> bool:
+    """The first and the last eighth of the layers, and every third between."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2

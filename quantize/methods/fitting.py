@@ -1,0 +1,58 @@
+"""The scales of one weight, fitted group by group in the order a rounder reaches its columns."""
+
+import torch
+from torch import Tensor
+
+from .. import ggml
+from ..grid import QuantizedLinear, collapse, encode, fit, global_scale, scale_dtype
+from ..recipe import BlockGrid, Grid
+
+
+class Fitting:
+    """Scales and zeros of `weight` [out, in] on `grid`; the weight as it was read, since its dtype decides theirs.
+
+    columns: of a group. span: columns to be shown to `reach` before the groups among them are fitted; where the grid's
+    scales have no super scale that is one group, and `reach` does nothing.
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid) -> None:
+        out_features, in_features = weight.shape
+        self.columns, self.span, self._grid = grid.columns(in_features), grid.span(in_features), grid
+        self._dtype, self._overall = scale_dtype(weight, grid), global_scale(weight, grid)
+        groups = -(-in_features // self.columns)
+        self.scales, self.zeros = weight.new_empty(2, groups, out_features, dtype=torch.float32).unbind(0)
+        self._supers = weight.new_empty(2, -(-in_features // self.span), out_features, dtype=torch.float32)
+
+    def reach(self, group: int, columns: Tensor, importance: Tensor | None) -> None:
+        """Find the super scales of the super-block that `group` is in, from all its columns [out, span]."""
+        if isinstance(self._grid, BlockGrid) and self._grid.nested:
+            at = group * self.columns // self.span
+            self._supers[:, at] = ggml.fit_super(columns, self._grid, importance)
+
+    def fit(self, group: int, columns: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale and zero [out] of `group`, from its columns [out, columns]."""
+        overall = self._supers[:, group * self.columns // self.span] if self._grid.nested else self._overall
+        found = fit(columns, self._grid, self._dtype, importance, overall)
+        self.scales[group], self.zeros[group] = found
+        return found
+
+    def linear(self, numbers: Tensor) -> QuantizedLinear:
+        """The record of `numbers` of the grid [out, in]."""
+        codes, grid = encode(numbers, self._grid).contiguous(), self._grid
+        if not isinstance(grid, BlockGrid):
+            scales = self.scales if self._overall is None else self.scales * self._overall
+            stored = collapse(scales.T, grid).to(self._dtype).contiguous()
+            zeros = collapse(self.zeros.T, grid).to(torch.uint8).contiguous()
+            return QuantizedLinear(codes, stored, zeros, grid, global_scale=self._overall)
+        zeros = torch.full_like(self.zeros.T, ggml.zero_of(grid), dtype=torch.uint8).contiguous()
+        if not grid.nested:
+            shifts = None if grid.symmetric else (self.zeros * self.scales).T.to(torch.float16).contiguous()
+            return QuantizedLinear(codes, self.scales.T.to(torch.float16).contiguous(), zeros, grid, offsets=shifts)
+        over_groups = self._supers.repeat_interleave(self.span // self.columns, 1)
+        wholes = [
+            part.T.to(torch.int16).contiguous() for part in ggml.codes_of(self.scales, self.zeros, grid, over_groups)
+        ]
+        supers = self._supers[: 1 if grid.symmetric else 2].mT.to(torch.float16).contiguous()
+        return QuantizedLinear(
+            codes, wholes[0], zeros, grid, offsets=None if grid.symmetric else wholes[1], supers=supers
+        )

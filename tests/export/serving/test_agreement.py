@@ -1,0 +1,104 @@
+"""Our own forward against transformers', and what counts as agreement with a server."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantpress.export.serving import agreement
+from quantpress.export.serving.agreement import Continuation, compare, judged, log_probabilities, tolerance_for
+from quantpress.export.serving.client import Step
+from quantpress.export.serving.records import Tolerance
+from quantpress.quantize import machine
+from quantpress.quantize.artifact import open_artifact
+from quantpress.quantize.pipeline import Settings, prepare, quantize
+from quantpress.quantize.recipe.file import parse
+from quantpress.quantize.sources import resolve
+from tests.tiny import build
+
+CPU = torch.device("cpu")
+TIGHT = Tolerance(kernel="none", mean=0.001, largest=0.01)
+PROMPTS = ([5, 9, 40, 77], [100, 3, 8])
+
+
+def answered(model: object, prompts: tuple[list[int], ...] = PROMPTS, count: int = 6) -> list[Continuation]:
+    """What a server with this very model would say: greedy tokens, and the five likeliest of each place."""
+    found = []
+    for prompt in prompts:
+        tokens: list[int] = []
+        steps: list[Step] = []
+        for _ in range(count):
+            with torch.no_grad():
+                scores = model(torch.tensor([prompt + tokens])).logits[0, -1].log_softmax(-1)  # type: ignore[operator]
+            top = scores.topk(5)
+            tokens.append(int(top.indices[0]))
+            likeliest = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            steps.append(Step(tokens[-1], float(top.values[0]), likeliest))
+        found.append(Continuation(prompt, tokens, steps))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_log_probabilities_of_sequences_of_any_length_are_those_of_a_plain_pass(family: str, tmp_path: Path) -> None:
+    model = build(family, tmp_path)
+    sequences = [torch.arange(n) * 7 % 256 for n in (3, 17, 9)]
+    found = log_probabilities(open_artifact(tmp_path, CPU)[1], sequences)
+    for ids, scores in zip(sequences, found, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(scores, model(ids[None]).logits[0].log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_server_that_computes_the_same_agrees_in_every_token(tmp_path: Path) -> None:
+    found = compare(tmp_path, answered(build("llama", tmp_path)), TIGHT)
+    assert (found.answers, found.tokens, found.equal_tokens, found.logprobs) == (2, 12, 12, 60)
+    assert found.behind < 1e-4
+    assert found.logprob_largest is not None
+    assert found.logprob_largest < 1e-4
+    assert judged(found)[0]
+
+
+def test_a_server_with_other_weights_does_not(tmp_path: Path) -> None:
+    """One weight of one block changed, as a shuffled group or a lost scale would."""
+    model = build("llama", tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(3)
+    within, line = judged(compare(tmp_path, answered(model), TIGHT))
+    assert not within
+    assert "(allowed 0.001 and 0.01, none)" in line
+
+
+def test_equal_tokens_are_counted_up_to_the_first_difference(tmp_path: Path) -> None:
+    right = answered(build("llama", tmp_path))
+    first, second = right
+    wrong = [*second.tokens[:2], (second.tokens[2] + 1) % 256, *second.tokens[3:]]
+    found = compare(tmp_path, [first, Continuation(second.prompt, wrong, [])], TIGHT)
+    assert found.equal_tokens == 6 + 2
+    assert found.tokens_from == "text"
+    assert found.behind > 0
+    only = compare(tmp_path, [Continuation(first.prompt, first.tokens, [])], TIGHT)
+    assert (only.logprobs, only.logprob_mean, only.logprob_largest) == (0, None, None)
+    assert judged(only)[0]
+
+
+def test_the_tolerance_is_that_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama", tmp_path / "model")
+    base = {"method": {"name": "rtn"}, "model": str(tmp_path / "model")}
+    four = base | {"weights": {"bits": 4, "group_size": 32}}
+    eight = base | {"weights": {"bits": 8, "group_size": -1}, "activations": {"type": "int8"}}
+    for name, document in (("four", four), ("eight", eight)):
+        recipe = parse(document)
+        job = prepare(recipe, resolve(recipe.model, cache=tmp_path / "cache"))
+        quantize(job, Settings(tmp_path / name, tmp_path / "cache"))
+
+    def kernel(server: str, name: str, amx: bool, device: str = "cpu") -> str:
+        monkeypatch.setattr(machine, "has_amx", lambda: amx)
+        monkeypatch.setattr(machine, "device", lambda: torch.device(device))
+        folder = tmp_path / name / "quantized"
+        return tolerance_for(server, folder, folder).kernel
+
+    exact, rounded = agreement._SIXTEEN_BIT.kernel, agreement._ROUNDED.kernel
+    assert [kernel("vllm", "four", amx) for amx in (False, True)] == [exact, rounded]
+    assert kernel("vllm", "four", True, "cuda") == exact
+    assert kernel("transformers", "four", True) == exact
+    assert kernel("vllm", "eight", False) == rounded
+    assert "llama.cpp" in tolerance_for("url", tmp_path / "a.gguf", tmp_path / "four/quantized").kernel

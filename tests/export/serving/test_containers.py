@@ -1,0 +1,94 @@
+"""An export folder served by its compose.yaml: a Docker that is none stands in for the real one."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantpress.export.serving import Options, composed, serve
+from quantpress.export.serving.checks import CHECKS, Subject, make
+from quantpress.export.serving.client import Client
+from quantpress.export.serving.process import free_port
+from quantpress.quantize.errors import BadInput
+
+from .fakes import FAKE, Bytes
+
+DOCKER = """#!/bin/sh
+echo "$@" >> {calls}
+case "$*" in
+  version*) echo 28.2.2 ;;
+  *up*) exec {python} {fake} {port} ;;
+esac
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    port = free_port()
+    folder = tmp_path / "run/export/tgi"
+    (folder / "model").mkdir(parents=True)
+    record = {"target": {"name": "tgi"}, "image": "ghcr.io/tgi:3", "port": port, "health": "/health"}
+    (folder / "export.json").write_text(json.dumps(record))
+    return folder
+
+
+def put_docker(tmp_path: Path, port: int, patch: pytest.MonkeyPatch) -> Path:
+    calls = tmp_path / "calls"
+    (tmp_path / "bin").mkdir()
+    docker = tmp_path / "bin/docker"
+    docker.write_text(DOCKER.format(calls=calls, python=sys.executable, fake=FAKE, port=port))
+    docker.chmod(0o755)
+    patch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return calls
+
+
+def test_the_container_is_started_checked_and_taken_down(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = json.loads((folder / "export.json").read_text())["port"]
+    calls = put_docker(tmp_path, port, monkeypatch)
+    row = composed(folder)
+    with serve(row, folder / "model", tmp_path / "log", Options(deadline_s=30)) as running:
+        assert running.url == f"http://127.0.0.1:{port}"
+        assert running.version == "ghcr.io/tgi:3 in Docker 28.2.2"
+        found = make(Subject(running, Client(running.url, running.model), Bytes(), 512, 2))
+    assert {c.name: c.status for c in found} == {name: "skip" if name == "loopback" else "pass" for name in CHECKS}
+    said = calls.read_text().splitlines()
+    where = f"compose --project-name quantpress-smoke-tgi --file {folder / 'compose.yaml'}"
+    assert said[1:] == [f"{where} up --no-color --abort-on-container-exit", f"{where} down --timeout 10"]
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    port = json.loads((folder / "export.json").read_text())["port"]
+    calls = put_docker(tmp_path, port, monkeypatch)
+    row = composed(folder)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with (
+            pytest.raises(BadInput, match=f"tgi: port {port} is taken"),
+            serve(row, folder / "model", tmp_path / "log", Options()),
+        ):
+            pass
+    assert "up" not in calls.read_text()
+
+
+def test_without_docker_the_command_is_shown(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        BadInput, match=r"no Docker answers here; .*docker compose --file .*tgi/compose.yaml up`.*--url"
+    ):
+        composed(folder)
+
+
+def test_tritons_own_protocol_is_refused_with_the_way_out(folder: Path) -> None:
+    record = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(record | {"target": {"name": "triton"}}))
+    with pytest.raises(BadInput, match="OpenAI frontend"):
+        composed(folder)

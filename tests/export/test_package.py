@@ -1,0 +1,215 @@
+"""A target's folder: what lies in it, what its files say, and that nothing is written when the target would refuse."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from quantpress.export.package import export
+from quantpress.quantize.checkpoint import Checkpoint
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.recipe import Grid, Target, Vllm
+from tests.quantize.formats.artifacts import make, uniform
+
+W4 = Grid(group_size=32)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with an artifact in compressed-tensors."""
+    folder = tmp_path_factory.mktemp("run")
+    make(folder / "quantized", "compressed-tensors", uniform(W4))
+    return folder
+
+
+def served(folder: Path) -> dict[str, Any]:
+    service: dict[str, Any] = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["server"]
+    return service
+
+
+def flag(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_the_folder_holds_the_artifact_and_its_checksums(run: Path, tmp_path: Path) -> None:
+    made = export(run, Vllm(), tmp_path / "out")
+    assert (made.format, made.converted_from) == ("compressed-tensors", None)
+    shards = sorted(file.name for file in (run / "quantized").glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        assert os.path.samefile(run / "quantized" / shard, made.folder / "model" / shard)
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
+        assert (made.folder / "model" / file).read_bytes() == (run / "quantized" / file).read_bytes()
+        assert not os.path.samefile(run / "quantized" / file, made.folder / "model" / file)
+    lines = (made.folder / "SHA256SUMS").read_text().splitlines()
+    listed = {line.split("  ")[1] for line in lines}
+    there = {f.relative_to(made.folder).as_posix() for f in made.folder.rglob("*") if f.is_file()}
+    assert there == listed | {"SHA256SUMS"}
+    check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=made.folder, check=False).returncode == 0
+
+
+def test_without_hard_links_shards_are_copied(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", no_link)
+    folder = export(run, Vllm(), tmp_path / "out").folder
+    shard = next((run / "quantized").glob("*.safetensors")).name
+    assert not os.path.samefile(run / "quantized" / shard, folder / "model" / shard)
+    assert (folder / "model" / shard).read_bytes() == (run / "quantized" / shard).read_bytes()
+
+
+def test_every_file_starts_the_same_server(run: Path, tmp_path: Path) -> None:
+    target = Vllm(tensor_parallel=2, max_model_len=64, max_num_seqs=7, port=8123, prefix_caching=False)
+    folder = export(export_parallel(tmp_path), target, tmp_path / "out").folder
+    service = served(folder)
+    command = [*service["entrypoint"], *service["command"]]
+    assert command[:3] == ["vllm", "serve", "/model"]
+    assert flag(command, "--tensor-parallel-size") == "2"
+    assert flag(command, "--max-model-len") == "64"
+    assert flag(command, "--max-num-seqs") == "7"
+    assert "--no-enable-prefix-caching" in command
+    assert "--enable-chunked-prefill" in command
+    assert service["image"].startswith("vllm/vllm-openai:v0.")
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 2
+    deployment, exposed = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert [*container["command"], *container["args"]] == command
+    assert container["image"] == service["image"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health"
+    assert exposed["spec"]["ports"][0]["port"] == 8123
+    assert json.loads((folder / "export.json").read_text())["command"] == command
+
+
+def export_parallel(folder: Path) -> Path:
+    """A run that two GPUs can share: intermediate size 96 in groups of 8."""
+    make(folder / "run" / "quantized", "compressed-tensors", uniform(Grid(type="fp8", group_size=-1)))
+    return folder / "run"
+
+
+def test_the_script_runs_what_compose_runs(run: Path, tmp_path: Path) -> None:
+    folder = export(run, Vllm(), tmp_path / "out with 'quotes' $HOME").folder
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "vllm"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    path = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    said = subprocess.run([folder / "serve.sh", "--extra", "a b"], env=path, capture_output=True, text=True, check=True)
+    words = said.stdout.splitlines()
+    assert words[:2] == ["serve", str(folder / "model")]
+    assert flag(words, "--host") == "127.0.0.1"
+    assert words[-2:] == ["--extra", "a b"]
+    inside = served(folder)["command"]
+    expected = {"/model": str(folder / "model"), "0.0.0.0": "127.0.0.1"}
+    assert words[:-2] == [expected.get(word, word) for word in inside]
+    moved = subprocess.run(
+        [folder / "serve.sh"], env=path | {"HOST": "::1", "PORT": "9"}, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert (flag(moved, "--host"), flag(moved, "--port")) == ("::1", "9")
+
+
+def test_it_listens_on_loopback_unless_asked(run: Path, tmp_path: Path) -> None:
+    assert served(export(run, Vllm(), tmp_path / "a").folder)["ports"] == ["127.0.0.1:8000:8000"]
+    wide = export(run, Vllm(), tmp_path / "b", host="0.0.0.0").folder
+    assert served(wide)["ports"] == ["0.0.0.0:8000:8000"]
+    assert "${HOST:-0.0.0.0}" in (wide / "serve.sh").read_text()
+    with pytest.raises(BadInput, match=r"--host .* is not an address"):
+        export(run, Vllm(), tmp_path / "c", host="$(reboot)")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say(run: Path, tmp_path: Path) -> None:
+    for k, target in enumerate((Vllm(), Vllm(device="cpu"), Vllm(draft_for="/models/original"))):
+        folder = export(run, target, tmp_path / str(k)).folder
+        subprocess.run(["shellcheck", str(folder / "serve.sh")], check=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [(Vllm(tensor_parallel=2), "would cut a scale group of 32"), (Vllm(max_model_len=4096), "128 positions")],
+)
+def test_a_refusal_leaves_nothing_behind(run: Path, tmp_path: Path, target: Target, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        export(run, target, tmp_path / "out" / "deep")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(BadInput, match=said):
+        export(run, target)
+    assert not (run / "export").exists()
+
+
+def test_a_folder_that_is_there_is_kept_until_its_successor_is_whole(run: Path, tmp_path: Path) -> None:
+    folder = export(run, Vllm(), tmp_path / "out").folder
+    before = (folder / "export.json").read_bytes()
+    with pytest.raises(BadInput, match=r"exists; give --out another folder, or --overwrite"):
+        export(run, Vllm(port=1234), folder)
+    with pytest.raises(BadInput, match="positions"):
+        export(run, Vllm(max_model_len=4096), folder, overwrite=True)
+    assert (folder / "export.json").read_bytes() == before
+    export(run, Vllm(port=1234), folder, overwrite=True)
+    assert served(folder)["ports"] == ["127.0.0.1:1234:1234"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_the_target_does_not_read_is_converted_when_that_is_exact(tmp_path: Path) -> None:
+    asymmetric = Grid(group_size=32, symmetric=False)
+    records, _ = make(tmp_path / "run" / "quantized", "gptq", uniform(asymmetric))
+    made = export(tmp_path / "run", Vllm())
+    assert made.folder == tmp_path / "run" / "export" / "vllm"
+    assert (made.format, made.converted_from) == ("compressed-tensors", "gptq")
+    assert len([n for n in Checkpoint(made.folder / "model").names() if n.endswith("weight_packed")]) == len(records)
+
+
+def test_what_the_run_has_converted_is_taken_first(tmp_path: Path) -> None:
+    asymmetric = uniform(Grid(group_size=32, symmetric=False))
+    make(tmp_path / "run" / "quantized", "gptq", asymmetric)
+    make(tmp_path / "run" / "converted" / "awq", "awq", asymmetric)
+    made = export(tmp_path / "run", Vllm())
+    assert (made.format, made.converted_from) == ("awq", None)
+
+
+def test_nothing_fits_is_said_in_one_line(tmp_path: Path) -> None:
+    make(tmp_path / "quantized", "gptq", uniform(Grid(bits=3, group_size=32)))
+    with pytest.raises(BadInput, match=r"vLLM does not take gptq files of int3 g32 sym weights: set weights.bits: 4$"):
+        export(tmp_path, Vllm())
+    with pytest.raises(BadInput, match="holds no artifact"):
+        export(tmp_path.parent, Vllm())
+
+
+def test_the_artifact_can_be_the_draft_of_its_original(run: Path, tmp_path: Path) -> None:
+    folder = export(run, Vllm(draft_for="/models/original", draft_tokens=3), tmp_path / "a").folder
+    service = served(folder)
+    command = [*service["entrypoint"], *service["command"]]
+    assert command[:3] == ["vllm", "serve", "/original"]
+    draft = json.loads(flag(command, "--speculative-config"))
+    assert draft == {"method": "draft_model", "model": "/model", "num_speculative_tokens": 3}
+    assert {v["source"]: v["target"] for v in service["volumes"]} == {
+        "./model": "/model", "/models/original": "/original"
+    }  # fmt: skip
+    hub = served(export(run, Vllm(draft_for="org/name"), tmp_path / "b").folder)
+    assert hub["command"][:2] == ["serve", "org/name"]
+    assert "HF_HUB_OFFLINE" not in hub["environment"]
+    assert service["environment"]["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_cache_type_follows_the_scales(run: Path, tmp_path: Path) -> None:
+    command = served(export(run, Vllm(kv_cache_dtype="fp8"), tmp_path / "a").folder)["command"]
+    assert flag(command, "--kv-cache-dtype") == "fp8"
+    facts = json.loads((tmp_path / "a" / "export.json").read_text())["resources"]
+    assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 1  # two sides, layers, heads of 16, one byte
+    plain = export(run, Vllm(), tmp_path / "b").folder
+    assert json.loads((plain / "export.json").read_text())["resources"]["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+
+
+def test_no_secret_of_the_environment_is_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_mine")
+    folder = export(run, Vllm(draft_for="org/private"), tmp_path / "out").folder
+    texts = [f.read_text() for f in folder.iterdir() if f.is_file()]
+    assert not any("hf_secret_of_mine" in text for text in texts)

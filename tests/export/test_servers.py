@@ -1,0 +1,232 @@
+"""Each target's folder on a tiny model: launch files that say one thing, valid for whoever reads them."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import yaml
+
+from quantpress.export.package import SERVERS, export
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.recipe import Activations, Grid, LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
+from tests.quantize.formats.artifacts import make, uniform
+
+TARGETS: dict[str, Target] = {
+    "vllm": Vllm(max_model_len=64),
+    "vllm-cpu": Vllm(device="cpu"),
+    "vllm-draft": Vllm(draft_for="/srv/original"),
+    "tgi": Tgi(max_model_len=64),
+    "tensorrt-llm": TensorRtLlm(max_model_len=64),
+    "triton": Triton(max_model_len=64),
+    "triton-trt": Triton(backend="tensorrt-llm", max_model_len=64),
+    "llama.cpp": LlamaCpp(max_model_len=64),
+    "llama.cpp-cuda": LlamaCpp(device="cuda"),
+    "ollama": Ollama(max_model_len=64),
+}
+
+
+def write_gguf(file: Path) -> None:
+    file.parent.mkdir(parents=True)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_tensor("token_embd.weight", np.ones((8, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run for each kind of reader."""
+    folder = tmp_path_factory.mktemp("runs")
+    make(folder / "words" / "quantized", "compressed-tensors", uniform(Grid(group_size=32)))
+    fp8 = Activations(type="fp8")
+    make(folder / "fp8" / "quantized", "modelopt", uniform(Grid(type="fp8")), spec=fp8)
+    write_gguf(folder / "gguf" / "quantized" / "model.gguf")
+    (folder / "gguf" / "quantized" / "Modelfile").write_text(
+        'FROM ./elsewhere.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER num_ctx 8192\nPARAMETER stop "</s>"\n'
+    )
+    return {name: folder / name for name in ("words", "fp8", "gguf")}
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def made(request: pytest.FixtureRequest, runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The target and its folder."""
+    target = TARGETS[request.param]
+    kind = {"tensorrt-llm": "fp8", "llama.cpp": "gguf", "ollama": "gguf"}.get(target.reader, "words")
+    return target, export(runs[kind], target, tmp_path_factory.mktemp("out") / "it").folder
+
+
+def service(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["server"]
+    return found
+
+
+def test_every_target_of_a_recipe_is_made() -> None:
+    assert {target.name for target in TARGETS.values()} == set(SERVERS)
+
+
+def test_images_are_pinned_and_ports_are_loopbacks(made: Any) -> None:
+    target, folder = made
+    said = service(folder)
+    image, _, tag = said["image"].rpartition(":")
+    assert image
+    assert tag != "latest"
+    assert any(character.isdigit() for character in tag)
+    assert said["ports"] == [f"127.0.0.1:{target.port}:{target.port}"]
+    assert str(target.port) in " ".join([*said["healthcheck"]["test"], *said["environment"].values()])
+    assert all(volume["read_only"] for volume in said["volumes"])
+    script = (folder / "serve.sh").read_text()
+    assert "${HOST:-127.0.0.1}" in script
+    assert "0.0.0.0" not in script or "docker run" in script
+
+
+def test_compose_and_kubernetes_start_the_same(made: Any) -> None:
+    target, folder = made
+    said = service(folder)
+    assert (folder / "kubernetes.yaml").exists() == (target.name != "ollama")
+    facts = json.loads((folder / "export.json").read_text())
+    assert [*said["entrypoint"], *said["command"]] == [word.replace("$", "$$") for word in facts["command"]]
+    if target.name == "ollama":
+        return
+    deployment, exposed = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert [*container["command"], *container["args"]] == facts["command"]
+    assert {v["name"]: v["value"] for v in container["env"]} == said["environment"]
+    assert container["ports"][0]["containerPort"] == exposed["spec"]["ports"][0]["port"] == target.port
+    assert container["startupProbe"]["httpGet"]["path"] == facts["health"]
+    assert "nvidia.com/gpu" in container["resources"].get("limits", {}) or getattr(target, "device", "") == "cpu"
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert (
+        deployment["spec"]["selector"]["matchLabels"].items()
+        <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    )
+
+
+def test_kubernetes_schema_agrees(made: Any) -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    _, folder = made
+    if not (folder / "kubernetes.yaml").exists():
+        pytest.skip("not deployed on Kubernetes")
+    for document in yaml.safe_load_all((folder / "kubernetes.yaml").read_text()):
+        validator.validate(document, validator.latest_version(), strict=True)
+
+
+def test_the_script_is_a_script(made: Any) -> None:
+    _, folder = made
+    script = folder / "serve.sh"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["sh", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+def test_the_script_starts_the_server(made: Any, tmp_path: Path) -> None:
+    """Stand-ins for the servers say what they were started with."""
+    target, folder = made
+    for name in ("vllm", "python3", "text-generation-launcher", "trtllm-serve", "llama-server", "docker", "ollama"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name}"\nprintf "%s\\n" "$@"\necho "at $OLLAMA_HOST"\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([folder / "serve.sh"], env=env, capture_output=True, text=True, timeout=20, check=True)
+    words = done.stdout.splitlines()
+    facts = json.loads((folder / "export.json").read_text())
+    if target.name == "ollama":
+        assert ["create", facts["name"], "--file", f"{folder}/model/Modelfile"] == words[-5:-1]
+        assert words[-1] == "at 127.0.0.1:11434"
+    elif target.name == "triton":
+        assert facts["image"] in words
+        assert "127.0.0.1:8000:8000" in words
+        assert words[words.index(facts["image"]) + 1 : -1] == facts["command"][1:]
+    else:
+        inside = {"/model": f"{folder}/model", "/original": "/srv/original", "0.0.0.0": "127.0.0.1"}
+        expected = facts["command"]
+        for old, new in inside.items():
+            expected = [new if word == old else word.replace(f"{old}/", f"{new}/") for word in expected]
+        draft = [word.replace('"/model"', f'"{folder}/model"') for word in expected[1:]]
+        assert words[1:-1] == draft
+
+
+def test_the_checksums_hold(made: Any) -> None:
+    _, folder = made
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+
+
+def test_tritons_config_is_one(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["words"], Triton(max_model_len=64, tensor_parallel=1), tmp_path / "it").folder
+    (repository,) = (folder / "repository").iterdir()
+    engine = json.loads((repository / "1" / "model.json").read_text())
+    assert (engine["model"], engine["max_model_len"], engine["tensor_parallel_size"]) == ("/model", 64, 1)
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    messages = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    config = text_format.Parse((repository / "config.pbtxt").read_text(), messages.ModelConfig())
+    assert config.backend == "vllm"
+    assert [(group.count, group.kind) for group in config.instance_group] == [
+        (1, messages.ModelInstanceGroup.KIND_MODEL)
+    ]
+
+
+def test_tritons_other_backend_reads_its_settings(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["fp8"], TARGETS["triton-trt"], tmp_path / "it").folder
+    settings = yaml.safe_load((folder / "repository" / "model.yaml").read_text())
+    assert settings["triton_config"] == {"max_batch_size": 0, "decoupled": False}
+    assert (settings["model"], settings["backend"], settings["max_seq_len"]) == ("/model", "pytorch", 64)
+    assert service(folder)["environment"]["LLM_CONFIG_PATH"] == "/models/model.yaml"
+    assert (folder / "model" / "hf_quant_config.json").is_file()
+
+
+def test_ollama_gets_the_modelfile_of_the_artifact(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["gguf"], TARGETS["ollama"], tmp_path / "it").folder
+    lines = (folder / "model" / "Modelfile").read_text().splitlines()
+    assert lines == [
+        "FROM ./model.gguf",
+        'TEMPLATE """{{ .Prompt }}"""',
+        'PARAMETER stop "</s>"',
+        "PARAMETER num_ctx 64",
+    ]
+    assert os.path.samefile(folder / "model" / "model.gguf", runs["gguf"] / "quantized" / "model.gguf")
+
+
+def test_a_gguf_file_says_what_its_cache_takes(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["gguf"], LlamaCpp(max_model_len=64, max_num_seqs=2), tmp_path / "it").folder
+    facts = json.loads((folder / "export.json").read_text())
+    assert facts["resources"]["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+    assert facts["command"][facts["command"].index("--ctx-size") + 1] == "128"
+    with pytest.raises(BadInput, match="128 positions"):
+        export(runs["gguf"], LlamaCpp(max_model_len=256), tmp_path / "long")
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "said"),
+    [
+        ("words", LlamaCpp(), r"llama.cpp reads gguf files, not compressed-tensors: set formats: \[gguf\]"),
+        ("words", Ollama(), r"Ollama reads gguf files"),
+        ("gguf", Vllm(), r"vLLM reads compressed-tensors, gptq, awq, modelopt files, not gguf"),
+        ("words", TensorRtLlm(), r"TensorRT-LLM does not take compressed-tensors files of int4 g32 sym weights"),
+    ],
+)
+def test_what_a_target_does_not_read_is_refused(
+    runs: dict[str, Path], tmp_path: Path, kind: str, target: Target, said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        export(runs[kind], target, tmp_path / "it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_gguf_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized" / "model.gguf").write_bytes(b"GGUF but not much")
+    with pytest.raises(BadInput, match="not a GGUF file"):
+        export(tmp_path, LlamaCpp(), tmp_path / "it")

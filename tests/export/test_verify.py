@@ -1,0 +1,287 @@
+"""Damaged artifacts, one for each kind of damage and format: each is told of in one line that names the place."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantpress.export.package import export
+from quantpress.export.verify import structure, verify
+from quantpress.quantize.checkpoint import Checkpoint
+from quantpress.quantize.convert import convert
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.recipe import Activations, Grid, Vllm
+from tests.quantize.formats.artifacts import make, uniform
+
+FP8 = Activations(type="fp8")
+FORMATS: dict[str, tuple[Grid, Activations | None]] = {
+    "compressed-tensors": (Grid(group_size=32, symmetric=False), None),
+    "gptq": (Grid(group_size=32), None),
+    "awq": (Grid(group_size=32, symmetric=False), None),
+    "modelopt": (Grid(type="fp8"), FP8),
+}
+CODES = {"compressed-tensors": "weight_packed", "gptq": "qweight", "awq": "qweight", "modelopt": "weight"}
+SCALES = {"compressed-tensors": "weight_scale", "gptq": "scales", "awq": "scales", "modelopt": "weight_scale"}
+Q = "model.layers.1.self_attn.q_proj"
+DENSE = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An artifact in each format: an untied head, `down_proj` left in 16 bit, and a manifest that lists its files."""
+    made = {}
+    for format, (grid, spec) in FORMATS.items():
+        folder = tmp_path_factory.mktemp("whole") / format
+        make(folder, format, uniform(grid, dense=("mlp.down_proj",)), family="mistral", spec=spec)
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        files = Checkpoint(folder).file_hashes()
+        companions = {n: d for n, d in files.items() if "tokenizer" in n or "template" in n}
+        model = {"id": "it", "files": companions}
+        document = {"quantpress": "1", "name": "it", "model": model, "artifact": {"files": files}}
+        (folder / "manifest.json").write_text(json.dumps(document))
+        made[format] = folder
+    return made
+
+
+@pytest.fixture(params=FORMATS)
+def artifact(request: pytest.FixtureRequest, whole: dict[str, Path], tmp_path: Path) -> tuple[str, Path]:
+    """A copy of one to damage, without its manifest."""
+    folder = tmp_path / "artifact"
+    shutil.copytree(whole[request.param], folder, ignore=shutil.ignore_patterns("manifest.json"))
+    return request.param, folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """The tensors changed, in one file of their own."""
+    tensors: dict[str, Tensor] = {}
+    for shard in folder.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    return change
+
+
+def edit_config(folder: Path, change: Callable[[Any], Any]) -> None:
+    document = json.loads((folder / "config.json").read_text())
+    document["quantization_config"] = change(document["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(document))
+
+
+def told(folder: Path) -> str:
+    """The one line that is said."""
+    _, found = verify(folder)
+    assert len(found) == 1, found
+    assert "\n" not in found[0]
+    return found[0]
+
+
+def everywhere(value: Any, change: Callable[[str, Any], Any], key: str = "") -> Any:
+    """A JSON value with each plain value in it changed, given the key it stands under."""
+    if isinstance(value, dict):
+        return {change("", k): everywhere(v, change, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [everywhere(v, change, key) for v in value]
+    return change(key, value)
+
+
+def test_a_whole_one_passes(artifact: tuple[str, Path], whole: dict[str, Path]) -> None:
+    format, folder = artifact
+    assert verify(folder) == (0, [])
+    files, found = verify(whole[format])
+    assert found == []
+    assert files == len(Checkpoint(folder).file_hashes())
+
+
+def test_a_flipped_byte(artifact: tuple[str, Path], whole: dict[str, Path]) -> None:
+    format, folder = artifact
+    shutil.copy(whole[format] / "manifest.json", folder)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    _, found = verify(folder)  # where the byte makes no sense either, a second line says so
+    assert f"{shard.name} is not the file that was listed: its sha256 differs" in found[0]
+
+
+def test_a_missing_shard(artifact: tuple[str, Path], whole: dict[str, Path]) -> None:
+    format, folder = artifact
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(BadInput, match=f"shard {shard.name} is named in .* and absent"):
+        structure(folder)
+    assert shard.name in told(folder)
+    shutil.copy(whole[format] / "manifest.json", folder)
+    assert f"{shard.name} is listed and absent" in told(folder)
+
+
+def test_a_wrong_shape(artifact: tuple[str, Path]) -> None:
+    format, folder = artifact
+    name = f"{Q}.{CODES[format]}"
+    edit(folder, lambda t: t.update({name: t[name][:-1].clone()}))
+    assert Q in told(folder)
+
+
+def test_a_wrong_shape_of_what_is_not_quantized(artifact: tuple[str, Path]) -> None:
+    _, folder = artifact
+    edit(folder, lambda t: t.update({f"{DENSE}.weight": t[f"{DENSE}.weight"][:, :-8].clone()}))
+    assert f"{DENSE}.weight: shape [64, 88] where the model has [64, 96]" in told(folder)
+
+
+def test_a_missing_head(artifact: tuple[str, Path]) -> None:
+    _, folder = artifact
+    edit(folder, without("lm_head.weight"))
+    assert told(folder) == "lm_head.weight is missing: the head is not tied to the embedding"
+
+
+def test_a_missing_part_of_a_block(artifact: tuple[str, Path]) -> None:
+    _, folder = artifact
+    edit(folder, without("model.layers.1.input_layernorm.weight"))
+    assert "lacks 1 tensors, the first model.layers.1.input_layernorm.weight" in told(folder)
+
+
+def test_an_exclude_list_off_by_a_prefix(artifact: tuple[str, Path]) -> None:
+    _, folder = artifact
+
+    def prefixed(key: str, value: Any) -> Any:
+        if not isinstance(value, str) or "down_proj" not in value:
+            return value
+        return value.replace("model", "language_model.model", 1)
+
+    edit_config(folder, lambda config: everywhere(config, prefixed))
+    _, found = verify(folder)
+    assert len(found) == 2  # down_proj of both blocks
+    assert found[0].startswith(f"{DENSE} is in 16 bit, and config.json does not leave it out; the nearest entry is '")
+    assert "language_model" in found[0]
+
+
+def test_scales_for_an_ignored_layer(artifact: tuple[str, Path]) -> None:
+    format, folder = artifact
+    edit(folder, lambda t: t.update({f"{DENSE}.{SCALES[format]}": torch.ones(64, 3)}))
+    line = told(folder)
+    assert DENSE in line
+    assert "on disk, and" in line or "on disk and not in config.json" in line
+
+
+def test_a_tensor_of_no_layer(artifact: tuple[str, Path]) -> None:
+    _, folder = artifact
+    edit(folder, lambda t: t.update({"model.mtp.weight": torch.ones(4)}))
+    assert told(folder) == "model.mtp.weight is on disk, and the model has no such parameter"
+
+
+def test_a_lost_tokenizer(artifact: tuple[str, Path]) -> None:
+    _, folder = artifact
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in told(folder)
+
+
+def test_a_lost_or_changed_chat_template(artifact: tuple[str, Path], whole: dict[str, Path]) -> None:
+    format, folder = artifact
+    manifest = json.loads((whole[format] / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"artifact": {}}))
+    (folder / "chat_template.jinja").unlink()
+    assert "chat_template.jinja, which the original has, is lost" in told(folder)
+    (folder / "chat_template.jinja").write_text("{{ other }}")
+    assert "chat_template.jinja is not the original's" in told(folder)
+
+
+def test_another_group_size_in_the_config(artifact: tuple[str, Path]) -> None:
+    format, folder = artifact
+    if format == "modelopt":
+        edit_config(folder, lambda config: config | {"quant_algo": "FP8"})
+    else:
+        change = lambda key, value: 16 if key == "group_size" and value == 32 else value  # noqa: E731
+        edit_config(folder, lambda config: everywhere(config, change))
+    _, found = verify(folder)
+    assert len(found) == 12  # every quantized linear
+    assert any(line.startswith(Q) for line in found)
+
+
+def test_other_bits_in_the_config(artifact: tuple[str, Path]) -> None:
+    format, folder = artifact
+    if format == "modelopt":
+        edit_config(folder, lambda config: config | {"quant_algo": "NVFP4"})
+    else:
+        change = lambda key, value: 8 if key in ("bits", "num_bits") else value  # noqa: E731
+        edit_config(folder, lambda config: everywhere(config, change))
+    _, found = verify(folder)
+    assert found
+    assert all("\n" not in line for line in found)
+
+
+def test_a_wrong_dtype(artifact: tuple[str, Path]) -> None:
+    format, folder = artifact
+    name = f"{Q}.{CODES[format]}"
+    wider = {torch.int32: torch.int64, torch.float8_e4m3fn: torch.float32}
+    edit(folder, lambda t: t.update({name: t[name].to(wider[t[name].dtype])}))
+    line = told(folder)
+    assert name in line
+    assert "where" in line
+
+
+def test_integers_for_a_weight(artifact: tuple[str, Path]) -> None:
+    _, folder = artifact
+    edit(folder, lambda t: t.update({f"{DENSE}.weight": t[f"{DENSE}.weight"].to(torch.int8)}))
+    assert told(folder) == f"{DENSE}.weight: int8 where a weight of the model is a float"
+
+
+def test_scales_that_are_no_numbers(artifact: tuple[str, Path]) -> None:
+    format, folder = artifact
+    edit(folder, lambda t: t[f"{Q}.{SCALES[format]}"].view(-1)[0].fill_(torch.nan) and None)
+    assert told(folder) == f"{Q}: its scales hold NaN or inf"
+
+
+def test_weights_that_are_no_numbers(artifact: tuple[str, Path]) -> None:
+    _, folder = artifact
+    edit(folder, lambda t: t["model.norm.weight"].view(-1)[0].fill_(torch.inf) and None)
+    assert told(folder) == "model.norm.weight holds NaN or inf"
+
+
+@pytest.mark.parametrize("format", ["gptq", "modelopt"])
+def test_a_twin_of_the_config_that_says_something_else(format: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    shutil.copytree(whole[format], folder)
+    twin = folder / {"gptq": "quantize_config.json", "modelopt": "hf_quant_config.json"}[format]
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"artifact": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(folder)[1] == []
+    twin.write_text(json.dumps(json.loads(twin.read_text()) | {"bits": 5}))
+    assert f"{twin.name} and config.json say different things" in told(folder)
+    twin.unlink()
+    assert f"{twin.name} is lost" in told(folder)
+
+
+def test_an_exported_folder_by_its_checksums(whole: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(whole["compressed-tensors"], Vllm(), tmp_path / "out").folder
+    files, found = verify(folder)
+    assert (found, files > 10) == ([], True)
+    with (folder / "serve.sh").open("a") as script:
+        script.write("rm -rf /\n")
+    assert "serve.sh is not the file that was listed" in told(folder)
+
+
+def test_a_converted_folder_lists_its_own_files(whole: dict[str, Path], tmp_path: Path) -> None:
+    convert(whole["awq"], tmp_path / "as-ct", "compressed-tensors")
+    files, found = verify(tmp_path / "as-ct")
+    assert (found, files > 3) == ([], True)
+
+
+def test_what_is_no_artifact_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such folder"):
+        verify(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="holds no artifact"):
+        verify(tmp_path)

@@ -1,0 +1,112 @@
+"""Types within a budget: the best assignment there is, and costs that foresee the divergence."""
+
+import itertools
+import random
+from pathlib import Path
+from typing import get_args
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.gguf.budget import Sensitivity, assign, candidates, costs, measure, tensor_bytes
+from quantpress.quantize.methods import ROUNDERS
+from quantpress.quantize.recipe import BlockGrid, GgmlType, Rtn
+from tests import tiny
+
+TYPES = get_args(GgmlType)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_assignment_is_the_best_of_all(seed: int) -> None:
+    draw = random.Random(seed)
+    shapes = {f"t{i}": (draw.randint(1, 9), 256 * draw.randint(1, 3)) for i in range(4)}
+    kinds = draw.sample(TYPES, 4)
+    prices = {
+        name: {kind: draw.random() / tensor_bytes(shape, kind) for kind in kinds} for name, shape in shapes.items()
+    }
+    every = [dict(zip(shapes, choice, strict=True)) for choice in itertools.product(kinds, repeat=4)]
+    sizes = [sum(tensor_bytes(shapes[n], k) for n, k in choice.items()) for choice in every]
+    for room in (min(sizes), (min(sizes) + max(sizes)) // 2, max(sizes)):
+        fits = [choice for choice, size in zip(every, sizes, strict=True) if size <= room]
+        best = min(sum(prices[n][k] for n, k in choice.items()) for choice in fits)
+        got = assign(shapes, prices, room)
+        assert sum(tensor_bytes(shapes[n], k) for n, k in got.items()) <= room
+        assert sum(prices[n][k] for n, k in got.items()) == pytest.approx(best, rel=1e-5)
+
+
+def test_too_small_a_budget_is_refused_with_the_smallest_size() -> None:
+    shapes, prices = {"a": (4, 256)}, {"a": {"Q2_K": 1.0, "Q8_0": 0.1}}
+    assert assign(shapes, prices, 352) == {"a": "Q2_K"}  # 4 blocks of 84 bytes, padded to a multiple of 32
+    with pytest.raises(BadInput, match="smallest types take 352"):
+        assign(shapes, prices, 351)
+
+
+def test_sizes_are_those_of_a_file(tmp_path: Path) -> None:
+    shapes = {"a.weight": (3, 256), "b.weight": (5, 512), "c.weight": (2, 3, 256), "d.weight": (1, 96)}
+    picked = {"a.weight": "Q6_K", "b.weight": "Q3_K", "c.weight": "Q2_K", "d.weight": "Q5_0"}
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    for name, shape in shapes.items():
+        kind = gguf.GGMLQuantizationType[picked[name]]
+        n, size = gguf.GGML_QUANT_SIZES[kind]
+        writer.add_tensor(name, np.zeros((*shape[:-1], shape[-1] // n * size), dtype=np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    start = gguf.GGUFReader(tmp_path / "x.gguf").tensors[0].data_offset
+    predicted = sum(tensor_bytes(shape, picked[name]) for name, shape in shapes.items())  # type: ignore[arg-type]
+    assert (tmp_path / "x.gguf").stat().st_size == start + predicted
+
+
+def test_candidates_are_the_types_whose_blocks_fill_a_row() -> None:
+    assert set(candidates(512)) == set(TYPES)
+    assert set(candidates(96)) == {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+    assert candidates(80) == ("F16",)
+
+
+def test_fewer_bits_cost_more() -> None:
+    w = torch.randn(80, 512, generator=torch.Generator().manual_seed(0)) * 0.05
+    uses = [Sensitivity(torch.rand(80), torch.rand(512))]
+    found = costs(w, uses)
+    order: list[GgmlType] = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"]
+    assert [found[kind] for kind in order] == sorted(found[kind] for kind in order)
+    error = ROUNDERS["rtn"](w, BlockGrid(type="Q3_K", scale_search="activation"), Rtn(), uses[0].columns, None)
+    whole = uses[0].cost(error.linear.dequantize() - w, torch.arange(80))
+    assert found["Q3_K"] == pytest.approx(whole, rel=0.05)  # from 64 of the 80 rows
+    twice = costs(w, uses * 2)
+    assert twice["Q3_K"] == pytest.approx(2 * found["Q3_K"], rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])  # tied, biases, Conv1D
+def test_the_cost_foresees_the_divergence(family: str, tmp_path: Path) -> None:
+    model = tiny.build(family, tmp_path / family)
+    model = model.double()  # divergences this small are noise in float32
+    norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
+    with torch.no_grad():
+        norm.weight.mul_(4)  # random weights hardly predict anything: sharpen them
+    ids = torch.randint(2, tiny.VOCAB, (6, 48), generator=torch.Generator().manual_seed(1))
+    found = measure(model, ids)
+    make = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        before = torch.cat([torch.log_softmax(model(row[None]).logits[0], -1) for row in ids])
+        ratios = []
+        for name, uses in found.items():
+            module: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
+            error = torch.randn(module.weight.shape, generator=make) * module.weight.std() * 0.02
+            error = error.double()
+            module.weight += error
+            after = torch.cat([torch.log_softmax(model(row[None]).logits[0], -1) for row in ids])
+            module.weight -= error
+            kl = float((before.exp() * (before - after)).sum(-1).mean())
+            across = type(module).__name__ == "Conv1D"
+            foreseen = sum(
+                use.cost((error.T if across else error).float(), torch.arange(len(use.rows))) for use in uses
+            )
+            ratios.append(foreseen / kl)
+    middle = float(np.median(ratios))
+    assert 0.5 < middle < 2, ratios
+    assert np.mean([0.3 < r / middle < 3 for r in ratios]) > 0.85, ratios

