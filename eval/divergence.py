@@ -6,6 +6,7 @@ hundred tokens at a time and are never held whole.
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,7 +25,7 @@ from .records import Bucket, Divergence, EvaluationText, Interval, NoiseFloor, Q
 from .statistics import Array, around, quantile_interval, runs, standard_error
 
 _ROWS = 256  # tokens whose logits are in memory at a time
-_TILE = 8  # rows of them that a CPU compares at once: what it works on stays in its cache
+_TILE = 400_000  # logits of them that a CPU compares at once: what it works on stays in its cache
 BATCH_TOKENS = 4096
 _EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the original's confidence
 
@@ -39,8 +40,8 @@ class Windows:
 
     @property
     def runs(self) -> NDArray[np.int64]:
-        """The run of neighbours each scored token belongs to, for their statistics."""
-        return runs(self.scored.tolist())
+        """The run of neighbours each scored token belongs to, for their statistics: with 16 windows, the window."""
+        return runs(int(self.scored.sum()))
 
     def record(self) -> EvaluationText:
         ids = self.tokens.ids
@@ -109,30 +110,27 @@ def compare(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], te
     """
     ids = text.tokens.ids
     columns: list[list[Tensor]] = [[] for _ in range(5)]
-    for window in range(len(ids)):
-        first = ids.shape[1] - 1 - int(text.scored[window])
-        for start in range(first, ids.shape[1] - 1, _ROWS):
-            rows = slice(start, min(start + _ROWS, ids.shape[1] - 1))
-            before, after = (m.logits(h[window, rows]) for m, h in zip(models, hidden, strict=True))
-            target = ids[window, rows.start + 1 : rows.stop + 1].to(before.device)
-            for column, part in zip(columns, _tiles(before, after, target), strict=True):
-                column.append(part.cpu())
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for window in range(len(ids)):
+            first = ids.shape[1] - 1 - int(text.scored[window])
+            for start in range(first, ids.shape[1] - 1, _ROWS):
+                rows = slice(start, min(start + _ROWS, ids.shape[1] - 1))
+                before, after = (m.logits(h[window, rows]) for m, h in zip(models, hidden, strict=True))
+                target = ids[window, rows.start + 1 : rows.stop + 1].to(before.device)
+                for column, part in zip(columns, _tiles(pool, before, after, target), strict=True):
+                    column.append(part.cpu())
     first_nll, second_nll, kl, confidence = (torch.cat(column).double().numpy() for column in columns[:4])
     return Scores(first_nll, second_nll, kl, torch.cat(columns[4]).numpy(), confidence, text.runs)
 
 
-def _tiles(original: Tensor, artifact: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """`_compare` over logits [tokens, vocab]; on a CPU in tiles and on one thread, where it is several times faster."""
+def _tiles(pool: Executor, original: Tensor, artifact: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """`_compare` over logits [tokens, vocab]; on a CPU in tiles, each by one thread of `pool`, which is several times
+    faster than one large operation after another, each by all threads.
+    """
     if original.device.type != "cpu":
         return _compare(original, artifact, target)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        parts = [
-            _compare(*tile) for tile in zip(*(torch.split(x, _TILE) for x in (original, artifact, target)), strict=True)
-        ]
-    finally:
-        torch.set_num_threads(before)
+    rows = max(1, _TILE // original.shape[1])
+    parts = pool.map(_compare, *(torch.split(x, rows) for x in (original, artifact, target)))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -163,17 +161,26 @@ def quality(nll: Array, text: Windows, size: int) -> Quality:
     )
 
 
+def _groups(run: NDArray[np.int64]) -> int:
+    return int(run.max()) + 1
+
+
 def perplexity_increase(before: Array, after: Array, text: Windows) -> tuple[float, Interval | None]:
     """As a fraction, with its interval: both models' nll [tokens] of the same tokens."""
     difference = after - before
     mean = float(difference.mean())
-    ends = around(mean, standard_error(difference, text.runs))
-    return math.expm1(mean), None if ends is None else (math.expm1(ends[0]), math.expm1(ends[1]))
+    ends = around(mean, standard_error(difference, text.runs), _groups(text.runs))
+    return _growth(mean), None if ends is None else (_growth(ends[0]), _growth(ends[1]))
+
+
+def _growth(nats: float) -> float:
+    return math.expm1(nats) if nats < 700 else math.inf
 
 
 def divergence(scores: Scores, noise: NoiseFloor | None = None) -> Divergence:
     """The divergence over all tokens and by how sure the original was."""
-    kl, same = scores.kl, scores.same.astype(np.float64)
+    kl, same, groups = scores.kl, scores.same.astype(np.float64), _groups(scores.runs)
+    kl_stderr, top1_stderr = (standard_error(values, scores.runs) for values in (kl, same))
     median, p90, p99 = np.quantile(kl, [0.5, 0.9, 0.99]).tolist()
     buckets = []
     for low, high in pairwise(_EDGES):
@@ -192,14 +199,16 @@ def divergence(scores: Scores, noise: NoiseFloor | None = None) -> Divergence:
             )
     return Divergence(
         kl_mean=float(kl.mean()),
-        kl_stderr=standard_error(kl, scores.runs),
+        kl_stderr=kl_stderr,
+        kl_interval=around(float(kl.mean()), kl_stderr, groups),
         kl_median=median,
         kl_p90=p90,
         kl_p99=p99,
         kl_p99_interval=quantile_interval(kl, 0.99, scores.runs),
         kl_max=float(kl.max()),
         top1_agreement=float(same.mean()),
-        top1_stderr=standard_error(same, scores.runs),
+        top1_stderr=top1_stderr,
+        top1_interval=around(float(same.mean()), top1_stderr, groups),
         confidence=tuple(buckets),
         noise=noise,
     )

@@ -29,7 +29,7 @@ def judge(gates: Gates, results: Results) -> GateReport:
 
 
 def _measured(name: str, results: Results) -> tuple[float | None, Interval | None]:
-    """The value a gate is about and its 95% interval; None for what was not measured or is exact."""
+    """The value a gate is about and its 95% interval; None for what was not measured, or too little of to have one."""
     if name.startswith("min_recovery."):
         return _recovery(name.removeprefix("min_recovery."), results)
     if name == "min_tokens_per_second":
@@ -41,18 +41,21 @@ def _measured(name: str, results: Results) -> tuple[float | None, Interval | Non
         return rate, around(rate, first.decode_stderr, first.repeats)
     away = results.divergence
     if name == "max_perplexity_increase":
-        return results.perplexity_increase, results.perplexity_increase_interval
+        increase = results.perplexity_increase
+        if increase is None and results.original is not None and results.artifact is not None:
+            increase = math.nan  # as JSON keeps one that is no number: a broken artifact, not one that was not measured
+        return increase, results.perplexity_increase_interval
     if name == "max_bytes":
         size = results.efficiency.bytes if results.efficiency else results.artifact.bytes if results.artifact else None
-        return size, None
+        return size, None if size is None else (size, size)
     if away is None:
         return None, None
     if name == "max_kl":
-        return away.kl_mean, around(away.kl_mean, away.kl_stderr)
+        return away.kl_mean, away.kl_interval
     if name == "max_kl_p99":
         return away.kl_p99, away.kl_p99_interval
     assert name == "min_top1_agreement", name
-    return away.top1_agreement, around(away.top1_agreement, away.top1_stderr)
+    return away.top1_agreement, away.top1_interval
 
 
 def _recovery(task: str, results: Results) -> tuple[float | None, Interval | None]:
@@ -66,10 +69,13 @@ def _check(name: str, limit: float, value: float | None, interval: Interval | No
     """ACCEPT and REGRESSION when the whole interval says so; a value that is not a number never keeps a limit."""
     if value is None:
         return Check(name=name, limit=limit, value=None, verdict="INCONCLUSIVE", reason="it was not measured")
+    if interval is None and math.isfinite(value):
+        reason = f"{value:.5g}, from too little to say how sure it is: measure more"
+        return Check(name=name, limit=limit, value=value, verdict="INCONCLUSIVE", reason=reason)
     low, high = interval or (value, value)
     kept = high <= limit if upper else low >= limit
     missed = not math.isfinite(value) or (low > limit if upper else high < limit)
-    shown = f"{value:.5g}" + (f" (95% interval {low:.5g} to {high:.5g})" if interval else "")
+    shown = f"{value:.5g}" + (f" (95% interval {low:.5g} to {high:.5g})" if low != high else "")
     if not kept and not missed:
         verdict, reason = "INCONCLUSIVE", f"{shown} cannot be told from the limit {limit:.5g}: measure more"
     else:

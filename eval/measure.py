@@ -107,6 +107,9 @@ class _Evaluation:
         _, plain = self._original()
         reader, quantized = open_artifact(artifact, self._device, plain.dtype)
         self._same_model(plain, quantized, artifact)
+        if subject is not None and subject.kind != "run":  # only what reads it can say what it is
+            kind = "checkpoint" if reader.format is None else "artifact"
+            subject = subject.model_copy(update={"kind": kind, "format": reader.format})
         self._add(subject=subject)
         self._text(reader, quantized)
         self._capacity(reader, quantized)

@@ -172,6 +172,7 @@ class Divergence(Record):
 
     kl_mean: Number
     kl_stderr: Number
+    kl_interval: Interval | None = None
     kl_median: Number
     kl_p90: Number
     kl_p99: Number
@@ -179,6 +180,7 @@ class Divergence(Record):
     kl_max: Number
     top1_agreement: Number
     top1_stderr: Number = math.nan
+    top1_interval: Interval | None = None
     confidence: tuple[Bucket, ...] = ()
     noise: NoiseFloor | None = None
 

@@ -1,7 +1,9 @@
 """Means, quantiles and differences with their uncertainty. All intervals are of 95%.
 
-Tokens that follow each other are not independent, so what is said of their mean comes from runs of them: the
-cluster-robust standard error of a mean (Liang & Zeger 1986; for evaluations Miller, arXiv:2411.00640, 2.2).
+Tokens that follow each other are not independent, so what is said of their mean comes from long runs of them: the
+cluster-robust standard error of a mean (Liang & Zeger 1986; for evaluations Miller, arXiv:2411.00640, 2.2). Long, since
+a text stays easy or hard for pages: over 24 windows of 1024 tokens of WikiText-2 the standard error of the mean KL of a
+4-bit model is 0.0042 as if tokens were independent, 0.0061 from runs of 64, 0.0074 of 256, 0.0085 of 512 and of 1024.
 """
 
 import math
@@ -12,25 +14,26 @@ from numpy.typing import NDArray
 from .records import Interval
 
 Z95 = 1.959964
-RUN = 64  # tokens of a run
+_RUNS = 16  # about as many as a text is cut into: longer ones would be too few to say how much they differ
+_SHORTEST = 16  # tokens of a run
 _RESAMPLES = 400
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 2, 3, … 10 values
+_T95 = (  # of 2, 3, … 30 values
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+)  # fmt: skip
 
 Array = NDArray[np.float64]
 
 
-def runs(scored: list[int]) -> NDArray[np.int64]:
-    """The run each token is in, for windows with `scored` tokens; a run never reaches over the edge of a window."""
-    out: list[NDArray[np.int64]] = []
-    first = 0
-    for count in scored:
-        out.append(first + np.arange(count, dtype=np.int64) // RUN)
-        first += -(-count // RUN)
-    return np.concatenate(out)
+def runs(tokens: int) -> NDArray[np.int64]:
+    """The run that each of `tokens` tokens, in the order of the text, is in."""
+    return np.arange(tokens, dtype=np.int64) // max(_SHORTEST, tokens // _RUNS)
 
 
 def standard_error(values: Array, run: NDArray[np.int64] | None = None) -> float:
     """Of the mean of `values` [n]: over runs that may depend on each other, or of independent values without."""
+    if not np.isfinite(values).all():
+        return math.nan
     if run is None:
         run = np.arange(len(values))
     sums = np.bincount(run, weights=values - values.mean())

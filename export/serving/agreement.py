@@ -13,7 +13,7 @@ from quantpress.quantize.artifact import Artifact, open_artifact
 from quantpress.quantize.calibration import encode
 from quantpress.quantize.model import Skeleton, run_block
 
-from .client import Client, Step
+from .client import Client, Prompt, Refused, Step
 from .records import Agreement, Tolerance
 
 PROMPTS = (
@@ -22,7 +22,7 @@ PROMPTS = (
     "The first computers were large machines that filled whole rooms, and",
 )
 TOKENS = 24
-_TOP = 5
+_LOGPROBS: dict[str, Any] = {"logprobs": 5, "return_tokens_as_token_ids": True}
 
 # Absolute differences in log-probability, on average and at most. Ours is float32; the servers' sums are bfloat16.
 _SIXTEEN_BIT = Tolerance(kernel="16-bit sums", mean=0.06, largest=0.5)
@@ -39,9 +39,22 @@ class Continuation:
     steps: list[Step]
 
 
+def refused(client: Client, tokenizer: Any) -> dict[str, str]:
+    """What a server that is not known beforehand refuses of prompts as token ids and of log-probabilities, and how."""
+    ids = tokenizer(PROMPTS[0])["input_ids"]
+    asked: dict[str, tuple[Prompt, dict[str, Any]]] = {"token_ids": (ids, {}), "logprobs": (PROMPTS[0], _LOGPROBS)}
+    found = {}
+    for ability, (prompt, more) in asked.items():
+        try:
+            client.complete(prompt, 1, **more)
+        except Refused as refusal:
+            found[ability] = f"the server refuses them: {refusal}"
+    return found
+
+
 def ask(client: Client, tokenizer: Any, takes_ids: bool, gives_logprobs: bool) -> list[Continuation]:
     """What the server makes of the prompts. Without ids from the server its text is tokenised again."""
-    more = {"logprobs": _TOP, "return_tokens_as_token_ids": True} if gives_logprobs else {}
+    more = _LOGPROBS if gives_logprobs else {}
     found = []
     for text in PROMPTS:
         prompt: list[int] = tokenizer(text)["input_ids"]

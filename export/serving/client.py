@@ -100,13 +100,17 @@ def at_once(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_R
 class Client:
     """Requests to one model of a server at `url` (without /v1). Every failure is a ServerError."""
 
-    def __init__(self, url: str, model: str | None, api_key: str | None = None, *, loopback: bool = True) -> None:
+    def __init__(
+        self, url: str, model: str | None, api_key: str | None = None, *, loopback: bool = True,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:  # fmt: skip
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # A proxy of the environment is for the world outside, not for a server on this machine.
         self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=not loopback, limits=_LIMITS
+            base_url=url, headers=headers, timeout=timeout_s, trust_env=not loopback, limits=_LIMITS
         )
-        self._model = model
+        self._model, self._timeout_s = model, timeout_s
+        self._hangs = False
 
     def __enter__(self) -> "Client":
         return self
@@ -162,6 +166,7 @@ class Client:
         times: list[float] = []
         done, finish = False, None
         usage: dict[str, Any] = {}
+        self._check_patience()
         started = time.perf_counter()
         try:
             with connect_sse(self._http, "POST", "/v1/completions", json=body) as events:
@@ -185,7 +190,7 @@ class Client:
         except SSEError as error:
             raise ServerError(f"not a stream of events: {error}") from error
         except httpx.TransportError as error:
-            raise ServerError(f"the stream broke off after {len(times)} chunks: {_why(error)}") from error
+            raise self._failure(error, f"the stream broke off after {len(times)} chunks") from error
         return Stream(
             "".join(texts), tuple(times), time.perf_counter() - started, done,
             response.headers.get("content-type", ""), finish,
@@ -195,11 +200,25 @@ class Client:
     def _body(self, max_tokens: int, more: dict[str, Any]) -> dict[str, Any]:
         return {"model": self.model, "max_tokens": max_tokens, "temperature": 0} | more
 
+    def _check_patience(self) -> None:
+        """One answer that does not come is waited for; the server is not asked again."""
+        if self._hangs:
+            raise ServerError(
+                f"not asked: the server hangs, an answer did not come within {self._timeout_s:g} s before"
+            )
+
+    def _failure(self, error: httpx.TransportError, what: str) -> ServerError:
+        if isinstance(error, httpx.TimeoutException):
+            self._hangs = True
+            return ServerError(f"{what} within {self._timeout_s:g} s")
+        return ServerError(f"{what}: {type(error).__name__} {error}".strip())
+
     def _checked(self, send: Any) -> dict[str, Any]:
+        self._check_patience()
         try:
             response: httpx.Response = send()
         except httpx.TransportError as error:
-            raise ServerError(f"no answer: {_why(error)}") from error
+            raise self._failure(error, "no answer") from error
         if response.status_code != httpx.codes.OK:
             raise Refused(response.status_code, response.text)
         return _parsed(response.text)
@@ -214,10 +233,6 @@ def _message(said: str) -> str:
     inner = document.get("error", document) if isinstance(document, dict) else document
     words = inner.get("message", inner.get("detail")) if isinstance(inner, dict) else inner
     return words if isinstance(words, str) else said
-
-
-def _why(error: httpx.TransportError) -> str:
-    return f"{type(error).__name__} {error}".strip()
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -251,7 +266,7 @@ def _steps(found: dict[str, Any]) -> list[Step]:
             return []
         return [Step(r["id"], r["logprob"], {t["id"]: t["logprob"] for t in r["top_logprobs"]}) for r in rows]
     tokens = found.get("tokens") or []
-    if not all(str(token).startswith("token_id:") for token in tokens):
+    if not tokens or not all(str(token).startswith("token_id:") for token in tokens):
         return []
     tops = found.get("top_logprobs") or [{}] * len(tokens)
     return [

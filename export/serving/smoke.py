@@ -134,6 +134,9 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
     if own:
         told.check(Check(name="start", status="pass", reason="healthy", seconds=running.load_seconds or 0))
     with Client(running.url, running.model, key, loopback=own) as client:
+        if running.name not in SERVERS:
+            with contextlib.suppress(ServerError):  # the checks will say what is wrong
+                running = replace(running, lacks={**running.lacks, **agreement.refused(client, served.tokenizer)})
         subject = Subject(running, client, served.tokenizer, served.context, served.options.concurrency)
         make(subject, told.check)
         lacks = running.lacks

@@ -152,11 +152,7 @@ def _subject(subject: Path, chosen: Recipe) -> "Subject":
         manifest = read_manifest(subject)
         name, format = manifest["name"], manifest["artifact"]["format"]
         return Subject(kind="run", name=name, format=format, original=chosen.model)
-    from ..artifact import Artifact
-
-    format = Artifact(subject).format
-    kind: Any = "checkpoint" if format is None else "artifact"
-    return Subject(kind=kind, name=subject.resolve().name, format=format, original=chosen.model)
+    return Subject(kind="artifact", name=subject.resolve().name, original=chosen.model)
 
 
 def _longest(folder: Path) -> int:

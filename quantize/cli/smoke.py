@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from ..errors import BadInput
 from ..recipe import Smoke
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 _SIGNS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "skip": "skip"}
 _API_KEY = "QUANTPRESS_API_KEY"
+_IN_CONTAINERS = ("tgi", "tensorrt-llm", "triton", "ollama")  # started as they are exported
 
 
 @app.command("smoke")
@@ -28,7 +28,10 @@ def smoke_command(
         Path,
         typer.Argument(help="a run folder, a quantized folder, a .gguf file, or RUN/export/<target>: its container"),
     ],
-    server: Annotated[str | None, typer.Option("--server", help="vllm, llama.cpp, transformers or url")] = None,
+    server: Annotated[
+        str | None,
+        typer.Option("--server", help="vllm, llama.cpp, transformers, url; in Docker tgi, tensorrt-llm, ollama"),
+    ] = None,
     url: Annotated[str | None, typer.Option("--url", help="a server that already runs: http://host:port")] = None,
     server_python: Annotated[str | None, typer.Option(help="the interpreter that has the server")] = None,
     concurrency: Annotated[int | None, typer.Option(help="requests at a time; default 4")] = None,
@@ -41,6 +44,8 @@ def smoke_command(
 
     What is not given is as the run's recipe has it. Exit code 0 when every check passed, 1 when one failed.
     """
+    if server in _IN_CONTAINERS:
+        artifact, server = _exported(artifact, server), None
     container = artifact if (artifact / "export.json").is_file() and server is None and url is None else None
     where, run_folder = _found(artifact)
     given = {"server": server, "url": url, "python": server_python, "concurrency": concurrency,
@@ -78,6 +83,17 @@ def smoke_stage(
     if not quiet:
         _print(record, out)
     return record
+
+
+def _exported(path: Path, target: str) -> Path:
+    """The export folder of a run for a server that is started in a container."""
+    folder = path / "export" / target
+    if not (folder / "export.json").is_file():
+        raise BadInput(
+            f"{target} is started from {folder}, which is not there: `quantpress export {path} --target {target}` "
+            "writes it; for one that already runs give --server url --url http://host:port"
+        )
+    return folder
 
 
 def _found(path: Path) -> tuple[Path, Path | None]:
@@ -119,7 +135,6 @@ def _tell(check: "Check") -> None:
 def _print(record: "Serving", out: Path) -> None:
     from ..plan import size
 
-    table = Table.grid(padding=(0, 2))
     first, between = record.ttft_ms, record.itl_ms
     rows = {
         "server": f"{record.server} {record.version or ''}",
@@ -134,5 +149,4 @@ def _print(record: "Serving", out: Path) -> None:
     }  # fmt: skip
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, escape(value))
-    out_console.print(table)
+            out_console.print(f"{name:<12} {value}", markup=False)

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from .base import Strict
 
-_Url = r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$|^/"  # a hub id or an absolute folder
+_MODEL = r"^/?[A-Za-z0-9][A-Za-z0-9._/@+-]*$"  # a hub id or an absolute folder, of letters that no shell takes amiss
 
 
 class _Server(Strict):
@@ -39,7 +39,7 @@ class Vllm(_Parallel):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, strict=False)
     draft_for: str | None = Field(
         None,
-        pattern=_Url,
+        pattern=_MODEL,
         description="serve this model, a folder or a hub id, with the artifact as its draft (speculative decoding)",
     )
     draft_tokens: int = Field(4, ge=1, le=32, description="tokens the draft proposes at a time")

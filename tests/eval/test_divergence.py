@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,18 @@ def test_equals_a_plain_forward_pass(stride: int | None, bos: Any, tmp_path: Pat
     assert cut.record().bos is (bos == "always")
 
 
-def test_tiles_on_a_cpu_equal_the_comparison_as_a_whole() -> None:
+def test_tiles_on_a_cpu_equal_the_comparison_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     from quantpress.eval.divergence import _compare, _tiles
 
     g = torch.Generator().manual_seed(0)
     p, q = torch.randn(2, 21, 301, generator=g)
     target = torch.randint(301, (21,), generator=g)
+    monkeypatch.setattr("quantpress.eval.divergence._TILE", 4 * 301)  # tiles of four rows, the last of one
     before = torch.get_num_threads()
-    for tiled, whole in zip(_tiles(p, q, target), _compare(p, q, target), strict=True):
-        torch.testing.assert_close(tiled, whole, atol=1e-6, rtol=1e-5)
-    assert torch.get_num_threads() == before
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for tiled, whole in zip(_tiles(pool, p, q, target), _compare(p, q, target), strict=True):
+            torch.testing.assert_close(tiled, whole, atol=1e-6, rtol=1e-5)
+    assert torch.get_num_threads() == before  # a worker's setting is its own
 
 
 def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
@@ -90,6 +93,14 @@ def test_a_model_does_not_diverge_from_itself(tmp_path: Path) -> None:
     assert scores.kl.max() == 0
     assert scores.same.all()
     assert perplexity_increase(scores.original_nll, scores.artifact_nll, cut) == (0.0, (0.0, 0.0))
+
+
+def test_an_artifact_that_fell_apart_is_infinitely_worse() -> None:
+    cut = windows(tokenizer(), text(), "text", Evaluation(windows=2, window=32))
+    before, n = np.full(62, 3.0), 62
+    for after in (np.full(n, np.inf), np.full(n, 1e4)):
+        assert perplexity_increase(before, after, cut)[0] == math.inf
+        assert quality(after, cut, 1).perplexity == math.inf
 
 
 def test_the_buckets_hold_every_token_once_by_the_originals_confidence() -> None:

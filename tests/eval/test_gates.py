@@ -1,5 +1,6 @@
 """Verdicts: a limit is kept or missed when the whole interval says so, and inconclusive when it does not."""
 
+import json
 import math
 from typing import Any
 
@@ -12,11 +13,16 @@ from tests.eval.test_report import fake_results
 
 
 def results(**changes: Any) -> Results:
-    """KL 0.1 +- 0.002, top-1 agreement 0.9 +- 0.005, perplexity up 4% (3.5% to 4.5%), 1000 bytes."""
+    """KL 0.1 (0.096 to 0.104), agreement 0.9 (0.89 to 0.91), perplexity up 4% (3.5% to 4.5%), 1000 bytes."""
     document = fake_results()
     document["perplexity_increase"], document["perplexity_increase_interval"] = 0.04, (0.035, 0.045)
-    document["divergence"] |= {"kl_mean": 0.1, "kl_stderr": 0.002, "top1_agreement": 0.9, "top1_stderr": 0.005}
-    document["divergence"] |= {"kl_p99": 1.0, "kl_p99_interval": (0.9, 1.1)}
+    document["divergence"] |= {"kl_mean": 0.1, "kl_interval": (0.096, 0.104)}
+    document["divergence"] |= {
+        "top1_agreement": 0.9,
+        "top1_interval": (0.89, 0.91),
+        "kl_p99": 1.0,
+        "kl_p99_interval": (0.9, 1.1),
+    }
     document["artifact"]["bytes"] = 1000
     return Results.model_validate(document | changes)
 
@@ -57,7 +63,15 @@ def test_the_reason_names_what_was_missed_and_by_what() -> None:
 def test_a_perplexity_that_is_no_number_keeps_no_limit() -> None:
     for value in (math.nan, math.inf):
         broken = results(perplexity_increase=value, perplexity_increase_interval=(math.nan, math.nan))
-        assert judge(Gates(max_perplexity_increase=0.5), broken).verdict == "REGRESSION"
+        read_back = Results.model_validate(json.loads(json.dumps(broken.document())))
+        for one in (broken, read_back):
+            assert judge(Gates(max_perplexity_increase=0.5), one).verdict == "REGRESSION"
+
+
+def test_a_value_without_an_interval_is_not_taken_for_certain() -> None:
+    report = judge(Gates(max_perplexity_increase=0.5), results(perplexity_increase_interval=None))
+    assert report.verdict == "INCONCLUSIVE"
+    assert report.reason == "max_perplexity_increase: 0.04, from too little to say how sure it is: measure more"
 
 
 def test_what_was_not_measured_is_neither_kept_nor_missed() -> None:

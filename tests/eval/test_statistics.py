@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from quantpress.eval.statistics import (
-    RUN,
     around,
     paired_difference,
     quantile_interval,
@@ -16,9 +15,18 @@ from quantpress.eval.statistics import (
 )
 
 
-def test_runs_stay_inside_their_window() -> None:
-    run = runs([RUN + 1, 3, RUN])
-    assert run.tolist() == [0] * RUN + [1] + [2] * 3 + [3] * RUN
+@pytest.mark.parametrize(("tokens", "length"), [(16 * 1023, 1023), (100, 16), (64 * 16 * 4, 256)])
+def test_a_text_is_cut_into_about_sixteen_runs(tokens: int, length: int) -> None:
+    run = runs(tokens)
+    assert np.bincount(run)[:-1].tolist() == [length] * int(run[-1])
+    assert len(run) == tokens
+
+
+def test_few_values_know_their_spread_badly() -> None:
+    low, high = around(1.0, 0.1, 3) or (0, 0)
+    assert (low, high) == pytest.approx((1 - 0.4303, 1 + 0.4303))
+    assert around(1.0, 0.1, 31) == around(1.0, 0.1)
+    assert around(1.0, math.nan, 3) is None
 
 
 def test_of_independent_values_it_is_the_textbooks() -> None:

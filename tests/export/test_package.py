@@ -120,6 +120,9 @@ def test_it_listens_on_loopback_unless_asked(run: Path, tmp_path: Path) -> None:
     wide = export(run, Vllm(), tmp_path / "b", host="0.0.0.0").folder
     assert served(wide)["ports"] == ["0.0.0.0:8000:8000"]
     assert "${HOST:-0.0.0.0}" in (wide / "serve.sh").read_text()
+    six = export(run, Vllm(), tmp_path / "six", host="::1").folder
+    assert served(six)["ports"] == ["[::1]:8000:8000"]
+    assert '--host "${HOST:-::1}"' in (six / "serve.sh").read_text()
     with pytest.raises(BadInput, match=r"--host .* is not an address"):
         export(run, Vllm(), tmp_path / "c", host="$(reboot)")
     assert not (tmp_path / "c").exists()

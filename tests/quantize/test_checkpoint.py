@@ -76,6 +76,13 @@ def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
         checkpoint.read("u.0")
 
 
+def test_one_element_of_a_wider_tensor_is_written(tmp_path: Path) -> None:
+    one = torch.arange(130, dtype=torch.float16)[65::65]
+    assert one.stride() == (65,)
+    write_part(tmp_path / "a.safetensors", {"one": one})
+    assert load_file(tmp_path / "a.safetensors")["one"].tolist() == [65.0]
+
+
 def test_bytes_do_not_depend_on_order_or_layout(tmp_path: Path) -> None:
     written = tensors()
     turned = {n: t.T.contiguous().T if t.ndim == 2 else t for n, t in reversed(written.items())}

@@ -116,7 +116,8 @@ def test_a_failed_smoke_test_fails_the_run_and_is_made_again(project: Project, m
         record = Serving(
             schema=1, server="url", version=None, artifact=str(artifact), device="cpu", command=(),
             verdict=verdicts[len(served) - 1], checks=(), agreement=None, max_model_len=64, load_seconds=None,
-            requests=0, prompt_tokens=None, ttft_ms=None, itl_ms=None, tokens_per_second={}, peak_rss_bytes=None, log=None,
+            requests=0, prompt_tokens=None, ttft_ms=None, itl_ms=None, tokens_per_second={}, peak_rss_bytes=None,
+            log=None,
         )  # fmt: skip
         record.write(out)
         return record

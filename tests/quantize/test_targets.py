@@ -73,6 +73,7 @@ def test_a_name_alone_is_a_target_with_defaults() -> None:
         ([{"name": "vllm", "tensor_paralel": 2}], "did you mean 'tensor_parallel'?"),
         ([{"name": "ollama", "tensor_parallel": 2}], "targets.0.ollama.tensor_parallel: unknown key"),
         ([{"name": "vllm", "draft_for": "$(id)"}], "targets.0.vllm.draft_for"),
+        ([{"name": "vllm", "draft_for": "/models/`id`"}], "targets.0.vllm.draft_for"),
         ("vllm", "targets: a list is needed"),
     ],
 )

@@ -38,7 +38,10 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_the_default_model_is_served(server: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_default_model_is_served(
+    server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it
     python = PYTHONS.get(server)
     if not installed(server, python):
         pytest.skip(f"{server} is not installed: {SERVERS[server].install}")

@@ -47,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         fault = str(body["model"]).partition(":")[2]
         if "messages" in body:  # the template of the tests: contents one after another
             body["prompt"] = "".join(message["content"] for message in body["messages"])
-        prompt = body["prompt"] if isinstance(body["prompt"], str) else bytes(body["prompt"]).decode()
+        prompt = body["prompt"] if isinstance(body["prompt"], str) else bytes(body["prompt"]).decode(errors="replace")
+        if FAULT == "text-only" and (not isinstance(body["prompt"], str) or "logprobs" in body):
+            return self.answer({"detail": "prompt: a string, and no other fields"}, 422)
         if fault == "hangs":
             time.sleep(600)
         if fault == "html":

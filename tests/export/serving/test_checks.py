@@ -96,6 +96,15 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs(tmp_path: Path) -> None:
     assert not psutil.wait_procs(server, timeout=1)[1]
 
 
+def test_a_server_that_hangs_is_waited_for_once(server: Running) -> None:
+    on = replace(subject(server), client=Client(server.url, "fake:hangs", timeout_s=0.3))
+    first, second, third = (check(name, on) for name in ("completion", "streaming", "done"))
+    assert first.reason == "no answer within 0.3 s"
+    assert second.reason.startswith("not asked: the server hangs")
+    assert second.seconds + third.seconds < 0.3
+    assert {first.status, second.status, third.status} == {"fail"}
+
+
 def test_errors_of_requests_at_once_are_raised(server: Running) -> None:
     with pytest.raises(ServerError, match="not JSON"):
         at_once(lambda prompt: Client(server.url, "fake:html").complete(prompt, 1), ["a", "b"])

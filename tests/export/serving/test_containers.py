@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from quantpress.export.serving import Options, composed, serve
+from quantpress.export.serving import Options, Serving, composed, read, serve
 from quantpress.export.serving.checks import CHECKS, Subject, make
 from quantpress.export.serving.client import Client
 from quantpress.export.serving.process import free_port
+from quantpress.quantize.cli import main
 from quantpress.quantize.errors import BadInput
+from tests.tiny import build
 
 from .fakes import FAKE, Bytes
 
@@ -85,6 +87,27 @@ def test_without_docker_the_command_is_shown(folder: Path, tmp_path: Path, monke
         BadInput, match=r"no Docker answers here; .*docker compose --file .*tgi/compose.yaml up`.*--url"
     ):
         composed(folder)
+
+
+def test_a_run_is_tested_in_the_container_that_was_exported_for_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fake's words are not the model's, so that only the agreement fails."""
+    build("llama", folder / "model")
+    run = tmp_path / "run"
+    (run / "quantized").mkdir()
+    (run / "manifest.json").write_text('{"recipe": {}}')
+    put_docker(tmp_path, json.loads((folder / "export.json").read_text())["port"], monkeypatch)
+    monkeypatch.setattr("sys.argv", ["quantpress", "smoke", str(run), "--server", "tgi", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    record = read(run)
+    assert record is not None
+    assert Serving.model_validate_json(capsys.readouterr().out) == record
+    assert stopped.value.code == 1
+    assert [c.name for c in record.checks if c.status == "fail"] == ["agreement"]
+    assert (record.server, record.version) == ("tgi", "ghcr.io/tgi:3 in Docker 28.2.2")
+    assert (record.peak_rss_bytes, record.log) == (None, "eval/serving-tgi.log")
 
 
 def test_tritons_own_protocol_is_refused_with_the_way_out(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from quantpress.export.serving import SERVERS, Options, Serving, installed, read, smoke
 from quantpress.export.serving.checks import CHECKS
@@ -16,7 +17,7 @@ from quantpress.quantize.errors import BadInput
 from tests.quantize.originals import tiny, trained, write_gguf
 from tests.tiny import build
 
-from .fakes import fake_server, row
+from .fakes import Bytes, fake_server, row
 
 CONTEXT = 512
 
@@ -104,12 +105,27 @@ def test_a_server_at_a_url_fails_where_its_answers_are_not_the_artifacts(
     assert (record.server, record.log, record.peak_rss_bytes, record.load_seconds) == ("url", None, None, None)
 
 
+def test_a_server_that_takes_text_only_is_asked_in_text(tmp_path: Path) -> None:
+    """Its chat is judged by the length of its prompt and its agreement by its text; what it refused is not held up."""
+    build("llama", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = Bytes.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")
+    with fake_server(tmp_path / "log", "text-only") as fake:
+        record = smoke(tmp_path / "model", "url", tmp_path / "run", Options(url=fake.url), tmp_path)
+    found = {c.name: c for c in record.checks}
+    assert "as many prompt tokens as the artifact's template makes" in found["chat"].reason
+    assert record.agreement is not None
+    assert (record.agreement.tokens_from, record.agreement.logprob_mean) == ("text", None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["{model}", "--server", "vllm", "--server-python", "/no/python"], "/no/python has no vllm: `make setup-vllm`"),
         (["{model}", "--server", "llama.cpp"], "llama.cpp reads a .gguf file, and"),
         (["{model}", "--server", "vlm"], "smoke.server"),
+        (["{model}", "--server", "tgi"], "`quantpress export {model} --target tgi` writes it"),
         (["{model}", "--server", "url"], "go together"),
         (["{model}", "--server", "vllm", "--url", "http://127.0.0.1:1"], "go together"),
         (["{empty}"], "neither a run folder nor an artifact"),
@@ -125,7 +141,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     filled = [argument.format(**places) for argument in arguments]
     status, _ = run(["smoke", *filled, "--out", str(tmp_path / "run")], capsys, tmp_path)
     assert status == 2
-    assert words in ERRORS[-1]
+    assert words.format(**places) in ERRORS[-1]
     assert ERRORS[-1].count("\n") == 1
     assert not (tmp_path / "run").exists()
 
