@@ -11,11 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from quantpress.export.contracts import servability
-from quantpress.quantize.artifact import Artifact
+from quantpress.export import contracts
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import whole_file
-from quantpress.quantize.recipe import file as recipes
+from quantpress.quantize.recipe import READERS, LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Vllm, reader_notes
 
 from .report import chart, render
 from .runs import Run, open_run
@@ -85,45 +84,39 @@ def metadata(run: Run, base_model: str | None = None, license: str | None = None
 
 
 def servers(run: Run, name: str) -> list[Serving]:
-    """Each program that might load the artifact's format, with the reasons of those that do not."""
-    format = run.manifest.artifact.format
-    lines = _refusals(run)
-    vllm = tuple(x for x in lines if x.startswith(("vLLM refuses", "vLLM has no", "vLLM fuses")))
-    notes = tuple(x for x in lines if x not in vllm and not x.startswith("transformers"))
-    out: list[Serving] = []
-    if format != "gguf":
-        out.append(Serving("vLLM", f"vllm serve {name}", "bash", vllm, notes))
-        own = tuple(x for x in lines if x.startswith("transformers"))
-        out.append(Serving("transformers", _TRANSFORMERS.format(name=name), "python", (), own))
-    if format in ("gptq", "awq", "compressed-tensors"):
-        command = (
-            "docker run --gpus all --shm-size 1g -p 8080:80 ghcr.io/huggingface/text-generation-inference "
-            f"--model-id {name}"
-        )
-        out.append(Serving("TGI", command, "bash", vllm, ("TGI's kernels need a GPU",)))
-    if format == "modelopt":
-        out.append(Serving("TensorRT-LLM", f"trtllm-serve {name}", "bash", (), ("TensorRT-LLM needs an NVIDIA GPU",)))
-    if format == "gguf":
-        out.append(Serving("llama.cpp", f"llama-server -hf {name}", "bash"))
+    """Each program that reads the artifact's format, with the reasons of those that will not load this one."""
+    contents = contracts.of_folder(run.folder / "quantized")
+    out = []
+    for title, target, command in _SERVERS:
+        reader = target.reader
+        if contents.format not in READERS[reader].formats:
+            continue
+        refused = tuple(contracts.problems(target, contents))
+        notes = reader_notes(reader, contents.format, contents.grids, contents.activations)
+        out.append(Serving(title, command.format(name=name), "bash", refused, tuple(notes)))
+    if contents.format != "gguf":
+        merged = tuple(line for line in contracts.experts(contents) if line.startswith("transformers"))
+        wrong = tuple(line for line in merged if "does not load" in line or "wrongly" in line)
+        notes = [line for line in merged if line not in wrong]
+        out.append(Serving("transformers", _TRANSFORMERS.format(name=name), "python", wrong, tuple(notes)))
     return out
 
 
+_SERVERS: tuple[tuple[str, Target, str], ...] = (
+    ("vLLM", Vllm(), "vllm serve {name}"),
+    ("vLLM on a CPU", Vllm(device="cpu"), "vllm serve {name}"),
+    ("TGI", Tgi(), "docker run --gpus all --shm-size 1g -p 8080:80 "
+     "ghcr.io/huggingface/text-generation-inference --model-id {name}"),
+    ("TensorRT-LLM", TensorRtLlm(), "trtllm-serve {name}"),
+    ("llama.cpp", LlamaCpp(), "llama-server -hf {name}"),
+    ("Ollama", Ollama(), "ollama run hf.co/{name}"),
+)  # fmt: skip
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
-
-
-def _refusals(run: Run) -> list[str]:
-    """What would keep servers from loading the files, by the contracts they were planned with."""
-    if run.manifest.artifact.format == "gguf":
-        return []
-    artifact = Artifact(run.folder / "quantized")
-    recipe = recipes.parse(dict(run.manifest.recipe), str(run.folder / "manifest.json"))
-    return servability([run.manifest.artifact.format], artifact.shapes, artifact.linears,
-                       shuffled=recipe.shuffled, activations=artifact.activations)  # fmt: skip
 
 
 def _shown(run: Run) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Run folders as the report, the card and the recommendation see them: what was measured, and what can be compared."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from quantpress.export.serving.records import Serving
+from quantpress.export.serving.records import read as read_serving
 from quantpress.quantize.errors import BadInput
 
 from .heat import Heat, heat
@@ -23,7 +23,7 @@ class Run:
     manifest: Manifest
     results: Results
     label: str
-    serving: dict[str, Any] | None = None
+    serving: Serving | None = None
 
     @property
     def text(self) -> EvaluationText:
@@ -137,7 +137,7 @@ def open_run(folder: Path) -> Run:
     measured = (results.text, results.original, results.artifact, results.divergence)
     if any(part is None for part in measured):
         raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")
-    return Run(folder, manifest, results, manifest.name, _serving(folder / "eval" / "serving.json"))
+    return Run(folder, manifest, results, manifest.name, read_serving(folder))
 
 
 def open_runs(folders: Sequence[Path]) -> list[Run]:
@@ -183,17 +183,3 @@ def labelled(runs: Sequence[Run]) -> list[Run]:
             name = where if where.endswith(name) else f"{name} ({where})"
         out.append(replace(run, label=name))
     return out
-
-
-def _serving(path: Path) -> dict[str, Any] | None:
-    """The smoke test's document, when there is one of a schema this reads."""
-    if not path.is_file():
-        return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != 1:
-        raise BadInput(f"{path}: schema {schema!r} is not 1; run quantpress smoke again")
-    return dict(document)

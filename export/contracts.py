@@ -181,7 +181,7 @@ def advice(job: Job) -> list[str]:
         for target in () if job.recipe.targets else (Vllm(), Vllm(device="cpu")):
             found += problems(target, contents)
         found += reader_notes("vllm", format, contents.grids, contents.activations)
-        found += _experts(contents)
+        found += experts(contents)
         most = max(n for n in (1, 2, 4, 8) if not list(_parallel(contents, n)))
         if most < 8:
             found.append(f"tensor parallelism up to {most}: a model {next(_parallel(contents, 2 * most))}")
@@ -256,7 +256,7 @@ def _parallel(contents: Contents, n: int) -> Iterator[str]:
             return
 
 
-def _experts(contents: Contents) -> Iterator[str]:
+def experts(contents: Contents) -> Iterator[str]:
     """What transformers 5.17 makes of experts, which it merges into one tensor as it loads."""
     if contents.format != "compressed-tensors":
         return

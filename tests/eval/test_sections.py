@@ -62,6 +62,8 @@ def full_results(perplexity: float = 18.4, rate: float = 40.0) -> dict[str, Any]
 SERVING = {
     "schema": 1, "server": "vllm", "version": "0.32", "requests": 8, "ttft_ms": 112.4, "tokens_per_second": {"1": 21.5},
     "itl_ms": {"p50": 40.1, "p95": 55.0, "p99": 61.0}, "peak_rss_bytes": 1_900_000_000,
+    "artifact": "quantized", "device": "cpu", "command": ["vllm"], "verdict": "PASSED", "agreement": None,
+    "max_model_len": 1024, "load_seconds": 9.0, "prompt_tokens": 20, "log": None,
     "checks": [{"name": "answers", "status": "pass", "reason": "", "seconds": 1.0},
                {"name": "tools", "status": "skip", "reason": "no template", "seconds": 0.0}],
 }  # fmt: skip
