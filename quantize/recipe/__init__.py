@@ -1,14 +1,16 @@
 """The recipe: what one YAML file may say. No torch here; file.py reads it from disk."""
 
 from .base import Strict, matches
-from .document import FormatName, Override, Recipe
+from .document import FormatName, Override, PackedFormat, Recipe
 from .gates import Gates
+from .gguf import Budget, FileType, Gguf, TensorType
 from .methods import (
     AutoRound,
     Awq,
     EndToEnd,
     Gptq,
     Hadamard,
+    LlamaCpp,
     Method,
     Objective,
     Qat,
@@ -25,25 +27,31 @@ __all__ = [
     "AutoRound",
     "Awq",
     "Bos",
+    "Budget",
     "Calibration",
     "EndToEnd",
     "Evaluation",
+    "FileType",
     "FormatName",
     "Gates",
+    "Gguf",
     "Gptq",
     "Grid",
     "GroupSize",
     "Hadamard",
+    "LlamaCpp",
     "Method",
     "NumberType",
     "Objective",
     "Override",
+    "PackedFormat",
     "Qat",
     "Recipe",
     "Rtn",
     "ScaleSearch",
     "SmoothQuant",
     "Strict",
+    "TensorType",
     "Text",
     "Transform",
     "Tuned",

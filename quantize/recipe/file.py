@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from ..errors import BadInput
 from .document import Override, Recipe
 from .gates import Gates
-from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, Qat, Rtn, SmoothQuant
+from .gguf import Budget, Gguf
+from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, LlamaCpp, Qat, Rtn, SmoothQuant
 from .numbers import Activations, Grid
 from .text import Calibration, Evaluation
 
@@ -110,7 +111,7 @@ def _keys_at(place: Iterable[int | str]) -> list[str]:
         "calibration": Calibration, "evaluation": Evaluation, "weights": Grid, "gates": Gates,
         "overrides": Override, "activations": Activations, "rtn": Rtn, "gptq": Gptq, "smoothquant": SmoothQuant,
         "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
-        "end_to_end": EndToEnd,
+        "end_to_end": EndToEnd, "llama.cpp": LlamaCpp, "gguf": Gguf, "budget": Budget,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     for part in place:
