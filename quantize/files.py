@@ -51,7 +51,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 @contextlib.contextmanager
@@ -67,13 +67,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for file in (*new.rglob("*"), new):
             runs = file.is_dir() or file.stat().st_mode & 0o100
             file.chmod((0o777 if runs else 0o666) & ~mask)  # mkdtemp and safetensors make them private
-            _fsync(file)
+            fsync(file)
         try:
             new.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
-        _fsync(target.parent)
+        fsync(target.parent)
 
 
 @contextlib.contextmanager
@@ -104,7 +104,8 @@ def sweep(cache: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file or folder on disk before going on."""
     if os.name == "nt" and path.is_dir():
         return  # Windows does not open folders
     handle = os.open(path, os.O_RDONLY)

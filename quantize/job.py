@@ -10,6 +10,7 @@ from . import kv_cache, machine
 from .checkpoint import Checkpoint
 from .errors import BadInput
 from .formats import FORMATS, Contents
+from .gguf import run as gguf_run
 from .grid import Grid
 from .model import Linear, Skeleton
 from .plan import Plan, make_plan
@@ -74,6 +75,9 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     reader = Rotated(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
     skeleton = Skeleton(reader, device=device or machine.device())
     linears = skeleton.linears()
+    if recipe.is_gguf:
+        plan = gguf_run.plan(recipe, gguf_run.check(recipe, checkpoint), linears)
+        return Job(recipe, source, checkpoint, reader, skeleton, linears, {x.name: None for x in linears}, plan)
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
     for name in recipe.formats:
         _check_format(name, linears, schemes, skeleton, recipe)
