@@ -20,6 +20,7 @@ from .files import write_json
 from .gguf import run as gguf_run
 from .job import Job, Progress, Settings, prepare
 from .journal import Journal, finished
+from .recipe import LlamaCppQuantizer
 from .rotation import Rotated
 from .texts import load_documents
 
@@ -46,16 +47,20 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     files = job.checkpoint.file_hashes()
     if settings.overwrite:
         _make_room(settings.out)
-    if job.recipe.is_gguf:
+    if isinstance(job.recipe.method, LlamaCppQuantizer):
         manifest = gguf_run.make(job, describe(job, files, tokens), tokens, settings)
         return _signed(manifest, job, settings, started)
+    job = gguf_run.with_types(job, tokens) if job.recipe.is_gguf else job
     journal = Journal(work, _key(job, files, tokens))
     run_blocks(job, tokens, journal, settings)
     manifest = describe(job, files, tokens, journal.done)
     parts, summary = train_end_to_end(job, tokens, journal)
     if summary is not None:
         manifest |= {"end_to_end": summary, "error_measure": "output, before the scales were trained end to end"}
-    assemble(job, journal, settings, manifest, parts)
+    if job.recipe.is_gguf:
+        manifest = gguf_run.make(job, manifest, tokens, settings, parts)
+    else:
+        assemble(job, journal, settings, manifest, parts)
     return _signed(manifest, job, settings, started, [done["seconds"] for done in journal.done])
 
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,10 +15,11 @@ from ..calibration import Tokens
 from ..checkpoint import Checkpoint, copy_companions
 from ..errors import BadInput
 from ..files import write_json
+from ..grid import Grid
 from ..model import Linear
-from ..plan import PROCESS_BYTES, Plan
+from ..plan import PROCESS_BYTES, Plan, make_plan
 from ..recipe import LlamaCppQuantizer, Recipe
-from . import imatrix, llama_cpp
+from . import imatrix, llama_cpp, rounding
 from .convert import Conversion, FloatType
 from .layout import Entry, float_type
 from .reader import GgufTensors, gguf_files
@@ -35,7 +37,7 @@ def check(recipe: Recipe, checkpoint: Checkpoint) -> Conversion:
     """Raise BadInput for a model, tokenizer, pattern or tool that this recipe cannot be run with."""
     wanted = recipe.gguf_file
     conversion = Conversion(checkpoint, checkpoint.folder)
-    if wanted.type not in FLOATS:
+    if isinstance(recipe.method, LlamaCppQuantizer) and wanted.type not in FLOATS:
         llama_cpp.library()
     _tensor_types(recipe, conversion.entries)
     if isinstance(wanted.imatrix, str):
@@ -43,10 +45,34 @@ def check(recipe: Recipe, checkpoint: Checkpoint) -> Conversion:
     return conversion
 
 
-def plan(recipe: Recipe, conversion: Conversion, linears: list[Linear]) -> Plan:
-    """What the run needs. The bytes of a quantized file are an estimate: every matrix in the type most of them get."""
+def schemes(recipe: Recipe, conversion: Conversion, linears: list[Linear]) -> dict[str, Grid | None]:
+    """The grid of each linear where our own methods round it; None for each where llama.cpp does."""
+    if isinstance(recipe.method, LlamaCppQuantizer):
+        return {linear.name: None for linear in linears}
+    return rounding.schemes(recipe, conversion.entries, linears, rounding.types(recipe, conversion))
+
+
+def with_types(job: "Job", tokens: Tokens | None) -> "Job":
+    """The job with the types that its budget allows; as it is where it has none."""
+    if job.recipe.gguf_file.budget is None:
+        return job
+    assert tokens is not None
+    conversion = Conversion(job.checkpoint, job.source.path)
+    chosen = rounding.within_budget(job, conversion, rounding.types(job.recipe, conversion), tokens)
+    grids = rounding.schemes(job.recipe, conversion.entries, job.linears, chosen)
+    return replace(job, schemes=grids, gguf_types=chosen)
+
+
+def plan(recipe: Recipe, conversion: Conversion, linears: list[Linear], grids: dict[str, Grid | None]) -> Plan:
+    """What the run needs. What llama.cpp makes is an estimate in bytes: every matrix in the type most of them get."""
     wanted, checkpoint = recipe.gguf_file, conversion.reader
     assert isinstance(checkpoint, Checkpoint)
+    if not isinstance(recipe.method, LlamaCppQuantizer):
+        chosen = rounding.types(recipe, conversion)
+        artifact = rounding.allowed(recipe, conversion) or sum(rounding.file_sizes(recipe, conversion, chosen))
+        own = make_plan(recipe, conversion.skeleton, linears, grids)
+        notes = (*conversion.notes, *_summed_up(rounding.notes(conversion, chosen)))
+        return replace(own, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=notes)
     kinds = {entry.name: _usual_type(wanted.type, entry) for entry in conversion.entries}
     artifact = sum(tensor_bytes(entry.shape, kinds[entry.name]) for entry in conversion.entries)
     original = checkpoint.total_bytes
@@ -74,23 +100,33 @@ def plan(recipe: Recipe, conversion: Conversion, linears: list[Linear]) -> Plan:
     )
 
 
-def make(job: "Job", manifest: dict[str, Any], tokens: Tokens | None, settings: "Settings") -> dict[str, Any]:
+def make(
+    job: "Job", manifest: dict[str, Any], tokens: Tokens | None, settings: "Settings", parts: list[Path] | None = None
+) -> dict[str, Any]:
     """Write `out/quantized`: model.gguf, the files that tell eval what model it is, and the manifest; returns that.
 
-    `manifest` is what is known before: layers, fallbacks and artifact are filled in here.
+    `manifest` is what is known before: layers, fallbacks and artifact are filled in here. `parts` hold the blocks
+    where they are rounded already, by our own methods; else llama.cpp quantizes.
     """
     work, partial = settings.out / ".work", settings.out / "quantized.partial"
-    for folder in (work, partial):
+    for folder in (work, partial) if parts is None else (partial,):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     conversion = Conversion(job.checkpoint, job.source.path)
     conversion.metadata["general.name"] = job.source.id.rpartition("/")[2]
-    said = _write(job, conversion, tokens, work, partial, settings)
+    if parts is None:
+        said = _write(job, conversion, tokens, work, partial, settings)
+    else:
+        chosen = job.gguf_types or rounding.types(job.recipe, conversion)
+        rounding.save(job, conversion, chosen, parts, partial / "model.gguf")
     write_json(partial / "config.json", job.checkpoint.config)
     copy_companions(job.source.path, partial)
     stored = GgufTensors(gguf_files(partial))
-    notes = _fallbacks(said, stored)
-    manifest = manifest | {"layers": _layers(job, conversion.entries, stored, notes), "converted": []}
+    notes = _fallbacks(said, stored) if parts is None else rounding.notes(conversion, chosen)
+    layers = _layers(job, conversion.entries, stored, notes)
+    if parts is not None:  # the blocks' records say more
+        layers = [there | here for there, here in zip(layers, manifest["layers"], strict=True)]
+    manifest = manifest | {"layers": layers, "converted": []}
     manifest["fallbacks"] = [*conversion.notes, *_summed_up(notes)]
     manifest["artifact"] = _sizes(job, stored, conversion.entries, partial)
     write_json(partial / "manifest.json", manifest)

@@ -32,7 +32,7 @@ _INPUTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("mxfp8", 8): ("mxfp8",), ("mxfp4", 4): ("mxfp4",), ("nvfp4", 4): ("nvfp4",),
 }  # fmt: skip
 
-_GGUF_METHODS = (LlamaCppQuantizer,)  # those that can make a GGUF file
+_GGUF_METHODS = (LlamaCppQuantizer, Gptq, Rtn)  # those that can make a GGUF file
 
 
 class Override(Strict):
@@ -180,7 +180,7 @@ class Recipe(Strict):
         if len(self.formats) > 1:
             raise ValueError("format gguf stands alone: give the others a recipe of their own")
         if not isinstance(self.method, _GGUF_METHODS):
-            raise ValueError(f"format gguf with method {self.method.name}: it is written by method llama.cpp")
+            raise ValueError(f"format gguf with method {self.method.name}: it takes llama.cpp, gptq and rtn")
         if isinstance(self.method, LlamaCppQuantizer) and self.gguf is not None and self.gguf.budget is not None:
             raise ValueError(
                 "gguf.budget chooses a type for each tensor; method llama.cpp chooses by gguf.type: drop one"
@@ -227,8 +227,8 @@ class Recipe(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether text has to run through the model before anything can be rounded."""
-        if isinstance(self.method, LlamaCppQuantizer):
-            return self.gguf_file.calibrated
+        if self.is_gguf and not isinstance(self.method, Gptq):
+            return self.gguf_file.calibrated or self.gguf_file.budget is not None
         searches = {self.weights.scale_search, *(o.scale_search for o in self.overrides)}
         return (
             not isinstance(self.method, Rtn)

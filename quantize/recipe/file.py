@@ -22,7 +22,7 @@ from .gguf import Budget, Gguf
 from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, LlamaCppQuantizer, Qat, Rtn, SmoothQuant
 from .numbers import Activations, Grid
 from .smoke import Smoke
-from .targets import Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
+from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Calibration
 
 
