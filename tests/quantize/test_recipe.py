@@ -463,7 +463,10 @@ LLAMA_CPP = {"method": {"name": "llama.cpp"}, "formats": ["gguf"]}
 @pytest.mark.parametrize(
     ("document", "expected"),
     [
-        ({"formats": ["gguf"]}, "format gguf with method gptq: it is written by method llama.cpp"),
+        (
+            {"formats": ["gguf"], "method": {"name": "qat"}},
+            "format gguf with method qat: it takes llama.cpp, gptq and rtn",
+        ),
         ({"method": {"name": "llama.cpp"}}, "method llama.cpp is for GGUF files: set formats: [gguf]"),
         ({"gguf": {"type": "F16"}}, "the section gguf is for GGUF files"),
         (LLAMA_CPP | {"formats": ["gguf", "gptq"]}, "format gguf stands alone"),
