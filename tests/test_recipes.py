@@ -13,7 +13,8 @@ from quantpress.quantize.recipe.file import load, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 NAMES = sorted(path.stem for path in FILES)
-PACKED = [name for name in NAMES if not name.startswith("gguf-")]  # the others choose types by tensor, not `weights`
+GGUF = [name for name in NAMES if name.startswith("gguf-")]
+PACKED = [name for name in NAMES if name not in GGUF]
 
 
 # What the first part of a name says: type and bits of the weights, type of the inputs (None: 16 bit).
@@ -111,14 +112,13 @@ def test_its_name_tells_the_truth(name: str) -> None:
     assert "-as-" not in name or recipe.formats == (name.rpartition("-as-")[2],)
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {*PACKED}))
-def test_a_gguf_recipe_is_named_after_its_method_and_type(name: str) -> None:
+@pytest.mark.parametrize("name", GGUF)
+def test_a_gguf_recipe_is_named_after_its_method_and_type_and_warns_of_vllm(name: str) -> None:
     recipe = load(name)
     assert recipe.formats == ("gguf",)
-    _, method, kind = name.split("-")
-    assert method == recipe.method.name
-    assert kind == ("budget" if recipe.gguf_file.budget else recipe.gguf_file.type.lower().replace("_", ""))
-    assert "vLLM refuses GGUF files" in comment(name)
+    how = "" if recipe.method.name == "llama.cpp" else f"{recipe.method.name}-"
+    assert name == f"gguf-{how}{'budget' if recipe.gguf_file.budget else recipe.gguf_file.type.lower()}"
+    assert "vLLM loads no GGUF file" in comment(name)
 
 
 @pytest.mark.parametrize("name", PACKED)

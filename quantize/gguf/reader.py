@@ -160,5 +160,10 @@ class GgufCheckpoint:
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of the GGUF files, config.json and what goes with them, by name."""
-        files = {*self.folder.glob("*.gguf"), self.folder / "config.json", *companions(self.folder)}
+        files = {
+            *self.folder.glob("*.gguf"),
+            *self.folder.glob("Modelfile"),
+            self.folder / "config.json",
+            *companions(self.folder),
+        }
         return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in sorted(files)}

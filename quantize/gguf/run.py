@@ -11,7 +11,7 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType
 
-from ..calibration import Tokens
+from ..calibration import Tokens, open_tokenizer
 from ..checkpoint import Checkpoint, copy_companions
 from ..errors import BadInput
 from ..files import write_json
@@ -22,6 +22,7 @@ from ..recipe import LlamaCppQuantizer, Recipe
 from . import imatrix, llama_cpp, rounding
 from .convert import Conversion, FloatType
 from .layout import Entry, float_type
+from .modelfile import modelfile
 from .reader import GgufTensors, gguf_files
 from .writer import sizes, tensor_bytes, write
 
@@ -121,13 +122,14 @@ def make(
         rounding.save(job, conversion, chosen, parts, partial / "model.gguf")
     write_json(partial / "config.json", job.checkpoint.config)
     copy_companions(job.source.path, partial)
-    stored = GgufTensors(gguf_files(partial))
+    files = gguf_files(partial)
+    stored, about = GgufTensors(files), _write_modelfile(job, conversion, files, partial)
     notes = _fallbacks(said, stored) if parts is None else rounding.notes(conversion, chosen)
     layers = _layers(job, conversion.entries, stored, notes)
     if parts is not None:  # the blocks' records say more
         layers = [there | here for there, here in zip(layers, manifest["layers"], strict=True)]
     manifest = manifest | {"layers": layers, "converted": []}
-    manifest["fallbacks"] = [*conversion.notes, *_summed_up(notes)]
+    manifest["fallbacks"] = [*conversion.notes, *_summed_up(notes), *about]
     manifest["artifact"] = _sizes(job, stored, conversion.entries, partial)
     write_json(partial / "manifest.json", manifest)
     partial.rename(settings.out / "quantized")
@@ -166,6 +168,16 @@ def _write(
     # With parts llama.cpp takes the name without its ending, and numbers them itself.
     target = folder / ("model" if len(parts) > 1 else "model.gguf")
     return llama_cpp.quantize(parts[0], target, asked, tell)
+
+
+def _write_modelfile(job: "Job", conversion: Conversion, files: list[Path], folder: Path) -> list[str]:
+    """Write Ollama's Modelfile; returns what there is to say about it."""
+    if len(files) > 1:
+        return ["no Modelfile: Ollama does not load a file in parts"]
+    add_bos = bool(conversion.metadata["tokenizer.ggml.add_bos_token"])
+    text, note = modelfile(files[0], open_tokenizer(job.source.path), conversion.config, add_bos)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    return [note] if note else []
 
 
 def _exact_type(checkpoint: Checkpoint) -> FloatType:

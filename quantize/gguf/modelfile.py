@@ -1,0 +1,208 @@
+"""Ollama's Modelfile beside a GGUF file: its chat template as Go, the texts that end an answer, the context.
+
+The Jinja template is not parsed. It is rendered with marked messages, what stands between the marks becomes a table of
+what goes before and after each role's text, and the table is believed only if it renders further conversations letter
+by letter as the original does. A template that does more than that is refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from ..errors import BadInput
+
+CONTEXT = 8192  # tokens at most: the model's own may need more memory than there is
+Message = dict[str, str]
+_SYSTEM, _USER, _ANSWER, _AGAIN = "\u2460sys\u2460", "\u2461use\u2461", "\u2462ans\u2462", "\u2463aga\u2463"
+_TEXTS = ("What is 2 + 2?", "It's 4.\nIs it not?", "Yes: 四", "Why", "So it is.")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What a chat template puts around the text of each role.
+
+    user, answer, system: before and after; inside: the system text is put into the first user's turn, between its
+    beginning and its text. start: before everything; prompt: where the answer begins; default: the system text when
+    none is given. system None: a system message is refused.
+    """
+
+    start: str
+    user: tuple[str, str]
+    answer: tuple[str, str]
+    system: tuple[str, str] | None
+    inside: bool
+    prompt: str
+    default: str | None = None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """What Ollama makes of the Go template, restated."""
+        system = messages[0]["content"] if messages[0]["role"] == "system" else self.default
+        out, first = self.start, True
+        if system is not None and self.system is not None and not self.inside:
+            out += self.system[0] + system + self.system[1]
+        for message in messages:
+            if message["role"] == "user":
+                out += self.user[0]
+                if first and self.inside and system is not None and self.system is not None:
+                    out += self.system[0] + system + self.system[1]
+                out += message["content"] + self.user[1]
+                first = False
+            elif message["role"] == "assistant":
+                out += self.answer[0] + message["content"] + self.answer[1]
+        return out + self.prompt
+
+    def go(self) -> str:
+        """The Go template. A system message is the first one, so that the first user's is number 0 or 1."""
+        lead = ""
+        if self.system is not None:
+            lead = self.system[0] + "{{ $.System }}" + self.system[1]
+        apart = "" if self.inside or not lead else '{{ if eq .Role "system" }}' + lead.replace("$.System", ".Content")
+        apart += "{{ else if" if apart else "{{ if"
+        inner = "{{ if and $.System (le $i 1) }}" + lead + "{{ end }}" if self.inside and lead else ""
+        user = f'{apart} eq .Role "user" }}}}{self.user[0]}{inner}{{{{ .Content }}}}{self.user[1]}'
+        answer = f'{{{{ else if eq .Role "assistant" }}}}{self.answer[0]}{{{{ .Content }}}}{self.answer[1]}'
+        return f"{self.start}{{{{ range $i, $m := .Messages }}}}{user}{answer}{{{{ end }}}}{{{{ end }}}}{self.prompt}"
+
+
+def modelfile(file: Path, tokenizer: Any, config: Any, add_bos: bool) -> tuple[str, str | None]:
+    """The Modelfile for GGUF `file`, which lies beside it, and a note when it has no template.
+
+    add_bos: whether llama.cpp puts BOS before the text by itself.
+    """
+    lines, note, turns = [f"FROM ./{file.name}"], None, None
+    if not getattr(tokenizer, "chat_template", None):
+        note = "Modelfile: the model has no chat template; Ollama completes plain text"
+    else:
+        try:
+            turns = translate(tokenizer, add_bos)
+            lines.append(f'TEMPLATE """{turns.go()}"""')
+            if turns.default is not None:
+                lines.append(f'SYSTEM """{turns.default}"""')
+        except BadInput as error:
+            note = f"Modelfile: no TEMPLATE, {error}; Ollama makes one of its own"
+    lines += [f'PARAMETER stop "{stop}"' for stop in _stops(tokenizer, config, turns)]
+    lines.append(f"PARAMETER num_ctx {min(CONTEXT, int(config.max_position_embeddings))}")
+    return "\n".join(lines) + "\n", note
+
+
+def translate(tokenizer: Any, add_bos: bool) -> Turns:
+    """The turns of the tokenizer's chat template; raises BadInput when it cannot be said by them."""
+    turns = _observed(tokenizer)
+    bos = tokenizer.bos_token or ""
+    if add_bos and bos:
+        turns = _without_bos(turns, bos)
+    for messages in _conversations(with_system=turns.system is not None):
+        want = _rendered(tokenizer, messages)
+        if add_bos and bos:
+            if not want.startswith(bos):
+                raise BadInput("llama.cpp puts BOS before the text and the chat template does not")
+            want = want.removeprefix(bos)
+        if turns.render(messages) != want:
+            raise BadInput("the chat template does more than put a text before and after each message")
+    pieces = (turns.start, turns.prompt, *turns.user, *turns.answer, *(turns.system or ()), turns.default or "")
+    if any(mark in piece for piece in pieces for mark in ("{{", "}}", '"""')):
+        raise BadInput("the chat template holds braces or quotes that a Modelfile cannot")
+    return turns
+
+
+def _observed(tokenizer: Any) -> Turns:
+    """The pieces between marked texts."""
+    user, answer, again = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _AGAIN)
+    whole = _rendered(tokenizer, [user, answer, again])
+    first, between, second, prompt = _cut(whole, _USER, _ANSWER, _AGAIN)
+    closing = _cut(_rendered(tokenizer, [user], prompt=False), _USER)[1]
+    closed = _cut(_rendered(tokenizer, [user, answer], prompt=False), _USER, _ANSWER)[2]
+    if not (second.startswith(closed) and between.startswith(closing) and prompt.startswith(closing)):
+        raise BadInput("the chat template ends a turn in several ways")
+    opening = second.removeprefix(closed)
+    plain = Turns(
+        "", (opening, closing), (between.removeprefix(closing), closed), None, False, prompt.removeprefix(closing)
+    )
+    if not first.endswith(opening):
+        # What the later turns open with may hold BOS as well, and the first one less.
+        common = next((opening[i:] for i in range(len(opening)) if first.endswith(opening[i:])), "")
+        extra = opening.removesuffix(common)
+        plain = replace(plain, user=(common, closing), answer=(plain.answer[0], closed + extra))
+        opening = common
+    start = first.removesuffix(opening)
+    try:
+        told = _rendered(tokenizer, [_message("system", _SYSTEM), user])
+        before, middle, _ = _cut(told, _SYSTEM, _USER)
+    except BadInput:
+        return replace(plain, start=start)
+    if before == start + opening:
+        return replace(plain, start=start, system=("", middle), inside=True)
+    if before.startswith(start + opening):
+        return replace(plain, start=start, system=(before.removeprefix(start + opening), middle), inside=True)
+    if not middle.endswith(opening):
+        raise BadInput("the chat template opens the first user's turn in several ways")
+    return _with_default(replace(plain, start=start), before, middle.removesuffix(opening))
+
+
+def _with_default(plain: Turns, before: str, after: str) -> Turns:
+    """System messages in a turn of their own; what comes first without one is the start, or a default system text."""
+    if before.startswith(plain.start):
+        return replace(plain, system=(before.removeprefix(plain.start), after))
+    if plain.start.startswith(before) and plain.start.endswith(after):
+        default = plain.start[len(before) : len(plain.start) - len(after)]
+        return replace(plain, start="", system=(before, after), default=default)
+    raise BadInput("the chat template begins otherwise when there is a system message")
+
+
+def _without_bos(turns: Turns, bos: str) -> Turns:
+    """The turns without the BOS in front, which llama.cpp puts there."""
+    if turns.start.startswith(bos):
+        return replace(turns, start=turns.start.removeprefix(bos))
+    if turns.system is not None and not turns.inside and turns.default is not None and turns.system[0].startswith(bos):
+        return replace(turns, system=(turns.system[0].removeprefix(bos), turns.system[1]))
+    before, after = turns.user
+    if before.startswith(bos):  # before every user's text: after every answer, then, for the first has it already
+        answer = turns.answer[0], turns.answer[1] + bos
+        return replace(turns, user=(before.removeprefix(bos), after), answer=answer)
+    return turns
+
+
+def _conversations(with_system: bool) -> list[list[Message]]:
+    turns = [_message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(_TEXTS)]
+    plain = [turns[:1], turns[:3], turns]
+    system = _message("system", "Be brief.\nBe kind.")
+    return [*plain, *([system, *messages] for messages in plain if with_system)]
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], prompt: bool = True) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"the chat template refuses a plain conversation ({' '.join(str(error).split())[:80]})"
+        ) from None
+    return text
+
+
+def _cut(text: str, *marks: str) -> list[str]:
+    """The pieces around marks that occur once each, in this order."""
+    out = []
+    for mark in marks:
+        if text.count(mark) != 1:
+            raise BadInput("the chat template repeats a message or leaves it out")
+        before, _, text = text.partition(mark)
+        out.append(before)
+    return [*out, text]
+
+
+def _stops(tokenizer: Any, config: Any, turns: Turns | None) -> list[str]:
+    """Texts that end an answer: EOS, and the special tokens that end it or open the next turn."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    found = [tokenizer.eos_token, *(tokenizer.convert_ids_to_tokens(i) for i in ends if i is not None)]
+    if turns is not None:
+        around = turns.answer[1] + turns.user[0]
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t) in around}
+        found += sorted(special - {tokenizer.bos_token} if turns.start else special, key=around.index)
+    return [stop for stop in dict.fromkeys(found) if stop and '"' not in stop]
