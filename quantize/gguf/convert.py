@@ -39,13 +39,14 @@ class Conversion:
             reader.transposed = frozenset(x.name for x in self.skeleton.linears() if x.transposed)
         row = architecture(self.config)
         self.entries = layout(self.skeleton)
-        self.notes = tuple(notes(self.config, row))
+        tokenizer, lost = tokenizer_metadata(folder, self.config)
+        self.notes = (*notes(self.config, row), *lost)
         self.metadata: dict[str, Any] = {
             ARCHITECTURE: row.name,
             "general.type": "model",
             "general.name": folder.resolve().name,
             **hyperparameters(self.config, row),
-            **tokenizer_metadata(folder, self.config),
+            **tokenizer,
         }
         if isinstance(reader, Checkpoint):
             self._check_left_over(reader)

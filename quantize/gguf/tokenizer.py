@@ -28,8 +28,8 @@ _LOOK_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")  # not marked special 
 _SPACE = "▁"
 
 
-def tokenizer_metadata(folder: Path, config: Any) -> dict[str, Any]:
-    """The tokenizer.* keys for the tokenizer in `folder` of a model with this transformers config.
+def tokenizer_metadata(folder: Path, config: Any) -> tuple[dict[str, Any], list[str]]:
+    """The tokenizer.* keys for the tokenizer in `folder` of a model with this transformers config, and what they lose.
 
     Raises BadInput for a tokenizer that is missing, larger than the model's vocabulary, or one that llama.cpp has no
     rules for.
@@ -53,7 +53,10 @@ def tokenizer_metadata(folder: Path, config: Any) -> dict[str, Any]:
         template = template.get("default")
     if template:
         values["tokenizer.chat_template"] = template
-    return values
+    notes = []
+    if document["normalizer"] == {"type": "NFC"}:
+        notes = ["the tokenizer composes characters (NFC) and llama.cpp does not: e + ´ gets other tokens than é"]
+    return values, notes
 
 
 def _vocabulary(folder: Path, fast: Any, document: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:

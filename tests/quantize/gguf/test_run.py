@@ -1,0 +1,226 @@
+"""Recipes with format gguf, from a checkpoint to a run folder that is read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantpress.quantize.artifact import open_artifact, verify
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.gguf import imatrix, llama_cpp
+from quantpress.quantize.job import Job, Settings, prepare
+from quantpress.quantize.pipeline import quantize
+from quantpress.quantize.recipe.file import parse
+from quantpress.quantize.sources import resolve
+
+from ... import tiny
+from .models import IDS, build, logits
+
+BASE = {"method": {"name": "llama.cpp"}, "formats": ["gguf"], "evaluation": None}
+
+
+def job(folder: Path, **section: Any) -> Job:
+    """A run of the model in `folder`, calibrated, if at all, on a text beside it."""
+    text = folder.parent / "text.txt"
+    text.write_text(tiny.text())
+    calibration = {"source": str(text), "samples": 4, "seq_len": 32}
+    recipe = parse(BASE | {"calibration": calibration, "gguf": section, "model": str(folder)})
+    return prepare(recipe, resolve(str(folder), cache=folder.parent / "cache"))
+
+
+def run(folder: Path, out: Path, **section: Any) -> dict[str, Any]:
+    return quantize(job(folder, **section), Settings(out, out.parent / "cache"))
+
+
+def stored(out: Path) -> dict[str, Any]:
+    return {t.name: t for t in gguf.GGUFReader(out / "quantized" / "model.gguf").tensors}
+
+
+def test_a_file_of_floats_needs_no_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "library", lambda: pytest.fail("llama.cpp was asked for"))
+    model = build("llama", tmp_path / "m", dtype=torch.bfloat16)
+    planned = job(tmp_path / "m", type="BF16").plan
+    manifest = run(tmp_path / "m", tmp_path / "out", type="BF16")
+    file = tmp_path / "out" / "quantized" / "model.gguf"
+    assert file.stat().st_size == planned.artifact_bytes
+    assert {layer["scheme"] for layer in manifest["layers"]} == {"BF16"}
+    assert {layer["bits"] for layer in manifest["layers"]} == {16}
+    assert manifest["artifact"]["quantized_bits_per_weight"] == 16
+    assert verify(tmp_path / "out") >= 5
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "quantized"]
+    assert (file.parent / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
+    _, skeleton = open_artifact(file.parent, torch.device("cpu"), torch.float32)
+    skeleton.open_shell()
+    hidden, arguments = skeleton.embed(IDS[None]), skeleton.block_arguments(len(IDS))
+    for k, block in skeleton.blocks():
+        args, kwargs = arguments[k]
+        with torch.no_grad():
+            hidden = block(hidden, *args, **kwargs)
+    torch.testing.assert_close(skeleton.logits(hidden[0]), logits(model.float(), IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_are_read_back_and_have_no_modelfile(tmp_path: Path) -> None:
+    build("llama", tmp_path / "m")
+    manifest = run(tmp_path / "m", tmp_path / "out", type="F16", split="80k")
+    files = sorted(p.name for p in (tmp_path / "out" / "quantized").glob("*.gguf"))
+    assert len(files) > 1
+    assert files[0] == f"model-00001-of-{len(files):05d}.gguf"
+    assert any("Ollama does not load a file in parts" in line for line in manifest["fallbacks"])
+    artifact, _ = open_artifact(tmp_path / "out" / "quantized", torch.device("cpu"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    want = load_file(tmp_path / "m" / "model.safetensors")[name].half().float()
+    torch.testing.assert_close(artifact.read(name), want, rtol=0, atol=0)
+    (tmp_path / "out" / "quantized" / files[0]).unlink()
+    with pytest.raises(BadInput, match="parts of the GGUF file are there"):
+        open_artifact(tmp_path / "out" / "quantized", torch.device("cpu"))
+
+
+def test_the_same_command_again_leaves_it_and_another_recipe_is_refused(tmp_path: Path) -> None:
+    build("llama", tmp_path / "m")
+    first = run(tmp_path / "m", tmp_path / "out", type="F16")
+    assert run(tmp_path / "m", tmp_path / "out", type="F16") == json.loads(json.dumps(first))
+    with pytest.raises(BadInput, match="already holds a finished run of something else"):
+        run(tmp_path / "m", tmp_path / "out", type="F32")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"type": "Q4_0", "tensor_types": {"*.attn_w.*": "Q8_0"}}, "'\\*.attn_w.\\*' matches no matrix .* token_embd"),
+        ({"type": "Q4_0", "imatrix": "no.dat"}, "imatrix no.dat: cannot be read"),
+    ],
+)
+def test_bad_sections_are_refused_before_the_work(
+    tmp_path: Path, section: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "library", lambda: None)
+    build("llama", tmp_path / "m")
+    with pytest.raises(BadInput, match=words):
+        job(tmp_path / "m", **section)
+
+
+def test_without_llama_cpp_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
+    build("llama", tmp_path / "m")
+    with pytest.raises(BadInput, match="pip install 'quantpress\\[llamacpp\\]' builds it from source"):
+        job(tmp_path / "m", type="Q4_0")
+
+
+def test_llama_cpp_quantizes_with_overrides_and_says_what_fell_back(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    build("llama", tmp_path / "m")
+    manifest = run(tmp_path / "m", tmp_path / "out", type="Q4_K_M", tensor_types={"*.attn_v.weight": "Q8_0"})
+    kinds = {name: tensor.tensor_type.name for name, tensor in stored(tmp_path / "out").items()}
+    assert kinds["blk.0.attn_v.weight"] == kinds["blk.1.attn_v.weight"] == "Q8_0"
+    assert kinds["blk.0.attn_q.weight"] == "Q5_0"  # rows of 64 are no blocks of 256
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    layers = {layer["name"]: layer for layer in manifest["layers"]}
+    asked = layers["model.layers.0.self_attn.q_proj"]
+    assert (asked["scheme"], asked["bits"]) == ("Q5_0", 5.5)
+    assert asked["note"] == "rows of 64 are not whole blocks of 256: Q4_K -> Q5_0"
+    assert layers["model.layers.0.self_attn.v_proj"]["note"] is None
+    assert any("Q4_K -> Q5_0" in line and "blk.*.attn_q.weight" in line for line in manifest["fallbacks"])
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_llama_cpp_takes_our_importance_matrix(tmp_path: Path, family: str) -> None:
+    """It changes what a type that heeds it becomes, in the file made here and in the one made from the saved matrix."""
+    pytest.importorskip("llama_cpp")
+    build(family, tmp_path / "m")
+    plain, ours, again = tmp_path / "plain", tmp_path / "ours", tmp_path / "again"
+    run(tmp_path / "m", plain, type="Q4_0")
+    run(tmp_path / "m", ours, type="Q4_0", imatrix=True)
+    run(tmp_path / "m", again, type="Q4_0", imatrix=str(ours / "quantized" / "imatrix.gguf"))
+    name = "blk.1.ffn_up_exps.weight" if family == "mixtral" else "blk.1.ffn_up.weight"
+    bytes_of = {out: stored(out)[name].data.tobytes() for out in (plain, ours, again)}
+    assert bytes_of[plain] != bytes_of[ours]
+    assert bytes_of[again] == bytes_of[ours]
+
+
+def test_the_importance_is_the_mean_square_of_the_inputs(tmp_path: Path) -> None:
+    """Against hooks on transformers' own model, experts seen by their own tokens only."""
+    model = build("mixtral", tmp_path / "m")
+    j = job(tmp_path / "m", type="Q8_0", imatrix=True) if llama_available() else job(tmp_path / "m", type="F16")
+    from quantpress.quantize.calibration import Tokens
+    from quantpress.quantize.gguf.convert import Conversion
+
+    tokens = Tokens(IDS.reshape(2, 20), "a test", False)
+    found = imatrix.measure(j.skeleton, Conversion(j.checkpoint, tmp_path / "m").entries, tokens)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: seen.setdefault(name, []).append(args[0].reshape(-1, 64))
+        )
+    with torch.no_grad():
+        model(tokens.ids)
+    want = torch.cat(seen["model.layers.1.self_attn.q_proj"]).square().mean(0)
+    torch.testing.assert_close(torch.from_numpy(found["blk.1.attn_q.weight"].mean[0]), want, rtol=1e-4, atol=1e-6)
+    rows = torch.cat(seen["model.layers.1.mlp"])
+    router = load_file(tmp_path / "m" / "model.safetensors")["model.layers.1.block_sparse_moe.gate.weight"]
+    chosen = (rows @ router.T).topk(2, 1).indices
+    experts = found["blk.1.ffn_gate_exps.weight"]
+    for e in range(4):
+        mine = rows[(chosen == e).any(1)]
+        assert experts.counts[e] == len(mine)
+        torch.testing.assert_close(torch.from_numpy(experts.sums[e]), mine.square().sum(0), rtol=1e-4, atol=1e-4)
+
+
+def llama_available() -> bool:
+    try:
+        llama_cpp.library()
+    except BadInput:
+        return False
+    return True
+
+
+def test_importance_files_of_both_kinds(tmp_path: Path) -> None:
+    values = {
+        "blk.0.attn_q.weight": imatrix.Importance(np.array([[2.0, 6.0]], np.float32), np.array([2], np.float32)),
+        "blk.0.ffn_up_exps.weight": imatrix.Importance(
+            np.array([[3.0, 9.0], [0.0, 0.0]], np.float32), np.array([3, 0], np.float32)
+        ),
+    }
+    imatrix.save(tmp_path / "i.gguf", values, "text", 32)
+    reader = gguf.GGUFReader(tmp_path / "i.gguf")
+    assert [(t.name, t.shape.tolist()) for t in reader.tensors] == [
+        ("blk.0.attn_q.weight.in_sum2", [2, 1]), ("blk.0.attn_q.weight.counts", [1, 1]),
+        ("blk.0.ffn_up_exps.weight.in_sum2", [2, 2]), ("blk.0.ffn_up_exps.weight.counts", [1, 2]),
+    ]  # fmt: skip
+    said = {key: field.contents() for key, field in reader.fields.items()}
+    assert (said["general.type"], said["imatrix.chunk_size"], said["imatrix.datasets"]) == ("imatrix", 32, ["text"])
+    back = imatrix.load(tmp_path / "i.gguf")
+    assert back["blk.0.attn_q.weight"].mean.tolist() == [[1, 3]]
+    assert back["blk.0.ffn_up_exps.weight"].mean.tolist() == [[1, 3], [1, 1]]  # no token: no preference
+    name = b"blk.0.attn_q.weight"
+    entry = np.int32(len(name)).tobytes() + name + np.int32(4).tobytes() + np.int32(2).tobytes()
+    data = np.int32(1).tobytes() + entry + np.array([4, 12], np.float32).tobytes() + np.int32(1).tobytes()
+    (tmp_path / "i.dat").write_bytes(data)
+    assert imatrix.load(tmp_path / "i.dat")["blk.0.attn_q.weight"].mean.tolist() == [[1, 3]]
+    (tmp_path / "cut.dat").write_bytes(data[:-6])
+    with pytest.raises(BadInput, match="cut short"):
+        imatrix.load(tmp_path / "cut.dat")
+
+
+def test_a_matrix_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "library", lambda: None)
+    build("llama", tmp_path / "m")
+    ones = imatrix.Importance(np.ones((1, 96), np.float32), np.ones(1, np.float32))
+    imatrix.save(tmp_path / "a.gguf", {"blk.0.attn_q.weight": ones}, "text", 32)
+    with pytest.raises(BadInput, match="weight has 96 values and the model 64: another model's"):
+        job(tmp_path / "m", type="Q4_0", imatrix=str(tmp_path / "a.gguf"))
+    imatrix.save(tmp_path / "b.gguf", {"blk.0.attn_qkv.weight": ones}, "text", 32)
+    with pytest.raises(BadInput, match="not one of its tensors is in the model"):
+        job(tmp_path / "m", type="Q4_0", imatrix=str(tmp_path / "b.gguf"))
+
+
+def test_a_run_that_fails_leaves_nothing_under_a_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama", tmp_path / "m")
+    monkeypatch.setattr("quantpress.quantize.gguf.run.copy_companions", lambda *_: pytest.fail("stop"))
+    with pytest.raises(pytest.fail.Exception):
+        run(tmp_path / "m", tmp_path / "out", type="F16")
+    assert not (tmp_path / "out" / "quantized").exists()
