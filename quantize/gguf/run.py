@@ -23,13 +23,12 @@ from . import imatrix, llama_cpp, rounding
 from .convert import Conversion, FloatType
 from .layout import Entry, float_type
 from .modelfile import modelfile
-from .reader import GgufTensors, gguf_files
+from .reader import FLOATS, GgufTensors, gguf_files
 from .writer import sizes, tensor_bytes, write
 
 if TYPE_CHECKING:
     from ..job import Job, Settings
 
-FLOATS = ("F32", "F16", "BF16")
 _BASE = {"IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S"}  # the type most tensors of a mix have
 _FELL_BACK = re.compile(r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\S+)\)")
 

@@ -5,6 +5,7 @@ describes; a tensor that is missing, left over or of another shape is an error, 
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +17,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..architectures import ARCHITECTURES as MODELS
 from ..errors import BadInput
+from .architectures import ARCHITECTURES as WRITTEN
+from .architectures import change_of, from_gguf, names_of
+from .layout import EXPERT, gguf_name
+from .reader import dequantized, open_gguf
 from .source_tokenizer import check_reads_back, save_tokenizer
 
 SHARD_BYTES = 1_000_000_000
+_LEFT_OVER = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # config.json has them
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one GGUF architecture is read.
+    """How one GGUF architecture is read: the transformers model type, and the config's settings from the metadata.
 
-    permuted: rows of Q and K were reordered for ggml's interleaved RoPE; transposed: names of Conv1D weights, kept
-    [in, out] by transformers and [out, in] by GGUF; left_over: tensors that carry nothing a checkpoint needs.
+    What was done to its tensors is in architectures.py, by model type. experts: the model type of a file with experts.
     """
 
     model_type: str
     settings: Callable[["Metadata"], dict[str, Any]]
-    permuted: bool = False
-    transposed: tuple[str, ...] = ()
-    left_over: tuple[str, ...] = ("rope_freqs.weight",)
+    experts: str | None = None
 
 
 class Metadata(Mapping[str, Any]):
@@ -72,6 +76,11 @@ class Metadata(Mapping[str, Any]):
         return value
 
     @property
+    def experts(self) -> int:
+        """How many experts a block has, 0 when it is dense."""
+        return int(self.get(f"{self.architecture}.expert_count", 0))
+
+    @property
     def vocab_size(self) -> int:
         return int(self.shape("token_embd.weight")[0])
 
@@ -87,24 +96,47 @@ class Metadata(Mapping[str, Any]):
         return bool(x.tensor_type == y.tensor_type and np.array_equal(x.data, y.data))
 
 
-def _rope(meta: Metadata, head_dim: int, context: int) -> dict[str, Any]:
+def _rope(meta: Metadata, head_dim: int, context: int, partial: bool = False) -> dict[str, Any]:
     """rope_parameters of transformers; a scaling that cannot be told exactly from the file is refused."""
-    if (rotary := meta.hparam("rope.dimension_count", head_dim)) != head_dim:
+    rotary = int(meta.hparam("rope.dimension_count", head_dim))
+    if rotary != head_dim and not partial:
         raise BadInput(f"{meta.path}: partial rotary embedding ({rotary} of {head_dim}) is not supported")
-    theta = float(meta.hparam("rope.freq_base", 10000.0))
+    base: dict[str, Any] = {"rope_theta": float(meta.hparam("rope.freq_base", 10000.0))}
+    if partial:
+        base["partial_rotary_factor"] = rotary / head_dim
     kind = meta.hparam("rope.scaling.type", "none")
     if "rope_freqs.weight" in meta.tensors:
-        return {"rope_theta": theta} | _llama3_scaling(meta, theta, head_dim)
+        return base | _llama3_scaling(meta, base["rope_theta"], head_dim)
+    if "rope_factors_long.weight" in meta.tensors:
+        return base | _longrope(meta, context)
     if meta.hparam("rope.scale_linear", 1.0) != 1.0:
         raise BadInput(f"{meta.path}: an old file with rope.scale_linear; convert the original checkpoint again")
     if kind == "none":
-        return {"rope_type": "default", "rope_theta": theta}
+        return {"rope_type": "default"} | base
     if kind not in ("linear", "yarn"):
-        raise BadInput(f"{meta.path}: RoPE scaling {kind!r} is not supported; linear, yarn and llama3 are")
+        raise BadInput(f"{meta.path}: RoPE scaling {kind!r} is not supported; linear, yarn, llama3 and longrope are")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": float(meta.hparam("rope.scaling.factor"))}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = int(meta.hparam("rope.scaling.original_context_length", context))
-    return {"rope_theta": theta} | scaling
+        for name in ("beta_fast", "beta_slow"):
+            if (value := meta.get(f"{meta.architecture}.rope.scaling.yarn_{name}")) is not None:
+                scaling[name] = float(value)
+        if (value := meta.get(f"{meta.architecture}.rope.scaling.attn_factor")) is not None:
+            scaling["attention_factor"] = float(value) * (1 + 0.1 * math.log(scaling["factor"]))
+    return base | scaling
+
+
+def _longrope(meta: Metadata, context: int) -> dict[str, Any]:
+    factors = {n: meta.tensors[f"rope_factors_{n}.weight"].data.astype(np.float64).tolist() for n in ("long", "short")}
+    original = int(meta.hparam("rope.scaling.original_context_length"))
+    return {
+        "rope_type": "longrope",
+        "long_factor": factors["long"],
+        "short_factor": factors["short"],
+        "original_max_position_embeddings": original,
+        "factor": context / original,
+        "attention_factor": float(meta.hparam("rope.scaling.attn_factor", 1.0)),
+    }
 
 
 def _llama3_scaling(meta: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
@@ -126,10 +158,8 @@ def _llama3_scaling(meta: Metadata, theta: float, head_dim: int) -> dict[str, An
     }
 
 
-def _llama_like(meta: Metadata) -> dict[str, Any]:
-    """Settings that llama, qwen2 and qwen3 share."""
-    if meta.get(f"{meta.architecture}.expert_count"):
-        raise BadInput(f"{meta.path}: mixture-of-experts GGUF files are not supported; use the original checkpoint")
+def _llama_like(meta: Metadata, partial: bool = False) -> dict[str, Any]:
+    """Settings that llama, qwen, gemma and phi share."""
     hidden, heads = int(meta.hparam("embedding_length")), int(meta.hparam("attention.head_count"))
     head_dim = int(meta.hparam("attention.key_length", hidden // heads))
     context = int(meta.hparam("context_length"))
@@ -142,13 +172,75 @@ def _llama_like(meta: Metadata) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": context,
         "rms_norm_eps": float(meta.hparam("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": _rope(meta, head_dim, context),
+        "rope_parameters": _rope(meta, head_dim, context, partial),
     }
 
 
 def _llama(meta: Metadata) -> dict[str, Any]:
     biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-    return _llama_like(meta) | {key: name in meta.tensors for key, name in biases.items()}
+    experts = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+    return (
+        _llama_like(meta)
+        | {key: name in meta.tensors for key, name in biases.items()}
+        | {key: int(meta.hparam(name)) for key, name in experts.items() if meta.experts}
+    )
+
+
+def _qwen_moe(meta: Metadata) -> dict[str, Any]:
+    shared = meta.get(f"{meta.architecture}.expert_shared_feed_forward_length")
+    return (
+        _llama_like(meta)
+        | {"num_experts": meta.experts, "num_experts_per_tok": int(meta.hparam("expert_used_count"))}
+        | {"moe_intermediate_size": int(meta.hparam("expert_feed_forward_length"))}
+        | {"norm_topk_prob": meta.architecture == "qwen3moe", "decoder_sparse_step": 1, "mlp_only_layers": []}
+        | ({} if shared is None else {"shared_expert_intermediate_size": int(shared)})
+    )
+
+
+def _gemma(meta: Metadata) -> dict[str, Any]:
+    """Gemma 2 and 3, with what llama.cpp takes for granted where the file does not say."""
+    second = meta.architecture == "gemma2"
+    settings, blocks = _llama_like(meta), int(meta.hparam("block_count"))
+    every = 2 if second else 6
+    pattern = meta.get(
+        f"{meta.architecture}.attention.sliding_window_pattern", [(i + 1) % every != 0 for i in range(blocks)]
+    )
+    settings |= {
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+        "sliding_window": int(meta.hparam("attention.sliding_window", 4096)),
+        "query_pre_attn_scalar": settings["head_dim"],
+    }
+    if blocks == (46 if second else 62):  # the 27B models
+        settings["query_pre_attn_scalar"] = settings["hidden_size"] // settings["num_attention_heads"]
+    final = meta.get(f"{meta.architecture}.final_logit_softcapping", 30.0 if second else None)
+    settings["final_logit_softcapping"] = final
+    if second:
+        return settings | {"attn_logit_softcapping": float(meta.hparam("attn_logit_softcapping", 50.0))}
+    local = {"rope_type": "default", "rope_theta": float(meta.hparam("rope.freq_base_swa", 10000.0))}
+    settings["rope_parameters"] = {"full_attention": settings["rope_parameters"], "sliding_attention": local}
+    return settings
+
+
+def _phi3(meta: Metadata) -> dict[str, Any]:
+    settings = _llama_like(meta, partial=True)
+    original = int(meta.hparam("rope.scaling.original_context_length", settings["max_position_embeddings"]))
+    window = int(meta.hparam("attention.sliding_window", 0)) or None
+    return settings | {"original_max_position_embeddings": original, "sliding_window": window}
+
+
+def _gpt_neox(meta: Metadata) -> dict[str, Any]:
+    hidden, heads = int(meta.hparam("embedding_length")), int(meta.hparam("attention.head_count"))
+    context = int(meta.hparam("context_length"))
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": int(meta.hparam("feed_forward_length")),
+        "num_hidden_layers": int(meta.hparam("block_count")),
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        "layer_norm_eps": float(meta.hparam("attention.layer_norm_epsilon")),
+        "use_parallel_residual": bool(meta.hparam("use_parallel_residual", True)),
+        "rope_parameters": _rope(meta, hidden // heads, context, partial=True),
+    }
 
 
 def _gpt2(meta: Metadata) -> dict[str, Any]:
@@ -163,10 +255,16 @@ def _gpt2(meta: Metadata) -> dict[str, Any]:
 
 
 ARCHITECTURES = {  # the key is GGUF's general.architecture; Mistral files say "llama"
-    "llama": Architecture("llama", _llama, permuted=True),
+    "llama": Architecture("llama", _llama, experts="mixtral"),
     "qwen2": Architecture("qwen2", _llama_like),
     "qwen3": Architecture("qwen3", _llama_like),
-    "gpt2": Architecture("gpt2", _gpt2, transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight")),
+    "qwen2moe": Architecture("qwen2_moe", _qwen_moe, experts="qwen2_moe"),
+    "qwen3moe": Architecture("qwen3_moe", _qwen_moe, experts="qwen3_moe"),
+    "gemma2": Architecture("gemma2", _gemma),
+    "gemma3": Architecture("gemma3_text", _gemma),
+    "phi3": Architecture("phi3", _phi3),
+    "gptneox": Architecture("gpt_neox", _gpt_neox),
+    "gpt2": Architecture("gpt2", _gpt2),
 }
 
 
@@ -183,19 +281,18 @@ def convert(source: Path, folder: Path) -> None:
             f"{source}: GGUF architecture {meta.architecture!r} is not supported ({', '.join(ARCHITECTURES)} are); "
             "use the original checkpoint"
         )
+    if meta.experts and row.experts is None:
+        raise BadInput(f"{source}: a mixture-of-experts file of {meta.architecture!r}, which transformers has not got")
     config = _config(meta, row)
-    plan = _plan(meta, row, config)
+    plan = _plan(meta, config)
     tokenizer = save_tokenizer(meta, source, folder, model_max_length=int(meta.hparam("context_length")))
     _save_config(meta, config, folder)
     check_reads_back(tokenizer, source, folder)
-    _save_weights(meta, row, config, plan, folder)
+    _save_weights(meta, config, plan, folder)
 
 
 def _read(source: Path) -> Metadata:
-    try:
-        meta = Metadata(gguf.GGUFReader(source), source)
-    except (ValueError, IndexError, KeyError, OSError, TypeError, OverflowError) as error:
-        raise BadInput(f"{source}: not a whole GGUF file: {' '.join(str(error).split())}") from error
+    meta = Metadata(open_gguf(source), source)
     if meta.get("split.count", 1) > 1:
         raise BadInput(f"{source}: one part of a GGUF split in {meta['split.count']}; merge the parts first")
     return meta
@@ -216,7 +313,7 @@ def _config(meta: Metadata, row: Architecture) -> Any:
         if key in meta
     }
     config = AutoConfig.for_model(
-        row.model_type,
+        (row.experts if meta.experts else None) or row.model_type,
         **row.settings(meta),
         vocab_size=meta.vocab_size,
         tie_word_embeddings=not untied,
@@ -226,32 +323,65 @@ def _config(meta: Metadata, row: Architecture) -> Any:
     return config
 
 
-def _plan(meta: Metadata, row: Architecture, config: Any) -> dict[str, str]:
-    """The GGUF tensor of each parameter of the transformers model: {parameter: tensor}."""
+Place = tuple[str, int | None]  # a tensor of the file, and which expert's part of it
+
+
+def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
+    """Where each parameter of a checkpoint of this model lies in the file, by its on-disk name."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == meta.architecture)
-    names = gguf.get_tensor_name_map(arch, int(meta.hparam("block_count")))
-    plan: dict[str, str] = {}
-    for parameter, value in model.state_dict().items():
-        if config.tie_word_embeddings and parameter == "lm_head.weight":
+    row = WRITTEN[config.model_type]
+    names = names_of(row, int(config.num_hidden_layers))
+    plan: dict[str, Place] = {}
+    for parameter, want in _parameters(model, config).items():
+        if config.tie_word_embeddings and parameter in ("lm_head.weight", "embed_out.weight"):
             continue
-        tensor = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        tensor = _tensor_of(names, parameter)
         if tensor is None or tensor not in meta.tensors:
             raise BadInput(f"{meta.path}: the GGUF file has no tensor for {parameter} ({tensor or 'no known name'})")
-        shape, want = meta.shape(tensor), tuple(value.shape)
-        if (shape[::-1] if parameter.endswith(row.transposed) and len(shape) == 2 else shape) != want:
+        expert = EXPERT.search(parameter)
+        shape = meta.shape(tensor)[1:] if expert else meta.shape(tensor)
+        if (shape[::-1] if change_of(row, parameter) == "transposed" else shape) != want:
             raise BadInput(f"{meta.path}: tensor {tensor} has shape {list(shape)}, {parameter} needs {list(want)}")
-        plan[parameter] = tensor
-    spare = set(meta.tensors) - set(plan.values()) - set(row.left_over)
+        plan[parameter] = tensor, int(expert[1]) if expert else None
+    spare = set(meta.tensors) - {tensor for tensor, _ in plan.values()} - set(_LEFT_OVER)
     spare -= {"output.weight"} if config.tie_word_embeddings else set()
     if spare:
         few = ", ".join(sorted(spare)[:3])
         raise BadInput(f"{meta.path}: tensors that a {meta.architecture} model does not have: {few}")
     return plan
+
+
+def _parameters(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors by their on-disk names: experts, which transformers fuses, each by itself."""
+    row = MODELS[config.model_type]
+    gate, up, down = row.expert_names
+    out: dict[str, tuple[int, ...]] = {}
+    for name, value in model.state_dict().items():
+        shape = tuple(value.shape)
+        for ours, theirs in row.on_disk:
+            name = name.replace(ours, theirs)
+        where, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for e in range(shape[0]):
+                out |= dict.fromkeys(
+                    (f"{where}.{e}.{gate}.weight", f"{where}.{e}.{up}.weight"), (shape[1] // 2, shape[2])
+                )
+        elif kind == "down_proj":
+            out |= {f"{where}.{e}.{down}.weight": shape[1:] for e in range(shape[0])}
+        else:
+            out[name] = shape
+    return out
+
+
+def _tensor_of(names: gguf.TensorNameMap, parameter: str) -> str | None:
+    try:
+        return gguf_name(names, parameter)
+    except BadInput:
+        return None
 
 
 def _save_config(meta: Metadata, config: Any, folder: Path) -> None:
@@ -267,12 +397,12 @@ def _save_config(meta: Metadata, config: Any, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _save_weights(meta: Metadata, row: Architecture, config: Any, plan: dict[str, str], folder: Path) -> None:
+def _save_weights(meta: Metadata, config: Any, plan: dict[str, Place], folder: Path) -> None:
     """Shards of about SHARD_BYTES, one tensor dequantized at a time: the peak is one shard and one tensor."""
     shards: list[list[str]] = [[]]
     size = total = 0
-    for parameter, tensor in plan.items():
-        n_bytes = 2 * int(np.prod(meta.shape(tensor)))
+    for parameter, (tensor, expert) in plan.items():
+        n_bytes = 2 * math.prod(meta.shape(tensor)[0 if expert is None else 1 :])
         if shards[-1] and size + n_bytes > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -282,7 +412,7 @@ def _save_weights(meta: Metadata, row: Architecture, config: Any, plan: dict[str
     for i, shard in enumerate(shards):
         single = len(shards) == 1
         name = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {parameter: _weight(meta, row, config, parameter, plan[parameter]) for parameter in shard}
+        tensors = {parameter: _weight(meta, config, parameter, plan[parameter]) for parameter in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, name)
     if len(shards) > 1:
@@ -290,24 +420,8 @@ def _save_weights(meta: Metadata, row: Architecture, config: Any, plan: dict[str
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _weight(meta: Metadata, row: Architecture, config: Any, parameter: str, name: str) -> Tensor:
-    """One tensor as transformers holds it, bf16."""
-    tensor = meta.tensors[name]
-    try:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise BadInput(f"{meta.path}: tensor {name}: type {tensor.tensor_type.name} cannot be read") from error
-    weight = torch.from_numpy(np.require(values, np.float32, "W")).reshape(meta.shape(name)).to(torch.bfloat16)
-    if row.permuted and ".attn_q." in name:
-        weight = unpermute(weight, config.num_attention_heads)
-    elif row.permuted and ".attn_k." in name:
-        weight = unpermute(weight, config.num_key_value_heads)
-    if parameter.endswith(row.transposed) and weight.ndim == 2:
-        weight = weight.T
-    return weight.contiguous()
-
-
-def unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Rows of Q or K [heads * head_dim, ...] from ggml's order, pairs interleaved, to transformers', halves."""
-    pairs = weight.shape[0] // heads // 2
-    return weight.reshape(heads, pairs, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+def _weight(meta: Metadata, config: Any, parameter: str, place: Place) -> Tensor:
+    """One parameter as transformers holds it, bf16."""
+    tensor, expert = place
+    weight = dequantized(meta.tensors[tensor], expert, meta.path)
+    return from_gguf(change_of(WRITTEN[config.model_type], parameter), weight, config).to(torch.bfloat16).contiguous()

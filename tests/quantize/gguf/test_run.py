@@ -224,3 +224,13 @@ def test_a_run_that_fails_leaves_nothing_under_a_final_name(tmp_path: Path, monk
     with pytest.raises(pytest.fail.Exception):
         run(tmp_path / "m", tmp_path / "out", type="F16")
     assert not (tmp_path / "out" / "quantized").exists()
+
+
+def test_bits_per_weight_of_an_artifact_are_those_of_its_quantized_tensors(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    build("llama", tmp_path / "m")
+    run(tmp_path / "m", tmp_path / "q8", type="Q8_0")
+    run(tmp_path / "m", tmp_path / "f16", type="F16")
+    for out, bits in (("q8", 8.5), ("f16", None)):
+        artifact, _ = open_artifact(tmp_path / out / "quantized", torch.device("cpu"))
+        assert artifact.bits_per_weight() == bits

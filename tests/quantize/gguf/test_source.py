@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quantpress.quantize import files
+from quantpress.quantize.gguf.convert import convert
 from quantpress.quantize.sources import resolve
 
 from ..originals import ORIGINALS, refused, tiny, write_gguf
+from .models import FAMILIES, IDS, build, logits
+from .test_convert import SCALED
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -49,6 +52,33 @@ def test_gguf_gives_the_original_logits(tmp_path: Path, name: str, arch: str, se
     assert config["tie_word_embeddings"] is model.config.tie_word_embeddings
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 0)
     assert json.loads((source.path / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_written_by_us_comes_back(tmp_path: Path, family: str) -> None:
+    """Equal weights, a config that computes the same."""
+    build(family, tmp_path / "m", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    convert(tmp_path / "m", tmp_path / "model.gguf", "F32")
+    source = resolve(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
+    before, after = load_file(tmp_path / "m" / "model.safetensors"), load_file(source.path / "model.safetensors")
+    assert set(after) == set(before)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6 if family.startswith("gemma") else 0)
+    back = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    assert type(back) is type(model) or family == "mistral"  # whose files are Llama's
+    torch.testing.assert_close(logits(back, IDS), logits(model, IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "settings"), SCALED)
+def test_and_so_do_scaled_rope_biases_and_ties(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
+    if "llama3" in str(settings):
+        settings = {"rope_parameters": LLAMA3_ROPE}  # Llama's own numbers: a file holds what they come to, not them
+    model = build(family, tmp_path / "m", **settings)
+    convert(tmp_path / "m", tmp_path / "model.gguf", "F32")
+    source = resolve(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
+    back = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(back, IDS), logits(model, IDS), rtol=0.03, atol=0.03)  # bf16
 
 
 def test_an_output_that_repeats_the_embedding_is_tied(tmp_path: Path) -> None:
