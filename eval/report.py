@@ -19,7 +19,7 @@ from quantpress.quantize.errors import BadInput
 from .figures import divergence_figure, layers_figure, png, recovery_axis, tasks_figure, tradeoff_figure
 from .figures import files as figure_files
 from .heat import DARK, LIGHT, HeatScale
-from .runs import Run, comparable, labelled, open_run
+from .runs import Run, comparable, labelled, open_run, open_runs
 from .sweep import Outcome, failures
 from .tradeoff import Plot, Point, pareto, tradeoff
 from .wording import (
@@ -60,13 +60,13 @@ def write_report(run: Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write the same files for several runs of one model on one text into `out`; the path of index.html.
+    """Write the same files for several runs (or a folder of them) of one model on one text; the path of index.html.
 
     Raises BadInput for fewer than two runs, and for runs whose evaluation text, windows or original differ.
     """
-    if len({run.resolve() for run in runs}) < max(2, len(runs)):
+    several = open_runs(runs) if runs else []
+    if len(several) < 2:
         raise BadInput(f"compare: two or more different runs are needed, got {', '.join(map(str, runs)) or 'none'}")
-    several = [open_run(folder) for folder in runs]
     return _write_several(several, out, [])
 
 
