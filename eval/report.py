@@ -108,18 +108,11 @@ def _points(runs: Sequence[Run]) -> list[Point]:
 
 
 def _rates(runs: Sequence[Run]) -> list[Point]:
-    """Tokens a second in place of bytes, the original first; none unless all were timed by the same program."""
-    first = runs[0].results.efficiency
-    before = first.original_runtime if first else None
-    timed = {r.results.efficiency.runtime.what for r in runs if r.results.efficiency and r.results.efficiency.runtime}
-    if len(runs) < 2 or before is None or len(timed) != 1 or any(r.tokens_per_second is None for r in runs):
+    """Tokens a second in place of bytes, as one and the same server gave them; none where a run was not served."""
+    servers = {run.serving and (run.serving.server, run.serving.version, run.serving.device) for run in runs}
+    if len(runs) < 2 or len(servers) != 1 or any(run.tokens_per_second is None for run in runs):
         return []
-    rate = max(speed.decode_tokens_per_second for speed in before.speed)
-    original = Point("original", rate, runs[0].original.perplexity, runs[0].original.stderr, original=True)
-    return [
-        original,
-        *(Point(r.label, r.tokens_per_second or 0.0, r.artifact.perplexity, r.artifact.stderr) for r in runs),
-    ]
+    return [Point(r.label, r.tokens_per_second or 0.0, r.artifact.perplexity, r.artifact.stderr) for r in runs]
 
 
 def _front(runs: Sequence[Run]) -> set[str]:
@@ -197,6 +190,9 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot write the report there: {error.strerror}") from None
+    for name in (f"{chart}.{kind}" for chart in ("speed", "divergence", "tasks") for kind in ("png", "svg")):
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)  # of what an earlier report showed, and this one does not
     for name, content in files.items():
         beside = folder / f".{name}.{os.getpid()}.tmp"
         try:
