@@ -17,6 +17,7 @@ from quantpress.quantize.recipe import READERS, LlamaCpp, Target, Vllm
 from . import contracts
 from .package import find_artifact
 from .serving import SERVERS, Options, ServerFailed, installed, serve
+from .serving.process import ServerTooSlow
 from .serving.servers import interpreter
 
 Way = Literal["server", "parser", "contract"]
@@ -100,6 +101,8 @@ def _by_server(
         try:
             with serve(SERVERS[name], gguf[0] if gguf else folder, Path(scratch) / "log", options, tell) as running:
                 return f"the real server ({running.version}), healthy after {running.load_seconds or 0:.0f} s", ""
+        except ServerTooSlow:
+            raise _NotHere(f"{name} was not healthy within {options.deadline_s:.0f} s, which is no answer") from None
         except ServerFailed as error:
             return f"the real server ({installed(name, python)})", str(error)
 

@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint
 from .errors import BadInput
 from .files import file_sha256, read_manifest
 from .formats import FORMATS, detect
+from .gguf.reader import GgufCheckpoint, gguf_files
 from .grid import Grid, Inputs, QuantizedLinear
 from .model import Skeleton
 from .recipe import Activations
@@ -26,7 +27,7 @@ class Artifact:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = GgufCheckpoint(folder) if gguf_files(folder) else Checkpoint(folder)
         self.config: dict[str, Any] = self.checkpoint.config
         self.format = detect(self.config)
         self.activations: Activations | None = None

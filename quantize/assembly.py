@@ -1,6 +1,7 @@
 """The artifact folder put together from the parts that blocks left, and what its manifest says."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,15 @@ from .job import Job, Settings
 from .journal import Journal
 
 
-def describe(job: Job, files: dict[str, str], tokens: Tokens | None, journal: Journal) -> dict[str, Any]:
-    """What `quantized/manifest.json` says: all that is the same each time the same run is made."""
-    layers = [layer for done in journal.done for layer in done["layers"]]
-    transforms = [record for done in journal.done for record in done["transforms"]]
+def describe(
+    job: Job, files: dict[str, str], tokens: Tokens | None, done: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """What `quantized/manifest.json` says: all that is the same each time the same run is made.
+
+    done: what the journal has of each block.
+    """
+    layers = [layer for block in done for layer in block["layers"]]
+    transforms = [record for block in done for record in block["transforms"]]
     notes = [(record["feed"], record["note"]) for record in transforms]
     notes += [(layer["name"], layer["note"]) for layer in layers]
     source, wanted = job.source, job.recipe.calibration

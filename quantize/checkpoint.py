@@ -58,7 +58,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
-        self.config: dict[str, Any] = _read_json(self.folder / "config.json", "a checkpoint folder needs one")
+        self.config: dict[str, Any] = read_json(self.folder / "config.json", "a checkpoint folder needs one")
         self._entries: dict[str, _Entry] = {}
         if (self.folder / INDEX).exists():
             self._open_shards()
@@ -85,7 +85,7 @@ class Checkpoint:
 
     def _open_shards(self) -> None:
         where = self.folder / INDEX
-        shard_of = _read_json(where).get("weight_map")
+        shard_of = read_json(where).get("weight_map")
         if not isinstance(shard_of, dict) or not shard_of:
             raise BadInput(f"{where}: no weight_map")
         shards: dict[str, dict[str, _Entry]] = {}
@@ -139,7 +139,7 @@ class Checkpoint:
         """SHA-256 of the weights, config.json, the index and the files that go with them, by name."""
         files = {entry.path for entry in self._entries.values()} | {self.folder / "config.json"}
         files |= {self.folder / INDEX} if (self.folder / INDEX).exists() else set()
-        files |= set(_companions(self.folder))
+        files |= set(companions(self.folder))
         return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in sorted(files)}
 
     def _entry(self, name: str) -> _Entry:
@@ -200,7 +200,7 @@ def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_00
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy what makes a checkpoint whole beside weights and config.json: tokenizer, templates, processor, licence."""
     copied = []
-    for file in _companions(source):
+    for file in companions(source):
         name = file.relative_to(source)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / name)
@@ -208,7 +208,8 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     return copied
 
 
-def _read_json(path: Path, why: str = "") -> dict[str, Any]:
+def read_json(path: Path, why: str = "") -> dict[str, Any]:
+    """The object in a JSON file; raises BadInput, with `why` it is needed, when there is none."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -300,6 +301,7 @@ def _fill(file: Any, buffer: memoryview, path: Path) -> None:
         buffer = buffer[n:]
 
 
-def _companions(folder: Path) -> list[Path]:
+def companions(folder: Path) -> list[Path]:
+    """The files that go with weights and config.json."""
     found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
     return sorted(file for file in found if file.suffix not in (".safetensors", ".bin", ".partial"))

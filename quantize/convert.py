@@ -15,7 +15,7 @@ from .errors import BadInput
 from .files import write_json
 from .formats import FORMATS, Contents, Format, detect
 from .grid import QuantizedLinear
-from .recipe import FormatName, Grid
+from .recipe import Grid, PackedFormat
 
 _PART_BYTES = 500_000_000  # held in memory before it is written
 
@@ -30,8 +30,8 @@ def convert(source: Path, target: Path, to: str) -> None:
     origin = detect(checkpoint.config)
     if origin is None:
         raise BadInput(f"{source} is not quantized; convert changes the format of an artifact")
-    if to not in get_args(FormatName):
-        raise BadInput(f"unknown format {to!r}; known: {', '.join(get_args(FormatName))}")
+    if to not in get_args(PackedFormat):
+        raise BadInput(f"unknown format {to!r}; known: {', '.join(get_args(PackedFormat))}")
     if to == origin:
         raise BadInput(f"{source} is in format {to} already")
     if target.exists():

@@ -51,7 +51,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 @contextlib.contextmanager
@@ -69,13 +69,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if file.is_dir() or state.st_nlink == 1:  # a hard link's mode is another file's too
                 runs = file.is_dir() or state.st_mode & 0o100
                 file.chmod((0o777 if runs else 0o666) & ~mask)  # mkdtemp and safetensors make them private
-            _fsync(file)
+            fsync(file)
         try:
             new.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
-        _fsync(target.parent)
+        fsync(target.parent)
 
 
 @contextlib.contextmanager
@@ -106,7 +106,8 @@ def sweep(cache: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file or folder on disk before going on."""
     if os.name == "nt" and path.is_dir():
         return  # Windows does not open folders
     handle = os.open(path, os.O_RDONLY)

@@ -10,6 +10,8 @@ from . import kv_cache, machine
 from .checkpoint import Checkpoint
 from .errors import BadInput
 from .formats import FORMATS, Contents
+from .gguf import run as gguf_run
+from .gguf.mixes import Choice
 from .grid import Grid
 from .model import Linear, Skeleton
 from .plan import Plan, make_plan
@@ -57,6 +59,7 @@ class Job:
     linears: list[Linear]
     schemes: dict[str, Grid | None]
     plan: Plan
+    gguf_types: dict[str, Choice | None] | None = None  # of a GGUF file's tensors, where a budget chose them
 
     @property
     def contents(self) -> Contents:
@@ -74,6 +77,11 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     reader = Rotated(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
     skeleton = Skeleton(reader, device=device or machine.device())
     linears = skeleton.linears()
+    if recipe.is_gguf:
+        conversion = gguf_run.check(recipe, checkpoint)
+        grids = gguf_run.schemes(recipe, conversion, linears)
+        plan = gguf_run.plan(recipe, conversion, linears, grids)
+        return Job(recipe, source, checkpoint, reader, skeleton, linears, grids, plan)
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
     for name in recipe.formats:
         _check_format(name, linears, schemes, skeleton, recipe)

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from .blocks import run_blocks, train_end_to_end
 from .calibration import Tokens, calibration_tokens, generated_tokens, open_tokenizer
 from .errors import BadInput
 from .files import write_json
+from .gguf import run as gguf_run
 from .job import Job, Progress, Settings, prepare
 from .journal import Journal, finished
+from .recipe import LlamaCppQuantizer
 from .rotation import Rotated
 from .texts import load_documents
 
@@ -44,19 +47,33 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     files = job.checkpoint.file_hashes()
     if settings.overwrite:
         _make_room(settings.out)
+    if isinstance(job.recipe.method, LlamaCppQuantizer):
+        manifest = gguf_run.make(job, describe(job, files, tokens), tokens, settings)
+        return _signed(manifest, job, settings, started)
+    job = gguf_run.with_types(job, tokens) if job.recipe.is_gguf else job
     journal = Journal(work, _key(job, files, tokens))
     run_blocks(job, tokens, journal, settings)
-    manifest = describe(job, files, tokens, journal)
+    manifest = describe(job, files, tokens, journal.done)
     parts, summary = train_end_to_end(job, tokens, journal)
     if summary is not None:
         manifest |= {"end_to_end": summary, "error_measure": "output, before the scales were trained end to end"}
-    assemble(job, journal, settings, manifest, parts)
-    timing = {"seconds": time.monotonic() - started, "cpu_seconds": machine.cpu_seconds()}
+    if job.recipe.is_gguf:
+        manifest = gguf_run.make(job, manifest, tokens, settings, parts)
+    else:
+        assemble(job, journal, settings, manifest, parts)
+    return _signed(manifest, job, settings, started, [done["seconds"] for done in journal.done])
+
+
+def _signed(
+    manifest: dict[str, Any], job: Job, settings: Settings, started: float, block_seconds: Sequence[float] = ()
+) -> dict[str, Any]:
+    """The manifest with the machine and the time it took, written: from now on the run is finished."""
+    timing: dict[str, Any] = {"seconds": time.monotonic() - started, "cpu_seconds": machine.cpu_seconds()}
     timing["peak_rss_bytes"] = machine.peak_rss_bytes()
+    timing["per_block_seconds"] = list(block_seconds)
     manifest |= {"machine": machine.describe(job.skeleton.device), "timing": timing}
-    manifest["timing"]["per_block_seconds"] = [done["seconds"] for done in journal.done]
     write_json(settings.out / "manifest.json", manifest)
-    shutil.rmtree(work)
+    shutil.rmtree(settings.out / ".work")
     return manifest
 
 

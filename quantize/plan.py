@@ -18,7 +18,7 @@ from .recipe import Awq, Grid, Qat, Recipe, SmoothQuant, Tuned
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
-_PROCESS_BYTES = 600_000_000  # Python, torch, transformers and the tokenizer, measured on Linux
+PROCESS_BYTES = 600_000_000  # Python, torch, transformers and the tokenizer, measured on Linux
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
         work += hidden // streams  # the block's inputs, kept
     # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
-    memory = _PROCESS_BYTES + max(shell, max(inside) * 3 + work) + hidden
+    memory = PROCESS_BYTES + max(shell, max(inside) * 3 + work) + hidden
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
     tried = _scales_tried(recipe)
     operations = _operations(linears, schemes, tokens, streams, calibrated)
@@ -96,7 +96,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         trained = 3 * recipe.method.n_steps * batch  # a backward pass is two forward ones
         operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
     if isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None:
-        memory = max(memory, _PROCESS_BYTES + _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact))
+        memory = max(memory, PROCESS_BYTES + _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact))
         operations += _end_to_end_operations(recipe, recipe.method, skeleton, linears)
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},

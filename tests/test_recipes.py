@@ -13,6 +13,7 @@ from quantpress.quantize.recipe.file import load, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 NAMES = sorted(path.stem for path in FILES)
+PACKED = [name for name in NAMES if not name.startswith("gguf-")]  # the others choose types by tensor, not `weights`
 
 
 # What the first part of a name says: type and bits of the weights, type of the inputs (None: 16 bit).
@@ -87,7 +88,7 @@ def test_it_loads_and_says_when_to_choose_it(name: str) -> None:
     assert len(comment(name)) > 60
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PACKED)
 def test_its_name_tells_the_truth(name: str) -> None:
     recipe = load(name)
     weights, inputs = recipe.weights, recipe.activations
@@ -110,7 +111,17 @@ def test_its_name_tells_the_truth(name: str) -> None:
     assert "-as-" not in name or recipe.formats == (name.rpartition("-as-")[2],)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {*PACKED}))
+def test_a_gguf_recipe_is_named_after_its_method_and_type(name: str) -> None:
+    recipe = load(name)
+    assert recipe.formats == ("gguf",)
+    _, method, kind = name.split("-")
+    assert method == recipe.method.name
+    assert kind == ("budget" if recipe.gguf_file.budget else recipe.gguf_file.type.lower().replace("_", ""))
+    assert "vLLM refuses GGUF files" in comment(name)
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_it_fits_the_default_model_or_says_that_it_does_not(name: str) -> None:
     recipe = load(name)
     fit(recipe, LARGER_MODEL)
@@ -123,7 +134,7 @@ def test_it_fits_the_default_model_or_says_that_it_does_not(name: str) -> None:
         fit(recipe, DEFAULT_MODEL)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PACKED)
 def test_it_warns_of_what_vllm_refuses(name: str) -> None:
     text = comment(name)
     warns = "vLLM" in text and any(word in text for word in ("refuses", "fails", "not for serving"))
@@ -139,15 +150,15 @@ def test_no_two_do_the_same() -> None:
 
 
 def test_bits_methods_and_formats_are_all_covered() -> None:
-    covered = {(r.weights.bits, r.method.name, f) for r in map(load, NAMES) for f in r.formats}
+    covered = {(r.weights.bits, r.method.name, f) for r in map(load, PACKED) for f in r.formats}
     assert {(b, m, "compressed-tensors") for b in (2, 3, 4, 8) for m in ("rtn", "gptq")} <= covered
     assert {(b, "gptq", "gptq") for b in (2, 3, 4, 8)} <= covered
 
 
 def test_every_pair_of_number_types_is_covered() -> None:
     """The names' first parts, and all types of weights and inputs that the schema knows."""
-    recipes = [load(name) for name in NAMES]
-    assert {name.removeprefix("modelopt-").split("-")[0] for name in NAMES} == set(NUMBERS)
+    recipes = [load(name) for name in PACKED]
+    assert {name.removeprefix("modelopt-").split("-")[0] for name in PACKED} == set(NUMBERS)
     assert {recipe.weights.type for recipe in recipes} == set(get_args(NumberType))
     inputs = {recipe.activations.type for recipe in recipes if recipe.activations is not None}
     assert inputs == set(get_args(Activations.model_fields["type"].annotation))

@@ -27,6 +27,10 @@ class ServerFailed(Exception):
     """The server did not start, or is gone; the message ends with the last lines of its log."""
 
 
+class ServerTooSlow(ServerFailed):
+    """The server lives and was not healthy in time: which says nothing of the artifact."""
+
+
 class Child:
     """A running server below its guard, with its log."""
 
@@ -144,7 +148,7 @@ def wait_until_healthy(
             last = child.last_lines(1).strip().removeprefix("| ")[:120]
             tell(f"{name}: starting, {waited:.0f} of at most {deadline_s:.0f} s: {last}")
         time.sleep(_POLL_S)
-    raise ServerFailed(
+    raise ServerTooSlow(
         f"{name} was not healthy within {deadline_s:.0f} s (--deadline); the end of {child.log}:\n{child.last_lines()}"
     )
 

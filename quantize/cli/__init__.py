@@ -1,17 +1,6 @@
 """The command line, a file for each group of commands; the one part of quantize/ that knows eval/ and export/."""
 
-from . import (  # noqa: F401  they add their commands to the app
-    build,
-    choose,
-    doctor,
-    evaluate,
-    export,
-    measure,
-    publish,
-    reproduce,
-    run,
-    smoke,
-)
-from .app import main
+from . import build, choose, doctor, evaluate, export, measure, publish, reproduce, run, smoke  # noqa: F401
+from .app import main  # the others add their commands to it
 
 __all__ = ["main"]

@@ -7,6 +7,7 @@ from . import awq, gptq
 from .awq import Awq
 from .base import Contents, Format
 from .compressed_tensors import CompressedTensors
+from .gguf import Gguf
 from .gptq import Gptq
 from .modelopt import ModelOpt
 
@@ -15,6 +16,7 @@ FORMATS: dict[str, Format] = {
     "gptq": Gptq(),
     "awq": Awq(),
     "modelopt": ModelOpt(),
+    "gguf": Gguf(),  # the parts of a run; the file is written from them
     "gptq-v1-asymmetric": Gptq(lowered=True),  # read only
 }
 

@@ -57,7 +57,7 @@ def pack(q: QuantizedLinear) -> Tensor:
     else:
         parts = [_bytes(q.scales.reshape(blocks, 1))]
         if q.offsets is not None:
-            parts.append(_bytes(-q.offsets.reshape(blocks, 1)))
+            parts.append(_bytes(_negated(q.offsets.reshape(blocks, 1))))
         if q.grid.bits == 8:
             parts.append(codes ^ 128)
         if q.grid.bits == 5:
@@ -81,7 +81,7 @@ def unpack(data: Tensor, grid: BlockGrid, in_features: int) -> QuantizedLinear:
     at = 2
     shifts = None
     if not grid.symmetric:
-        shifts, at = -_halves(block[:, 2:4]).reshape(zeros.shape), 4
+        shifts, at = _negated(_halves(block[:, 2:4])).reshape(zeros.shape), 4
     if grid.bits == 8:
         codes = block[:, at:] ^ 128
     else:
@@ -119,6 +119,11 @@ def _bytes(values: Tensor) -> Tensor:
 
 def _halves(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.float16)
+
+
+def _negated(values: Tensor) -> Tensor:
+    """-values by the sign bit alone: a NaN keeps its other bits."""
+    return (values.contiguous().view(torch.int16) ^ -0x8000).view(torch.float16)
 
 
 def _nibbles(codes: Tensor, run: int) -> Tensor:

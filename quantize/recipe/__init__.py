@@ -1,15 +1,17 @@
 """The recipe: what one YAML file may say. No torch here; file.py reads it from disk."""
 
 from .base import Strict, matches
-from .document import FormatName, Override, Recipe
+from .document import FormatName, Override, PackedFormat, Recipe
 from .evaluation import GPUS, EfficiencySettings, Evaluation, Task, Timing
 from .gates import Gates
+from .gguf import Budget, FileType, Gguf, TensorType
 from .methods import (
     AutoRound,
     Awq,
     EndToEnd,
     Gptq,
     Hadamard,
+    LlamaCppQuantizer,
     Method,
     Objective,
     Qat,
@@ -34,23 +36,28 @@ __all__ = [
     "Awq",
     "BlockGrid",
     "Bos",
+    "Budget",
     "Calibration",
     "EfficiencySettings",
     "EndToEnd",
     "Evaluation",
+    "FileType",
     "FormatName",
     "Gates",
     "GgmlType",
+    "Gguf",
     "Gptq",
     "Grid",
     "GroupSize",
     "Hadamard",
     "LlamaCpp",
+    "LlamaCppQuantizer",
     "Method",
     "NumberType",
     "Objective",
     "Ollama",
     "Override",
+    "PackedFormat",
     "Qat",
     "Recipe",
     "Rtn",
@@ -62,6 +69,7 @@ __all__ = [
     "Target",
     "Task",
     "TensorRtLlm",
+    "TensorType",
     "Text",
     "Tgi",
     "Timing",

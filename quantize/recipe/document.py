@@ -9,14 +9,16 @@ from ..errors import BadInput
 from .base import Pattern, Strict, matches
 from .evaluation import Evaluation
 from .gates import Gates
-from .methods import Gptq, Hadamard, Method, Qat, Rtn, Transform, Tuned
+from .gguf import Gguf
+from .methods import Gptq, Hadamard, LlamaCppQuantizer, Method, Qat, Rtn, Transform, Tuned
 from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
 from .readers import refusal
 from .smoke import Smoke
 from .targets import Target
 from .text import Calibration
 
-FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt"]
+PackedFormat = Literal["compressed-tensors", "gptq", "awq", "modelopt"]  # safetensors, converted into each other
+FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt", "gguf"]
 
 # The weight types a format has a layout for, and the input types that servers compute with (type, bits).
 _HELD: dict[str, tuple[str, ...]] = {
@@ -29,6 +31,8 @@ _INPUTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("int", 8): ("int8",), ("int", 4): ("int8", "fp8"), ("fp8", 8): ("fp8",), ("fp8-block", 8): ("fp8",),
     ("mxfp8", 8): ("mxfp8",), ("mxfp4", 4): ("mxfp4",), ("nvfp4", 4): ("nvfp4",),
 }  # fmt: skip
+
+_GGUF_METHODS = (LlamaCppQuantizer, Gptq, Rtn)  # those that can make a GGUF file
 
 
 class Override(Strict):
@@ -83,11 +87,12 @@ class Recipe(Strict):
         ("compressed-tensors",),
         min_length=1,
         strict=False,
-        description="the first is the artifact, the others converted from it",
+        description="the first is the artifact, the others converted from it; gguf stands alone",
     )
     targets: tuple[Target, ...] = Field(
         (), strict=False, description="servers the result is for; what one of them cannot load is refused"
     )
+    gguf: Gguf | None = Field(None, description="the file of format gguf; default: Q4_K_M")
     evaluation: Evaluation | None = Evaluation()
     gates: Gates = Gates()
     smoke: Smoke | None = Field(None, description="the artifact on a real server, after everything else; null: not")
@@ -102,6 +107,7 @@ class Recipe(Strict):
     def _pairs_are_possible(self) -> Self:
         if len(set(self.formats)) != len(self.formats):
             raise ValueError(f"formats {list(self.formats)} names one twice")
+        self._check_gguf()
         gates = self.gates
         measured = set(gates.limits()) - {"max_bytes"}
         if self.evaluation is None and measured:
@@ -115,7 +121,7 @@ class Recipe(Strict):
             raise ValueError("static_groups: false means nothing per channel (group_size -1); drop it")
         if self.shuffled and any(grid.type != "int" for grid in grids):
             raise ValueError("static_groups: false is for weights of type int; drop it")
-        for format in self.formats:
+        for format in self.formats if not self.is_gguf else ():
             wrong = [str(grid) for grid in grids if str(grid.type) not in _HELD[format]]
             if wrong:
                 raise ValueError(
@@ -164,6 +170,37 @@ class Recipe(Strict):
                 raise ValueError(f"targets: {refused[0]}")
         return self
 
+    def _check_gguf(self) -> None:
+        """What goes with a GGUF file, and what with it alone."""
+        if "gguf" not in self.formats:
+            if isinstance(self.method, LlamaCppQuantizer) or self.gguf is not None:
+                what = "method llama.cpp" if isinstance(self.method, LlamaCppQuantizer) else "the section gguf"
+                raise ValueError(f"{what} is for GGUF files: set formats: [gguf]")
+            return
+        if len(self.formats) > 1:
+            raise ValueError("format gguf stands alone: give the others a recipe of their own")
+        if not isinstance(self.method, _GGUF_METHODS):
+            raise ValueError(f"format gguf with method {self.method.name}: it takes llama.cpp, gptq and rtn")
+        if isinstance(self.method, LlamaCppQuantizer) and self.gguf is not None and self.gguf.budget is not None:
+            raise ValueError(
+                "gguf.budget chooses a type for each tensor; method llama.cpp chooses by gguf.type: drop one"
+            )
+        for key in ("weights", "overrides", "ignore", "activations", "kv_cache", "transforms"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} means nothing for a GGUF file: gguf.type and gguf.tensor_types choose its numbers"
+                )
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the artifact is a GGUF file."""
+        return "gguf" in self.formats
+
+    @property
+    def gguf_file(self) -> Gguf:
+        """The file of format gguf, with what goes without saying."""
+        return self.gguf or Gguf()
+
     @property
     def shuffled(self) -> bool:
         """Whether groups become scattered columns (desc_act files)."""
@@ -179,6 +216,7 @@ class Recipe(Strict):
         """What rounds a linear: the method itself, or the one that a tuned block starts from."""
         if isinstance(self.method, Tuned):
             return Gptq(error_correction=self.method.error_correction) if self.method.start == "gptq" else Rtn()
+        assert not isinstance(self.method, LlamaCppQuantizer), "llama.cpp rounds by itself"
         return self.method
 
     @property
@@ -189,6 +227,8 @@ class Recipe(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether text has to run through the model before anything can be rounded."""
+        if self.is_gguf and not isinstance(self.method, Gptq):
+            return self.gguf_file.calibrated or self.gguf_file.budget is not None
         searches = {self.weights.scale_search, *(o.scale_search for o in self.overrides)}
         return (
             not isinstance(self.method, Rtn)

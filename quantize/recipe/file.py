@@ -6,7 +6,7 @@ result; every mistake comes back as one BadInput line that names the place.
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from ..errors import BadInput
 from .document import Override, Recipe
 from .evaluation import EfficiencySettings, Evaluation, Task, Timing
 from .gates import Gates
-from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, Qat, Rtn, SmoothQuant
+from .gguf import Budget, Gguf
+from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, LlamaCppQuantizer, Qat, Rtn, SmoothQuant
 from .numbers import Activations, Grid
 from .smoke import Smoke
 from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
@@ -119,7 +120,7 @@ def _problem(error: Any) -> str:
     return f"{place}: {message}" if place else message
 
 
-def _keys_at(place: Iterable[int | str]) -> list[str]:
+def _keys_at(place: Collection[int | str]) -> list[str]:
     """The keys a mapping at `place` may have."""
     models: dict[str, type[BaseModel]] = {
         "calibration": Calibration, "evaluation": Evaluation, "weights": Grid, "gates": Gates,
@@ -127,7 +128,8 @@ def _keys_at(place: Iterable[int | str]) -> list[str]:
         "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
         "end_to_end": EndToEnd, "tasks": Task, "efficiency": EfficiencySettings, "timing": Timing,
         "vllm": Vllm, "tgi": Tgi, "tensorrt-llm": TensorRtLlm, "triton": Triton,
-        "llama.cpp": LlamaCpp, "ollama": Ollama, "smoke": Smoke,
+        "ollama": Ollama, "smoke": Smoke, "gguf": Gguf, "budget": Budget,
+        "llama.cpp": LlamaCpp if "targets" in place else LlamaCppQuantizer,
     }  # fmt: skip
     model: type[BaseModel] = Recipe
     for part in place:

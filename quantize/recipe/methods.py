@@ -180,4 +180,11 @@ class Qat(Tuned):
         return self.quant_lr or 0.1 / self.steps
 
 
-Method = Annotated[Rtn | Gptq | AutoRound | Qat, Field(discriminator="name")]
+class LlamaCppQuantizer(Strict):
+    """llama.cpp's own quantizer, for GGUF files; it comes with the extra `llamacpp`."""
+
+    name: Literal["llama.cpp"] = "llama.cpp"
+    threads: int = Field(0, ge=0, description="0: all cores")
+
+
+Method = Annotated[Rtn | Gptq | AutoRound | Qat | LlamaCppQuantizer, Field(discriminator="name")]

@@ -3,11 +3,14 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from quantpress.export import loading
 from quantpress.export.loading import will_load
+from quantpress.export.serving import Options
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.recipe import Grid, LlamaCpp, TensorRtLlm, Tgi, Triton, Vllm
 from tests.export.test_servers import write_gguf
@@ -91,6 +94,17 @@ def test_the_real_server_has_the_last_word(artifact: Path, tmp_path: Path) -> No
     answer = will_load(artifact, Vllm(device="cpu"), python=python)
     assert (answer.loads, answer.way) == (False, "server")
     assert "the weights are bad" in answer.reason
+
+
+def test_a_server_that_is_too_slow_is_no_answer(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "Options", partial(Options, deadline_s=1.0))
+    parser = {"version": "0.0.1", "engine": True, "parsed": "Config"}
+    python = interpreter(tmp_path, parser=parser, server="import time; time.sleep(60)")
+    answer = will_load(artifact, Vllm(device="cpu"), python=python)
+    assert (answer.loads, answer.way) == (True, "parser")
+    assert "not healthy within 1 s, which is no answer" in answer.passed_over[0]
 
 
 def test_a_server_for_other_hardware_is_not_started(artifact: Path, tmp_path: Path) -> None:

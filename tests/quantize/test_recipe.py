@@ -128,7 +128,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"evaluation": {"window": 512, "stride": 513}}, "stride 513 is larger than window 512"),
         ({"transforms": ["awq"]}, "transforms"),
         ({"formats": []}, "formats"),
-        ({"formats": ["awk"]}, "formats.0: Input should be 'compressed-tensors', 'gptq', 'awq' or 'modelopt'"),
+        ({"formats": ["awk"]}, "formats.0: Input should be 'compressed-tensors', 'gptq', 'awq', 'modelopt' or 'gguf'"),
         ({"formats": ["gptq", "gptq"]}, "names one twice"),
         ({"name": "../up"}, "name"),
         ({"model": ""}, "model"),
@@ -455,3 +455,41 @@ def test_what_a_tuned_block_starts_from() -> None:
     assert parse({"method": {"name": "autoround", "start": "rtn"}}).rounder == Rtn()
     plain = parse({"method": {"name": "gptq", "error_correction": 0}})
     assert (plain.rounder, plain.tuned, plain.paired) == (plain.method, False, False)
+
+
+LLAMA_CPP = {"method": {"name": "llama.cpp"}, "formats": ["gguf"]}
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        (
+            {"formats": ["gguf"], "method": {"name": "qat"}},
+            "format gguf with method qat: it takes llama.cpp, gptq and rtn",
+        ),
+        ({"method": {"name": "llama.cpp"}}, "method llama.cpp is for GGUF files: set formats: [gguf]"),
+        ({"gguf": {"type": "F16"}}, "the section gguf is for GGUF files"),
+        (LLAMA_CPP | {"formats": ["gguf", "gptq"]}, "format gguf stands alone"),
+        (LLAMA_CPP | {"weights": {"bits": 8}}, "weights means nothing for a GGUF file"),
+        (LLAMA_CPP | {"transforms": [{"name": "awq"}]}, "transforms means nothing for a GGUF file"),
+        (LLAMA_CPP | {"kv_cache": "fp8"}, "kv_cache means nothing for a GGUF file"),
+        (LLAMA_CPP | {"gguf": {"type": "Q4_K_X"}}, "gguf.type: Input should be 'F32', 'F16'"),
+        (LLAMA_CPP | {"gguf": {"typ": "F16"}}, "gguf.typ: unknown key, did you mean 'type'?"),
+        (LLAMA_CPP | {"gguf": {"type": "F16", "imatrix": True}}, "type F16 is not quantized"),
+        (LLAMA_CPP | {"gguf": {"type": "IQ2_XS"}}, "type IQ2_XS is made with an importance matrix only"),
+        (LLAMA_CPP | {"gguf": {"tensor_types": {"output.weight": "IQ1_S"}}}, "type IQ1_S is made with an importance"),
+        (LLAMA_CPP | {"gguf": {"budget": {}}}, "give one of bytes and bits_per_weight"),
+        (LLAMA_CPP | {"gguf": {"budget": {"bytes": "90M"}}}, "method llama.cpp chooses by gguf.type"),
+        (LLAMA_CPP | {"gguf": {"split": "4 rods"}}, "gguf.split"),
+    ],
+)
+def test_what_cannot_be_a_gguf_file_is_refused(document: dict[str, Any], expected: str) -> None:
+    assert expected in refused(document)
+
+
+def test_a_gguf_recipe() -> None:
+    recipe = parse(LLAMA_CPP | {"gguf": {"split": "1.5G", "imatrix": True, "tensor_types": {"*attn_v*": "Q6_K"}}})
+    assert recipe.gguf_file.type == "Q4_K_M"
+    assert recipe.gguf_file.split == 1_500_000_000
+    assert recipe.calibrated
+    assert not parse(dict(LLAMA_CPP)).calibrated

@@ -8,7 +8,7 @@ import torch
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.formats import FORMATS, Contents, detect
 from quantpress.quantize.grid import Grid
-from quantpress.quantize.recipe import FormatName
+from quantpress.quantize.recipe import PackedFormat
 
 from .records import GRIDS, equal, record, with_scales
 
@@ -101,7 +101,7 @@ def test_nothing_quantized_has_no_config(format: str) -> None:
 
 
 def test_every_name_a_recipe_may_give_is_a_format() -> None:
-    assert set(get_args(FormatName)) <= set(FORMATS)
+    assert set(get_args(PackedFormat)) <= set(FORMATS)
 
 
 def test_detect() -> None:

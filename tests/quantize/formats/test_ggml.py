@@ -69,6 +69,13 @@ def test_extreme_bytes(kind: GgmlType, byte: int) -> None:
     assert np.array_equal(record.dequantize().numpy(), want, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_1"])
+def test_a_nan_keeps_its_bits(kind: GgmlType) -> None:
+    data = np.zeros((1, BLOCK_BYTES[kind]), dtype=np.uint8)
+    data[0, 2:4] = 0x01, 0x7D  # a signalling NaN, which arithmetic would make a quiet one
+    assert np.array_equal(ggml.pack(ggml.unpack(torch.from_numpy(data), BlockGrid(type=kind), 32)).numpy(), data)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(TYPES), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_any_bytes_come_back(kind: GgmlType, rows: int, per_row: int, seed: int) -> None:

@@ -69,16 +69,15 @@ def test_candidates_are_the_types_whose_blocks_fill_a_row() -> None:
 
 
 def test_fewer_bits_cost_more() -> None:
-    w = torch.randn(80, 512, generator=torch.Generator().manual_seed(0)) * 0.05
-    uses = [Sensitivity(torch.rand(80), torch.rand(512))]
+    make = torch.Generator().manual_seed(0)
+    w = torch.randn(80, 256, generator=make) * 0.05
+    uses = [Sensitivity(torch.rand(80, generator=make), torch.rand(256, generator=make))]
     found = costs(w, uses)
     order: list[GgmlType] = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"]
     assert [found[kind] for kind in order] == sorted(found[kind] for kind in order)
     error = ROUNDERS["rtn"](w, BlockGrid(type="Q3_K", scale_search="activation"), Rtn(), uses[0].columns, None)
     whole = uses[0].cost(error.linear.dequantize() - w, torch.arange(80))
     assert found["Q3_K"] == pytest.approx(whole, rel=0.05)  # from 64 of the 80 rows
-    twice = costs(w, uses * 2)
-    assert twice["Q3_K"] == pytest.approx(2 * found["Q3_K"], rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])  # tied, biases, Conv1D

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from quantpress.quantize.gguf_tokenizer import save_tokenizer
+from quantpress.quantize.gguf.source_tokenizer import save_tokenizer
 from quantpress.quantize.sources import resolve
 
-from .originals import ORIGINALS, TEXT, tiny, trained, write_gguf
+from ..originals import ORIGINALS, TEXT, tiny, trained, write_gguf
 
 
 @pytest.mark.parametrize("pre", ORIGINALS)

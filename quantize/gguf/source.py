@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import BadInput
-from .gguf_tokenizer import check_reads_back, save_tokenizer
+from ..errors import BadInput
+from .source_tokenizer import check_reads_back, save_tokenizer
 
 SHARD_BYTES = 1_000_000_000
 

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from .errors import BadInput
+from ..errors import BadInput
 
 _PROBE = "It's WE'LL 12345  cafe\u0301 ½٣ x**2, (a_b)\n\n\tdef f(x):\r\n    return \"日本語\"  HelloWorld 🦙 <s></s>…\n"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # tokenizer.ggml.token_type
@@ -162,14 +162,22 @@ def _byte_level(meta: Mapping[str, Any], path: Path, tokens: list[str]) -> tuple
     tokenizer = Tokenizer(_bpe(vocab, _merges(meta, path), path, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    if pre is _DIGITS_GPT2:
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    else:
-        steps = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.pre_tokenizer = steps_of(pre)[0]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, pre.add_bos
+
+
+def steps_of(pre: Pre) -> list[Any]:
+    """The pre-tokenizers that split text by these rules, the one to write first: there are several ways to say it."""
+    spelled = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ways = [pre_tokenizers.Sequence([*spelled, plain])]
+    if pre.splits[-1] == _GPT2:  # ByteLevel's own
+        own = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre.splits[:-1] == (r"\p{N}",) else []
+        if len(digits) == len(pre.splits) - 1:
+            ways.insert(0 if digits else 1, pre_tokenizers.Sequence([*digits, own]))
+    return ways
 
 
 def _merges(meta: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:

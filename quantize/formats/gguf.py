@@ -1,0 +1,46 @@
+"""GGUF's tensors in the parts a run leaves: each linear as the raw bytes of its rows; the file is written from them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import BadInput
+from ..grid import QuantizedLinear
+from ..recipe import Activations, BlockGrid, Grid
+from . import ggml
+from .base import Contents, Format, take
+
+
+class Gguf(Format):
+    """One tensor a linear, `weight` uint8 [out, row bytes]; its type is not written in it."""
+
+    def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
+        if not isinstance(grid, BlockGrid):
+            raise BadInput(f"a GGUF file holds ggml's block types, not {grid}")
+
+    def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
+        return {f"{name}.weight": ggml.pack(q)}
+
+    def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
+        assert isinstance(grid, BlockGrid)
+        data = take(f"{name}.weight", read, (shape[0], ggml.row_bytes(grid, shape[1])))
+        return ggml.unpack(data, grid, shape[1])
+
+    def packed_bytes(
+        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
+    ) -> int:
+        assert isinstance(grid, BlockGrid)
+        return out_features * ggml.row_bytes(grid, in_features)
+
+    def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
+        raise BadInput("the types of a GGUF file's tensors stand in the file: read it as one")
+
+    def suffixes(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def config(self, contents: Contents) -> dict[str, Any]:
+        return {}  # the file describes itself
+
+    def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
+        raise BadInput("the types of a GGUF file's tensors stand in the file: read it as one")

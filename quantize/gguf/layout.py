@@ -1,0 +1,107 @@
+"""Which parameters of a checkpoint make which tensor of a GGUF file, and how."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from ..errors import BadInput
+from ..model import Skeleton
+from .architectures import Architecture, Change, architecture, change_of, names_of, to_gguf
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a GGUF file.
+
+    parameters: on-disk HF names of what it is made from: one, or one for each expert, stacked in front. shape: as GGUF
+    has it, the columns last.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    shape: tuple[int, ...]
+    change: Change | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds one matrix an expert."""
+        return _EXPERT.search(self.parameters[0]) is not None
+
+    @property
+    def matrix(self) -> bool:
+        """Whether the file type decides its type; the others are float32, as llama.cpp wants them."""
+        return len(self.shape) > 1 and self.name.endswith(".weight") and not self.name.endswith(_FLOAT32)
+
+    def read(self, read: Callable[[str], Tensor], config: Any) -> Tensor:
+        """The tensor `shape`, from what `read` gives for each parameter."""
+        parts = [to_gguf(self.change, read(name), config) for name in self.parameters]
+        return torch.stack(parts) if self.stacked else parts[0]
+
+
+def layout(skeleton: Skeleton) -> list[Entry]:
+    """The tensors a GGUF file of this model has, in the order of the model.
+
+    Raises BadInput for an architecture that cannot be written, and a parameter without a GGUF name.
+    """
+    config = skeleton.config
+    row = architecture(config)
+    names = names_of(row, config.num_hidden_layers)
+    shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
+    disk = dict(skeleton.shell_names())
+    for k in range(skeleton.n_blocks):
+        prefix = f"{skeleton.blocks_name}.{k}."
+        disk |= {f"{prefix}{name}": on_disk for name, on_disk in skeleton.block_names(k).items()}
+    if config.tie_word_embeddings:
+        disk = {name: on_disk for name, on_disk in disk.items() if name.removesuffix(".weight") not in _heads(skeleton)}
+    grouped: dict[str, list[str]] = {}
+    for name in disk:
+        grouped.setdefault(gguf_name(names, name), []).append(name)
+    entries = [_entry(row, tensor, parts, disk, shapes) for tensor, parts in grouped.items()]
+    if row.untied and config.tie_word_embeddings:
+        twin = next(entry for entry in entries if entry.name == "token_embd.weight")
+        entries.append(Entry("output.weight", twin.parameters, twin.shape))
+    return entries
+
+
+def gguf_name(names: gguf.TensorNameMap, parameter: str) -> str:
+    """The GGUF tensor a parameter of the model lies in; raises BadInput when there is none."""
+    merged = _EXPERT.sub(".experts.", parameter)
+    if ".experts.w" in merged:  # Mixtral's, which the map has under the names of its first checkpoints
+        merged = re.sub(r"^model\.(layers\.\d+)\.(mlp|block_sparse_moe)\.", r"\1.feed_forward.", merged)
+    found = names.get_name(merged, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise BadInput(f"{parameter}: GGUF has no name for this tensor in its architecture")
+    return str(found)
+
+
+def _heads(skeleton: Skeleton) -> set[str]:
+    return {
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith(f"{skeleton.blocks_name}.")
+    }
+
+
+def _entry(
+    row: Architecture, tensor: str, parts: list[str], disk: dict[str, str], shapes: dict[str, tuple[int, ...]]
+) -> Entry:
+    change, shape = change_of(row, parts[0]), shapes[parts[0]]
+    if change == "transposed":
+        shape = shape[::-1]
+    if _EXPERT.search(parts[0]):
+        shape = (len(parts), *shape)
+    return Entry(tensor, tuple(disk[part] for part in parts), shape, change)
+
+
+def float_type(entry: Entry, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type of a tensor in a file of floats of this kind."""
+    return kind if entry.matrix else GGMLQuantizationType.F32

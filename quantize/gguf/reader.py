@@ -1,0 +1,164 @@
+"""A GGUF file beside its config.json, read as if it were a checkpoint: tensors dequantized, under their HF names."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..architectures import ARCHITECTURES as MODELS
+from ..checkpoint import companions, read_json
+from ..errors import BadInput
+from ..files import file_sha256
+from ..model import Skeleton, text_config
+from .architectures import architecture, from_gguf, names_of
+from .layout import Entry, gguf_name, layout
+
+_FILE = "model.gguf"
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """model.gguf in a folder, or its parts in order; none when there is no such file.
+
+    Raises BadInput for parts that are not complete.
+    """
+    if (folder / _FILE).is_file():
+        return [folder / _FILE]
+    parts = sorted(path for path in folder.glob("model-*.gguf") if _PART.search(path.name))
+    if parts:
+        total = int(_PART.search(parts[0].name)[2])  # type: ignore[index]
+        if len(parts) != total:
+            raise BadInput(f"{folder}: {len(parts)} of {total} parts of the GGUF file are there")
+    return parts
+
+
+class GgufTensors:
+    """The tensors of a GGUF file or its parts, as they are stored.
+
+    Raises BadInput for a file that is not whole.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self._tensors: dict[str, tuple[Path, Any]] = {}
+        for file in files:
+            self._tensors |= {tensor.name: (file, tensor) for tensor in open_gguf(file).tensors}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def stored(self, name: str) -> Any:
+        """The `gguf` package's record of a tensor."""
+        if name not in self._tensors:
+            raise BadInput(f"{self.files[0]}: the GGUF file has no tensor {name}")
+        return self._tensors[name][1]
+
+    def file_of(self, name: str) -> Path:
+        return self._tensors[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape with the columns last."""
+        return tuple(int(n) for n in reversed(self.stored(name).shape))
+
+    def dequantized(self, name: str, part: int | None = None) -> Tensor:
+        """A tensor in float32, or the part of it with this first index."""
+        tensor = self.stored(name)
+        data = tensor.data if part is None else tensor.data[part]
+        try:
+            values = gguf.quants.dequantize(data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise BadInput(f"{self.files[0]}: tensor {name}: type {tensor.tensor_type.name} cannot be read") from error
+        shape = self.shape(name) if part is None else self.shape(name)[1:]
+        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
+
+
+def open_gguf(file: Path) -> gguf.GGUFReader:
+    """The `gguf` package's reader; raises BadInput for a file that is not a whole GGUF."""
+    try:
+        return gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OSError, TypeError, OverflowError) as error:
+        raise BadInput(f"{file}: not a whole GGUF file: {' '.join(str(error).split())}") from error
+
+
+class GgufCheckpoint:
+    """A folder with model.gguf and the config.json of its model, in the place of a checkpoint of safetensors.
+
+    Raises BadInput for a file that does not hold the tensors of that model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json", "a GGUF file is read beside one")
+        self.tensors = GgufTensors(gguf_files(folder))
+        config = text_config(self.config)
+        self._row = architecture(config)
+        self._names = names_of(self._row, config.num_hidden_layers)
+        self._foreign = [ours for ours, theirs in MODELS[config.model_type].on_disk]
+        self._config = config
+        self._where: dict[str, tuple[Entry, int | None]] = {}
+        for entry in layout(Skeleton(self, device=torch.device("cpu"))):
+            if entry.name not in self.tensors or self.tensors.shape(entry.name) != entry.shape:
+                found = list(self.tensors.shape(entry.name)) if entry.name in self.tensors else "absent"
+                raise BadInput(f"{folder}: tensor {entry.name} is {found} and config.json wants {list(entry.shape)}")
+            for i, parameter in enumerate(entry.parameters):
+                self._where.setdefault(parameter, (entry, i if entry.stacked else None))
+
+    def names(self) -> list[str]:
+        """HF names."""
+        return list(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a parameter of the model is there, under the name checkpoints on disk have for it."""
+        if any(ours in str(name) for ours in self._foreign):
+            return False
+        try:
+            return gguf_name(self._names, str(name)) in self.tensors
+        except BadInput:
+            return False
+
+    def entry(self, name: str) -> Entry:
+        """The tensor of the file a parameter lies in."""
+        if name not in self._where:
+            raise BadInput(f"{self.folder}: no tensor {name}")
+        return self._where[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        entry = self.entry(name)
+        shape = entry.shape[1:] if entry.stacked else entry.shape
+        return shape[::-1] if entry.change == "transposed" else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """float32: what is dequantized."""
+        self.entry(name)
+        return torch.float32
+
+    def nbytes(self, name: str) -> int:
+        """Bytes a parameter takes in the file."""
+        entry = self.entry(name)
+        return int(self.tensors.stored(entry.name).n_bytes) // (entry.shape[0] if entry.stacked else 1)
+
+    def file_of(self, name: str) -> str:
+        return self.tensors.file_of(self.entry(name).name).name
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, header and padding not counted."""
+        return sum(int(self.tensors.stored(name).n_bytes) for name in self.tensors.names())
+
+    def read(self, name: str) -> Tensor:
+        """A parameter as transformers holds it, in float32."""
+        entry = self.entry(name)
+        weight = self.tensors.dequantized(entry.name, self._where[name][1])
+        return from_gguf(entry.change, weight, self._config).contiguous()
+
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of the GGUF files, config.json and what goes with them, by name."""
+        files = {*self.folder.glob("*.gguf"), self.folder / "config.json", *companions(self.folder)}
+        return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in sorted(files)}

@@ -1,0 +1,137 @@
+"""GGUF files written tensor by tensor, whole or not at all.
+
+The `gguf` package writes the header; the tensors' bytes follow as they are made, so that one is in memory at a time.
+Everything before them is known beforehand, and with it the size of the file to the byte.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+
+from ..errors import BadInput
+from ..files import fsync
+
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes the data of each tensor is padded to
+ARCHITECTURE = "general.architecture"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written: its name in the file, its ggml type, its shape with the columns last, and its bytes.
+
+    data: makes the raw bytes when they are due, an array of any dtype with exactly `nbytes` of them, row after row.
+    """
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: Callable[[], np.ndarray[Any, Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data, without padding. Raises BadInput when rows are not whole blocks of the type."""
+        return tensor_bytes(self.shape, self.type, self.name)
+
+
+def tensor_bytes(shape: Sequence[int], kind: GGMLQuantizationType, name: str = "a tensor") -> int:
+    """Bytes of a tensor, the columns last in `shape`; raises BadInput when rows are not whole blocks of the type."""
+    block, size = map(int, gguf.GGML_QUANT_SIZES[kind])
+    columns = shape[-1] if shape else 1
+    if columns % block:
+        raise BadInput(f"{name}: {kind.name} needs rows of a multiple of {block}, not {columns}")
+    return math.prod(shape) // block * size
+
+
+def write(
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Sequence[Tensor],
+    split_bytes: int | None = None,
+    on_tensor: Callable[[int], None] = lambda done: None,
+) -> list[Path]:
+    """Write the GGUF file `path`, or numbered parts of at most `split_bytes` of tensors each; returns their paths.
+
+    metadata: plain values by their full key; int becomes uint32, float float32, a
+    list the array of its items' type, numpy scalars keep theirs. Parts are named as llama.cpp's loader looks for them,
+    model-00001-of-00003.gguf. Files take their names when all are whole and on disk. `on_tensor` is called with the
+    number of tensors written.
+    """
+    writer = _described(path, metadata, tensors, split_bytes)
+    names: list[Path] = writer.format_shard_names(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".quantpress-", dir=path.parent) as scratch:
+        try:
+            writer.write_header_to_file(Path(scratch) / path.name)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for i, tensor in enumerate(tensors):
+                data = np.ascontiguousarray(tensor.data())
+                if data.nbytes != tensor.nbytes:
+                    raise ValueError(f"{tensor.name}: {data.nbytes} bytes where its type and shape say {tensor.nbytes}")
+                writer.write_tensor_data(data)
+                on_tensor(i + 1)
+        finally:
+            writer.close()
+        for name in names:
+            fsync(Path(scratch) / name.name)
+        for name in names:
+            os.replace(Path(scratch) / name.name, name)
+    fsync(path.parent)
+    return names
+
+
+def sizes(metadata: Mapping[str, Any], tensors: Sequence[Tensor], split_bytes: int | None = None) -> list[int]:
+    """The bytes of each file that `write` would make, to the byte."""
+    writer = _described(Path("model.gguf"), metadata, tensors, split_bytes)
+    parts, out = writer.tensors, []
+    with tempfile.TemporaryDirectory() as scratch:  # only the headers are written
+        infos = [dict(part) for part in parts]
+        writer.write_header_to_file(Path(scratch) / "model.gguf")
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for file, part in zip(writer.fout or [], infos, strict=True):
+            file.flush()
+            out.append(_padded(file.tell()) + sum(_padded(info.nbytes) for info in part.values()))
+        writer.close()
+    return out
+
+
+def _padded(size: int) -> int:
+    return int(gguf.GGUFWriter.ggml_pad(size, ALIGNMENT))
+
+
+def _described(
+    path: Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], split_bytes: int | None
+) -> gguf.GGUFWriter:
+    """A writer that knows everything but the tensors' bytes."""
+    writer = gguf.GGUFWriter(path, str(metadata.get(ARCHITECTURE, "")), split_max_size=split_bytes or 0)
+    for key, value in metadata.items():
+        if key != ARCHITECTURE and value is not None:
+            _add(writer, key, value)
+    for tensor in tensors:
+        # add_tensor_info takes the shape as it is for anything but uint8, whose columns it reads as bytes.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
+    return writer
+
+
+_NUMPY = {np.uint32: GGUFValueType.UINT32, np.int32: GGUFValueType.INT32, np.uint64: GGUFValueType.UINT64}
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        kind = GGUFValueType.get_type(value[0]) if value else GGUFValueType.STRING
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, kind)
+    elif type(value) in _NUMPY:
+        writer.add_key_value(key, int(value), _NUMPY[type(value)])
+    elif isinstance(value, int) and not isinstance(value, bool):
+        writer.add_key_value(key, value, GGUFValueType.UINT32)
+    else:
+        writer.add_key_value(key, value, GGUFValueType.get_type(value))
