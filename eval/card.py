@@ -86,12 +86,14 @@ def metadata(run: Run, base_model: str | None = None, license: str | None = None
 def servers(run: Run, name: str) -> list[Serving]:
     """Each program that reads the artifact's format, with the reasons of those that will not load this one."""
     contents = contracts.of_folder(run.folder / "quantized")
-    out = []
+    out: list[Serving] = []
     for title, target, command in _SERVERS:
         reader = target.reader
         if contents.format not in READERS[reader].formats:
             continue
         refused = tuple(contracts.problems(target, contents))
+        if title == "vLLM on a CPU" and bool(refused) == bool(out[0].refused):
+            continue  # no different from the GPU's
         notes = reader_notes(reader, contents.format, contents.grids, contents.activations)
         out.append(Serving(title, command.format(name=name), "bash", refused, tuple(notes)))
     if contents.format != "gguf":

@@ -64,7 +64,6 @@ class Candidate:
     run: Run
     cache_bytes: int | None
     recovery: Recovery
-    tokens_per_second: float | None
     misses: tuple[str, ...]
 
     @property
@@ -92,8 +91,8 @@ def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:
     for other in runs[1:]:
         comparable(runs[0], other)
     candidates = [_candidate(run, wish, _judge(runs)) for run in labelled(runs)]
-    if wish.prefer == "fastest" and (slow := [c.run.label for c in candidates if c.tokens_per_second is None]):
-        raise BadInput(f"--prefer fastest: the speed of {', '.join(slow)} was not measured (evaluation.efficiency)")
+    if wish.prefer == "fastest" and (slow := [c.run.label for c in candidates if c.run.tokens_per_second is None]):
+        raise BadInput(f"--prefer fastest: the speed of {', '.join(slow)} was not measured: `quantpress smoke` does it")
     candidates.sort(key=_order(wish.prefer))
     fit = [c for c in candidates if not c.misses]
     if not fit:
@@ -160,7 +159,6 @@ def perplexity_recovery(results: Results) -> Recovery:
 def _candidate(run: Run, wish: Wish, judge: Callable[[Results], Recovery]) -> Candidate:
     efficiency, recovery = run.results.efficiency, judge(run.results)
     cache = None if efficiency is None else efficiency.cache
-    speeds = efficiency.runtime.speed if efficiency and efficiency.runtime else ()
     whole = None if cache is None else wish.concurrency * cache_bytes(cache, wish.context)
     misses = []
     if whole is None:
@@ -171,15 +169,14 @@ def _candidate(run: Run, wish: Wish, judge: Callable[[Results], Recovery]) -> Ca
         misses.append(f"recovery {_shown(recovery)} is below {share(wish.min_recovery)}")
     if run.results.gates.verdict == "REGRESSION":
         misses.append(f"missed its own gates ({run.results.gates.reason})")
-    fastest = max((speed.decode_tokens_per_second for speed in speeds), default=None)
-    return Candidate(run, whole, recovery, fastest, tuple(misses))
+    return Candidate(run, whole, recovery, tuple(misses))
 
 
 def _order(prefer: Preference) -> Callable[[Candidate], tuple[float, float]]:
     if prefer == "smallest":
         return lambda c: (c.needs, -c.recovery.value)
     if prefer == "fastest":
-        return lambda c: (-(c.tokens_per_second or 0.0), -c.recovery.value)
+        return lambda c: (-(c.run.tokens_per_second or 0.0), -c.recovery.value)
     return lambda c: (-c.recovery.value, c.needs)
 
 
@@ -214,5 +211,5 @@ def _beaten(other: Candidate, best: Candidate, prefer: Preference) -> str:
         return f"qualifies, with less quality: recovery {_shown(other.recovery)}"
     if prefer == "smallest":
         return f"qualifies, and is larger: {size(other.needs)} against {size(best.needs)} of weights and cache"
-    rates = (number(c.tokens_per_second or 0.0) for c in (other, best))
+    rates = (number(c.run.tokens_per_second or 0.0) for c in (other, best))
     return "qualifies, and is slower: {} against {} tokens/s".format(*rates)

@@ -19,7 +19,7 @@ from quantpress.quantize.errors import BadInput
 from .figures import divergence_figure, layers_figure, png, recovery_axis, tasks_figure, tradeoff_figure
 from .figures import files as figure_files
 from .heat import DARK, LIGHT, HeatScale
-from .runs import Run, comparable, labelled, open_run
+from .runs import Run, comparable, labelled, open_run, open_runs
 from .sweep import Outcome, failures
 from .tradeoff import Plot, Point, pareto, tradeoff
 from .wording import (
@@ -60,13 +60,13 @@ def write_report(run: Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write the same files for several runs of one model on one text into `out`; the path of index.html.
+    """Write the same files for several runs (or a folder of them) of one model on one text; the path of index.html.
 
     Raises BadInput for fewer than two runs, and for runs whose evaluation text, windows or original differ.
     """
-    if len({run.resolve() for run in runs}) < max(2, len(runs)):
+    several = open_runs(runs) if runs else []
+    if len(several) < 2:
         raise BadInput(f"compare: two or more different runs are needed, got {', '.join(map(str, runs)) or 'none'}")
-    several = [open_run(folder) for folder in runs]
     return _write_several(several, out, [])
 
 
@@ -108,18 +108,11 @@ def _points(runs: Sequence[Run]) -> list[Point]:
 
 
 def _rates(runs: Sequence[Run]) -> list[Point]:
-    """Tokens a second in place of bytes, the original first; none unless all were timed by the same program."""
-    first = runs[0].results.efficiency
-    before = first.original_runtime if first else None
-    timed = {r.results.efficiency.runtime.what for r in runs if r.results.efficiency and r.results.efficiency.runtime}
-    if len(runs) < 2 or before is None or len(timed) != 1 or any(r.tokens_per_second is None for r in runs):
+    """Tokens a second in place of bytes, as one and the same server gave them; none where a run was not served."""
+    servers = {run.serving and (run.serving.server, run.serving.version, run.serving.device) for run in runs}
+    if len(runs) < 2 or len(servers) != 1 or any(run.tokens_per_second is None for run in runs):
         return []
-    rate = max(speed.decode_tokens_per_second for speed in before.speed)
-    original = Point("original", rate, runs[0].original.perplexity, runs[0].original.stderr, original=True)
-    return [
-        original,
-        *(Point(r.label, r.tokens_per_second or 0.0, r.artifact.perplexity, r.artifact.stderr) for r in runs),
-    ]
+    return [Point(r.label, r.tokens_per_second or 0.0, r.artifact.perplexity, r.artifact.stderr) for r in runs]
 
 
 def _front(runs: Sequence[Run]) -> set[str]:
@@ -197,6 +190,9 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot write the report there: {error.strerror}") from None
+    for name in (f"{chart}.{kind}" for chart in ("speed", "divergence", "tasks") for kind in ("png", "svg")):
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)  # of what an earlier report showed, and this one does not
     for name, content in files.items():
         beside = folder / f".{name}.{os.getpid()}.tmp"
         try:

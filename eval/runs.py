@@ -83,10 +83,11 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens a second while decoding, the best that was measured; None when it was not."""
-        efficiency = self.results.efficiency
-        speeds = efficiency.runtime.speed if efficiency and efficiency.runtime else ()
-        return max((speed.decode_tokens_per_second for speed in speeds), default=None)
+        """The most tokens a second that the smoke test's server gave; None when it was not served.
+
+        Not the results' own timing: that is of the dequantized model, for which every format is equally fast.
+        """
+        return None if self.serving is None else max(self.serving.tokens_per_second.values(), default=None)
 
     @property
     def failed(self) -> list[Check]:

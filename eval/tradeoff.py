@@ -150,7 +150,7 @@ def tradeoff(
         whisker = None if several or p.stderr <= 0 else (y(p.perplexity + p.stderr), y(p.perplexity - p.stderr))
         marks.append(Mark(*spot, role, whisker, far and p.original, label, title(p)))
     unit, name = (1.0, "") if rate else byte_unit(x.high)
-    x_title = "Tokens a second while decoding (higher is better)" if rate else f"Weights on disk, {name}"
+    x_title = "Tokens a second from a server (higher is better)" if rate else f"Weights on disk, {name}"
     return Plot(
         width, height, frame,
         [(x(t), f"{t / unit:g}") for t in x.ticks(max(3, width // 130))],

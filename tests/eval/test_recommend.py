@@ -9,10 +9,19 @@ import pytest
 from quantpress.eval.recommend import Wish, cache_bytes, perplexity_recovery, recommend, task_recovery
 from quantpress.eval.records import Cache, Results, TaskResult
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import write_json
 
 from .test_report import fake_manifest, fake_results, write_run
 
 GIB = 1 << 30
+SERVING = {
+    "schema": 1, "server": "vllm", "version": "0.32", "requests": 8, "ttft_ms": 112.4, "tokens_per_second": {"1": 21.5},
+    "itl_ms": {"p50": 40.1, "p95": 55.0, "p99": 61.0}, "peak_rss_bytes": 1_900_000_000,
+    "artifact": "quantized", "device": "cpu", "command": ["vllm"], "verdict": "PASSED", "agreement": None,
+    "max_model_len": 1024, "load_seconds": 9.0, "prompt_tokens": 20, "log": None,
+    "checks": [{"name": "answers", "status": "pass", "reason": "", "seconds": 1.0},
+               {"name": "tools", "status": "skip", "reason": "no template", "seconds": 0.0}],
+}  # fmt: skip
 
 
 def task(name: str, before: float, after: float, metric: str = "acc", error: float = 0.01) -> dict[str, Any]:
@@ -31,17 +40,13 @@ def runs(folder: Path, tasks: bool = False) -> Path:
         results["efficiency"] = {
             "bytes": int(size), "parameters": 8_000_000_000, "bits_per_parameter": 8.0,
             "cache": {"dtype": "bfloat16", "bytes_per_token": 1 << 20, "context": 1, "bytes_at_context": 1 << 20},
-            "runtime": {
-                "what": "transformers", "device": "cpu", "dtype": "bfloat16", "threads": 1, "load_seconds": 1.0,
-                "peak_rss_bytes": 1, "speed": [
-                    {"batch": 1, "context": 8, "repeats": 2, "prefill_tokens_per_second": 9.0, "prefill_stderr": 0.1,
-                     "decode_tokens_per_second": 10e9 / size, "decode_stderr": 0.1}
-                ],
-            },
         }  # fmt: skip
         if tasks:
             results["tasks"] = [task("arc", 0.6, score), task("piqa", 0.6, 0.6)]
         write_run(folder / name, fake_manifest(name, size=int(size), blocks=1), results)
+        write_json(
+            folder / name / "eval" / "serving.json", SERVING | {"tokens_per_second": {"1": 1.0, "8": 1e10 / size}}
+        )
     return folder
 
 
@@ -130,5 +135,6 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     document["efficiency"] = None
     path.write_text(json.dumps(document))
     assert "was not measured" in dict(recommend([folder], wish()).others)["int4"]
+    (folder / "int4" / "eval" / "serving.json").unlink()
     with pytest.raises(BadInput, match="the speed of int4 was not measured"):
         recommend([folder], wish(prefer="fastest"))

@@ -14,14 +14,14 @@ from quantpress.eval.report import write_report, write_sweep
 from quantpress.eval.tradeoff import Point, pareto, tradeoff
 from quantpress.quantize.files import write_json
 
-from .test_recommend import task
+from .test_recommend import SERVING, task
 from .test_report import BROWSER, CHILDLESS, Page, fake_manifest, fake_results, in_browser, write_run
 
 CHILDLESS.add("input")
 SECTIONS = ("Tasks", "Where the divergence is", "The same prompts continued", "Memory and speed", "Served by vllm")
 
 
-def full_results(perplexity: float = 18.4, rate: float = 40.0) -> dict[str, Any]:
+def full_results(perplexity: float = 18.4) -> dict[str, Any]:
     """Everything that can be measured."""
     results = fake_results(perplexity, "NONE")
     results["perplexity_increase_interval"] = [0.05, 0.11]
@@ -50,23 +50,13 @@ def full_results(perplexity: float = 18.4, rate: float = 40.0) -> dict[str, Any]
              "decode_stderr": 0.5}  # fmt: skip
     results["efficiency"] = {
         "bytes": 114_000_000, "parameters": 134_515_008, "bits_per_parameter": 6.8,
-        "runtime": runtime | {"speed": [speed | {"decode_tokens_per_second": rate}]},
+        "runtime": runtime | {"speed": [speed | {"decode_tokens_per_second": 40.0}]},
         "original_runtime": runtime | {"speed": [speed | {"decode_tokens_per_second": 30.0}]},
         "cache": {"dtype": "bfloat16", "bytes_per_token": 23_040, "context": 4096, "bytes_at_context": 94_371_840},
         "fits": [{"gpu": "L4", "memory_bytes": 24_000_000_000, "context": 4096, "concurrency": 214}],
         "cost": {"per_hour": 2.0, "per_million_decoded": 13.9, "per_million_prefilled": 0.4, "formula": "2 an hour"},
     }  # fmt: skip
     return results
-
-
-SERVING = {
-    "schema": 1, "server": "vllm", "version": "0.32", "requests": 8, "ttft_ms": 112.4, "tokens_per_second": {"1": 21.5},
-    "itl_ms": {"p50": 40.1, "p95": 55.0, "p99": 61.0}, "peak_rss_bytes": 1_900_000_000,
-    "artifact": "quantized", "device": "cpu", "command": ["vllm"], "verdict": "PASSED", "agreement": None,
-    "max_model_len": 1024, "load_seconds": 9.0, "prompt_tokens": 20, "log": None,
-    "checks": [{"name": "answers", "status": "pass", "reason": "", "seconds": 1.0},
-               {"name": "tools", "status": "skip", "reason": "no template", "seconds": 0.0}],
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +106,11 @@ def test_every_chart_is_there_as_png_and_as_svg(full: Path) -> None:
 
 
 def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
-    folders = [
-        write_run(tmp_path / name, fake_manifest(name, size=size, blocks=2), full_results(perplexity, rate))
-        for name, size, perplexity, rate in (("small", 90_000_000, 19.0, 60.0), ("good", 114_000_000, 18.0, 45.0),
-                                             ("beaten", 120_000_000, 18.5, 40.0))
-    ]  # fmt: skip
+    folders = []
+    for name, size, perplexity, rate in (("small", 90_000_000, 19.0, 60.0), ("good", 114_000_000, 18.0, 45.0),
+                                         ("beaten", 120_000_000, 18.5, 40.0)):  # fmt: skip
+        folders.append(write_run(tmp_path / name, fake_manifest(name, size=size, blocks=2), full_results(perplexity)))
+        write_json(folders[-1] / "eval" / "serving.json", SERVING | {"tokens_per_second": {"1": rate}})
     failed = {"name": "odd", "status": "failed", "reason": "group_size 96 <does not divide>", "key": "k"}
     write_json(tmp_path / "sweep.json", {"schema": 1, "runs": [failed]})
     page = write_sweep(tmp_path, folders)
@@ -128,12 +118,16 @@ def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
     text = words(page.parent)
     assert "Recipes that failed (1)" in text
     assert "group_size 96 <does not divide>" in text
-    assert "Tokens a second while decoding" in text
+    assert "Tokens a second from a server" in text
     assert (page.parent / "speed.svg").is_file()
     markdown = (page.parent / "summary.md").read_text(encoding="utf-8")
     assert "- odd: group\\_size 96 \\<does not divide\\>" in markdown
     assert json.loads((page.parent / "summary.json").read_text())["failed"][0]["name"] == "odd"
     assert write_sweep(tmp_path, []) is None
+    (folders[0] / "eval" / "serving.json").unlink()  # no axis of speeds that were not all measured
+    assert write_sweep(tmp_path, folders) == page
+    assert "Tokens a second from a server" not in words(page.parent)
+    assert not (page.parent / "speed.svg").exists()
 
 
 def test_of_a_rate_more_is_better() -> None:
