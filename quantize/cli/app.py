@@ -12,7 +12,7 @@ from .shared import err_console
 
 _ORDER = (  # of the help: as the work goes
     "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",
-    "publish", "convert", "reproduce", "recipes", "schema", "doctor",
+    "card", "publish", "convert", "gguf", "reproduce", "recipes", "schema", "doctor",
 )  # fmt: skip
 
 

@@ -104,6 +104,13 @@ def as_floats(weight: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np
     return (out.view(torch.int16) if kind.name == "BF16" else out).numpy()
 
 
+def open_conversion(folder: Path) -> Conversion:
+    """The conversion of the checkpoint, or of the artifact of ours, in `folder`."""
+    reader = Artifact(folder)
+    plain = reader.checkpoint if reader.format is None else None
+    return Conversion(plain if isinstance(plain, Checkpoint) else reader, folder)
+
+
 def convert(
     folder: Path,
     target: Path,
@@ -112,6 +119,5 @@ def convert(
     on_tensor: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
     """Write the checkpoint or artifact in `folder` as GGUF file `target` (or its parts); returns what was written."""
-    reader = Artifact(folder)
-    job = Conversion(reader if reader.format is not None else Checkpoint(folder), folder)
+    job = open_conversion(folder)
     return write(target, job.file_type(kind), job.tensors(kind), split_bytes, on_tensor)

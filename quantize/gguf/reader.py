@@ -14,10 +14,10 @@ from ..checkpoint import companions, read_json
 from ..errors import BadInput
 from ..files import file_sha256
 from ..model import Skeleton, text_config
+from ..recipe.gguf import FLOATS
 from .architectures import architecture, from_gguf, names_of
 from .layout import Entry, gguf_name, layout
 
-FLOATS = ("F32", "F16", "BF16")  # types that are not quantized
 _FILE = "model.gguf"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 

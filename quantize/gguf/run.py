@@ -19,11 +19,12 @@ from ..grid import Grid
 from ..model import Linear
 from ..plan import PROCESS_BYTES, Plan, make_plan
 from ..recipe import LlamaCppQuantizer, Recipe
+from ..recipe.gguf import FLOATS
 from . import imatrix, llama_cpp, rounding
 from .convert import Conversion, FloatType
 from .layout import Entry, float_type
 from .modelfile import modelfile
-from .reader import FLOATS, GgufTensors, gguf_files
+from .reader import GgufTensors, gguf_files
 from .writer import sizes, tensor_bytes, write
 
 if TYPE_CHECKING:

@@ -13,12 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from quantpress.quantize.artifact import Artifact
 from quantpress.quantize.checkpoint import Checkpoint
+from quantpress.quantize.cli.app import app
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.gguf.convert import Conversion, convert
 from quantpress.quantize.gguf.reader import GgufCheckpoint
+from quantpress.quantize.job import Settings, prepare
+from quantpress.quantize.pipeline import quantize
+from quantpress.quantize.recipe.file import parse
+from quantpress.quantize.sources import resolve
 
 from .models import FAMILIES, IDS, VOCAB, build, logits
 
@@ -240,3 +246,25 @@ def test_the_folder_is_an_artifact(tmp_path: Path) -> None:
     name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     torch.testing.assert_close(artifact.read(name), state[name], rtol=0, atol=0)
     assert artifact.checkpoint.total_bytes == sum(4 * t.numel() for t in state.values())
+
+
+def test_a_quantized_artifact_is_written_as_what_it_computes_with(tmp_path: Path) -> None:
+    build("llama", tmp_path / "m")
+    recipe = parse({"method": {"name": "rtn"}, "weights": {"group_size": 32}, "model": str(tmp_path / "m")})
+    job = prepare(recipe, resolve(str(tmp_path / "m"), cache=tmp_path / "cache"))
+    quantize(job, Settings(tmp_path / "run", tmp_path / "cache"))
+    folder, file = tmp_path / "run" / "quantized", tmp_path / "q" / "model.gguf"
+    main = CliRunner().invoke(app, ["gguf", str(folder), str(file), "--type", "F32"], catch_exceptions=False)
+    assert main.output.split() == ["written:", str(file)]
+    down = written(tmp_path, file)["blk.1.ffn_down.weight"]
+    assert len(down[0, :32].unique()) <= 16
+    torch.testing.assert_close(down, Artifact(folder).read("model.layers.1.mlp.down_proj.weight"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["m", "x.bin"], "x.bin: give a name that ends in .gguf"), (["m", "x.gguf", "--type", "Q8_0"], "recipe such as")],
+)
+def test_the_command_refuses(arguments: list[str], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        CliRunner().invoke(app, ["gguf", *arguments], catch_exceptions=False)
