@@ -89,7 +89,8 @@ def of_job(job: Job, format: str) -> Contents:
 
 def of_artifact(artifact: Artifact) -> Contents:
     """What an artifact folder holds; its 16-bit linears are the matrices in blocks that are not quantized."""
-    if artifact.format is None:
+    format = "gguf" if artifact.is_gguf else artifact.format
+    if format is None:
         raise BadInput(f"{artifact.checkpoint.folder} is not quantized: there is no contract to check")
     read = artifact.checkpoint
     dense = [n.removesuffix(".weight") for n in read.names() if n.endswith(".weight") and len(read.shape(n)) == 2]
@@ -97,7 +98,7 @@ def of_artifact(artifact: Artifact) -> Contents:
     dense = [n for n in dense if not n.endswith((".gate", ".router"))]  # routers are no linears to quantize
     shapes = dict(artifact.shapes) | {n: (read.shape(f"{n}.weight")[0], read.shape(f"{n}.weight")[1]) for n in dense}
     return Contents(
-        "gptq" if artifact.format.startswith("gptq") else artifact.format,
+        "gptq" if format.startswith("gptq") else format,
         shapes,
         dict(artifact.linears) | dict.fromkeys(dense),
         artifact.activations,

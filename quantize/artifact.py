@@ -47,6 +47,11 @@ class Artifact:
                     raise BadInput(f"{folder}: {name} is quantized on disk and not in config.json")
                 self.linears[name] = grid
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are in a GGUF file: dequantized as they are read, they count as none of our formats."""
+        return isinstance(self.checkpoint, GgufCheckpoint)
+
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint or str(name).removesuffix(".weight") in self.linears
 

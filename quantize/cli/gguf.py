@@ -13,9 +13,7 @@ from .shared import PickleOpt, cache_folder, err_console, out_console, quiet_lib
 
 @app.command()
 def gguf(
-    source: Annotated[
-        str, typer.Argument(help="a checkpoint or artifact folder, hub id or smollm2-135m")
-    ],
+    source: Annotated[str, typer.Argument(help="a checkpoint or artifact folder, hub id or smollm2-135m")],
     out: Annotated[Path, typer.Argument(help="the .gguf file to write")],
     kind: Annotated[str, typer.Option("--type", help="F32, F16 or BF16")] = "F16",
     split: Annotated[int | None, typer.Option("--split", help="most bytes of tensors in one file")] = None,

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantpress.export.contracts import of_artifact
 from quantpress.quantize.artifact import open_artifact, verify
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.gguf import imatrix, llama_cpp
 from quantpress.quantize.job import Job, Settings, prepare
 from quantpress.quantize.pipeline import quantize
+from quantpress.quantize.recipe import refusal
 from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.sources import resolve
 
@@ -234,3 +236,13 @@ def test_bits_per_weight_of_an_artifact_are_those_of_its_quantized_tensors(tmp_p
     for out, bits in (("q8", 8.5), ("f16", None)):
         artifact, _ = open_artifact(tmp_path / out / "quantized", torch.device("cpu"))
         assert artifact.bits_per_weight() == bits
+
+
+def test_export_takes_the_artifact_for_what_it_is(tmp_path: Path) -> None:
+    build("llama", tmp_path / "m")
+    run(tmp_path / "m", tmp_path / "out", type="F16")
+    artifact, _ = open_artifact(tmp_path / "out" / "quantized", torch.device("cpu"))
+    contents = of_artifact(artifact)
+    assert contents.format == "gguf"
+    assert refusal("llama.cpp", contents.format, []) is None
+    assert refusal("vllm", contents.format, []) is not None
