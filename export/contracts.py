@@ -10,6 +10,7 @@ from typing import Any
 
 from quantpress.quantize.artifact import Artifact
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.gguf.reader import gguf_files
 from quantpress.quantize.job import Job
 from quantpress.quantize.recipe import READERS, Activations, Grid, Target, Vllm, reader_notes, refusal
 
@@ -106,11 +107,6 @@ def of_artifact(artifact: Artifact) -> Contents:
         artifact.scattered,
         artifact.config,
     )
-
-
-def gguf_files(folder: Path) -> list[Path]:
-    """The GGUF files of a folder, a split one's parts in their order."""
-    return sorted(folder.glob("*.gguf"))
 
 
 def of_folder(folder: Path) -> Contents:

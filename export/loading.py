@@ -12,6 +12,7 @@ from typing import Literal
 
 from quantpress.quantize import machine
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.gguf.reader import gguf_files
 from quantpress.quantize.recipe import READERS, LlamaCpp, Target, Vllm
 
 from . import contracts
@@ -92,7 +93,7 @@ def _by_server(
         raise _NotHere("a server over several devices is not started here")
     if installed(name, python) is None:
         raise _NotHere(f"{name} is not installed; {SERVERS[name].install}")
-    gguf = contracts.gguf_files(folder)
+    gguf = gguf_files(folder)
     if (SERVERS[name].reads == "gguf") != bool(gguf):
         raise _NotHere(f"{name} reads {SERVERS[name].reads} artifacts, and this is another")
     length = min(target.max_model_len or _LENGTH, contents.positions or _LENGTH)

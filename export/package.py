@@ -15,6 +15,7 @@ from quantpress.quantize.convert import convert
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import file_sha256, whole_folder, write_json
 from quantpress.quantize.formats import FORMATS
+from quantpress.quantize.gguf.reader import gguf_files
 from quantpress.quantize.recipe import READERS, Ollama, Target, reader_notes
 
 from . import contracts, llama_cpp, ollama, resources, tensorrt_llm, tgi, triton, vllm
@@ -63,7 +64,7 @@ def export(
         _place(source, model, to)
         contents = contracts.of_folder(model)
         needed = resources.of_contents(target, contents, _weights_bytes(model))
-        file = next((gguf.name for gguf in contracts.gguf_files(model)), "")
+        file = next((gguf.name for gguf in gguf_files(model)), "")
         server = SERVERS[target.name](target, Deployment(name, needed, contents.kv_cache, file))
         if isinstance(target, Ollama):
             given = model / "Modelfile"
@@ -90,7 +91,7 @@ def find_artifact(run: Path) -> Path:
     if not run.is_dir():
         raise BadInput(f"{run}: no such folder")
     for folder in (run / "quantized", run):
-        if (folder / "config.json").is_file() or contracts.gguf_files(folder):
+        if (folder / "config.json").is_file() or gguf_files(folder):
             return folder
     raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a .gguf file)")
 
@@ -123,7 +124,8 @@ def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | No
             return done, None
     for other in readable:
         if (
-            other in FORMATS
+            "gguf" not in (other, contents.format)  # its numbers are its own
+            and other in FORMATS
             and contents.format in FORMATS
             and other != contents.format
             and not contracts.problems(target, contents.in_format(other))

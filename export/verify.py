@@ -20,10 +20,11 @@ from quantpress.quantize.checkpoint import INDEX
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import file_sha256
 from quantpress.quantize.formats import FORMATS, Contents
+from quantpress.quantize.gguf.reader import gguf_files
 from quantpress.quantize.grid import QuantizedLinear
 from quantpress.quantize.model import Linear, Skeleton
 
-from .contracts import gguf_files, of_gguf
+from .contracts import of_gguf
 from .package import find_artifact, own_manifest
 
 _SUMS = "SHA256SUMS"

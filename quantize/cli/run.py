@@ -171,7 +171,9 @@ class _Release:
 
 def _served(out: Path) -> Path:
     """What a server is given: the folder, or the first .gguf file in it."""
-    files = sorted((out / "quantized").glob("*.gguf"))
+    from ..gguf.reader import gguf_files
+
+    files = gguf_files(out / "quantized")
     return files[0] if files else out / "quantized"
 
 

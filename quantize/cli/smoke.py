@@ -102,11 +102,13 @@ def _found(path: Path) -> tuple[Path, Path | None]:
         raise BadInput(f"{path}: no such run folder or artifact")
     inside = [path / name for name in ("quantized", "model") if (path / name).is_dir()]
     artifact = inside[0] if inside else path
-    if artifact.is_dir() and not (artifact / "config.json").is_file():
-        files = sorted(artifact.glob("*.gguf"))
-        if not files:
-            raise BadInput(f"{path}: neither a run folder nor an artifact (no config.json and no .gguf file)")
-        artifact = files[0]  # of a split model the first part; it names the others
+    if artifact.is_dir():
+        from ..gguf.reader import gguf_files
+
+        files = gguf_files(artifact)
+        if not files and not (artifact / "config.json").is_file():
+            raise BadInput(f"{path}: neither a run folder nor an artifact (no config.json and no model.gguf)")
+        artifact = files[0] if files else artifact  # of a split model the first part; it names the others
     if artifact.is_file() and artifact.suffix != ".gguf":
         raise BadInput(f"{path}: an artifact is a folder or a .gguf file")
     above = list(artifact.absolute().parents)[:4]  # RUN/export/<target>/model/model.gguf
