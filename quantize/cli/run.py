@@ -51,7 +51,7 @@ def run(
     trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """The whole recipe: quantize, export, verify, evaluate, smoke test, report. Run again, only what changed."""
+    """The whole recipe: quantize, export, verify, evaluate, smoke test, report, card. Again, only what changed."""
     chosen = chosen_recipe(recipe, model, sets)
     where = out or default_out(chosen)
     # Read before the work, so that what cannot be used does not cost a run.
@@ -65,12 +65,13 @@ def run(
     results = None if text is None else release.evaluate(text)
     served = release.smoke()
     page = release.report() if results is not None else None
+    card = release.card() if results is not None else None
     if as_json:
         document = {"out": str(where), "report": page and str(page), "results": results and results.document()}
         stages = {name: stage["summary"] for name, stage in read_manifest(where).get("stages", {}).items()}
         print(json.dumps(document | {"stages": stages}))  # noqa: T201
     else:
-        _print(where, page, results)
+        _print(where, page, card, results)
     if results is not None:
         github_summary(chosen.name, results)
     if served == "FAILED":
@@ -168,6 +169,11 @@ class _Release:
 
         return write_report(self.out)
 
+    def card(self) -> Path:
+        from quantpress.eval.card import write_card
+
+        return write_card(self.out)
+
 
 def _served(out: Path) -> Path:
     """What a server is given: the folder, or the first .gguf file in it."""
@@ -190,7 +196,7 @@ def _check_server(recipe: Recipe) -> None:
         raise BadInput(f"smoke.server {settings.server}: {error}; or --set smoke=null leaves the test out") from None
 
 
-def _print(where: Path, page: Path | None, results: "Results | None") -> None:
+def _print(where: Path, page: Path | None, card: Path | None, results: "Results | None") -> None:
     if results is not None:
         print_results(results)
     out_console.print(f"artifact    {where / 'quantized'}")
@@ -198,4 +204,6 @@ def _print(where: Path, page: Path | None, results: "Results | None") -> None:
         out_console.print(f"export      {folder}")
     if page is not None:
         out_console.print(f"report      {page}")
+    if card is not None:
+        out_console.print(f"model card  {card}")
     out_console.print(f"provenance  {where / 'manifest.json'}")

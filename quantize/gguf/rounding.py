@@ -124,7 +124,7 @@ def notes(conversion: Conversion, chosen: Types) -> dict[str, str]:
     """Tensors whose rows are not whole blocks of the type they were to get: why, and what they got."""
     columns = {entry.name: entry.shape[-1] for entry in conversion.entries}
     return {
-        name: f"rows of {columns[name]} are not whole blocks of {choice.wanted}: {choice.wanted} -> {choice.type}"
+        name: f"rows of {columns[name]} are not whole {choice.wanted} blocks: {choice.wanted} -> {choice.type}"
         for name, choice in chosen.items()
         if choice is not None and choice.wanted is not None
     }

@@ -54,7 +54,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 def test_everything_lies_in_one_folder_and_in_the_manifest(project: Project) -> None:
     done = project.run()
     assert done.exit_code == 0, done.output
-    for name in ("quantized/config.json", "export/vllm/serve.sh", "eval/results.json", "report/index.html"):
+    for name in (
+        "quantized/config.json",
+        "export/vllm/serve.sh",
+        "eval/results.json",
+        "report/index.html",
+        "quantized/README.md",
+    ):
         assert (project.out / name).is_file()
     assert list(project.stages) == ["export vllm", "eval"]
     assert project.stages["export vllm"]["summary"]["format"] == "compressed-tensors"

@@ -56,7 +56,7 @@ def test_types_fall_back_and_say_so(tmp_path: Path) -> None:
     types = {t.name: t.tensor_type.name for t in reader.tensors}
     assert types["blk.0.attn_v.weight"] == "Q8_0"
     assert types["blk.1.attn_q.weight"] == "Q5_0"  # rows of 64
-    assert any("rows of 64 are not whole blocks of Q4_K: Q4_K -> Q5_0" in line for line in manifest["fallbacks"])
+    assert any("rows of 64 are not whole Q4_K blocks: Q4_K -> Q5_0" in line for line in manifest["fallbacks"])
     assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
 
 
