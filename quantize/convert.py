@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from .errors import BadInput
 from .files import write_json
 from .formats import FORMATS, Contents, Format, detect
+from .gguf.reader import gguf_files
 from .grid import QuantizedLinear
 from .recipe import Grid, PackedFormat
 
@@ -26,6 +27,8 @@ def convert(source: Path, target: Path, to: str) -> None:
     Raises BadInput, and leaves nothing behind, for a source that is not quantized, formats that are the same, a
     target that exists, and whatever `to` cannot hold exactly.
     """
+    if gguf_files(source):
+        raise BadInput(f"{source} holds a GGUF file, whose numbers no other format has; quantize the original again")
     checkpoint = Checkpoint(source)
     origin = detect(checkpoint.config)
     if origin is None:

@@ -94,7 +94,7 @@ def plan(
 def convert(
     artifact: Annotated[Path, typer.Argument(help="a quantized folder")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
-    to: Annotated[str, typer.Option("--to", help="compressed-tensors or gptq")],
+    to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq or modelopt")],
 ) -> None:
     """The same codes in another format, without loss; refused where that cannot be."""
     from ..convert import convert as convert_folder

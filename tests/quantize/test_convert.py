@@ -314,3 +314,11 @@ def test_the_inverse_of_a_global_scale_must_be_exact() -> None:
             continue
         with pytest.raises(BadInput, match="x: its global scale 896 is not a power of two"):
             convert._check_inverse("x", given)
+
+
+def test_a_gguf_file_is_not_converted(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadInput, match="whose numbers no other format has"):
+        convert_folder(tmp_path / "run", tmp_path / "out", "gptq")
+    assert not (tmp_path / "out").exists()
