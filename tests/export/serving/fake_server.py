@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": {"message": said}}, 500 if fault == "breaks" else 400)
         pieces = self.pieces(body, prompt, fault)
         text = "".join(pieces)
-        finish = "length"
+        finish = "stop" if fault == "ends" else "length"
         for stop in [] if fault == "no-stop" else body.get("stop", []):
             if stop in text:
                 text, finish = text[: text.index(stop)], "stop"
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "crosstalk":
             earlier.append(prompt)
             seed = earlier[0] if len(earlier) > 4 else prompt  # four alone, and then four together
-        return [] if fault == "empty" else words(seed, body["max_tokens"])
+        return [] if fault == "empty" else [""] if fault == "ends" else words(seed, body["max_tokens"])
 
     def count(self, prompt: str, fault: str) -> int:
         text = prompt.encode("ascii", "ignore").decode() if fault == "ascii" else prompt

@@ -70,6 +70,13 @@ def test_a_planted_fault_fails_its_check(server: Running, fault: str, name: str,
     assert re.search(words, found.reason), found.reason
 
 
+@pytest.mark.parametrize("name", ["completion", "streaming", "seed"])
+def test_a_model_that_ends_at_once_is_not_the_servers_fault(server: Running, name: str) -> None:
+    found = check(name, subject(server, "ends"))
+    assert found.status == "skip"
+    assert "ends its answer at once" in found.reason
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs(tmp_path: Path) -> None:
     """Neither for its answers, asked for all at once, nor for the server."""
