@@ -206,7 +206,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> N
     done = command("")
     assert done.returncode == 0, done.stderr
     assert "finished before" in done.stderr
-    assert files(tmp_path / "run" / "quantized") == before
+    after = files(tmp_path / "run" / "quantized")
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"README.md", "quality.png"}  # the card
     assert (tmp_path / "run" / "report" / "index.html").is_file()
 
 
