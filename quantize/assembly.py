@@ -72,7 +72,8 @@ def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str,
         manifest["artifact"] = _sizes(job, partial)
         write_json(partial / "manifest.json", manifest)
         partial.rename(final)
-    manifest["artifact"] = _sizes(job, final)
+    else:  # a run was stopped between here and its own manifest
+        manifest["artifact"] = _sizes(job, final)
     manifest["converted"] = list(job.recipe.formats[1:])
     for name in job.recipe.formats[1:]:
         target = settings.out / "converted" / name
@@ -100,20 +101,4 @@ def _sizes(job: Job, folder: Path) -> dict[str, Any]:
     weights = sum(x.out_features * x.in_features for x in quantized)
     packed = {f"{x.name}.{suffix}" for x in quantized for suffix in FORMATS[job.recipe.formats[0]].suffixes()}
     stored = sum(artifact.nbytes(n) for n in artifact.names() if n in packed)
-    parameters = sum(_count(job.checkpoint.shape(name)) for name in job.checkpoint.names())
-    return {
-        "format": job.recipe.formats[0],
-        "bytes": artifact.total_bytes,
-        "original_bytes": job.checkpoint.total_bytes,
-        "quantized_bits_per_weight": 8 * stored / weights,
-        "bits_per_parameter": 8 * artifact.total_bytes / parameters,
-        "parameters": parameters,
-        "files": artifact.file_hashes(),
-    }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
+    return job.sizes(job.recipe.formats[0], artifact, stored, weights)

@@ -1,8 +1,10 @@
 """A recipe that has been found to fit its model: everything a run needs to know before the work."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from .errors import BadInput
 from .formats import FORMATS, Contents
 from .gguf import run as gguf_run
 from .gguf.mixes import Choice
+from .gguf.reader import GgufCheckpoint
 from .grid import Grid
 from .model import Linear, Skeleton
 from .plan import Plan, make_plan
@@ -64,6 +67,21 @@ class Job:
     @property
     def contents(self) -> Contents:
         return _contents(self.recipe, self.skeleton, self.schemes)
+
+    def sizes(
+        self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int
+    ) -> dict[str, Any]:
+        """What a manifest says of an artifact on disk; packed_bytes: of its quantized `weights`, with scales."""
+        parameters = sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
+        return {
+            "format": format,
+            "bytes": artifact.total_bytes,
+            "original_bytes": self.checkpoint.total_bytes,
+            "quantized_bits_per_weight": 8 * packed_bytes / weights,
+            "bits_per_parameter": 8 * artifact.total_bytes / parameters,
+            "parameters": parameters,
+            "files": artifact.file_hashes(),
+        }
 
 
 def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:

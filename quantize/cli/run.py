@@ -29,7 +29,7 @@ from .shared import (
     err_console,
     out_console,
 )
-from .smoke import smoke_stage
+from .smoke import served, smoke_stage
 from .work import evaluation_windows, measure, print_results, quantize_model
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(
         release.export(target)
     release.verify()
     results = None if text is None else release.evaluate(text)
-    served = release.smoke()
+    verdict = release.smoke()
     page = release.report() if results is not None else None
     card = release.card() if results is not None else None
     if as_json:
@@ -74,7 +74,7 @@ def run(
         _print(where, page, card, results)
     if results is not None:
         github_summary(chosen.name, results)
-    if served == "FAILED":
+    if verdict == "FAILED":
         raise typer.Exit(1)
     if results is not None and results.gates.missed:
         raise typer.Exit(3)
@@ -157,7 +157,7 @@ class _Release:
             return None
 
         def work() -> Mapping[str, Any]:
-            record = smoke_stage(_served(self.out), self.out, settings, self.quiet)
+            record = smoke_stage(served(self.out / "quantized"), self.out, settings, self.quiet)
             return {"verdict": record.verdict, "server": record.server, "version": record.version}
 
         inputs = self._artifact | {"smoke": settings.model_dump(mode="json")}
@@ -173,14 +173,6 @@ class _Release:
         from quantpress.eval.card import write_card
 
         return write_card(self.out)
-
-
-def _served(out: Path) -> Path:
-    """What a server is given: the folder, or the first .gguf file in it."""
-    from ..gguf.reader import gguf_files
-
-    files = gguf_files(out / "quantized")
-    return files[0] if files else out / "quantized"
 
 
 def _check_server(recipe: Recipe) -> None:

@@ -96,6 +96,14 @@ def _exported(path: Path, target: str) -> Path:
     return folder
 
 
+def served(folder: Path) -> Path:
+    """What a server is given of an artifact: the folder, or its .gguf file, of a split one the first part."""
+    from ..gguf.reader import gguf_files
+
+    files = gguf_files(folder)
+    return files[0] if files else folder
+
+
 def _found(path: Path) -> tuple[Path, Path | None]:
     """The artifact that `path` means (a folder or a .gguf file), and its run folder when it lies in one."""
     if not path.exists():
@@ -103,12 +111,9 @@ def _found(path: Path) -> tuple[Path, Path | None]:
     inside = [path / name for name in ("quantized", "model") if (path / name).is_dir()]
     artifact = inside[0] if inside else path
     if artifact.is_dir():
-        from ..gguf.reader import gguf_files
-
-        files = gguf_files(artifact)
-        if not files and not (artifact / "config.json").is_file():
-            raise BadInput(f"{path}: neither a run folder nor an artifact (no config.json and no model.gguf)")
-        artifact = files[0] if files else artifact  # of a split model the first part; it names the others
+        artifact = served(artifact)
+    if artifact.is_dir() and not (artifact / "config.json").is_file():
+        raise BadInput(f"{path}: neither a run folder nor an artifact (no config.json and no model.gguf)")
     if artifact.is_file() and artifact.suffix != ".gguf":
         raise BadInput(f"{path}: an artifact is a folder or a .gguf file")
     above = list(artifact.absolute().parents)[:4]  # RUN/export/<target>/model/model.gguf

@@ -1,5 +1,6 @@
 """A recipe with format gguf, from the checkpoint to `quantized/model.gguf`."""
 
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from . import imatrix, llama_cpp, rounding
 from .convert import Conversion, FloatType
 from .layout import Entry, float_type
 from .modelfile import modelfile
-from .reader import GgufTensors, gguf_files
+from .reader import GgufCheckpoint, GgufTensors
 from .writer import sizes, tensor_bytes, write
 
 if TYPE_CHECKING:
@@ -122,15 +123,15 @@ def make(
         rounding.save(job, conversion, chosen, parts, partial / "model.gguf")
     write_json(partial / "config.json", job.checkpoint.config)
     copy_companions(job.source.path, partial)
-    files = gguf_files(partial)
-    stored, about = GgufTensors(files), _write_modelfile(job, conversion, files, partial)
+    artifact = GgufCheckpoint(partial)
+    stored, about = artifact.tensors, _write_modelfile(job, conversion, artifact.tensors.files, partial)
     notes = _fallbacks(said, stored) if parts is None else rounding.notes(conversion, chosen)
     layers = _layers(job, conversion.entries, stored, notes)
     if parts is not None:  # the blocks' records say more
         layers = [there | here for there, here in zip(layers, manifest["layers"], strict=True)]
     manifest = manifest | {"layers": layers, "converted": []}
     manifest["fallbacks"] = [*conversion.notes, *_summed_up(notes), *about]
-    manifest["artifact"] = _sizes(job, stored, conversion.entries, partial)
+    manifest["artifact"] = _sizes(job, artifact, conversion.entries)
     write_json(partial / "manifest.json", manifest)
     partial.rename(settings.out / "quantized")
     return manifest
@@ -275,26 +276,13 @@ def _layers(job: "Job", entries: list[Entry], stored: GgufTensors, notes: Mappin
     return layers
 
 
-def _sizes(job: "Job", stored: GgufTensors, entries: list[Entry], folder: Path) -> dict[str, Any]:
+def _sizes(job: "Job", artifact: GgufCheckpoint, entries: list[Entry]) -> dict[str, Any]:
     """Bytes of the tensors, and true bits per weight."""
-    from .reader import GgufCheckpoint
-
-    artifact = GgufCheckpoint(folder)
     linears = {f"{linear.name}.weight" for linear in job.linears}
     own = [entry for entry in entries if entry.parameters[0] in linears]
-    weights = sum(int(torch.Size(entry.shape).numel()) for entry in own)
-    packed = sum(int(stored.stored(entry.name).n_bytes) for entry in own)
-    parameters = sum(int(torch.Size(job.checkpoint.shape(name)).numel()) for name in job.checkpoint.names())
-    return {
-        "format": "gguf",
-        "bytes": artifact.total_bytes,
-        "original_bytes": job.checkpoint.total_bytes,
-        "quantized_bits_per_weight": 8 * packed / weights,
-        "bits_per_parameter": 8 * artifact.total_bytes / parameters,
-        "parameters": parameters,
-        "files": artifact.file_hashes(),
-        "llama.cpp": _version(),
-    }
+    weights = sum(math.prod(entry.shape) for entry in own)
+    packed = sum(int(artifact.tensors.stored(entry.name).n_bytes) for entry in own)
+    return job.sizes("gguf", artifact, packed, weights) | {"llama.cpp": _version()}
 
 
 def _version() -> str | None:
