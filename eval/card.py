@@ -14,7 +14,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from quantpress.export import contracts
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import whole_file
-from quantpress.quantize.recipe import READERS, LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Vllm, reader_notes
+from quantpress.quantize.recipe import READERS, LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Vllm, reader_notes
 
 from .report import chart, render
 from .runs import Run, open_run
@@ -107,6 +107,7 @@ def servers(run: Run, name: str) -> list[Serving]:
 _SERVERS: tuple[tuple[str, Target, str], ...] = (
     ("vLLM", Vllm(), "vllm serve {name}"),
     ("vLLM on a CPU", Vllm(device="cpu"), "vllm serve {name}"),
+    ("SGLang", Sglang(), "python3 -m sglang.launch_server --model-path {name}"),
     ("TGI", Tgi(), "docker run --gpus all --shm-size 1g -p 8080:80 "
      "ghcr.io/huggingface/text-generation-inference --model-id {name}"),
     ("TensorRT-LLM", TensorRtLlm(), "trtllm-serve {name}"),

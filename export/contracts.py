@@ -141,6 +141,9 @@ def problems(target: Target, contents: Contents) -> list[str]:
     found += (f"{label} {line}" for line in _fused(contents))
     if target.reader == "ollama" and contents.parts > 1:  # ollama/ollama issue 5245
         found.append(f"{label} imports one GGUF file, and this one is split into {contents.parts}: write it whole")
+    if target.reader == "sglang":
+        found += _sglang(contents)
+        found += _marlin(contents, target.tensor_parallel)  # type: ignore[union-attr]
     if target.reader == "tgi":
         found += _tgi(contents)
     if target.reader == "vllm-cpu":
@@ -201,6 +204,63 @@ def _fused(contents: Contents) -> Iterator[str]:
             parts = [name.removesuffix(fused[0]) + part for part in fused]
             if len({contents.schemes[part] for part in parts if part in contents.schemes}) > 1:
                 yield f"fuses {', '.join(parts)} and needs one scheme for all of them"
+
+
+def _sglang(contents: Contents) -> Iterator[str]:
+    """srt/layers/quantization and srt/models of the PyPI package sglang 0.5.23. Layers are looked up by the name of the
+    fused one (qkv_proj), and only Gemma's classes say what it is made of (packed_modules_mapping), for one format."""
+    if contents.activations is not None and not contents.activations.symmetric:
+        yield "SGLang rounds int8 inputs symmetrically whatever the files say: set activations.symmetric: true"
+    if contents.activations is not None and contents.activations.type == "int8" and _experts(contents):
+        yield "SGLang has no GPU kernel for experts with int8 inputs: set activations: null"
+    parts = tuple(f".{part}" for fused in _FUSED for part in fused)
+    fused = [name for name in contents.shapes if name.endswith(parts) and ".experts." not in name]
+    named = contents.format == "compressed-tensors" and str(contents.config.get("model_type", "")).startswith("gemma")
+    if not fused or named or contents.format not in ("compressed-tensors", "awq"):
+        return
+    dense = next((name for name in fused if contents.schemes.get(name) is None), None)
+    if dense is not None:
+        yield (
+            f"SGLang fuses {dense} and does not find it by name among what {contents.format} files leave in 16 bit: "
+            "set formats: [gptq], or quantize it"
+        )
+    if len(contents.grids) > 1:
+        kinds = ", ".join(map(str, contents.grids))
+        yield f"SGLang finds no scheme for fused layers in {contents.format} files of {kinds}: drop `overrides`"
+
+
+def _experts(contents: Contents) -> bool:
+    return any(".experts." in name for name in contents.shapes)
+
+
+def _marlin(contents: Contents, gpus: int) -> Iterator[str]:
+    """SGLang's kernel for weights with 16-bit inputs: kernels/jit/csrc/gemm/marlin/gptq_marlin.cuh, is_valid_config.
+    AWQ files have another kernel for what it does not take; nvfp4 weights are padded."""
+    if contents.activations is not None or contents.format not in ("compressed-tensors", "gptq"):
+        return
+    narrow = min(gpus, contents.kv_heads or gpus)  # GPUs beyond the key-value heads hold copies of them
+    for name, (n_out, n_in) in contents.shapes.items():
+        grid = contents.schemes.get(name)
+        block, _, part = name.rpartition(".")
+        fused = next((f for f in _FUSED if part in f), (part,))
+        if grid is None or grid.type not in ("int", "fp8") or part != fused[0] or ".experts." in name:
+            continue
+        names = [f"{block}.{p}" for p in fused if f"{block}.{p}" in contents.shapes]
+        rows, columns = n_out, n_in // gpus
+        if not name.endswith(tuple(f".{row}" for row in _ROW_PARALLEL)):
+            shares = (contents.shapes[n][0] // (narrow if n.endswith((".k_proj", ".v_proj")) else gpus) for n in names)
+            rows, columns = sum(shares), n_in
+        if (rows % 128 or columns % 64) and (rows % 64 or columns % 128):
+            yield (
+                f"SGLang's kernel for 16-bit inputs takes multiples of 128 x 64 or of 64 x 128, and {', '.join(names)} "
+                f"{'are together' if names[1:] else 'is'} {rows} x {columns} on a GPU: "
+                + (
+                    "set formats: [awq]"
+                    if (grid.type, grid.bits) == ("int", 4)
+                    else "round the inputs (activations) too"
+                )
+            )
+            return
 
 
 def _tgi(contents: Contents) -> Iterator[str]:

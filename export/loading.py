@@ -22,7 +22,7 @@ from .serving.process import ServerTooSlow
 from .serving.servers import interpreter
 
 Way = Literal["server", "parser", "contract"]
-_PARSER_SECONDS = 300
+_PARSER_SECONDS = 600
 _LENGTH = 1024  # tokens a server is started for where the target says nothing
 
 

@@ -49,6 +49,13 @@ def modelfile(file: str, given: str | None, target: Ollama) -> str:
     if given is not None:
         lines += [line for line in given.splitlines() if not re.match(r"(?i)\s*from\s", line)]
     if target.max_model_len is not None:
-        lines = [line for line in lines if not re.match(r"(?i)\s*parameter\s+num_ctx\s", line)]
+        lines = [line for line in lines if not _sets("num_ctx", line)]
         lines.append(f"PARAMETER num_ctx {target.max_model_len}")
+    # Up to the summer of 2026 it punished repeated tokens unless told not to (ollama/ollama pull request 17679).
+    if not any(_sets("repeat_penalty", line) for line in lines):
+        lines.append("PARAMETER repeat_penalty 1")
     return "\n".join(lines) + "\n"
+
+
+def _sets(parameter: str, line: str) -> bool:
+    return re.match(rf"(?i)\s*parameter\s+{parameter}\s", line) is not None

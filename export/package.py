@@ -2,7 +2,6 @@
 
 import hashlib
 import ipaddress
-import json
 import os
 import re
 import shutil
@@ -13,17 +12,18 @@ from typing import Any
 
 from quantpress.quantize.convert import convert
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import file_sha256, whole_folder, write_json
+from quantpress.quantize.files import MANIFEST, file_sha256, own_manifest, whole_folder, write_json
 from quantpress.quantize.formats import FORMATS
 from quantpress.quantize.gguf.reader import gguf_files
-from quantpress.quantize.recipe import READERS, Ollama, Target, reader_notes
+from quantpress.quantize.recipe import READERS, Drafting, Ollama, Target, reader_notes
 
-from . import contracts, llama_cpp, ollama, resources, tensorrt_llm, tgi, triton, vllm
+from . import contracts, llama_cpp, ollama, resources, sglang, speculation, tensorrt_llm, tgi, triton, vllm
 from .server import Deployment, Server, compose, kubernetes, serve_sh
 
 LOOPBACK = "127.0.0.1"
 SERVERS: dict[str, Callable[[Any, Deployment], Server]] = {
     "vllm": vllm.server,
+    "sglang": sglang.server,
     "tgi": tgi.server,
     "tensorrt-llm": tensorrt_llm.server,
     "triton": triton.server,
@@ -57,6 +57,7 @@ def export(
     artifact = find_artifact(run)
     source, to = _loadable(run, artifact, target)
     name = _name(run, artifact)
+    accepted = speculation.measured(run, artifact)
     ready = folder.with_name(f".{folder.name}.new")  # what is there stays until its successor is whole
     shutil.rmtree(ready, ignore_errors=True)
     with whole_folder(ready) as new:
@@ -71,9 +72,14 @@ def export(
             said = given.read_text(encoding="utf-8") if given.exists() else None
             given.write_text(ollama.modelfile(file, said, target), encoding="utf-8")
         kinds = reader_notes(target.reader, contents.format, contents.grids, contents.activations)
-        _write(new, server, host, (*server.notes, *(f"{line}." for line in kinds)))
+        notes = [*server.notes, *(f"{line}." for line in kinds)]
         converted_from = None if to is None else contracts.of_folder(source).format
-        write_json(new / "export.json", _record(target, server, contents, converted_from, artifact))
+        record = _record(target, server, contents, converted_from, artifact)
+        if isinstance(target, Drafting) and target.draft_for is not None:
+            notes += speculation.notes(run, target.draft_for, target.draft_tokens, accepted)
+            record["draft"] = speculation.facts(accepted, target.draft_tokens)
+        _write(new, server, host, notes)
+        write_json(new / "export.json", record)
         _sums(new)
     if folder.exists():
         shutil.rmtree(folder)
@@ -94,18 +100,6 @@ def find_artifact(run: Path) -> Path:
         if (folder / "config.json").is_file() or gguf_files(folder):
             return folder
     raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a .gguf file)")
-
-
-def own_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest.json of a folder, when this package wrote it. Raises BadInput for one that is not JSON."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return None
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON: {error}") from None
-    return document if "quantpress" in document else None
 
 
 def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | None]:
@@ -195,7 +189,7 @@ def _record(
     target: Target, server: Server, contents: contracts.Contents, converted_from: str | None, artifact: Path
 ) -> dict[str, Any]:
     """export.json: what a machine wants to know of the folder."""
-    manifest = artifact / "manifest.json"
+    manifest = artifact / MANIFEST
     return {
         "schema": 1,
         "name": server.name,

@@ -13,6 +13,10 @@ MODEL, ORIGINAL, HOST, PORT, PYTHON = "{model}", "{original}", "{host}", "{port}
 _ANYWHERE = "0.0.0.0"
 _HOST_BYTES = 8 * 2**30  # of host memory beside a GPU's, for the server's processes; assumed, not measured
 _REST = '"$@"'  # further arguments of a script
+_DRAFT = (
+    "The artifact is the draft of the model it was made from: the figures are the draft's, the other's weights and "
+    "cache come on top. In a Kubernetes volume a local original is expected beside model/, as original/."
+)
 _START_SECONDS = 900  # until a server that has not answered counts as failed: large models load for minutes
 
 
@@ -83,6 +87,16 @@ class Server:
 
     def container_env(self) -> dict[str, str]:
         return {key: _filled(value, self._inside) for key, value in self.env.items()}
+
+
+def drafted(draft_for: str | None) -> tuple[str, list[Mount], list[str]]:
+    """What is served, mounted and noted: the artifact, or a folder or hub id `draft_for` with the artifact as draft."""
+    mounts = [Mount("model", "/model")]
+    if draft_for is None:
+        return MODEL, mounts, []
+    if not draft_for.startswith("/"):
+        return draft_for, mounts, [_DRAFT]
+    return ORIGINAL, [*mounts, Mount(draft_for, "/original", ORIGINAL)], [_DRAFT]
 
 
 def _filled(part: str, blanks: dict[str, str]) -> str:

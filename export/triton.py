@@ -2,7 +2,8 @@
 
 vLLM backend: triton-inference-server/vllm_backend, README and samples: config.pbtxt names the backend and one instance,
 1/model.json holds vLLM's engine arguments. TensorRT-LLM: triton_backend/all_models/llmapi of NVIDIA/TensorRT-LLM, which
-the container has under /app; LLM_CONFIG_PATH names the model.yaml that its model.py reads.
+the container has under /app; LLM_CONFIG_PATH names the model.yaml that its model.py reads. OpenAI's protocol:
+python/openai/openai_frontend/main.py of triton-inference-server/server, in the container below /opt/tritonserver.
 """
 
 import json
@@ -11,12 +12,14 @@ import yaml
 
 from quantpress.quantize.recipe import Triton
 
-from .server import HOST, PORT, Deployment, Mount, Server, curl_free_check
+from .server import HOST, MODEL, PORT, Deployment, Mount, Server, curl_free_check
 from .tensorrt_llm import llm_arguments
+from .vllm import completion
 
 VERSION = "26.03"
 _HEALTH = "/v2/health/ready"
 _REPOSITORY = "{repository}"
+_FRONTEND = "/opt/tritonserver/python/openai/openai_frontend/main.py"
 _CONFIG = """# vLLM finds its devices itself.
 backend: "vllm"
 instance_group [
@@ -44,22 +47,29 @@ def server(target: Triton, model: Deployment) -> Server:
         files = {"repository/model.yaml": yaml.safe_dump(settings, sort_keys=False)}
         env["LLM_CONFIG_PATH"] = "/models/model.yaml"
     repository = _REPOSITORY if vllm else "/app/all_models/llmapi"
-    arguments = [f"--model-repository={repository}", f"--http-address={HOST}", f"--http-port={PORT}"]
-    arguments += ["--allow-grpc=false", "--allow-metrics=false"]  # one port, and it is published as asked
-    body = json.dumps({"text_input": "The sea is", "max_tokens": 16} if not vllm else
-                      {"text_input": "The sea is", "parameters": {"stream": False, "max_tokens": 16}})  # fmt: skip
+    start: tuple[str, ...] = ("tritonserver",)
+    if target.frontend == "openai":
+        start, health, probe = ("python3", _FRONTEND), "/health/ready", completion(model.name, target.port)
+        arguments = ["--model-repository", repository, "--tokenizer", MODEL, "--host", HOST, "--openai-port", PORT]
+    else:
+        health = _HEALTH
+        arguments = [f"--model-repository={repository}", f"--http-address={HOST}", f"--http-port={PORT}"]
+        arguments += ["--allow-grpc=false", "--allow-metrics=false"]  # one port, and it is published as asked
+        asked = {"parameters": {"stream": False, "max_tokens": 16}} if vllm else {"max_tokens": 16}
+        body = json.dumps({"text_input": "The sea is"} | asked)
+        probe = f"curl -fsS http://127.0.0.1:{target.port}/v2/models/{called}/generate -d '{body}'"
     return Server(
         name=model.name,
         title=f"Triton {VERSION}, {'vLLM' if vllm else 'TensorRT-LLM'} backend",
         image=f"nvcr.io/nvidia/tritonserver:{VERSION}-{'vllm' if vllm else 'trtllm'}-python-py3",
-        local=("tritonserver",),
-        entrypoint=("tritonserver",),
+        local=start,
+        entrypoint=start,
         arguments=tuple(arguments),
         needs="Docker and NVIDIA's container toolkit",
         port=target.port,
-        health=_HEALTH,
-        check=curl_free_check(target.port, _HEALTH),
-        probe=f"curl -fsS http://127.0.0.1:{target.port}/v2/models/{called}/generate -d '{body}'",
+        health=health,
+        check=curl_free_check(target.port, health),
+        probe=probe,
         resources=model.resources,
         env=env,
         mounts=tuple(mounts),

@@ -18,17 +18,18 @@ from quantpress.quantize import kv_cache
 from quantpress.quantize.artifact import Artifact
 from quantpress.quantize.checkpoint import INDEX
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import file_sha256
+from quantpress.quantize.files import changed, own_manifest
 from quantpress.quantize.formats import FORMATS, Contents
 from quantpress.quantize.gguf.reader import gguf_files
 from quantpress.quantize.grid import QuantizedLinear
 from quantpress.quantize.model import Linear, Skeleton
 
 from .contracts import of_gguf
-from .package import find_artifact, own_manifest
+from .package import find_artifact
 
 _SUMS = "SHA256SUMS"
 _ALIKE = (torch.float16, torch.bfloat16, torch.float32)  # readers cast scales of one to another
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 _LEFT_BY_OLD_TOOLS = (".rotary_emb.inv_freq",)  # computed by every reader
 
 
@@ -39,8 +40,8 @@ def verify(where: Path) -> tuple[int, list[str]]:
     """
     exported = where / "model" if (where / _SUMS).is_file() else None
     artifact = find_artifact(exported or where)
-    listed = _listed(where, artifact)
-    found = list(_files(listed))
+    folder, listed = _listed(where, artifact)
+    found = [f"{folder / name}, which is listed, {what}" for name, what in changed(folder, listed)]
     try:
         found += structure(artifact)
     except BadInput as error:
@@ -78,22 +79,14 @@ def structure(folder: Path) -> list[str]:
     return found
 
 
-def _listed(where: Path, artifact: Path) -> dict[Path, str]:
-    """The sha256 of each file that a list beside the artifact names."""
+def _listed(where: Path, artifact: Path) -> tuple[Path, dict[str, str]]:
+    """The sha256 of each file that a list beside the artifact names, and the folder that the names are of."""
     if (where / _SUMS).is_file():
         lines = (where / _SUMS).read_text(encoding="utf-8").splitlines()
-        return {where / name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        return where, {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     manifest = own_manifest(where) or own_manifest(artifact) or {}
     files: dict[str, str] = (manifest.get("artifact") or {}).get("files") or {}
-    return {artifact / name: digest for name, digest in files.items()}
-
-
-def _files(listed: dict[Path, str]) -> Iterator[str]:
-    for file, digest in listed.items():
-        if not file.is_file():
-            yield f"{file} is listed and absent"
-        elif file_sha256(file) != digest:
-            yield f"{file} is not the file that was listed: its sha256 differs"
+    return artifact, files
 
 
 def _companions(folder: Path) -> Iterator[str]:
@@ -103,13 +96,10 @@ def _companions(folder: Path) -> Iterator[str]:
         if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
             yield f"{folder}: no tokenizer: servers start with one, or not at all"
         return
-    for name, digest in manifest["model"]["files"].items():
-        if name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")) or name in ("config.json", INDEX):
-            continue
-        if not (folder / name).is_file():
-            yield f"{folder}: {name}, which the original has, is lost"
-        elif file_sha256(folder / name) != digest:
-            yield f"{folder}: {name} is not the original's: its sha256 differs"
+    files = manifest["model"]["files"].items()
+    beside = {n: d for n, d in files if not n.endswith(_WEIGHTS) and n not in ("config.json", INDEX)}
+    for name, what in changed(folder, beside):
+        yield f"{folder}: {name}, which the original has, {what}"
 
 
 def _shapes(artifact: Artifact, linears: list[Linear]) -> Iterator[tuple[str, str]]:

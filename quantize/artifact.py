@@ -11,7 +11,7 @@ from . import kv_cache
 from .activations import round_inputs
 from .checkpoint import Checkpoint
 from .errors import BadInput
-from .files import file_sha256, read_manifest
+from .files import changed, read_manifest
 from .formats import FORMATS, detect
 from .gguf.reader import GgufCheckpoint, gguf_files
 from .grid import Grid, Inputs, QuantizedLinear
@@ -141,10 +141,6 @@ def verify(out: Path) -> int:
     Raises BadInput naming the first file that differs or is absent.
     """
     hashes: dict[str, str] = read_manifest(out)["artifact"]["files"]
-    for name, digest in hashes.items():
-        file = out / "quantized" / name
-        if not file.is_file():
-            raise BadInput(f"{file} is named in the manifest and absent")
-        if file_sha256(file) != digest:
-            raise BadInput(f"{file} is not the file the manifest names: its sha256 differs")
+    for name, what in changed(out / "quantized", hashes):
+        raise BadInput(f"{out / 'quantized' / name}, which the manifest names, {what}")
     return len(hashes)

@@ -1,6 +1,5 @@
 """The same codes in another format: an artifact folder in, an artifact folder out, nothing rounded on the way."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from .errors import BadInput
-from .files import write_json
+from .files import MANIFEST, read_manifest, write_json
 from .formats import FORMATS, Contents, Format, detect
 from .gguf.reader import gguf_files
 from .grid import QuantizedLinear
@@ -181,9 +180,9 @@ def _in_model_dtype(q: QuantizedLinear, config: dict[str, Any]) -> QuantizedLine
 
 def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: dict[str, tuple[int, int]]) -> None:
     """The source's manifest, with what has changed."""
-    if not (source / "manifest.json").exists():
+    if not (source / MANIFEST).exists():
         return
-    manifest = json.loads((source / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(source)
     written = Checkpoint(folder)
     stored = sum(written.nbytes(n) for n in written.names() if n.rpartition(".")[0] in shapes
                  and n.rpartition(".")[2] in FORMATS[to].suffixes())  # fmt: skip
@@ -194,4 +193,4 @@ def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: di
         sizes["files"] = written.file_hashes()
     if "parameters" in sizes:
         sizes["bits_per_parameter"] = 8 * written.total_bytes / sizes["parameters"]
-    write_json(folder / "manifest.json", manifest | {"artifact": sizes, "converted_from": {"format": origin}})
+    write_json(folder / MANIFEST, manifest | {"artifact": sizes, "converted_from": {"format": origin}})

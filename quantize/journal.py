@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checkpoint import write_part
 from .errors import BadInput
-from .files import write_json
+from .files import read_manifest, write_json
 
 
 def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = True) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = T
     `key` says; the text a model generates follows from the others and need not be compared. Which torch and how many
     threads made it does not matter any more: the manifest has it.
     """
-    manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(out)
     before = {
         "recipe": {name: value for name, value in manifest["recipe"].items() if name in key["recipe"]},
         "model": manifest["model"]["files"],

@@ -1,6 +1,5 @@
 """A run made again from its manifest, and the proof that it came out the same, or where it first did not."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .errors import BadInput
-from .files import file_sha256, read_manifest
+from .files import changed, read_manifest
 from .job import Job, Settings
 from .journal import differences
 from .pipeline import quantize
@@ -49,7 +48,7 @@ class Reproduction:
 def open_original(path: Path) -> Original:
     """The run behind a manifest.json, or behind the folder that holds one; raises BadInput when there is none."""
     folder = path if path.is_dir() else path.parent
-    manifest = read_manifest(folder) if path.is_dir() else _read(path)
+    manifest = read_manifest(path)
     for key in ("recipe", "model", "versions", "artifact", "layers"):
         if key not in manifest:
             raise BadInput(f"{path}: no {key!r} in it; this is not the manifest of a quantpress run")
@@ -73,28 +72,12 @@ def reproduce(original: Original, job: Job, settings: Settings) -> Reproduction:
     manifest = quantize(job, settings)
     made = settings.out / "quantized"
     wanted: dict[str, str] = original.manifest["artifact"]["files"]
-    unlike = [name for name, digest in wanted.items() if not _same(made / name, digest)]
+    unlike = [name for name, _ in changed(made, wanted)]
     unlike += sorted(name for name in manifest["artifact"]["files"] if name not in wanted)
     if not unlike:
         return Reproduction(len(wanted), None, ())
     first = _first_difference(original, manifest, made, unlike)
     return Reproduction(len(wanted) - len(unlike), first, tuple(_causes(original.manifest, manifest)))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; give a manifest.json or the folder of a run") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise BadInput(f"{path}: not the manifest of a quantpress run")
-    return document
-
-
-def _same(file: Path, digest: str) -> bool:
-    return file.is_file() and file_sha256(file) == digest
 
 
 def _first_difference(original: Original, manifest: dict[str, Any], made: Path, unlike: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Artifacts on real servers: started, talked to, compared with our own forward, timed, and always ended."""
 
-from .containers import composed
+from .containers import composed, lacking
 from .process import ServerFailed
 from .records import Check, Serving, read
 from .servers import SERVERS, Options, Running, Server, installed, reach, serve
@@ -17,6 +17,7 @@ __all__ = [
     "Serving",
     "composed",
     "installed",
+    "lacking",
     "reach",
     "read",
     "serve",

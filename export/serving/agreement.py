@@ -1,6 +1,6 @@
 """The server's greedy answers against our own forward on the same artifact, read back through its own format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,23 @@ def refused(client: Client, tokenizer: Any) -> dict[str, str]:
     return found
 
 
-def ask(client: Client, tokenizer: Any, takes_ids: bool, gives_logprobs: bool) -> list[Continuation]:
+def prompt_ids(tokenizer: Any, text: str, lacks: Mapping[str, str]) -> list[int]:
+    """The tokens that the server makes of a prompt: of a server that lacks plain prompts, with the template around."""
+    if "plain_prompts" not in lacks:
+        ids: list[int] = tokenizer(text)["input_ids"]
+        return ids
+    turn = [{"role": "user", "content": text}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return ids
+
+
+def ask(client: Client, tokenizer: Any, lacks: Mapping[str, str]) -> list[Continuation]:
     """What the server makes of the prompts. Without ids from the server its text is tokenised again."""
-    more = _LOGPROBS if gives_logprobs else {}
+    more = {} if "logprobs" in lacks else _LOGPROBS
     found = []
     for text in PROMPTS:
-        prompt: list[int] = tokenizer(text)["input_ids"]
+        prompt = prompt_ids(tokenizer, text, lacks)
+        takes_ids = not {"token_ids", "plain_prompts"} & lacks.keys()
         answer = client.complete(prompt if takes_ids else text, TOKENS, **more)
         steps = answer.steps()
         tokens = [step.token for step in steps] or encode(tokenizer, answer.text)

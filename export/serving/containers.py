@@ -3,17 +3,40 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from quantpress.quantize.errors import BadInput
 
 from .servers import Launch, Server
 
 RECORD = "export.json"
-_OWN_PROTOCOL = {"triton": "Triton's own protocol: start its OpenAI frontend on the repository"}
-_LACKS = {
+_DOCKERS = {
     "loopback": "Docker publishes the container's port, where compose.yaml says",
     "memory": "Docker keeps the container's processes, and not this one",
 }
+# What a target's server does otherwise. Ollama: openai.FromCompleteRequest and server/routes.go of ollama/ollama.
+_LACKS: dict[str, dict[str, str]] = {
+    "ollama": {
+        "plain_prompts": "Ollama puts every prompt into the chat template",
+        "context": "Ollama cuts prompts that are too long, and answers",
+    },
+}
+
+
+def lacking(folder: Path) -> dict[str, str]:
+    """The checks and abilities that the server of an export folder lacks by its nature, each with the reason.
+
+    Raises BadInput for one that does not speak OpenAI's protocol.
+    """
+    target = _record(folder)["target"]
+    if target["name"] == "triton" and target.get("frontend") != "openai":
+        raise BadInput(
+            f"{folder} speaks Triton's own protocol, and the smoke test OpenAI's: export it with "
+            "--set triton.frontend=openai" + (
+                "" if target.get("backend", "vllm") == "vllm" else ", which backend vllm has, or for tensorrt-llm"
+            )
+        )  # fmt: skip
+    return _LACKS.get(target["name"], {})
 
 
 def composed(folder: Path) -> Server:
@@ -22,11 +45,9 @@ def composed(folder: Path) -> Server:
     Raises BadInput when Docker does not answer, with the command to give where it does, and for a server that does not
     speak OpenAI's protocol.
     """
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record, lacks = _record(folder), lacking(folder) | _DOCKERS
     target, image, port = record["target"]["name"], str(record["image"]), int(record["port"])
     at = f"--server url --url http://127.0.0.1:{port}"
-    if target in _OWN_PROTOCOL:
-        raise BadInput(f"{folder} speaks {_OWN_PROTOCOL[target]}, and give {at}")
     file = folder.absolute() / "compose.yaml"
     docker = [
         "docker",
@@ -42,7 +63,7 @@ def composed(folder: Path) -> Server:
     except (OSError, subprocess.SubprocessError):
         raise BadInput(
             f"{target} runs in a container, and no Docker answers here; where one does, "
-            f"`docker compose --file {file} up`, then quantpress smoke with {at}"
+            f"`docker compose --file {file} up`, then `quantpress smoke {folder} {at}`"
         ) from None
 
     def command(launch: Launch) -> list[str]:
@@ -50,5 +71,10 @@ def composed(folder: Path) -> Server:
 
     return Server(
         name=target, reads="anything", needs=(), install="", command=command, health=str(record["health"]), model=None,
-        lacks=_LACKS, version=f"{image} in Docker {version}", port=port, after=(*docker, "down", "--timeout", "10"),
+        lacks=lacks, version=f"{image} in Docker {version}", port=port, after=(*docker, "down", "--timeout", "10"),
     )  # fmt: skip
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return document

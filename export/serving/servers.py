@@ -74,8 +74,9 @@ class Options:
     url: str | None = None
     concurrency: int = 4
     max_model_len: int | None = None  # None: 1024, or all that one takes which is not started here
-    deadline_s: float = 300
+    deadline_s: float = 600  # vLLM compiles as it starts: minutes on a busy CPU
     api_key: str | None = field(default=None, repr=False)
+    lacks: Mapping[str, str] = field(default_factory=dict)  # as Server.lacks, of the server at `url`
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _port(server: Server) -> int:
 
 
 @contextlib.contextmanager
-def reach(url: str, api_key: str | None = None) -> Iterator[Running]:
+def reach(url: str, api_key: str | None = None, lacks: Mapping[str, str] | None = None) -> Iterator[Running]:
     """A server that somebody else runs at `url`, with or without /v1. Raises ServerFailed when none answers."""
     base = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -209,7 +210,7 @@ def reach(url: str, api_key: str | None = None) -> Iterator[Running]:
         raise ServerFailed(f"no server answers at {base}: {error}") from error
     if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         raise ServerFailed(f"{base} answers {answer.status_code}: it wants a key (environment QUANTPRESS_API_KEY)")
-    yield Running("url", base, None, answer.headers.get("server"), {})
+    yield Running("url", base, None, answer.headers.get("server"), lacks or {})
 
 
 def interpreter(server: Server, given: str | None) -> tuple[str, str]:

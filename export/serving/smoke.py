@@ -121,7 +121,7 @@ def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _
 @contextlib.contextmanager
 def _running(row: Server | None, served: _Served, log: Path | None, tell: Callable[[str], None]) -> Iterator[Running]:
     if row is None or log is None:
-        with reach(str(served.options.url), served.options.api_key) as found:
+        with reach(str(served.options.url), served.options.api_key, served.options.lacks) as found:
             yield found
     else:
         with serve(row, served.artifact, log, served.options, tell) as found:
@@ -141,7 +141,7 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
         make(subject, told.check)
         lacks = running.lacks
         try:
-            state.answers = agreement.ask(client, served.tokenizer, "token_ids" not in lacks, "logprobs" not in lacks)
+            state.answers = agreement.ask(client, served.tokenizer, lacks)
         except ServerError as error:
             state.answers = error
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BadInput
+from ..files import own_manifest
 from ..recipe import Target
 from ..recipe.file import apply_override, parse_target
 from .app import app
@@ -19,10 +20,8 @@ def chosen_targets(names: list[str], sets: list[str], run: Path) -> tuple[Target
     wanted = [part for name in names for part in name.split(",") if part]
     documents: dict[str, Any] = {name: {"name": name} for name in wanted}
     if not wanted:
-        manifest = run / "manifest.json"
-        if manifest.is_file():
-            recipe = json.loads(manifest.read_text(encoding="utf-8"))["recipe"]
-            documents = {target["name"]: target for target in recipe.get("targets", ())}
+        recipe = (own_manifest(run) or {}).get("recipe", {})
+        documents = {target["name"]: target for target in recipe.get("targets", ())}
         if not documents:
             raise BadInput(f"{run}: the recipe names no targets; give --target, such as --target vllm")
     for override in sets:

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import BadInput
 from ..files import file_sha256, read_manifest, write_json
-from ..recipe import Recipe, Target
+from ..recipe import Drafting, Recipe, Target
 from .app import app
 from .evaluate import github_summary
 from .shared import (
@@ -113,13 +113,17 @@ class _Release:
             return {"folder": f"export/{target.name}", "format": made.format, "converted_from": made.converted_from}
 
         inputs = self._artifact | {"target": target.model_dump(mode="json")}
+        drafted = self.out / "eval" / "draft.json"
+        if isinstance(target, Drafting) and target.draft_for is not None and drafted.is_file():
+            inputs["draft"] = file_sha256(drafted)
         self._ledger.run(Stage(f"export {target.name}", inputs, (f"export/{target.name}/SHA256SUMS",), work))
 
     def verify(self) -> None:
-        """Every file as the manifest says and every tensor as its config says: cheap next to the rest, so each time."""
-        from quantpress.export.verify import verify
+        """Every tensor as its config says: cheap next to the rest, so each time. The files have just been hashed, as
+        they were made or as those of a finished run."""
+        from quantpress.export.verify import structure
 
-        _, wrong = verify(self.out)
+        wrong = structure(self.out / "quantized")
         if wrong:
             more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
             raise BadInput(f"{wrong[0]}{more}; quantpress verify {self.out} says all, --overwrite makes it anew")

@@ -1,6 +1,5 @@
 """The command that puts an artifact on a real server, and the last stage of a run."""
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import BadInput
+from ..files import MANIFEST, own_manifest
 from ..recipe import Smoke
 from ..recipe import file as recipes
 from .app import app
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SIGNS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "skip": "skip"}
 _API_KEY = "QUANTPRESS_API_KEY"
-_IN_CONTAINERS = ("tgi", "tensorrt-llm", "triton", "ollama")  # started as they are exported
+_IN_CONTAINERS = ("sglang", "tgi", "tensorrt-llm", "triton", "ollama")  # started as they are exported
 
 
 @app.command("smoke")
@@ -30,13 +30,13 @@ def smoke_command(
     ],
     server: Annotated[
         str | None,
-        typer.Option("--server", help="vllm, llama.cpp, transformers, url; in Docker tgi, tensorrt-llm, ollama"),
+        typer.Option("--server", help=f"vllm, llama.cpp, transformers, url; in Docker {', '.join(_IN_CONTAINERS)}"),
     ] = None,
     url: Annotated[str | None, typer.Option("--url", help="a server that already runs: http://host:port")] = None,
     server_python: Annotated[str | None, typer.Option(help="the interpreter that has the server")] = None,
     concurrency: Annotated[int | None, typer.Option(help="requests at a time; default 4")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens of prompt and answer")] = None,
-    deadline: Annotated[float | None, typer.Option(help="seconds to become healthy; default 300")] = None,
+    deadline: Annotated[float | None, typer.Option(help="seconds to become healthy; default 600")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="run folder for eval/serving.json and the log")] = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -46,13 +46,14 @@ def smoke_command(
     """
     if server in _IN_CONTAINERS:
         artifact, server = _exported(artifact, server), None
-    container = artifact if (artifact / "export.json").is_file() and server is None and url is None else None
+    exported = artifact if (artifact / "export.json").is_file() else None
+    container = exported if server is None and url is None else None
     where, run_folder = _found(artifact)
     given = {"server": server, "url": url, "python": server_python, "concurrency": concurrency,
              "max_model_len": max_model_len, "deadline_s": deadline}  # fmt: skip
     settings = _settings(run_folder, where, {key: value for key, value in given.items() if value is not None})
     into = out or run_folder or Path("artifacts") / where.stem / "smoke"
-    record = smoke_stage(where, into, settings, container=container, quiet=as_json)
+    record = smoke_stage(where, into, settings, container=container, exported=exported, quiet=as_json)
     if as_json:
         print(record.model_dump_json(by_alias=True))  # noqa: T201
     if record.verdict == "FAILED":
@@ -60,18 +61,24 @@ def smoke_command(
 
 
 def smoke_stage(
-    artifact: Path, out: Path, settings: Smoke, quiet: bool = False, container: Path | None = None
+    artifact: Path,
+    out: Path,
+    settings: Smoke,
+    quiet: bool = False,
+    container: Path | None = None,
+    exported: Path | None = None,
 ) -> "Serving":
     """The smoke test as a stage of a run: tells its progress, writes `out/eval/serving.json`, returns the record.
 
-    container: an export folder whose compose.yaml starts the server, in place of settings.server.
+    container: an export folder whose compose.yaml starts the server, in place of settings.server; exported: one that
+    the server at settings.url was started from.
     """
     quiet_libraries()
-    from quantpress.export.serving import Listener, Options, composed, smoke
+    from quantpress.export.serving import Listener, Options, composed, lacking, smoke
 
     options = Options(
         settings.python, settings.url, settings.concurrency, settings.max_model_len, settings.deadline_s,
-        os.environ.get(_API_KEY),
+        os.environ.get(_API_KEY), lacking(exported) if exported is not None and settings.url is not None else {},
     )  # fmt: skip
 
     def say(line: str) -> None:
@@ -117,14 +124,14 @@ def _found(path: Path) -> tuple[Path, Path | None]:
     if artifact.is_file() and artifact.suffix != ".gguf":
         raise BadInput(f"{path}: an artifact is a folder or a .gguf file")
     above = list(artifact.absolute().parents)[:4]  # RUN/export/<target>/model/model.gguf
-    runs = [folder for folder in above if (folder / "manifest.json").is_file() and (folder / "quantized").is_dir()]
+    runs = [folder for folder in above if (folder / MANIFEST).is_file() and (folder / "quantized").is_dir()]
     return artifact, path if (path / "quantized").is_dir() else next(iter(runs), None)
 
 
 def _settings(run_folder: Path | None, artifact: Path, given: dict[str, Any]) -> Smoke:
     """The recipe's settings under what the command line says; without a recipe the server that reads such a file."""
-    manifest = run_folder / "manifest.json" if run_folder is not None else None
-    recipe = json.loads(manifest.read_text(encoding="utf-8"))["recipe"] if manifest and manifest.is_file() else {}
+    manifest = (own_manifest(run_folder) if run_folder is not None else None) or {}
+    recipe = manifest.get("recipe", {})
     base = recipe.get("smoke") or {"server": "llama.cpp" if artifact.suffix == ".gguf" else "vllm"}
     if "url" in given:
         given = {"server": "url"} | given

@@ -24,7 +24,7 @@ from .numbers import SUPER_BLOCK, Activations, BlockGrid, GgmlType, Grid, GroupS
 from .readers import READERS, refusal
 from .readers import notes as reader_notes
 from .smoke import ServerName, Smoke
-from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
+from .targets import Drafting, LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Bos, Calibration, Text
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Bos",
     "Budget",
     "Calibration",
+    "Drafting",
     "EfficiencySettings",
     "EndToEnd",
     "Evaluation",
@@ -63,6 +64,7 @@ __all__ = [
     "Rtn",
     "ScaleSearch",
     "ServerName",
+    "Sglang",
     "Smoke",
     "SmoothQuant",
     "Strict",

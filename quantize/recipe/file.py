@@ -22,7 +22,7 @@ from .gguf import Budget, Gguf
 from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, LlamaCppQuantizer, Qat, Rtn, SmoothQuant
 from .numbers import Activations, Grid
 from .smoke import Smoke
-from .targets import LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
+from .targets import LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Calibration
 
 
@@ -127,7 +127,7 @@ def _keys_at(place: Collection[int | str]) -> list[str]:
         "overrides": Override, "activations": Activations, "rtn": Rtn, "gptq": Gptq, "smoothquant": SmoothQuant,
         "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
         "end_to_end": EndToEnd, "tasks": Task, "efficiency": EfficiencySettings, "timing": Timing,
-        "vllm": Vllm, "tgi": Tgi, "tensorrt-llm": TensorRtLlm, "triton": Triton,
+        "vllm": Vllm, "sglang": Sglang, "tgi": Tgi, "tensorrt-llm": TensorRtLlm, "triton": Triton,
         "ollama": Ollama, "smoke": Smoke, "gguf": Gguf, "budget": Budget,
         "llama.cpp": LlamaCpp if "targets" in place else LlamaCppQuantizer,
     }  # fmt: skip

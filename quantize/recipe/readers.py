@@ -13,6 +13,7 @@ _FORMATS = ("compressed-tensors", "gptq", "awq", "modelopt", "gguf")  # in the o
 _MARLIN = (-1, 32, 64, 128)
 _INT8, _FP8 = ("int8 dynamic", "int8 static"), ("fp8 dynamic", "fp8 static")
 _PLAIN = "16 bit"
+_BLACKWELL = "on Blackwell GPUs; on others it leaves the inputs in 16 bit"
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,32 @@ _TENSORRT_LLM = (  # tensorrt_llm of NVIDIA/TensorRT-LLM, the PyTorch backend of
     Row("compressed-tensors", ("fp8-block",), inputs=("fp8 dynamic",)),
     Row("compressed-tensors", ("nvfp4",), inputs=("nvfp4",), note="on Blackwell GPUs only"),
 )
+_SGLANG = (  # srt/layers/quantization of the PyPI package sglang 0.5.23, on CUDA
+    # __init__.py has gptq_marlin alone; gptq/gptq.py: TYPE_MAP has (4, sym) and (8, sym), and g_idx is read.
+    Row("gptq", bits=(4, 8), groups=_MARLIN, scattered=True),
+    # awq/awq.py: AWQMarlinConfig with zeros; shapes it does not take go to a kernel that wants groups.
+    Row("awq", bits=(4,), groups=(32, 64, 128), symmetric=_ANY),
+    # compressed_tensors/schemes/compressed_tensors_wNa16.py; marlin_utils.py: no 8-bit type with zeros.
+    Row("compressed-tensors", bits=(4,), groups=_MARLIN, symmetric=_ANY),
+    Row("compressed-tensors", bits=(8,), groups=_MARLIN),
+    # compressed_tensors_w8a8_int8.py: apply_weights scales each token anew: static inputs would be another model's.
+    Row("compressed-tensors", bits=(8,), groups=(-1,), inputs=("int8 dynamic",)),
+    # compressed_tensors.py: _is_fp8_w8a8, _is_fp8_w8a16; utils.py: no mxfp4 or mxfp8 among the formats of linears.
+    Row("compressed-tensors", ("fp8",), inputs=(_PLAIN, *_FP8)),
+    Row("compressed-tensors", ("fp8-block",), inputs=("fp8 dynamic",)),
+    Row("compressed-tensors", ("nvfp4",), inputs=(_PLAIN,)),
+    Row("compressed-tensors", ("nvfp4",), inputs=("nvfp4",), note=_BLACKWELL),
+    # modelopt_quant.py: ModelOptFp8Config wants quant_algo FP8, ModelOptFp4Config NVFP4 or W4A16_NVFP4.
+    Row("modelopt", ("fp8",), groups=(0,), inputs=("fp8 static",)),
+    Row("modelopt", ("nvfp4",), inputs=(_PLAIN,)),
+    Row("modelopt", ("nvfp4",), inputs=("nvfp4",), note=_BLACKWELL),
+)
 _GGUF = (Row("gguf", types=(), symmetric=_ANY),)  # ggml reads every type that its own files may hold
 
 READERS: dict[str, Reader] = {
     "vllm": Reader("vLLM", _VLLM),
     "vllm-cpu": Reader("vLLM on a CPU", _VLLM_CPU),
+    "sglang": Reader("SGLang", _SGLANG),
     "tgi": Reader("TGI", _TGI),
     "tensorrt-llm": Reader("TensorRT-LLM", _TENSORRT_LLM),
     "llama.cpp": Reader("llama.cpp", _GGUF),

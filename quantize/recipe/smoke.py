@@ -21,7 +21,7 @@ class Smoke(Strict):
         ge=64,
         description="tokens of prompt and answer; null: 1024, or all that a server takes which runs already",
     )
-    deadline_s: float = Field(300, gt=0, strict=False, description="seconds the server has to become healthy")
+    deadline_s: float = Field(600, gt=0, strict=False, description="seconds the server has to become healthy")
 
     @model_validator(mode="after")
     def _url_names_a_server(self) -> Self:

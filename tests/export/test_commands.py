@@ -107,7 +107,7 @@ def test_verify_says_what_is_wrong_with_exit_code_1(call: Any, run: Path) -> Non
     code, out, err = call("verify", run)
     assert (code, out) == (1, "")
     assert err.startswith("wrong: ")
-    assert "tokenizer.json, which the original has, is lost" in err
+    assert "tokenizer.json, which the original has, is absent" in err
     code, out, _ = call("verify", run, "--json")
     assert code == 1
     assert len(json.loads(out)["problems"]) == 1

@@ -8,7 +8,7 @@ from quantpress.export.contracts import Contents, advice, check_job, of_artifact
 from quantpress.quantize.artifact import Artifact
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.job import prepare
-from quantpress.quantize.recipe import Activations, Grid, LlamaCpp, Target, Tgi, Vllm
+from quantpress.quantize.recipe import Activations, Grid, LlamaCpp, Sglang, Target, Tgi, Vllm
 from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.sources import resolve
 from tests.quantize.formats.artifacts import make, uniform
@@ -95,6 +95,75 @@ def test_tgi_leaves_no_layer_of_these_out(format: str) -> None:
     assert "TGI wants every linear" in line
     assert "model.layers.0.mlp.down_proj" in line
     assert problems(Vllm(), contents(format=format, schemes={"mlp.down_proj": None})) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "dense", "family", "said"),
+    [
+        ("compressed-tensors", ("mlp.down_proj",), "llama", None),
+        ("compressed-tensors", ("mlp.gate_proj", "mlp.up_proj"), "llama", "fuses model.layers.0.mlp.gate_proj"),
+        ("compressed-tensors", ("mlp.gate_proj", "mlp.up_proj"), "gemma3_text", None),
+        ("awq", ("mlp.gate_proj", "mlp.up_proj"), "gemma3_text", "set formats: [gptq]"),
+        ("gptq", ("mlp.gate_proj", "mlp.up_proj"), "llama", None),
+    ],
+)
+def test_sglang_knows_fused_layers_by_their_own_names(
+    format: str, dense: tuple[str, ...], family: str, said: str | None
+) -> None:
+    found = problems(Sglang(), contents(format=format, schemes=dict.fromkeys(dense), config={"model_type": family}))
+    assert found == [] if said is None else [said in line for line in found] == [True]
+
+
+def test_sglang_finds_one_scheme_in_compressed_tensors() -> None:
+    eight = {"mlp.down_proj": Grid(bits=8, group_size=64)}
+    (line,) = problems(Sglang(), contents(schemes=eight))
+    assert "finds no scheme for fused layers in compressed-tensors files of int4 g64 sym, int8 g64 sym" in line
+    assert problems(Sglang(), contents(format="gptq", schemes=eight)) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "grid", "sides", "gpus", "said"),
+    [
+        ("gptq", W4, (128, 64), 1, None),
+        ("gptq", W4, (64, 128), 1, None),
+        ("gptq", W4, (64, 64), 1, "is 64 x 64 on a GPU: set formats: [awq]"),
+        ("awq", W4, (64, 64), 1, None),
+        ("gptq", W4, (256, 64), 2, None),
+        ("gptq", W4, (128, 64), 2, "is 64 x 64 on a GPU"),
+        ("compressed-tensors", Grid(type="fp8"), (64, 64), 1, "round the inputs (activations) too"),
+        ("compressed-tensors", Grid(type="nvfp4"), (64, 64), 1, None),
+    ],
+)
+def test_sglangs_kernel_has_shapes_that_it_takes(
+    format: str, grid: Grid, sides: tuple[int, int], gpus: int, said: str | None
+) -> None:
+    one = Contents(format, {"model.layers.0.fc1": sides}, {"model.layers.0.fc1": grid})
+    found = problems(Sglang(tensor_parallel=gpus), one)
+    assert found == [] if said is None else [said in line for line in found] == [True]
+
+
+def test_sglang_multiplies_fused_layers_as_one() -> None:
+    """SmolLM2's shapes: 576 + 192 + 192 rows together are a multiple of 64, and 576 columns none of 128. On four GPUs
+    three key-value heads would be copied."""
+    names = {
+        f"model.layers.0.self_attn.{part}_proj": (rows, 576) for part, rows in zip("qkv", (576, 192, 192), strict=True)
+    }
+    (line,) = problems(Sglang(), Contents("gptq", names, dict.fromkeys(names, W4)))
+    assert "q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj are together 960 x 576" in line
+    wide = {"model.layers.0.self_attn.q_proj": (1024, 64), "model.layers.0.self_attn.k_proj": (128, 64)}
+    two = Contents("gptq", wide, dict.fromkeys(wide, W4), config={"num_attention_heads": 8, "num_key_value_heads": 1})
+    assert problems(Sglang(tensor_parallel=4), two) == []  # 1024 / 4 and a copy of 128
+
+
+def test_sglang_rounds_inputs_in_its_own_way() -> None:
+    inputs = Activations(type="int8", symmetric=False)
+    (line,) = problems(Sglang(), contents(Grid(bits=8, group_size=-1), activations=inputs))
+    assert "set activations.symmetric: true" in line
+    names = {"model.layers.0.mlp.experts.0.up_proj": (64, 128)}
+    grid = Grid(bits=8, group_size=-1)
+    experts = Contents("compressed-tensors", names, dict.fromkeys(names, grid), Activations(type="int8"))
+    (line,) = problems(Sglang(), experts)
+    assert "no GPU kernel for experts with int8 inputs" in line
 
 
 def test_the_cpu_kernel_wants_multiples_of_32() -> None:

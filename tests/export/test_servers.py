@@ -14,16 +14,30 @@ import yaml
 
 from quantpress.export.package import SERVERS, export
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import Activations, Grid, LlamaCpp, Ollama, Target, TensorRtLlm, Tgi, Triton, Vllm
+from quantpress.quantize.recipe import (
+    Activations,
+    Grid,
+    LlamaCpp,
+    Ollama,
+    Sglang,
+    Target,
+    TensorRtLlm,
+    Tgi,
+    Triton,
+    Vllm,
+)
 from tests.quantize.formats.artifacts import make, uniform
 
 TARGETS: dict[str, Target] = {
     "vllm": Vllm(max_model_len=64),
     "vllm-cpu": Vllm(device="cpu"),
     "vllm-draft": Vllm(draft_for="/srv/original"),
+    "sglang": Sglang(max_model_len=64, memory_fraction=0.8, prefix_caching=False, chunked_prefill=False),
+    "sglang-draft": Sglang(draft_for="/srv/original"),
     "tgi": Tgi(max_model_len=64),
     "tensorrt-llm": TensorRtLlm(max_model_len=64),
     "triton": Triton(max_model_len=64),
+    "triton-openai": Triton(frontend="openai"),
     "triton-trt": Triton(backend="tensorrt-llm", max_model_len=64),
     "llama.cpp": LlamaCpp(max_model_len=64),
     "llama.cpp-cuda": LlamaCpp(device="cuda"),
@@ -52,19 +66,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     make(folder / "words" / "quantized", "compressed-tensors", uniform(Grid(group_size=32)))
     fp8 = Activations(type="fp8")
+    make(folder / "eight" / "quantized", "compressed-tensors", uniform(Grid(type="fp8", group_size=-1)), spec=fp8)
     make(folder / "fp8" / "quantized", "modelopt", uniform(Grid(type="fp8")), spec=fp8)
     write_gguf(folder / "gguf" / "quantized" / "model.gguf")
     (folder / "gguf" / "quantized" / "Modelfile").write_text(
         'FROM ./elsewhere.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER num_ctx 8192\nPARAMETER stop "</s>"\n'
     )
-    return {name: folder / name for name in ("words", "fp8", "gguf")}
+    return {name: folder / name for name in ("words", "eight", "fp8", "gguf")}
 
 
 @pytest.fixture(scope="module", params=TARGETS)
 def made(request: pytest.FixtureRequest, runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The target and its folder."""
     target = TARGETS[request.param]
-    kind = {"tensorrt-llm": "fp8", "llama.cpp": "gguf", "ollama": "gguf"}.get(target.reader, "words")
+    kinds = {"sglang": "eight", "tensorrt-llm": "fp8", "llama.cpp": "gguf", "ollama": "gguf"}
+    kind = kinds.get(target.reader, "words")
     return target, export(runs[kind], target, tmp_path_factory.mktemp("out") / "it").folder
 
 
@@ -159,6 +175,17 @@ def test_the_script_starts_the_server(made: Any, tmp_path: Path) -> None:
         assert words[1:-1] == draft
 
 
+def test_the_drafts_tokens_are_counted_as_sglang_counts(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Its draft tokens are one more than its steps when it drafts one branch: speculative_hook.py."""
+    folder = export(runs["eight"], Sglang(draft_for="org/model", draft_tokens=3), tmp_path / "it").folder
+    command = service(folder)["command"]
+    assert command[command.index("--model-path") + 1] == "org/model"
+    assert command[command.index("--speculative-draft-model-path") + 1] == "/model"
+    assert command[command.index("--speculative-num-steps") + 1] == "3"
+    assert command[command.index("--speculative-num-draft-tokens") + 1] == "4"
+    assert "HF_HUB_OFFLINE" not in service(folder)["environment"]
+
+
 def test_the_checksums_hold(made: Any) -> None:
     _, folder = made
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
@@ -206,6 +233,7 @@ def test_ollama_gets_the_modelfile_of_the_artifact(runs: dict[str, Path], tmp_pa
         'TEMPLATE """{{ .Prompt }}"""',
         'PARAMETER stop "</s>"',
         "PARAMETER num_ctx 64",
+        "PARAMETER repeat_penalty 1",
     ]
     assert os.path.samefile(folder / "model" / "model.gguf", runs["gguf"] / "quantized" / "model.gguf")
 

@@ -169,7 +169,7 @@ def test_a_finished_run_of_the_same_recipe_is_used_as_it_is(tmp_path: Path) -> N
     with pytest.raises(BadInput, match=r"something else \(calibration: "):
         make(tmp_path / "run", tmp_path / "model", {}, words="another text. " * 999)
     (tmp_path / "run" / "quantized" / "config.json").write_text("{}")
-    with pytest.raises(BadInput, match="is not the file the manifest names"):
+    with pytest.raises(BadInput, match="which the manifest names, has changed"):
         make(tmp_path / "run", tmp_path / "model", {})
 
 

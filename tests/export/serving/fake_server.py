@@ -47,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = str(body["model"]).partition(":")[2]
         if "messages" in body:  # the template of the tests: contents one after another
             body["prompt"] = "".join(message["content"] for message in body["messages"])
+        if FAULT == "templated" and isinstance(body["prompt"], str):
+            body["prompt"] = f"<{body['prompt'][: CONTEXT - 2]}>"
         prompt = body["prompt"] if isinstance(body["prompt"], str) else bytes(body["prompt"]).decode(errors="replace")
         if FAULT == "text-only" and (not isinstance(body["prompt"], str) or "logprobs" in body):
             return self.answer({"detail": "prompt: a string, and no other fields"}, 422)

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from quantpress.export.serving import Options, Serving, composed, read, serve
+from quantpress.export.serving import Options, Serving, composed, lacking, read, serve
 from quantpress.export.serving.checks import CHECKS, Subject, make
 from quantpress.export.serving.client import Client
 from quantpress.export.serving.process import free_port
@@ -15,7 +16,7 @@ from quantpress.quantize.cli import main
 from quantpress.quantize.errors import BadInput
 from tests.tiny import build
 
-from .fakes import FAKE, Bytes
+from .fakes import FAKE, Bytes, fake_server
 
 DOCKER = """#!/bin/sh
 echo "$@" >> {calls}
@@ -96,7 +97,7 @@ def test_a_run_is_tested_in_the_container_that_was_exported_for_it(
     build("llama", folder / "model")
     run = tmp_path / "run"
     (run / "quantized").mkdir()
-    (run / "manifest.json").write_text('{"recipe": {}}')
+    (run / "manifest.json").write_text('{"quantpress": "1", "recipe": {}}')
     put_docker(tmp_path, json.loads((folder / "export.json").read_text())["port"], monkeypatch)
     monkeypatch.setattr("sys.argv", ["quantpress", "smoke", str(run), "--server", "tgi", "--json"])
     with pytest.raises(SystemExit) as stopped:
@@ -110,8 +111,39 @@ def test_a_run_is_tested_in_the_container_that_was_exported_for_it(
     assert (record.peak_rss_bytes, record.log) == (None, "eval/serving-tgi.log")
 
 
-def test_tritons_own_protocol_is_refused_with_the_way_out(folder: Path) -> None:
+def rename(folder: Path, **target: str) -> None:
     record = json.loads((folder / "export.json").read_text())
-    (folder / "export.json").write_text(json.dumps(record | {"target": {"name": "triton"}}))
-    with pytest.raises(BadInput, match="OpenAI frontend"):
+    (folder / "export.json").write_text(json.dumps(record | {"target": target}))
+
+
+def test_tritons_own_protocol_is_refused_with_the_way_out(folder: Path) -> None:
+    rename(folder, name="triton", backend="vllm", frontend="kserve")
+    with pytest.raises(BadInput, match=r"export it with --set triton\.frontend=openai$"):
         composed(folder)
+    rename(folder, name="triton", backend="tensorrt-llm", frontend="kserve")
+    with pytest.raises(BadInput, match=r"which backend vllm has, or for tensorrt-llm$"):
+        lacking(folder)
+    rename(folder, name="triton", backend="vllm", frontend="openai")
+    assert lacking(folder) == {}
+
+
+def test_a_server_at_a_url_is_judged_as_the_target_it_was_exported_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that puts its prompts into the template, and cuts long ones, as Ollama does: both are known of it."""
+    build("llama", folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    tokenizer.save_pretrained(folder / "model")
+    statuses = []
+    for name in ("tgi", "ollama"):
+        rename(folder, name=name)
+        with fake_server(tmp_path / "log", "templated") as fake:
+            monkeypatch.setattr("sys.argv", ["quantpress", "smoke", str(folder), "--url", fake.url, "--json"])
+            with pytest.raises(SystemExit):
+                main()
+        record = Serving.model_validate_json(capsys.readouterr().out)
+        statuses.append({check.name: check.status for check in record.checks})
+    asked = ("completion", "unicode", "context")
+    assert [statuses[0][name] for name in asked] == ["fail", "fail", "fail"]
+    assert [statuses[1][name] for name in asked] == ["pass", "pass", "skip"]

@@ -157,7 +157,7 @@ def test_a_url_where_nobody_answers_is_a_failed_check(tmp_path: Path) -> None:
 def test_the_settings_are_the_recipes_under_those_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run whose recipe says vLLM with an interpreter that has none: the error tells what was taken from where."""
     build("llama", tmp_path / "run/quantized")
-    document = {"recipe": {"smoke": {"server": "vllm", "python": "/recipes/python"}}}
+    document = {"quantpress": "1", "recipe": {"smoke": {"server": "vllm", "python": "/recipes/python"}}}
     (tmp_path / "run/manifest.json").write_text(json.dumps(document))
     assert run(["smoke", str(tmp_path / "run")], capsys, tmp_path)[0] == 2
     assert "/recipes/python has no vllm" in ERRORS[-1]

@@ -1,0 +1,101 @@
+"""The artifact as the draft of its original: what `quantpress eval RUN --draft` measured, in an operator's words.
+
+Speculative decoding (Leviathan et al., arXiv:2211.17192) changes how fast the original answers and never what.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantpress.quantize.artifact import Artifact
+from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import own_manifest
+
+RECORD = Path("eval") / "draft.json"  # written by eval/draft.py
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How often `original` accepts the artifact's tokens: `sampled` at temperature 1, with its standard error, `greedy`
+    at 0.
+
+    tokens: that the original writes a pass at temperature 1, its own one included, by how many are drafted for it.
+    cost: bytes of the artifact's weights over those of the original's.
+    """
+
+    sampled: float
+    stderr: float
+    greedy: float
+    tokens: Mapping[int, float]
+    cost: float
+    original: str
+
+    def speedup(self, drafted: int) -> float:
+        """How many times faster than the original alone, their Theorem 3.8 with measured tokens a pass.
+
+        Reading weights is taken to be all that a pass costs, as when few requests are decoded: an upper bound.
+        """
+        return self.tokens[drafted] / (1 + drafted * self.cost)
+
+    @property
+    def best(self) -> int:
+        """How many tokens to draft for the most of it."""
+        return max(self.tokens, key=self.speedup)
+
+
+def measured(run: Path, artifact: Path) -> Acceptance | None:
+    """What was measured in the run folder `run`; None when nothing was, or on weights of another size."""
+    if not (run / RECORD).is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        sampled, weights = found["sampled"], found["artifact_bytes"]
+        tokens = {int(n): float(value) for n, value in sampled["tokens_a_pass"].items() if value is not None}
+        rates = float(sampled["rate"]), float(sampled["stderr"]), float(found["greedy"]["rate"])
+        cost = weights / found["original_bytes"]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise BadInput(f"{run / RECORD}: cannot be read ({type(error).__name__}: {error}); measure again with "
+                       f"quantpress eval {run} --draft") from None  # fmt: skip
+    if not tokens or weights != Artifact(artifact).total_bytes:
+        return None
+    return Acceptance(
+        *rates, tokens, cost, str(((own_manifest(run) or {}).get("model") or {}).get("id", "the original"))
+    )
+
+
+def notes(run: Path, draft_for: str, drafted: int, found: Acceptance | None) -> list[str]:
+    """For the README of an export that drafts `drafted` tokens for `draft_for`."""
+    again = f"`quantpress eval {run} --draft` measures it; export again after that"
+    if found is None:
+        return [f"How often {draft_for} accepts what the artifact drafts has not been measured: {again}."]
+    own = "" if Path(found.original).name == Path(draft_for).name else f"; {draft_for}, served here, may accept fewer"
+    rows = [f"| {n} | {found.tokens[n]:.2f} | {found.speedup(n):.2f} |" for n in found.tokens]
+    table = ["| tokens drafted | tokens a pass | times as fast, at most |", "|--:|--:|--:|", *rows]
+    lines = [
+        f"Measured: {found.original} accepts {found.sampled:.1%} ± {found.stderr:.1%} of the tokens that the artifact "
+        f"drafts at temperature 1, and {found.greedy:.1%} at 0{own}. What that brings at temperature 1, where reading "
+        f"weights (the draft's are {found.cost:.0%} of the original's) is all that a pass costs, as with few requests "
+        "at one time; with many, drafting may cost more than it brings:",
+        "\n".join(table),
+    ]
+    if found.speedup(found.best) <= 1:
+        lines.append("No number of drafted tokens is expected to make it faster: serve the original alone.")
+    elif found.best != drafted:
+        lines.append(f"{drafted} are drafted here; {found.best} would bring the most: `draft_tokens: {found.best}`.")
+    return lines
+
+
+def facts(found: Acceptance | None, drafted: int) -> dict[str, Any] | None:
+    """For export.json."""
+    if found is None:
+        return None
+    return {
+        "acceptance": found.sampled,
+        "acceptance_stderr": found.stderr,
+        "acceptance_greedy": found.greedy,
+        "tokens_a_pass": found.tokens.get(drafted),
+        "speedup_at_most": found.speedup(drafted) if drafted in found.tokens else None,
+        "best_draft_tokens": found.best,
+    }
