@@ -13,7 +13,7 @@ from quantpress.quantize.artifact import Artifact, open_artifact
 from quantpress.quantize.calibration import encode
 from quantpress.quantize.model import Skeleton, run_block
 
-from .client import Client, Prompt, Refused, Step
+from .client import Client, Messages, Prompt, Refused, Step
 from .records import Agreement, Tolerance
 
 PROMPTS = (
@@ -54,22 +54,34 @@ def refused(client: Client, tokenizer: Any) -> dict[str, str]:
 
 def prompt_ids(tokenizer: Any, text: str, lacks: Mapping[str, str]) -> list[int]:
     """The tokens that the server makes of a prompt: of a server that lacks plain prompts, with the template around."""
-    if "plain_prompts" not in lacks:
-        ids: list[int] = tokenizer(text)["input_ids"]
-        return ids
-    turn = [{"role": "user", "content": text}]
-    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    if "plain_prompts" in lacks:
+        return template_ids(tokenizer, _turn(text))
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+def _turn(text: str) -> Messages:
+    return ({"role": "user", "content": text},)
+
+
+def template_ids(tokenizer: Any, messages: Messages) -> list[int]:
+    """The tokens that the artifact's own template makes of a chat."""
+    made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    ids: list[int] = made["input_ids"]
     return ids
 
 
 def ask(client: Client, tokenizer: Any, lacks: Mapping[str, str]) -> list[Continuation]:
-    """What the server makes of the prompts. Without ids from the server its text is tokenised again."""
+    """What the server makes of the prompts; of one that the model ends at once, as a turn of a chat. Without ids from
+    the server its text is tokenised again."""
     more = {} if "logprobs" in lacks else _LOGPROBS
     found = []
     for text in PROMPTS:
         prompt = prompt_ids(tokenizer, text, lacks)
         takes_ids = not {"token_ids", "plain_prompts"} & lacks.keys()
         answer = client.complete(prompt if takes_ids else text, TOKENS, **more)
+        if not answer.text and getattr(tokenizer, "chat_template", None):
+            prompt, answer = template_ids(tokenizer, _turn(text)), client.chat(_turn(text), TOKENS)
         steps = answer.steps()
         tokens = [step.token for step in steps] or encode(tokenizer, answer.text)
         found.append(Continuation(prompt, tokens, steps))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .agreement import prompt_ids
+from .agreement import prompt_ids, template_ids
 from .client import Answer, Client, Messages, Refused, ServerError, at_once
 from .records import Check
 from .servers import Running
@@ -91,7 +91,7 @@ def _completion(on: Subject) -> str:
 def _says_something(answer: Answer) -> None:
     """Raise for an answer without text: Skipped where it is the model that ends it, with its end token alone."""
     if not answer.text and answer.finish_reason == "stop" and answer.completion_tokens == 1:
-        raise Skipped("the model ends its answer at once; whether ours does too, the agreement says")
+        raise Skipped("the model ends its answer at once, as models made for chats may; the agreement is one of chats")
     if not answer.text:
         raise Failed("the answer is empty")
 
@@ -100,7 +100,7 @@ def _chat(on: Subject) -> str:
     """The chat endpoint is a completion of what the artifact's own template makes of the messages."""
     if not getattr(on.tokenizer, "chat_template", None):
         raise Skipped("the artifact has no chat template")
-    ids = on.tokenizer.apply_chat_template(list(_MESSAGES), add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = template_ids(on.tokenizer, _MESSAGES)
     answer = on.client.chat(_MESSAGES, _TOKENS)
     if not answer.text:
         raise Failed("the answer is empty")

@@ -148,7 +148,7 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
         def speed() -> str:
             state.speed = found = figures.measure(client, served.options.concurrency)
             rates = ", ".join(f"{rate:.1f} tokens/s at {n}" for n, rate in found.tokens_per_second.items())
-            return f"{rates}; first token after {found.ttft_ms or 0:.0f} ms"
+            return rates if found.ttft_ms is None else f"{rates}; first token after {found.ttft_ms:.0f} ms"
 
         told.check(made("speed", speed, {}))
     if running.child is not None:

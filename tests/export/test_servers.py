@@ -139,6 +139,15 @@ def test_kubernetes_schema_agrees(made: Any) -> None:
         validator.validate(document, validator.latest_version(), strict=True)
 
 
+def test_composes_specification_agrees(made: Any) -> None:
+    reader = pytest.importorskip("compose_spec").PyCompose
+    _, folder = made
+    text = (folder / "compose.yaml").read_text()
+    reader.from_yaml(text).validate()
+    with pytest.raises(ValueError, match="restat"):
+        reader.from_yaml(text.replace("restart:", "restat:"))
+
+
 def test_the_script_is_a_script(made: Any) -> None:
     _, folder = made
     script = folder / "serve.sh"

@@ -26,7 +26,7 @@ class Bytes:
 
     chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode())}
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ import torch
 
 from quantpress.export.serving import agreement
 from quantpress.export.serving.agreement import Continuation, compare, judged, log_probabilities, tolerance_for
-from quantpress.export.serving.client import Step
+from quantpress.export.serving.client import Answer, Client, Step
 from quantpress.export.serving.records import Tolerance
 from quantpress.quantize import machine
 from quantpress.quantize.artifact import open_artifact
@@ -15,6 +15,8 @@ from quantpress.quantize.pipeline import Settings, prepare, quantize
 from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.sources import resolve
 from tests.tiny import build
+
+from .fakes import Bytes
 
 CPU = torch.device("cpu")
 TIGHT = Tolerance(kernel="none", mean=0.001, largest=0.01)
@@ -102,3 +104,26 @@ def test_the_tolerance_is_that_of_the_kernel(tmp_path: Path, monkeypatch: pytest
     assert kernel("transformers", "four", True) == exact
     assert kernel("vllm", "eight", False) == rounded
     assert "llama.cpp" in tolerance_for("url", tmp_path / "a.gguf", tmp_path / "four/quantized").kernel
+
+
+class Chatty(Client):
+    """A server of a model that ends plain prompts at once, and answers chats."""
+
+    def __init__(self) -> None:
+        super().__init__("http://127.0.0.1:9", "fake")
+
+    def complete(self, prompt: object, max_tokens: int, **more: object) -> Answer:
+        return Answer("", "stop", 5, 1, {})
+
+    def chat(self, messages: object, max_tokens: int, **more: object) -> Answer:
+        return Answer("yes", "length", 5, 3, {})
+
+
+def test_what_is_ended_at_once_is_asked_as_a_chat() -> None:
+    tokenizer = Bytes()
+    found = agreement.ask(Chatty(), tokenizer, {})
+    assert [(one.prompt, one.tokens) for one in found] == [
+        (list(text.encode()), list(b"yes")) for text in agreement.PROMPTS
+    ]
+    tokenizer.chat_template = ""  # type: ignore[misc]
+    assert agreement.ask(Chatty(), tokenizer, {}) == []
