@@ -5,7 +5,7 @@ import ipaddress
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from . import contracts, llama_cpp, ollama, resources, sglang, speculation, tens
 from .server import Deployment, Server, compose, kubernetes, serve_sh
 
 LOOPBACK = "127.0.0.1"
+_SHARDS = (".safetensors", ".gguf")
 SERVERS: dict[str, Callable[[Any, Deployment], Server]] = {
     "vllm": vllm.server,
     "sglang": sglang.server,
@@ -80,7 +81,7 @@ def export(
             record["draft"] = speculation.facts(accepted, target.draft_tokens)
         _write(new, server, host, notes)
         write_json(new / "export.json", record)
-        _sums(new)
+        _sums(new, {} if to is not None else _known(run, artifact, source))
     if folder.exists():
         shutil.rmtree(folder)
     ready.rename(folder)
@@ -138,7 +139,7 @@ def _place(source: Path, model: Path, to: str | None) -> None:
         there = model / file.relative_to(source)
         if file.is_dir():
             there.mkdir()
-        elif file.suffix in (".safetensors", ".gguf"):
+        elif file.suffix in _SHARDS:
             link_or_copy(file, there)
         else:
             shutil.copy2(file, there)
@@ -206,15 +207,22 @@ def _record(
     }
 
 
-def _sums(folder: Path) -> None:
-    """SHA256SUMS, as sha256sum --check reads it."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    lines = [f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+def _known(run: Path, artifact: Path, source: Path) -> dict[str, str]:
+    """The sha256 of shards that are the artifact's own, from its manifest: every target need not read them again."""
+    manifest = own_manifest(run) or own_manifest(artifact) or {}
+    files: dict[str, str] = (manifest.get("artifact") or {}).get("files") or {}
+    return {f"model/{n}": d for n, d in files.items() if source == artifact and n.endswith(_SHARDS)}
+
+
+def _sums(folder: Path, known: Mapping[str, str]) -> None:
+    """SHA256SUMS, as sha256sum --check reads it; known: of files that need not be read for it."""
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names]
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def _weights_bytes(model: Path) -> int:
-    return sum(file.stat().st_size for file in model.glob("*") if file.suffix in (".safetensors", ".gguf"))
+    return sum(file.stat().st_size for file in model.glob("*") if file.suffix in _SHARDS)
 
 
 def _name(run: Path, artifact: Path) -> str:

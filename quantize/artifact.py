@@ -142,5 +142,6 @@ def verify(out: Path) -> int:
     """
     hashes: dict[str, str] = read_manifest(out)["artifact"]["files"]
     for name, what in changed(out / "quantized", hashes):
-        raise BadInput(f"{out / 'quantized' / name}, which the manifest names, {what}")
+        raise BadInput(f"{out / 'quantized' / name}, which the manifest names, {what}; restore it, or run again with "
+                       "--overwrite")  # fmt: skip
     return len(hashes)

@@ -13,6 +13,7 @@ import yaml
 from quantpress.export.package import export
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import file_sha256, write_json
 from quantpress.quantize.recipe import Grid, Target, Vllm
 from tests.quantize.formats.artifacts import make, uniform
 
@@ -52,6 +53,23 @@ def test_the_folder_holds_the_artifact_and_its_checksums(run: Path, tmp_path: Pa
     assert there == listed | {"SHA256SUMS"}
     check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
     assert subprocess.run(check, cwd=made.folder, check=False).returncode == 0
+
+
+def test_shards_are_not_read_again_for_their_checksums(run: Path, tmp_path: Path) -> None:
+    """The manifest's are taken, so that an export of a shard that was damaged since does not count as whole."""
+    shutil.copytree(run, tmp_path / "run")
+    shard = next((tmp_path / "run" / "quantized").glob("*.safetensors"))
+    files = {shard.name: file_sha256(shard)}
+    write_json(tmp_path / "run" / "manifest.json", {"quantpress": "1", "artifact": {"files": files}})
+    folder = export(tmp_path / "run", Vllm(), tmp_path / "out").folder
+    check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=folder, check=False).returncode == 0
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(bytes(data))
+    folder = export(tmp_path / "run", Vllm(), tmp_path / "again").folder
+    done = subprocess.run(check, cwd=folder, check=False, capture_output=True, text=True)
+    assert f"model/{shard.name}: FAILED" in done.stdout
 
 
 def test_without_hard_links_shards_are_copied(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
