@@ -1,0 +1,117 @@
+"""A device that is not the CPU, for machines without one: tensors that say they are `elsewhere` and are computed here.
+
+An operation on tensors of both devices is refused, as the real one would refuse it. What a GPU's own kernels answer is
+not shown, nor anything that trains: autograd copies tensors past what stands in for them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("elsewhere")
+DEVICE = torch.device("elsewhere:0")
+_aten: Any = torch.ops.aten
+_MOVES = (_aten._to_copy.default, _aten.copy_.default)
+# A GPU's tensor may be indexed by what lies in the host's memory.
+_INDEXED = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default)
+
+
+class Elsewhere(Tensor):
+    """A tensor on that device; `here` has its values."""
+
+    here: Tensor
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> "Elsewhere":
+        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, here.size(), strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype,
+            device=DEVICE, requires_grad=here.requires_grad,
+        )  # fmt: skip
+        made.here = here
+        return made
+
+    def data_ptr(self) -> int:
+        return self.here.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.here.tolist()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Mode(TorchDispatchMode):
+    """Sees every operation, those that make a tensor out of nothing too."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    elsewhere = any(isinstance(x, Elsewhere) for x in given)
+    target = kwargs.get("device")
+    host = [x for x in given if not isinstance(x, Elsewhere) and x.dim() > 0 and not x.is_meta]
+    allowed = func in _MOVES or (func in _INDEXED and isinstance(args[0], Elsewhere))
+    if elsewhere and host and not allowed:
+        raise RuntimeError(f"{func}: tensors on {DEVICE} and one of shape {tuple(host[0].shape)} on the CPU")
+    there = elsewhere if target is None else torch.device(target).type == "elsewhere"
+    if func is _aten.copy_.default:
+        there = isinstance(args[0], Elsewhere)
+    inner_args, inner_kwargs = tree_map(_here, (tuple(args), dict(kwargs)))
+    if target is not None and there:
+        inner_kwargs["device"] = torch.device("cpu")
+    out = func(*inner_args, **inner_kwargs)
+    if not there:
+        return args[0] if func is _aten.copy_.default else out
+    out = tree_map(lambda x: Elsewhere(x) if isinstance(x, Tensor) and not x.is_meta else x, out)
+    written = [x for x, a in _arguments(func, args, kwargs) if a.alias_info is not None and a.alias_info.is_write]
+    if written and isinstance(out, Tensor):
+        return written[0]
+    return out
+
+
+def _arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Each argument given, with what the operation's schema says of it."""
+    for i, declared in enumerate(func._schema.arguments):
+        if declared.name in kwargs:
+            yield kwargs[declared.name], declared
+        elif i < len(args):
+            yield args[i], declared
+
+
+def _here(x: Any) -> Any:
+    return x.here if isinstance(x, Elsewhere) else x
+
+
+def _empty_strided(size: Sequence[int], stride: Sequence[int], **options: Any) -> Elsewhere:
+    """What torch.tensor(…, device=…) asks the device itself for, past every mode."""
+    return Elsewhere(torch.empty_strided(size, stride, dtype=options.get("dtype")))
+
+
+def _copy_from(values: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor:
+    _here(to).copy_(_here(values))
+    return to
+
+
+_KERNELS = torch.library.Library("aten", "IMPL")
+_KERNELS.impl("empty_strided", _empty_strided, "PrivateUse1")
+_KERNELS.impl("_copy_from", _copy_from, "PrivateUse1")
+
+
+@contextmanager
+def other_device() -> Iterator[None]:
+    """Within, `cuda` is a device one can compute on."""
+    with _Mode():
+        yield
