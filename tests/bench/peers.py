@@ -1,13 +1,13 @@
-"""quantpress against llm-compressor: one model, one text, one machine, one run.
+"""quantpress against llm-compressor and auto-round: one model, one text, one machine, one run.
 
-    make bench-setup                    # llm-compressor in .venv-bench: it pins another compressed-tensors than ours
+    make bench-setup                    # both in .venv-bench: they pin another compressed-tensors than ours
     .venv/bin/python tests/bench/peers.py [--model FOLDER] [--calibration FILE.txt --evaluation FILE.txt] [--bos]
 
 Every row is a process of its own whose CPU-seconds (user + system, all threads) and peak memory the kernel counted,
 from starting Python to the finished folder. Both sides calibrate on the same token ids (the first 32 x 512 of the
 text) and are scored by perplexity.py, which is neither's own code. CPU-seconds grow on a busy machine too, if less than
-wall time. Without llm-compressor quantpress is measured alone. `--results FILE` keeps the rows; with it `--side
-quantpress` measures only that side and takes the other's rows from the file.
+wall time. Without the peers quantpress is measured alone. `--results FILE` keeps the rows; with it `--side
+quantpress` measures only that side and takes the others' rows from the file.
 """
 
 import argparse
@@ -25,17 +25,24 @@ import common
 from common import HERE, Usage
 
 ROOT = HERE.parent.parent
-OURS, PEER = "quantpress", "llm-compressor"
+OURS, ONE_SHOT, TUNING = "quantpress", "llm-compressor", "auto-round"
+SCRIPTS = {ONE_SHOT: "llmcompressor_run.py", TUNING: "autoround_run.py"}
 SAMPLES, SEQ_LEN = 32, 512
 WINDOWS, WINDOW = 8, 2048
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of artifact, asked of both; without `peer` of quantpress alone, to show what a part brings."""
+    """One kind of artifact, asked of each side; without peers of quantpress alone, to show what a part brings."""
 
     ours: dict[str, object]  # recipe keys
-    peer: str | None  # options of llmcompressor_run.py
+    one_shot: str | None = None  # options of llmcompressor_run.py
+    tuning: str | None = None  # options of autoround_run.py
+
+    def sides(self) -> dict[str, str]:
+        """The peers that are asked, with the options of their scripts."""
+        asked = {ONE_SHOT: self.one_shot, TUNING: self.tuning}
+        return {side: options for side, options in asked.items() if options is not None}
 
 
 def _weights(bits: int, symmetric: bool, search: str = "mse") -> dict[str, object]:
@@ -48,6 +55,8 @@ def _gptq(correction: float) -> dict[str, object]:
 
 
 RTN: dict[str, object] = {"method": "{name: rtn}"}
+LIGHT: dict[str, object] = {"method": "{name: autoround, light: true}"}
+TUNED: dict[str, object] = {"method": "{name: autoround}"}
 AWQ: dict[str, object] = {"transforms": "[{name: awq}]"}
 SMOOTH: dict[str, object] = {"transforms": "[{name: smoothquant, alpha: 0.8}]"}
 INT8: dict[str, object] = {
@@ -60,13 +69,17 @@ CASES = {
     # rounding to nearest is there to show the same grid, so both take the range
     "rtn-asym": Case(RTN | _weights(4, False, "minmax"), "--method rtn --bits 4"),
     "rtn-sym": Case(RTN | _weights(4, True, "minmax"), "--method rtn --bits 4 --symmetric"),
-    "gptq-asym-uncorrected": Case(_gptq(0) | _weights(4, False), None),
+    "gptq-asym-uncorrected": Case(_gptq(0) | _weights(4, False)),
     "gptq-asym": Case(_gptq(0.5) | _weights(4, False), "--method gptq --bits 4"),
     "gptq-sym": Case(_gptq(0.5) | _weights(4, True), "--method gptq --bits 4 --symmetric"),
     "awq-asym": Case(AWQ | RTN | _weights(4, False, "activation"), "--method awq --bits 4"),
-    "awq-gptq-asym": Case(AWQ | _gptq(0.5) | _weights(4, False), None),
+    "awq-gptq-asym": Case(AWQ | _gptq(0.5) | _weights(4, False)),
     "gptq-3bit": Case(_gptq(0.5) | _weights(3, False), "--method gptq --bits 3"),
     "gptq-2bit": Case(_gptq(0.5) | _weights(2, False), "--method gptq --bits 2"),
+    # auto-round's default is 200 iterations of 8 sequences
+    "autoround-light": Case(LIGHT | _weights(4, False), tuning="--bits 4 --iterations 20"),
+    "autoround": Case(TUNED | _weights(4, False), tuning="--bits 4 --iterations 200"),
+    "autoround-3bit": Case(TUNED | _weights(3, False), tuning="--bits 3 --iterations 200"),
     "w8a8-rtn": Case(RTN | INT8, "--method rtn --scheme W8A8"),
     "w8a8-smoothquant-gptq": Case(SMOOTH | _gptq(0.5) | INT8, "--method gptq --scheme W8A8 --smoothquant 0.8"),
     "fp8-dynamic": Case(RTN | FP8, "--method rtn --scheme FP8_DYNAMIC"),
@@ -93,15 +106,15 @@ class Row:
     case: str
     side: str
     perplexity: float
-    file_mb: float
+    file_mb: float | None
     usage: Usage
 
 
-def peer_command(case: Case, given: Inputs, out: Path, python: str) -> list[str]:
-    """llm-compressor's run; its artifact is `out` itself."""
-    command = [python, str(HERE / "llmcompressor_run.py"), given.model, str(out)]
+def peer_command(side: str, options: str, given: Inputs, out: Path, python: str) -> list[str]:
+    """A peer's run; its artifact is `out` itself."""
+    command = [python, str(HERE / SCRIPTS[side]), given.model, str(out)]
     command += ["--text", given.calibration, "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
-    return command + shlex.split(case.peer or "") + ["--bos"] * given.bos
+    return command + shlex.split(options) + ["--bos"] * given.bos
 
 
 def our_command(case: Case, given: Inputs, out: Path) -> list[str]:
@@ -127,22 +140,24 @@ def run(name: str, side: str, python: str, given: Inputs, work: Path) -> Row:
     out, case = work / side / name, CASES[name]
     shutil.rmtree(out, ignore_errors=True)
     ours = side == OURS
-    command = our_command(case, given, out) if ours else peer_command(case, given, out, python)
+    command = our_command(case, given, out) if ours else peer_command(side, case.sides()[side], given, out, python)
     used = common.measured(command, given.threads, out.with_suffix(".log"))
     artifact = out / "quantized" if ours else out
-    row = Row(name, side, score(artifact, given), common.weight_bytes(artifact) / 1e6, used)
+    megabytes = None if side == TUNING else common.weight_bytes(artifact) / 1e6  # auto-round's are dequantized
+    row = Row(name, side, score(artifact, given), megabytes, used)
     shutil.rmtree(out)
     return row
 
 
 def report(rows: Sequence[Row], original: tuple[float, float], alone: dict[str, Usage]) -> str:
-    """The table, and under it how quantpress stands to the peer in each case."""
+    """The table, and under it how quantpress stands to each peer in each case."""
     header = ["case", "side", "perplexity", "file MB", "CPU s", "peak MB", "above Python MB", "wall s"]
     lines = [["original", "", f"{original[0]:.3f}", f"{original[1]:.1f}", "", "", "", ""]]
     for row in rows:
         u, above = row.usage, row.usage.peak_mb - alone[row.side].peak_mb
         cost = [f"{u.cpu_s:.1f}", f"{u.peak_mb:.0f}", f"{above:.0f}", f"{u.wall_s:.1f}"]
-        lines.append([row.case, row.side, f"{row.perplexity:.3f}", f"{row.file_mb:.1f}", *cost])
+        megabytes = "" if row.file_mb is None else f"{row.file_mb:.1f}"
+        lines.append([row.case, row.side, f"{row.perplexity:.3f}", megabytes, *cost])
     for side, u in alone.items():
         lines.append(
             [
@@ -160,22 +175,22 @@ def report(rows: Sequence[Row], original: tuple[float, float], alone: dict[str, 
 
 
 def verdicts(rows: Sequence[Row], alone: dict[str, Usage]) -> list[str]:
-    """One line a case that both sides have."""
+    """One line a case and peer that were both measured."""
     found = {(row.case, row.side): row for row in rows}
     lines = []
-    for case in dict.fromkeys(row.case for row in rows):
-        ours, theirs = found.get((case, OURS)), found.get((case, PEER))
-        if ours and theirs:
-            memory = (ours.usage.peak_mb - alone[OURS].peak_mb) / (theirs.usage.peak_mb - alone[PEER].peak_mb)
+    for theirs in rows:
+        ours = found.get((theirs.case, OURS))
+        if ours and theirs.side != OURS:
+            memory = (ours.usage.peak_mb - alone[OURS].peak_mb) / (theirs.usage.peak_mb - alone[theirs.side].peak_mb)
             lines.append(
-                f"- {case}: perplexity {ours.perplexity - theirs.perplexity:+.3f}; of the peer's CPU-seconds "
-                f"{ours.usage.cpu_s / theirs.usage.cpu_s:.2f}, of its memory above Python's {memory:.2f}"
+                f"- {theirs.case}: perplexity {ours.perplexity - theirs.perplexity:+.3f} to {theirs.side}; of its "
+                f"CPU-seconds {ours.usage.cpu_s / theirs.usage.cpu_s:.2f}, of its memory above Python's {memory:.2f}"
             )
     return lines
 
 
 def peer_python(wanted: str | None) -> str | None:
-    """A Python that has llm-compressor: the one named, .venv-bench, or this one."""
+    """A Python that has llm-compressor and auto-round, which it brings: the one named, .venv-bench, or this one."""
     if wanted is not None:
         return wanted
     beside = ROOT / ".venv-bench" / "bin" / "python"
@@ -216,8 +231,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", help="a .txt file; default the embedded text")
     parser.add_argument("--evaluation", help="a .txt file; default the embedded text")
     parser.add_argument("--bos", action="store_true", help="BOS before every sequence; some models are lost without")
-    parser.add_argument("--peer-python", help="a python that has llm-compressor; default .venv-bench/bin/python")
-    parser.add_argument("--side", choices=["both", OURS, PEER], default="both")
+    parser.add_argument("--peer-python", help="a python that has the peers; default .venv-bench/bin/python")
+    parser.add_argument("--side", choices=["all", OURS, *SCRIPTS], default="all")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="append the report to this file as well")
@@ -242,16 +257,16 @@ def compare(args: argparse.Namespace, given: Inputs, work: Path) -> None:
     """Measure what was asked for, printing each row as it is known, then the table."""
     peer = peer_python(args.peer_python)
     if peer is None and args.side != OURS:
-        common.say("llm-compressor is not installed (make bench-setup): quantpress alone")
-    pythons = {PEER: peer, OURS: sys.executable}
-    sides = {side: python for side, python in pythons.items() if python and args.side in ("both", side)}
+        common.say("the peers are not installed (make bench-setup): quantpress alone")
+    pythons = {ONE_SHOT: peer, TUNING: peer, OURS: sys.executable}
+    sides = {side: python for side, python in pythons.items() if python and args.side in ("all", side)}
     results = Results(args.results, given)
     results.alone |= {side: common.interpreter(python, given.threads) for side, python in sides.items()}
     if results.original is None:
         results.original = (score(given.model, given), common.weight_bytes(Path(given.model)) / 1e6)
     for name in args.only:
         for side, python in sides.items():
-            if CASES[name].peer is None and side != OURS:
+            if side not in (OURS, *CASES[name].sides()):
                 continue
             try:
                 row = run(name, side, python, given, work)
@@ -263,7 +278,7 @@ def compare(args: argparse.Namespace, given: Inputs, work: Path) -> None:
             results.add(row)
             common.say(f"{row.case}, {side}: perplexity {row.perplexity:.3f}, {row.usage}")
     text = report(results.rows, results.original, results.alone)
-    packages = ["torch", "transformers", "compressed-tensors", "llmcompressor", "quantpress"]
+    packages = ["torch", "transformers", "compressed-tensors", "llmcompressor", "auto-round", "quantpress"]
     lines = [f"\n## {args.model or 'embedded default model'}{', BOS' if given.bos else ''}\n", text, ""]
     lines += [f"- {side}: {common.versions(python, packages)}" for side, python in pythons.items() if python]
     lines += [f"- calibration {SAMPLES} x {SEQ_LEN} tokens, perplexity over {WINDOWS} x {WINDOW} tokens"]
