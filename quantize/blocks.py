@@ -1,7 +1,8 @@
 """The decoder blocks of a job, one after the other: calibrated, transformed, rounded, tuned, journalled."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .journal import Journal
 from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS
 from .recipe import Qat, Tuned
-from .rounding import record, round_stage
+from .rounding import record, round_stage, weight_of
 from .stages import Stage, Stages, shared_inputs
 from .transforming import BlockTransforms
 from .tuning import Tuning
@@ -46,6 +47,9 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
         changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
         method = job.recipe.method
+        if changes.parameters and _trains_end_to_end(job):  # whose errors are measured once more, at the end
+            kept = {name: weight_of(block, linear) for name, linear in linears.items()}
+            write_part(_transformed(journal, k), kept)
         tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, Tuned) else None
         cache = None if caches is None else kv_cache.Largest(*caches[k])
         whole = tuning is not None or cache is not None or not last
@@ -151,15 +155,24 @@ def _block_tensors(
     return tensors
 
 
-def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> tuple[list[Path], dict[str, float] | None]:
-    """The blocks' parts, their scales trained end to end where the recipe asks for it, and the loss of that.
+@dataclass(frozen=True)
+class Trained:
+    """The blocks' parts; where scales were trained end to end, the loss of that and the linears' errors after it."""
+
+    parts: list[Path]
+    summary: dict[str, float] | None = None
+    errors: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Trained:
+    """The parts of all blocks, their scales trained end to end where the recipe asks for it.
 
     The journal's parts are left alone: a run killed in here does this step again, and with the same result.
     """
     parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
     method, format = job.recipe.method, FORMATS[job.recipe.formats[0]]
     if not isinstance(method, Qat) or method.end_to_end is None or tokens is None:
-        return parts, None
+        return Trained(parts)
     tensors = [load_file(part) for part in parts]
     quantized = {
         x.name: format.unpack(x.name, tensors[x.block].__getitem__, grid, (x.out_features, x.in_features))
@@ -175,4 +188,19 @@ def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> tuple
     trained = [journal.folder / f"trained-{k:05d}.safetensors" for k in range(len(parts))]
     for path, one in zip(trained, tensors, strict=True):
         write_part(path, one)
-    return trained, summary
+
+    def transformed(k: int) -> Mapping[str, Tensor]:
+        path = _transformed(journal, k)
+        return load_file(path) if path.exists() else {}
+
+    scales = {name: q.scales.to(model.device, torch.float32) for name, q in best.items()}
+    return Trained(trained, summary, model.errors(scales, transformed))
+
+
+def _trains_end_to_end(job: Job) -> bool:
+    return isinstance(job.recipe.method, Qat) and job.recipe.method.end_to_end is not None
+
+
+def _transformed(journal: Journal, k: int) -> Path:
+    """Where the weights of block `k` are kept that a transform has changed."""
+    return journal.folder / f"transformed-{k:05d}.safetensors"

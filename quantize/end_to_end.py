@@ -7,7 +7,7 @@ Codes and zeros stay as the blocks left them. The blocks run one after another i
 kept for the gradient, and the block runs again on the way back.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,8 @@ from .methods.fake_quant import storable
 from .model import Arguments, Linear, Skeleton, run_block
 from .plan import TUNING_CHECKS, held_out
 from .recipe import Objective, Qat
-from .tuning import batches
+from .rounding import weight_of
+from .tuning import batches, output_errors
 
 _WHOLE = (1 << 16) - 1  # in the place of a block's number: the order of the sequences is one of its own
 
@@ -103,12 +104,40 @@ class QuantizedModel:
         wanted = self._skeleton.logits(self._targets[i])
         return kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
 
+    @torch.no_grad()
+    def errors(self, scales: Scales, transformed: Callable[[int], Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the error of each linear with `scales`: over all sequences, one pass of them.
+
+        transformed: original weights [out, in] of block k that a transform has changed; the others are read again.
+        """
+        hidden = self._skeleton.embed(self._ids).cpu()
+        found: dict[str, dict[str, Any]] = {}
+        for k, original in self._skeleton.blocks():
+            block = self._blocks[k]
+            own = [scales[linear.name] for linear in block.linears]
+            changed = transformed(k)
+            weights = {
+                x.name: (changed[x.name].to(self.device) if x.name in changed else weight_of(original, x), now)
+                for x, now in zip(block.linears, self._weights(block, own), strict=True)
+            }
+            with output_errors(block.module, {x.name: x for x in block.linears}, weights) as errors:
+                for i in range(self.samples):
+                    hidden[i : i + 1] = self._run(block, hidden[i : i + 1].to(self.device), *own)
+            found |= errors
+        return found
+
+    def _weights(self, block: _Block, scales: Sequence[Tensor]) -> list[Tensor]:
+        """The weight [out, in] of each linear of `block`, differentiable by its scales [out, groups]."""
+        return [
+            (self._numbers[linear.name].to(torch.float32).view(*scale.shape, -1) * scale[:, :, None]).flatten(1)
+            for linear, scale in zip(block.linears, scales, strict=True)
+        ]
+
     def _run(self, block: _Block, x: Tensor, *scales: Tensor) -> Tensor:
-        weights = {}
-        for linear, scale in zip(block.linears, scales, strict=True):
-            numbers = self._numbers[linear.name].to(torch.float32)
-            weight = (numbers.view(*scale.shape, -1) * scale[:, :, None]).flatten(1)
-            weights[f"{linear.module}.weight"] = weight.T if linear.transposed else weight
+        weights = {
+            f"{linear.module}.weight": weight.T if linear.transposed else weight
+            for linear, weight in zip(block.linears, self._weights(block, scales), strict=True)
+        }
         args, kwargs = block.arguments
         result = functional_call(block.module, weights, (x, *args), kwargs)
         output: Tensor = result[0] if isinstance(result, tuple) else result
@@ -134,7 +163,7 @@ def train_scales(model: QuantizedModel, settings: Qat) -> tuple[dict[str, Quanti
     kept, found = start, 0
     first = least = _loss(model, start, unseen)
     interval = -(-chosen.steps // TUNING_CHECKS)
-    picks = batches(n, settings.batch_size, settings.seed, _WHOLE)
+    picks = batches(n, chosen.batch_size, settings.seed, _WHOLE)
     for done in range(1, chosen.steps + 1):
         rate = chosen.lr * (1 - (done - 1) / chosen.steps)
         for name, gradient in _gradients(model, stored(), next(picks).tolist()).items():

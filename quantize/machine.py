@@ -85,6 +85,14 @@ def has_amx() -> bool:
         return False
 
 
+def multiplies_bfloat16(where: torch.device) -> bool:
+    """Whether `where` has instructions for bfloat16 products: elsewhere they are slower than float32 ones."""
+    if where.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

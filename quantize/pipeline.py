@@ -54,13 +54,15 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     journal = Journal(work, _key(job, files, tokens))
     run_blocks(job, tokens, journal, settings)
     manifest = describe(job, files, tokens, journal.done)
-    parts, summary = train_end_to_end(job, tokens, journal)
-    if summary is not None:
-        manifest |= {"end_to_end": summary, "error_measure": "output, before the scales were trained end to end"}
+    trained = train_end_to_end(job, tokens, journal)
+    if trained.summary is not None:
+        manifest["end_to_end"] = trained.summary
+        for layer in manifest["layers"]:
+            layer |= trained.errors.get(layer["name"], {})
     if job.recipe.is_gguf:
-        manifest = gguf_run.make(job, manifest, tokens, settings, parts)
+        manifest = gguf_run.make(job, manifest, tokens, settings, trained.parts)
     else:
-        assemble(job, journal, settings, manifest, parts)
+        assemble(job, journal, settings, manifest, trained.parts)
     return _signed(manifest, job, settings, started, [done["seconds"] for done in journal.done])
 
 

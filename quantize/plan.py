@@ -203,22 +203,25 @@ def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear],
     config = skeleton.config
     a_token = skeleton.n_blocks * int(config.hidden_size) + 4 * int(config.vocab_size) + 3 * widths
     kept = recipe.calibration.seq_len * a_token
-    kept += recipe.calibration.samples * recipe.calibration.seq_len * int(config.hidden_size)  # the original's outputs
+    # The original's outputs, and the states its linears' errors are measured on.
+    kept += 2 * recipe.calibration.samples * recipe.calibration.seq_len * int(config.hidden_size)
     return 2 * artifact + 3 * weights + 4 * shell + 4 * (3 * largest + kept)
 
 
 def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, linears: list[Linear]) -> float:
     """Four forward passes a step, for blocks run again on the way back; one for each look at what is held out.
 
-    The head is not run again, but for kl the original's is, and its blocks once.
+    The head is not run again, but for kl the original's is, and its blocks once. The errors are measured at the end.
     """
-    assert method.end_to_end is not None
+    wanted = method.end_to_end
+    assert wanted is not None
     samples = recipe.calibration.samples
     unseen = held_out(samples)
-    sequences = 4 * method.end_to_end.steps * min(method.batch_size, samples - unseen) + (TUNING_CHECKS + 1) * unseen
+    sequences = 4 * wanted.steps * min(wanted.batch_size, samples - unseen) + (TUNING_CHECKS + 1) * unseen
     head = int(skeleton.config.hidden_size) * int(skeleton.config.vocab_size)
     blocks = sum(_active(skeleton, linears).values())
-    total = sequences * (blocks + head) + (samples * blocks if method.end_to_end.objective == "kl" else 0)
+    total = sequences * (blocks + head) + (samples * blocks if wanted.objective == "kl" else 0)
+    total += 3 * samples * blocks  # one more pass, and each linear's error in it
     return 2.0 * recipe.calibration.seq_len * total
 
 

@@ -83,7 +83,9 @@ class Gptq(Strict):
 class Tuned(Strict):
     """What the methods share that tune a block as a whole, by gradient steps, once it is rounded."""
 
-    batch_size: int = Field(4, ge=1, description="calibration sequences a step")
+    batch_size: int = Field(
+        2, ge=1, description="calibration sequences a step; few, and more steps, bring more for the same work"
+    )
     patience: int | None = Field(
         None,
         ge=1,
@@ -139,7 +141,8 @@ class EndToEnd(Strict):
         description="kl: the divergence from the original's predictions; next_token: the paper's, which also learns "
         "the calibration text",
     )
-    steps: int = Field(32, ge=1, description="gradient steps, of `batch_size` sequences")
+    steps: int = Field(32, ge=1, description="gradient steps")
+    batch_size: int = Field(4, ge=1, description="calibration sequences a step")
     lr: float = Field(
         2e-3, gt=0, strict=False, description="what the first step moves a scale, as a share; falls to 0 in a line"
     )

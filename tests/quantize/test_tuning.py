@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantpress.quantize import machine
 from quantpress.quantize.artifact import open_artifact
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.grid import Grid, QuantizedLinear
@@ -158,6 +159,38 @@ def test_errors_on_record_are_those_of_the_linears(tmp_path: Path) -> None:
         assert scene.records[name]["loss"] == pytest.approx(float(error) / (8 * 24), rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_products_give_the_gradients_of_float32_ones(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(family, tmp_path, AutoRound(), torch.bfloat16)
+    weights = {}
+    for name, one in scene.rounded.items():
+        weight = one.dequantize()
+        weights[f"{scene.linears[name].module}.weight"] = weight.T if scene.linears[name].transposed else weight
+    found = {}
+    for native in (True, False):
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda where, native=native: native)
+        passes = Passes(scene.block, scene.inputs, scene.targets, scene.arguments, CPU)
+        found[native] = passes.loss(weights), passes.gradients(weights, torch.arange(8))
+    assert found[True][0] == pytest.approx(found[False][0], rel=0.02)
+    assert found[True][0] != found[False][0]
+    for name, plain in found[False][1].items():
+        fast = found[True][1][name]
+        assert fast.dtype == torch.float32
+        assert (fast - plain).norm() < 0.05 * plain.norm(), name
+
+
+def test_only_a_bfloat16_model_is_multiplied_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda where: True)
+    scene = Scene("llama", tmp_path, AutoRound(), torch.float32)
+    seen = []
+    passes = Passes(scene.block, scene.inputs, scene.targets, scene.arguments, CPU)
+    passes._block.get_submodule("mlp.down_proj").register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    passes.loss({})
+    assert seen == [torch.float32]
+
+
 def test_batches_meet_every_sample_and_depend_on_seed_and_block_alone() -> None:
     def first(n: int, *key: int) -> list[list[int]]:
         source = batches(6, 2, *key)
@@ -185,9 +218,9 @@ def test_the_plan_counts_steps_and_what_they_keep(method: str, tmp_path: Path) -
     wide = plan({"name": method, "steps": 10, "batch_size": 32})
     assert short.memory_bytes > rounded.memory_bytes
     assert wide.memory_bytes > short.memory_bytes
-    # A step is three forward passes (2 operations a weight) over 4 x 64 tokens; each meets 2 of the 4 experts.
+    # A step is three forward passes (2 operations a weight) over 2 x 64 tokens; each meets 2 of the 4 experts.
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 2 * 3 * 64 * 96)
-    assert long.operations - short.operations == 20 * 3 * 2 * 4 * 64 * weights
+    assert long.operations - short.operations == 20 * 3 * 2 * 2 * 64 * weights
     assert short.passes == rounded.passes == 2
 
 
@@ -207,5 +240,6 @@ def test_the_plan_counts_training_end_to_end(tmp_path: Path) -> None:
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 256
     assert long.operations - short.operations == 20 * 4 * 2 * 4 * 64 * weights
     looks = 5 * 8 * 2 * 64 * weights
-    original = 64 * 2 * 64 * (weights - 64 * 256)
-    assert short.operations - none.operations == 10 * 4 * 2 * 4 * 64 * weights + looks + original
+    blocks = weights - 64 * 256
+    original, errors = 64 * 2 * 64 * blocks, 3 * 64 * 2 * 64 * blocks
+    assert short.operations - none.operations == 10 * 4 * 2 * 4 * 64 * weights + looks + original + errors
