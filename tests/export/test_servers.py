@@ -27,6 +27,7 @@ from quantpress.quantize.recipe import (
     Vllm,
 )
 from tests.quantize.formats.artifacts import make, uniform
+from tests.tiny import tokenizer
 
 TARGETS: dict[str, Target] = {
     "vllm": Vllm(max_model_len=64),
@@ -232,6 +233,21 @@ def test_the_readme_says_what_has_to_be_known(runs: dict[str, Path], tmp_path: P
     make(tmp_path / "run" / "quantized", "modelopt", uniform(Grid(type="nvfp4")), spec=spec)
     text = (export(tmp_path / "run", TensorRtLlm()).folder / "README.md").read_text()
     assert "TensorRT-LLM takes nvfp4 weights with nvfp4 inputs on Blackwell GPUs only." in text
+
+
+def test_llama_cpp_is_told_what_the_chat_template_takes_for_granted(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Without it the server says `enable_thinking: false`, and the prompt is not the one of other servers."""
+    folder = tmp_path / "run" / "quantized"
+    shutil.copytree(runs["gguf"] / "quantized", folder)
+    tokenizer().save_pretrained(folder)
+    plain = export(tmp_path / "run", LlamaCpp(), tmp_path / "plain").folder
+    assert "--chat-template-kwargs" not in (plain / "serve.sh").read_text()
+    thinks = "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}no{% endif %}"
+    (folder / "chat_template.jinja").write_text(thinks)
+    told = export(tmp_path / "run", LlamaCpp(), tmp_path / "told").folder
+    command = service(told)["command"]
+    assert json.loads(command[command.index("--chat-template-kwargs") + 1]) == {"enable_thinking": True}
+    assert """--chat-template-kwargs '{"enable_thinking": true}'""" in (told / "serve.sh").read_text()
 
 
 def test_ollama_gets_the_modelfile_of_the_artifact(runs: dict[str, Path], tmp_path: Path) -> None:
