@@ -112,7 +112,8 @@ def _stages(
             some = torch.ones(1, 1, job.skeleton.config.hidden_size, dtype=job.skeleton.dtype)
             together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
             together += [(name,) for name in wanted if not any(name in names for names in together)]
-        return [Stage(names, inputs=None if inputs is None else Inputs(*inputs)) for names in together]
+        rounded = None if inputs is None else Inputs(*inputs)
+        return [Stage(names, moment=job.importance.get(names[0]), inputs=rounded) for names in together]
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,

@@ -116,14 +116,16 @@ class Skeleton:
         """Block `k`'s tensors by their name inside the block, in the model's dtype, on the CPU."""
         return {n: self.reader.read(disk).to(self.dtype) for n, disk in self.block_names(k).items()}
 
-    def blocks(self, start: int = 0, keep: bool = False) -> Iterator[tuple[int, nn.Module]]:
+    def blocks(self, start: int = 0, keep: bool = False, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Blocks from `start` on, each materialised on the device while the next one is read; then dropped."""
+        order = list(range(start, self.n_blocks))
+        order = order[::-1] if backwards else order
         with ThreadPoolExecutor(1) as pool:
-            ahead: Future[dict[str, Tensor]] = pool.submit(self.read_block, start)
-            for k in range(start, self.n_blocks):
+            ahead: Future[dict[str, Tensor]] = pool.submit(self.read_block, order[0])
+            for i, k in enumerate(order):
                 tensors = ahead.result()
-                if k + 1 < self.n_blocks:
-                    ahead = pool.submit(self.read_block, k + 1)
+                if i + 1 < len(order):
+                    ahead = pool.submit(self.read_block, order[i + 1])
                 block = self._blocks[k]
                 _fill_buffers(self.model, block, self.device)
                 block.load_state_dict({n: t.to(self.device) for n, t in tensors.items()}, assign=True, strict=True)
@@ -161,8 +163,12 @@ class Skeleton:
 
     def heads(self) -> list[str]:
         """Names of the linears outside the blocks: the output head."""
+        return [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in self.head_modules()]
+
+    def head_modules(self) -> list[str]:
+        """As `heads`, by the model's own names."""
         return [
-            self.disk_name(f"{name}.weight").removesuffix(".weight")
+            name
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and not name.startswith(f"{self.blocks_name}.")
         ]
@@ -182,10 +188,14 @@ class Skeleton:
         """Hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len]."""
         out = []
         for rows in torch.split(tokens, max(1, _EMBEDDED_TOKENS // tokens.shape[1])):
-            with self._taps() as taps:
-                self.model.base_model(input_ids=rows.to(self.device), use_cache=False)
-            out.append(taps[0].hidden)
+            out.append(self.embedding(rows))
         return torch.cat(out)
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """As `embed`, of few tokens and differentiable."""
+        with self._taps() as taps:
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        return taps[0].hidden
 
     @torch.no_grad()
     def block_arguments(self, seq_len: int) -> list[Arguments]:

@@ -27,7 +27,8 @@ _PANELS = 8  # X^T X is symmetric: about half of it is computed, in this many pa
 class Stage:
     """Linears that receive the same tensor X [tokens, in], about to be applied.
 
-    moment: X^T X [in, in] float32, None when no token came; tokens: rows of X. drift: (X0 - X)^T X [in, in], X0 what
+    moment: X^T X [in, in] float32, or a multiple of its diagonal [in] where an importance matrix is all there is; None
+    when nothing is known of X; tokens: rows of X. drift: (X0 - X)^T X [in, in], X0 what
     the original model would send instead; None where that was not asked for or tokens do not correspond. inputs: how X
     is rounded as the artifact runs, None where it is not; X in the moments is what that makes of it.
     """

@@ -171,3 +171,12 @@ def fitted(importance: Mapping[str, Importance], entries: Sequence[Entry], where
     if not out:
         raise BadInput(f"imatrix {where}: not one of its tensors is in the model")
     return out
+
+
+def of_linears(importance: Mapping[str, Array], entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
+    """Mean squares [in] by the name of the linear on disk, for every parameter that one of `importance` is made of."""
+    out = {}
+    for entry in entries:
+        for i, parameter in enumerate(entry.parameters if entry.name in importance else ()):
+            out[parameter.removesuffix(".weight")] = torch.from_numpy(importance[entry.name][i])
+    return out

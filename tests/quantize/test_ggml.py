@@ -52,10 +52,13 @@ def test_less_error_than_the_gguf_package(kind: GgmlType) -> None:
 @every_type
 @pytest.mark.parametrize("weighted", [False, True])
 def test_less_error_than_llama_cpp(kind: GgmlType, weighted: bool) -> None:
-    """Both weigh columns alike; llama.cpp also weighs each of them by its size, which an importance matrix implies."""
-    w, weigh = weight(64, 1024), importance(1024) if weighted else torch.ones(1024)
-    theirs = by_llama_cpp(w, kind, weigh)
-    error, other = ((x - w).square() @ weigh for x in (rounded(w, kind, weigh), theirs))
+    """With a matrix by what both weigh with; without one in plain squares, where llama.cpp weighs by size as well."""
+    w, weigh = weight(64, 1024), importance(1024)
+    blocks = -1, BlockGrid(type=kind).span(1024)
+    each = ggml.by_size(w.reshape(blocks), weigh.expand(64, -1).reshape(blocks), BlockGrid(type=kind)).reshape(w.shape)
+    theirs = by_llama_cpp(w, kind, weigh if weighted else torch.ones(1024))
+    ours = rounded(w, kind, weigh if weighted else None)
+    error, other = ((x - w).square().mul(each if weighted else 1).sum(1) for x in (ours, theirs))
     assert (error < other).all()
 
 
