@@ -217,6 +217,14 @@ class Skeleton:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         return logits
 
+    @torch.no_grad()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head is applied to, [tokens, hidden], for hidden states of that shape that left the last block."""
+        with self._taps(hidden[None].to(self.device)):
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
+            out: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return out
+
     @contextmanager
     def _taps(self, result: Tensor | None = None) -> Iterator[list["_Tap"]]:
         """The model with its blocks replaced by taps that note their arguments and return `result` or their input."""

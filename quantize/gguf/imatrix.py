@@ -44,7 +44,10 @@ class Importance:
 def measure(
     skeleton: Skeleton, entries: Sequence[Entry], tokens: Tokens, on_block: Callable[[int], None] = lambda done: None
 ) -> dict[str, Importance]:
-    """The importance of every linear's columns for these tokens, by GGUF tensor: one pass, block after block."""
+    """The importance of every linear's columns for these tokens, by GGUF tensor: one pass, block after block.
+
+    The head's stands under its own name, or under the embedding's where that is the head.
+    """
     device = skeleton.device
     place = {p.removesuffix(".weight"): (entry, i) for entry in entries for i, p in enumerate(entry.parameters)}
     skeleton.open_shell()
@@ -68,6 +71,13 @@ def measure(
                 found.sums[expert] = squares[linear.module].total.cpu().numpy()
                 found.counts[expert] = squares[linear.module].count
         on_block(k + 1)
+    skeleton.open_shell()
+    head = _Squares(hidden.shape[-1])
+    for states in hidden:
+        head.add(skeleton.normed(states))
+    skeleton.close_shell()
+    name = next(n for n in ("output.weight", "token_embd.weight") if any(entry.name == n for entry in entries))
+    out[name] = Importance(head.total[None].float().numpy(), np.array([head.count], np.float32))
     return out
 
 
@@ -79,7 +89,10 @@ class _Squares:
         self.count = 0
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])
+        self.add(args[0].reshape(-1, args[0].shape[-1]))
+
+    def add(self, x: torch.Tensor) -> None:
+        """Rows x [tokens, in]."""
         self.total += x.to(torch.float32).square().sum(0, dtype=torch.float64).cpu()
         self.count += len(x)
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from ..checkpoint import Checkpoint
 from ..grid import Grid
-from ..model import Linear
+from ..model import Linear, Skeleton
 from ..plan import PROCESS_BYTES, Plan, make_plan
 from ..recipe import LlamaCppQuantizer, Recipe
 from ..recipe.gguf import FLOATS
@@ -27,6 +27,8 @@ def make_gguf_plan(
         chosen = our_types(recipe, conversion)
         artifact = rounding.allowed(recipe, conversion) or sum(rounding.file_sizes(recipe, conversion, chosen))
         own = make_plan(recipe, conversion.skeleton, linears, grids)
+        if wanted.budget is not None:
+            own = _with_sensitivity(own, recipe, conversion.skeleton, linears)
         notes = (*conversion.notes, *summed_up(fallbacks(conversion, chosen)))
         return replace(own, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=notes)
     original, notes = checkpoint.total_bytes, conversion.notes
@@ -61,6 +63,30 @@ def make_gguf_plan(
         seconds=original / 2e7 if wanted.type not in FLOATS else original / 2e8,
         passes=1 if recipe.calibrated else 0,
         notes=notes,
+    )
+
+
+def _with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: list[Linear]) -> Plan:
+    """The plan with the pass that measures what errors cost, in float32: forwards, and backwards with blocks run again.
+
+    On disk lie the states that enter each block; in memory a block and the one read ahead, or what is around them with
+    the logits of a sequence, the tensors kept for the gradient of one, and states and gradients of all tokens.
+    """
+    hidden, seq_len = int(skeleton.config.hidden_size), recipe.calibration.seq_len
+    tokens, outside = recipe.calibration.samples * seq_len, int(skeleton.config.vocab_size) * hidden
+    blocks, widths = [0] * skeleton.n_blocks, [0] * skeleton.n_blocks
+    for x in linears:
+        blocks[x.block] += x.in_features * x.out_features
+        widths[x.block] += x.in_features + x.out_features
+    shell = 2 * outside + 4 * seq_len * int(skeleton.config.vocab_size)
+    work = 4 * (max(shell, 2 * max(blocks) + 3 * seq_len * max(widths)) + 3 * tokens * hidden)
+    return replace(
+        plan,
+        memory_bytes=max(plan.memory_bytes, PROCESS_BYTES + work),
+        disk_bytes=max(plan.disk_bytes, 4 * tokens * hidden * skeleton.n_blocks),  # gone before the first block is kept
+        operations=plan.operations + 2.0 * tokens * (4 * sum(blocks) + 3 * outside),
+        seconds=plan.seconds * (1 + 2.0 * tokens * (4 * sum(blocks) + 3 * outside) / plan.operations),
+        passes=plan.passes + 1,
     )
 
 
