@@ -16,6 +16,7 @@ from .checkpoint import write_part
 from .end_to_end import QuantizedModel, train_scales
 from .errors import BadInput
 from .formats import FORMATS
+from .gguf.imatrix import HEAD_IMPORTANCE, of_head
 from .grid import Inputs, QuantizedLinear
 from .job import Job, Progress, Settings
 from .journal import Journal
@@ -48,7 +49,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         method = job.recipe.method
         tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, Tuned) else None
         cache = None if caches is None else kv_cache.Largest(*caches[k])
-        whole = tuning is not None or cache is not None or not last
+        whole = tuning is not None or cache is not None or not last or job.weighs_head
         for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache):
             round_stage(
                 job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
@@ -59,6 +60,8 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         layers = [records.get(name) or record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
         tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
+        if last and job.weighs_head:
+            tensors[HEAD_IMPORTANCE] = of_head(skeleton, hidden["hidden"])
         line = {"block": k, "seconds": round(seconds, 3), "layers": layers, "transforms": changes.records}
         journal.commit(tensors, {} if last else hidden, line)
         errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]

@@ -53,12 +53,18 @@ def fit_super(weight: Tensor, grid: BlockGrid, importance: Tensor | None) -> Ten
 
 
 def fit_group(
-    weight: Tensor, grid: BlockGrid, importance: Tensor | None, overall: Tensor | None
+    weight: Tensor,
+    grid: BlockGrid,
+    importance: Tensor | None,
+    overall: Tensor | None,
+    moment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale [rows] and zero [rows], float32, of one group: a weight is scale * (q - zero), the offset in the zero.
 
     weight [rows, columns of the group], importance [columns] or [rows, columns] or None, overall [2, rows] from
-    `fit_super` for K types.
+    `fit_super` for K types. With a moment X^T X [columns, columns] of the inputs, K types take of the scales near the
+    best that can be stored those with the least error in the output: inputs go together, and an offset that is a step
+    off costs more than the errors of its columns one by one.
     """
     x = weight.to(torch.float32).T.contiguous()[None]
     w = _weights(importance, x)
@@ -71,7 +77,7 @@ def fit_group(
             scale, offset = found
             scales[rows], offsets[rows] = _half(scale)[0], (offset.clamp(-_HUGE, _HUGE).half().float())[0]
         else:
-            codes, shifts, _ = _coded(part, mine, grid, *found, overall[:, rows])
+            codes, shifts, _ = _coded(part, mine, grid, found, overall[:, rows], moment)
             scales[rows], offsets[rows] = (codes * overall[0, rows])[0], (shifts * overall[1, rows])[0]
     return scales, zero_of(grid) + offsets / scales
 
@@ -189,32 +195,36 @@ def _ranges(x: Tensor, grid: BlockGrid) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _coded(
-    x: Tensor, w: Tensor, grid: BlockGrid, scale: Tensor, offset: Tensor, overall: Tensor
+    x: Tensor, w: Tensor, grid: BlockGrid, ideal: tuple[Tensor, Tensor], overall: Tensor, moment: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of scale and offset with the least weighted error near the ideal ones, and that error: [groups, rows].
 
-    overall [2, rows]. Every scale code near the ideal one is tried, each with the offset that suits it.
+    overall [2, rows]; moment [columns, columns] of one group. Every scale code near the ideal one is tried, each with
+    the offset that suits it, or by a moment with the ones around that.
     """
     smallest, largest = SCALE_CODES[grid.type]
-    d, m = overall[0], overall[1]
+    (scale, offset), d, m = ideal, overall[0], overall[1]
+    over = w if moment is None else moment.sum(0)[None, :, None]  # what an error of each column adds up to
+    whole = over.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
     start = (scale / d).round_()
-    xw, sum_w = x * w, w.sum(1)
-    sum_x = xw.sum(1)
+    sum_x = (x * over).sum(1)
     best = torch.full_like(scale, torch.inf)
     codes, shifts = torch.ones_like(scale), torch.zeros_like(scale)
     for step in (-2, -1, 0, 1, 2) if grid.bits == 2 else (-1, 0, 1):
         code = (start + step).clamp_(smallest, largest)
         code = torch.where(code == 0, torch.where(scale < 0, -1.0, 1.0), code)
         s = code * d
-        shift = torch.zeros_like(code)
+        tried = [torch.zeros_like(code)]
         if not grid.symmetric:
-            numbers = _snap(x, s, offset, grid)
-            shift = ((s * (numbers * w).sum(1) - sum_x) / sum_w / m).round_().clamp_(0, largest)
-        numbers = _snap(x, s, shift * m, grid)
-        error = numbers.mul_(s[:, None]).sub_((shift * m)[:, None]).sub_(x).square_().mul_(w).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        codes, shifts = torch.where(better, code, codes), torch.where(better, shift, shifts)
+            balanced = ((s * (_snap(x, s, offset, grid) * over).sum(1) - sum_x) / whole / m).round_()
+            tried = [balanced] if moment is None else [balanced, balanced - 1, balanced + 1, (offset / m).round_()]
+        for shift in tried:
+            shift = shift.clamp(0, largest)
+            error = _snap(x, s, shift * m, grid).mul_(s[:, None]).sub_((shift * m)[:, None]).sub_(x)
+            error = (error.square_().mul_(w) if moment is None else (moment @ error).mul_(error)).sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            codes, shifts = torch.where(better, code, codes), torch.where(better, shift, shifts)
     return codes, shifts, best
 
 
@@ -230,7 +240,7 @@ def _super(x: Tensor, w: Tensor, grid: BlockGrid) -> Tensor:
     best = torch.full_like(d, torch.inf)
     out = overall
     for attempt in range(_REFITS + 1):
-        codes, shifts, error = _coded(x, w, grid, *found, overall)
+        codes, shifts, error = _coded(x, w, grid, found, overall)
         total = error.sum(0)
         better = total < best
         best, out = torch.where(better, total, best), torch.where(better, overall, out)

@@ -71,6 +71,11 @@ class Job:
     def contents(self) -> Contents:
         return _contents(self.recipe, self.skeleton, self.schemes)
 
+    @property
+    def weighs_head(self) -> bool:
+        """Whether the output head is rounded by what it gets in calibration, which the last block's part then holds."""
+        return self.recipe.is_gguf and self.recipe.gguf_file.calibrated
+
     def sizes(
         self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int
     ) -> dict[str, Any]:

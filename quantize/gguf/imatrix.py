@@ -24,6 +24,7 @@ from .reader import GgufTensors
 from .writer import Tensor, write
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+HEAD_IMPORTANCE = "head.importance"  # in the last block's part, mean squares [hidden]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
@@ -71,14 +72,25 @@ def measure(
                 found.sums[expert] = squares[linear.module].total.cpu().numpy()
                 found.counts[expert] = squares[linear.module].count
         on_block(k + 1)
+    count = tokens.ids.numel()
+    sums = count * of_head(skeleton, hidden).numpy()
+    out[head_of(entries)] = Importance(sums[None], np.array([count], np.float32))
+    return out
+
+
+def of_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
+    """Mean squares [hidden], float32, of the head's inputs, for states [samples, seq_len, hidden] of the last block."""
     skeleton.open_shell()
     head = _Squares(hidden.shape[-1])
     for states in hidden:
         head.add(skeleton.normed(states))
     skeleton.close_shell()
-    name = next(n for n in ("output.weight", "token_embd.weight") if any(entry.name == n for entry in entries))
-    out[name] = Importance(head.total[None].float().numpy(), np.array([head.count], np.float32))
-    return out
+    return (head.total / max(head.count, 1)).float()
+
+
+def head_of(entries: Sequence[Entry]) -> str:
+    """The tensor that is the head: of its own, or the embedding."""
+    return next(n for n in ("output.weight", "token_embd.weight") if any(entry.name == n for entry in entries))
 
 
 class _Squares:

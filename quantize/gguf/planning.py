@@ -21,19 +21,26 @@ def make_gguf_plan(
     recipe: Recipe, conversion: Conversion, linears: list[Linear], grids: dict[str, Grid | None]
 ) -> Plan:
     """What the run needs, by the types the tensors will get; where llama.cpp alone knows these the plan says so."""
-    wanted, checkpoint = recipe.gguf_file, conversion.reader
+    checkpoint = conversion.reader
     assert isinstance(checkpoint, Checkpoint)
-    if not isinstance(recipe.method, LlamaCppQuantizer):
-        chosen = our_types(recipe, conversion)
-        artifact = rounding.allowed(recipe, conversion) or sum(rounding.file_sizes(recipe, conversion, chosen))
-        own = make_plan(recipe, conversion.skeleton, linears, grids)
-        if wanted.budget is not None:
-            own = _with_sensitivity(own, recipe, conversion.skeleton, linears)
-        notes = (*conversion.notes, *summed_up(fallbacks(conversion, chosen)))
-        return replace(own, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=notes)
-    original, notes = checkpoint.total_bytes, conversion.notes
-    of = {parameter: entry.name for entry in conversion.entries for parameter in entry.parameters}
-    if wanted.type in FLOATS:
+    if isinstance(recipe.method, LlamaCppQuantizer):
+        return _plan_of_llama_cpp(recipe, conversion, checkpoint, linears)
+    wanted, chosen = recipe.gguf_file, our_types(recipe, conversion)
+    artifact = rounding.allowed(recipe, conversion) or sum(rounding.file_sizes(recipe, conversion, chosen))
+    own = make_plan(recipe, conversion.skeleton, linears, grids)
+    if wanted.budget is not None:
+        own = _with_sensitivity(own, recipe, conversion.skeleton, linears)
+    if wanted.calibrated:  # the head is looked at while the last block is still there
+        around = sum(checkpoint.nbytes(name) for entry in conversion.outside() for name in entry.parameters)
+        own = replace(own, memory_bytes=max(own.memory_bytes, _calibration_bytes(recipe, conversion) + around))
+    notes = (*conversion.notes, *summed_up(fallbacks(conversion, chosen)))
+    return replace(own, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=notes)
+
+
+def _plan_of_llama_cpp(recipe: Recipe, conversion: Conversion, checkpoint: Checkpoint, linears: list[Linear]) -> Plan:
+    wanted, original, notes = recipe.gguf_file, checkpoint.total_bytes, conversion.notes
+    floats = wanted.type in FLOATS
+    if floats:
         kind = cast(FloatType, wanted.type)
         tensors, metadata = conversion.tensors(kind), conversion.file_type(kind)
         layers = {x.name: str(kind) for x in linears}
@@ -41,6 +48,7 @@ def make_gguf_plan(
         kinds, known = expected_types(recipe, conversion)
         tensors = [*conversion.constants(), *(conversion.tensor(e, kinds[e.name]) for e in conversion.entries)]
         metadata = conversion.metadata | {"general.file_type": 0, "general.quantization_version": 0}
+        of = {parameter: entry.name for entry in conversion.entries for parameter in entry.parameters}
         layers = {x.name: kinds[of[f"{x.name}.weight"]].name for x in linears}
         if not known:
             notes = (*notes, f"the size is an estimate: which tensors of {wanted.type} get more bits llama.cpp decides")
@@ -48,22 +56,29 @@ def make_gguf_plan(
     largest = max(sum(checkpoint.nbytes(name) for name in entry.parameters) for entry in conversion.entries)
     memory, operations = PROCESS_BYTES + 6 * largest, 0.0
     if recipe.calibrated:
+        memory = max(memory, _calibration_bytes(recipe, conversion) + 6 * largest)
         tokens = recipe.calibration.samples * recipe.calibration.seq_len
-        width = conversion.config.hidden_size
-        memory += 2 * original // max(1, conversion.skeleton.n_blocks) + 4 * tokens * width
         operations = 2.0 * tokens * sum(x.in_features * x.out_features for x in linears)
-    intermediate = 0 if wanted.type in FLOATS else original
     return Plan(
         layers=layers,
         original_bytes=original,
         artifact_bytes=artifact,
         memory_bytes=memory,
-        disk_bytes=artifact + intermediate,
+        disk_bytes=artifact + (0 if floats else original),
         operations=operations,
-        seconds=original / 2e7 if wanted.type not in FLOATS else original / 2e8,
+        seconds=original / (2e8 if floats else 2e7),
         passes=1 if recipe.calibrated else 0,
         notes=notes,
     )
+
+
+def _calibration_bytes(recipe: Recipe, conversion: Conversion) -> int:
+    """A block and the one read ahead, and the hidden states of all tokens."""
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len
+    states = 4 * tokens * int(conversion.config.hidden_size)
+    checkpoint = conversion.reader
+    assert isinstance(checkpoint, Checkpoint)
+    return PROCESS_BYTES + 2 * checkpoint.total_bytes // max(1, conversion.skeleton.n_blocks) + states
 
 
 def _with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: list[Linear]) -> Plan:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 import torch
+from safetensors.torch import load_file
 
 from ..calibration import Tokens, open_tokenizer
 from ..checkpoint import Checkpoint, copy_companions
@@ -135,6 +136,8 @@ def make(
     else:
         chosen = job.gguf_types or our_types(job.recipe, conversion)
         given = _given(job.recipe, conversion)
+        if job.weighs_head:
+            given[imatrix.head_of(conversion.entries)] = load_file(parts[-1])[imatrix.HEAD_IMPORTANCE][None].numpy()
         rounding.save(job, conversion, chosen, parts, partial / "model.gguf", given)
     write_json(partial / "config.json", job.checkpoint.config)
     copy_companions(job.source.path, partial)

@@ -21,14 +21,14 @@ def rtn(
     `moment` [in, in] = X^T X, when there is one, measures the error; of it the diagonal [in] alone will do. With
     `scale_search: activation` scales are sought that make the least error in a group's output, by its block of the
     moment; of groups wider than 256 columns only by the diagonal of it: the block would cost more than everything else.
-    ggml's types weigh each weight's error by its size too (`ggml.by_size`).
+    ggml's types weigh each weight's error by its size too (`ggml.by_size`), and are then chosen by the block.
     """
     in_features, fitting = weight.shape[1], Fitting(weight, grid)
     columns = fitting.columns
     weigh = moment if grid.scale_search == "activation" else None
     diagonal = None if weigh is None else weigh if weigh.dim() == 1 else weigh.diagonal()
     w = weight.to(torch.float32)
-    numbers, each = torch.empty_like(w), None
+    numbers, each, block = torch.empty_like(w), None, None
     with one_thread():
         for start in range(0, in_features, columns):
             group, part = start // columns, slice(start, start + columns)
@@ -40,9 +40,10 @@ def rtn(
                     fitting.reach(group, w[:, wide], each)
                 inside = slice(start % fitting.span, start % fitting.span + columns)
                 importance = None if each is None else each[:, inside]
+                block = None if weigh is None or weigh.dim() == 1 else weigh[part, part]
             elif weigh is not None and weigh.dim() == 2 and columns <= _WIDEST:
                 importance = weigh[part, part]
-            scale, zero = fitting.fit(group, w[:, part], importance)
+            scale, zero = fitting.fit(group, w[:, part], importance, block)
             numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
     linear = fitting.linear(numbers)
     return Rounded(linear, output_power(linear.dequantize() - w, moment), output_power(w, moment))

@@ -144,3 +144,15 @@ def test_another_matrix_under_the_same_name_is_another_run(tmp_path: Path) -> No
     matrix(tmp_path / "i.gguf", {"blk.1.attn_q.weight": (64, 64)})
     with pytest.raises(BadInput, match="finished run of something else"):
         made(tmp_path, method={"name": "rtn"}, gguf=section, overwrite=False)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_the_head_is_weighed_by_what_it_gets(method: str, tmp_path: Path) -> None:
+    """With `imatrix: true`: the embedding, which is the head, is rounded by the states that leave the last block."""
+    _, before = made(tmp_path, gguf={"type": "Q4_0"}, method={"name": method})
+    manifest, after = made(tmp_path, gguf={"type": "Q4_0", "imatrix": True}, method={"name": method})
+    data = {t.name: (t.data.tobytes(), t.tensor_type) for t in before.tensors}
+    changed = {t.name for t in after.tensors if data[t.name] != (t.data.tobytes(), t.tensor_type)}
+    assert "token_embd.weight" in changed
+    assert (changed == {"token_embd.weight"}) == (method == "gptq")  # rtn has the blocks' importance besides
+    assert manifest["calibration"] is not None
