@@ -25,7 +25,7 @@ from .imatrix import Array
 from .layout import Entry, float_type
 from .mixes import Choice, TensorType
 from .sensitivity import measure
-from .tensor_types import Types
+from .tensor_types import Types, own_types
 from .writer import Tensor, sizes, write
 
 if TYPE_CHECKING:
@@ -52,14 +52,19 @@ def schemes(recipe: Recipe, entries: list[Entry], linears: list[Linear], chosen:
 def within_budget(job: "Job", conversion: Conversion, chosen: Types, tokens: Tokens, work: Path) -> Types:
     """The types that cost least within `gguf.budget`, by what errors in each tensor do to the predictions.
 
-    `work`: where hidden states may lie meanwhile. Raises BadInput where the smallest file is larger.
+    Those of `gguf.tensor_types` stay. `work`: where hidden states may lie meanwhile. Raises BadInput where the smallest
+    file is larger.
     """
     skeleton = Skeleton(job.checkpoint, device=job.skeleton.device, dtype=torch.float32)
     uses = measure(skeleton, tokens.ids, work)
     shapes = {entry.name: entry.shape for entry in conversion.entries}
     prices: dict[str, dict[TensorType, float]] = {}
+    own = own_types(job.recipe, conversion.entries)
     for entry in conversion.entries:
-        if chosen[entry.name] is not None:
+        choice = chosen[entry.name]
+        if choice is not None and entry.name in own:
+            prices[entry.name] = {choice.type: 0.0}
+        elif choice is not None:
             plain = replace(entry, change=entry.change if entry.change == "transposed" else None)  # rows as in `uses`
             weight = conversion.read(plain)
             of = [uses[parameter.removesuffix(".weight")] for parameter in entry.parameters]

@@ -66,16 +66,32 @@ def test_types_fall_back_and_say_so(tmp_path: Path) -> None:
     assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_the_budget_is_kept_to_the_byte(method: str, tmp_path: Path) -> None:
-    made(tmp_path, gguf={"type": "Q5_0"}, method={"name": "rtn"})
+@pytest.mark.parametrize(("method", "family"), [("gptq", "llama"), ("rtn", "llama"), ("gptq", "mixtral")])
+def test_the_budget_is_kept_to_the_byte(method: str, family: str, tmp_path: Path) -> None:
+    made(tmp_path, family, gguf={"type": "Q5_0"}, method={"name": "rtn"})
     file = tmp_path / "out" / "quantized" / "model.gguf"
     room = file.stat().st_size
-    manifest, _ = made(tmp_path, gguf={"budget": {"bytes": room}}, method={"name": method})
-    assert room - 3000 <= file.stat().st_size <= room
+    manifest, _ = made(tmp_path, family, gguf={"budget": {"bytes": room}}, method={"name": method})
+    assert 0.97 * room <= file.stat().st_size <= room
     assert manifest["recipe"]["gguf"]["budget"]["bytes"] == room
     with pytest.raises(BadInput, match="smallest types take"):
-        made(tmp_path, gguf={"budget": {"bytes": room // 3}}, method={"name": method})
+        made(tmp_path, family, gguf={"budget": {"bytes": room // 3}}, method={"name": method})
+
+
+def test_a_killed_run_keeps_the_types_of_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a tensor's own type stands whatever the budget would give it."""
+    section = {"budget": {"bits_per_weight": 6.0}, "tensor_types": {"blk.0.ffn_up.weight": "Q8_0"}}
+    _, before = made(tmp_path, gguf=section)
+    with monkeypatch.context() as patch:
+        patch.setattr("quantpress.quantize.pipeline.run_blocks", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            made(tmp_path, gguf=section)
+    monkeypatch.setattr("quantpress.quantize.gguf.rounding.measure", lambda *_: pytest.fail("measured again"))
+    _, after = made(tmp_path, gguf=section, overwrite=False)
+    assert [t.data.tobytes() for t in after.tensors] == [t.data.tobytes() for t in before.tensors]
+    types = {t.name: t.tensor_type.name for t in after.tensors}
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+    assert len(set(types.values())) > 2
 
 
 def test_a_type_without_a_grid_of_ours_is_refused(tmp_path: Path) -> None:
