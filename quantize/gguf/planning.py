@@ -26,14 +26,18 @@ def make_gguf_plan(
     if isinstance(recipe.method, LlamaCppQuantizer):
         return _plan_of_llama_cpp(recipe, conversion, checkpoint, linears)
     wanted, chosen = recipe.gguf_file, our_types(recipe, conversion)
-    artifact = rounding.allowed(recipe, conversion) or sum(rounding.file_sizes(recipe, conversion, chosen))
+    artifact, notes = rounding.allowed(recipe, conversion), conversion.notes
     own = make_plan(recipe, conversion.skeleton, linears, grids)
-    if wanted.budget is not None:
+    if artifact is not None:
+        rounding.check_budget(recipe, conversion, chosen)
         own = _with_sensitivity(own, recipe, conversion.skeleton, linears)
+        own = replace(own, layers=dict.fromkeys(own.layers, "within the budget"))
+    else:
+        artifact = sum(rounding.file_sizes(recipe, conversion, chosen))
+        notes = (*notes, *summed_up(fallbacks(conversion, chosen)))
     if wanted.calibrated:  # the head is looked at while the last block is still there
         around = sum(checkpoint.nbytes(name) for entry in conversion.outside() for name in entry.parameters)
         own = replace(own, memory_bytes=max(own.memory_bytes, _calibration_bytes(recipe, conversion) + around))
-    notes = (*conversion.notes, *summed_up(fallbacks(conversion, chosen)))
     return replace(own, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=notes)
 
 

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from safetensors import safe_open
 
 from ..calibration import Tokens
+from ..errors import BadInput
 from ..formats import ggml
 from ..grid import Grid
 from ..methods import ROUNDERS
@@ -74,6 +75,21 @@ def within_budget(job: "Job", conversion: Conversion, chosen: Types, tokens: Tok
     )
     found = budget.assign(shapes, prices, (allowed(job.recipe, conversion) or 0) - fixed)
     return {name: Choice(found[name]) if name in found else None for name in chosen}
+
+
+def check_budget(recipe: Recipe, conversion: Conversion, chosen: Types) -> None:
+    """Raise BadInput where the smallest types there are make a larger file than `gguf.budget` allows."""
+    room, own = allowed(recipe, conversion), own_types(recipe, conversion.entries)
+    smallest = dict(chosen)
+    for entry in conversion.entries:
+        if chosen[entry.name] is not None and entry.name not in own:
+            kinds = budget.candidates(entry.shape[-1])
+            smallest[entry.name] = Choice(min(kinds, key=lambda kind: budget.tensor_bytes(entry.shape, kind)))
+    least = sum(file_sizes(recipe, conversion, smallest))
+    if room is not None and least > room:
+        raise BadInput(
+            f"gguf.budget: {room} bytes for the file, and with the smallest types it takes {least}; raise it"
+        )
 
 
 def allowed(recipe: Recipe, conversion: Conversion) -> int | None:

@@ -34,7 +34,7 @@ class Fitting:
     ) -> tuple[Tensor, Tensor]:
         """Scale and zero [out] of `group`, from its columns [out, columns]; moment: see `ggml.fit_group`."""
         overall = self._supers[:, group * self.columns // self.span] if self._grid.nested else self._overall
-        if isinstance(self._grid, BlockGrid):
+        if isinstance(self._grid, BlockGrid) and moment is not None:
             found = ggml.fit_group(columns, self._grid, importance, overall, moment)
         else:
             found = fit(columns, self._grid, self._dtype, importance, overall)
