@@ -164,6 +164,8 @@ def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache:
     target = cache / "unpickled" / f"v{CONVERTER}-{digest.hexdigest()[:32]}"
     if target.is_dir():
         return target
+    from .checkpoint import write_part
+
     with whole_folder(target) as new:
         where: dict[str, str] = {}
         total = 0
@@ -172,7 +174,7 @@ def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache:
             if again := where.keys() & tensors.keys():
                 raise BadInput(f"{pickle}: tensor {min(again)} is in {where[min(again)]} too")
             name = "model.safetensors" if len(pickles) == 1 else f"model-{i + 1:05d}-of-{len(pickles):05d}.safetensors"
-            _save(tensors, new / name)
+            write_part(new / name, tensors)
             where |= dict.fromkeys(tensors, name)
             total += sum(t.numel() * t.element_size() for t in tensors.values())
         if len(pickles) > 1:
@@ -200,12 +202,6 @@ def _load_pickle(path: Path, tied: bool) -> dict[str, Any]:
     if tied and head is not None and head.data_ptr() in embeddings:
         del state["lm_head.weight"]
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-
-
-def _save(tensors: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Source:

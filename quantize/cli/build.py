@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from ..files import alone_in
 from ..recipe import Recipe
 from ..recipe import file as recipes
 from .app import app
@@ -27,9 +28,6 @@ from .shared import (
 )
 from .work import quantize_model
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def quantize(
@@ -45,7 +43,8 @@ def quantize(
     """Only the artifact: no evaluation, no report."""
     chosen = chosen_recipe(recipe, model, sets)
     where = out or default_out(chosen)
-    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
+    with alone_in(where):
+        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
     out_console.print(f"artifact: {where / 'quantized'}")
 
 
@@ -87,7 +86,7 @@ def plan(
     for name, format in targets.items():
         out_console.print(f"target {name}: will load the {format} files", markup=False)
     for line in (*p.notes, *lints):
-        out_console.print(f"note: {line}")
+        out_console.print(f"note: {line}", markup=False)
 
 
 @app.command()

@@ -28,6 +28,11 @@ TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="run code th
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
+def say(line: str) -> None:
+    """A line beside the result, on stderr: as long as it is, and with nothing in it taken for markup."""
+    err_console.print(line, markup=False, soft_wrap=True)
+
+
 def chosen_recipe(where: str, model: str | None, sets: list[str]) -> Recipe:
     chosen = recipes.load(where, sets)
     return chosen if model is None else chosen.model_copy(update={"model": model})
@@ -85,7 +90,9 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
 def quiet_libraries() -> None:
     """Our own progress and messages are the ones to read."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -309,6 +309,13 @@ def spoil(folder: Path, how: str) -> None:
         tensors = load_file(shard)
         tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
         save_file(tensors, shard, metadata={"format": "pt"})
+    elif how == "shape":
+        tensors = load_file(shard)
+        tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:10].clone()
+        save_file(tensors, shard, metadata={"format": "pt"})
+    elif how == "vocabulary":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     elif how == "truncated":
         shard.write_bytes(shard.read_bytes()[:-100])
     elif how == "quantized":
@@ -322,6 +329,8 @@ def spoil(folder: Path, how: str) -> None:
     ("how", "document", "message"),
     [
         ("nan", {}, "model.layers.1.mlp.up_proj.weight holds NaN"),
+        ("shape", {}, r"layers.1.mlp.up_proj.weight: shape \[10, 64\] on disk, \[96, 64\] by config.json"),
+        ("vocabulary", {}, r"embed_tokens.weight: shape \[256, 64\] on disk, \[100, 64\] by config.json"),
         ("truncated", {}, "model.safetensors: truncated"),
         ("quantized", {}, "already quantized"),
         ("no config", {}, "config.json"),
@@ -345,6 +354,21 @@ def test_bad_input_is_refused_and_leaves_nothing(
         make(tmp_path / "run", tmp_path / "model", document)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_activations_and_weights_that_overflow_are_named(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.float16)
+    shard = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(shard)
+    for name in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.1.mlp.{name}.weight"] *= 3e4  # their product leaves float16
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"layers.1.mlp.down_proj: its inputs hold NaN or inf; try bfloat16"):
+        make(tmp_path / "run", tmp_path / "model", {})
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.full((96, 64), 1e30)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"layers.1.mlp.up_proj: its weights or inputs are too large"):
+        make(tmp_path / "again", tmp_path / "model", {"method": {"name": "rtn"}})
 
 
 def test_the_command_line_refuses_before_the_work_in_one_line(tmp_path: Path) -> None:
