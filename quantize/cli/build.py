@@ -91,14 +91,15 @@ def plan(
 
 @app.command()
 def convert(
-    artifact: Annotated[Path, typer.Argument(help="a quantized folder")],
+    artifact: Annotated[Path, typer.Argument(help="a run folder, or an artifact folder")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq or modelopt")],
 ) -> None:
     """The same codes in another format, without loss; refused where that cannot be."""
     from ..convert import convert as convert_folder
 
-    convert_folder(artifact, out, to)
+    inside = artifact / "quantized"
+    convert_folder(inside if inside.is_dir() else artifact, out, to)
     out_console.print(f"artifact: {out}")
 
 

@@ -51,6 +51,16 @@ def test_the_published_schema_knows_what_the_validator_knows() -> None:
     assert schema["$defs"]["Grid"]["properties"]["bits"]["enum"] == [2, 3, 4, 8]
 
 
+def test_a_name_alone_is_a_mapping_with_that_name() -> None:
+    short = parse({"method": "rtn", "transforms": ["awq"], "targets": ["vllm"], "evaluation": {"tasks": ["arc_easy"]}})
+    names = {"transforms": [{"name": "awq"}], "targets": [{"name": "vllm"}]}
+    assert short == parse(names | {"method": {"name": "rtn"}, "evaluation": {"tasks": [{"name": "arc_easy"}]}})
+    with pytest.raises(BadInput, match=r"method: unknown name 'gtpq', did you mean 'gptq'\? \(known: rtn, gptq"):
+        parse({"method": "gtpq"})
+    with pytest.raises(BadInput, match=r"targets.0: unknown name 'nosuch' \(known: vllm, tgi"):
+        parse({"targets": ["nosuch"]})
+
+
 def test_reading_a_recipe_does_not_import_torch() -> None:
     code = "import sys, quantpress.quantize.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
@@ -112,7 +122,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"ignore": "*.down_proj"}, "ignore: a list is needed, not '*.down_proj'"),
         ({"ignore": ["re:["]}, "ignore.0: not a regular expression"),
         ({"ignore": [""]}, "ignore.0: an empty pattern"),
-        ({"method": {"name": "gptqq"}}, "'rtn', 'gptq'"),
+        ({"method": {"name": "gptqq"}}, "known: rtn, gptq"),
         ({"method": {"damp": 0}}, "method.gptq.damp"),
         ({"method": {"damp": float("nan")}}, "method.gptq.damp"),
         ({"calibration": {"samples": True}}, "calibration.samples"),
@@ -126,7 +136,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"calibration": {"revision": "main"}}, "revision 'main' means nothing for source 'default'"),
         ({"evaluation": {"source": "self"}}, "`self` is a calibration source"),
         ({"evaluation": {"window": 512, "stride": 513}}, "stride 513 is larger than window 512"),
-        ({"transforms": ["awq"]}, "transforms"),
+        ({"transforms": [3]}, "transforms"),
         ({"formats": []}, "formats"),
         ({"formats": ["awk"]}, "formats.0: Input should be 'compressed-tensors', 'gptq', 'awq', 'modelopt' or 'gguf'"),
         ({"formats": ["gptq", "gptq"]}, "names one twice"),
