@@ -1,6 +1,7 @@
 """Folders worked in by one process at a time, and what is said when the disk is full or cannot be written."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from quantpress.quantize import cli
 from quantpress.quantize.cli import app
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import alone_in, whole_file
+from quantpress.quantize.files import alone_in, whole_file, whole_folder
 
 _HOLD = """
 import sys
@@ -61,6 +62,21 @@ def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path: Path, monk
     with pytest.raises(BadInput, match="run: cannot be written: Read-only file system"), alone_in(tmp_path / "run"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_made_whole_is_readable_as_usual_and_leaves_hard_links_alone(tmp_path: Path) -> None:
+    (tmp_path / "secret").touch(0o600)
+    before = os.umask(0o022)
+    try:
+        with whole_folder(tmp_path / "made") as new:
+            (new / "own").touch(0o600)
+            (new / "run.sh").touch(0o700)
+            os.link(tmp_path / "secret", new / "linked")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "made").iterdir()}
+    assert modes == {"own": 0o644, "run.sh": 0o755, "linked": 0o600}
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, where every write fails")

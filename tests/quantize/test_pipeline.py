@@ -87,6 +87,7 @@ def test_resume_after_a_stop_gives_the_same_bytes(when: int, tmp_path: Path) -> 
     with pytest.raises(Stop):
         make(tmp_path / "cut", tmp_path / "model", {}, on_block=stop)
     assert not (tmp_path / "cut" / "quantized").exists()
+    assert len(list((tmp_path / "cut" / ".work").glob("hidden-*"))) == 1  # what the plan counts on disk
     with open(tmp_path / "cut" / ".work" / "journal.jsonl", "a") as journal:
         journal.write('{"block": 2, "half a li')  # as a kill in the middle of a write leaves it
     seen: list[int] = []
