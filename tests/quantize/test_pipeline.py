@@ -434,3 +434,18 @@ def test_the_plan_knows_the_bytes(numbers: dict[str, Any], dtype: torch.dtype, t
     manifest = make(tmp_path / "run", tmp_path / "model", document)
     assert job.plan.artifact_bytes == manifest["artifact"]["bytes"]
     shutil.rmtree(tmp_path / "run")
+
+
+def test_the_plan_knows_the_disk(tmp_path: Path) -> None:
+    """What lies under `out` is never more than the plan says, and not much less at its most."""
+    build("gemma3", tmp_path / "model", torch.bfloat16)
+    calibration = BASE["calibration"] | {"samples": 60}
+    recipe = parse(BASE | {"model": str(tmp_path / "model"), "calibration": calibration})
+    job = prepare(recipe, resolve(recipe.model, cache=tmp_path / "cache"))
+    held = []
+
+    def measure(*_: Any) -> None:
+        held.append(sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()))
+
+    make(tmp_path / "run", tmp_path / "model", {"calibration": {"samples": 60}}, on_block=measure)
+    assert job.plan.disk_bytes / 3 < max(held) <= job.plan.disk_bytes
