@@ -61,7 +61,12 @@ def _round(method: Rtn | Gptq, weight: Tensor, grid: Grid, stage: Stage) -> tupl
         return ROUNDERS[method.name](weight, grid, method, moment, None), None
     if moment is None or not bool(moment.diagonal().any()):
         return ROUNDERS["rtn"](weight, grid, method, None, None), "no calibration token reached it: rounded to nearest"
-    result = ROUNDERS[method.name](weight, grid, method, moment, stage.drift)
+    try:
+        result = ROUNDERS[method.name](weight, grid, method, moment, stage.drift)
+    except ValueError as error:
+        raise BadInput(
+            f"{stage.names[0]}: {error}; try another calibration text, or leave the layer to `ignore`"
+        ) from None
     if result.damp is not None and result.damp > method.damp:
         return result, f"singular Hessian: damping raised from {method.damp:g} to {result.damp:g}"
     if stage.tokens < weight.shape[1]:

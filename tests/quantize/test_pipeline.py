@@ -250,6 +250,13 @@ def test_experts_that_saw_few_tokens_are_reported(tmp_path: Path) -> None:
     assert any("experts" in line and "fewer than" in line for line in manifest["fallbacks"])
 
 
+def test_a_singular_hessian_is_damped_more_and_reported(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    document = {"method": {"name": "gptq", "damp": 1e-9}, "calibration": {"samples": 1, "seq_len": 8}}
+    fallbacks = make(tmp_path / "run", tmp_path / "model", document)["fallbacks"]
+    assert [line for line in fallbacks if "q_proj: singular Hessian: damping raised from 1e-09 to" in line]
+
+
 def test_routers_and_head_are_named_as_ignored(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path / "model", torch.bfloat16)
     make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
@@ -366,6 +373,10 @@ def test_activations_and_weights_that_overflow_are_named(tmp_path: Path) -> None
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(BadInput, match=r"layers.1.mlp.down_proj: its inputs hold NaN or inf; try bfloat16"):
         make(tmp_path / "run", tmp_path / "model", {})
+    tensors["model.layers.0.mlp.down_proj.weight"] = torch.full((64, 96), 6e4, dtype=torch.float16)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="activations that leave block 0 hold NaN or inf"):
+        make(tmp_path / "block", tmp_path / "model", {})
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.full((96, 64), 1e30)
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(BadInput, match=r"layers.1.mlp.up_proj: its weights or inputs are too large"):
