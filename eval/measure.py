@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from quantpress.quantize import machine
@@ -142,6 +143,12 @@ class _Evaluation:
 
     def _quality(self, before: Any, after: Any, original_bytes: int, bytes: int, **more: Any) -> None:
         text = self._prepared.text
+        for who, nll in (("original", before), ("artifact", after)):
+            if not np.isfinite(nll).all():
+                raise BadInput(
+                    f"the {who}'s probabilities of the text hold NaN or inf in {self._results.dtype}; "
+                    "its weights or activations are too large for that"
+                )
         increase, interval = perplexity_increase(before, after, text)
         self._add(
             text=text.record(), original=quality(before, text, original_bytes), artifact=quality(after, text, bytes),

@@ -102,6 +102,7 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     first = recipe.transforms[0] if recipe.transforms else None
     reader = Rotated(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
     skeleton = Skeleton(reader, device=device or machine.device())
+    skeleton.check_shapes(reader.shape)
     linears = skeleton.linears()
     if recipe.is_gguf:
         conversion = gguf_run.check(recipe, checkpoint, source)

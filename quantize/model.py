@@ -237,6 +237,16 @@ class Skeleton:
         finally:
             setattr(owner, attribute, self._blocks)
 
+    def check_shapes(self, shape: Callable[[str], tuple[int, ...] | None]) -> None:
+        """Raise BadInput unless each parameter has on disk the shape the model gives it; None: it is packed there."""
+        for k in range(self.n_blocks):
+            block = dict(self._blocks[k].named_parameters())
+            for name, disk in self.block_names(k).items():
+                _same_shape(disk, shape(disk), block[name])
+        shell = dict(self.model.named_parameters())
+        for name, disk in self.shell_names().items():
+            _same_shape(disk, shape(disk), shell[name])
+
     def _check_names(self) -> None:
         wanted = [disk for k in range(self.n_blocks) for disk in self.block_names(k).values()]
         missing = [name for name in wanted if name not in self.reader]
@@ -245,6 +255,14 @@ class Skeleton:
                 f"{self.config.model_type}: the checkpoint lacks {len(missing)} tensors, the first {missing[0]}; "
                 "is config.json the one that belongs to these weights?"
             )
+
+
+def _same_shape(name: str, stored: tuple[int, ...] | None, parameter: Tensor) -> None:
+    if stored is not None and stored != tuple(parameter.shape):
+        raise BadInput(
+            f"{name}: shape {list(stored)} on disk, {list(parameter.shape)} by config.json; "
+            "is it the one that belongs to these weights?"
+        )
 
 
 def run_block(

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from ..files import alone_in
 from ..recipe import Recipe
 from ..recipe import file as recipes
 from .app import app
@@ -27,9 +28,6 @@ from .shared import (
 )
 from .work import quantize_model
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def quantize(
@@ -45,7 +43,8 @@ def quantize(
     """Only the artifact: no evaluation, no report."""
     chosen = chosen_recipe(recipe, model, sets)
     where = out or default_out(chosen)
-    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
+    with alone_in(where):
+        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
     out_console.print(f"artifact: {where / 'quantized'}")
 
 
@@ -87,19 +86,20 @@ def plan(
     for name, format in targets.items():
         out_console.print(f"target {name}: will load the {format} files", markup=False)
     for line in (*p.notes, *lints):
-        out_console.print(f"note: {line}")
+        out_console.print(f"note: {line}", markup=False)
 
 
 @app.command()
 def convert(
-    artifact: Annotated[Path, typer.Argument(help="a quantized folder")],
+    artifact: Annotated[Path, typer.Argument(help="a run folder, or an artifact folder")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq or modelopt")],
 ) -> None:
     """The same codes in another format, without loss; refused where that cannot be."""
     from ..convert import convert as convert_folder
 
-    convert_folder(artifact, out, to)
+    inside = artifact / "quantized"
+    convert_folder(inside if inside.is_dir() else artifact, out, to)
     out_console.print(f"artifact: {out}")
 
 

@@ -1,6 +1,7 @@
 """What the commands share: their options, a recipe and a model opened, progress, where things go."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..recipe import Recipe
 from ..recipe import file as recipes
+
+_SILENCE_SECONDS = 60  # longest without a word where there is no bar, if a block has been finished
 
 out_console, err_console = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
 
@@ -26,6 +29,11 @@ LimitsOpt = Annotated[bool, typer.Option("--ignore-limits", help="run although m
 PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]
 TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+def say(line: str) -> None:
+    """A line beside the result, on stderr: as long as it is, and with nothing in it taken for markup."""
+    err_console.print(line, markup=False, soft_wrap=True)
 
 
 def chosen_recipe(where: str, model: str | None, sets: list[str]) -> Recipe:
@@ -56,17 +64,22 @@ def open_source(recipe: Recipe, allow_pickle: bool, trust_remote_code: bool) -> 
 
 @contextmanager
 def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
-    """Progress with time left and memory on a terminal; a plain line now and then elsewhere."""
+    """Progress with time left and memory; on a terminal a bar, elsewhere a line every fifth of the way and minute."""
     from ..machine import rss_bytes
     from ..plan import size
 
     if not err_console.is_terminal:
-        told = 0
+        told, before = 0, -1  # what was last told of; what was done when this began, which a resumed run skips
+        started = said = time.monotonic()
 
         def plain(done: int, note: str, total: int = blocks) -> None:
-            nonlocal told
-            if done * 5 // total > told * 5 // total or done == total:
-                err_console.print(f"{what} block {done}/{total} {note} {size(rss_bytes())}".replace("  ", " "))
+            nonlocal told, before, said
+            before, now = done - 1 if before < 0 else before, time.monotonic()
+            if done * 5 // total > told * 5 // total or done == total or now - said >= _SILENCE_SECONDS:
+                left = (now - started) / max(1, done - before) * (total - done)
+                parts = (f"{what} block {done}/{total}", note, size(rss_bytes()), f"{left:.0f} s left" if left else "")
+                say(" ".join(part for part in parts if part))
+                said = now
             told = done
 
         yield plain
@@ -85,7 +98,9 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
 def quiet_libraries() -> None:
     """Our own progress and messages are the ones to read."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import BadInput
 from ..recipe import Recipe
-from .shared import cache_folder, err_console, open_source, out_console, progress_bar
+from .shared import cache_folder, open_source, out_console, progress_bar, say
 
 if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
     from quantpress.eval.measure import Prepared, Watch
@@ -33,7 +33,7 @@ def quantize_model(
     with quantizing(job, out, overwrite, ignore_limits, trust) as settings:
         manifest = quantize_job(job, settings)
     for line in manifest["fallbacks"]:
-        err_console.print(f"note: {line}", markup=False)
+        say(f"note: {line}")
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def quantizing(job: "Job", out: Path, overwrite: bool, ignore_limits: bool, trus
         yield Settings(
             out, cache_folder(), overwrite, ignore_limits, trust,
             lambda p: advance(p.block, "" if p.loss is None else f"error {p.loss:.2%}"),
-            lambda line: err_console.print(f"note: {line}", markup=False, soft_wrap=True),
+            lambda line: say(f"note: {line}"),
         )  # fmt: skip
 
 
@@ -78,7 +78,6 @@ def watched(out: Path, name: str) -> "Iterator[Watch]":
 
     from ..files import write_json
 
-    (out / "eval").mkdir(parents=True, exist_ok=True)
     with ExitStack() as bars:
         shown: str | None = None
         advance: Callable[..., None] = print
@@ -92,6 +91,7 @@ def watched(out: Path, name: str) -> "Iterator[Watch]":
                 advance(done, "", total)
 
         def save(results: "Results") -> None:
+            (out / "eval").mkdir(parents=True, exist_ok=True)
             write_json(out / "eval" / "results.json", results.document())
             write_junit(out / "eval" / "junit.xml", name, results)
 
@@ -103,13 +103,13 @@ def print_results(results: "Results") -> None:
     for line in _figures(results):
         out_console.print(line, markup=False)
     for note in results.notes:
-        err_console.print(f"note: not measured: {note}", markup=False, soft_wrap=True)
+        say(f"note: not measured: {note}")
     signs = {"ACCEPT": "ok  ", "REGRESSION": "MISS", "INCONCLUSIVE": "?   "}
     for check in results.gates.checks:
         out_console.print(f"gate {signs[check.verdict]}   {check.name} {check.reason}", markup=False)
     if results.gates.verdict == "INCONCLUSIVE":
         how = "which gates.strict fails" if results.gates.strict else "which does not fail without gates.strict"
-        err_console.print(f"note: a gate is inconclusive, {how}", markup=False, soft_wrap=True)
+        say(f"note: a gate is inconclusive, {how}")
 
 
 def _figures(results: "Results") -> "Iterator[str]":
