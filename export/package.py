@@ -104,7 +104,7 @@ def find_artifact(run: Path) -> Path:
     for folder in (run / "quantized", run):
         if (folder / "config.json").is_file() or gguf_files(folder):
             return folder
-    raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a .gguf file)")
+    raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a model.gguf)")
 
 
 def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | None]:

@@ -103,6 +103,9 @@ class LlamaCpp(_Server):
     """llama.cpp's llama-server."""
 
     name: Literal["llama.cpp"] = "llama.cpp"
+    max_model_len: int | None = Field(
+        None, ge=16, description="tokens of prompt and answer; null: what the model has, 4096 at most"
+    )
     port: int = Field(8080, ge=1, le=65535)
     max_num_seqs: int = Field(4, ge=1, description="slots; each has max_model_len tokens")
     device: Literal["cuda", "cpu"] = "cpu"

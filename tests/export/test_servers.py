@@ -268,6 +268,8 @@ def test_a_gguf_file_says_what_its_cache_takes(runs: dict[str, Path], tmp_path: 
     facts = json.loads((folder / "export.json").read_text())
     assert facts["resources"]["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
     assert facts["command"][facts["command"].index("--ctx-size") + 1] == "128"
+    facts = json.loads((export(runs["gguf"], LlamaCpp(), tmp_path / "all").folder / "export.json").read_text())
+    assert facts["command"][facts["command"].index("--ctx-size") + 1] == str(facts["resources"]["tokens"]) == "512"
     with pytest.raises(BadInput, match="128 positions"):
         export(runs["gguf"], LlamaCpp(max_model_len=256), tmp_path / "long")
 
