@@ -12,6 +12,7 @@ from quantpress.quantize import machine
 from quantpress.quantize.artifact import Artifact, open_artifact
 from quantpress.quantize.calibration import bos_id, open_tokenizer
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import fingerprint
 from quantpress.quantize.model import Skeleton
 from quantpress.quantize.recipe import Evaluation, Gates
 from quantpress.quantize.texts import load_documents
@@ -22,7 +23,7 @@ from .gates import judge
 from .generations import side_by_side
 from .likelihood import Scorer
 from .records import Efficiency, Results, Subject
-from .reference import fingerprint, reference
+from .reference import reference
 from .served import Server, served_nll
 from .speed import time_model
 from .tasks import Outcome, Tasks, compare_tasks, kept

@@ -9,12 +9,15 @@ from rich.table import Table
 
 from .app import app
 from .shared import (
+    SHARE_LIMIT,
     JsonOpt,
     LimitsOpt,
     ModelOpt,
     PickleOpt,
     SetOpt,
+    ShareLimitOpt,
     TrustOpt,
+    byte_count,
     chosen_recipe,
     err_console,
     open_source,
@@ -22,7 +25,7 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from quantpress.eval.sweep import Outcome
+    from quantpress.eval.sweep import Outcome, Task
 
 _RECIPES = "recipe files, or names of shipped ones; all are run on the same model"
 
@@ -40,6 +43,7 @@ def sweep(
     ] = None,
     cpus: Annotated[int, typer.Option("--cpus", min=1, help="cores a run takes on the cluster")] = 1,
     gpus: Annotated[float, typer.Option("--gpus", min=0, help="GPUs a run takes on the cluster")] = 0,
+    share_limit: ShareLimitOpt = SHARE_LIMIT,
     ignore_limits: LimitsOpt = False,
     allow_pickle: PickleOpt = False,
     trust_remote_code: TrustOpt = False,
@@ -57,8 +61,9 @@ def sweep(
     from ..checkpoint import Checkpoint
 
     identity = json.dumps(Checkpoint(source.path).file_hashes(), sort_keys=True)
-    tasks = plan(chosen, where, identity, out, [flag for flag, on in flags.items() if on])
-    ended = run_all(tasks, out, in_turn if ray is None else over_ray(ray, cpus, gpus), _tell)
+    limit = byte_count("--share-limit", share_limit)
+    tasks = plan(chosen, where, identity, out, [flag for flag, on in flags.items() if on], limit)
+    ended = run_all(tasks, out, in_turn(_tell_start) if ray is None else over_ray(ray, cpus, gpus), _tell)
     page = write_sweep(out, [task.out for task, one in zip(tasks, ended, strict=True) if one.status != "failed"])
     if as_json:
         print(json.dumps({"out": str(out), "report": page and str(page), "runs": [vars(one) for one in ended]}))  # noqa: T201
@@ -73,6 +78,10 @@ def _absolute(model: str) -> str:
     """A folder or file as it is called from anywhere."""
     path = Path(model).expanduser()
     return str(path.absolute()) if path.exists() else model
+
+
+def _tell_start(task: "Task") -> None:
+    err_console.print(f"{task.name}: started; what it says goes to {task.log}", markup=False, soft_wrap=True)
 
 
 def _tell(outcome: "Outcome") -> None:

@@ -159,7 +159,7 @@ def _write(
         tensors = conversion.tensors(kind)
         write(folder / "model.gguf", conversion.file_type(kind), tensors, wanted.split, lambda n: tell(n, len(tensors)))
         return ""
-    importance = _importance(job, conversion, tokens, folder)
+    importance = _importance(job, conversion, tokens, folder, settings)
     plain = work / "model.gguf"
     kind = _exact_type(job.checkpoint)
     parts = write(plain, conversion.file_type(kind), conversion.tensors(kind), wanted.split)
@@ -190,7 +190,7 @@ def _exact_type(checkpoint: Checkpoint) -> FloatType:
 
 
 def _importance(
-    job: "Job", conversion: Conversion, tokens: Tokens | None, folder: Path
+    job: "Job", conversion: Conversion, tokens: Tokens | None, folder: Path, settings: "Settings"
 ) -> dict[str, imatrix.Array] | None:
     wanted = job.recipe.gguf_file.imatrix
     if wanted is False:
@@ -198,7 +198,7 @@ def _importance(
     if isinstance(wanted, str):
         return imatrix.fitted(imatrix.load(Path(wanted)), conversion.entries, wanted)
     assert tokens is not None
-    found = imatrix.measure(job.skeleton, conversion.entries, tokens)
+    found = settings.shared.importance(job, tokens, lambda: imatrix.measure(job.skeleton, conversion.entries, tokens))
     imatrix.save(folder / "imatrix.gguf", found, tokens.source, tokens.ids.shape[1])
     return imatrix.fitted(found, conversion.entries, "of the calibration text")
 

@@ -42,7 +42,7 @@ def calls(out: Path) -> list[str]:
 
 def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
     told: list[Outcome] = []
-    ended = sweep(tasks(tmp_path / "s", "refused", "killed", "fine", "strict"), tmp_path / "s", in_turn, told.append)
+    ended = sweep(tasks(tmp_path / "s", "refused", "killed", "fine", "strict"), tmp_path / "s", in_turn(), told.append)
     assert [(one.name, one.status) for one in ended] == [
         ("refused", "failed"), ("killed", "failed"), ("fine", "done"), ("strict", "gate")
     ]  # fmt: skip
@@ -55,9 +55,9 @@ def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
 def test_what_is_finished_is_not_done_again_and_what_failed_is(tmp_path: Path) -> None:
     out = tmp_path / "s"
     names = ("refused", "fine", "strict")
-    sweep(tasks(out, *names), out, in_turn, lambda one: None)
+    sweep(tasks(out, *names), out, in_turn(), lambda one: None)
     (out / "mended").touch()
-    again = sweep(tasks(out, *names), out, in_turn, lambda one: None)
+    again = sweep(tasks(out, *names), out, in_turn(), lambda one: None)
     assert calls(out) == ["refused", "fine", "strict", "refused"]
     assert [(one.status, one.reused) for one in again] == [("done", False), ("done", True), ("gate", True)]
     assert again[2].reason == "max_kl: too much"
@@ -66,14 +66,14 @@ def test_what_is_finished_is_not_done_again_and_what_failed_is(tmp_path: Path) -
 @pytest.mark.parametrize("change", ["model", "recipe", "results"])
 def test_a_finished_run_of_something_else_does_not_count(tmp_path: Path, change: str) -> None:
     out = tmp_path / "s"
-    sweep(tasks(out, "fine"), out, in_turn, lambda one: None)
+    sweep(tasks(out, "fine"), out, in_turn(), lambda one: None)
     others = tasks(out, "fine", identity="other weights" if change == "model" else "weights")
     if change == "recipe":
         recipe = parse({"name": "fine", "method": {"name": "rtn"}})
         others = plan([recipe], "a", "weights", out, ["--ignore-limits"], command=(sys.executable, "-c", RUN))
     if change == "results":
         (out / "fine" / "eval" / "results.json").unlink()
-    (one,) = sweep(others, out, in_turn, lambda one: None)
+    (one,) = sweep(others, out, in_turn(), lambda one: None)
     assert not one.reused
     assert calls(out) == ["fine", "fine"]
 
