@@ -30,11 +30,16 @@ from .wording import (
     first_word,
     gate,
     gate_name,
+    given,
     interval,
     number,
+    points,
+    program,
     score,
     seconds,
+    sentence,
     share,
+    shorten,
     size,
     small,
     spread,
@@ -242,10 +247,11 @@ def _environment() -> Environment:
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis}
+    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis, "points": points}
     environment.filters |= {
         "size": size, "number": number, "change": change, "share": share, "gate": gate, "gate_name": gate_name,
         "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds, "interval": interval, "score": score,
-        "first_word": first_word, "spread": spread,
+        "first_word": first_word, "spread": spread, "sentence": sentence, "points": points, "program": program,
+        "given": given, "shorten": shorten,
     }  # fmt: skip
     return environment

@@ -18,7 +18,7 @@ from .test_recommend import SERVING, task
 from .test_report import BROWSER, CHILDLESS, Page, fake_manifest, fake_results, in_browser, write_run
 
 CHILDLESS.add("input")
-SECTIONS = ("Tasks", "Where the divergence is", "The same prompts continued", "Memory and speed", "Served by vllm")
+SECTIONS = ("Tasks", "Where the divergence is", "The same prompts continued", "Memory and speed", "Served by vLLM")
 
 
 def full_results(perplexity: float = 18.4) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_what_was_measured_has_its_section(full: Path) -> None:
     text = words(full)
     for title in SECTIONS:
         assert title in text, title
-    for shown in ("-3.0 -5.0 to +1.0", "95.0 %", "0 to 10 %", "0.0800 ± 0.0046", "1,535 / 40.0",
+    for shown in ("−3.0 −5.0 to +1.0", "95.0 %", "0 to 10 %", "0.0800 ± 0.0046", "1,535 / 40.0",
                   "647 MB", "214", "23.0 kB a token", "112 ms", "✓ passed answers", "– skipped tools: no template",
                   "+7.9 % +5.0 to +11.0 %",
                   "The capital <b>", "from token 3", "all 1 tokens alike", "2 an hour"):  # fmt: skip
