@@ -159,6 +159,11 @@ def first_word(text: str) -> str:
     return found.group() if found else ""
 
 
+def squeezed(text: str) -> str:
+    """At most one blank line in a row, and no line of spaces alone: a broken model writes hundreds."""
+    return re.sub(r"\n[ \t]*(?:\n\s*)+\n", "\n\n", text)
+
+
 def shorten(text: str, most: int = 30) -> str:
     """At most `most` characters, the last an ellipsis when some are missing."""
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -76,7 +76,7 @@ def test_what_was_measured_has_its_section(full: Path) -> None:
     for title in SECTIONS:
         assert title in text, title
     for shown in ("−3.0 −5.0 to +1.0", "95.0 %", "0 to 10 %", "0.0800 ± 0.0046", "1,535 / 40.0",
-                  "647 MB", "214", "23.0 kB a token", "112 ms", "✓ passed answers", "– skipped tools: no template",
+                  "647 MB", "214", "23.0 kB a token", "112 ms", "✓ answers", "– skipped: tools",
                   "+7.9 % +5.0 to +11.0 %",
                   "The capital <b>", "from token 3", "all 1 tokens alike", "2 an hour"):  # fmt: skip
         assert shown in text, shown
