@@ -34,7 +34,7 @@ ShareOpt = Annotated[
 SHARE_LIMIT = "20GB"
 ShareLimitOpt = Annotated[
     str,
-    typer.Option("--share-limit", help="most disk for the original's activations there; `plan` says how much; 0: none"),
+    typer.Option("--share-limit", help="most disk for the original's activations that runs share; see plan; 0: none"),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 

@@ -3,12 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from quantpress.eval.report import write_sweep
 from quantpress.eval.sweep import STATE, Outcome, Task, in_turn, over_ray, plan, sweep
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.recipe.file import parse
+from tests.tiny import build, text
 
 # In place of `quantpress run`: counts its calls, and ends as the name of the recipe says.
 RUN = """
@@ -107,3 +111,34 @@ def test_a_ray_cluster_does_the_same_work(tmp_path: Path) -> None:
     assert sorted(calls(out)) == ["fine", "refused", "strict"]
     again = sweep(tasks(out, "fine"), out, over_ray("local", 1, 0), lambda one: None)
     assert again[0].reused
+
+
+@pytest.mark.slow
+def test_real_runs_over_ray_write_what_runs_in_turn_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
+    build("llama", tmp_path / "model", torch.bfloat16)
+    for name, words in (("calibration", 4000), ("evaluation", 3000)):
+        (tmp_path / f"{name}.txt").write_text(text(words))
+    document: dict[str, Any] = {
+        "model": str(tmp_path / "model"),
+        "calibration": {"source": str(tmp_path / "calibration.txt"), "samples": 6, "seq_len": 32},
+        "evaluation": {"source": str(tmp_path / "evaluation.txt"), "windows": 4, "window": 32, "new_tokens": 4},
+    }
+    recipes = [parse(document | {"name": f"int{bits}", "weights": {"bits": bits, "group_size": 32}}) for bits in (4, 3)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which Ray sets for its workers, and which is part of what a run is
+    monkeypatch.setenv("QUANTPRESS_CACHE", str(tmp_path / "cache"))
+    artifacts = []
+    for out, fan in ((tmp_path / "in-turn", in_turn()), (tmp_path / "over-ray", over_ray("local", 1, 0))):
+        planned = plan(recipes, document["model"], "weights", out, ["--ignore-limits"], share_limit=1 << 30)
+        ended = sweep(planned, out, fan, lambda one: None)
+        assert [(one.status, one.reason) for one in ended] == [("done", ""), ("done", "")]
+        artifacts.append({
+            str(file.relative_to(out)): file.read_bytes()
+            for file in sorted(out.glob("int*/quantized/*.safetensors"))
+        })  # fmt: skip
+        page = write_sweep(out, [task.out for task in planned])
+        assert page is not None
+        assert "2 artifacts compared" in page.read_text(encoding="utf-8")
+        assert not (out / ".shared").exists()
+    assert len(artifacts[0]) == 2
+    assert artifacts[0] == artifacts[1]

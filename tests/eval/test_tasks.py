@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'quantpress[tasks]'")
+pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'quantpress[tasks]'")
 
 from quantpress.eval.likelihood import Scorer
 from quantpress.eval.lm import Adapter
@@ -236,6 +236,8 @@ def test_rolling_likelihoods_are_those_of_windows_one_after_another(model: tuple
 
 
 def test_a_task_of_the_library_is_found_without_the_index_of_all() -> None:
+    import lm_eval
+
     tasks = Path(lm_eval.__file__).parent / "tasks"
     assert _shipped("arc_easy") == str(tasks / "arc" / "arc_easy.yaml")
     assert _shipped("lambada_openai") == str(tasks / "lambada" / "lambada_openai.yaml")
@@ -245,7 +247,9 @@ def test_a_task_of_the_library_is_found_without_the_index_of_all() -> None:
 
 @pytest.mark.slow
 def test_what_is_found_is_what_the_index_of_all_has() -> None:
-    index = lm_eval.tasks.TaskManager().task_index
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
     names = sorted(index)[:: len(index) // 60] + [
         name for name in ("hellaswag", "gsm8k", "winogrande") if name in index
     ]
