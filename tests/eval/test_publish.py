@@ -76,7 +76,7 @@ def test_the_hub_reads_the_card(made: Path) -> None:
 
 def test_only_servers_that_load_the_files_are_named(made: Path) -> None:
     by_title = {server.title: server for server in servers(open_run(made), "me/it")}
-    assert set(by_title) == {"vLLM", "TGI", "transformers"}
+    assert set(by_title) == {"vLLM", "SGLang", "TGI", "transformers"}
     assert by_title["vLLM"].refused  # gptq, which vLLM takes symmetric only
     assert not by_title["transformers"].refused
     text = write_card(made, repo="me/it").read_text()

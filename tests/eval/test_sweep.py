@@ -84,7 +84,7 @@ def test_a_finished_run_of_something_else_does_not_count(tmp_path: Path, change:
 
 def test_what_was_done_is_on_record_after_each_run(tmp_path: Path) -> None:
     out, seen = tmp_path / "s", []
-    sweep(tasks(out, "fine", "strict"), out, in_turn,
+    sweep(tasks(out, "fine", "strict"), out, in_turn(),
           lambda one: seen.append(len(json.loads((out / STATE).read_text())["runs"])))  # fmt: skip
     assert seen == [1, 2]
 
