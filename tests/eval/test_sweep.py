@@ -127,10 +127,11 @@ def test_real_runs_over_ray_write_what_runs_in_turn_write(tmp_path: Path, monkey
     recipes = [parse(document | {"name": f"int{bits}", "weights": {"bits": bits, "group_size": 32}}) for bits in (4, 3)]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which Ray sets for its workers, and which is part of what a run is
     monkeypatch.setenv("QUANTPRESS_CACHE", str(tmp_path / "cache"))
-    artifacts = []
+    artifacts, shared = [], []
     for out, fan in ((tmp_path / "in-turn", in_turn()), (tmp_path / "over-ray", over_ray("local", 1, 0))):
         planned = plan(recipes, document["model"], "weights", out, ["--ignore-limits"], share_limit=1 << 30)
-        ended = sweep(planned, out, fan, lambda one: None)
+        kept = out / ".shared" / "original"
+        ended = sweep(planned, out, fan, lambda one, kept=kept: shared.append(any(kept.rglob("index.json"))))
         assert [(one.status, one.reason) for one in ended] == [("done", ""), ("done", "")]
         artifacts.append({
             str(file.relative_to(out)): file.read_bytes()
@@ -140,5 +141,6 @@ def test_real_runs_over_ray_write_what_runs_in_turn_write(tmp_path: Path, monkey
         assert page is not None
         assert "2 artifacts compared" in page.read_text(encoding="utf-8")
         assert not (out / ".shared").exists()
+    assert shared == [True] * 4
     assert len(artifacts[0]) == 2
     assert artifacts[0] == artifacts[1]

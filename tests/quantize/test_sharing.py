@@ -20,7 +20,6 @@ from tests.tiny import build, text
 W4 = {"weights": {"bits": 4, "group_size": 32, "symmetric": False}}
 W3 = {"weights": {"bits": 3, "group_size": 32, "symmetric": False}}
 TUNED = W3 | {"method": {"name": "autoround", "steps": 4, "batch_size": 2}}
-SMALL = {"calibration": {"samples": 160, "seq_len": 32}}  # two batches
 
 
 def prepared(folder: Path, document: dict[str, Any]) -> Job:
@@ -60,7 +59,8 @@ class Counted:
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt2", "gemma3"])
 def test_runs_that_share_write_the_same_bytes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(family, tmp_path / "model", torch.bfloat16)
-    more = {"formats": ["gptq"] if family == "gpt2" else ["compressed-tensors"], **SMALL}
+    more = {"formats": ["gptq"] if family == "gpt2" else ["compressed-tensors"]}
+    monkeypatch.setattr("quantpress.quantize.blocks.BATCH_TOKENS", 128)  # two batches: of four samples and of two
     shared = Shared(tmp_path / "shared", 1 << 30)
     counted = Counted(monkeypatch)
     alone = [run(tmp_path, one | more) for one in (W4, W3)]
