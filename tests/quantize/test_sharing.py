@@ -56,7 +56,9 @@ class Counted:
         monkeypatch.setattr(stages.Stages, "_original_runs", counted)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt2", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2_moe", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gpt2", "gemma3"))]
+)
 def test_runs_that_share_write_the_same_bytes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(family, tmp_path / "model", torch.bfloat16)
     more = {"formats": ["gptq"] if family == "gpt2" else ["compressed-tensors"]}
