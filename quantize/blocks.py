@@ -24,7 +24,7 @@ from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS
 from .recipe import Qat, Tuned
 from .rounding import record, round_stage
-from .stages import Stage, Stages, shared_inputs
+from .stages import Beside, Stage, Stages, shared_inputs
 from .transforming import BlockTransforms
 from .tuning import Tuning
 
@@ -37,6 +37,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
     caches = None if job.recipe.kv_cache is None else kv_cache.attentions(skeleton)
     hidden, arguments = _hidden_states(job, tokens, journal)
     transforms = BlockTransforms(job.recipe, skeleton)
+    original = settings.shared.original(job, tokens)
     for k, block in skeleton.blocks(first):
         started = time.monotonic()
         last = k + 1 == skeleton.n_blocks
@@ -50,7 +51,8 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, Tuned) else None
         cache = None if caches is None else kv_cache.Largest(*caches[k])
         whole = tuning is not None or cache is not None or not last or job.weighs_head
-        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache):
+        beside = None if original is None else original.block(k, whole)
+        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache, beside):
             round_stage(
                 job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
@@ -104,6 +106,7 @@ def _stages(
     arguments: Arguments | None,
     whole: bool,
     cache: kv_cache.Largest | None,
+    beside: Beside | None,
 ) -> Iterable[Stage]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
     recipe, states = job.recipe, hidden.get("hidden")
@@ -121,7 +124,7 @@ def _stages(
     return Stages(
         block, states, arguments, wanted,
         device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"), activations=inputs,
-        begin=(lambda: None) if cache is None else cache.start,
+        begin=(lambda: None) if cache is None else cache.start, beside=beside,
     )  # fmt: skip
 
 

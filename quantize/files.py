@@ -16,6 +16,7 @@ from .errors import BadInput
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".quantpress-"  # how folders that are still being made are called in the cache
+_MODEL_FILES = (".safetensors", ".json", ".gguf")
 _STALE_SECONDS = 24 * 3600
 
 
@@ -23,6 +24,15 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model, a folder or a file: its files by path, size and time of change, which is quick for any size; at worst
+    something that is known is computed again.
+    """
+    files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

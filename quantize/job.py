@@ -22,6 +22,7 @@ from .model import Linear, Skeleton
 from .plan import Plan, make_plan
 from .recipe import Hadamard, Recipe
 from .rotation import Rotated
+from .sharing import Shared
 from .sources import Source
 from .transforming import BlockTransforms
 
@@ -47,6 +48,7 @@ class Settings:
     trust_remote_code: bool = False
     on_block: Callable[[Progress], None] = lambda progress: None
     on_note: Callable[[str], None] = lambda line: None
+    shared: Shared = field(default_factory=Shared)
 
 
 @dataclass(frozen=True)

@@ -138,10 +138,14 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
     limit = getattr(job.skeleton.config, "max_position_embeddings", None)
     if limit is not None and wanted.seq_len > limit:
         raise BadInput(f"calibration.seq_len {wanted.seq_len} is more than the model's {limit} positions")
-    if wanted.source == "self":
-        return generated_tokens(job.source.path, tokenizer, wanted)
-    text = load_documents(wanted, cache=settings.cache, role="calibration")
-    return calibration_tokens(tokenizer, text.documents, text.source, wanted)
+
+    def make() -> Tokens:
+        if wanted.source == "self":
+            return generated_tokens(job.source.path, tokenizer, wanted)
+        text = load_documents(wanted, cache=settings.cache, role="calibration")
+        return calibration_tokens(tokenizer, text.documents, text.source, wanted)
+
+    return settings.shared.tokens(job, make)
 
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:

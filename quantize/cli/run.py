@@ -15,6 +15,7 @@ from ..recipe import Drafting, Recipe, Target
 from .app import app
 from .evaluate import github_summary
 from .shared import (
+    SHARE_LIMIT,
     JsonOpt,
     LimitsOpt,
     ModelOpt,
@@ -23,6 +24,8 @@ from .shared import (
     PickleOpt,
     RecipeArg,
     SetOpt,
+    ShareLimitOpt,
+    ShareOpt,
     TrustOpt,
     chosen_recipe,
     default_out,
@@ -49,6 +52,8 @@ def run(
     ignore_limits: LimitsOpt = False,
     allow_pickle: PickleOpt = False,
     trust_remote_code: TrustOpt = False,
+    share: ShareOpt = None,
+    share_limit: ShareLimitOpt = SHARE_LIMIT,
     as_json: JsonOpt = False,
 ) -> None:
     """The whole recipe: quantize, export, verify, evaluate, smoke test, report, card. Again, only what changed."""
@@ -58,7 +63,7 @@ def run(
         # Read before the work, so that what cannot be used does not cost a run.
         text = None if chosen.evaluation is None else evaluation_windows(chosen, allow_pickle, trust_remote_code)
         _check_server(chosen)
-        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
+        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code, share, share_limit)
         release = _Release(chosen, where, allow_pickle, trust_remote_code, quiet=as_json)
         for target in chosen.targets:
             release.export(target)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..errors import BadInput
 from ..recipe import Recipe
 from ..recipe import file as recipes
 
@@ -20,7 +22,7 @@ out_console, err_console = Console(highlight=False, soft_wrap=True), Console(std
 
 RecipeArg = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped one (quantpress recipes)")]
 ModelOpt = Annotated[
-    str | None, typer.Option("--model", help="folder, hub id org/name[@revision], .gguf file or smollm2-135m")
+    str | None, typer.Option("--model", help="folder, hub id org/name or org/name@revision, .gguf file or smollm2-135m")
 ]
 OutOpt = Annotated[Path | None, typer.Option("--out", help="run folder; default artifacts/<model>/<recipe>")]
 SetOpt = Annotated[list[str], typer.Option("--set", help="override a recipe key: --set method.damp=0.02")]
@@ -28,6 +30,15 @@ OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="replace what th
 LimitsOpt = Annotated[bool, typer.Option("--ignore-limits", help="run although memory or disk look too small")]
 PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]
 TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")]
+ShareOpt = Annotated[
+    Path | None,
+    typer.Option("--share", help="folder of what runs of other recipes on this model compute too, to keep and to use"),
+]
+SHARE_LIMIT = "20GB"
+ShareLimitOpt = Annotated[
+    str,
+    typer.Option("--share-limit", help="most disk for the original's activations that runs share; see plan; 0: none"),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
@@ -39,6 +50,14 @@ def say(line: str) -> None:
 def chosen_recipe(where: str, model: str | None, sets: list[str]) -> Recipe:
     chosen = recipes.load(where, sets)
     return chosen if model is None else chosen.model_copy(update={"model": model})
+
+
+def byte_count(option: str, value: str) -> int:
+    """Bytes from words such as 20GB; raises BadInput, naming the option, for what is none."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise BadInput(f"{option} {value!r}: a number of bytes is needed, such as 20GB") from None
 
 
 def default_out(recipe: Recipe) -> Path:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import typer
 
 from ..errors import BadInput
 from ..recipe import Recipe
-from .shared import cache_folder, open_source, out_console, progress_bar, say
+from .shared import SHARE_LIMIT, byte_count, cache_folder, open_source, out_console, progress_bar, say
 
 if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
     from quantpress.eval.measure import Prepared, Watch
@@ -20,18 +21,29 @@ if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
 
 
 def quantize_model(
-    recipe: Recipe, out: Path, overwrite: bool, ignore_limits: bool, allow_pickle: bool, trust: bool
+    recipe: Recipe,
+    out: Path,
+    overwrite: bool,
+    ignore_limits: bool,
+    allow_pickle: bool,
+    trust: bool,
+    share: Path | None = None,
+    share_limit: str = SHARE_LIMIT,
 ) -> None:
+    """Make the artifact. share: the folder where other runs find what this one computes, and it what they did."""
+    limit = byte_count("--share-limit", share_limit)
     source = open_source(recipe, allow_pickle, trust)
     from quantpress.export.contracts import check_job
 
     from ..pipeline import prepare
     from ..pipeline import quantize as quantize_job
+    from ..sharing import Shared
 
     job = prepare(recipe, source)
     check_job(job)
     with quantizing(job, out, overwrite, ignore_limits, trust) as settings:
-        manifest = quantize_job(job, settings)
+        shared = Shared(share, limit, settings.on_note)
+        manifest = quantize_job(job, replace(settings, shared=shared))
     for line in manifest["fallbacks"]:
         say(f"note: {line}")
 

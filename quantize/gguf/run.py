@@ -184,7 +184,7 @@ def _write(
         tensors = conversion.tensors(kind)
         write(folder / "model.gguf", conversion.file_type(kind), tensors, wanted.split, lambda n: tell(n, len(tensors)))
         return ""
-    importance = _importance(job, conversion, tokens, work)
+    importance = _importance(job, conversion, tokens, work, settings)
     if (work / _IMATRIX).exists():
         shutil.copy2(work / _IMATRIX, folder)
     parts = _converted(job, conversion, work)
@@ -230,7 +230,7 @@ def _converted(job: "Job", conversion: Conversion, work: Path) -> list[Path]:
 
 
 def _importance(
-    job: "Job", conversion: Conversion, tokens: Tokens | None, work: Path
+    job: "Job", conversion: Conversion, tokens: Tokens | None, work: Path, settings: "Settings"
 ) -> dict[str, imatrix.Array] | None:
     wanted = job.recipe.gguf_file.imatrix
     if wanted is False:
@@ -240,7 +240,9 @@ def _importance(
     assert tokens is not None
     file = work / _IMATRIX
     if not file.exists():
-        found = imatrix.measure(job.skeleton, conversion.entries, tokens)
+        found = settings.shared.importance(
+            job, tokens, lambda: imatrix.measure(job.skeleton, conversion.entries, tokens)
+        )
         imatrix.save(file, found, tokens.source, tokens.ids.shape[1])
     return imatrix.fitted(imatrix.load(file), conversion.entries, "of the calibration text")
 

@@ -73,7 +73,7 @@ def test_export_makes_what_is_asked_with_its_settings(call: Any, run: Path) -> N
     ("arguments", "said"),
     [
         (["--target", "vllm,llama.cpp"], "llama.cpp reads gguf files"),
-        (["--target", "vlm"], "'vllm', 'sglang', 'tgi'"),
+        (["--target", "vlm"], "known: vllm, sglang, tgi"),
         (["--target", "vllm", "--set", "vllm.tensor_paralel=2"], "did you mean 'tensor_parallel'?"),
         (["--target", "vllm", "--set", "port=1"], "write target.key=value, with one of vllm"),
         (["--target", "vllm,tgi", "--out", "elsewhere"], "--out is the folder of one target"),
