@@ -18,6 +18,7 @@ from quantpress.quantize.recipe import READERS, LlamaCpp, Ollama, Sglang, Target
 
 from .report import chart, render
 from .runs import Run, open_run
+from .wording import given
 
 CHART = "quality.png"
 # What the embedded model is called on the hub, and its licence there.
@@ -123,12 +124,18 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 
 
 def _shown(run: Run) -> dict[str, Any]:
-    """The recipe without the folders of the machine it ran on."""
-    recipe = dict(run.manifest.recipe) | {"model": run.manifest.model.id}
+    """The recipe without the folders of the machine it ran on, and without what goes without saying."""
+
+    def named(section: dict[str, Any], key: str) -> dict[str, Any]:
+        return section | ({key: Path(section[key]).name} if Path(str(section.get(key, ""))).is_absolute() else {})
+
+    recipe = given(run.manifest.recipe) | {"model": run.manifest.model.id}
     for key in ("calibration", "evaluation"):
-        if isinstance(recipe.get(key), dict) and Path(str(recipe[key].get("source", ""))).is_absolute():
-            recipe[key] = recipe[key] | {"source": Path(recipe[key]["source"]).name}
-    return recipe
+        if isinstance(recipe.get(key), dict):
+            recipe[key] = named(recipe[key], "source")
+            if "tasks" in recipe[key]:
+                recipe[key] = recipe[key] | {"tasks": [named(task, "file") for task in recipe[key]["tasks"]]}
+    return {key: value for key, value in recipe.items() if key != "smoke"}
 
 
 def _hub_id(run: Run) -> str | None:

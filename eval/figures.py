@@ -83,7 +83,8 @@ def layers_figure(heats: Mapping[str, Heat], scale: HeatScale | None, footer: st
         for i, color in enumerate(LIGHT):
             axes.add_patch(Rectangle((left + i * 34, top), 34, 12, color=color, lw=0))
         for i, edge in list(enumerate(scale.edges()))[::3]:
-            _text(axes, left + i * 34, top + 26, f"{100 * edge:.2g} %", ha="center", size=10, color=_MUTED)
+            align = "left" if i == 0 else "right" if i == LEVELS else "center"
+            _text(axes, left + i * 34, top + 26, f"{100 * edge:.2g} %", ha=align, size=10, color=_MUTED)
     _text(axes, left + LEVELS * 34 + 40, top + 10, "hatched: left in 16 bit; grey: not measured", size=10, color=_MUTED)
     _footer(axes, top + 52, lines)
     return figure

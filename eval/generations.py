@@ -1,7 +1,12 @@
 """The same prompts continued by the original and by the artifact, side by side."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from quantpress.quantize.files import whole_file
 
 from .records import Generation
 
@@ -32,6 +37,23 @@ def side_by_side(
             )
         )
     return tuple(out)
+
+
+def remembered(folder: Path, what: Sequence[Any], write: Write) -> Write:
+    """`write`, with its answers kept in the cache `folder`; `what` identifies the model and all that it computes by."""
+
+    def answer(prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+        key = hashlib.sha256(json.dumps([*what, list(prompts), new_tokens]).encode()).hexdigest()[:32]
+        path = folder / f"{key}.json"
+        if not path.is_file():
+            written = write(prompts, new_tokens)
+            folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as file:
+                file.write(json.dumps(written).encode())
+        kept: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+
+    return answer
 
 
 def _alike(first: str, second: str) -> int:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from quantpress.quantize import machine
 from quantpress.quantize.artifact import Artifact, open_artifact
 from quantpress.quantize.calibration import bos_id, open_tokenizer
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import fingerprint
 from quantpress.quantize.model import Skeleton
 from quantpress.quantize.recipe import Evaluation, Gates
 from quantpress.quantize.texts import load_documents
@@ -19,10 +21,10 @@ from quantpress.quantize.texts import load_documents
 from . import capacity
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase, quality, windows
 from .gates import judge
-from .generations import side_by_side
+from .generations import remembered, side_by_side
 from .likelihood import Scorer
 from .records import Efficiency, Results, Subject
-from .reference import fingerprint, reference
+from .reference import reference
 from .served import Server, served_nll
 from .speed import time_model
 from .tasks import Outcome, Tasks, compare_tasks, kept
@@ -142,6 +144,12 @@ class _Evaluation:
 
     def _quality(self, before: Any, after: Any, original_bytes: int, bytes: int, **more: Any) -> None:
         text = self._prepared.text
+        for who, nll in (("original", before), ("artifact", after)):
+            if not np.isfinite(nll).all():
+                raise BadInput(
+                    f"the {who}'s probabilities of the text hold NaN or inf in {self._results.dtype}; "
+                    "its weights or activations are too large for that"
+                )
         increase, interval = perplexity_increase(before, after, text)
         self._add(
             text=text.record(), original=quality(before, text, original_bytes), artifact=quality(after, text, bytes),
@@ -192,7 +200,9 @@ class _Evaluation:
             ).write(prompts, new_tokens)
 
         try:
-            pair = write(self._folder, "original"), write(artifact, "artifact")
+            what = [torch.__version__, fingerprint(self._folder), self._results.dtype, self._results.device]
+            original = remembered(self._prepared.cache / "continuations", what, write(self._folder, "original"))
+            pair = original, write(artifact, "artifact")
             self._add(generations=side_by_side(*pair, tokenizer, self._prepared.bos, wanted.prompts, wanted.new_tokens))
         except BadInput as error:
             self._note(f"continuations: {error}")

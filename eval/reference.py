@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantpress.quantize.artifact import open_artifact
 from quantpress.quantize.calibration import Tokens
-from quantpress.quantize.files import whole_folder
+from quantpress.quantize.files import fingerprint, whole_folder
 from quantpress.quantize.model import Skeleton
 
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase
@@ -27,7 +27,6 @@ from .records import NoiseFloor
 _LAYOUT = "1"  # raise when what is computed or how it is kept changes
 _KEPT = 16  # references; the ones used longest ago go
 _NOISE_WINDOWS = 4
-_MODEL_FILES = (".safetensors", ".json", ".gguf")
 
 
 def reference(
@@ -89,15 +88,6 @@ def _key(original: Skeleton, folder: Path, text: Windows) -> str:
     scored = text.scored.tolist()
     parts = (_LAYOUT, torch.__version__, str(original.dtype), original.device.type, text.tokens.sha256, scored)
     return hashlib.sha256(json.dumps([*parts, fingerprint(folder)]).encode()).hexdigest()[:32]
-
-
-def fingerprint(folder: Path) -> str:
-    """Of a model: its files by path, size and time of change, which is quick for any size; at worst something that is
-    known is computed again.
-    """
-    files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def _forget_old(folder: Path) -> None:

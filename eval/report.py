@@ -19,6 +19,7 @@ from quantpress.quantize.errors import BadInput
 from .figures import divergence_figure, layers_figure, png, recovery_axis, tasks_figure, tradeoff_figure
 from .figures import files as figure_files
 from .heat import DARK, LIGHT, HeatScale
+from .records import TaskResult
 from .runs import Run, comparable, labelled, open_run, open_runs
 from .sweep import Outcome, failures
 from .tradeoff import Plot, Point, pareto, tradeoff
@@ -30,14 +31,20 @@ from .wording import (
     first_word,
     gate,
     gate_name,
+    given,
     interval,
     number,
+    points,
+    program,
     score,
     seconds,
+    sentence,
     share,
+    shorten,
     size,
     small,
     spread,
+    squeezed,
 )
 
 _WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
@@ -137,11 +144,18 @@ def _figures(run: Run) -> dict[str, Any]:
 
 
 def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The recipe keys, dotted, whose values differ between runs, with each run's value."""
-    flat = [_flatten(run.manifest.recipe) for run in runs]
-    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if key not in ("name", "description")]
+    """The recipe keys, dotted, whose values differ between runs, with each run's value; not how it is tried out."""
+    left_out = ("name", "description", "smoke")
+    flat = [_flatten({k: v for k, v in run.manifest.recipe.items() if k not in left_out}) for run in runs]
+    keys = list(dict.fromkeys(k for f in flat for k in f))
     rows = {key: [_yaml(f[key], flow=True) if key in f else "" for f in flat] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _by_task(runs: Sequence[Run]) -> list[tuple[tuple[str, str], list[TaskResult | None]]]:
+    """For each task and metric, every run's result."""
+    found = [{(task.task, task.metric): task for task in run.results.tasks} for run in runs]
+    return [(key, [of.get(key) for of in found]) for key in dict.fromkeys(key for of in found for key in of)]
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -242,10 +256,11 @@ def _environment() -> Environment:
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis}
+    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis, "points": points}
     environment.filters |= {
         "size": size, "number": number, "change": change, "share": share, "gate": gate, "gate_name": gate_name,
         "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds, "interval": interval, "score": score,
-        "first_word": first_word, "spread": spread,
+        "first_word": first_word, "spread": spread, "sentence": sentence, "points": points, "program": program,
+        "given": given, "shorten": shorten, "squeezed": squeezed, "by_task": _by_task,
     }  # fmt: skip
     return environment

@@ -12,7 +12,7 @@ from quantpress.quantize.errors import BadInput
 
 from .heat import Heat, heat
 from .records import Check, Divergence, EvaluationText, Manifest, Quality, Results, read
-from .wording import change, gate, gate_name, number, share, size
+from .wording import change, gate, gate_name, interval, number, points, program, sentence, share, size
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,41 @@ class Run:
             f"({change(self.increase)}). The same next token as the original "
             f"{share(self.divergence.top1_agreement)} of the time."
         )
+
+    @property
+    def served(self) -> str:
+        """What the smoke test's server made of the artifact; empty when it was not served."""
+        if self.serving is None:
+            return ""
+        made = [check for check in self.serving.checks if check.status != "skip"]
+        wrong = [check.name for check in made if check.status == "fail"]
+        who = sentence(program(self.serving.server)) + (f" ({self.serving.version})" if self.serving.version else "")
+        if self.serving.verdict == "FAILED":
+            return f"{who} failed {', '.join(wrong) or 'the smoke test'}."
+        agrees = "; its answers agree with our own forward over these files" if self.serving.agreement else ""
+        return f"{who} loads it and passes the {len(made)} checks made{agrees}."
+
+    @property
+    def findings(self) -> list[str]:
+        """What tasks and server say, a sentence each; empty without them."""
+        return [line for line in (self._scores, self.served) if line]
+
+    @property
+    def _scores(self) -> str:
+        """Of the tasks: those that are lower for certain, which is what would change a decision."""
+        paired = [task for task in self.results.tasks if task.difference_interval and task.difference is not None]
+        if not paired:
+            return ""
+        lower = []
+        for task in paired:
+            low, high = task.difference_interval or (0.0, 0.0)
+            worse = high < 0 if task.higher_is_better else low > 0
+            if worse:
+                lower.append(f"{task.task} ({task.metric}) by {interval((low, high), points)} points")
+        if lower:
+            return f"Worse than the original for certain (95 %): {', '.join(lower)}."
+        scores = "The one task score is" if len(paired) == 1 else f"None of the {len(paired)} task scores is"
+        return f"{scores} {'not ' if len(paired) == 1 else ''}worse than the original's for certain (95 % intervals)."
 
     @property
     def warnings(self) -> list[str]:

@@ -1,13 +1,14 @@
 """Many recipes on one model: each is a `quantpress run` of its own, here one after another or over a Ray cluster.
 
 A process of its own for each run: peak memory and CPU seconds are that run's, and one that is killed takes no other
-with it. The runs share the cache: the model at one commit, the texts, and the original's evaluation (its last hidden
-states, its task scores), computed by the first run and read by the rest. Second moments are not shared: those of each
-block are measured behind the blocks that this recipe has rounded already.
+with it. What does not depend on the recipe is computed by the first run and read by the rest: in the cache the model at
+one commit, the texts, and the original's evaluation (its last hidden states, task scores, continuations); in a folder
+that goes when the sweep ends, what quantize/sharing.py keeps.
 """
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from quantpress.quantize.files import write_json
 from quantpress.quantize.recipe import Recipe
 
 STATE = "sweep.json"
+_SHARED = ".shared"
 _COMMAND = (sys.executable, "-m", "quantpress.quantize.cli", "run")
 _GATE_MISSED = 3
 
@@ -33,6 +35,10 @@ class Task:
     command: tuple[str, ...]
     out: Path
     key: str
+
+    @property
+    def log(self) -> Path:
+        return self.out.parent / f"{self.name}.log"
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,19 @@ Fan = Callable[[Sequence[Task]], Iterable[Outcome]]
 
 
 def plan(
-    recipes: Sequence[Recipe], model: str, identity: str, out: Path, options: Sequence[str] = (),
+    recipes: Sequence[Recipe],
+    model: str,
+    identity: str,
+    out: Path,
+    options: Sequence[str] = (),
+    share_limit: int = 0,
     command: Sequence[str] = _COMMAND,
-) -> list[Task]:  # fmt: skip
+) -> list[Task]:
     """A task for each recipe, in `out`/<name of the recipe>.
 
     model: as for --model, the same bytes each time; identity: what changes when the model does; options: further ones
-    of `quantpress run`, for all. Raises BadInput for two recipes of one name and for one that measures nothing.
+    of `quantpress run`, for all; share_limit: bytes of the original's activations that the runs share, at the most.
+    Raises BadInput for two recipes of one name and for one that measures nothing.
     """
     names = [recipe.name for recipe in recipes]
     for name in names:
@@ -75,6 +87,7 @@ def plan(
         file = out / ".recipes" / f"{recipe.name}.yaml"  # JSON is YAML
         key = _digest([document, identity, version("quantpress"), sorted(options)])
         arguments = (str(file.absolute()), "--model", model, "--out", str(where.absolute()), "--json", *options)
+        arguments += ("--share", str((out / _SHARED).absolute()), "--share-limit", str(share_limit))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, document)
         tasks.append(Task(recipe.name, (*command, *arguments), where, key))
@@ -96,13 +109,19 @@ def sweep(tasks: Sequence[Task], out: Path, fan: Fan, on_outcome: Callable[[Outc
         _record(tasks, ended, out)
         on_outcome(outcome)
     _record(tasks, ended, out)
+    shutil.rmtree(out / _SHARED, ignore_errors=True)
     return [ended[task.name] for task in tasks]
 
 
-def in_turn(tasks: Sequence[Task]) -> Iterator[Outcome]:
+def in_turn(on_start: Callable[[Task], None] = lambda task: None) -> Fan:
     """One run after another on this machine; what each says on the way goes to <name>.log."""
-    for task in tasks:
-        yield run(task)
+
+    def fan(tasks: Sequence[Task]) -> Iterator[Outcome]:
+        for task in tasks:
+            on_start(task)
+            yield run(task)
+
+    return fan
 
 
 def over_ray(address: str, cpus: int, gpus: float) -> Fan:
@@ -136,7 +155,7 @@ def over_ray(address: str, cpus: int, gpus: float) -> Fan:
 def run(task: Task) -> Outcome:
     """One run to its end, whatever end that is."""
     task.out.parent.mkdir(parents=True, exist_ok=True)
-    log = task.out.parent / f"{task.name}.log"
+    log = task.log
     with log.open("wb") as errors:
         done = subprocess.run(task.command, stdout=subprocess.PIPE, stderr=errors, check=False)
     if done.returncode in (0, _GATE_MISSED):

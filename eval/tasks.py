@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,8 +55,10 @@ class Tasks:
         with _quiet():
             from lm_eval.tasks import TaskManager
 
-            self._manager = TaskManager(include_defaults=any(task.name is not None for task in wanted))
-            self._specs = [(task, self._spec(task)) for task in wanted]
+            found = {task.name: _shipped(task.name) for task in wanted if task.name is not None}
+            # Groups, tags and tasks in Python need the index of all, for which the library parses thousands of files.
+            self._manager = TaskManager(include_defaults=None in found.values())
+            self._specs = [(task, self._spec(task, found)) for task in wanted]
             for task, spec in self._specs:
                 self._load(task, spec)
 
@@ -79,9 +82,11 @@ class Tasks:
             out += _outcomes(task, found)
         return out
 
-    def _spec(self, task: Task) -> str | dict[str, Any]:
+    def _spec(self, task: Task, found: dict[str, str | None]) -> str | dict[str, Any]:
         if task.file is None:
             assert task.name is not None
+            if place := found[task.name]:
+                return place
             if task.name not in self._manager.all_tasks:
                 raise BadInput(f"evaluation.tasks: lm-eval knows no task {task.name!r} (`lm-eval ls tasks` lists them)")
             return task.name
@@ -108,6 +113,33 @@ def kept(folder: Path, tasks: Tasks, what: Sequence[Any], run: Callable[[], list
     with whole_file(path) as file:
         file.write(json.dumps([asdict(outcome) for outcome in outcomes]).encode())
     return outcomes
+
+
+def _shipped(name: str) -> str | None:
+    """The YAML file of the library's task of that name, the first one in the order of its own index; None for a group,
+    a tag, a task in Python, and a name it does not know.
+    """
+    package = importlib.util.find_spec("lm_eval")
+    assert package is not None
+    assert package.origin is not None
+    mark, end = r"['\"]?", r"['\"]?[ \t]*(?:#.*)?$"
+    this, start = f"{mark}{re.escape(name)}{end}", rf"^{mark}"
+    declared = re.compile(rf"{start}task{mark}:[ \t]*{this}", re.MULTILINE)
+    others = rf"{start}(?:tag|group){mark}:[ \t]*(?:{this}|{end[:-1]}\n(?:[ \t]*-.*\n)*?[ \t]*-[ \t]*{this})"
+    several = re.compile(others, re.MULTILINE)
+    in_python = re.compile(rf"{start}(?:class|group){mark}:", re.MULTILINE)
+    found: str | None = None
+    for path in sorted((Path(package.origin).parent / "tasks").glob("**/*.yaml"), key=Path.as_posix):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if name not in text:
+            continue
+        if several.search(text):
+            return None
+        if found is None and declared.search(text):
+            if in_python.search(text):
+                return None
+            found = str(path)
+    return found
 
 
 def _read_file(path: Path) -> dict[str, Any]:

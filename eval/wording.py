@@ -2,7 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from quantpress.quantize.recipe import Recipe
 
 NBSP = "\u00a0"  # a number and its unit stay on one line
 
@@ -52,7 +55,7 @@ def share(fraction: float) -> str:
     percent = 100 * fraction
     if not math.isfinite(percent):
         return "not finite"
-    text = "100" if percent == 100 else f"{min(percent, 99.99):.4g}" if percent > 99.9 else small(percent)
+    text = "100" if percent == 100 else f"{min(percent, 99.99):.4g}" if 99.9 < percent < 100 else small(percent)
     return f"{text}{NBSP}%"
 
 
@@ -74,9 +77,50 @@ def interval(ends: tuple[float, float], how: Callable[[float], str]) -> str:
 
 
 def gate_name(name: str) -> str:
-    """`max_perplexity_increase` reads as «perplexity increase»."""
-    words = name.removeprefix("max_").removeprefix("min_").replace("_", " ")
-    return {"kl": "mean KL divergence", "top1 agreement": "same next token", "bytes": "size on disk"}.get(words, words)
+    """`max_perplexity_increase` reads as «perplexity increase», `min_recovery.arc_easy` as «recovery of arc_easy»."""
+    what, _, task = name.removeprefix("max_").removeprefix("min_").partition(".")
+    words = what.replace("_", " ")
+    known = {"kl": "mean KL divergence", "kl p99": "KL divergence, 99 %", "top1 agreement": "same next token"}
+    words = (known | {"bytes": "size on disk", "tokens per second": "tokens a second"}).get(words, words)
+    return f"{words} of {task}" if task else words
+
+
+def sentence(text: str) -> str:
+    """With a capital at its start; a name such as vLLM stays as it is."""
+    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
+
+
+def points(fraction: float) -> str:
+    """A signed difference of scores in hundredths."""
+    return f"{100 * fraction:+.1f}".replace("-", "−")
+
+
+def program(name: str) -> str:
+    """What a server of the smoke test is called."""
+    return {"vllm": "vLLM", "transformers": "transformers serve", "url": "a running server"}.get(name, name)
+
+
+def given(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says that does not go without saying: read again, it is the same recipe."""
+    out: dict[str, Any] = _beyond(dict(recipe), Recipe().model_dump(mode="json"))
+    return out
+
+
+def _beyond(value: Any, default: Any) -> Any:
+    """`value` without what `default` has too, and without nulls where that says nothing; another method stays whole."""
+    if isinstance(value, list):
+        return [_beyond(item, None) for item in value]
+    if not isinstance(value, dict):
+        return value
+    known = default if isinstance(default, dict) else {}
+    said = {k: v for k, v in value.items() if v != known.get(k) or (k == "name" and v is not None)}
+    return {k: v if _is_another(v, known.get(k)) else _beyond(v, known.get(k)) for k, v in said.items()}
+
+
+def _is_another(value: Any, default: Any) -> bool:
+    """Whether `value` is another method than the default one, so that equal keys need not mean the same."""
+    both = isinstance(value, dict) and isinstance(default, dict) and "name" in default
+    return both and value.get("name") != default["name"]
 
 
 def gate(value: float | None, name: str) -> str:
@@ -113,6 +157,11 @@ def first_word(text: str) -> str:
     """The first word of a text with the space before it; only space where there is no word."""
     found = re.match(r"\s*\S+|\s+", text)
     return found.group() if found else ""
+
+
+def squeezed(text: str) -> str:
+    """At most one blank line in a row, and no line of spaces alone: a broken model writes hundreds."""
+    return re.sub(r"\n[ \t]*(?:\n\s*)+\n", "\n\n", text)
 
 
 def shorten(text: str, most: int = 30) -> str:

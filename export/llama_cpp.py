@@ -3,6 +3,8 @@
 Flags: tools/server/README.md of ggml-org/llama.cpp; images: ghcr.io/ggml-org/llama.cpp, a tag for each build.
 """
 
+import json
+
 from quantpress.quantize.recipe import LlamaCpp
 
 from .server import HOST, MODEL, PORT, Deployment, Server
@@ -18,9 +20,11 @@ def server(target: LlamaCpp, model: Deployment) -> Server:
     cuda = target.device == "cuda"
     arguments = ["--model", f"{MODEL}/{model.file}", "--alias", model.name, "--host", HOST, "--port", PORT]
     arguments += ["--parallel", str(target.max_num_seqs)]
-    if target.max_model_len is not None:  # the context is shared by the slots
-        arguments += ["--ctx-size", str(target.max_model_len * target.max_num_seqs)]
+    # Shared by the slots, and taken when it starts: as much as the folder says it needs.
+    arguments += ["--ctx-size", str(model.resources.tokens)]
     arguments += ["--n-gpu-layers", _ALL_LAYERS] if cuda else []
+    if model.template:
+        arguments += ["--chat-template-kwargs", json.dumps(dict(model.template))]
     arguments += ["--offline"]
     return Server(
         name=model.name,

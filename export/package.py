@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantpress.quantize.calibration import open_tokenizer
 from quantpress.quantize.convert import convert
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import MANIFEST, file_sha256, own_manifest, whole_folder, write_json
 from quantpress.quantize.formats import FORMATS
+from quantpress.quantize.gguf.chat import template_arguments
 from quantpress.quantize.gguf.reader import gguf_files
 from quantpress.quantize.recipe import READERS, Drafting, Ollama, Target, reader_notes
 
@@ -67,7 +69,9 @@ def export(
         contents = contracts.of_folder(model)
         needed = resources.of_contents(target, contents, _weights_bytes(model))
         file = next((gguf.name for gguf in gguf_files(model)), "")
-        server = SERVERS[target.name](target, Deployment(name, needed, contents.kv_cache, file))
+        told = file and (model / "tokenizer_config.json").is_file()  # a file by itself brings none
+        template = template_arguments(open_tokenizer(model)) if told else {}
+        server = SERVERS[target.name](target, Deployment(name, needed, contents.kv_cache, file, template))
         if isinstance(target, Ollama):
             given = model / "Modelfile"
             said = given.read_text(encoding="utf-8") if given.exists() else None
@@ -100,7 +104,7 @@ def find_artifact(run: Path) -> Path:
     for folder in (run / "quantized", run):
         if (folder / "config.json").is_file() or gguf_files(folder):
             return folder
-    raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a .gguf file)")
+    raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a model.gguf)")
 
 
 def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | None]:

@@ -1,6 +1,7 @@
 """One server as its files describe it: a launch script, a compose file and a Kubernetes manifest from one record."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +24,13 @@ _START_SECONDS = 900  # until a server that has not answered counts as failed: l
 @dataclass(frozen=True)
 class Deployment:
     """What a target has to know of the model: what it is called, what it takes, the type its cache has scales for, and
-    the file of one that is a single file."""
+    the file of one that is a single file. template: what llama.cpp has to tell its chat template."""
 
     name: str
     resources: Resources
     kv_cache: str | None = None
     file: str = ""
+    template: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def notes(run: Path, draft_for: str, drafted: int, found: Acceptance | None) -> 
     rows = [f"| {n} | {found.tokens[n]:.2f} | {found.speedup(n):.2f} |" for n in found.tokens]
     table = ["| tokens drafted | tokens a pass | times as fast, at most |", "|--:|--:|--:|", *rows]
     lines = [
-        f"Measured: {found.original} accepts {found.sampled:.1%} ± {found.stderr:.1%} of the tokens that the artifact "
+        f"Measured: {found.original} accepts {found.sampled:.1%} (± {found.stderr:.1%}) of the tokens the artifact "
         f"drafts at temperature 1, and {found.greedy:.1%} at 0{own}. What that brings at temperature 1, where reading "
         f"weights (the draft's are {found.cost:.0%} of the original's) is all that a pass costs, as with few requests "
         "at one time; with many, drafting may cost more than it brings:",

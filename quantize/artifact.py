@@ -60,6 +60,10 @@ class Artifact:
         """Bytes of all weights on disk."""
         return self.checkpoint.total_bytes
 
+    def plain_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor that is stored as the model holds it; None for the weight of a quantized linear."""
+        return None if name.removesuffix(".weight") in self.linears else self.checkpoint.shape(name)
+
     def bits_per_weight(self) -> float | None:
         """Bits on disk of a quantized weight, its scales and zeros counted; None when none is quantized."""
         if isinstance(self.checkpoint, GgufCheckpoint):
@@ -124,6 +128,7 @@ def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None 
     """An artifact and the skeleton of its model, which reads through it and rounds inputs and cache as it says."""
     artifact = Artifact(folder)
     skeleton = Skeleton(artifact, device=device, dtype=dtype)
+    skeleton.check_shapes(artifact.plain_shape)
     artifact.transposed = frozenset(x.name for x in skeleton.linears() if x.transposed)
     if artifact.kv_cache is not None:
         for name, attention in kv_cache.attentions(skeleton):

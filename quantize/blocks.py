@@ -17,6 +17,7 @@ from .checkpoint import write_part
 from .end_to_end import QuantizedModel, train_scales
 from .errors import BadInput
 from .formats import FORMATS
+from .gguf.imatrix import HEAD_IMPORTANCE, of_head
 from .grid import Inputs, QuantizedLinear
 from .job import Job, Progress, Settings
 from .journal import Journal
@@ -24,7 +25,7 @@ from .model import Arguments, Linear, Skeleton
 from .plan import BATCH_TOKENS
 from .recipe import Qat, Tuned
 from .rounding import record, round_stage, weight_of
-from .stages import Stage, Stages, shared_inputs
+from .stages import Beside, Stage, Stages, shared_inputs
 from .transforming import BlockTransforms
 from .tuning import Tuning
 
@@ -37,6 +38,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
     caches = None if job.recipe.kv_cache is None else kv_cache.attentions(skeleton)
     hidden, arguments = _hidden_states(job, tokens, journal)
     transforms = BlockTransforms(job.recipe, skeleton)
+    original = settings.shared.original(job, tokens)
     for k, block in skeleton.blocks(first):
         started = time.monotonic()
         last = k + 1 == skeleton.n_blocks
@@ -52,8 +54,9 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
             write_part(_transformed(journal, k), kept)
         tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, Tuned) else None
         cache = None if caches is None else kv_cache.Largest(*caches[k])
-        whole = tuning is not None or cache is not None or not last
-        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache):
+        whole = tuning is not None or cache is not None or not last or job.weighs_head
+        beside = None if original is None else original.block(k, whole)
+        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache, beside):
             round_stage(
                 job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
@@ -63,6 +66,8 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         layers = [records.get(name) or record(x, None) for name, x in linears.items()]
         seconds = time.monotonic() - started
         tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
+        if last and job.weighs_head:
+            tensors[HEAD_IMPORTANCE] = of_head(skeleton, hidden["hidden"])
         line = {"block": k, "seconds": round(seconds, 3), "layers": layers, "transforms": changes.records}
         journal.commit(tensors, {} if last else hidden, line)
         errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
@@ -105,6 +110,7 @@ def _stages(
     arguments: Arguments | None,
     whole: bool,
     cache: kv_cache.Largest | None,
+    beside: Beside | None,
 ) -> Iterable[Stage]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
     recipe, states = job.recipe, hidden.get("hidden")
@@ -116,12 +122,13 @@ def _stages(
             some = torch.ones(1, 1, job.skeleton.config.hidden_size, dtype=job.skeleton.dtype)
             together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
             together += [(name,) for name in wanted if not any(name in names for names in together)]
-        return [Stage(names, inputs=None if inputs is None else Inputs(*inputs)) for names in together]
+        rounded = None if inputs is None else Inputs(*inputs)
+        return [Stage(names, moment=job.importance.get(names[0]), inputs=rounded) for names in together]
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,
         device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"), activations=inputs,
-        begin=(lambda: None) if cache is None else cache.start,
+        begin=(lambda: None) if cache is None else cache.start, beside=beside,
     )  # fmt: skip
 
 

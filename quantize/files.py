@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from .errors import BadInput
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".quantpress-"  # how folders that are still being made are called in the cache
+_MODEL_FILES = (".safetensors", ".json", ".gguf")
 _STALE_SECONDS = 24 * 3600
 
 
@@ -22,6 +24,15 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model, a folder or a file: its files by path, size and time of change, which is quick for any size; at worst
+    something that is known is computed again.
+    """
+    files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES)
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -61,6 +72,52 @@ def own_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Work in `folder`, made when it is not there, while no other process does; one left empty is removed again.
+
+    The lock is the kernel's, on the folder itself: nothing is left of it, however the process ends. Raises BadInput
+    when another process is at work there, or the folder cannot be made or written.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            made += [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except FileExistsError:
+            raise BadInput(f"{folder} is a file; --out names a folder") from None
+        except OSError as error:
+            raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from error
+        with _locked(folder):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # up to the first that is not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if sys.platform == "win32":
+        yield  # has no such lock
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"{folder}: another quantpress is at work there; wait for it, or give another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` once it is whole and on disk."""
     partial = path.with_name(path.name + ".partial")
@@ -70,8 +127,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file
         raise
     fsync(path.parent)
 

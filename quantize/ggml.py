@@ -6,7 +6,7 @@ K types scale and offset of a group are whole numbers times float16 that the 256
 others they are float16 themselves. (ggml-quants.c and ggml-common.h of llama.cpp.)
 
 Here a weight stands as columns first, [groups, columns of a group, rows]: sums over a group's columns then run along
-contiguous rows. Weighting is by column, `importance` [groups, columns, 1].
+contiguous rows. `importance` weighs the squared errors: of a column [columns], or of each weight [rows, columns].
 """
 
 from collections.abc import Iterator
@@ -38,37 +38,46 @@ def zero_of(grid: BlockGrid) -> int:
 def fit_super(weight: Tensor, grid: BlockGrid, importance: Tensor | None) -> Tensor:
     """Super scales (and super offsets) of one super-block of a K type: float32 [2, rows], exact in float16.
 
-    weight [rows, 256], importance [256] or None. They start from the best scale of each group by itself and are then
-    fitted, by least squares, to the codes that the groups get with them, as long as that lowers the weighted error.
+    weight [rows, 256], importance [256] or [rows, 256] or None. They start from the best scale of each group by itself
+    and are then fitted, by least squares, to the codes that the groups get with them, as long as that lowers the
+    weighted error.
     """
     columns = grid.columns(weight.shape[1])
     x = weight.to(torch.float32).T.contiguous().reshape(-1, columns, len(weight))
     w = _weights(importance, x)
     out = x.new_empty(2, len(weight))
     for r in range(0, len(weight), _ROWS):
-        out[:, r : r + _ROWS] = _super(x[..., r : r + _ROWS].contiguous(), w, grid)
+        rows = slice(r, r + _ROWS)
+        out[:, rows] = _super(x[..., rows].contiguous(), _of(w, rows), grid)
     return out
 
 
 def fit_group(
-    weight: Tensor, grid: BlockGrid, importance: Tensor | None, overall: Tensor | None
+    weight: Tensor,
+    grid: BlockGrid,
+    importance: Tensor | None,
+    overall: Tensor | None,
+    moment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale [rows] and zero [rows], float32, of one group: a weight is scale * (q - zero), the offset in the zero.
 
-    weight [rows, columns of the group], importance [columns] or None, overall [2, rows] from `fit_super` for K types.
+    weight [rows, columns of the group], importance [columns] or [rows, columns] or None, overall [2, rows] from
+    `fit_super` for K types. With a moment X^T X [columns, columns] of the inputs, K types take of the scales near the
+    best that can be stored those with the least error in the output: inputs go together, and an offset that is a step
+    off costs more than the errors of its columns one by one.
     """
     x = weight.to(torch.float32).T.contiguous()[None]
     w = _weights(importance, x)
     scales, offsets = x.new_empty(2, len(weight)).unbind(0)
     for r in range(0, len(weight), _ROWS * 4):
         rows = slice(r, r + _ROWS * 4)
-        part = x[..., rows].contiguous()
-        found = _ideal(part, w, grid)
+        part, mine = x[..., rows].contiguous(), _of(w, rows)
+        found = _ideal(part, mine, grid)
         if overall is None:
             scale, offset = found
             scales[rows], offsets[rows] = _half(scale)[0], (offset.clamp(-_HUGE, _HUGE).half().float())[0]
         else:
-            codes, shifts, _ = _coded(part, w, grid, *found, overall[:, rows])
+            codes, shifts, _ = _coded(part, mine, grid, found, overall[:, rows], moment)
             scales[rows], offsets[rows] = (codes * overall[0, rows])[0], (shifts * overall[1, rows])[0]
     return scales, zero_of(grid) + offsets / scales
 
@@ -79,12 +88,30 @@ def codes_of(scales: Tensor, zeros: Tensor, grid: BlockGrid, overall: Tensor) ->
     return (scales / overall[0]).round(), shifts.round()
 
 
+def by_size(weight: Tensor, importance: Tensor, grid: BlockGrid) -> Tensor:
+    """The importance of each weight [rows, columns]: its column's [columns] times sqrt(mean square + its own square).
+
+    llama.cpp's weighting of the errors of rounding to nearest with an importance matrix (ggml-quants.c), which has the
+    column's alone for types of 6 bits and more.
+    """
+    if grid.bits >= 6:
+        return importance.expand_as(weight)
+    squares = weight.to(torch.float32).square()
+    return importance * squares.add_(squares.mean(1, keepdim=True)).sqrt_()
+
+
 def _weights(importance: Tensor | None, x: Tensor) -> Tensor:
+    """Weights [groups, columns, rows or 1] for x [groups, columns, rows], about 1 on average."""
     if importance is None:
         return x.new_ones(x.shape[0], x.shape[1], 1)
     w = importance.to(torch.float32)
-    w = w / w.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return (w + 1e-6).reshape(x.shape[0], x.shape[1], 1)  # columns of weight 0 still want a scale they can live with
+    w = w / w.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    w = w + 1e-6  # columns of weight 0 still want a scale they can live with
+    return w.reshape(-1, x.shape[0] * x.shape[1]).T.contiguous().reshape(x.shape[0], x.shape[1], -1)
+
+
+def _of(w: Tensor, rows: slice) -> Tensor:
+    return w if w.shape[-1] == 1 else w[..., rows].contiguous()
 
 
 def _half(scale: Tensor) -> Tensor:
@@ -168,32 +195,36 @@ def _ranges(x: Tensor, grid: BlockGrid) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _coded(
-    x: Tensor, w: Tensor, grid: BlockGrid, scale: Tensor, offset: Tensor, overall: Tensor
+    x: Tensor, w: Tensor, grid: BlockGrid, ideal: tuple[Tensor, Tensor], overall: Tensor, moment: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of scale and offset with the least weighted error near the ideal ones, and that error: [groups, rows].
 
-    overall [2, rows]. Every scale code near the ideal one is tried, each with the offset that suits it.
+    overall [2, rows]; moment [columns, columns] of one group. Every scale code near the ideal one is tried, each with
+    the offset that suits it, or by a moment with the ones around that.
     """
     smallest, largest = SCALE_CODES[grid.type]
-    d, m = overall[0], overall[1]
+    (scale, offset), d, m = ideal, overall[0], overall[1]
+    over = w if moment is None else moment.sum(0)[None, :, None]  # what an error of each column adds up to
+    whole = over.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
     start = (scale / d).round_()
-    xw, sum_w = x * w, w.sum(1)
-    sum_x = xw.sum(1)
+    sum_x = (x * over).sum(1)
     best = torch.full_like(scale, torch.inf)
     codes, shifts = torch.ones_like(scale), torch.zeros_like(scale)
     for step in (-2, -1, 0, 1, 2) if grid.bits == 2 else (-1, 0, 1):
         code = (start + step).clamp_(smallest, largest)
         code = torch.where(code == 0, torch.where(scale < 0, -1.0, 1.0), code)
         s = code * d
-        shift = torch.zeros_like(code)
+        tried = [torch.zeros_like(code)]
         if not grid.symmetric:
-            numbers = _snap(x, s, offset, grid)
-            shift = ((s * (numbers * w).sum(1) - sum_x) / sum_w / m).round_().clamp_(0, largest)
-        numbers = _snap(x, s, shift * m, grid)
-        error = numbers.mul_(s[:, None]).sub_((shift * m)[:, None]).sub_(x).square_().mul_(w).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        codes, shifts = torch.where(better, code, codes), torch.where(better, shift, shifts)
+            balanced = ((s * (_snap(x, s, offset, grid) * over).sum(1) - sum_x) / whole / m).round_()
+            tried = [balanced] if moment is None else [balanced, balanced - 1, balanced + 1, (offset / m).round_()]
+        for shift in tried:
+            shift = shift.clamp(0, largest)
+            error = _snap(x, s, shift * m, grid).mul_(s[:, None]).sub_((shift * m)[:, None]).sub_(x)
+            error = (error.square_().mul_(w) if moment is None else (moment @ error).mul_(error)).sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            codes, shifts = torch.where(better, code, codes), torch.where(better, shift, shifts)
     return codes, shifts, best
 
 
@@ -209,7 +240,7 @@ def _super(x: Tensor, w: Tensor, grid: BlockGrid) -> Tensor:
     best = torch.full_like(d, torch.inf)
     out = overall
     for attempt in range(_REFITS + 1):
-        codes, shifts, error = _coded(x, w, grid, *found, overall)
+        codes, shifts, error = _coded(x, w, grid, found, overall)
         total = error.sum(0)
         better = total < best
         best, out = torch.where(better, total, best), torch.where(better, overall, out)

@@ -177,12 +177,11 @@ def fit(
     `importance` [columns] (1 when None), or of the output where that is a moment X^T X [columns, columns]. `overall`:
     the global scale (nvfp4), or super scales and offsets [2, rows] (`ggml.fit_super`). Where rows share a scale (one a
     tensor, one a block) each gets the same. Returns float32 [rows] scales that `dtype` can store exactly, and zeros,
-    whole ones but for ggml's.
+    whole ones but for ggml's, which `ggml.fit_group` finds.
     """
     weight = weight.to(torch.float32)
     if isinstance(grid, BlockGrid):
-        diagonal = importance.diagonal() if importance is not None and importance.dim() == 2 else importance
-        return ggml.fit_group(weight, grid, diagonal, overall)
+        return ggml.fit_group(weight, grid, importance, overall)
     store = _Store(grid, dtype, overall)
     low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
     shared = {0: len(weight)}.get(grid.group_size, BLOCK if grid.type == "fp8-block" else 1)

@@ -1,12 +1,13 @@
 """A recipe that has been found to fit its model: everything a run needs to know before the work."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import kv_cache, machine
 from .checkpoint import Checkpoint
@@ -14,12 +15,14 @@ from .errors import BadInput
 from .formats import FORMATS, Contents
 from .gguf import run as gguf_run
 from .gguf.mixes import Choice
+from .gguf.planning import make_gguf_plan
 from .gguf.reader import GgufCheckpoint
 from .grid import Grid
 from .model import Linear, Skeleton
 from .plan import Plan, make_plan
 from .recipe import Hadamard, Recipe
 from .rotation import Rotated
+from .sharing import Shared
 from .sources import Source
 from .transforming import BlockTransforms
 
@@ -45,6 +48,7 @@ class Settings:
     trust_remote_code: bool = False
     on_block: Callable[[Progress], None] = lambda progress: None
     on_note: Callable[[str], None] = lambda line: None
+    shared: Shared = field(default_factory=Shared)
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,16 @@ class Job:
     schemes: dict[str, Grid | None]
     plan: Plan
     gguf_types: dict[str, Choice | None] | None = None  # of a GGUF file's tensors, where a budget chose them
+    importance: Mapping[str, Tensor] = field(default_factory=dict)  # of columns [in] by linear, from a matrix given
 
     @property
     def contents(self) -> Contents:
         return _contents(self.recipe, self.skeleton, self.schemes)
+
+    @property
+    def weighs_head(self) -> bool:
+        """Whether the output head is rounded by what it gets in calibration, which the last block's part then holds."""
+        return self.recipe.is_gguf and self.recipe.gguf_file.calibrated
 
     def sizes(
         self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int
@@ -94,12 +104,14 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     first = recipe.transforms[0] if recipe.transforms else None
     reader = Rotated(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
     skeleton = Skeleton(reader, device=device or machine.device())
+    skeleton.check_shapes(reader.shape)
     linears = skeleton.linears()
     if recipe.is_gguf:
-        conversion = gguf_run.check(recipe, checkpoint)
+        conversion = gguf_run.check(recipe, checkpoint, source)
         grids = gguf_run.schemes(recipe, conversion, linears)
-        plan = gguf_run.plan(recipe, conversion, linears, grids)
-        return Job(recipe, source, checkpoint, reader, skeleton, linears, grids, plan)
+        plan = make_gguf_plan(recipe, conversion, linears, grids)
+        given = gguf_run.importance(recipe, conversion)
+        return Job(recipe, source, checkpoint, reader, skeleton, linears, grids, plan, importance=given)
     schemes = recipe.schemes({linear.name: linear.in_features for linear in linears})
     for name in recipe.formats:
         _check_format(name, linears, schemes, skeleton, recipe)

@@ -29,6 +29,7 @@ def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = T
         "recipe": {name: value for name, value in manifest["recipe"].items() if name in key["recipe"]},
         "model": manifest["model"]["files"],
         "calibration": manifest["calibration"] and manifest["calibration"]["sha256"],
+        "imatrix": manifest.get("imatrix"),
         "quantpress": manifest["quantpress"],
     }
     if not compare_calibration:

@@ -116,14 +116,16 @@ class Skeleton:
         """Block `k`'s tensors by their name inside the block, in the model's dtype, on the CPU."""
         return {n: self.reader.read(disk).to(self.dtype) for n, disk in self.block_names(k).items()}
 
-    def blocks(self, start: int = 0, keep: bool = False) -> Iterator[tuple[int, nn.Module]]:
+    def blocks(self, start: int = 0, keep: bool = False, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Blocks from `start` on, each materialised on the device while the next one is read; then dropped."""
+        order = list(range(start, self.n_blocks))
+        order = order[::-1] if backwards else order
         with ThreadPoolExecutor(1) as pool:
-            ahead: Future[dict[str, Tensor]] = pool.submit(self.read_block, start)
-            for k in range(start, self.n_blocks):
+            ahead: Future[dict[str, Tensor]] = pool.submit(self.read_block, order[0])
+            for i, k in enumerate(order):
                 tensors = ahead.result()
-                if k + 1 < self.n_blocks:
-                    ahead = pool.submit(self.read_block, k + 1)
+                if i + 1 < len(order):
+                    ahead = pool.submit(self.read_block, order[i + 1])
                 block = self._blocks[k]
                 _fill_buffers(self.model, block, self.device)
                 block.load_state_dict({n: t.to(self.device) for n, t in tensors.items()}, assign=True, strict=True)
@@ -161,8 +163,12 @@ class Skeleton:
 
     def heads(self) -> list[str]:
         """Names of the linears outside the blocks: the output head."""
+        return [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in self.head_modules()]
+
+    def head_modules(self) -> list[str]:
+        """As `heads`, by the model's own names."""
         return [
-            self.disk_name(f"{name}.weight").removesuffix(".weight")
+            name
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and not name.startswith(f"{self.blocks_name}.")
         ]
@@ -182,10 +188,14 @@ class Skeleton:
         """Hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len]."""
         out = []
         for rows in torch.split(tokens, max(1, _EMBEDDED_TOKENS // tokens.shape[1])):
-            with self._taps() as taps:
-                self.model.base_model(input_ids=rows.to(self.device), use_cache=False)
-            out.append(taps[0].hidden)
+            out.append(self.embedding(rows))
         return torch.cat(out)
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """As `embed`, of few tokens and differentiable."""
+        with self._taps() as taps:
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        return taps[0].hidden
 
     @torch.no_grad()
     def block_arguments(self, seq_len: int) -> list[Arguments]:
@@ -207,6 +217,14 @@ class Skeleton:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         return logits
 
+    @torch.no_grad()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head is applied to, [tokens, hidden], for hidden states of that shape that left the last block."""
+        with self._taps(hidden[None].to(self.device)):
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
+            out: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return out
+
     @contextmanager
     def _taps(self, result: Tensor | None = None) -> Iterator[list["_Tap"]]:
         """The model with its blocks replaced by taps that note their arguments and return `result` or their input."""
@@ -219,6 +237,16 @@ class Skeleton:
         finally:
             setattr(owner, attribute, self._blocks)
 
+    def check_shapes(self, shape: Callable[[str], tuple[int, ...] | None]) -> None:
+        """Raise BadInput unless each parameter has on disk the shape the model gives it; None: it is packed there."""
+        for k in range(self.n_blocks):
+            block = dict(self._blocks[k].named_parameters())
+            for name, disk in self.block_names(k).items():
+                _same_shape(disk, shape(disk), block[name])
+        shell = dict(self.model.named_parameters())
+        for name, disk in self.shell_names().items():
+            _same_shape(disk, shape(disk), shell[name])
+
     def _check_names(self) -> None:
         wanted = [disk for k in range(self.n_blocks) for disk in self.block_names(k).values()]
         missing = [name for name in wanted if name not in self.reader]
@@ -227,6 +255,14 @@ class Skeleton:
                 f"{self.config.model_type}: the checkpoint lacks {len(missing)} tensors, the first {missing[0]}; "
                 "is config.json the one that belongs to these weights?"
             )
+
+
+def _same_shape(name: str, stored: tuple[int, ...] | None, parameter: Tensor) -> None:
+    if stored is not None and stored != tuple(parameter.shape):
+        raise BadInput(
+            f"{name}: shape {list(stored)} on disk, {list(parameter.shape)} by config.json; "
+            "is it the one that belongs to these weights?"
+        )
 
 
 def run_block(

@@ -47,12 +47,12 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     files = job.checkpoint.file_hashes()
     if settings.overwrite:
         _make_room(settings.out)
+    journal = Journal(work, _key(job, files, tokens))
     if isinstance(job.recipe.method, LlamaCppQuantizer):
         manifest = gguf_run.make(job, describe(job, files, tokens), tokens, settings)
         return _signed(manifest, job, settings, started)
-    job = gguf_run.with_types(job, tokens) if job.recipe.is_gguf else job
-    journal = Journal(work, _key(job, files, tokens))
-    run_blocks(job, tokens, journal, settings)
+    job = gguf_run.with_types(job, tokens, work) if job.recipe.is_gguf else job
+    run_blocks(job, None if job.importance else tokens, journal, settings)  # a matrix given says what text would
     manifest = describe(job, files, tokens, journal.done)
     trained = train_end_to_end(job, tokens, journal)
     if trained.summary is not None:
@@ -140,10 +140,14 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
     limit = getattr(job.skeleton.config, "max_position_embeddings", None)
     if limit is not None and wanted.seq_len > limit:
         raise BadInput(f"calibration.seq_len {wanted.seq_len} is more than the model's {limit} positions")
-    if wanted.source == "self":
-        return generated_tokens(job.source.path, tokenizer, wanted)
-    text = load_documents(wanted, cache=settings.cache, role="calibration")
-    return calibration_tokens(tokenizer, text.documents, text.source, wanted)
+
+    def make() -> Tokens:
+        if wanted.source == "self":
+            return generated_tokens(job.source.path, tokenizer, wanted)
+        text = load_documents(wanted, cache=settings.cache, role="calibration")
+        return calibration_tokens(tokenizer, text.documents, text.source, wanted)
+
+    return settings.shared.tokens(job, make)
 
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
@@ -153,6 +157,7 @@ def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, An
         "recipe": recipe,
         "model": files,
         "calibration": None if tokens is None else tokens.sha256,
+        "imatrix": gguf_run.imatrix_sha256(job.recipe),
         "quantpress": version("quantpress"),
         "torch": torch.__version__,
         "device": machine.describe(job.skeleton.device)["device"],

@@ -18,7 +18,8 @@ from .recipe import Awq, Grid, Qat, Recipe, SmoothQuant, Tuned
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
-PROCESS_BYTES = 600_000_000  # Python, torch, transformers and the tokenizer, measured on Linux
+PROCESS_BYTES = 580_000_000  # Python, torch, transformers and a small model's run, measured on Linux
+_TOKENIZER_BYTES = 1000  # of memory for each entry of the vocabulary, measured with SmolLM2's byte-level BPE
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,18 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
     streams = 2 if recipe.paired else 1
-    hidden = streams * tokens * int(skeleton.config.hidden_size) * item
-    work = _largest_solve(linears, schemes, calibrated) + streams * _activations(linears, tokens, item)
+    width = int(skeleton.config.hidden_size)
+    hidden = streams * tokens * width * item
+    # One batch passes the block, or one stage is solved; beside either, every batch waits before a linear.
+    work = max(_largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item))
+    work += streams * _waiting(linears, tokens, item, width)
     if isinstance(recipe.method, Tuned):
         batch = recipe.method.batch_size * recipe.calibration.seq_len
         work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
         work += hidden // streams  # the block's inputs, kept
     # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
-    memory = PROCESS_BYTES + max(shell, max(inside) * 3 + work) + hidden
+    process = PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size)
+    memory = process + max(shell, max(inside) * 3 + work) + hidden
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
     tried = _scales_tried(recipe)
     operations = _operations(linears, schemes, tokens, streams, calibrated)
@@ -96,7 +101,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         trained = 3 * recipe.method.n_steps * batch  # a backward pass is two forward ones
         operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
     if isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None:
-        memory = max(memory, PROCESS_BYTES + _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact))
+        memory = max(memory, process + _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact))
         operations += _end_to_end_operations(recipe, recipe.method, skeleton, linears)
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
@@ -139,13 +144,15 @@ def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calib
     return most
 
 
-def _activations(linears: list[Linear], tokens: int, item: int) -> int:
-    """What waits before a linear, for all tokens; and the widest tensors of one batch, with a float32 copy."""
-    widest_input = max(x.in_features for x in linears)
+def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int) -> int:
+    """What all tokens hold before the linear with the widest input: that, the residual, and the norm of it."""
+    return tokens * (max(x.in_features for x in linears) + 2 * hidden) * item
+
+
+def _passing(linears: list[Linear], tokens: int, item: int) -> int:
+    """The widest tensors of one batch on its way through a block, with a float32 copy."""
     widest = max(max(x.in_features, x.out_features) for x in linears)
-    narrowest_input = min(x.in_features for x in linears)
-    waiting = tokens * (widest_input + narrowest_input) * item
-    return waiting + min(tokens, BATCH_TOKENS) * widest * (4 * item + 4)
+    return min(tokens, BATCH_TOKENS) * widest * (4 * item + 4)
 
 
 def _operations(

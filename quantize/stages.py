@@ -6,10 +6,10 @@ propagate, and each linear is rounded for the inputs it will really get, the err
 """
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -20,6 +20,7 @@ from .grid import Inputs
 from .model import Arguments, Experts
 from .recipe import Activations
 
+Group = tuple[str, ...]  # names of linears that receive one tensor
 _PANELS = 8  # X^T X is symmetric: about half of it is computed, in this many panels
 
 
@@ -27,7 +28,8 @@ _PANELS = 8  # X^T X is symmetric: about half of it is computed, in this many pa
 class Stage:
     """Linears that receive the same tensor X [tokens, in], about to be applied.
 
-    moment: X^T X [in, in] float32, None when no token came; tokens: rows of X. drift: (X0 - X)^T X [in, in], X0 what
+    moment: X^T X [in, in] float32, or a multiple of its diagonal [in] where an importance matrix is all there is; None
+    when nothing is known of X; tokens: rows of X. drift: (X0 - X)^T X [in, in], X0 what
     the original model would send instead; None where that was not asked for or tokens do not correspond. inputs: how X
     is rounded as the artifact runs, None where it is not; X in the moments is what that makes of it.
     """
@@ -39,6 +41,23 @@ class Stage:
     inputs: Inputs | None = None
 
 
+class Run(Protocol):
+    """One batch on its way through a block."""
+
+    def advance(self, name: str) -> Tensor:
+        """Go on until linear `name` is about to be applied; its input [tokens, in]."""
+
+    def finish(self) -> None:
+        """Run to the end of the block, whose output replaces the batch's hidden states."""
+
+    def drop(self) -> None:
+        """Give up where it stands."""
+
+
+# From the groups compared with the original, its hidden states in batches, and a maker of runs through its block: runs.
+Beside = Callable[[Sequence[Group], Sequence[Tensor], Callable[[], "list[Run]"]], Sequence[Run]]
+
+
 class Stages:
     """Iterate over the stages of `block`; the weights of a stage's linears are to be replaced before the next one.
 
@@ -47,6 +66,7 @@ class Stages:
     to halt at. reference: the original model's hidden states, which the block's original weights are applied to beside.
     activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale.
     watch: called with the first name of a stage and some rows of X [tokens, in] float32, until all of X has passed.
+    beside: where the runs of the original come from, if not from the block; they put out the same to the last bit.
     begin: called when the pass begins; the block has run before that on one sample, to see the order of its linears.
     """
 
@@ -61,6 +81,7 @@ class Stages:
         batch: int,
         keep: bool = True,
         reference: Tensor | None = None,
+        beside: Beside | None = None,
         activations: tuple[Activations, int] | None = None,
         watch: Callable[[str, Tensor], None] = lambda name, rows: None,
         begin: Callable[[], None] = lambda: None,
@@ -69,16 +90,14 @@ class Stages:
         self._inputs: dict[str, Inputs] = {}
         self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
-        self._routed, self._watch = _inside_experts(block), watch
+        self._routed, self._watch, self._beside = _inside_experts(block), watch, beside
 
     def __iter__(self) -> Generator[Stage, None, None]:
         shared = shared_inputs(self._block, self._hidden[:1].to(self._device), self._arguments, self._linears)
-        beside: list[_Run] = []
+        beside: Sequence[Run] = ()
         if self._reference is not None:
-            # Shares the parameters, which the caller replaces in the block and never writes to.
-            original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
-            twins = {name: original.get_submodule(_path(self._block, m)) for name, m in self._linears.items()}
-            beside = self._runs(original, twins, self._reference, {})
+            parts, aligned = torch.split(self._reference, self._batch), [x for x in shared if self._is_aligned(x)]
+            beside = self._beside(aligned, parts, self._original_runs) if self._beside else self._original_runs()
         runs = self._runs(self._block, self._linears, self._hidden, self._inputs)
         self._begin()
         try:
@@ -93,23 +112,34 @@ class Stages:
             for run in (*runs, *beside):
                 run.drop()
 
+    def _original_runs(self) -> list[Run]:
+        assert self._reference is not None
+        # Shares the parameters, which the caller replaces in the block and never writes to.
+        original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
+        twins = {name: original.get_submodule(_path(self._block, m)) for name, m in self._linears.items()}
+        return self._runs(original, twins, self._reference, {})
+
+    def _is_aligned(self, names: Group) -> bool:
+        """Whether the original sends the same tokens in the same order: a router may send others to an expert."""
+        return not any(self._linears[name] in self._routed for name in names)
+
     def _runs(
         self, block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, inputs: Mapping[str, Inputs]
-    ) -> "list[_Run]":
+    ) -> list[Run]:
         parts = torch.split(hidden, self._batch)
         return [_Run(block, linears, part, self._arguments, self._device, inputs) for part in parts]
 
-    def _stage(self, names: tuple[str, ...], runs: "list[_Run]", beside: "list[_Run]") -> Stage:
+    def _stage(self, names: Group, runs: Sequence[Run], beside: Sequence[Run]) -> Stage:
         """Take every batch to the linear `names[0]` and sum up what it is about to receive."""
         moment = drift = None
         tokens = 0
-        aligned = bool(beside) and not any(self._linears[name] in self._routed for name in names)
+        aligned = bool(beside) and self._is_aligned(names)
         waiting = [run.advance(names[0]) for run in runs]
         inputs = self._measured(waiting)
         if inputs is not None:
             self._inputs |= dict.fromkeys(names, inputs)
         for i, x in enumerate(waiting):
-            original = beside[i].advance(names[0]) if beside else None
+            original = beside[i].advance(names[0]) if aligned else None
             if x.shape[0] == 0:
                 continue
             rows = (x if inputs is None else round_inputs(x, inputs)).to(torch.float32)

@@ -3,7 +3,6 @@
 Every source either gives exactly the text it names or fails: there is no second choice when a download does.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from .errors import BadInput
 from .recipe import Text
-from .sources import fetch_wheel, hub_errors
+from .sources import commit, fetch_wheel, hub_errors, near
 
 Role = Literal["calibration", "evaluation"]
 
@@ -23,7 +22,6 @@ _WHEEL = ("exllamav3", "1.6.5", "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99a
 _FOLDER = "exllamav3/conversion/standard_cal_data"
 _WHEEL_FILES: dict[Role, str] = {"calibration": "c4.utf8", "evaluation": "wiki.utf8"}  # never the same text
 _WIKI_DOCUMENT = re.compile(r"^<doc [^>\n]*>\n(.*?)\n</doc>$", re.MULTILINE | re.DOTALL)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def load_documents(text: Text, *, cache: Path, role: Role) -> Documents:
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text.source) and not text.source.startswith("."):
         documents, source = _dataset(text, role)
     else:
-        raise BadInput(f"{role} text {path}: no such file{_near(path)}")
+        raise BadInput(f"{role} text {path}: no such file{near(path)}")
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise BadInput(f"{role} text {source}: empty")
@@ -74,7 +72,7 @@ def _default(role: Role, cache: Path) -> tuple[list[str], str]:
 def _read(path: Path) -> str:
     """UTF-8 text with \\n line ends, whatever the platform."""
     if not path.is_file():
-        raise BadInput(f"text {path}: no such file{_near(path)}")
+        raise BadInput(f"text {path}: no such file{near(path)}")
     try:
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -99,16 +97,15 @@ def _jsonl(path: Path, column: str) -> list[str]:
 
 
 def _dataset(text: Text, role: Role) -> tuple[list[str], str]:
-    """A hub dataset at one commit; the branch is looked up first so that a stale copy is never used."""
+    """A hub dataset at one commit."""
     import datasets
     from huggingface_hub import HfApi
 
     what = f"dataset {text.source}"
     with hub_errors(what, text.revision):
-        pinned = text.revision is not None and _COMMIT.fullmatch(text.revision)
-        commit = text.revision if pinned else HfApi().dataset_info(text.source, revision=text.revision).sha
-        rows = datasets.load_dataset(text.source, text.config, split=text.split, revision=commit)
-    return _rows(rows, text, role), f"{text.source}{f' {text.config}' if text.config else ''} {text.split}@{commit}"
+        at = commit(HfApi().dataset_info, text.source, text.revision)
+        rows = datasets.load_dataset(text.source, text.config, split=text.split, revision=at)
+    return _rows(rows, text, role), f"{text.source}{f' {text.config}' if text.config else ''} {text.split}@{at}"
 
 
 def _rows(rows: Any, text: Text, role: Role) -> list[str]:
@@ -126,13 +123,6 @@ def _string(value: object, place: str) -> str:
     if not isinstance(value, str):
         raise BadInput(f"{place} holds {type(value).__name__}, not text")
     return value
-
-
-def _near(path: Path) -> str:
-    """'; did you mean …?' from what lies beside `path`."""
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _sha256(documents: Sequence[str]) -> str:

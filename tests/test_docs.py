@@ -1,14 +1,18 @@
-"""The pipelines in docs/ci do what they say: their commands parse, and their recipes are valid."""
+"""What the documents show can be done: their commands exist, and their recipes are valid, to us and to editors."""
 
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import typer
 import yaml
 
-from quantpress.quantize.recipe.file import load
+from quantpress.quantize.cli.app import app
+from quantpress.quantize.recipe import Recipe
+from quantpress.quantize.recipe.file import load, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,3 +39,33 @@ def test_a_pipeline_runs_a_valid_recipe_with_gates(name: str) -> None:
     assert recipe.gates.limits()
     assert recipe.targets
     assert recipe.smoke is not None
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_recipe_of_the_readme_is_valid() -> None:
+    block = re.search(r"\n((?:    .*\n)*?    name: .*\n(?:    .*\n)+)", README)
+    assert block is not None
+    assert parse(yaml.safe_load(block[1])).gates.limits()
+
+
+def test_editors_accept_what_loads_and_refuse_what_does_not() -> None:
+    schema = jsonschema.Draft202012Validator(Recipe.model_json_schema())
+    block = re.search(r"\n((?:    .*\n)*?    name: .*\n(?:    .*\n)+)", README)
+    assert block is not None
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    for text in (*texts, block[1], "{method: rtn, transforms: [awq], gates: {max_kl: 0.1}, evaluation: {tasks: [a]}}"):
+        schema.validate(yaml.safe_load(text))
+    for wrong in ("{method: {name: gtpq}}", "{methud: rtn}", "{weights: {bits: 5}}", "{calibration: {samples: many}}"):
+        assert not schema.is_valid(yaml.safe_load(wrong)), wrong
+
+
+def test_the_commands_of_the_readme_exist_with_their_options() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    lines = {found[1] for found in re.finditer(r"quantpress ([a-z][^`\n|]*)", README)}
+    for name, *words in (line.split() for line in lines):
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, name
+    shown = {line.split()[0] for line in lines} | set(re.findall(r"`([a-z]+)[ `]", README))
+    assert set(commands) - shown == set()

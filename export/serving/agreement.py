@@ -27,6 +27,8 @@ _LOGPROBS: dict[str, Any] = {"logprobs": 5, "return_tokens_as_token_ids": True}
 # Absolute differences in log-probability, on average and at most. Ours is float32; the servers' sums are bfloat16.
 _SIXTEEN_BIT = Tolerance(kernel="16-bit sums", mean=0.06, largest=0.5)
 _ROUNDED = Tolerance(kernel="rounded inputs", mean=0.5, largest=5.0)  # 16-bit noise moves inputs by whole steps
+# One scale for all inputs makes the steps larger: SmolLM2 in bfloat16 is off by 0.63 from itself in float32.
+_ROUNDED_STATIC = Tolerance(kernel="inputs rounded by static scales", mean=1.0, largest=5.0)
 _LLAMA_CPP = Tolerance(kernel="llama.cpp: inputs rounded to 8 bits in blocks of 32", mean=0.15, largest=1.0)
 
 
@@ -129,6 +131,8 @@ def tolerance_for(server: str, artifact: Path, folder: Path) -> Tolerance:
     four_bit = any(grid.type == "int" and grid.bits == 4 for grid in reader.linears.values())
     # vLLM's 4-bit kernel on a CPU with AMX rounds the inputs to int8, whatever the file says.
     amx = server != "transformers" and machine.device().type == "cpu" and machine.has_amx()
+    if reader.activations is not None and reader.activations.type == "int8" and not reader.activations.dynamic:
+        return _ROUNDED_STATIC
     if reader.activations is not None or (four_bit and amx):
         return _ROUNDED
     return _SIXTEEN_BIT

@@ -1,15 +1,18 @@
-"""llama.cpp's own HTTP server out of the package xllamacpp: `python llama_server.py MODEL PORT CONTEXT SLOTS NAME`.
+"""llama.cpp's own HTTP server out of the package xllamacpp.
+
+`python llama_server.py MODEL PORT CONTEXT SLOTS NAME TEMPLATE`, TEMPLATE a JSON object: the chat template's arguments.
 
 A script for whichever interpreter has the package: it imports nothing else, and ends when it is told to.
 """
 
+import json
 import signal
 import sys
 
 import xllamacpp
 
 
-def main(model: str, port: int, context: int, slots: int, name: str) -> None:
+def main(model: str, port: int, context: int, slots: int, name: str, template: dict[str, bool]) -> None:
     """Serve `slots` requests at a time, each with `context` tokens; returns on SIGTERM."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])  # for every thread of the server
     params = xllamacpp.CommonParams()
@@ -17,6 +20,7 @@ def main(model: str, port: int, context: int, slots: int, name: str) -> None:
     params.model_alias = {name}
     params.hostnames, params.port = ["127.0.0.1"], port
     params.n_ctx, params.n_parallel = context * slots, slots  # n_ctx is shared out among the slots
+    params.default_template_kwargs = {key: json.dumps(value) for key, value in template.items()}
     params.ui = False
     server = xllamacpp.Server(params)
     print(f"serving {model} at {server.listening_address}", flush=True)  # noqa: T201
@@ -24,4 +28,4 @@ def main(model: str, port: int, context: int, slots: int, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], json.loads(sys.argv[6]))

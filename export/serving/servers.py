@@ -39,6 +39,7 @@ class Launch:
     port: int
     max_model_len: int  # tokens of prompt and answer together
     concurrency: int  # requests at a time
+    template: Mapping[str, bool] = field(default_factory=dict)  # arguments that the chat template has to be given
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,10 @@ def _vllm_environment() -> dict[str, str]:
 def _llama_cpp(launch: Launch) -> list[str]:
     script = Path(__file__).with_name("llama_server.py")
     numbers = (launch.port, launch.max_model_len, launch.concurrency)
-    return [launch.python, str(script), str(launch.artifact), *map(str, numbers), SERVED_NAME]
+    return [
+        launch.python, str(script), str(launch.artifact), *map(str, numbers), SERVED_NAME,
+        json.dumps(dict(launch.template)),
+    ]  # fmt: skip
 
 
 def _transformers(launch: Launch) -> list[str]:
@@ -153,19 +157,25 @@ SERVERS: dict[str, Server] = {
 
 @contextlib.contextmanager
 def serve(
-    server: Server, artifact: Path, log: Path, options: Options, tell: Callable[[str], None] = lambda line: None
+    server: Server,
+    artifact: Path,
+    log: Path,
+    options: Options,
+    tell: Callable[[str], None] = lambda line: None,
+    template: Mapping[str, bool] | None = None,
 ) -> Iterator[Running]:
     """`server` on the artifact folder or .gguf file, healthy, on a free port of the loopback address.
 
-    It ends with the block, and all it has started. Raises BadInput when it is not installed or cannot take such an
-    artifact, ServerFailed when it does not become healthy.
+    template: what llama.cpp has to tell the chat template (`template_arguments`). The server ends with the block, and
+    all it has started. Raises BadInput when it is not installed or cannot take such an artifact, ServerFailed when it
+    does not become healthy.
     """
     if server.reads != "anything" and (server.reads == "gguf") != (artifact.suffix == ".gguf"):
         kind = "a .gguf file" if server.reads == "gguf" else "a Hugging Face folder"
         raise BadInput(f"{server.name} reads {kind}, and {artifact} is none")
     python, version = interpreter(server, options.python)
     context = options.max_model_len or DEFAULT_CONTEXT
-    launch = Launch(python, artifact.absolute(), _port(server), context, options.concurrency)
+    launch = Launch(python, artifact.absolute(), _port(server), context, options.concurrency, template or {})
     url, started = f"http://127.0.0.1:{launch.port}", time.monotonic()
     command = server.command(launch)
     with _cleared(server), running(command, server.environment(), log) as child:

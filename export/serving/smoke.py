@@ -11,6 +11,7 @@ from quantpress.quantize import machine
 from quantpress.quantize.calibration import open_tokenizer
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.gguf.chat import template_arguments
 from quantpress.quantize.model import text_config
 from quantpress.quantize.sources import resolve
 
@@ -124,7 +125,8 @@ def _running(row: Server | None, served: _Served, log: Path | None, tell: Callab
         with reach(str(served.options.url), served.options.api_key, served.options.lacks) as found:
             yield found
     else:
-        with serve(row, served.artifact, log, served.options, tell) as found:
+        said = template_arguments(served.tokenizer)
+        with serve(row, served.artifact, log, served.options, tell, said) as found:
             yield found
 
 

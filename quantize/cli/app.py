@@ -1,5 +1,6 @@
 """The command line: parse, call one function, one line on error. Exit codes: 0 fine, 1 failed, 2 bad input, 3 gate."""
 
+import errno
 import os
 import sys
 from typing import Any
@@ -8,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import BadInput
-from .shared import err_console
+from .shared import say
 
 _ORDER = (  # of the help: as the work goes
     "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",
@@ -29,6 +30,12 @@ app = typer.Typer(
     help="One validated recipe from a Hugging Face checkpoint to a quantized, measured artifact.",
 )
 _INTERRUPTED = 130
+_RESUMED = ("run", "quantize", "sweep")  # commands that go on where they were ended
+_OF_THE_MACHINE = {  # errors whose cause is the machine, not a mistake of ours: one line says all
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "ESTALE", "ENXIO")
+    if hasattr(errno, name)
+}
 
 
 def main() -> None:
@@ -46,6 +53,14 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror}; once that is mended, {_goes_on(sys.argv[1:])}", 1)
     except Exception as error:
         if isinstance(error, _usage_error()):
             _fail(f"{error.format_message()} (see quantpress --help)", 2)  # type: ignore[attr-defined]
@@ -55,10 +70,15 @@ def main() -> None:
 def _stopped(arguments: list[str]) -> str:
     if arguments[:1] == ["eval"]:
         return "stopped; what was measured until then is written (eval/results.json, complete: false)"
-    if not {"run", "quantize", "sweep"} & set(arguments[:1]):
-        return "stopped"
+    return f"stopped; {_goes_on(arguments)}" if arguments[:1] and arguments[0] in _RESUMED else "stopped"
+
+
+def _goes_on(arguments: list[str]) -> str:
+    """How the command is taken up again."""
+    if not arguments or arguments[0] not in _RESUMED:
+        return "give the command again"
     same = "the same command without --overwrite" if "--overwrite" in arguments else "the same command"
-    return f"stopped; {same} goes on from what is finished"
+    return f"{same} goes on from what is finished"
 
 
 def _usage_error() -> type[Exception]:
@@ -68,5 +88,5 @@ def _usage_error() -> type[Exception]:
 
 
 def _fail(message: str, code: int) -> None:
-    err_console.print(f"quantpress: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    say(f"quantpress: {' '.join(message.split())}")
     sys.exit(code)

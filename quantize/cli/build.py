@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from ..files import alone_in
 from ..recipe import Recipe
 from ..recipe import file as recipes
 from .app import app
@@ -27,9 +28,6 @@ from .shared import (
 )
 from .work import quantize_model
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def quantize(
@@ -45,7 +43,8 @@ def quantize(
     """Only the artifact: no evaluation, no report."""
     chosen = chosen_recipe(recipe, model, sets)
     where = out or default_out(chosen)
-    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
+    with alone_in(where):
+        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
     out_console.print(f"artifact: {where / 'quantized'}")
 
 
@@ -63,13 +62,15 @@ def plan(
 
     from ..pipeline import prepare
     from ..plan import size
+    from ..sharing import kept_bytes
 
     chosen = chosen_recipe(recipe, model, sets)
     job = prepare(chosen, open_source(chosen, allow_pickle, trust_remote_code))
     targets = check_job(job)
     lints = advice(job)
     if as_json:
-        print(json.dumps(job.plan.as_dict() | {"targets": targets, "servability": lints}))  # noqa: T201
+        document = {"targets": targets, "servability": lints, "shared_bytes": kept_bytes(job)}
+        print(json.dumps(job.plan.as_dict() | document))  # noqa: T201
         return
     table = Table("linears", "number", "scheme", box=None, pad_edge=False)
     kinds: dict[tuple[str, str], int] = {}
@@ -84,22 +85,25 @@ def plan(
         f"artifact {size(p.artifact_bytes)} (original {size(p.original_bytes)}), memory up to {size(p.memory_bytes)}, "
         f"disk up to {size(p.disk_bytes)}, about {max(1, round(p.seconds / 60))} min on this machine"
     )
+    if count := kept_bytes(job):
+        out_console.print(f"a sweep keeps {size(count)} of the original's activations for its other recipes")
     for name, format in targets.items():
         out_console.print(f"target {name}: will load the {format} files", markup=False)
     for line in (*p.notes, *lints):
-        out_console.print(f"note: {line}")
+        out_console.print(f"note: {line}", markup=False)
 
 
 @app.command()
 def convert(
-    artifact: Annotated[Path, typer.Argument(help="a quantized folder")],
+    artifact: Annotated[Path, typer.Argument(help="a run folder, or an artifact folder")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq or modelopt")],
 ) -> None:
     """The same codes in another format, without loss; refused where that cannot be."""
     from ..convert import convert as convert_folder
 
-    convert_folder(artifact, out, to)
+    inside = artifact / "quantized"
+    convert_folder(inside if inside.is_dir() else artifact, out, to)
     out_console.print(f"artifact: {out}")
 
 

@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..files import alone_in
 from .app import app
 from .shared import (
+    SHARE_LIMIT,
     JsonOpt,
     LimitsOpt,
     ModelOpt,
     PickleOpt,
     SetOpt,
+    ShareLimitOpt,
     TrustOpt,
+    byte_count,
     chosen_recipe,
-    err_console,
     open_source,
     out_console,
+    say,
 )
 
 if TYPE_CHECKING:
-    from quantpress.eval.sweep import Outcome
+    from quantpress.eval.sweep import Outcome, Task
 
 _RECIPES = "recipe files, or names of shipped ones; all are run on the same model"
 
@@ -40,6 +44,7 @@ def sweep(
     ] = None,
     cpus: Annotated[int, typer.Option("--cpus", min=1, help="cores a run takes on the cluster")] = 1,
     gpus: Annotated[float, typer.Option("--gpus", min=0, help="GPUs a run takes on the cluster")] = 0,
+    share_limit: ShareLimitOpt = SHARE_LIMIT,
     ignore_limits: LimitsOpt = False,
     allow_pickle: PickleOpt = False,
     trust_remote_code: TrustOpt = False,
@@ -57,9 +62,12 @@ def sweep(
     from ..checkpoint import Checkpoint
 
     identity = json.dumps(Checkpoint(source.path).file_hashes(), sort_keys=True)
-    tasks = plan(chosen, where, identity, out, [flag for flag, on in flags.items() if on])
-    ended = run_all(tasks, out, in_turn if ray is None else over_ray(ray, cpus, gpus), _tell)
-    page = write_sweep(out, [task.out for task, one in zip(tasks, ended, strict=True) if one.status != "failed"])
+    limit = byte_count("--share-limit", share_limit)
+    fan = in_turn(_tell_start) if ray is None else over_ray(ray, cpus, gpus)
+    with alone_in(out):
+        tasks = plan(chosen, where, identity, out, [flag for flag, on in flags.items() if on], limit)
+        ended = run_all(tasks, out, fan, _tell)
+        page = write_sweep(out, [task.out for task, one in zip(tasks, ended, strict=True) if one.status != "failed"])
     if as_json:
         print(json.dumps({"out": str(out), "report": page and str(page), "runs": [vars(one) for one in ended]}))  # noqa: T201
     elif page is not None:
@@ -75,11 +83,15 @@ def _absolute(model: str) -> str:
     return str(path.absolute()) if path.exists() else model
 
 
+def _tell_start(task: "Task") -> None:
+    say(f"{task.name}: started; what it says goes to {task.log}")
+
+
 def _tell(outcome: "Outcome") -> None:
     said = {"done": "done", "gate": "done, and a gate was missed", "failed": "FAILED"}[outcome.status]
     said += " (as before, not done again)" if outcome.reused else ""
     reason = f": {outcome.reason}" if outcome.reason else ""
-    err_console.print(f"{outcome.name}: {said}{reason}", markup=False, soft_wrap=True)
+    say(f"{outcome.name}: {said}{reason}")
 
 
 @app.command()

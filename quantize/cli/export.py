@@ -14,6 +14,8 @@ from ..recipe.file import apply_override, parse_target
 from .app import app
 from .shared import JsonOpt, OverwriteOpt, SetOpt, err_console, out_console, quiet_libraries
 
+_SHOWN = 8  # of what is wrong: a config that was edited is wrong about every layer
+
 
 def chosen_targets(names: list[str], sets: list[str], run: Path) -> tuple[Target, ...]:
     """The targets named on the command line, or the recipe's own; `--set vllm.tensor_parallel=2` sets their keys."""
@@ -98,8 +100,10 @@ def verify(
 
 
 def _print_verified(files: int, found: list[str], answers: dict[str, Any]) -> None:
-    for line in found:
+    for line in found[:_SHOWN]:
         err_console.print(f"wrong: {line}", markup=False, soft_wrap=True)
+    if found[_SHOWN:]:
+        err_console.print(f"wrong: and {len(found) - _SHOWN} more, which --json lists", markup=False)
     if not found:
         sums = f"{files} files are as listed" if files else "no checksums to compare with"
         out_console.print(f"verified: {sums}; every tensor fits its config and the model", markup=False)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..files import alone_in
 from .app import app
 from .shared import (
     JsonOpt,
@@ -41,7 +42,7 @@ def reproduce(
     recipe = original.recipe.model_copy(update={"model": model or original.model})
     where = out or default_out(recipe).with_name(f"{recipe.name}-reproduced")
     job = prepare(recipe, open_source(recipe, allow_pickle, trust_remote_code))
-    with quantizing(job, where, overwrite, ignore_limits, trust_remote_code) as settings:
+    with alone_in(where), quantizing(job, where, overwrite, ignore_limits, trust_remote_code) as settings:
         result = make_again(original, job, settings)
     if as_json:
         print(json.dumps({"reproduced": result.first is None, **vars(result), "out": str(where)}))  # noqa: T201

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import BadInput
-from ..files import file_sha256, read_manifest, write_json
+from ..files import alone_in, file_sha256, read_manifest, write_json
 from ..recipe import Drafting, Recipe, Target
 from .app import app
 from .evaluate import github_summary
 from .shared import (
+    SHARE_LIMIT,
     JsonOpt,
     LimitsOpt,
     ModelOpt,
@@ -23,11 +24,13 @@ from .shared import (
     PickleOpt,
     RecipeArg,
     SetOpt,
+    ShareLimitOpt,
+    ShareOpt,
     TrustOpt,
     chosen_recipe,
     default_out,
-    err_console,
     out_console,
+    say,
 )
 from .smoke import served, smoke_stage
 from .work import evaluation_windows, measure, print_results, quantize_model
@@ -49,23 +52,26 @@ def run(
     ignore_limits: LimitsOpt = False,
     allow_pickle: PickleOpt = False,
     trust_remote_code: TrustOpt = False,
+    share: ShareOpt = None,
+    share_limit: ShareLimitOpt = SHARE_LIMIT,
     as_json: JsonOpt = False,
 ) -> None:
     """The whole recipe: quantize, export, verify, evaluate, smoke test, report, card. Again, only what changed."""
     chosen = chosen_recipe(recipe, model, sets)
     where = out or default_out(chosen)
-    # Read before the work, so that what cannot be used does not cost a run.
-    text = None if chosen.evaluation is None else evaluation_windows(chosen, allow_pickle, trust_remote_code)
-    _check_server(chosen)
-    quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
-    release = _Release(chosen, where, allow_pickle, trust_remote_code, quiet=as_json)
-    for target in chosen.targets:
-        release.export(target)
-    release.verify()
-    results = None if text is None else release.evaluate(text)
-    verdict = release.smoke()
-    page = release.report() if results is not None else None
-    card = release.card() if results is not None else None
+    with alone_in(where):
+        # Read before the work, so that what cannot be used does not cost a run.
+        text = None if chosen.evaluation is None else evaluation_windows(chosen, allow_pickle, trust_remote_code)
+        _check_server(chosen)
+        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code, share, share_limit)
+        release = _Release(chosen, where, allow_pickle, trust_remote_code, quiet=as_json)
+        for target in chosen.targets:
+            release.export(target)
+        release.verify()
+        results = None if text is None else release.evaluate(text)
+        verdict = release.smoke()
+        page = release.report() if results is not None else None
+        card = release.card() if results is not None else None
     if as_json:
         document = {"out": str(where), "report": page and str(page), "results": results and results.document()}
         stages = {name: stage["summary"] for name, stage in read_manifest(where).get("stages", {}).items()}
@@ -94,7 +100,7 @@ class _Release:
     def _ledger(self) -> "Ledger":
         from ..ledger import Ledger
 
-        return Ledger(self.out, lambda line: err_console.print(f"note: {line}", markup=False, soft_wrap=True))
+        return Ledger(self.out, lambda line: say(f"note: {line}"))
 
     @property
     def _artifact(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import typer
 
 from ..errors import BadInput
 from ..recipe import Recipe
-from .shared import cache_folder, err_console, open_source, out_console, progress_bar
+from .shared import SHARE_LIMIT, byte_count, cache_folder, open_source, out_console, progress_bar, say
 
 if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
     from quantpress.eval.measure import Prepared, Watch
@@ -20,20 +21,31 @@ if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
 
 
 def quantize_model(
-    recipe: Recipe, out: Path, overwrite: bool, ignore_limits: bool, allow_pickle: bool, trust: bool
+    recipe: Recipe,
+    out: Path,
+    overwrite: bool,
+    ignore_limits: bool,
+    allow_pickle: bool,
+    trust: bool,
+    share: Path | None = None,
+    share_limit: str = SHARE_LIMIT,
 ) -> None:
+    """Make the artifact. share: the folder where other runs find what this one computes, and it what they did."""
+    limit = byte_count("--share-limit", share_limit)
     source = open_source(recipe, allow_pickle, trust)
     from quantpress.export.contracts import check_job
 
     from ..pipeline import prepare
     from ..pipeline import quantize as quantize_job
+    from ..sharing import Shared
 
     job = prepare(recipe, source)
     check_job(job)
     with quantizing(job, out, overwrite, ignore_limits, trust) as settings:
-        manifest = quantize_job(job, settings)
+        shared = Shared(share, limit, settings.on_note)
+        manifest = quantize_job(job, replace(settings, shared=shared))
     for line in manifest["fallbacks"]:
-        err_console.print(f"note: {line}", markup=False)
+        say(f"note: {line}")
 
 
 @contextmanager
@@ -45,7 +57,7 @@ def quantizing(job: "Job", out: Path, overwrite: bool, ignore_limits: bool, trus
         yield Settings(
             out, cache_folder(), overwrite, ignore_limits, trust,
             lambda p: advance(p.block, "" if p.loss is None else f"error {p.loss:.2%}"),
-            lambda line: err_console.print(f"note: {line}", markup=False, soft_wrap=True),
+            lambda line: say(f"note: {line}"),
         )  # fmt: skip
 
 
@@ -78,7 +90,6 @@ def watched(out: Path, name: str) -> "Iterator[Watch]":
 
     from ..files import write_json
 
-    (out / "eval").mkdir(parents=True, exist_ok=True)
     with ExitStack() as bars:
         shown: str | None = None
         advance: Callable[..., None] = print
@@ -92,6 +103,7 @@ def watched(out: Path, name: str) -> "Iterator[Watch]":
                 advance(done, "", total)
 
         def save(results: "Results") -> None:
+            (out / "eval").mkdir(parents=True, exist_ok=True)
             write_json(out / "eval" / "results.json", results.document())
             write_junit(out / "eval" / "junit.xml", name, results)
 
@@ -103,13 +115,13 @@ def print_results(results: "Results") -> None:
     for line in _figures(results):
         out_console.print(line, markup=False)
     for note in results.notes:
-        err_console.print(f"note: not measured: {note}", markup=False, soft_wrap=True)
+        say(f"note: not measured: {note}")
     signs = {"ACCEPT": "ok  ", "REGRESSION": "MISS", "INCONCLUSIVE": "?   "}
     for check in results.gates.checks:
         out_console.print(f"gate {signs[check.verdict]}   {check.name} {check.reason}", markup=False)
     if results.gates.verdict == "INCONCLUSIVE":
         how = "which gates.strict fails" if results.gates.strict else "which does not fail without gates.strict"
-        err_console.print(f"note: a gate is inconclusive, {how}", markup=False, soft_wrap=True)
+        say(f"note: a gate is inconclusive, {how}")
 
 
 def _figures(results: "Results") -> "Iterator[str]":

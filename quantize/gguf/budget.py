@@ -1,123 +1,43 @@
 """A type for each tensor of a GGUF file within a number of bytes: those that move the model's predictions least."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from ..errors import BadInput
 from ..ggml import BLOCK_BYTES
 from ..methods import ROUNDERS
 from ..recipe import BlockGrid, GgmlType, Rtn
 from .mixes import TensorType
+from .sensitivity import Sensitivity
 
 ALIGNMENT = 32  # bytes that the data of each tensor is padded to (general.alignment where a file does not say)
 _ROWS = 64  # of a tensor whose error stands for all
+_FEWEST_ROWS = 8  # of an expert
 _F16: TensorType = "F16"
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """What errors in a weight [out, in] do to the predictions: a KL divergence of sum rows_r columns_c error_rc^2.
+def costs(weights: Sequence[Tensor], uses: Sequence[Sequence[Sensitivity]]) -> dict[TensorType, float]:
+    """The divergence each type a tensor can have would bring, from the errors of a few of its rows.
 
-    rows float32 [out], columns float32 [in], in nats a token. It is the second-order term of the divergence with the
-    Fisher information of an output and the second moment of an input taken as independent, and no correlations.
+    weights [out, in]: one, or one for each expert of the tensor; uses: what each is sensitive to.
     """
-
-    rows: Tensor
-    columns: Tensor
-
-    def cost(self, error: Tensor, rows: Tensor) -> float:
-        """Of the errors [n, in] of these n rows, if the others are alike."""
-        picked = self.rows[rows]
-        return float((error.square() @ self.columns) @ picked) * float(self.rows.sum() / picked.sum().clamp(min=1e-30))
-
-
-def measure(model: nn.Module, tokens: Tensor, seed: int = 0) -> dict[str, list[Sensitivity]]:
-    """The sensitivity of every linear and embedding {module name: one for each use}, for tokens [samples, seq_len].
-
-    One forward and one backward pass a sequence through the whole model, which has to fit in memory: with g the
-    gradient of the loss of tokens drawn from the model's own predictions, E[g g^T] is the Fisher information, and half
-    of it the curvature of the divergence. The second use of tied embeddings stands under the first one's
-    name.
-    """
-    seen = _Observed(model)
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        for row in tokens:
-            logits = model(input_ids=row[None], use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
-    finally:
-        seen.remove()
-    return seen.sensitivities(tokens.numel())
-
-
-class _Observed:
-    """Sums over tokens of squared inputs and squared output gradients, by hooks on a model's linears and embeddings."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
-        self._names: dict[str, str] = {}
-        self._lookups: set[str] = set()
-        model.requires_grad_(False)
-        first: dict[int, str] = {}
-        self._handles = []
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-                self._names[name] = first.setdefault(id(module.weight), name)
-                self._handles.append(module.register_forward_hook(self._hook(name)))
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            x: Tensor = args[0]
-            if isinstance(module, nn.Embedding):
-                self._lookups.add(name)
-                squares = torch.bincount(x.reshape(-1), minlength=module.num_embeddings).float()
-                out = out.requires_grad_()
-            else:
-                squares = x.detach().reshape(-1, x.shape[-1]).float().square().sum(0)
-            self._inputs[name] = self._inputs.get(name, 0) + squares
-            out.register_hook(lambda g: self._gradient(name, g))  # type: ignore[no-untyped-call]
-            return out
-
-        return hook
-
-    def _gradient(self, name: str, g: Tensor) -> None:
-        squares = g.reshape(-1, g.shape[-1]).float().square().sum(0)
-        self._outputs[name] = self._outputs.get(name, 0) + squares
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def sensitivities(self, tokens: int) -> dict[str, list[Sensitivity]]:
-        out: dict[str, list[Sensitivity]] = {}
-        for name, squares in self._inputs.items():
-            inputs, outputs = squares / tokens, self._outputs[name] / tokens / 2
-            pair = (inputs, outputs) if name in self._lookups else (outputs, inputs)
-            out.setdefault(self._names[name], []).append(Sensitivity(*pair))
-        return out
-
-
-def costs(weight: Tensor, uses: Sequence[Sensitivity]) -> dict[TensorType, float]:
-    """The divergence each type a weight [out, in] can have would bring, from the errors of a few of its rows."""
-    rows = torch.arange(0, len(weight), max(1, len(weight) // _ROWS))
-    w = weight[rows].float()
-    importance = torch.stack([use.columns for use in uses]).sum(0)
-    found: dict[TensorType, float] = {}
-    for kind in candidates(weight.shape[1]):
-        rounded = w.half().float()
-        if kind != "F16":
-            grid = BlockGrid(type=kind, scale_search="activation")
-            rounded = ROUNDERS["rtn"](w, grid, Rtn(), importance, None).linear.dequantize()
-        found[kind] = sum(use.cost(rounded - w, rows) for use in uses)
+    found: dict[TensorType, float] = dict.fromkeys(candidates(weights[0].shape[1]), 0.0)
+    few = max(_FEWEST_ROWS, _ROWS // len(weights))
+    for weight, sensitive in zip(weights, uses, strict=True):
+        rows = torch.arange(0, len(weight), max(1, len(weight) // few))
+        w = weight[rows].float()
+        importance = torch.stack([use.columns for use in sensitive]).sum(0)
+        for kind in found:
+            rounded = w.half().float()
+            if kind != "F16":
+                grid = BlockGrid(type=kind, scale_search="activation")
+                rounded = ROUNDERS["rtn"](w, grid, Rtn(), importance, None).linear.dequantize()
+            found[kind] += sum(use.cost(rounded - w, rows) for use in sensitive)
     return found
 
 

@@ -26,12 +26,12 @@ _FILE_TYPES |= {"BF16": gguf.LlamaFileType.MOSTLY_BF16}
 class Conversion:
     """A model about to become a GGUF file: what the file will say and hold, before any weight is read.
 
-    folder: its tokenizer; reader: its tensors by HF name. entries: the tensors and what they are made of; notes: what
-    the file cannot hold. Raises BadInput for a model or a tokenizer that cannot be written, and tensors of the
-    checkpoint that have no place in the file.
+    folder: its tokenizer; reader: its tensors by HF name; name: what the file calls it, by itself as the folder.
+    entries: the tensors and what they are made of; notes: what the file cannot hold. Raises BadInput for a model or a
+    tokenizer that cannot be written, and tensors of the checkpoint that have no place in the file.
     """
 
-    def __init__(self, reader: Checkpoint | Artifact, folder: Path) -> None:
+    def __init__(self, reader: Checkpoint | Artifact, folder: Path, name: str | None = None) -> None:
         self.reader = reader
         self.skeleton = Skeleton(reader, device=torch.device("cpu"))
         self.config: Any = self.skeleton.config
@@ -44,7 +44,7 @@ class Conversion:
         self.metadata: dict[str, Any] = {
             ARCHITECTURE: row.name,
             "general.type": "model",
-            "general.name": folder.resolve().name,
+            "general.name": name or folder.resolve().name,
             **hyperparameters(self.config, row),
             **tokenizer,
         }
@@ -76,6 +76,10 @@ class Conversion:
                 f"{list(entry.shape)}; is it the one that belongs to these weights?"
             )
         return weight
+
+    def outside(self) -> list[Entry]:
+        """The matrices that are not in a block: the embedding, and the head where it is one of its own."""
+        return [entry for entry in self.entries if entry.matrix and not entry.name.startswith("blk.")]
 
     def file_type(self, kind: FloatType) -> dict[str, Any]:
         """The metadata of a file of floats of this kind."""

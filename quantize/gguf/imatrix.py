@@ -24,6 +24,7 @@ from .reader import GgufTensors
 from .writer import Tensor, write
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+HEAD_IMPORTANCE = "head.importance"  # in the last block's part, mean squares [hidden]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
@@ -44,7 +45,10 @@ class Importance:
 def measure(
     skeleton: Skeleton, entries: Sequence[Entry], tokens: Tokens, on_block: Callable[[int], None] = lambda done: None
 ) -> dict[str, Importance]:
-    """The importance of every linear's columns for these tokens, by GGUF tensor: one pass, block after block."""
+    """The importance of every linear's columns for these tokens, by GGUF tensor: one pass, block after block.
+
+    The head's stands under its own name, or under the embedding's where that is the head.
+    """
     device = skeleton.device
     place = {p.removesuffix(".weight"): (entry, i) for entry in entries for i, p in enumerate(entry.parameters)}
     skeleton.open_shell()
@@ -68,7 +72,25 @@ def measure(
                 found.sums[expert] = squares[linear.module].total.cpu().numpy()
                 found.counts[expert] = squares[linear.module].count
         on_block(k + 1)
+    count = tokens.ids.numel()
+    sums = count * of_head(skeleton, hidden).numpy()
+    out[head_of(entries)] = Importance(sums[None], np.array([count], np.float32))
     return out
+
+
+def of_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
+    """Mean squares [hidden], float32, of the head's inputs, for states [samples, seq_len, hidden] of the last block."""
+    skeleton.open_shell()
+    head = _Squares(hidden.shape[-1])
+    for states in hidden:
+        head.add(skeleton.normed(states))
+    skeleton.close_shell()
+    return (head.total / max(head.count, 1)).float()
+
+
+def head_of(entries: Sequence[Entry]) -> str:
+    """The tensor that is the head: of its own, or the embedding."""
+    return next(n for n in ("output.weight", "token_embd.weight") if any(entry.name == n for entry in entries))
 
 
 class _Squares:
@@ -79,7 +101,10 @@ class _Squares:
         self.count = 0
 
     def note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])
+        self.add(args[0].reshape(-1, args[0].shape[-1]))
+
+    def add(self, x: torch.Tensor) -> None:
+        """Rows x [tokens, in]."""
         self.total += x.to(torch.float32).square().sum(0, dtype=torch.float64).cpu()
         self.count += len(x)
 
@@ -170,4 +195,13 @@ def fitted(importance: Mapping[str, Importance], entries: Sequence[Entry], where
         out[name] = mean.reshape(-1, entry.shape[-1])
     if not out:
         raise BadInput(f"imatrix {where}: not one of its tensors is in the model")
+    return out
+
+
+def of_linears(importance: Mapping[str, Array], entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
+    """Mean squares [in] by the name of the linear on disk, for every parameter that one of `importance` is made of."""
+    out = {}
+    for entry in entries:
+        for i, parameter in enumerate(entry.parameters if entry.name in importance else ()):
+            out[parameter.removesuffix(".weight")] = torch.from_numpy(importance[entry.name][i])
     return out

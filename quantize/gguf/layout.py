@@ -61,7 +61,8 @@ def layout(skeleton: Skeleton) -> list[Entry]:
         prefix = f"{skeleton.blocks_name}.{k}."
         disk |= {f"{prefix}{name}": on_disk for name, on_disk in skeleton.block_names(k).items()}
     if config.tie_word_embeddings:
-        disk = {name: on_disk for name, on_disk in disk.items() if name.removesuffix(".weight") not in _heads(skeleton)}
+        heads = skeleton.head_modules()
+        disk = {name: on_disk for name, on_disk in disk.items() if name.removesuffix(".weight") not in heads}
     grouped: dict[str, list[str]] = {}
     for name in disk:
         grouped.setdefault(gguf_name(names, name), []).append(name)
@@ -81,14 +82,6 @@ def gguf_name(names: gguf.TensorNameMap, parameter: str) -> str:
     if found is None:
         raise BadInput(f"{parameter}: GGUF has no name for this tensor in its architecture")
     return str(found)
-
-
-def _heads(skeleton: Skeleton) -> set[str]:
-    return {
-        name
-        for name, module in skeleton.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.startswith(f"{skeleton.blocks_name}.")
-    }
 
 
 def _entry(

@@ -56,18 +56,30 @@ class Choice:
 
 
 def choose(
-    mix: FileType, tensors: Mapping[str, tuple[int, ...]], model: Model, *, imatrix: bool
+    mix: FileType,
+    tensors: Mapping[str, tuple[int, ...]],
+    model: Model,
+    *,
+    imatrix: bool,
+    own: Mapping[str, str] | None = None,
 ) -> dict[str, Choice | None]:
     """The type of each tensor {GGUF name: shape, the columns last}; None for those that are not quantized.
 
-    imatrix: whether the file is made with an importance matrix, which moves a few tensors.
+    imatrix: whether the file is made with an importance matrix, which moves a few tensors. own: tensors that get a type
+    of their own, which the rule does not meet; one without a grid of ours stands as F16.
     """
     order = sorted(tensors, key=lambda name: (_layer(name), name))  # the rule counts tensors as it meets them
     rule = _Rule(mix, model, imatrix, tied="output.weight" not in tensors, values=sum(map(_is_value, tensors)))
     out: dict[str, Choice | None] = dict.fromkeys(tensors)
     for name in order:
-        if quantizable(name, tensors[name]):
+        if not quantizable(name, tensors[name]):
+            continue
+        if own is None or name not in own:
             out[name] = fitting(rule.type_of(name, tensors[name][-1]), tensors[name][-1])
+        elif own[name] in get_args(GgmlType):
+            out[name] = fitting(cast(GgmlType, own[name]), tensors[name][-1])
+        else:
+            out[name] = Choice("F16")
     return out
 
 

@@ -1,30 +1,32 @@
-"""A GGUF file rounded by our own methods: which type each tensor gets, and its bytes from what the blocks left."""
+"""A GGUF file rounded by our own methods: its types within a budget, and its bytes from what the blocks left."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from ..calibration import Tokens
 from ..errors import BadInput
 from ..formats import ggml
 from ..grid import Grid
 from ..methods import ROUNDERS
-from ..model import Linear
-from ..recipe import BlockGrid, GgmlType, Recipe, Rtn, ScaleSearch, matches
+from ..model import Linear, Skeleton
+from ..recipe import BlockGrid, GgmlType, Recipe, Rtn, ScaleSearch
 from . import budget
 from .architectures import to_gguf
 from .convert import Conversion
+from .imatrix import Array
 from .layout import Entry, float_type
-from .mixes import Choice, FileType, Model, TensorType, choose, fitting
+from .mixes import Choice, TensorType
+from .sensitivity import measure
+from .tensor_types import Types, own_types
 from .writer import Tensor, sizes, write
 
 if TYPE_CHECKING:
@@ -32,45 +34,13 @@ if TYPE_CHECKING:
 
 _ROWS = 4096  # of an embedding or a head rounded at a time
 _MOSTLY = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # the file type named after a type of tensor
-Types = dict[str, Choice | None]
-
-
-def types(recipe: Recipe, conversion: Conversion) -> Types:
-    """The type of each tensor of the file, None for those left in float32: the mix's, then `tensor_types`.
-
-    Raises BadInput for a file type that our rounders have no grids for.
-    """
-    wanted = recipe.gguf_file
-    if wanted.type not in get_args(FileType) or not set(wanted.tensor_types.values()) <= {*get_args(GgmlType), "F16"}:
-        raise BadInput(
-            f"gguf.type {wanted.type}: method {recipe.method.name} rounds to {', '.join(get_args(FileType))}; "
-            "others are made by method llama.cpp"
-        )
-    shapes = {entry.name: entry.shape for entry in conversion.entries}
-    found = choose(cast(FileType, wanted.type), shapes, _model(conversion), imatrix=recipe.calibrated)
-    for name, choice in found.items():
-        own = next((kind for pattern, kind in wanted.tensor_types.items() if matches(pattern, name)), None)
-        if own is not None and choice is not None:
-            found[name] = Choice("F16") if own == "F16" else fitting(cast(GgmlType, own), shapes[name][-1])
-    return found
-
-
-def _model(conversion: Conversion) -> Model:
-    name = str(conversion.metadata["general.architecture"])
-    heads = int(conversion.metadata[f"{name}.attention.head_count"])
-    return Model(
-        architecture=name,
-        blocks=int(conversion.metadata[f"{name}.block_count"]),
-        heads=heads,
-        kv_heads=int(conversion.metadata.get(f"{name}.attention.head_count_kv", heads)),
-        experts=int(conversion.metadata.get(f"{name}.expert_count", 0)),
-    )
 
 
 def schemes(recipe: Recipe, entries: list[Entry], linears: list[Linear], chosen: Types) -> dict[str, Grid | None]:
-    """The grid of each linear, None where its tensor is not quantized; with calibration scales are weighted by it."""
+    """The grid of each linear, None where its tensor is not quantized; RTN's scales are weighted by what it knows."""
     tensor = {parameter: entry.name for entry in entries for parameter in entry.parameters}
-    search: ScaleSearch = "activation" if recipe.calibrated and isinstance(recipe.method, Rtn) else "mse"
+    weighted = isinstance(recipe.method, Rtn) and (recipe.calibrated or bool(recipe.gguf_file.imatrix))
+    search: ScaleSearch = "activation" if weighted else "mse"
     out: dict[str, Grid | None] = {}
     for linear in linears:
         choice = chosen[tensor[f"{linear.name}.weight"]]
@@ -80,29 +50,46 @@ def schemes(recipe: Recipe, entries: list[Entry], linears: list[Linear], chosen:
     return out
 
 
-def within_budget(job: "Job", conversion: Conversion, chosen: Types, tokens: Tokens) -> Types:
+def within_budget(job: "Job", conversion: Conversion, chosen: Types, tokens: Tokens, work: Path) -> Types:
     """The types that cost least within `gguf.budget`, by what errors in each tensor do to the predictions.
 
-    The whole model is loaded for this. Raises BadInput where the smallest file is larger, and for a model whose
-    matrices are not all linears and embeddings of their own.
+    Those of `gguf.tensor_types` stay. `work`: where hidden states may lie meanwhile. Raises BadInput where the smallest
+    file is larger.
     """
-    wanted = job.recipe.gguf_file
-    assert wanted.budget is not None
-    model: Any = AutoModelForCausalLM.from_pretrained(job.source.path, dtype=torch.float32).eval()
-    uses = {job.skeleton.disk_name(f"{n}.weight"): u for n, u in budget.measure(model, tokens.ids).items()}
+    skeleton = Skeleton(job.checkpoint, device=job.skeleton.device, dtype=torch.float32)
+    uses = measure(skeleton, tokens.ids, work)
     shapes = {entry.name: entry.shape for entry in conversion.entries}
     prices: dict[str, dict[TensorType, float]] = {}
+    own = own_types(job.recipe, conversion.entries)
     for entry in conversion.entries:
-        if chosen[entry.name] is not None:
-            if entry.parameters[0] not in uses or entry.stacked:
-                raise BadInput(f"gguf.budget: {entry.name} is no matrix of its own in {job.source.id}; give gguf.type")
-            weight = conversion.read(replace(entry, change=None if entry.change != "transposed" else entry.change))
-            prices[entry.name] = budget.costs(weight, uses[entry.parameters[0]])
+        choice = chosen[entry.name]
+        if choice is not None and entry.name in own:
+            prices[entry.name] = {choice.type: 0.0}
+        elif choice is not None:
+            plain = replace(entry, change=entry.change if entry.change == "transposed" else None)  # rows as in `uses`
+            weight = conversion.read(plain)
+            of = [uses[parameter.removesuffix(".weight")] for parameter in entry.parameters]
+            prices[entry.name] = budget.costs(weight.unbind() if entry.stacked else [weight], of)
     fixed = sum(file_sizes(job.recipe, conversion, chosen)) - sum(
         budget.tensor_bytes(shapes[name], choice.type) for name, choice in chosen.items() if choice is not None
     )
     found = budget.assign(shapes, prices, (allowed(job.recipe, conversion) or 0) - fixed)
     return {name: Choice(found[name]) if name in found else None for name in chosen}
+
+
+def check_budget(recipe: Recipe, conversion: Conversion, chosen: Types) -> None:
+    """Raise BadInput where the smallest types there are make a larger file than `gguf.budget` allows."""
+    room, own = allowed(recipe, conversion), own_types(recipe, conversion.entries)
+    smallest = dict(chosen)
+    for entry in conversion.entries:
+        if chosen[entry.name] is not None and entry.name not in own:
+            kinds = budget.candidates(entry.shape[-1])
+            smallest[entry.name] = Choice(min(kinds, key=lambda kind: budget.tensor_bytes(entry.shape, kind)))
+    least = sum(file_sizes(recipe, conversion, smallest))
+    if room is not None and least > room:
+        raise BadInput(
+            f"gguf.budget: {room} bytes for the file, and with the smallest types it takes {least}; raise it"
+        )
 
 
 def allowed(recipe: Recipe, conversion: Conversion) -> int | None:
@@ -120,20 +107,24 @@ def file_sizes(recipe: Recipe, conversion: Conversion, chosen: Types) -> list[in
     return sizes(_metadata(recipe, conversion, chosen), _tensors(conversion, chosen, nothing), recipe.gguf_file.split)
 
 
-def notes(conversion: Conversion, chosen: Types) -> dict[str, str]:
-    """Tensors whose rows are not whole blocks of the type they were to get: why, and what they got."""
-    columns = {entry.name: entry.shape[-1] for entry in conversion.entries}
-    return {
-        name: f"rows of {columns[name]} are not whole {choice.wanted} blocks: {choice.wanted} -> {choice.type}"
-        for name, choice in chosen.items()
-        if choice is not None and choice.wanted is not None
-    }
+def save(
+    job: "Job",
+    conversion: Conversion,
+    chosen: Types,
+    parts: list[Path],
+    target: Path,
+    importance: Mapping[str, Array] | None = None,
+) -> None:
+    """Write the file from the parts that the blocks left; what is outside of them is rounded to nearest here.
 
-
-def save(job: "Job", conversion: Conversion, chosen: Types, parts: list[Path], target: Path) -> None:
-    """Write the file from the parts that the blocks left; what is outside of them is rounded to nearest here."""
+    importance: that of columns [1, in] by tensor, of those outside where it is known.
+    """
     of = {f"{x.name}.weight": parts[x.block] for x in job.linears if job.schemes[x.name] is not None}
-    bytes_of = {entry.name: _bytes(conversion, entry, chosen[entry.name], of) for entry in conversion.entries}
+    known = {name: torch.from_numpy(columns[0]) for name, columns in (importance or {}).items()}
+    bytes_of = {
+        entry.name: _bytes(conversion, entry, chosen[entry.name], of, known.get(entry.name))
+        for entry in conversion.entries
+    }
     metadata = _metadata(job.recipe, conversion, chosen)
     write(target, metadata, _tensors(conversion, chosen, bytes_of), job.recipe.gguf_file.split)
 
@@ -163,7 +154,11 @@ def _tensors(
 
 
 def _bytes(
-    conversion: Conversion, entry: Entry, choice: Choice | None, parts: Mapping[str, Path]
+    conversion: Conversion,
+    entry: Entry,
+    choice: Choice | None,
+    parts: Mapping[str, Path],
+    importance: torch.Tensor | None,
 ) -> Callable[[], np.ndarray[Any, Any]]:
     """What makes the bytes of a quantized tensor: from the parts of its block, or rounded to nearest."""
 
@@ -179,9 +174,8 @@ def _bytes(
 
     def nearest() -> np.ndarray[Any, Any]:
         assert choice is not None
-        grid = BlockGrid(type=cast(GgmlType, choice.type))
-        weight = conversion.read(entry)
-        pieces = [ggml.pack(ROUNDERS["rtn"](w, grid, Rtn(), None, None).linear) for w in torch.split(weight, _ROWS)]
-        return torch.cat(pieces).numpy()
+        grid = BlockGrid(type=cast(GgmlType, choice.type), scale_search="mse" if importance is None else "activation")
+        rows = torch.split(conversion.read(entry), _ROWS)
+        return torch.cat([ggml.pack(ROUNDERS["rtn"](w, grid, Rtn(), importance, None).linear) for w in rows]).numpy()
 
     return from_parts if entry.parameters[0] in parts else nearest

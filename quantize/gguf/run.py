@@ -1,5 +1,6 @@
 """A recipe with format gguf, from the checkpoint to `quantized/model.gguf`."""
 
+import json
 import math
 import re
 import shutil
@@ -10,96 +11,112 @@ from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 import torch
-from gguf import GGMLQuantizationType
+from safetensors.torch import load_file
 
 from ..calibration import Tokens, open_tokenizer
 from ..checkpoint import Checkpoint, copy_companions
 from ..errors import BadInput
-from ..files import write_json
+from ..files import file_sha256, write_json
 from ..grid import Grid
 from ..model import Linear
-from ..plan import PROCESS_BYTES, Plan, make_plan
-from ..recipe import LlamaCppQuantizer, Recipe
+from ..recipe import Gptq, LlamaCppQuantizer, Recipe, Rtn
 from ..recipe.gguf import FLOATS
+from ..sources import Source
 from . import imatrix, llama_cpp, rounding
 from .convert import Conversion, FloatType
-from .layout import Entry, float_type
+from .layout import Entry
+from .mixes import Choice
 from .modelfile import modelfile
+from .planning import summed_up
 from .reader import GgufCheckpoint, GgufTensors
-from .writer import sizes, tensor_bytes, write
+from .tensor_types import fallbacks, our_types, own_types
+from .writer import write
 
 if TYPE_CHECKING:
     from ..job import Job, Settings
 
-_BASE = {"IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S"}  # the type most tensors of a mix have
+_IMATRIX = "imatrix.gguf"
 _FELL_BACK = re.compile(r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\S+)\)")
 
 
-def check(recipe: Recipe, checkpoint: Checkpoint) -> Conversion:
+def check(recipe: Recipe, checkpoint: Checkpoint, source: Source) -> Conversion:
     """Raise BadInput for a model, tokenizer, pattern or tool that this recipe cannot be run with."""
     wanted = recipe.gguf_file
-    conversion = Conversion(checkpoint, checkpoint.folder)
+    conversion = _conversion(checkpoint, source)
     if isinstance(recipe.method, LlamaCppQuantizer) and wanted.type not in FLOATS:
         llama_cpp.library()
-    _tensor_types(recipe, conversion.entries)
-    if isinstance(wanted.imatrix, str):
-        imatrix.fitted(imatrix.load(Path(wanted.imatrix)), conversion.entries, wanted.imatrix)
+    own_types(recipe, conversion.entries)
+    if isinstance(wanted.imatrix, str) and isinstance(recipe.method, Gptq):
+        given, outside = _given(recipe, conversion), conversion.outside()
+        if not any(entry.name in given for entry in outside):
+            raise BadInput(
+                f"gguf.imatrix {wanted.imatrix}: gptq rounds the blocks by their own second moments, and of what is "
+                f"outside of them ({', '.join(entry.name for entry in outside)}) the file has nothing; drop it, or "
+                "make it with llama-imatrix --process-output"
+            )
     return conversion
+
+
+def _conversion(checkpoint: Checkpoint, source: Source) -> Conversion:
+    return Conversion(checkpoint, source.path, source.id.rpartition("/")[2])
+
+
+def _given(recipe: Recipe, conversion: Conversion) -> dict[str, imatrix.Array]:
+    """What the recipe's file says of the model's tensors; empty without one."""
+    file = recipe.gguf_file.imatrix
+    return imatrix.fitted(imatrix.load(Path(file)), conversion.entries, file) if isinstance(file, str) else {}
+
+
+def imatrix_sha256(recipe: Recipe) -> str | None:
+    """Of the importance matrix that the recipe names, None where it names none."""
+    file = recipe.gguf_file.imatrix
+    return file_sha256(Path(file)) if recipe.is_gguf and isinstance(file, str) else None
+
+
+def _without_importance(recipe: Recipe, conversion: Conversion, stored: GgufTensors) -> dict[str, str]:
+    """The quantized tensors that a given matrix says nothing of; a lookup multiplies nothing, and has no importance."""
+    if not isinstance(recipe.gguf_file.imatrix, str):
+        return {}
+    given, names = _given(recipe, conversion), {entry.name for entry in conversion.entries}
+    asked = conversion.outside() if isinstance(recipe.method, Gptq) else conversion.entries
+    return {
+        entry.name: f"nothing in {recipe.gguf_file.imatrix}: rounded with all columns alike"
+        for entry in asked
+        if entry.matrix
+        and entry.name not in given
+        and stored.stored(entry.name).tensor_type.name not in FLOATS
+        and not (entry.name == "token_embd.weight" and "output.weight" in names)
+    }
+
+
+def importance(recipe: Recipe, conversion: Conversion) -> dict[str, torch.Tensor]:
+    """Mean squares [in] of what linears get, from a file, for those that are rounded to nearest by them."""
+    given = _given(recipe, conversion)
+    return imatrix.of_linears(given, conversion.entries) if isinstance(recipe.method, Rtn) else {}
 
 
 def schemes(recipe: Recipe, conversion: Conversion, linears: list[Linear]) -> dict[str, Grid | None]:
     """The grid of each linear where our own methods round it; None for each where llama.cpp does."""
     if isinstance(recipe.method, LlamaCppQuantizer):
         return {linear.name: None for linear in linears}
-    return rounding.schemes(recipe, conversion.entries, linears, rounding.types(recipe, conversion))
+    return rounding.schemes(recipe, conversion.entries, linears, our_types(recipe, conversion))
 
 
-def with_types(job: "Job", tokens: Tokens | None) -> "Job":
-    """The job with the types that its budget allows; as it is where it has none."""
+def with_types(job: "Job", tokens: Tokens | None, work: Path) -> "Job":
+    """The job with the types that its budget allows, as it is where it has none; found once, `work` keeps them."""
     if job.recipe.gguf_file.budget is None:
         return job
     assert tokens is not None
-    conversion = Conversion(job.checkpoint, job.source.path)
-    chosen = rounding.within_budget(job, conversion, rounding.types(job.recipe, conversion), tokens)
+    conversion = _conversion(job.checkpoint, job.source)
+    chosen, kept = our_types(job.recipe, conversion), work / "types.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        chosen = {name: None if found[name] is None else Choice(found[name]) for name in chosen}
+    else:
+        chosen = rounding.within_budget(job, conversion, chosen, tokens, work)
+        write_json(kept, {name: None if choice is None else choice.type for name, choice in chosen.items()})
     grids = rounding.schemes(job.recipe, conversion.entries, job.linears, chosen)
     return replace(job, schemes=grids, gguf_types=chosen)
-
-
-def plan(recipe: Recipe, conversion: Conversion, linears: list[Linear], grids: dict[str, Grid | None]) -> Plan:
-    """What the run needs. What llama.cpp makes is an estimate in bytes: every matrix in the type most of them get."""
-    wanted, checkpoint = recipe.gguf_file, conversion.reader
-    assert isinstance(checkpoint, Checkpoint)
-    if not isinstance(recipe.method, LlamaCppQuantizer):
-        chosen = rounding.types(recipe, conversion)
-        artifact = rounding.allowed(recipe, conversion) or sum(rounding.file_sizes(recipe, conversion, chosen))
-        own = make_plan(recipe, conversion.skeleton, linears, grids)
-        notes = (*conversion.notes, *_summed_up(rounding.notes(conversion, chosen)))
-        return replace(own, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=notes)
-    kinds = {entry.name: _usual_type(wanted.type, entry) for entry in conversion.entries}
-    artifact = sum(tensor_bytes(entry.shape, kinds[entry.name]) for entry in conversion.entries)
-    original = checkpoint.total_bytes
-    if wanted.type in FLOATS:
-        kind = cast(FloatType, wanted.type)
-        artifact = sum(sizes(conversion.file_type(kind), conversion.tensors(kind), wanted.split))
-    largest = max(sum(checkpoint.nbytes(name) for name in entry.parameters) for entry in conversion.entries)
-    memory, operations = PROCESS_BYTES + 6 * largest, 0.0
-    if recipe.calibrated:
-        tokens = recipe.calibration.samples * recipe.calibration.seq_len
-        width = conversion.config.hidden_size
-        memory += 2 * original // max(1, conversion.skeleton.n_blocks) + 4 * tokens * width
-        operations = 2.0 * tokens * sum(x.in_features * x.out_features for x in linears)
-    intermediate = 0 if wanted.type in FLOATS else original
-    return Plan(
-        layers={x.name: wanted.type for x in linears},
-        original_bytes=original,
-        artifact_bytes=artifact,
-        memory_bytes=memory,
-        disk_bytes=artifact + intermediate,
-        operations=operations,
-        seconds=original / 2e7 if wanted.type not in FLOATS else original / 2e8,
-        passes=1 if recipe.calibrated else 0,
-        notes=conversion.notes,
-    )
 
 
 def make(
@@ -111,28 +128,32 @@ def make(
     where they are rounded already, by our own methods; else llama.cpp quantizes.
     """
     work, partial = settings.out / ".work", settings.out / "quantized.partial"
-    for folder in (work, partial) if parts is None else (partial,):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    conversion = Conversion(job.checkpoint, job.source.path)
-    conversion.metadata["general.name"] = job.source.id.rpartition("/")[2]
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    conversion = _conversion(job.checkpoint, job.source)
     if parts is None:
         said = _write(job, conversion, tokens, work, partial, settings)
     else:
-        chosen = job.gguf_types or rounding.types(job.recipe, conversion)
-        rounding.save(job, conversion, chosen, parts, partial / "model.gguf")
+        chosen = job.gguf_types or our_types(job.recipe, conversion)
+        given = _given(job.recipe, conversion)
+        if job.weighs_head:
+            given[imatrix.head_of(conversion.entries)] = load_file(parts[-1])[imatrix.HEAD_IMPORTANCE][None].numpy()
+        rounding.save(job, conversion, chosen, parts, partial / "model.gguf", given)
     write_json(partial / "config.json", job.checkpoint.config)
     copy_companions(job.source.path, partial)
     artifact = GgufCheckpoint(partial)
     stored, about = artifact.tensors, _write_modelfile(job, conversion, artifact.tensors.files, partial)
-    notes = _fallbacks(said, stored) if parts is None else rounding.notes(conversion, chosen)
+    notes = _fallbacks(said, stored) if parts is None else fallbacks(conversion, chosen)
+    unknown = _without_importance(job.recipe, conversion, stored)
     layers = _layers(job, conversion.entries, stored, notes)
     if parts is not None:  # the blocks' records say more
         layers = [there | here for there, here in zip(layers, manifest["layers"], strict=True)]
     manifest = manifest | {"layers": layers, "converted": []}
-    manifest["fallbacks"] = [*conversion.notes, *_summed_up(notes), *about]
+    manifest["fallbacks"] = [*conversion.notes, *summed_up(notes), *summed_up(unknown), *about]
+    manifest["imatrix"] = imatrix_sha256(job.recipe)
     manifest["artifact"] = _sizes(job, artifact, conversion.entries)
     write_json(partial / "manifest.json", manifest)
+    shutil.rmtree(settings.out / "quantized", ignore_errors=True)  # of a run that was killed before it was on record
     partial.rename(settings.out / "quantized")
     return manifest
 
@@ -140,7 +161,11 @@ def make(
 def _write(
     job: "Job", conversion: Conversion, tokens: Tokens | None, work: Path, folder: Path, settings: "Settings"
 ) -> str:
-    """Write model.gguf into `folder`; returns what llama.cpp said."""
+    """Write model.gguf into `folder`; returns what llama.cpp said.
+
+    What goes before its quantizer, the importance matrix and the model in 16 bit, stays in `work` until the run ends: a
+    run that was killed meanwhile takes them as they are.
+    """
     from ..job import Progress
 
     wanted, method = job.recipe.gguf_file, job.recipe.method
@@ -159,13 +184,12 @@ def _write(
         tensors = conversion.tensors(kind)
         write(folder / "model.gguf", conversion.file_type(kind), tensors, wanted.split, lambda n: tell(n, len(tensors)))
         return ""
-    importance = _importance(job, conversion, tokens, folder)
-    plain = work / "model.gguf"
-    kind = _exact_type(job.checkpoint)
-    parts = write(plain, conversion.file_type(kind), conversion.tensors(kind), wanted.split)
-    asked = llama_cpp.Quantization(
-        wanted.type, _tensor_types(job.recipe, conversion.entries), importance, method.threads, split=len(parts) > 1
-    )
+    importance = _importance(job, conversion, tokens, work, settings)
+    if (work / _IMATRIX).exists():
+        shutil.copy2(work / _IMATRIX, folder)
+    parts = _converted(job, conversion, work)
+    own = tuple((f"^{re.escape(name)}$", kind) for name, kind in own_types(job.recipe, conversion.entries).items())
+    asked = llama_cpp.Quantization(wanted.type, own, importance, method.threads, split=len(parts) > 1)
     # With parts llama.cpp takes the name without its ending, and numbers them itself.
     target = folder / ("model" if len(parts) > 1 else "model.gguf")
     return llama_cpp.quantize(parts[0], target, asked, tell)
@@ -189,51 +213,38 @@ def _exact_type(checkpoint: Checkpoint) -> FloatType:
     return "F16" if dtypes <= {torch.float16} else "F32"
 
 
+def _converted(job: "Job", conversion: Conversion, work: Path) -> list[Path]:
+    """The model in its checkpoint's float type, as one file or in parts; those of a killed run where they are whole."""
+    done = work / "converted.json"
+    if done.exists():
+        before: dict[str, str] = json.loads(done.read_text(encoding="utf-8"))
+        parts = [work / name for name in before]
+        if all(part.exists() and file_sha256(part) == before[part.name] for part in parts):
+            return parts
+        done.unlink()
+    kind = _exact_type(job.checkpoint)
+    split = job.recipe.gguf_file.split
+    parts = write(work / "model.gguf", conversion.file_type(kind), conversion.tensors(kind), split)
+    write_json(done, {part.name: file_sha256(part) for part in parts})
+    return parts
+
+
 def _importance(
-    job: "Job", conversion: Conversion, tokens: Tokens | None, folder: Path
+    job: "Job", conversion: Conversion, tokens: Tokens | None, work: Path, settings: "Settings"
 ) -> dict[str, imatrix.Array] | None:
     wanted = job.recipe.gguf_file.imatrix
     if wanted is False:
         return None
     if isinstance(wanted, str):
-        return imatrix.fitted(imatrix.load(Path(wanted)), conversion.entries, wanted)
+        return _given(job.recipe, conversion)
     assert tokens is not None
-    found = imatrix.measure(job.skeleton, conversion.entries, tokens)
-    imatrix.save(folder / "imatrix.gguf", found, tokens.source, tokens.ids.shape[1])
-    return imatrix.fitted(found, conversion.entries, "of the calibration text")
-
-
-def _tensor_types(recipe: Recipe, entries: list[Entry]) -> tuple[tuple[str, str], ...]:
-    """The tensors with a type of their own, each by an expression that only its name matches.
-
-    Raises BadInput for a pattern that matches no matrix.
-    """
-    from ..recipe import matches
-
-    matrices = [entry.name for entry in entries if entry.matrix]
-    chosen: dict[str, str] = {}
-    for pattern, kind in recipe.gguf_file.tensor_types.items():
-        found = [name for name in matrices if matches(pattern, name)]
-        if not found:
-            raise BadInput(
-                f"gguf.tensor_types: {pattern!r} matches no matrix of the file; names are such as "
-                f"{', '.join(matrices[:3])}"
-            )
-        for name in found:
-            chosen.setdefault(name, kind)
-    return tuple((f"^{re.escape(name)}$", kind) for name, kind in chosen.items())
-
-
-def _usual_type(file_type: str, entry: Entry) -> GGMLQuantizationType:
-    """The type an entry most likely gets."""
-    if not entry.matrix:
-        return GGMLQuantizationType.F32
-    name = _BASE.get(file_type, re.sub(r"_[SML]$", "", file_type) if "_K_" in file_type else file_type)
-    kind = GGMLQuantizationType[name]
-    if entry.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-        kind = GGMLQuantizationType.Q8_0
-    fits = entry.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
-    return kind if fits else float_type(entry, GGMLQuantizationType.F16)
+    file = work / _IMATRIX
+    if not file.exists():
+        found = settings.shared.importance(
+            job, tokens, lambda: imatrix.measure(job.skeleton, conversion.entries, tokens)
+        )
+        imatrix.save(file, found, tokens.source, tokens.ids.shape[1])
+    return imatrix.fitted(imatrix.load(file), conversion.entries, "of the calibration text")
 
 
 def _fallbacks(said: str, stored: GgufTensors) -> dict[str, str]:
@@ -244,14 +255,6 @@ def _fallbacks(said: str, stored: GgufTensors) -> dict[str, str]:
             got = stored.stored(name).tensor_type.name
             notes[name] = f"rows of {columns} are not whole blocks of {block}: {kind.upper()} -> {got}"
     return notes
-
-
-def _summed_up(notes: Mapping[str, str]) -> list[str]:
-    """One line for all the tensors with the same note."""
-    kinds: dict[str, list[str]] = {}
-    for name, note in notes.items():
-        kinds.setdefault(note, []).append(re.sub(r"^blk\.\d+", "blk.*", name))
-    return [f"{len(names)} tensors ({', '.join(dict.fromkeys(names))}): {note}" for note, names in kinds.items()]
 
 
 def _layers(job: "Job", entries: list[Entry], stored: GgufTensors, notes: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -29,10 +29,15 @@ class Fitting:
             at = group * self.columns // self.span
             self._supers[:, at] = ggml.fit_super(columns, self._grid, importance)
 
-    def fit(self, group: int, columns: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scale and zero [out] of `group`, from its columns [out, columns]."""
+    def fit(
+        self, group: int, columns: Tensor, importance: Tensor | None, moment: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero [out] of `group`, from its columns [out, columns]; moment: see `ggml.fit_group`."""
         overall = self._supers[:, group * self.columns // self.span] if self._grid.nested else self._overall
-        found = fit(columns, self._grid, self._dtype, importance, overall)
+        if isinstance(self._grid, BlockGrid) and moment is not None:
+            found = ggml.fit_group(columns, self._grid, importance, overall, moment)
+        else:
+            found = fit(columns, self._grid, self._dtype, importance, overall)
         self.scales[group], self.zeros[group] = found
         return found
 

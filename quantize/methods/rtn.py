@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..ggml import by_size
 from ..grid import snap
-from ..recipe import Grid, Method
+from ..recipe import BlockGrid, Grid, Method
 from .fitting import Fitting
 from .rounded import Rounded
 from .threads import one_thread
@@ -20,23 +21,29 @@ def rtn(
     `moment` [in, in] = X^T X, when there is one, measures the error; of it the diagonal [in] alone will do. With
     `scale_search: activation` scales are sought that make the least error in a group's output, by its block of the
     moment; of groups wider than 256 columns only by the diagonal of it: the block would cost more than everything else.
+    ggml's types weigh each weight's error by its size too (`ggml.by_size`), and are then chosen by the block.
     """
     in_features, fitting = weight.shape[1], Fitting(weight, grid)
     columns = fitting.columns
     weigh = moment if grid.scale_search == "activation" else None
     diagonal = None if weigh is None else weigh if weigh.dim() == 1 else weigh.diagonal()
     w = weight.to(torch.float32)
-    numbers = torch.empty_like(w)
+    numbers, each, block = torch.empty_like(w), None, None
     with one_thread():
         for start in range(0, in_features, columns):
             group, part = start // columns, slice(start, start + columns)
-            if start % fitting.span == 0:
-                wide = slice(start, start + fitting.span)
-                fitting.reach(group, w[:, wide], None if diagonal is None else diagonal[wide])
             importance = None if diagonal is None else diagonal[part]
-            if weigh is not None and weigh.dim() == 2 and columns <= _WIDEST:
+            if isinstance(grid, BlockGrid):
+                if start % fitting.span == 0:
+                    wide = slice(start, start + fitting.span)
+                    each = None if diagonal is None else by_size(w[:, wide], diagonal[wide], grid)
+                    fitting.reach(group, w[:, wide], each)
+                inside = slice(start % fitting.span, start % fitting.span + columns)
+                importance = None if each is None else each[:, inside]
+                block = None if weigh is None or weigh.dim() == 1 else weigh[part, part]
+            elif weigh is not None and weigh.dim() == 2 and columns <= _WIDEST:
                 importance = weigh[part, part]
-            scale, zero = fitting.fit(group, w[:, part], importance)
+            scale, zero = fitting.fit(group, w[:, part], importance, block)
             numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
     linear = fitting.linear(numbers)
     return Rounded(linear, output_power(linear.dequantize() - w, moment), output_power(w, moment))

@@ -20,6 +20,11 @@ def _fraction(value: Any) -> Any:
     return value
 
 
+def named(value: Any) -> Any:
+    """`awq` is `{name: awq}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 def _pattern(value: str) -> str:
     if not value:
         raise ValueError("an empty pattern matches nothing")
@@ -32,7 +37,7 @@ def _pattern(value: str) -> str:
 
 
 Lax = Field(strict=False)
-Fraction = Annotated[float, Lax, BeforeValidator(_fraction)]
+Fraction = Annotated[float, Lax, BeforeValidator(_fraction, json_schema_input_type=float | str)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 

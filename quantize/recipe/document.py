@@ -1,12 +1,12 @@
 """The whole recipe, checked as a whole before anything is read."""
 
 import difflib
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..errors import BadInput
-from .base import Pattern, Strict, matches
+from .base import Pattern, Strict, matches, named
 from .evaluation import Evaluation
 from .gates import Gates
 from .gguf import Gguf
@@ -70,8 +70,8 @@ class Recipe(Strict):
         "smollm2-135m", min_length=1, description="a folder, a hub id org/name[@revision], a .gguf file or smollm2-135m"
     )
     calibration: Calibration = Calibration()
-    transforms: tuple[Transform, ...] = Field(
-        (), strict=False, description="what is done to the weights, in this order, before they are rounded"
+    transforms: tuple[Annotated[Transform, BeforeValidator(named, json_schema_input_type=Transform | str)], ...] = (
+        Field((), strict=False, description="what is done to the weights, in this order, before they are rounded")
     )
     method: Method = Gptq()
     weights: Grid = Grid()
@@ -97,11 +97,11 @@ class Recipe(Strict):
     gates: Gates = Gates()
     smoke: Smoke | None = Field(None, description="the artifact on a real server, after everything else; null: not")
 
-    @field_validator("method", mode="before")
+    @field_validator("method", mode="before", json_schema_input_type=Method | str)
     @classmethod
     def _method_has_a_name(cls, value: Any) -> Any:
         """`method: {damp: 0.02}` and `--set method.damp=0.02` speak of the default method."""
-        return {"name": "gptq"} | value if isinstance(value, dict) else value
+        return {"name": "gptq"} | value if isinstance(value, dict) else named(value)
 
     @model_validator(mode="after")
     def _pairs_are_possible(self) -> Self:

@@ -1,11 +1,11 @@
 """What is measured on the artifact: text, tasks, continuations, memory and speed."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .base import Strict
+from .base import Strict, named
 from .text import Text
 
 # Memory in MiB as the driver reports it, which is less than the name says where error correction takes a part.
@@ -92,7 +92,7 @@ class Evaluation(Text):
     windows: int = Field(16, ge=1, description="windows, from the start of the text")
     window: int = Field(1024, ge=16, description="tokens a window")
     stride: int | None = Field(None, ge=1, description="tokens between window starts; default: the window")
-    tasks: tuple[Task, ...] = Field(
+    tasks: tuple[Annotated[Task, BeforeValidator(named, json_schema_input_type=Task | str)], ...] = Field(
         (), strict=False, description="tasks of lm-eval, which is an extra: quantpress[tasks]"
     )
     prompts: tuple[str, ...] = Field(

@@ -115,6 +115,11 @@ def _problem(error: Any) -> str:
         known = _keys_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.6)
         message = f"unknown key{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"
+    elif error["type"] == "union_tag_invalid":
+        known = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(error["ctx"]["tag"], known, n=1, cutoff=0.6)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        message = f"unknown name {error['ctx']['tag']!r}{hint} (known: {', '.join(known)})"
     elif not isinstance(error["input"], dict | Recipe):
         message += f", not {error['input']!r}"
     return f"{place}: {message}" if place else message

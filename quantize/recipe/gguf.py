@@ -56,7 +56,9 @@ class Gguf(Strict):
         description="types of tensors by a pattern of their GGUF names, such as blk.*.attn_v.weight; the first counts",
     )
     imatrix: bool | str = Field(
-        False, description="importance of the columns: true from the calibration text; or a file of llama.cpp's"
+        False,
+        description="importance of the columns: true from the calibration text, or a file of llama.cpp's; gptq, which "
+        "knows more of the blocks, takes that of the head and the embedding alone",
     )
     budget: Budget | None = None
     split: Bytes | None = Field(None, description="most bytes of tensors in one file, such as 4G; null: one file")

@@ -1,10 +1,10 @@
 """The servers a recipe's result is meant for, each with its settings. What they can load is in readers.py."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Strict
+from .base import Strict, named
 
 _MODEL = r"^/?[A-Za-z0-9][A-Za-z0-9._/@+-]*$"  # a hub id or an absolute folder, of letters that no shell takes amiss
 
@@ -103,6 +103,9 @@ class LlamaCpp(_Server):
     """llama.cpp's llama-server."""
 
     name: Literal["llama.cpp"] = "llama.cpp"
+    max_model_len: int | None = Field(
+        None, ge=16, description="tokens of prompt and answer; null: what the model has, 4096 at most"
+    )
     port: int = Field(8080, ge=1, le=65535)
     max_num_seqs: int = Field(4, ge=1, description="slots; each has max_model_len tokens")
     device: Literal["cuda", "cpu"] = "cpu"
@@ -116,12 +119,5 @@ class Ollama(_Server):
     max_num_seqs: int = Field(4, ge=1, description="requests answered at one time")
 
 
-def _named(value: Any) -> Any:
-    """`vllm` is `{name: vllm}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-Target = Annotated[
-    Annotated[Vllm | Sglang | Tgi | TensorRtLlm | Triton | LlamaCpp | Ollama, Field(discriminator="name")],
-    BeforeValidator(_named),
-]
+_Target = Annotated[Vllm | Sglang | Tgi | TensorRtLlm | Triton | LlamaCpp | Ollama, Field(discriminator="name")]
+Target = Annotated[_Target, BeforeValidator(named, json_schema_input_type=_Target | str)]

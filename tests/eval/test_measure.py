@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from quantpress.eval import measure, speed
+from quantpress.eval.generations import remembered
 from quantpress.eval.junit import step_summary, write_junit
 from quantpress.eval.measure import Watch, evaluate, prepare
 from quantpress.eval.records import Generation, Results, Runtime, read_results
@@ -243,3 +244,21 @@ def test_the_schema_survives_its_own_json(place: Path) -> None:
     assert again.artifact is not None
     assert again.artifact.perplexity != again.artifact.perplexity  # read back as not a number
     assert again.document() == results.document()
+
+
+def test_what_the_original_writes_is_written_once(tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def write(prompts: Any, new_tokens: int) -> list[list[int]]:
+        asked.append((prompts, new_tokens))
+        return [[1, 2, 3] for _ in prompts]
+
+    for what, prompts, new_tokens in (
+        ("a", [[5]], 3),
+        ("a", [[5]], 3),
+        ("b", [[5]], 3),
+        ("a", [[6]], 3),
+        ("a", [[5]], 4),
+    ):
+        assert remembered(tmp_path, [what], write)(prompts, new_tokens) == [[1, 2, 3]]
+    assert len(asked) == 4

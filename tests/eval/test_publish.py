@@ -3,9 +3,12 @@
 import hashlib
 import http.server
 import json
+import random
 import threading
+import time
 from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 from huggingface_hub import ModelCard, metadata_load
 
 from quantpress.eval.card import metadata, servers, write_card
-from quantpress.eval.publish import prepare_upload, upload
+from quantpress.eval.publish import Upload, prepare_upload, upload
 from quantpress.eval.runs import open_run
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import write_json
@@ -73,7 +76,7 @@ def test_the_hub_reads_the_card(made: Path) -> None:
 
 def test_only_servers_that_load_the_files_are_named(made: Path) -> None:
     by_title = {server.title: server for server in servers(open_run(made), "me/it")}
-    assert set(by_title) == {"vLLM", "TGI", "transformers"}
+    assert set(by_title) == {"vLLM", "SGLang", "TGI", "transformers"}
     assert by_title["vLLM"].refused  # gptq, which vLLM takes symmetric only
     assert not by_title["transformers"].refused
     text = write_card(made, repo="me/it").read_text()
@@ -149,18 +152,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Hub]]]:
-    """The address of a stand-in for the hub, and what it saw. Large files go by LFS: Xet is a service of its own."""
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+@contextmanager
+def served(kind: type[Hub], **more: Any) -> Iterator[tuple[str, Any]]:
+    """The address of a stand-in, and what it sees."""
     state: dict[str, Any] = {"log": [], "tokens": set(), "stored": {}, "commit": []}
-    handler: type[Hub] = type("Seen", (Hub,), state)
+    handler = type("Seen", (kind,), state | more)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Hub]]]:
+    """A stand-in for the hub, to which large files go by LFS, as without hf-xet."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with served(Hub) as address_and_seen:
+        yield address_and_seen
 
 
 def test_exactly_what_was_shown_is_what_arrives(made: Path, hub: tuple[str, type[Hub]], capfd: Any) -> None:
@@ -233,3 +243,80 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
             prepare_upload(made, "org/name", private=True)
     finally:
         tokenizer.write_bytes(kept)
+
+
+class XetHub(Hub):
+    """Large files go by Xet, the way huggingface_hub takes today: in chunks to a store of its own.
+
+    The store is one without upload grants and shard progress, for which its client goes on to the first version of its
+    interface. stored: the chunks of each xorb, by its hash.
+    """
+
+    protocol_version = "HTTP/1.1"
+    store_tokens: set[str | None]
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return super()._body()
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def do_GET(self) -> None:
+        type(self).log.append(("GET", self.path))
+        if self.path.startswith("/api/models/org/name/xet-write-token/"):
+            here = f"http://{self.headers['Host']}"
+            self._answer({"accessToken": "of the store", "exp": int(time.time()) + 3600, "casUrl": here})
+        else:
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        if not self.path.startswith(("/v1/", "/v2/")):
+            super().do_POST()
+            return
+        body = self._body()
+        type(self).log.append(("POST", self.path))
+        type(self).store_tokens.add(self.headers.get("Authorization"))
+        if self.path.startswith("/v1/xorbs/"):
+            type(self).stored[self.path.rsplit("/", 1)[1]] = b"".join(chunks(body))
+            self._answer({"was_inserted": True})
+        elif self.path == "/v1/shards":
+            self._answer({"result": 1})
+        else:
+            self._answer({}, 404)
+
+
+def chunks(xorb: bytes) -> Iterator[bytes]:
+    """The chunks of a xorb: each behind version, stored size, compression and size (1, 3, 1, 3 bytes)."""
+    at = 0
+    while at < len(xorb) and xorb[at : at + 7] != b"XETBLOB":
+        version, scheme = xorb[at], xorb[at + 4]
+        stored, size = (int.from_bytes(xorb[i : i + 3], "little") for i in (at + 1, at + 5))
+        assert (version, scheme, stored) == (0, 0, size), "random bytes are stored as they are"
+        yield xorb[at + 8 : at + 8 + size]
+        at += 8 + size
+
+
+def test_a_large_file_goes_by_xet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet", reason="hf-xet, which huggingface_hub installs where it can, is not here")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    weights = random.Random(0).randbytes(3_000_000)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text("{}")
+    what = Upload(folder, "org/name", True, "weights", (("config.json", 2), ("model.safetensors", len(weights))))
+    with served(XetHub, store_tokens=set()) as (address, seen):
+        assert upload(what, address).endswith("/org/name/commit/abc")
+    assert b"".join(seen.stored.values()) == weights
+    (large,) = [one["value"] for one in seen.commit if one.get("key") == "lfsFile"]
+    assert (large["path"], large["oid"]) == ("model.safetensors", hashlib.sha256(weights).hexdigest())
+    paths = [path for _, path in seen.log]
+    assert paths.index("/v1/shards") < next(i for i, path in enumerate(paths) if "/commit/" in path)
+    assert not [path for path in paths if "/info/lfs/" in path]
+    assert seen.store_tokens == {"Bearer of the store"}  # the login stays with the hub

@@ -1,6 +1,8 @@
 """The sections of the page that are there when something was measured, and absent when it was not."""
 
 import json
+import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
@@ -10,15 +12,16 @@ import pytest
 
 from quantpress.eval.figures import recovery_axis
 from quantpress.eval.records import TaskResult
-from quantpress.eval.report import write_report, write_sweep
+from quantpress.eval.report import write_comparison, write_report, write_sweep
 from quantpress.eval.tradeoff import Point, pareto, tradeoff
+from quantpress.eval.wording import squeezed
 from quantpress.quantize.files import write_json
 
 from .test_recommend import SERVING, task
 from .test_report import BROWSER, CHILDLESS, Page, fake_manifest, fake_results, in_browser, write_run
 
 CHILDLESS.add("input")
-SECTIONS = ("Tasks", "Where the divergence is", "The same prompts continued", "Memory and speed", "Served by vllm")
+SECTIONS = ("Tasks", "Where the divergence is", "The same prompts continued", "Memory and speed", "Served by vLLM")
 
 
 def full_results(perplexity: float = 18.4) -> dict[str, Any]:
@@ -75,8 +78,8 @@ def test_what_was_measured_has_its_section(full: Path) -> None:
     text = words(full)
     for title in SECTIONS:
         assert title in text, title
-    for shown in ("-3.0 -5.0 to +1.0", "95.0 %", "0 to 10 %", "0.0800 ± 0.0046", "1,535 / 40.0",
-                  "647 MB", "214", "23.0 kB a token", "112 ms", "✓ passed answers", "– skipped tools: no template",
+    for shown in ("−3.0 −5.0 to +1.0", "95.0 %", "0 to 10 %", "0.0800 ± 0.0046", "1,535 / 40.0",
+                  "647 MB", "214", "23.0 kB a token", "112 ms", "✓ answers", "– skipped: tools",
                   "+7.9 % +5.0 to +11.0 %",
                   "The capital <b>", "from token 3", "all 1 tokens alike", "2 an hour"):  # fmt: skip
         assert shown in text, shown
@@ -166,3 +169,46 @@ def test_headings_go_down_one_step_at_a_time_and_controls_have_names(full: Path)
     assert all(after <= before + 1 for before, after in pairwise(levels))
     assert all(attrs.get("aria-label") for _, attrs in tags if attrs.get("role") in ("region", "img"))
     assert all(attrs.get("scope") for tag, attrs in tags if tag == "th")
+
+
+def test_the_verdict_names_what_tasks_and_server_say(full: Path, tmp_path: Path) -> None:
+    said = "None of the 2 task scores is worse than the original's for certain (95 % intervals)."
+    assert said in words(full)
+    assert said in (full / "summary.md").read_text(encoding="utf-8").replace("\\", "").replace("\u00a0", " ")
+    results = full_results()
+    results["tasks"][0]["difference_interval"] = [-0.05, -0.01]
+    failed = [{"name": "answers", "status": "fail", "reason": "<none>", "seconds": 1.0}]
+    run = write_run(tmp_path / "run", fake_manifest(blocks=2), results)
+    write_json(run / "eval" / "serving.json", SERVING | {"verdict": "FAILED", "checks": failed})
+    text = words(write_report(run).parent)
+    assert "Worse than the original for certain (95 %): arc_easy (acc_norm) by −5.0 to −1.0 points." in text
+    assert re.search(r"vLLM( \(.*?\))? failed answers\.", text)
+    assert "✗ failed: answers<none>" in text
+
+
+def test_of_runs_with_gates_the_smallest_that_passes_comes_first(tmp_path: Path) -> None:
+    runs = []
+    for name, size, verdict in (("missed", 90e6, "REGRESSION"), ("large", 120e6, "ACCEPT"), ("small", 114e6, "ACCEPT")):
+        results = full_results(19.0 - size / 1e8)
+        check = {"name": "max_kl", "limit": 0.1, "value": 0.14, "verdict": verdict, "reason": "as the test says"}
+        results["gates"] = {"verdict": verdict, "reason": "as the test says", "checks": [check]}
+        runs.append(write_run(tmp_path / name, fake_manifest(name, size=int(size), blocks=2), results))
+    page = write_comparison(runs, tmp_path / "out")
+    text = words(page.parent)
+    assert "The smallest that passes its gates: small, 2.4× smaller weights" in text
+    assert "2 of the 3 with gates pass them all." in text
+    assert page.read_text(encoding="utf-8").count('aria-label="Tasks') == 1  # one table for all the runs
+    text = words(write_comparison([runs[0], write_again(runs[0], tmp_path / "twin")], tmp_path / "none").parent)
+    assert "None of the 2 artifacts passes its gates." in text
+
+
+def write_again(run: Path, folder: Path) -> Path:
+    shutil.copytree(run, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_json(folder / "manifest.json", manifest | {"name": folder.name})
+    return folder
+
+
+def test_blank_lines_of_a_broken_model_are_few() -> None:
+    assert squeezed("a\n\n\n \n\n\nb\n\nc\nd") == "a\n\nb\n\nc\nd"
+    assert squeezed("  x\n") == "  x\n"

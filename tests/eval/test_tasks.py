@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'quantpr
 
 from quantpress.eval.likelihood import Scorer
 from quantpress.eval.lm import Adapter
-from quantpress.eval.tasks import Outcome, Tasks, compare_tasks, kept
+from quantpress.eval.tasks import Outcome, Tasks, _shipped, compare_tasks, kept
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.model import Skeleton
@@ -233,3 +233,27 @@ def test_rolling_likelihoods_are_those_of_windows_one_after_another(model: tuple
             log_probs = torch.log_softmax(plain(torch.tensor([given])).logits[0].float(), -1)[-(stop - start) :]
         total += float(log_probs.gather(1, torch.tensor(ids[start:stop])[:, None]).sum())
     assert value == pytest.approx(total, rel=1e-4)
+
+
+def test_a_task_of_the_library_is_found_without_the_index_of_all() -> None:
+    import lm_eval
+
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    assert _shipped("arc_easy") == str(tasks / "arc" / "arc_easy.yaml")
+    assert _shipped("lambada_openai") == str(tasks / "lambada" / "lambada_openai.yaml")
+    for name in ("ai2_arc", "mmlu", "no_such_task"):  # a tag, a group, and nothing
+        assert _shipped(name) is None
+
+
+@pytest.mark.slow
+def test_what_is_found_is_what_the_index_of_all_has() -> None:
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
+    names = sorted(index)[:: len(index) // 60] + [
+        name for name in ("hellaswag", "gsm8k", "winogrande") if name in index
+    ]
+    found = {name: place for name in names if (place := _shipped(name)) is not None}
+    assert len(found) > len(names) / 2
+    for name, place in found.items():
+        assert place == str(index[name].yaml_path), name

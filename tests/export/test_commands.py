@@ -73,7 +73,7 @@ def test_export_makes_what_is_asked_with_its_settings(call: Any, run: Path) -> N
     ("arguments", "said"),
     [
         (["--target", "vllm,llama.cpp"], "llama.cpp reads gguf files"),
-        (["--target", "vlm"], "'vllm', 'sglang', 'tgi'"),
+        (["--target", "vlm"], "known: vllm, sglang, tgi"),
         (["--target", "vllm", "--set", "vllm.tensor_paralel=2"], "did you mean 'tensor_parallel'?"),
         (["--target", "vllm", "--set", "port=1"], "write target.key=value, with one of vllm"),
         (["--target", "vllm,tgi", "--out", "elsewhere"], "--out is the folder of one target"),
@@ -132,3 +132,15 @@ def test_verify_takes_an_exported_folder(call: Any, run: Path) -> None:
     code, out, _ = call("verify", run / "export" / "vllm", "--target", "vllm", "--way", "contract")
     assert code == 0
     assert "vllm: loads" in out
+
+
+def test_many_problems_are_counted_and_not_all_told(call: Any, run: Path) -> None:
+    config = json.loads((run / "quantized" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 16
+    (run / "quantized" / "config.json").write_text(json.dumps(config))
+    _, out, _ = call("verify", run, "--json")
+    problems = json.loads(out)["problems"]
+    assert len(problems) == 14  # the linears of two blocks
+    code, _, err = call("verify", run)
+    assert code == 1
+    assert err.splitlines() == [*(f"wrong: {line}" for line in problems[:8]), "wrong: and 6 more, which --json lists"]

@@ -27,6 +27,7 @@ from quantpress.quantize.recipe import (
     Vllm,
 )
 from tests.quantize.formats.artifacts import make, uniform
+from tests.tiny import tokenizer
 
 TARGETS: dict[str, Target] = {
     "vllm": Vllm(max_model_len=64),
@@ -234,6 +235,21 @@ def test_the_readme_says_what_has_to_be_known(runs: dict[str, Path], tmp_path: P
     assert "TensorRT-LLM takes nvfp4 weights with nvfp4 inputs on Blackwell GPUs only." in text
 
 
+def test_llama_cpp_is_told_what_the_chat_template_takes_for_granted(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Without it the server says `enable_thinking: false`, and the prompt is not the one of other servers."""
+    folder = tmp_path / "run" / "quantized"
+    shutil.copytree(runs["gguf"] / "quantized", folder)
+    tokenizer().save_pretrained(folder)
+    plain = export(tmp_path / "run", LlamaCpp(), tmp_path / "plain").folder
+    assert "--chat-template-kwargs" not in (plain / "serve.sh").read_text()
+    thinks = "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}no{% endif %}"
+    (folder / "chat_template.jinja").write_text(thinks)
+    told = export(tmp_path / "run", LlamaCpp(), tmp_path / "told").folder
+    command = service(told)["command"]
+    assert json.loads(command[command.index("--chat-template-kwargs") + 1]) == {"enable_thinking": True}
+    assert """--chat-template-kwargs '{"enable_thinking": true}'""" in (told / "serve.sh").read_text()
+
+
 def test_ollama_gets_the_modelfile_of_the_artifact(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = export(runs["gguf"], TARGETS["ollama"], tmp_path / "it").folder
     lines = (folder / "model" / "Modelfile").read_text().splitlines()
@@ -252,6 +268,8 @@ def test_a_gguf_file_says_what_its_cache_takes(runs: dict[str, Path], tmp_path: 
     facts = json.loads((folder / "export.json").read_text())
     assert facts["resources"]["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
     assert facts["command"][facts["command"].index("--ctx-size") + 1] == "128"
+    facts = json.loads((export(runs["gguf"], LlamaCpp(), tmp_path / "all").folder / "export.json").read_text())
+    assert facts["command"][facts["command"].index("--ctx-size") + 1] == str(facts["resources"]["tokens"]) == "512"
     with pytest.raises(BadInput, match="128 positions"):
         export(runs["gguf"], LlamaCpp(max_model_len=256), tmp_path / "long")
 

@@ -66,8 +66,7 @@ def test_what_was_measured_is_stated(run: Path, target: Vllm | Sglang, flags: st
     folder = export(run, target).folder
     text = (folder / "README.md").read_text()
     assert (
-        "org/model accepts 90.0% ± 1.0% of the tokens that the artifact drafts at temperature 1, and 95.0% at 0."
-        in text
+        "org/model accepts 90.0% (± 1.0%) of the tokens the artifact drafts at temperature 1, and 95.0% at 0." in text
     )
     assert "may accept fewer" not in text
     assert "| 4 | 3.90 | 1.95 |" in text  # 3.9 tokens for a pass of the original and four of a quarter

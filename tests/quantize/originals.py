@@ -55,7 +55,10 @@ def trained(pre: str = "qwen2") -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, pre: str) -> None:
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, pre: str, template: str = PLAIN_TEMPLATE) -> None:
     document = json.loads(tokenizer.to_str())
     tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     writer.add_tokenizer_model("gpt2")
@@ -66,7 +69,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, pre: str) -> 
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    writer.add_chat_template(template)
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -100,6 +103,7 @@ def write_gguf(
     extra: dict[str, Any] | None = None,
     blocks: int | None = None,
     context: int = 64,
+    template: str = PLAIN_TEMPLATE,
 ) -> Path:
     """`model` the way llama.cpp's converter writes it, in float32; `blocks`: a false number of blocks."""
     c = model.config
@@ -118,7 +122,7 @@ def write_gguf(
         writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     for key, value in (extra or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    write_tokenizer(writer, trained(pre), pre)
+    write_tokenizer(writer, trained(pre), pre, template)
     names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], c.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and c.tie_word_embeddings:

@@ -121,6 +121,12 @@ def test_merged_parts_hold_every_tensor(shard_bytes: int, tmp_path: Path) -> Non
     assert Checkpoint(again).file_hashes() == checkpoint.file_hashes()
 
 
+def test_a_shard_is_filled_to_the_byte(tmp_path: Path) -> None:
+    write_part(tmp_path / "part", {name: torch.ones(25) for name in "abc"})  # 100 bytes each
+    assert len(merge_parts([tmp_path / "part"], tmp_path, 200)) == 2
+    assert len(merge_parts([tmp_path / "part"], tmp_path, 199)) == 3
+
+
 def test_a_tensor_in_two_parts_is_our_mistake(tmp_path: Path) -> None:
     for name in "ab":
         write_part(tmp_path / name, {"w": torch.ones(2)})

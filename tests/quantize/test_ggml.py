@@ -34,7 +34,7 @@ def importance(columns: int) -> Tensor:
 
 def rounded(w: Tensor, kind: GgmlType, weigh: Tensor | None = None) -> Tensor:
     """Our rounding, read back from the packed bytes by the gguf package."""
-    search, moment = ("mse", None) if weigh is None else ("activation", torch.diag(weigh))
+    search, moment = ("mse", None) if weigh is None else ("activation", weigh)
     record = ROUNDERS["rtn"](w, BlockGrid(type=kind, scale_search=search), Rtn(), moment, None).linear
     out = torch.from_numpy(dequantize(pack(record).numpy(), gguf.GGMLQuantizationType[kind]))
     assert torch.equal(out, record.dequantize())
@@ -52,11 +52,31 @@ def test_less_error_than_the_gguf_package(kind: GgmlType) -> None:
 @every_type
 @pytest.mark.parametrize("weighted", [False, True])
 def test_less_error_than_llama_cpp(kind: GgmlType, weighted: bool) -> None:
-    """Both weigh columns alike; llama.cpp also weighs each of them by its size, which an importance matrix implies."""
-    w, weigh = weight(64, 1024), importance(1024) if weighted else torch.ones(1024)
-    theirs = by_llama_cpp(w, kind, weigh)
-    error, other = ((x - w).square() @ weigh for x in (rounded(w, kind, weigh), theirs))
+    """With a matrix by what both weigh with; without one in plain squares, where llama.cpp weighs by size as well."""
+    w, weigh = weight(64, 1024), importance(1024)
+    blocks = -1, BlockGrid(type=kind).span(1024)
+    each = ggml.by_size(w.reshape(blocks), weigh.expand(64, -1).reshape(blocks), BlockGrid(type=kind)).reshape(w.shape)
+    theirs = by_llama_cpp(w, kind, weigh if weighted else torch.ones(1024))
+    ours = rounded(w, kind, weigh if weighted else None)
+    error, other = ((x - w).square().mul(each if weighted else 1).sum(1) for x in (ours, theirs))
     assert (error < other).all()
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_a_moment_finds_scales_with_less_error_in_the_output(kind: GgmlType) -> None:
+    """Of inputs that have a mean, as most have: than its diagonal does, and than llama.cpp with that diagonal."""
+    w, x = weight(64, 512), torch.randn(2000, 512, generator=torch.Generator().manual_seed(2))
+    x = x * importance(512) ** 0.25 + importance(512) ** 0.5
+    moment = x.T @ x / 2000
+    grid = BlockGrid(type=kind, scale_search="activation")
+    known = {"all of it": moment, "its diagonal": moment.diagonal()}
+    q = {name: ROUNDERS["rtn"](w, grid, Rtn(), m, None).linear.dequantize() for name, m in known.items()}
+    q["llama.cpp"] = by_llama_cpp(w, kind, moment.diagonal().contiguous())
+    group = torch.arange(512) // grid.group_size
+    inside = moment * (group == group[:, None])  # rounding to nearest sees no further than its group
+    lost = {name: float(((rounded - w) @ inside).mul(rounded - w).sum()) for name, rounded in q.items()}
+    assert lost["all of it"] < lost["its diagonal"], lost
+    assert lost["all of it"] < lost["llama.cpp"], lost
 
 
 def by_llama_cpp(w: Tensor, kind: GgmlType, weigh: Tensor) -> Tensor:

@@ -196,6 +196,9 @@ def test_an_artifact_without_its_scales_is_refused(tmp_path: Path) -> None:
     write_part(out / "model.safetensors", tensors)
     with pytest.raises(BadInput, match=r"there is no model\.layers\.1\.self_attn\.v_proj\.v_scale"):
         open_artifact(out, CPU)
+    write_part(out / "model.safetensors", tensors | {"model.layers.1.self_attn.v_proj.v_scale": torch.ones(2)})
+    with pytest.raises(BadInput, match=r"v_scale: shape \[2\], and only one scale a layer can be read"):
+        open_artifact(out, CPU)
     write_json(out / "config.json", config)
     with pytest.raises(BadInput, match=r"kv_cache_scheme .* cannot be read"):
         open_artifact(out, CPU)

@@ -3,18 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import AutoRound, Gptq, Grid, Qat, Recipe, Rtn, matches
-from quantpress.quantize.recipe.file import load, parse, shipped
-
-PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LINEARS = {f"model.layers.{i}.{name}": 576 for i in range(3) for name in (*PROJECTIONS, "mlp.gate_proj", "mlp.up_proj")}
-LINEARS |= {f"model.layers.{i}.mlp.down_proj": 1536 for i in range(3)}
+from quantpress.quantize.recipe import AutoRound, Gptq, Grid, Qat, Recipe, Rtn
+from quantpress.quantize.recipe.file import parse
 
 
 def refused(document: dict[str, Any]) -> str:
@@ -24,12 +19,6 @@ def refused(document: dict[str, Any]) -> str:
     message = str(error.value)
     assert "\n" not in message
     return message
-
-
-def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return str(path)
 
 
 def test_an_empty_document_is_the_default_recipe() -> None:
@@ -49,6 +38,16 @@ def test_the_published_schema_knows_what_the_validator_knows() -> None:
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Grid"]["properties"]["bits"]["enum"] == [2, 3, 4, 8]
+
+
+def test_a_name_alone_is_a_mapping_with_that_name() -> None:
+    short = parse({"method": "rtn", "transforms": ["awq"], "targets": ["vllm"], "evaluation": {"tasks": ["arc_easy"]}})
+    names = {"transforms": [{"name": "awq"}], "targets": [{"name": "vllm"}]}
+    assert short == parse(names | {"method": {"name": "rtn"}, "evaluation": {"tasks": [{"name": "arc_easy"}]}})
+    with pytest.raises(BadInput, match=r"method: unknown name 'gtpq', did you mean 'gptq'\? \(known: rtn, gptq"):
+        parse({"method": "gtpq"})
+    with pytest.raises(BadInput, match=r"targets.0: unknown name 'nosuch' \(known: vllm, "):
+        parse({"targets": ["nosuch"]})
 
 
 def test_reading_a_recipe_does_not_import_torch() -> None:
@@ -112,7 +111,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"ignore": "*.down_proj"}, "ignore: a list is needed, not '*.down_proj'"),
         ({"ignore": ["re:["]}, "ignore.0: not a regular expression"),
         ({"ignore": [""]}, "ignore.0: an empty pattern"),
-        ({"method": {"name": "gptqq"}}, "'rtn', 'gptq'"),
+        ({"method": {"name": "gptqq"}}, "known: rtn, gptq"),
         ({"method": {"damp": 0}}, "method.gptq.damp"),
         ({"method": {"damp": float("nan")}}, "method.gptq.damp"),
         ({"calibration": {"samples": True}}, "calibration.samples"),
@@ -126,7 +125,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"calibration": {"revision": "main"}}, "revision 'main' means nothing for source 'default'"),
         ({"evaluation": {"source": "self"}}, "`self` is a calibration source"),
         ({"evaluation": {"window": 512, "stride": 513}}, "stride 513 is larger than window 512"),
-        ({"transforms": ["awq"]}, "transforms"),
+        ({"transforms": [3]}, "transforms"),
         ({"formats": []}, "formats"),
         ({"formats": ["awk"]}, "formats.0: Input should be 'compressed-tensors', 'gptq', 'awq', 'modelopt' or 'gguf'"),
         ({"formats": ["gptq", "gptq"]}, "names one twice"),
@@ -181,176 +180,6 @@ def test_a_method_without_a_name_is_the_default_one() -> None:
 
 
 # ---- files and --set --------------------------------------------------------------------------------------------
-
-
-def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
-    assert load(written(tmp_path, "weights: {bits: 8}")).name == "mine"
-    assert load(written(tmp_path, "weights: {bits: 8}", "my own (2).yml")).name == "my-own-2-"
-    assert load(written(tmp_path, "name: other")).name == "other"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "found an empty file"),
-        ("- weights", "found list"),
-        ("weights: [", "not YAML"),
-        ("weights: {bits: 4, bits: 8}", "key 'bits' twice"),
-        ("1: 2", "1: Keys should be strings"),
-    ],
-)
-def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
-    with pytest.raises(BadInput) as error:
-        load(written(tmp_path, text))
-    assert expected in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(BadInput, match="cannot be read"):
-        load(str(path))
-    with pytest.raises(BadInput, match="cannot be read"):
-        load("x" * 5000)
-
-
-def test_an_unknown_recipe_names_the_nearest() -> None:
-    assert "w4a16-gptq" in shipped()
-    with pytest.raises(BadInput, match=r"no such file and no shipped recipe; did you mean .*w4a16-gptq[,?]"):
-        load("w4a16-gtpq")
-
-
-def test_an_unknown_recipe_like_no_other_is_told_where_they_are_listed() -> None:
-    with pytest.raises(BadInput, match=r"no shipped recipe; `quantpress recipes` lists them$"):
-        load("zzz")
-
-
-def test_set_changes_the_document(tmp_path: Path) -> None:
-    path = written(tmp_path, "weights: {bits: 8, group_size: 32}")
-    recipe = load(
-        path,
-        [
-            "weights.bits=3",
-            "method.damp=2e-2",
-            "ignore=['*.down_proj']",
-            "gates.max_perplexity_increase=3%",
-            "evaluation.windows=2",
-            "weights.symmetric=false",
-            "weights.bits=2",
-        ],
-    )
-    assert recipe.weights == Grid(bits=2, group_size=32, symmetric=False)
-    assert recipe.method == Gptq(damp=0.02)
-    assert recipe.ignore == ("*.down_proj",)
-    assert recipe.gates.max_perplexity_increase == pytest.approx(0.03)
-    assert recipe.evaluation is not None
-    assert recipe.evaluation.windows == 2
-    assert load(path, ["method.name=rtn"]).method == Rtn()
-    assert load(path, ["evaluation=null"]).evaluation is None
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("weights.bits=5", "weights.bits: Input should be 2, 3, 4 or 8, not 5"),
-        ("weights.bits=four", "weights.bits"),
-        ("weights.bitz=4", "weights.bitz: unknown key, did you mean 'bits'?"),
-        ("weights.bits.deep=4", "'bits' is not a mapping in this recipe"),
-        ("overrides.0.bits=4", "'overrides' is not a mapping in this recipe"),
-        ("weights=", "weights: a mapping of keys is needed"),
-        ("weights.bits", "write key.path=value"),
-        ("=4", "write key.path=value"),
-        ("weights.bits=[", "the value is not YAML"),
-        ("calibration.samples=1.5", "calibration.samples"),
-    ],
-)
-def test_set_is_validated_like_the_file(tmp_path: Path, override: str, expected: str) -> None:
-    path = written(tmp_path, "weights: {bits: 4}\noverrides: [{match: '*.q_proj', bits: 8}]")
-    with pytest.raises(BadInput) as error:
-        load(path, [override])
-    assert expected in str(error.value)
-
-
-# ---- patterns and schemes ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("pattern", "name", "expected"),
-    [
-        ("*.down_proj", "model.layers.0.mlp.down_proj", True),
-        ("down_proj", "model.layers.0.mlp.down_proj", False),
-        ("model.layers.[01].*", "model.layers.1.mlp.up_proj", True),
-        ("model.layers.[01].*", "model.layers.11.mlp.up_proj", False),
-        ("*.DOWN_PROJ", "model.layers.0.mlp.down_proj", False),
-        (r"re:.*\.layers\.\d\.mlp", "model.layers.1.mlp.up_proj", True),
-        (r"re:layers\.\d", "model.layers.1.mlp.up_proj", False),
-        (r"re:.*\.[qk]_proj$", "model.layers.1.self_attn.q_proj", True),
-        (r"re:.*\.[qk]_proj$", "model.layers.1.self_attn.v_proj", False),
-    ],
-)
-def test_globs_and_regular_expressions(pattern: str, name: str, expected: bool) -> None:
-    assert matches(pattern, name) is expected
-
-
-def test_the_last_override_decides_each_key() -> None:
-    recipe = parse(
-        {
-            "weights": {"bits": 4, "group_size": 64, "symmetric": False},
-            "overrides": [
-                {"match": "*.down_proj", "bits": 8, "group_size": 32},
-                {"match": r"re:.*\.layers\.0\.", "bits": 3},
-                {"match": "model.layers.0.mlp.*", "symmetric": True},
-            ],
-        }
-    )
-    schemes = recipe.schemes(LINEARS)
-    assert list(schemes) == list(LINEARS)
-    assert schemes["model.layers.1.mlp.down_proj"] == Grid(bits=8, group_size=32, symmetric=False)
-    assert schemes["model.layers.0.mlp.down_proj"] == Grid(bits=3, group_size=32, symmetric=True)
-    assert schemes["model.layers.0.self_attn.q_proj"] == Grid(bits=3, group_size=64, symmetric=False)
-    assert schemes["model.layers.2.self_attn.q_proj"] == recipe.weights
-
-
-def test_ignore_wins_over_overrides_and_skips_the_group_check() -> None:
-    recipe = parse(
-        {
-            "weights": {"group_size": 512},
-            "ignore": ["re:.*(self_attn|gate|up)"],
-            "overrides": [{"match": "*.q_proj", "bits": 8}],
-        }
-    )
-    schemes = recipe.schemes(LINEARS)
-    assert {name for name, grid in schemes.items() if grid is not None} == {n for n in LINEARS if "down" in n}
-
-
-@pytest.mark.parametrize("key", ["ignore", "overrides"])
-def test_a_pattern_without_a_match_names_the_nearest(key: str) -> None:
-    pattern = "*.donw_proj"
-    value = [pattern] if key == "ignore" else [{"match": pattern, "bits": 8}]
-    with pytest.raises(BadInput, match=r"'\*\.donw_proj' matches no linear layer.*model\.layers\.\d\.mlp\.down_proj"):
-        parse({key: value, "weights": {"group_size": 64}}).schemes(LINEARS)
-
-
-def test_ignoring_everything_is_refused() -> None:
-    with pytest.raises(BadInput, match="nothing is left to quantize"):
-        parse({"ignore": ["*"]}).schemes(LINEARS)
-
-
-def test_a_group_that_does_not_divide_names_the_layer_and_its_divisors() -> None:
-    with pytest.raises(BadInput) as error:
-        parse({"weights": {"group_size": 128}}).schemes(LINEARS)
-    message = str(error.value)
-    assert "model.layers.0.self_attn.q_proj: in_features 576 is not a multiple of group_size 128" in message
-    offered = message.split("choose ")[1].split(", -1 (per channel)")[0].split(", ")
-    assert {"32", "64", "96"} <= set(offered)
-    assert all(576 % int(size) == 0 for size in offered)
-
-
-def test_a_row_without_a_usable_divisor_is_offered_per_channel() -> None:
-    with pytest.raises(BadInput, match=r"choose -1 \(per channel\), or add the layer to `ignore`"):
-        parse({"weights": {"group_size": 64}}).schemes({"odd": 100})
-    assert parse({"weights": {"group_size": -1}}).schemes({"odd": 100})["odd"] is not None
 
 
 @pytest.mark.parametrize(

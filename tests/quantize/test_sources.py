@@ -70,6 +70,16 @@ def test_pickles_become_safetensors(tmp_path: Path) -> None:
     assert not (folder / "model.safetensors").exists()
 
 
+def test_a_head_of_its_own_is_kept_although_it_equals_the_embedding(tmp_path: Path) -> None:
+    model = tiny("Qwen2", tie_word_embeddings=True)
+    folder = tmp_path / "model"
+    model.config.tie_word_embeddings = False
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")  # both names, one storage
+    source = resolve(str(folder), cache=tmp_path / "cache", allow_pickle=True)
+    assert "lm_head.weight" in load_file(source.path / "model.safetensors")
+
+
 class _Evil:
     def __reduce__(self) -> Any:
         return print, ("code ran",)

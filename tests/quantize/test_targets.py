@@ -74,7 +74,7 @@ def test_a_name_alone_is_a_target_with_defaults() -> None:
     ("targets", "said"),
     [
         (["vllm", "vllm"], "names one twice"),
-        (["torchserve"], "'vllm', 'sglang', 'tgi', 'tensorrt-llm', 'triton', 'llama.cpp', 'ollama'"),
+        (["torchserve"], "known: vllm, sglang, tgi, tensorrt-llm, triton, llama.cpp, ollama"),
         ([{"name": "vllm", "tensor_paralel": 2}], "did you mean 'tensor_parallel'?"),
         ([{"name": "triton", "backend": "tensorrt-llm", "frontend": "openai"}], "target tensorrt-llm"),
         ([{"name": "ollama", "tensor_parallel": 2}], "targets.0.ollama.tensor_parallel: unknown key"),

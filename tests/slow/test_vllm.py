@@ -46,6 +46,7 @@ RECIPES = {
 # Mean and largest absolute difference allowed in log-probability: vLLM computes in bfloat16, the expectation in
 # float32. With AMX vLLM's 4-bit kernel rounds the activations to int8 too.
 KERNELS = {"weights-only": ("0", 0.06, 0.5), "int8-activations": ("1", 0.5, 5.0)}
+STATIC = ("0", 1.0, 5.0)  # our own forward in bfloat16 is off by 0.63 on average from the one in float32
 
 pytestmark = [
     pytest.mark.slow,
@@ -125,11 +126,12 @@ def test_vllm_answers_like_the_dequantized_weights(
     artifact: Path, kernel: str, model: Any, ids: list[int], tmp_path: Path
 ) -> None:
     switch, mean, largest = KERNELS[kernel]
-    if Artifact(artifact).activations is not None:  # bfloat16 noise moves rounded inputs by whole steps
-        _, mean, largest = KERNELS["int8-activations"]
+    inputs = Artifact(artifact).activations
+    if inputs is not None:  # bfloat16 noise moves rounded inputs by whole steps, and by larger ones with one scale
+        _, mean, largest = KERNELS["int8-activations"] if inputs.dynamic else STATIC
     if kernel == "int8-activations" and not machine.has_amx():
         pytest.skip("this processor has no AMX: vLLM would take the weights-only kernel again")
-    if kernel == "int8-activations" and Artifact(artifact).activations is not None:
+    if kernel == "int8-activations" and inputs is not None:
         pytest.skip("the switch is for files with 16-bit activations")
     prompt = ids[: len(ids) // 2]
     with server(artifact, switch, tmp_path / "server.log") as client:

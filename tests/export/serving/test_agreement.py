@@ -12,8 +12,10 @@ from quantpress.export.serving.records import Tolerance
 from quantpress.quantize import machine
 from quantpress.quantize.artifact import open_artifact
 from quantpress.quantize.pipeline import Settings, prepare, quantize
+from quantpress.quantize.recipe import Activations, Grid
 from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.sources import resolve
+from tests.quantize.formats.artifacts import make, uniform
 from tests.tiny import build
 
 from .fakes import Bytes
@@ -91,6 +93,8 @@ def test_the_tolerance_is_that_of_the_kernel(tmp_path: Path, monkeypatch: pytest
         recipe = parse(document)
         job = prepare(recipe, resolve(recipe.model, cache=tmp_path / "cache"))
         quantize(job, Settings(tmp_path / name, tmp_path / "cache"))
+    static = Activations(type="int8", dynamic=False)
+    make(tmp_path / "static" / "quantized", "compressed-tensors", uniform(Grid(bits=8, group_size=-1)), spec=static)
 
     def kernel(server: str, name: str, amx: bool, device: str = "cpu") -> str:
         monkeypatch.setattr(machine, "has_amx", lambda: amx)
@@ -103,6 +107,7 @@ def test_the_tolerance_is_that_of_the_kernel(tmp_path: Path, monkeypatch: pytest
     assert kernel("vllm", "four", True, "cuda") == exact
     assert kernel("transformers", "four", True) == exact
     assert kernel("vllm", "eight", False) == rounded
+    assert kernel("vllm", "static", False) == agreement._ROUNDED_STATIC.kernel
     assert "llama.cpp" in tolerance_for("url", tmp_path / "a.gguf", tmp_path / "four/quantized").kernel
 
 

@@ -20,6 +20,10 @@ from tests.tiny import build
 from .fakes import Bytes, fake_server, row
 
 CONTEXT = 512
+THINKS_UNLESS_TOLD = (  # llama.cpp does not see that it thinks at all, and by itself tells it not to
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,8 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for token, i in tokenizer.get_vocab().items():
         if i < 3 or not token.isascii():
             model.lm_head.weight.data[i] = 0  # greedy answers are text, and do not end early
-    return write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", model, "llama", context=CONTEXT)
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    return write_gguf(path, model, "llama", context=CONTEXT, template=THINKS_UNLESS_TOLD)
 
 
 def below_us() -> list[psutil.Process]:

@@ -14,6 +14,7 @@ from quantpress.export.contracts import of_artifact
 from quantpress.quantize.artifact import open_artifact, verify
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.gguf import imatrix, llama_cpp
+from quantpress.quantize.gguf import run as gguf_run
 from quantpress.quantize.job import Job, Settings, prepare
 from quantpress.quantize.pipeline import quantize
 from quantpress.quantize.recipe import refusal
@@ -153,6 +154,7 @@ def test_the_importance_is_the_mean_square_of_the_inputs(tmp_path: Path) -> None
 
     tokens = Tokens(IDS.reshape(2, 20), "a test", False)
     found = imatrix.measure(j.skeleton, Conversion(j.checkpoint, tmp_path / "m").entries, tokens)
+    last = model.model(tokens.ids).last_hidden_state.detach().reshape(-1, 64)
     seen: dict[str, list[torch.Tensor]] = {}
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp"):
         model.get_submodule(name).register_forward_hook(
@@ -162,6 +164,9 @@ def test_the_importance_is_the_mean_square_of_the_inputs(tmp_path: Path) -> None
         model(tokens.ids)
     want = torch.cat(seen["model.layers.1.self_attn.q_proj"]).square().mean(0)
     torch.testing.assert_close(torch.from_numpy(found["blk.1.attn_q.weight"].mean[0]), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.from_numpy(found["output.weight"].mean[0]), last.square().mean(0), rtol=1e-4, atol=1e-6
+    )
     rows = torch.cat(seen["model.layers.1.mlp"])
     router = load_file(tmp_path / "m" / "model.safetensors")["model.layers.1.block_sparse_moe.gate.weight"]
     chosen = (rows @ router.T).topk(2, 1).indices
@@ -170,6 +175,67 @@ def test_the_importance_is_the_mean_square_of_the_inputs(tmp_path: Path) -> None
         mine = rows[(chosen == e).any(1)]
         assert experts.counts[e] == len(mine)
         torch.testing.assert_close(torch.from_numpy(experts.sums[e]), mine.square().sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("section", [
+    {"type": "Q4_K_M"}, {"type": "Q2_K", "imatrix": True}, {"type": "Q8_0"},
+    {"type": "Q3_K_L", "tensor_types": {"blk.0.attn_v.weight": "IQ4_NL", "*.ffn_down.weight": "Q6_K"}},
+])  # fmt: skip
+def test_the_plan_knows_the_bytes_of_llama_cpps_mixes(section: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    build("llama", tmp_path / "m", hidden_size=256, intermediate_size=512, num_hidden_layers=3)
+    planned = job(tmp_path / "m", **section).plan
+    manifest = run(tmp_path / "m", tmp_path / "out", **section)
+    files = list((tmp_path / "out" / "quantized").glob("model*.gguf"))
+    assert planned.artifact_bytes == sum(file.stat().st_size for file in files)
+    assert planned.layers == {layer["name"]: layer["scheme"] for layer in manifest["layers"]}
+
+
+def test_llama_cpp_quantizes_parts_into_parts(tmp_path: Path) -> None:
+    """As the whole file, tensor by tensor."""
+    pytest.importorskip("llama_cpp")
+    build("llama", tmp_path / "m")
+    run(tmp_path / "m", tmp_path / "one", type="Q5_0")
+    run(tmp_path / "m", tmp_path / "parts", type="Q5_0", split="80k")
+    files = sorted((tmp_path / "parts" / "quantized").glob("*.gguf"))
+    assert [file.name for file in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.gguf" for i in range(len(files))]
+    assert len(files) > 1
+    parts = {t.name: t.data.tobytes() for file in files for t in gguf.GGUFReader(file).tensors}
+    assert parts == {name: tensor.data.tobytes() for name, tensor in stored(tmp_path / "one").items()}
+    with llama_cpp.Model(files[0]) as together, llama_cpp.Model(tmp_path / "one/quantized/model.gguf") as whole:
+        assert np.array_equal(together.logits(IDS.tolist()), whole.logits(IDS.tolist()))
+
+
+@pytest.mark.parametrize("damage", [None, "converted", "text"])
+def test_a_killed_run_goes_on_after_what_is_whole(
+    damage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither measured nor converted again, to the same bytes; but what is damaged is."""
+    pytest.importorskip("llama_cpp")
+    build("llama", tmp_path / "m")
+    section = {"type": "Q4_0", "imatrix": True}
+    run(tmp_path / "m", tmp_path / "whole", **section)
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(llama_cpp, "quantize", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            run(tmp_path / "m", killed, **section)
+    asked: list[str] = []
+    measure, write = imatrix.measure, gguf_run.write
+    monkeypatch.setattr(imatrix, "measure", lambda *a: asked.append("measured") or measure(*a))
+    monkeypatch.setattr(gguf_run, "write", lambda *a: asked.append("converted") or write(*a))
+    if damage == "converted":
+        file = killed / ".work" / "model.gguf"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    if damage == "text":
+        with pytest.raises(BadInput, match=r"unfinished run of something else \(recipe.gguf.type"):
+            run(tmp_path / "m", killed, type="Q5_0", imatrix=True)
+        return
+    run(tmp_path / "m", killed, **section)
+    assert asked == ([damage] if damage else [])
+    for name in ("model.gguf", "imatrix.gguf"):
+        assert (killed / "quantized" / name).read_bytes() == (tmp_path / "whole" / "quantized" / name).read_bytes()
+    assert not (killed / ".work").exists()
 
 
 def llama_available() -> bool:

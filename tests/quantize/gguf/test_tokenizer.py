@@ -2,10 +2,12 @@
 
 import json
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import gguf
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -13,11 +15,12 @@ from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.gguf.convert import Conversion, convert
 from quantpress.quantize.gguf.source_tokenizer import save_tokenizer
-from quantpress.quantize.sources import EMBEDDED, default_cache, resolve
+from quantpress.quantize.sources import EMBEDDED, default_cache, fetch_wheel, resolve
 
 from ..originals import ORIGINALS, TEXT
 from .models import VOCAB, build
 
+MISTRAL = ("mistral-common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
 NASTY = [
     TEXT, "  leading", "trailing  ", "a  b   c    d", " \n\n\t\r\n x", "tabs\t\t\there", "12345 6.78e-9 1,000,000",
     "It's WE'LL don't I'M", "naïve café cafe\u0301 Ünïcödé", "日本語の文章。中文字符 한국어", "🦙🚀👨‍👩‍👧‍👦🏳️‍🌈 ✅",
@@ -124,3 +127,48 @@ def test_real_models_and_the_nasty_corpus(tmp_path: Path) -> None:
     folder = resolve(EMBEDDED, cache=default_cache()).path
     (file,) = convert(folder, tmp_path / "model.gguf")
     compare(folder, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
+def test_a_real_sentencepiece_vocabulary(name: str, tmp_path: Path) -> None:
+    """Mistral's own, as SentencePiece itself reads it: its ids, transformers' and llama.cpp's are one."""
+    pytest.importorskip("llama_cpp")
+    from quantpress.quantize.gguf.llama_cpp import Model
+
+    try:
+        wheel = fetch_wheel(*MISTRAL, default_cache())
+    except BadInput as error:
+        pytest.skip(f"mistral-common cannot be had from PyPI: {error}")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(zipfile.ZipFile(wheel).read(f"mistral_common/data/{name}"))
+    real = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    kinds = [
+        gguf.TokenType.BYTE if real.is_byte(i) else gguf.TokenType.UNKNOWN if real.is_unknown(i)
+        else gguf.TokenType.CONTROL if real.is_control(i) else gguf.TokenType.NORMAL
+        for i in range(real.get_piece_size())
+    ]  # fmt: skip
+    build("llama", folder, vocab_size=real.get_piece_size())
+    for file in folder.glob("tokenizer*.json"):
+        file.unlink()
+    meta = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [real.id_to_piece(i) for i in range(real.get_piece_size())],
+        "tokenizer.ggml.scores": [real.get_score(i) for i in range(real.get_piece_size())],
+        "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
+        **{f"tokenizer.ggml.{n}_token_id": i for n, i in (("unknown", 0), ("bos", 1), ("eos", 2))},
+    }
+    save_tokenizer(meta, folder / "real", folder, 2048)
+    (file,) = convert(folder, tmp_path / "model.gguf")
+    compare(folder, file)
+    said = {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
+    scores = zip(said["tokenizer.ggml.scores"], meta["tokenizer.ggml.scores"], kinds, strict=True)
+    assert all(ours == pytest.approx(theirs) for ours, theirs, kind in scores if kind != gguf.TokenType.CONTROL)
+    original = AutoTokenizer.from_pretrained(folder)
+    with Model(file, vocabulary_only=True) as llama:
+        for text in NASTY:
+            want = real.encode(text)
+            assert llama.tokenize(text) == want, text
+            if not any(token in text for token in original.all_special_tokens):
+                assert original(text, add_special_tokens=False).input_ids == want, text

@@ -1,0 +1,158 @@
+"""What errors in each weight of a model do to its predictions, measured block by block."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..model import Arguments, Skeleton, run_block
+from ..plan import BATCH_TOKENS
+
+_STATES = "states"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors in a weight [out, in] do to the predictions: a KL divergence of sum rows_r columns_c error_rc^2.
+
+    rows float32 [out], columns float32 [in], in nats a token. It is the second-order term of the divergence with the
+    Fisher information of an output and the second moment of an input taken as independent, and no correlations.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def cost(self, error: Tensor, rows: Tensor) -> float:
+        """Of the errors [n, in] of these n rows, if the others are alike."""
+        picked = self.rows[rows]
+        return float((error.square() @ self.columns) @ picked) * float(self.rows.sum() / picked.sum().clamp(min=1e-30))
+
+
+def measure(skeleton: Skeleton, tokens: Tensor, folder: Path, seed: int = 0) -> dict[str, list[Sensitivity]]:
+    """The sensitivity of every linear and of the embedding {on-disk name: one for each use}, tokens [samples, seq_len].
+
+    With g the gradient of the loss of tokens drawn from the model's own predictions, E[g g^T] is the Fisher
+    information, and half of it the curvature of the divergence. Blocks go through memory one by one, forwards and then
+    backwards, where each is run again from the hidden states that entered it; those lie in `folder` meanwhile. A tied
+    head stands under the embedding's name, as its second use.
+    """
+    count = tokens.numel()
+    skeleton.open_shell()
+    hidden = skeleton.embed(tokens).cpu()
+    arguments = skeleton.block_arguments(tokens.shape[1])
+    skeleton.close_shell()
+    batch = max(1, BATCH_TOKENS // tokens.shape[1])
+    found: dict[str, list[Sensitivity]] = {}
+    with tempfile.TemporaryDirectory(prefix="states-", dir=folder) as scratch:
+        entered = [Path(scratch) / f"{k}.safetensors" for k in range(skeleton.n_blocks)]
+        for k, block in skeleton.blocks():
+            save_file({_STATES: hidden}, entered[k])
+            run_block(block, hidden, arguments[k], device=skeleton.device, batch=batch)
+        gradient, head = _through_head(skeleton, tokens, hidden, seed)
+        del hidden
+        for k, block in skeleton.blocks(backwards=True):
+            linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == k}
+            with _observed(linears) as seen:
+                _through_block(block, load_file(entered[k])[_STATES], gradient, arguments[k], skeleton.device)
+            found |= {name: [sums.sensitivity(count)] for name, sums in seen.items()}
+            entered[k].unlink()
+    embedding, use = _through_embedding(skeleton, tokens, gradient)
+    found[embedding] = [use]
+    for name, use in head.items():
+        found.setdefault(embedding if skeleton.config.tie_word_embeddings else name, []).append(use)
+    return found
+
+
+class _Sums:
+    """Over tokens: squared inputs [in] and squared output gradients [out] of a linear, and how many it was given."""
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | float = 0.0
+        self.gradients: Tensor | float = 0.0
+        self.tokens = 0
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        """As a forward hook; the gradient's squares follow when it is known."""
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        self.inputs = self.inputs + x.square().sum(0).cpu()
+        self.tokens += len(x)
+        out.register_hook(self._gradient)  # type: ignore[no-untyped-call]
+
+    def _gradient(self, g: Tensor) -> None:
+        self.gradients = self.gradients + g.reshape(-1, g.shape[-1]).float().square().sum(0).cpu()
+
+    def sensitivity(self, tokens: int) -> Sensitivity:
+        """Of `tokens` in all; what an expert is given is a part of them."""
+        return Sensitivity(
+            torch.as_tensor(self.gradients / tokens / 2), torch.as_tensor(self.inputs / max(self.tokens, 1))
+        )
+
+
+@contextlib.contextmanager
+def _observed(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, _Sums]]:
+    sums = {name: _Sums() for name in linears}
+    handles = [module.register_forward_hook(sums[name].note) for name, module in linears.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _through_head(
+    skeleton: Skeleton, tokens: Tensor, hidden: Tensor, seed: int
+) -> tuple[Tensor, dict[str, Sensitivity]]:
+    """The loss's gradient [samples, seq_len, hidden] as it leaves the last block, and the head's own sensitivity."""
+    skeleton.open_shell()
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.empty_like(hidden)
+    heads = {name: skeleton.model.get_submodule(name) for name in skeleton.head_modules()}
+    with _observed(heads) as seen:
+        for i, states in enumerate(hidden):
+            states = states.clone().requires_grad_()
+            logits = skeleton.head(states).float()
+            drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
+            loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            (gradient[i],) = torch.autograd.grad(loss, states)
+    skeleton.close_shell()
+    names = {name: skeleton.disk_name(f"{name}.weight").removesuffix(".weight") for name in heads}
+    return gradient, {names[name]: sums.sensitivity(tokens.numel()) for name, sums in seen.items()}
+
+
+def _through_block(
+    block: nn.Module, hidden: Tensor, gradient: Tensor, arguments: Arguments, device: torch.device
+) -> None:
+    """Take `gradient` [samples, seq_len, hidden] back through the block, in place; one sequence at a time."""
+    args, kwargs = arguments
+    for i in range(len(hidden)):
+        states = hidden[i : i + 1].to(device).requires_grad_()
+        with torch.enable_grad():
+            result = block(states, *args, **kwargs)
+        out = result[0] if isinstance(result, tuple) else result
+        (back,) = torch.autograd.grad(out, states, gradient[i : i + 1].to(device))
+        gradient[i] = back[0]
+
+
+def _through_embedding(skeleton: Skeleton, tokens: Tensor, gradient: Tensor) -> tuple[str, Sensitivity]:
+    """Name and sensitivity of the embedding: a row counts as often as its token, a column by the gradient it gets."""
+    skeleton.open_shell()
+    module = skeleton.model.get_input_embeddings()
+    name = next(n for n, m in skeleton.model.named_modules() if m is module)
+    squares = torch.zeros(module.embedding_dim)
+    kept: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, args, out: kept.append(out.requires_grad_()))
+    for row, g in zip(tokens, gradient, strict=True):
+        kept.clear()
+        hidden = skeleton.embedding(row[None])
+        (back,) = torch.autograd.grad(hidden, kept[0], g[None].to(hidden.device))
+        squares += back[0].float().square().sum(0).cpu()
+    handle.remove()
+    skeleton.close_shell()
+    rows = torch.bincount(tokens.reshape(-1), minlength=module.num_embeddings).float() / tokens.numel()
+    return skeleton.disk_name(f"{name}.weight").removesuffix(".weight"), Sensitivity(rows, squares / tokens.numel() / 2)
