@@ -1,11 +1,14 @@
-"""A device that is not the CPU, for machines without one: tensors that say they are `elsewhere` and are computed here.
+"""A device that is not the CPU, for machines without one: tensors that say they are there and are computed here.
 
 An operation on tensors of both devices is refused, as the real one would refuse it. What a GPU's own kernels answer is
 not shown, nor anything that trains: autograd copies tensors past what stands in for them.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("elsewhere")
-DEVICE = torch.device("elsewhere:0")
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device("privateuseone:0")  # the one device a build of torch has room for beside those it knows
 _aten: Any = torch.ops.aten
 _MOVES = (_aten._to_copy.default, _aten.copy_.default)
 # A GPU's tensor may be indexed by what lies in the host's memory.
@@ -66,7 +69,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     allowed = func in _MOVES or (func in _INDEXED and isinstance(args[0], Elsewhere))
     if elsewhere and host and not allowed:
         raise RuntimeError(f"{func}: tensors on {DEVICE} and one of shape {tuple(host[0].shape)} on the CPU")
-    there = elsewhere if target is None else torch.device(target).type == "elsewhere"
+    there = elsewhere if target is None else torch.device(target).type == DEVICE.type
     if func is _aten.copy_.default:
         there = isinstance(args[0], Elsewhere)
     inner_args, inner_kwargs = tree_map(_here, (tuple(args), dict(kwargs)))
@@ -105,13 +108,26 @@ def _copy_from(values: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor
     return to
 
 
-_KERNELS = torch.library.Library("aten", "IMPL")
-_KERNELS.impl("empty_strided", _empty_strided, "PrivateUse1")
-_KERNELS.impl("_copy_from", _copy_from, "PrivateUse1")
+def run_there(module: str, function: str, *arguments: object) -> None:
+    """Call `function` of a test module with strings, in a process of its own, where the device is one to compute on.
+
+    Its own, because torch does not forget a device, and much that looks for one would find it from then on.
+    """
+    code = (
+        "import importlib, sys\nfrom tests.other_device import other_device\n"
+        f"wanted = importlib.import_module({module!r}).{function}\nwith other_device():\n    wanted(*sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @contextmanager
 def other_device() -> Iterator[None]:
-    """Within, `cuda` is a device one can compute on."""
+    """Within, DEVICE is a device one can compute on."""
+    _setup_privateuseone_for_python_backend()
+    kernels = torch.library.Library("aten", "IMPL")
+    kernels.impl("empty_strided", _empty_strided, "PrivateUse1")
+    kernels.impl("_copy_from", _copy_from, "PrivateUse1")
     with _Mode():
         yield
