@@ -149,7 +149,7 @@ def test_errors_on_record_are_those_of_the_trained_scales(
     for name in folded:
         x = inputs[name]
         before, now = folded[name], rounded.get_submodule(name).weight.detach()
-        out, error = (x @ (w if family == "gpt2" else w.T) for w in (before, now - before))
+        out, error = ((x @ (w if family == "gpt2" else w.T)).detach() for w in (before, now - before))
         share = float(error.square().sum() / out.square().sum())
         assert records[name]["relative_error"] == pytest.approx(share, rel=1e-3), name
         assert records[name]["loss"] == pytest.approx(float(error.square().sum()) / len(x), rel=1e-3), name
