@@ -3,13 +3,14 @@
 import errno
 import os
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ..errors import BadInput
-from .shared import say
+from .shared import out_console, say
 
 _ORDER = (  # of the help: as the work goes
     "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",
@@ -38,6 +39,21 @@ _OF_THE_MACHINE = {  # errors whose cause is the machine, not a mistake of ours:
 }
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        out_console.print(f"quantpress {version('quantpress')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    told: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="the version installed")
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Run the command line; every mistake of the user's is one line and exit code 2."""
     # Before torch is there: its threads are not to spin while they wait, which on a busy machine costs more than work.
@@ -63,7 +79,10 @@ def main() -> None:
         _fail(f"{where}{error.strerror}; once that is mended, {_goes_on(sys.argv[1:])}", 1)
     except Exception as error:
         if isinstance(error, _usage_error()):
-            _fail(f"{error.format_message()} (see quantpress --help)", 2)  # type: ignore[attr-defined]
+            said = error.format_message()  # type: ignore[attr-defined]
+            if not said:  # no command: the help has been shown
+                sys.exit(2)
+            _fail(f"{said} (see quantpress --help)", 2)
         raise
 
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quantpress.quantize.cli import doctor
-from quantpress.quantize.cli.app import app
+from quantpress.quantize.cli.app import app, main
 
 
 def test_it_names_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +18,17 @@ def test_it_names_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) 
     assert {"server vllm", "server llama.cpp", "server transformers"} <= set(facts)
     lines = CliRunner().invoke(app, ["doctor"]).output
     assert "not here: pip install thing" in lines
+
+
+def test_the_command_says_its_version_and_without_arguments_its_help(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, code in ((["--version"], 0), ([], 2)):
+        monkeypatch.setattr("sys.argv", ["quantpress", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == code
+        said = capfd.readouterr()
+        assert said.err == ""
+        assert (version("quantpress") in said.out) is bool(arguments)
+        assert ("--help" in said.out) is not bool(arguments)
