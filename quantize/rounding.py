@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .errors import BadInput
 from .grid import Grid, QuantizedLinear
 from .methods import ROUNDERS, Rounded
+from .methods.rtn import column_power
 from .model import Linear
 from .recipe import Gptq, Rtn
 from .stages import Stage
@@ -55,7 +56,7 @@ def round_stage(
 def _round(method: Rtn | Gptq, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
     """Round one stack; what is done otherwise than asked comes back as a note."""
     moment = stage.moment
-    if moment is not None and not bool((moment if moment.dim() == 1 else moment.diagonal()).isfinite().all()):
+    if moment is not None and not bool(column_power(moment).isfinite().all()):
         raise BadInput(f"{stage.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")
     if not isinstance(method, Gptq):
         return ROUNDERS[method.name](weight, grid, method, moment, None), None

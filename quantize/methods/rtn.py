@@ -26,7 +26,7 @@ def rtn(
     in_features, fitting = weight.shape[1], Fitting(weight, grid)
     columns = fitting.columns
     weigh = moment if grid.scale_search == "activation" else None
-    diagonal = None if weigh is None else weigh if weigh.dim() == 1 else weigh.diagonal()
+    diagonal = None if weigh is None else column_power(weigh)
     w = weight.to(torch.float32)
     numbers, each, block = torch.empty_like(w), None, None
     with one_thread():
@@ -47,6 +47,11 @@ def rtn(
             numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
     linear = fitting.linear(numbers)
     return Rounded(linear, output_power(linear.dequantize() - w, moment), output_power(w, moment))
+
+
+def column_power(moment: Tensor) -> Tensor:
+    """The diagonal [in] of X^T X, which may be all that `moment` is."""
+    return moment if moment.dim() == 1 else moment.diagonal()
 
 
 def output_power(weight: Tensor, moment: Tensor | None) -> Tensor:
