@@ -8,26 +8,14 @@ Its files of packed asymmetric weights are not read back on a CPU, so it writes 
 values, dequantized.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 from auto_round import AutoRound
-from llmcompressor_run import sequences
+from peer_run import peer_options, sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--samples", type=int, required=True)
-    parser.add_argument("--seq-len", type=int, required=True)
-    parser.add_argument("--bos", action="store_true", help="BOS as the first token of every sequence")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--symmetric", action="store_true")
+    parser = peer_options(__doc__.split("\n")[0])
     parser.add_argument("--iterations", type=int, required=True, help="its default is 200")
     args = parser.parse_args()
 

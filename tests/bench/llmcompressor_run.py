@@ -7,7 +7,6 @@ Run by peers.py with the Python that has llm-compressor; imports nothing of quan
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,23 +16,15 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from peer_run import peer_options, sequences
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--samples", type=int, required=True)
-    parser.add_argument("--seq-len", type=int, required=True)
-    parser.add_argument("--bos", action="store_true", help="BOS as the first token of every sequence")
+    parser = peer_options(__doc__.split("\n")[0])
     parser.add_argument("--method", choices=["rtn", "gptq", "awq"], required=True)
     parser.add_argument("--scheme", help="a preset scheme instead of integer weights, such as FP8_DYNAMIC")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--smoothquant", type=float, help="its strength; SmoothQuant goes before the method")
-    parser.add_argument("--symmetric", action="store_true")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -72,17 +63,6 @@ def scheme(args: argparse.Namespace) -> dict[str, Any]:
         num_bits=args.bits, type="int", strategy="group", group_size=args.group_size, symmetric=args.symmetric
     )
     return {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
-
-
-def sequences(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[list[int]]:
-    """The first `samples` windows [seq_len] of the text; BOS, when asked for, is the first of the seq_len tokens."""
-    ids = tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if args.bos else []
-    body = args.seq_len - len(start)
-    windows = [start + ids[i * body : (i + 1) * body] for i in range(args.samples)]
-    if len(windows[-1]) < args.seq_len:
-        raise SystemExit(f"{args.text}: {len(ids)} tokens, fewer than {args.samples} x {body}")
-    return windows
 
 
 if __name__ == "__main__":
