@@ -83,7 +83,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     hidden = streams * tokens * width * item
     # One batch passes the block, or one stage is solved; beside either, every batch waits before a linear.
     work = max(_largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item))
-    work += streams * _waiting(linears, tokens, item, width)
+    work += _waiting(linears, tokens, item, width, beside=recipe.paired)
     if isinstance(recipe.method, Tuned):
         batch = recipe.method.batch_size * recipe.calibration.seq_len
         work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
@@ -144,15 +144,21 @@ def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calib
     return most
 
 
-def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int) -> int:
-    """What all tokens hold before the linear with the widest input: that, the residual, and the norm of it."""
-    return tokens * (max(x.in_features for x in linears) + 2 * hidden) * item
+def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside: bool) -> int:
+    """What all tokens hold while their batches wait before a linear.
+
+    Before the widest one that is its input, the residual, and the norm of it, and the original `beside` is already
+    through; before attention's output they hold what went into it too, and the original's wait with two.
+    """
+    widest = max(x.in_features for x in linears) + 2 * hidden
+    attention = (5 + 2 * beside) * hidden
+    return tokens * max(widest, attention) * item
 
 
 def _passing(linears: list[Linear], tokens: int, item: int) -> int:
-    """The widest tensors of one batch on its way through a block, with a float32 copy."""
+    """The widest tensors of one batch on its way through a block."""
     widest = max(max(x.in_features, x.out_features) for x in linears)
-    return min(tokens, BATCH_TOKENS) * widest * (4 * item + 4)
+    return min(tokens, BATCH_TOKENS) * widest * (4 * item + 1)
 
 
 def _operations(

@@ -141,7 +141,8 @@ class _Recorder:
         self._folder = self._context.__enter__()
         self._files: dict[str, BinaryIO] = {}
         self._index = {name: f"{i}.bin" for i, group in enumerate(groups) for name in group} | {_OUTPUT: "output.bin"}
-        self._missing = batches * (len(groups) + whole)
+        self.tensors = len(groups) + whole  # of a batch
+        self._missing = batches * self.tensors
 
     def write(self, name: str, x: Tensor) -> None:
         """Append a batch of what `name` receives; they come in their order."""
@@ -173,19 +174,25 @@ class _Recorded:
 
     def __init__(self, run: Run, part: Tensor, recorder: _Recorder) -> None:
         self._run, self._part, self._recorder = run, part, recorder
+        self._missing = recorder.tensors
 
     def advance(self, name: str) -> Tensor:
         x = self._run.advance(name)
-        self._recorder.write(name, x)
+        self._write(name, x)
         return x
 
     def finish(self) -> None:
         self._run.finish()
-        self._recorder.write(_OUTPUT, self._part)
+        self._write(_OUTPUT, self._part)
 
     def drop(self) -> None:
         self._run.drop()
-        self._recorder.drop()
+        if self._missing:
+            self._recorder.drop()
+
+    def _write(self, name: str, x: Tensor) -> None:
+        self._recorder.write(name, x)
+        self._missing -= 1
 
 
 class _Kept:

@@ -6,7 +6,7 @@ propagate, and each linear is rounded for the inputs it will really get, the err
 """
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from .model import Arguments, Experts
 from .recipe import Activations
 
 Group = tuple[str, ...]  # names of linears that receive one tensor
+_ROWS = 1024  # tokens in one product of a moment: their float32 copies are the largest tensors beside what waits
 _PANELS = 8  # X^T X is symmetric: about half of it is computed, in this many panels
 
 
@@ -94,22 +95,25 @@ class Stages:
 
     def __iter__(self) -> Generator[Stage, None, None]:
         shared = shared_inputs(self._block, self._hidden[:1].to(self._device), self._arguments, self._linears)
-        beside: Sequence[Run] = ()
+        compared: list[Group] = []
+        originals: Sequence[Run] = ()
         if self._reference is not None:
-            parts, aligned = torch.split(self._reference, self._batch), [x for x in shared if self._is_aligned(x)]
-            beside = self._beside(aligned, parts, self._original_runs) if self._beside else self._original_runs()
+            compared, parts = [x for x in shared if self._is_aligned(x)], torch.split(self._reference, self._batch)
+            originals = self._beside(compared, parts, self._original_runs) if self._beside else self._original_runs()
+        beside = _Originals(originals, [names[0] for names in compared], self._keep)
         runs = self._runs(self._block, self._linears, self._hidden, self._inputs)
         self._begin()
         try:
             for names in shared:
-                yield self._stage(names, runs, beside)
+                yield self._stage(names, runs, beside if names in compared else None)
             unreached = [name for name in self._linears if not any(name in names for names in shared)]
-            yield from (self._stage((name,), [], []) for name in unreached)
+            yield from (self._stage((name,), (), None) for name in unreached)
             if self._keep:
-                for run in (*runs, *beside):
+                for run in runs:
                     run.finish()
+                beside.finish()
         finally:
-            for run in (*runs, *beside):
+            for run in (*runs, *originals):
                 run.drop()
 
     def _original_runs(self) -> list[Run]:
@@ -129,36 +133,40 @@ class Stages:
         parts = torch.split(hidden, self._batch)
         return [_Run(block, linears, part, self._arguments, self._device, inputs) for part in parts]
 
-    def _stage(self, names: Group, runs: Sequence[Run], beside: Sequence[Run]) -> Stage:
+    def _stage(self, names: Group, runs: Sequence[Run], beside: "_Originals | None") -> Stage:
         """Take every batch to the linear `names[0]` and sum up what it is about to receive."""
         moment = drift = None
         tokens = 0
-        aligned = bool(beside) and self._is_aligned(names)
-        waiting = [run.advance(names[0]) for run in runs]
+        waiting: Iterable[Tensor] = (run.advance(names[0]) for run in runs)
+        if self._activations is not None and self._activations[0].calibrated:
+            waiting = list(waiting)
         inputs = self._measured(waiting)
         if inputs is not None:
             self._inputs |= dict.fromkeys(names, inputs)
         for i, x in enumerate(waiting):
-            original = beside[i].advance(names[0]) if aligned else None
-            if x.shape[0] == 0:
-                continue
-            rows = (x if inputs is None else round_inputs(x, inputs)).to(torch.float32)
-            self._watch(names[0], rows)
-            if moment is None:
-                moment = rows.new_zeros(rows.shape[1], rows.shape[1])
-                drift = torch.zeros_like(moment) if aligned else None
-            with exact_products(x.dtype):
-                add_second_moment(moment, rows)
-                if drift is not None and original is not None:
-                    drift.addmm_(original.to(torch.float32).T, rows)
-            tokens += rows.shape[0]
+            original = None if beside is None else beside.take(i, names[0])
+            for start in range(0, x.shape[0], _ROWS):
+                part = x[start : start + _ROWS]
+                rows = (part if inputs is None else round_inputs(part, inputs)).to(torch.float32)
+                self._watch(names[0], rows)
+                if moment is None:
+                    moment = rows.new_zeros(rows.shape[1], rows.shape[1])
+                    drift = None if original is None else torch.zeros_like(moment)
+                with exact_products(x.dtype):
+                    add_second_moment(moment, rows)
+                    if drift is not None and original is not None:
+                        drift.addmm_(original[start : start + _ROWS].to(torch.float32).T, rows)
+            tokens += x.shape[0]
+            if beside is not None:
+                del original
+                beside.let_go(i, names[0])
         if moment is not None:
             moment = moment.triu_().add_(moment.triu(1).T)
             drift = None if drift is None else drift.sub_(moment)  # so far X0^T X
         return Stage(names, moment, tokens, drift, inputs)
 
-    def _measured(self, waiting: list[Tensor]) -> Inputs | None:
-        """How what waits before a linear, [tokens, in] a batch, is going to be rounded."""
+    def _measured(self, waiting: Iterable[Tensor]) -> Inputs | None:
+        """How what is `waiting` before a linear, [tokens, in] a batch, will be rounded; taken only if calibrated."""
         if self._activations is None:
             return None
         spec, columns = self._activations
@@ -192,6 +200,37 @@ def shared_inputs(
         for handle in handles:
             handle.remove()
     return [tuple(names) for _, names in seen]
+
+
+class _Originals:
+    """The original's batches, each halted where it holds the least until it is asked for.
+
+    Before the output projection of attention a batch holds its queries, keys and values too, and before the last linear
+    of the MLP the widest input of all. The original has no rounding to wait for: it leaves the one at once for the next
+    stage, and the other for the end of the block.
+    """
+
+    def __init__(self, runs: Sequence[Run], names: Sequence[str], keep: bool) -> None:
+        self._runs, self._names, self._keep = runs, names, keep
+        self._ahead: dict[int, Tensor] = {}
+
+    def take(self, i: int, name: str) -> Tensor:
+        """What batch `i` sends to linear `name` [tokens, in]."""
+        ahead = self._ahead.pop(i, None)
+        return self._runs[i].advance(name) if ahead is None else ahead
+
+    def let_go(self, i: int, name: str) -> None:
+        """What batch `i` sent to `name` is no longer needed."""
+        to_come = self._names[self._names.index(name) + 1 :]
+        if len(to_come) > 1:
+            self._ahead[i] = self._runs[i].advance(to_come[0])
+        elif not to_come:
+            self._runs[i].finish() if self._keep else self._runs[i].drop()
+
+    def finish(self) -> None:
+        """Run the batches to the end that are not there yet: those that were compared at no linear."""
+        for run in () if self._names else self._runs:
+            run.finish()
 
 
 class _Run:
