@@ -106,16 +106,6 @@ class QuantizedLinear:
         """One of `supers` [out, in / 256] for each group, float32 [out, groups]."""
         return supers.to(torch.float32).repeat_interleave(SUPER_BLOCK // self.grid.group_size, 1)
 
-    def stored_bits(self) -> int:
-        """Bits this layer needs: codes, scales, zeros (asymmetric only) and g_idx (when columns are shuffled)."""
-        if isinstance(self.grid, BlockGrid):
-            return self.codes.numel() // self.grid.span(self.in_features) * 8 * ggml.BLOCK_BYTES[self.grid.type]
-        bits = self.codes.numel() * self.grid.bits + self.scales.numel() * self.scales.element_size() * 8
-        if not self.grid.symmetric:
-            bits += self.zeros.numel() * self.grid.bits
-        bits += 0 if self.global_scale is None else 32
-        return bits + (0 if self.g_idx is None else 32 * self.in_features)
-
     def rows(self, start: int, stop: int) -> "QuantizedLinear":
         """Output rows [start, stop): linears solved together are taken apart again with this.
 

@@ -78,12 +78,21 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror}; once that is mended, {_goes_on(sys.argv[1:])}", 1)
     except Exception as error:
+        if _was_interrupted(error):
+            _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
         if isinstance(error, _usage_error()):
             said = error.format_message()  # type: ignore[attr-defined]
             if not said:  # no command: the help has been shown
                 sys.exit(2)
             _fail(f"{said} (see quantpress --help)", 2)
         raise
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: transformers makes a missing module of one that ends an import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _stopped(arguments: list[str]) -> str:

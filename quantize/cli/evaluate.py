@@ -60,10 +60,10 @@ def evaluate_command(
         raise BadInput("eval: --url and --model go together")
     if draft and subject is None:
         raise BadInput("eval: --draft is measured on a folder; a server shows too little of its distributions")
-    where = _where(subject, model)
-    chosen = _recipe(subject, original, recipe, sets)
     if subject is not None and not _is_run(subject):
         _readable(subject)
+    where = _where(subject, model)
+    chosen = _recipe(subject, original, recipe, sets)
     prepared = evaluation_windows(chosen, allow_pickle, trust_remote_code)
     source = open_source(chosen, allow_pickle, trust_remote_code)
     from quantpress.eval.measure import evaluate, evaluate_served

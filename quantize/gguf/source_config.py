@@ -142,19 +142,25 @@ def _llama3_scaling(meta: Metadata, theta: float, head_dim: int) -> dict[str, An
     }
 
 
-def _llama_like(meta: Metadata, partial: bool = False) -> dict[str, Any]:
-    """Settings that llama, qwen, gemma and phi share."""
-    hidden, heads = int(meta.hparam("embedding_length")), int(meta.hparam("attention.head_count"))
-    head_dim = int(meta.hparam("attention.key_length", hidden // heads))
-    context = int(meta.hparam("context_length"))
+def _sizes(meta: Metadata) -> dict[str, Any]:
+    """Sizes that every model but GPT-2 calls by these names."""
     return {
-        "hidden_size": hidden,
+        "hidden_size": int(meta.hparam("embedding_length")),
         "intermediate_size": int(meta.hparam("feed_forward_length")),
         "num_hidden_layers": int(meta.hparam("block_count")),
-        "num_attention_heads": heads,
+        "num_attention_heads": int(meta.hparam("attention.head_count")),
+        "max_position_embeddings": int(meta.hparam("context_length")),
+    }
+
+
+def _llama_like(meta: Metadata, partial: bool = False) -> dict[str, Any]:
+    """Settings that llama, qwen, gemma and phi share."""
+    sizes = _sizes(meta)
+    heads, context = sizes["num_attention_heads"], sizes["max_position_embeddings"]
+    head_dim = int(meta.hparam("attention.key_length", sizes["hidden_size"] // heads))
+    return sizes | {
         "num_key_value_heads": int(meta.hparam("attention.head_count_kv", heads)),
         "head_dim": head_dim,
-        "max_position_embeddings": context,
         "rms_norm_eps": float(meta.hparam("attention.layer_norm_rms_epsilon")),
         "rope_parameters": _rope(meta, head_dim, context, partial),
     }
@@ -213,17 +219,12 @@ def _phi3(meta: Metadata) -> dict[str, Any]:
 
 
 def _gpt_neox(meta: Metadata) -> dict[str, Any]:
-    hidden, heads = int(meta.hparam("embedding_length")), int(meta.hparam("attention.head_count"))
-    context = int(meta.hparam("context_length"))
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": int(meta.hparam("feed_forward_length")),
-        "num_hidden_layers": int(meta.hparam("block_count")),
-        "num_attention_heads": heads,
-        "max_position_embeddings": context,
+    sizes = _sizes(meta)
+    head_dim, context = sizes["hidden_size"] // sizes["num_attention_heads"], sizes["max_position_embeddings"]
+    return sizes | {
         "layer_norm_eps": float(meta.hparam("attention.layer_norm_epsilon")),
         "use_parallel_residual": bool(meta.hparam("use_parallel_residual", True)),
-        "rope_parameters": _rope(meta, hidden // heads, context, partial=True),
+        "rope_parameters": _rope(meta, head_dim, context, partial=True),
     }
 
 

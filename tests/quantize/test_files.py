@@ -108,3 +108,21 @@ def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(app, "app", slip)
     with pytest.raises(FileNotFoundError):
         cli.main()
+
+
+def test_ctrl_c_that_a_library_made_an_error_of_is_still_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def import_something(**_: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'AutoModel'") from error
+
+    monkeypatch.setattr(app, "app", import_something)
+    monkeypatch.setattr(sys, "argv", ["quantpress", "run", "w4a16-gptq"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err
+    assert said == "quantpress: stopped; the same command goes on from what is finished\n"
