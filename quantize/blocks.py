@@ -1,5 +1,6 @@
 """The decoder blocks of a job, one after the other: calibrated, transformed, rounded, tuned, journalled."""
 
+import gc
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import kv_cache
+from . import kv_cache, machine
 from .activations import columns_of
 from .calibration import Tokens
 from .checkpoint import write_part
@@ -39,6 +40,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
     hidden, arguments = _hidden_states(job, tokens, journal)
     transforms = BlockTransforms(job.recipe, skeleton)
     original = settings.shared.original(job, tokens)
+    gc.freeze()  # all there is until now stays: the collector need not look at it again for every block
     for k, block in skeleton.blocks(first):
         started = time.monotonic()
         last = k + 1 == skeleton.n_blocks
@@ -70,6 +72,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
             tensors[HEAD_IMPORTANCE] = of_head(skeleton, hidden["hidden"])
         line = {"block": k, "seconds": round(seconds, 3), "layers": layers, "transforms": changes.records}
         journal.commit(tensors, {} if last else hidden, line)
+        machine.release_memory()
         errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
         settings.on_block(Progress(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
 

@@ -1,6 +1,7 @@
 """The command line: parse, call one function, one line on error. Exit codes: 0 fine, 1 failed, 2 bad input, 3 gate."""
 
 import errno
+import gc
 import os
 import sys
 from importlib.metadata import version
@@ -56,8 +57,11 @@ def _options(
 
 def main() -> None:
     """Run the command line; every mistake of the user's is one line and exit code 2."""
-    # Before torch is there: its threads are not to spin while they wait, which on a busy machine costs more than work.
+    # Before torch is there: its threads are not to spin while they wait, which on a busy machine costs more than work,
+    # and large tensors are to come in huge pages, where the system has them on request.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    gc.set_threshold(100_000, 20, 100)  # importing makes objects by the million and hardly any garbage
     try:
         status = app(standalone_mode=False)
         if status == _INTERRUPTED:  # typer turns Ctrl-C into this status, without a word

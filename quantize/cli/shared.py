@@ -73,11 +73,11 @@ def cache_folder() -> Path:
 
 def open_source(recipe: Recipe, allow_pickle: bool, trust_remote_code: bool) -> Any:
     quiet_libraries()
-    from ..machine import flush_denormals, return_freed_memory
+    from ..machine import flush_denormals, set_up_memory
     from ..sources import resolve
 
     flush_denormals()
-    return_freed_memory()
+    set_up_memory()
     return resolve(recipe.model, cache=cache_folder(), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
 
