@@ -52,13 +52,15 @@ def _int8(values: Tensor, inputs: Inputs) -> Tensor:
     if inputs.scale is not None:
         scale = inputs.scale.to(values.device)
         zero = 0.0 if inputs.zero is None else inputs.zero.to(values.device)
-    elif inputs.spec.symmetric:
-        scale, zero = values.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST) / 127, 0.0
     else:
-        low = values.amin(-1, keepdim=True).clamp_(max=0)
-        scale = (values.amax(-1, keepdim=True).clamp_(min=0) - low).clamp_(min=_SMALLEST) / 255
-        zero = (-128 - low / scale).round_().clamp_(-128, 127)
-    return ((values / scale).round_().add_(zero).clamp_(-128, 127) - zero) * scale
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        if inputs.spec.symmetric:
+            scale, zero = torch.maximum(-low, high).clamp_(min=_SMALLEST) / 127, 0.0
+        else:
+            low = low.clamp_(max=0)
+            scale = (high.clamp_(min=0) - low).clamp_(min=_SMALLEST) / 255
+            zero = (-128 - low / scale).round_().clamp_(-128, 127)
+    return (values / scale).round_().add_(zero).clamp_(-128, 127).sub_(zero).mul_(scale)
 
 
 def _float(values: Tensor, inputs: Inputs) -> Tensor:

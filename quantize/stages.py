@@ -68,6 +68,7 @@ class Stages:
     activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale.
     watch: called with the first name of a stage and some rows of X [tokens, in] float32, until all of X has passed.
     beside: where the runs of the original come from, if not from the block; they put out the same to the last bit.
+    diagonal: of the moments only the diagonal [in] is wanted.
     begin: called when the pass begins; the block has run before that on one sample, to see the order of its linears.
     """
 
@@ -84,10 +85,11 @@ class Stages:
         reference: Tensor | None = None,
         beside: Beside | None = None,
         activations: tuple[Activations, int] | None = None,
+        diagonal: bool = False,
         watch: Callable[[str, Tensor], None] = lambda name, rows: None,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self._activations, self._begin = activations, begin
+        self._activations, self._begin, self._diagonal = activations, begin, diagonal
         self._inputs: dict[str, Inputs] = {}
         self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
@@ -149,6 +151,10 @@ class Stages:
                 part = x[start : start + _ROWS]
                 rows = (part if inputs is None else round_inputs(part, inputs)).to(torch.float32)
                 self._watch(names[0], rows)
+                if self._diagonal:
+                    squares = rows.square().sum(0)
+                    moment = squares if moment is None else moment.add_(squares)
+                    continue
                 if moment is None:
                     moment = rows.new_zeros(rows.shape[1], rows.shape[1])
                     drift = None if original is None else torch.zeros_like(moment)
@@ -160,7 +166,7 @@ class Stages:
             if beside is not None:
                 del original
                 beside.let_go(i, names[0])
-        if moment is not None:
+        if moment is not None and not self._diagonal:
             moment = moment.triu_().add_(moment.triu(1).T)
             drift = None if drift is None else drift.sub_(moment)  # so far X0^T X
         return Stage(names, moment, tokens, drift, inputs)
@@ -251,10 +257,18 @@ class _Run:
             hidden.copy_(result[0] if isinstance(result, tuple) else result)
 
         def halt(name: str, x: Tensor) -> Tensor:
-            if getcurrent() is self._thread:
-                main.switch((name, x))
-                return round_inputs(x, inputs[name]) if name in inputs else x
-            return x
+            if getcurrent() is not self._thread:
+                return x
+            if last and last[0] is not x:
+                last.clear()  # nothing is kept of it while this batch waits
+            main.switch((name, x))
+            if name not in inputs:
+                return x
+            if not last:
+                last.extend((x, round_inputs(x, inputs[name])))
+            return last[1]
+
+        last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
 
         main, self._thread = getcurrent(), greenlet(whole_pass)
         self._handles = [

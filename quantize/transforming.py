@@ -20,7 +20,7 @@ from .methods import TRANSFORMS
 from .methods.scaling import Observed, Rounding
 from .model import Arguments, Skeleton
 from .plan import BATCH_TOKENS
-from .recipe import Hadamard, Recipe
+from .recipe import Hadamard, Recipe, SmoothQuant
 from .stages import Stage, Stages
 
 _ROWS = 1024  # input rows kept to measure rounded inputs on
@@ -75,6 +75,7 @@ class BlockTransforms:
         looks = Stages(
             block, hidden, arguments, {name: block.get_submodule(name) for name in links},
             device=self._skeleton.device, batch=max(1, BATCH_TOKENS // hidden.shape[1]), keep=False, watch=watch,
+            diagonal=self._by_rows,
         )  # fmt: skip
         scales: dict[str, Tensor] = {}
         for stage in looks:
@@ -114,6 +115,11 @@ class BlockTransforms:
             weights = [((w.to(torch.float32) * found.scale).to(w.dtype), grid) for w, grid in weights]
             inputs = inputs.divided(found.scale)
         return (None if bool((total == 1).all()) else total), records
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether errors are those of rows of inputs that are rounded too, for which no second moment is needed."""
+        return self._recipe.activations is not None and all(isinstance(x, SmoothQuant) for x in self._wanted)
 
     def _rounding(self) -> Rounding | None:
         """What inputs become as the artifact runs; a static scale is that of the inputs at hand."""

@@ -22,7 +22,7 @@ _ROWS = 256  # of each weight: errors of scales are compared on them, and found 
 
 @dataclass(frozen=True)
 class Observed:
-    """Inputs X [tokens, in] of linears that share them: moment = X^T X, peak = max |X| [in], some rows of X.
+    """Inputs X [tokens, in] of linears that share them: moment = X^T X or its diagonal, peak = max |X| [in], rows of X.
 
     tie: int64 [in], the channel of the source each input comes from; inputs of one channel get one scale.
     """
@@ -34,7 +34,8 @@ class Observed:
 
     def divided(self, scale: Tensor) -> "Observed":
         """The inputs X / scale."""
-        return Observed(self.moment / scale[:, None] / scale, self.peak / scale, self.rows / scale, self.tie)
+        moment = self.moment / (scale.square() if self.moment.dim() == 1 else scale[:, None] * scale)
+        return Observed(moment, self.peak / scale, self.rows / scale, self.tie)
 
     def tied_mean(self, values: Tensor) -> Tensor:
         """`values` [in], each replaced by the mean over the inputs that share its channel."""

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantpress.quantize.activations import round_inputs
 from quantpress.quantize.checkpoint import Checkpoint
+from quantpress.quantize.grid import Inputs
 from quantpress.quantize.model import Skeleton
+from quantpress.quantize.recipe import Activations
 from quantpress.quantize.stages import Stages, add_second_moment, exact_products
 from tests import tiny
 
@@ -66,6 +69,32 @@ def test_a_stage_is_what_a_plain_pass_would_see(family: str, tmp_path: Path) -> 
     assert sorted(seen) == sorted(linears)
     torch.testing.assert_close(hidden, _outputs(block, arriving[0], arguments))
     assert torch.equal(reference, wanted)
+
+
+def test_a_pass_for_diagonals_and_one_with_rounded_inputs_see_the_same_as_a_plain_one(tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=torch.device("cpu"))
+    skeleton.open_shell()
+    hidden = skeleton.embed(torch.arange(24 * 64).reshape(24, 64) * 7 % tiny.VOCAB)
+    arguments = skeleton.block_arguments(64)[0]
+    _, block = next(skeleton.blocks(0))
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    common: dict[str, Any] = {"device": torch.device("cpu"), "batch": 20}
+    for stage in Stages(block, hidden.clone(), arguments, linears, keep=False, diagonal=True, **common):
+        x = _inputs(block, stage.names[0], hidden, arguments)
+        assert stage.moment is not None
+        torch.testing.assert_close(stage.moment, x.square().sum(0), rtol=1e-4, atol=1e-4)
+
+    spec = Activations(type="int8")
+    rounded = copy.deepcopy(block)
+    for name in linears:
+        rounded.get_submodule(name).register_forward_pre_hook(lambda _, args: (round_inputs(args[0], Inputs(spec, 0)),))
+    made = hidden.clone()
+    for stage in Stages(block, made, arguments, linears, activations=(spec, 0), **common):
+        x = _inputs(rounded, stage.names[0], hidden, arguments)  # this hook comes after the one that rounds
+        assert stage.moment is not None
+        torch.testing.assert_close(stage.moment, x.T @ x, rtol=1e-4, atol=1e-3)
+    assert torch.equal(made, _outputs(rounded, hidden, arguments))
 
 
 def _outputs(block: nn.Module, hidden: Tensor, arguments: Any) -> Tensor:
