@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from .recipe import Awq, Grid, Qat, Recipe, SmoothQuant, Tuned
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
-PROCESS_BYTES = 580_000_000  # Python, torch, transformers and a small model's run, measured on Linux
+PROCESS_BYTES = 465_000_000  # Python, torch, transformers and a small model's run, measured on Linux
+if find_spec("sklearn") is not None:  # transformers imports it where it is installed, and with it pandas and pyarrow
+    PROCESS_BYTES += 125_000_000
 _TOKENIZER_BYTES = 1000  # of memory for each entry of the vocabulary, measured with SmolLM2's byte-level BPE
 
 
