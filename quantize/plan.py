@@ -85,7 +85,9 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     width = int(skeleton.config.hidden_size)
     hidden = streams * tokens * width * item
     # One batch passes the block, or one stage is solved; beside either, every batch waits before a linear.
-    work = max(_largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item))
+    work = max(
+        _largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item, recipe.activations is not None)
+    )
     work += _waiting(linears, tokens, item, width, beside=recipe.paired)
     if isinstance(recipe.method, Tuned):
         batch = recipe.method.batch_size * recipe.calibration.seq_len
@@ -158,10 +160,10 @@ def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside:
     return tokens * max(widest, attention) * item
 
 
-def _passing(linears: list[Linear], tokens: int, item: int) -> int:
-    """The widest tensors of one batch on its way through a block."""
+def _passing(linears: list[Linear], tokens: int, item: int, rounded: bool) -> int:
+    """The widest tensors of one batch on its way through a block; those to be `rounded` in float32 twice."""
     widest = max(max(x.in_features, x.out_features) for x in linears)
-    return min(tokens, BATCH_TOKENS) * widest * (4 * item + 1)
+    return min(tokens, BATCH_TOKENS) * widest * (4 * item + 1 + 8 * rounded)
 
 
 def _operations(
@@ -204,7 +206,7 @@ def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, 
     widths: dict[int, float] = {}
     for x in linears:
         widths[x.block] = widths.get(x.block, 0.0) + (x.in_features + x.out_features) * _share(skeleton, x)
-    return 48 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
+    return 64 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
 
 
 def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], shell: int, artifact: int) -> int:
