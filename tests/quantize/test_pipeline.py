@@ -183,9 +183,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> N
         f"evaluation: {{source: {words}, windows: 2, window: 64}}\n"
     )
     code = (
-        "import os, signal, quantpress.quantize.blocks as blocks\n"
+        "import signal, quantpress.quantize.blocks as blocks\n"
         "import quantpress.eval.divergence as divergence\n"
-        "def stop(*a, **k): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def stop(*a, **k): signal.raise_signal(signal.SIGINT)\n"
         "if {when!r} == 'block': blocks._block_tensors = stop\n"
         "if {when!r} == 'evaluation': divergence.run_block = stop\n"
         "from quantpress.quantize.cli import main; main()\n"
