@@ -1,6 +1,5 @@
 """The decoder blocks of a job, one after the other: calibrated, transformed, rounded, tuned, journalled."""
 
-import gc
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from .transforming import BlockTransforms
 from .tuning import Tuning
 
 
+@machine.collecting_only_what_is_new()
 def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
     """Calibrate, round, propagate and write each block that the journal does not hold yet."""
     skeleton, first = job.skeleton, len(journal.done)
@@ -40,7 +40,6 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
     hidden, arguments = _hidden_states(job, tokens, journal)
     transforms = BlockTransforms(job.recipe, skeleton)
     original = settings.shared.original(job, tokens)
-    gc.freeze()  # all there is until now stays: the collector need not look at it again for every block
     for k, block in skeleton.blocks(first):
         started = time.monotonic()
         last = k + 1 == skeleton.n_blocks
