@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from quantpress.quantize import pipeline, stages
+from quantpress.quantize import blocks, pipeline, stages
 from quantpress.quantize.calibration import Tokens
 from quantpress.quantize.gguf import imatrix
 from quantpress.quantize.pipeline import Job, Settings, prepare, quantize
 from quantpress.quantize.recipe.file import parse
+from quantpress.quantize.rounding import round_stage
 from quantpress.quantize.sharing import Shared, kept_bytes
 from quantpress.quantize.sources import resolve
 from tests.tiny import build, text
@@ -134,7 +135,6 @@ def test_another_model_does_not_get_this_ones(tmp_path: Path) -> None:
 def test_a_run_that_is_stopped_leaves_no_half_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
     alone, shared = run(tmp_path, W4), Shared(tmp_path / "shared", 1 << 30)
-    rounded = pipeline.run_blocks.__globals__["round_stage"]
     seen = 0
 
     def stopped(*args: Any) -> None:
@@ -142,10 +142,10 @@ def test_a_run_that_is_stopped_leaves_no_half_block(tmp_path: Path, monkeypatch:
         seen += 1
         if seen == 6:  # in the middle of the second block
             raise KeyboardInterrupt
-        rounded(*args)
+        round_stage(*args)
 
     with monkeypatch.context() as patched:
-        patched.setitem(pipeline.run_blocks.__globals__, "round_stage", stopped)
+        patched.setattr(blocks, "round_stage", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, W4, shared)
     assert [place.name for place in (tmp_path / "shared").glob("original/*/*")] == ["00000"]
