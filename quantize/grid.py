@@ -22,9 +22,12 @@ BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _SHRINKS = tuple(1.0 - 0.05 * i for i in range(13))  # 1.00 … 0.40 of the min-max range
 _FLOAT_SHRINKS = tuple(1.0 - 0.05 * i for i in range(7))  # coarse at their end: less to gain by clipping
+_POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and its neighbours
+_SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end, in widths of the range
+_EXPONENT = 0x7F800000  # the bits of a float32 that hold it
 _SMALLEST_SCALE = 2.0**-17
 _SMALLEST_FLOAT_SCALE = 2.0**-60
-_CHUNK = 1 << 20  # weights searched at a time, so that the candidates stay in cache
+_CHUNK = 1 << 18  # weights a thread searches at a time, so that the candidates stay in cache
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,27 @@ class QuantizedLinear:
             scales = scales * self._over_groups(self.supers[0])
         if self.grid.type == "fp8-block":
             scales = scales.repeat_interleave(BLOCK, 0)[: self.out_features]
-        return scales[:, self.column_groups()]
+        return self._over_columns(scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] the artifact stands for: (number - zero) * scale - offset, computed in float32."""
         numbers = decode(self.codes, self.grid)
         if self.grid.uniform:
-            numbers -= self.zeros.to(torch.float32)[:, self.column_groups()]
+            numbers -= self._over_columns(self.zeros)
         numbers.mul_(self.step())
         if self.offsets is not None:
             offsets = self.offsets.to(torch.float32)
             if self.supers is not None:
                 offsets = offsets * self._over_groups(self.supers[1])
-            numbers -= offsets[:, self.column_groups()]
+            numbers -= self._over_columns(offsets)
         return numbers.to(dtype)
+
+    def _over_columns(self, values: Tensor) -> Tensor:
+        """One of `values` [out, groups] for each column, float32 [out, in]."""
+        values, columns = values.to(torch.float32), self.grid.columns(self.in_features)
+        if self.g_idx is not None or self.in_features % columns:
+            return values[:, self.column_groups()]
+        return values.repeat_interleave(columns, 1)
 
     def _over_groups(self, supers: Tensor) -> Tensor:
         """One of `supers` [out, in / 256] for each group, float32 [out, groups]."""
@@ -174,13 +184,13 @@ def fit(
         return ggml.fit_group(weight, grid, importance, overall)
     store = _Store(grid, dtype, overall)
     low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
-    shared = {0: len(weight)}.get(grid.group_size, BLOCK if grid.type == "fp8-block" else 1)
+    shared = {0: len(weight)}.get(grid.group_size, BLOCK) if grid.shares_rows else 1
     if shared > 1:
         low, high = _over_rows(low, shared, torch.amin), _over_rows(high, shared, torch.amax)
     if grid.scale_search == "minmax":
         return _affine(low, high, store)
     scales, zeros = torch.empty_like(low), torch.empty_like(low)
-    step = max(1, _CHUNK // weight.shape[1] // 4) if shared == 1 else shared
+    step = max(1, _CHUNK // weight.shape[1]) * torch.get_num_threads() if shared == 1 else shared
     for r in range(0, weight.shape[0], step):
         rows = slice(r, r + step)
         scales[rows], zeros[rows] = _search(weight[rows], low[rows], high[rows], store, importance, shared > 1)
@@ -203,8 +213,8 @@ def round_numbers_(numbers: Tensor, grid: Grid) -> Tensor:
         return numbers.round_().clamp_(0, grid.levels)
     if grid.bits == 8:
         return numbers.copy_(numbers.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
-    size = numbers.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    power = numbers.abs().clamp_(1, 4).view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32)  # 1, 2 or 4
+    step = power.mul_(0.5)
     return numbers.div_(step).round_().mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
 
 
@@ -214,8 +224,9 @@ def encode(numbers: Tensor, grid: Grid) -> Tensor:
         return numbers.to(torch.uint8)
     if grid.bits == 8:
         return numbers.to(torch.float8_e4m3fn).view(torch.uint8)
-    size = torch.bucketize(numbers.abs().contiguous(), _E2M1.to(numbers.device))
-    return (size + 8 * torch.signbit(numbers)).to(torch.uint8)
+    size = numbers.abs()  # 0, 0.5, … 2 are codes 0 to 4, then 3, 4 and 6
+    codes = (size * 2).clamp_(max=4).add_((size - 2).clamp_(0, 2)).add_((size - 4).clamp_(min=0).mul_(0.5))
+    return codes.add_(torch.signbit(numbers), alpha=8).to(torch.uint8)
 
 
 def decode(codes: Tensor, grid: Grid) -> Tensor:
@@ -252,6 +263,13 @@ class _Store:
     grid: Grid
     dtype: torch.dtype
     overall: Tensor | None
+
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        """The ranges worth trying, in parts of the whole one."""
+        if self.dtype == torch.float8_e8m0fnu:
+            return _POWERS
+        return _SHRINKS if self.grid.type == "int" else _FLOAT_SHRINKS
 
     def nearest(self, scale: Tensor) -> Tensor:
         """The scales (float32) nearest to `scale` that can be stored."""
@@ -295,33 +313,33 @@ def _search(
 ) -> tuple[Tensor, Tensor]:
     """The candidate range with the least weighted squared error, row by row, or for all rows `together`."""
     grid = store.grid
-    best = torch.full_like(low, torch.inf)
-    best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
+    importance = None if importance is None else importance.to(weight.dtype)
 
-    def consider(scale: Tensor, zero: Tensor) -> None:
-        nonlocal best, best_scale, best_zero
-        error = snap(weight, scale[:, None], zero[:, None], grid).sub_(zero[:, None]).mul_(scale[:, None])
-        error = error.sub_(weight)
+    def loss(scale: Tensor, zero: Tensor) -> Tensor:
+        """Of each row, [rows, 1] each."""
+        error = torch.addcmul(weight, snap(weight, scale, zero, grid).sub_(zero), scale, value=-1)
         if importance is not None and importance.dim() == 2:
-            loss = (error @ importance.to(error.dtype)).mul_(error).sum(1)
+            found = (error @ importance).mul_(error).sum(1)
         else:
-            loss = error.square_().sum(1) if importance is None else error.square_() @ importance.to(error.dtype)
-        if together:
-            loss = loss.sum().expand_as(loss)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+            found = error.square_().sum(1) if importance is None else error.square_() @ importance
+        return found.sum().expand_as(found) if together else found
 
-    if store.dtype == torch.float8_e8m0fnu:  # powers of two: the rule's own, and its neighbours
-        for factor in (1.0, 2.0, 0.5):
-            consider(*_affine(low * factor, high * factor, store))
-        return best_scale, best_zero
-    for shrink in _SHRINKS if grid.type == "int" else _FLOAT_SHRINKS:
-        consider(*_affine(low * shrink, high * shrink, store))
+    def best(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the ranges [candidates, rows]: scale, zero and loss [rows], the first of equals."""
+        scales, zeros = _affine(low, high, store)
+        losses = torch.stack([loss(*pair) for pair in zip(scales[..., None], zeros[..., None], strict=True)])
+        at = losses.argmin(0, keepdim=True)
+        scale, zero, least = (x.gather(0, at)[0] for x in (scales, zeros, losses))
+        return scale, zero, least
+
+    factors = low.new_tensor(store.shrinks)[:, None]
+    scale, zero, least = best(low * factors, high * factors)
     if grid.type == "int" and not grid.symmetric and grid.bits <= 3:  # coarse grids gain from clipping one end only
-        width = best_scale * grid.levels
-        near, far = -best_zero * best_scale, -best_zero * best_scale + width
-        for shift in (-0.12, -0.06, 0.06, 0.12):
-            consider(*_affine((near + shift * width).clamp(max=0), far, store))
-            consider(*_affine(near, (far + shift * width).clamp(min=0), store))
-    return best_scale, best_zero
+        width = scale * grid.levels
+        near, shifts = -zero * scale, low.new_tensor(_SHIFTS)[:, None] * width
+        far = near + width
+        lows = torch.cat([(near + shifts).clamp_(max=0), near.expand_as(shifts)])
+        highs = torch.cat([far.expand_as(shifts), (far + shifts).clamp_(min=0)])
+        other_scale, other_zero, other = best(lows, highs)
+        scale, zero = torch.where(other < least, other_scale, scale), torch.where(other < least, other_zero, zero)
+    return scale, zero

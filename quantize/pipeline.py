@@ -13,7 +13,7 @@ from torch import Tensor
 from . import machine
 from .artifact import verify
 from .assembly import assemble, describe
-from .blocks import run_blocks, train_end_to_end
+from .blocks import all_finite, run_blocks, train_end_to_end
 from .calibration import Tokens, calibration_tokens, generated_tokens, open_tokenizer
 from .errors import BadInput
 from .files import write_json
@@ -127,10 +127,9 @@ def _check_weights(job: Job) -> None:
 
 
 def _not_finite(tensor: Tensor) -> str | None:
-    for part in torch.split(tensor.reshape(-1), 1 << 20):  # isfinite makes copies: of a piece, not of the tensor
-        if not bool(torch.isfinite(part).all()):
-            return "NaN" if bool(torch.isnan(part).any()) else "inf"
-    return None
+    if all_finite(tensor):
+        return None
+    return "NaN" if bool(torch.isnan(tensor).any()) else "inf"
 
 
 def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:

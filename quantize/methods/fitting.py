@@ -41,6 +41,14 @@ class Fitting:
         self.scales[group], self.zeros[group] = found
         return found
 
+    def fit_all(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zeros [groups, out] of all groups of `weight` [out, in] at once; for scales that no rows share."""
+        assert not self._grid.nested
+        found = fit(weight.reshape(-1, self.columns), self._grid, self._dtype, None, self._overall)
+        for mine, all_rows in zip((self.scales, self.zeros), found, strict=True):
+            mine.copy_(all_rows.view(weight.shape[0], -1).T)
+        return self.scales, self.zeros
+
     def linear(self, numbers: Tensor) -> QuantizedLinear:
         """The record of `numbers` of the grid [out, in]."""
         codes, grid = encode(numbers, self._grid).contiguous(), self._grid

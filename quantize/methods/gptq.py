@@ -31,13 +31,13 @@ def gptq(
     """
     if moment is None or not isinstance(settings, Gptq):
         raise ValueError("gptq needs the second moment of the inputs and its own settings")
-    original, (out_features, in_features) = weight, weight.shape
-    if drift is not None and settings.correction == "qep":
-        weight = corrected(weight, moment, drift, settings.error_correction, settings.damp)
-    fitting = Fitting(original, grid)
+    out_features, in_features = weight.shape
+    fitting = Fitting(weight, grid)
     columns = fitting.columns
     order = column_order(moment.diagonal(), columns, settings.order, fitting.span)
     feedback, variance, damp = factor(moment[order[:, None], order], settings.damp)
+    if drift is not None and settings.correction == "qep":
+        weight = corrected(weight.to(moment.dtype), drift, order, feedback, variance, settings.error_correction)
 
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
     state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
@@ -161,23 +161,19 @@ def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> T
     return inside[among[outside].reshape(-1)].reshape(-1)
 
 
-def corrected(weight: Tensor, moment: Tensor, drift: Tensor, strength: float, damp: float) -> Tensor:
-    """The weight [out, in] that makes up for inputs which are already wrong; float32.
+def corrected(
+    weight: Tensor, drift: Tensor, order: Tensor, feedback: Tensor, variance: Tensor, strength: float
+) -> Tensor:
+    """The weight [out, in] that makes up for inputs which are already wrong.
 
-    QEP (arXiv:2504.09629, 4.2): W + strength * W (X0 - X)^T X (X^T X + damping)^-1 is, at strength 1, the least-squares
-    weight that makes of the inputs X at hand what W made of the original ones X0. moment = X^T X and
-    drift = (X0 - X)^T X, both [in, in].
+    QEP (arXiv:2504.09629, 4.2): W + strength * W (X0 - X)^T X H^-1 is, at strength 1, the least-squares weight that
+    makes of the inputs X at hand what W made of the original ones X0. drift = (X0 - X)^T X [in, in]. H, its rows and
+    columns in `order`, comes as `factor` leaves it: H^-1 = V^T diag(variance)^-1 V with V = I - feedback^T.
     """
-    w = weight.to(moment.dtype)
-    mean = moment.diagonal().mean()
-    while damp <= _MAX_DAMP:
-        damped = moment.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            return w + strength * torch.cholesky_solve((w @ drift).T, lower).T
-        damp *= 3
-    raise ValueError(f"the Hessian stays singular with damping {_MAX_DAMP}")
+    lacking = (weight @ drift)[:, order]
+    lacking = torch.addmm(lacking, lacking, feedback, alpha=-1).div_(variance)
+    lacking = torch.addmm(lacking, lacking, feedback.T, alpha=-1)
+    return weight.add(lacking[:, order.argsort()], alpha=strength)
 
 
 def carried(drift: Tensor, feedback: Tensor, variance: Tensor, strength: float) -> Tensor:
@@ -215,7 +211,7 @@ def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
         diagonal.copy_(base + damp * mean)
         # H = A A^T with A upper triangular is the Cholesky factorisation of H with rows and columns reversed.
         lower, info = torch.linalg.cholesky_ex(h)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+        if int(info) == 0 and bool(lower.diagonal().isfinite().all()):  # what else is not finite is in those, too
             del h, diagonal
             upper = lower.flip(0, 1)
             del lower

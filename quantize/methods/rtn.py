@@ -11,6 +11,7 @@ from .rounded import Rounded
 from .threads import one_thread
 
 _WIDEST = 256  # columns of a group
+_PANELS = 8  # in which the output of a weight is measured
 
 
 def rtn(
@@ -28,6 +29,10 @@ def rtn(
     weigh = moment if grid.scale_search == "activation" else None
     diagonal = None if weigh is None else column_power(weigh)
     w = weight.to(torch.float32)
+    if weigh is None and not isinstance(grid, BlockGrid) and not grid.shares_rows:
+        scales, zeros = fitting.fit_all(w)
+        numbers = snap(w.reshape(len(w), -1, columns), scales.T[..., None], zeros.T[..., None], grid)
+        return _rounded(fitting, numbers.flatten(1), w, moment)
     numbers, each, block = torch.empty_like(w), None, None
     with one_thread():
         for start in range(0, in_features, columns):
@@ -45,8 +50,12 @@ def rtn(
                 importance = weigh[part, part]
             scale, zero = fitting.fit(group, w[:, part], importance, block)
             numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
+    return _rounded(fitting, numbers, w, moment)
+
+
+def _rounded(fitting: Fitting, numbers: Tensor, weight: Tensor, moment: Tensor | None) -> Rounded:
     linear = fitting.linear(numbers)
-    return Rounded(linear, output_power(linear.dequantize() - w, moment), output_power(w, moment))
+    return Rounded(linear, output_power(linear.dequantize() - weight, moment), output_power(weight, moment))
 
 
 def column_power(moment: Tensor) -> Tensor:
@@ -56,5 +65,13 @@ def column_power(moment: Tensor) -> Tensor:
 
 def output_power(weight: Tensor, moment: Tensor | None) -> Tensor:
     """Squared output of each row of `weight` [out, in] over the tokens in `moment`; its squared norm without one."""
-    moved = weight if moment is None else weight * moment if moment.dim() == 1 else weight @ moment
-    return (moved * weight).sum(1)
+    if moment is None or moment.dim() == 1:
+        return (weight.square() if moment is None else weight.square().mul_(moment)).sum(1)
+    power, n = weight.new_zeros(weight.shape[0]), weight.shape[1]
+    width = max(128, -(-n // _PANELS))
+    for start in range(0, n, width):  # the moment is symmetric: what is below its diagonal counts twice
+        stop = start + width
+        moved = torch.mm(weight[:, start:stop], moment[start:stop, start:stop])
+        moved.addmm_(weight[:, stop:], moment[stop:, start:stop], alpha=2)
+        power += moved.mul_(weight[:, start:stop]).sum(1)
+    return power

@@ -89,6 +89,11 @@ class Grid(Strict):
         return (1 << self.bits) - 1
 
     @property
+    def shares_rows(self) -> bool:
+        """Whether rows of a weight have one scale in common: all of them, or those of a block."""
+        return self.group_size == 0 or self.type == "fp8-block"
+
+    @property
     def shares_across_linears(self) -> bool:
         """Whether servers, which fuse linears with one input, want these to have one scale in common."""
         return self.type == "nvfp4" or self.group_size == 0

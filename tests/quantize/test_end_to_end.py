@@ -18,7 +18,7 @@ from quantpress.quantize.recipe import EndToEnd, Objective, Qat
 from tests.quantize.test_pipeline import CPU, Stop, files, make
 from tests.tiny import build
 
-QAT: dict[str, Any] = {"name": "qat", "steps": 4, "batch_size": 2, "end_to_end": {"steps": 8, "lr": 0.01}}
+QAT: dict[str, Any] = {"name": "qat", "steps": 4, "batch_size": 2, "end_to_end": {"steps": 16, "lr": 0.001}}
 PLAIN = QAT | {"end_to_end": None}
 IDS = torch.randint(2, 256, (8, 24), generator=torch.Generator().manual_seed(0))
 GRID = {"bits": 2, "group_size": 32, "symmetric": False}
@@ -189,7 +189,7 @@ def test_a_run_killed_in_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch
         make(tmp_path / "run", tmp_path / "model", made)
     seen: list[int] = []
     make(tmp_path / "run", tmp_path / "model", made, on_block=lambda p: seen.append(p.block))
-    assert (seen, len(calls)) == ([], 3 + 8)
+    assert (seen, len(calls)) == ([], 3 + QAT["end_to_end"]["steps"])
     assert files(tmp_path / "run" / "quantized") == files(tmp_path / "whole" / "quantized")
 
 

@@ -185,6 +185,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> N
     code = (
         "import signal, quantpress.quantize.blocks as blocks\n"
         "import quantpress.eval.divergence as divergence\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it\n"
         "def stop(*a, **k): signal.raise_signal(signal.SIGINT)\n"
         "if {when!r} == 'block': blocks._block_tensors = stop\n"
         "if {when!r} == 'evaluation': divergence.run_block = stop\n"

@@ -71,6 +71,22 @@ def test_a_stage_is_what_a_plain_pass_would_see(family: str, tmp_path: Path) -> 
     assert torch.equal(reference, wanted)
 
 
+def test_what_moves_a_bfloat16_model_is_summed_to_its_precision() -> None:
+    """Moments are exact products; the drift's factors and partial sums are rounded to bfloat16, which has 8 bits."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 64, 96, generator=g).bfloat16()
+    reference = (hidden + 0.05 * torch.randn(hidden.shape, generator=g)).bfloat16()
+    x, x0 = hidden.double().flatten(0, 1), reference.double().flatten(0, 1)
+    block = nn.Sequential(nn.Linear(96, 96, dtype=torch.bfloat16))
+    stages = Stages(block, hidden, ((), {}), {"0": block[0]}, device=torch.device("cpu"), batch=20, reference=reference)
+    (stage,) = stages
+    assert stage.moment is not None
+    assert stage.drift is not None
+    torch.testing.assert_close(stage.moment.double(), x.T @ x, rtol=1e-5, atol=1e-3)
+    wanted = (x0 - x).T @ x
+    assert (stage.drift - wanted).norm() < 2**-8 * wanted.norm()
+
+
 def test_a_pass_for_diagonals_and_one_with_rounded_inputs_see_the_same_as_a_plain_one(tmp_path: Path) -> None:
     tiny.build("llama", tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=torch.device("cpu"))

@@ -169,10 +169,13 @@ def test_corrected_is_the_least_squares_weight() -> None:
     weight = torch.randn(5, 24, dtype=torch.float64)
     moment, drift = actual.T @ actual, (original - actual).T @ actual
     best = torch.linalg.lstsq(actual, original @ weight.T).solution.T
-    torch.testing.assert_close(corrected(weight, moment, drift, 1.0, 1e-12), best)
-    half = corrected(weight, moment, drift, 0.5, 1e-12)
+    order = torch.randperm(24)
+    feedback, variance, _ = factor(moment[order][:, order], 1e-12)
+    torch.testing.assert_close(corrected(weight, drift, order, feedback, variance, 1.0), best)
+    half = corrected(weight, drift, order, feedback, variance, 0.5)
     torch.testing.assert_close(half, (weight + best) / 2)
-    torch.testing.assert_close(corrected(weight, moment, torch.zeros_like(drift), 1.0, 0.01), weight)
+    none = corrected(weight, torch.zeros_like(drift), order, feedback, variance, 1.0)
+    torch.testing.assert_close(none, weight)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
