@@ -5,9 +5,9 @@
 
 Every row is a process of its own whose CPU-seconds (user + system, all threads) and peak memory the kernel counted,
 from starting Python to the finished folder. Both sides calibrate on the same token ids (the first 32 x 512 of the
-text) and are scored by perplexity.py, which is neither's own code. CPU-seconds grow on a busy machine too, if less than
-wall time. Without the peers quantpress is measured alone. `--results FILE` keeps the rows; with it `--side
-quantpress` measures only that side and takes the others' rows from the file.
+text, or `--samples` of 512) and are scored by perplexity.py, which is neither's own code. CPU-seconds grow on a busy
+machine too, if less than wall time. Without the peers quantpress is measured alone. `--results FILE` keeps the rows;
+with it `--side quantpress` measures only that side and takes the others' rows from the file.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from common import HERE, Usage
 ROOT = HERE.parent.parent
 OURS, ONE_SHOT, TUNING = "quantpress", "llm-compressor", "auto-round"
 SCRIPTS = {ONE_SHOT: "llmcompressor_run.py", TUNING: "autoround_run.py"}
-SAMPLES, SEQ_LEN = 32, 512
+SEQ_LEN = 512
 WINDOWS, WINDOW = 8, 2048
 
 
@@ -96,6 +96,7 @@ class Inputs:
     calibration: str
     evaluation: str
     bos: bool
+    samples: int  # calibration sequences
     threads: int
 
 
@@ -113,7 +114,7 @@ class Row:
 def peer_command(side: str, options: str, given: Inputs, out: Path, python: str) -> list[str]:
     """A peer's run; its artifact is `out` itself."""
     command = [python, str(HERE / SCRIPTS[side]), given.model, str(out)]
-    command += ["--text", given.calibration, "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
+    command += ["--text", given.calibration, "--samples", str(given.samples), "--seq-len", str(SEQ_LEN)]
     return command + shlex.split(options) + ["--bos"] * given.bos
 
 
@@ -121,7 +122,7 @@ def our_command(case: Case, given: Inputs, out: Path) -> list[str]:
     """quantpress's run; its artifact is `out`/quantized."""
     settings: dict[str, object] = {
         "calibration.source": given.calibration,
-        "calibration.samples": SAMPLES,
+        "calibration.samples": given.samples,
         "calibration.seq_len": SEQ_LEN,
         "calibration.bos": "always" if given.bos else "never",
     }
@@ -231,6 +232,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", help="a .txt file; default the embedded text")
     parser.add_argument("--evaluation", help="a .txt file; default the embedded text")
     parser.add_argument("--bos", action="store_true", help="BOS before every sequence; some models are lost without")
+    parser.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
     parser.add_argument("--peer-python", help="a python that has the peers; default .venv-bench/bin/python")
     parser.add_argument("--side", choices=["all", OURS, *SCRIPTS], default="all")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
@@ -250,7 +252,7 @@ def main() -> None:
         for name in ("model", "calibration", "evaluation"):
             value = getattr(args, name)
             asked += [] if value is None else [f"--{name}", value]
-        compare(args, Inputs(**common.answer(asked), bos=args.bos, threads=args.threads), work)
+        compare(args, Inputs(**common.answer(asked), bos=args.bos, samples=args.samples, threads=args.threads), work)
 
 
 def compare(args: argparse.Namespace, given: Inputs, work: Path) -> None:
@@ -281,7 +283,7 @@ def compare(args: argparse.Namespace, given: Inputs, work: Path) -> None:
     packages = ["torch", "transformers", "compressed-tensors", "llmcompressor", "auto-round", "quantpress"]
     lines = [f"\n## {args.model or 'embedded default model'}{', BOS' if given.bos else ''}\n", text, ""]
     lines += [f"- {side}: {common.versions(python, packages)}" for side, python in pythons.items() if python]
-    lines += [f"- calibration {SAMPLES} x {SEQ_LEN} tokens, perplexity over {WINDOWS} x {WINDOW} tokens"]
+    lines += [f"- calibration {given.samples} x {SEQ_LEN} tokens, perplexity over {WINDOWS} x {WINDOW} tokens"]
     lines += [
         f"- machine: {common.machine(given.threads)}",
         f"- `{shlex.join(['tests/bench/peers.py', *sys.argv[1:]])}`",
