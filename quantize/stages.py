@@ -149,7 +149,8 @@ class Stages:
             original = None if beside is None else beside.take(i, names[0])
             for start in range(0, x.shape[0], _ROWS):
                 part = x[start : start + _ROWS]
-                rows = (part if inputs is None else round_inputs(part, inputs)).to(torch.float32)
+                seen = part if inputs is None else round_inputs(part, inputs)
+                rows = seen.to(torch.float32)
                 self._watch(names[0], rows)
                 if self._diagonal:
                     squares = rows.square().sum(0)
@@ -162,9 +163,8 @@ class Stages:
                     add_second_moment(moment, rows)
                 if drift is not None and original is not None:
                     # Small as the difference is, the 8 bits that bfloat16 has of it are plenty, at twice the speed.
-                    coarse = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-                    moved = (original[start : start + _ROWS] - rows).to(coarse)
-                    drift += moved.T @ rows.to(coarse)
+                    factor = seen if x.dtype == torch.bfloat16 else rows
+                    drift += (original[start : start + _ROWS] - factor).T @ factor
             tokens += x.shape[0]
             if beside is not None:
                 del original
