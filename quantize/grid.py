@@ -211,11 +211,11 @@ def round_numbers_(numbers: Tensor, grid: Grid) -> Tensor:
     """Round float32 `numbers`, weights in units of their scale (zero added), to the grid in place; ties to even."""
     if grid.uniform:
         return numbers.round_().clamp_(0, grid.levels)
-    if grid.bits == 8:
-        return numbers.copy_(numbers.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
-    power = numbers.abs().clamp_(1, 4).view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32)  # 1, 2 or 4
-    step = power.mul_(0.5)
-    return numbers.div_(step).round_().mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
+    smallest, bits, largest = (2.0**-6, 3, E4M3_MAX) if grid.bits == 8 else (1.0, 1, E2M1_MAX)  # normal; of mantissa
+    # Equal to a cast, where there is one, and four times as fast: the step is the power of two below, shifted.
+    power = numbers.abs().clamp_(smallest, largest).view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32)
+    step = power.mul_(2.0**-bits)
+    return numbers.div_(step).round_().mul_(step).clamp_(-largest, largest)
 
 
 def encode(numbers: Tensor, grid: Grid) -> Tensor:
