@@ -38,7 +38,7 @@ def measured(spec: Activations, columns: int, low: float, high: float) -> Inputs
 
 def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:
     """x [..., in] as the kernel sees it, in x's dtype: each value the nearest that its scale gives; ties to even."""
-    parts = x.reshape(-1, x.shape[-1]).split(_ROWS)
+    parts = torch.split(x.reshape(-1, x.shape[-1]), _ROWS)
     return torch.cat([_rounded(part, inputs) for part in parts]).view(x.shape)
 
 
