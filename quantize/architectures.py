@@ -29,11 +29,13 @@ class Feed:
 class Architecture:
     """experts: the fused-experts module inside a block, taken apart into linears.
 
+    routers: linears inside a block that decide how much of an expert is taken, and stay in 16 bit in every server.
     expert_names: on-disk names of an expert's gate, up and down projections. on_disk: (module name, on-disk name)
     pieces, replaced in that order where the checkpoint names a module otherwise. feeds: in the order they are reached.
     """
 
     experts: str | None = None
+    routers: tuple[str, ...] = ()
     expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     on_disk: tuple[tuple[str, str], ...] = ()
     feeds: tuple[Feed, ...] = ()
@@ -58,6 +60,7 @@ _GEMMA = Architecture(
 )
 _QWEN_MOE = Architecture(
     experts="mlp.experts",
+    routers=("mlp.shared_expert_gate",),
     feeds=(
         *_ATTENTION,
         Feed("post_attention_layernorm", ("mlp.gate", *_SHARED, *_EXPERTS, *_MLP)),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import kv_cache, machine
 from .activations import columns_of
+from .arguments import Arguments
 from .calibration import Tokens
 from .checkpoint import write_part
 from .end_to_end import QuantizedModel, train_scales
@@ -21,10 +22,10 @@ from .gguf.imatrix import HEAD_IMPORTANCE, of_head
 from .grid import Inputs, QuantizedLinear
 from .job import Job, Progress, Settings
 from .journal import Journal
-from .model import Arguments, Linear, Skeleton
+from .model import Linear, Skeleton
 from .plan import BATCH_TOKENS
 from .recipe import Qat, Tuned
-from .rounding import record, round_stage, weight_of
+from .rounding import lend_input_scales, record, round_stage, weight_of
 from .stages import Beside, Stage, Stages, shared_inputs
 from .transforming import BlockTransforms
 from .tuning import Tuning
@@ -61,6 +62,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
             round_stage(
                 job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
+        lend_input_scales(rounded, records)
         if tuning is not None and arguments is not None:
             tuning.run(rounded, records, hidden, arguments[k], skeleton.device)
         _check_finite(hidden, k)

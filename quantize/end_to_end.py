@@ -18,10 +18,11 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
+from .arguments import Arguments
 from .grid import QuantizedLinear
 from .methods.adam import Direction
 from .methods.fake_quant import storable
-from .model import Arguments, Linear, Skeleton, run_block
+from .model import Linear, Skeleton, run_block
 from .plan import TUNING_CHECKS, held_out
 from .recipe import Objective, Qat
 from .rounding import weight_of

@@ -16,11 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import ARCHITECTURES, PLAIN
+from .arguments import Arguments, check_same
 from .errors import BadInput
 
 _EMBEDDED_TOKENS = 4096  # at a time
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states
 
 
 class Reader(Protocol):
@@ -75,11 +74,11 @@ class Skeleton:
         return self._blocks[k]
 
     def linears(self) -> list[Linear]:
-        """Every linear inside the blocks, in order. Embeddings and the head are not among them."""
+        """Every linear inside the blocks, in order. Embeddings, head and routers are not among them."""
         found = []
         for k, block in enumerate(self._blocks):
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear | Conv1D):
+                if isinstance(module, nn.Linear | Conv1D) and name not in self.row.routers:
                     disk = self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
                     first, second = module.weight.shape
                     if isinstance(module, Conv1D):
@@ -179,7 +178,7 @@ class Skeleton:
             self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
             for k, block in enumerate(self._blocks)
             for name, module in block.named_modules()
-            if "Router" in type(module).__name__ and hasattr(module, "weight")
+            if name in self.row.routers or ("Router" in type(module).__name__ and hasattr(module, "weight"))
         ]
         return [*self.heads(), *routers]
 
@@ -199,11 +198,28 @@ class Skeleton:
 
     @torch.no_grad()
     def block_arguments(self, seq_len: int) -> list[Arguments]:
-        """What the model passes each block beside the hidden states: positions and masks for `seq_len` tokens."""
+        """What the model passes each block beside the hidden states: positions and masks for `seq_len` tokens.
+
+        Raises BadInput where that depends on which tokens they are, or on how many sequences.
+        """
+        ids = torch.arange(3, device=self.device)[:, None].repeat(1, seq_len)  # three sequences, each of one token
+        arguments = self._arguments(ids[:1])
+        if self.row is PLAIN:  # the rows' own models are known not to
+            for one, other in zip(arguments, self._arguments(ids[1:]), strict=True):
+                check_same(self.config.model_type, one, other)
+        return arguments
+
+    def _arguments(self, tokens: Tensor) -> list[Arguments]:
         with self._taps() as taps:
-            ids = torch.zeros(1, seq_len, dtype=torch.long, device=self.device)
-            self.model.base_model(input_ids=ids, use_cache=False)
+            self.model.base_model(input_ids=tokens, use_cache=False)
         return [(tap.args, tap.kwargs) for tap in taps]
+
+    def check_arguments(self) -> None:
+        """Raise BadInput early where `block_arguments` would; reads what is around the blocks unless a row answers."""
+        if self.row is PLAIN:
+            self.open_shell()
+            self.block_arguments(8)
+            self.close_shell()
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

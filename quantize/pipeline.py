@@ -43,6 +43,7 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
         return _finished(job, tokenizer, settings)
     job.plan.check(settings.out, ignore=settings.ignore_limits)
     _check_weights(job)
+    job.skeleton.check_arguments()
     tokens = _tokens(job, tokenizer, settings)
     files = job.checkpoint.file_hashes()
     if settings.overwrite:

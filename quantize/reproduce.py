@@ -60,8 +60,13 @@ def reproduce(original: Original, job: Job, settings: Settings) -> Reproduction:
     """Make the artifact again in `settings.out` and hold it against the hashes of the manifest.
 
     The number of threads is set to what it was, for sums depend on it. Raises BadInput before the work when the model
-    is another one.
+    is another one, or `settings.out` holds a finished run: to find that again would prove nothing.
     """
+    its_own = () if original.folder is None else (original.folder.resolve(), original.folder.resolve().parent)
+    if settings.out.resolve() in its_own:
+        raise BadInput(f"{settings.out} is the run that is to be reproduced; give another --out")
+    if (settings.out / "manifest.json").exists() and not settings.overwrite:
+        raise BadInput(f"{settings.out} holds a finished run, which proves nothing; give another --out, or --overwrite")
     there, here = original.manifest["model"]["files"], job.checkpoint.file_hashes()
     wrong = differences(there, here)
     if wrong:

@@ -1,6 +1,7 @@
 """One stage of a block rounded: the linears that share an input, those of one grid solved together."""
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadInput
-from .grid import Grid, QuantizedLinear
+from .grid import Grid, Inputs, QuantizedLinear
 from .methods import ROUNDERS, Rounded
 from .methods.rtn import column_power
 from .model import Linear
@@ -51,6 +52,33 @@ def round_stage(
                 "note": note,
             }
             start = rows.stop
+
+
+def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, dict[str, Any]]) -> None:
+    """Give experts that no calibration token reached the widest static input scale of the other experts, and note it.
+
+    Without rows there is nothing to measure, and a scale of nothing would round all that is served to zero.
+    """
+    reached = {name: q.inputs for name, q in rounded.items() if records[name]["tokens"] and q.inputs is not None}
+    for name, linear in rounded.items():
+        if linear.inputs is None or linear.inputs.scale is None or name in reached:
+            continue
+        alike = [inputs for other, inputs in reached.items() if _any_expert(other) == _any_expert(name)]
+        if alike:
+            rounded[name] = replace(linear, inputs=max(alike, key=_width))
+            lent = "the scale of its inputs is the widest of the other experts'"
+            records[name]["note"] = "; ".join(filter(None, (records[name]["note"], lent)))
+
+
+def _any_expert(name: str) -> str:
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+
+
+def _width(inputs: Inputs) -> float:
+    """Grows with the range that a static scale was measured for; nvfp4's is what values are multiplied by."""
+    assert inputs.scale is not None
+    scale = float(inputs.scale)
+    return -scale if inputs.spec.type == "nvfp4" else scale
 
 
 def _round(method: Rtn | Gptq, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:

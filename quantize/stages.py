@@ -16,8 +16,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from .activations import measured, round_inputs
+from .arguments import Arguments
 from .grid import Inputs
-from .model import Arguments, Experts
+from .model import Experts
 from .recipe import Activations
 
 Group = tuple[str, ...]  # names of linears that receive one tensor

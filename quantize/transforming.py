@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .activations import columns_of, measured, round_inputs
 from .architectures import Feed
+from .arguments import Arguments
 from .errors import BadInput
 from .grid import Grid
 from .methods import TRANSFORMS
 from .methods.scaling import Observed, Rounding
-from .model import Arguments, Skeleton
+from .model import Skeleton
 from .plan import BATCH_TOKENS
 from .recipe import Hadamard, Recipe, SmoothQuant
 from .stages import Stage, Stages

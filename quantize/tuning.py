@@ -15,10 +15,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from . import machine
+from .arguments import Arguments
 from .grid import QuantizedLinear
 from .methods.autoround import SignRound
 from .methods.qat import BlockAp
-from .model import Arguments, Linear, run_block
+from .model import Linear, run_block
 from .plan import BATCH_TOKENS, TUNING_CHECKS
 from .recipe import AutoRound, Qat, Tuned
 from .rounding import place, weight_of

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..model import Arguments, Skeleton, run_block
+from ..arguments import Arguments
+from ..model import Skeleton, run_block
 from ..plan import BATCH_TOKENS
 
 _STATES = "states"

@@ -32,6 +32,37 @@ def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> N
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+OTHERS = {
+    "opt": ("OPTConfig", {"hidden_size": 64, "word_embed_proj_dim": 64, "num_hidden_layers": 2, "ffn_dim": 96}),
+    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 2}),  # biases of attention come with the batch's size
+    "gemma4_text": ("Gemma4TextConfig", {**FAMILIES["llama"][1], "hidden_size_per_layer_input": 16}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_without_a_row_a_model_runs_as_it_is_or_is_refused(kind: str, tmp_path: Path) -> None:
+    name, settings = OTHERS[kind]
+    heads = {"n_head" if kind == "bloom" else "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**settings | heads | {"vocab_size": VOCAB, "pad_token_id": 1})
+    whole = transformers.AutoModelForCausalLM.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    if kind != "opt":
+        with pytest.raises(BadInput, match=f"model_type '{kind}' is not supported: its blocks are given "):
+            skeleton.check_arguments()
+        return
+    skeleton.check_arguments()
+    skeleton.open_shell()
+    tokens = torch.randint(VOCAB, (3, 24), generator=torch.Generator().manual_seed(0))
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(24)
+    for k, block in skeleton.blocks():
+        run_block(block, hidden, arguments[k], device=CPU, batch=2)
+    with torch.no_grad():
+        expected = whole(tokens).logits
+    torch.testing.assert_close(torch.stack([skeleton.logits(row) for row in hidden]), expected, rtol=1e-4, atol=1e-5)
+
+
 def build_in(family: str, folder: Path) -> Path:
     build(family, folder)
     return folder

@@ -250,11 +250,40 @@ def test_experts_that_saw_few_tokens_are_reported(tmp_path: Path) -> None:
     assert any("experts" in line and "fewer than" in line for line in manifest["fallbacks"])
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_an_expert_that_saw_no_token_has_another_ones_input_scale(method: str, tmp_path: Path) -> None:
+    model = build("qwen3_moe", tmp_path / "model", torch.bfloat16)
+    model.get_input_embeddings().weight.data[:] = model.get_input_embeddings().weight[5]  # all go to the same experts
+    model.save_pretrained(tmp_path / "model")
+    numbers = {"weights": {"type": "fp8", "group_size": 0}, "activations": {"type": "fp8", "dynamic": False}}
+    document = numbers | {"method": {"name": method}}
+    layers = make(tmp_path / "run", tmp_path / "model", document)["layers"]
+    artifact = Checkpoint(tmp_path / "run" / "quantized")
+    unreached = [x["name"] for x in layers if x["tokens"] == 0]
+    assert unreached
+    for name in unreached:
+        where, _, inside = name.rpartition(".experts.")
+        others = [x["name"] for x in layers if x["name"].startswith(where + ".experts.") and x["tokens"]]
+        alike = [other for other in others if other.endswith(inside.partition(".")[2])]
+        widest = max(float(artifact.read(f"{other}.input_scale")) for other in alike)
+        assert float(artifact.read(f"{name}.input_scale")) == widest > 1e-6
+        note = next(x["note"] for x in layers if x["name"] == name)
+        assert note.endswith("the scale of its inputs is the widest of the other experts'")
+
+
 def test_a_singular_hessian_is_damped_more_and_reported(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
     document = {"method": {"name": "gptq", "damp": 1e-9}, "calibration": {"samples": 1, "seq_len": 8}}
     fallbacks = make(tmp_path / "run", tmp_path / "model", document)["fallbacks"]
     assert [line for line in fallbacks if "q_proj: singular Hessian: damping raised from 1e-09 to" in line]
+
+
+def test_the_gate_of_a_shared_expert_stays_as_it_is(tmp_path: Path) -> None:
+    build("qwen2_moe", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    name, artifact = "model.layers.0.mlp.shared_expert_gate", Checkpoint(tmp_path / "run" / "quantized")
+    assert torch.equal(artifact.read(f"{name}.weight"), Checkpoint(tmp_path / "model").read(f"{name}.weight"))
+    assert any(matches(pattern, name) for pattern in artifact.config["quantization_config"]["ignore"])
 
 
 def test_routers_and_head_are_named_as_ignored(tmp_path: Path) -> None:

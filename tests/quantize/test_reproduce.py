@@ -40,6 +40,15 @@ def test_the_same_bytes_come_out_of_a_manifest(run: Path) -> None:
     assert again(alone, run.parent / "once more").first is None
 
 
+def test_a_run_that_is_there_already_proves_nothing(run: Path) -> None:
+    again(run, run.parent / "again")
+    with pytest.raises(BadInput, match="holds a finished run, which proves nothing; give another --out"):
+        again(run, run.parent / "again")
+    for manifest in (run, run / "quantized"):
+        with pytest.raises(BadInput, match="is the run that is to be reproduced; give another --out"):
+            again(manifest, run)
+
+
 def test_other_settings_show_at_the_first_layer_and_are_named(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["recipe"]["method"]["damp"] = 0.05
@@ -100,6 +109,7 @@ def test_the_command(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["artifact"]["files"]["config.json"] = "0" * 64
     (run / "manifest.json").write_text(json.dumps(manifest))
-    done = runner.invoke(app, ["reproduce", str(run), "--out", str(run.parent / "again"), "--json"])
+    command = ["reproduce", str(run), "--out", str(run.parent / "again"), "--json"]
+    done = runner.invoke(app, [*command, "--overwrite"])
     assert done.exit_code == 1
     assert json.loads(done.output.splitlines()[-1])["first"] == "file config.json"

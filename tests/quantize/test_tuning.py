@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from quantpress.quantize import machine
+from quantpress.quantize.arguments import Arguments
 from quantpress.quantize.artifact import open_artifact
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.grid import Grid, QuantizedLinear
 from quantpress.quantize.methods.rtn import rtn
-from quantpress.quantize.model import Arguments, Linear, Skeleton, run_block
+from quantpress.quantize.model import Linear, Skeleton, run_block
 from quantpress.quantize.pipeline import prepare
 from quantpress.quantize.plan import Plan
 from quantpress.quantize.recipe import AutoRound, Qat, Rtn
