@@ -13,7 +13,7 @@ from . import machine
 from .calibration import Tokens
 from .checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from .convert import convert
-from .files import write_json
+from .files import move_whole, write_json
 from .formats import FORMATS
 from .job import Job, Settings
 from .journal import Journal
@@ -71,7 +71,7 @@ def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str,
         copy_companions(job.source.path, partial)
         manifest["artifact"] = _sizes(job, partial)
         write_json(partial / "manifest.json", manifest)
-        partial.rename(final)
+        move_whole(partial, final)
     else:  # a run was stopped between here and its own manifest
         manifest["artifact"] = _sizes(job, final)
     manifest["converted"] = list(job.recipe.formats[1:])

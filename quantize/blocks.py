@@ -127,7 +127,9 @@ def _stages(
             together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
             together += [(name,) for name in wanted if not any(name in names for names in together)]
         rounded = None if inputs is None else Inputs(*inputs)
-        return [Stage(names, moment=job.importance.get(names[0]), inputs=rounded) for names in together]
+        there = job.skeleton.device
+        weighed = {name: moment.to(there) for name, moment in job.importance.items() if name in wanted}
+        return [Stage(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,

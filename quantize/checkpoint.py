@@ -28,6 +28,7 @@ COMPANIONS = (
     "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
 
+_QUANTIZED = ("quantize_config.json", "hf_quant_config.json")  # what some formats say beside config.json, for readers
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _CHUNK = 1 << 22  # bytes copied or hashed at a time
 _DTYPES = {
@@ -136,9 +137,9 @@ class Checkpoint:
         return tensor
 
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of the weights, config.json, the index and the files that go with them, by name."""
+        """SHA-256 of the weights, all that is said of them, and the files that go with them, by name."""
         files = {entry.path for entry in self._entries.values()} | {self.folder / "config.json"}
-        files |= {self.folder / INDEX} if (self.folder / INDEX).exists() else set()
+        files |= {file for name in (INDEX, *_QUANTIZED) if (file := self.folder / name).exists()}
         files |= set(companions(self.folder))
         return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in sorted(files)}
 

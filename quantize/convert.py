@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from .errors import BadInput
-from .files import MANIFEST, read_manifest, write_json
+from .files import MANIFEST, move_whole, read_manifest, write_json
 from .formats import FORMATS, Contents, Format, detect
 from .gguf.reader import gguf_files
 from .grid import QuantizedLinear
@@ -77,7 +77,7 @@ def convert(source: Path, target: Path, to: str) -> None:
             write_json(partial / name, content)
         copy_companions(source, partial)
         _write_manifest(source, partial, origin, to, shapes)
-        partial.rename(target)
+        move_whole(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -98,8 +98,8 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
     """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run."""
     machine.flush_denormals()
     checkpoint = Checkpoint(source.path)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method")
+    if quantized := checkpoint.config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise BadInput(f"{source.id} is already quantized ({method}); give the original checkpoint")
     first = recipe.transforms[0] if recipe.transforms else None
     reader = Rotated(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint

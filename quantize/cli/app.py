@@ -38,6 +38,7 @@ _OF_THE_MACHINE = {  # errors whose cause is the machine, not a mistake of ours:
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "ESTALE", "ENXIO")
     if hasattr(errno, name)
 }
+_OF_THE_PATH = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # errors of a path given
 
 
 def _tell_version(wanted: bool) -> None:
@@ -77,6 +78,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
+        if error.errno in _OF_THE_PATH and error.filename:
+            _fail(f"{error.filename}: {error.strerror}; give another path", 2)
         if error.errno not in _OF_THE_MACHINE:
             raise
         where = f"{error.filename}: " if error.filename else ""

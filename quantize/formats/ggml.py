@@ -168,7 +168,7 @@ def _scatter_bits(data: Tensor) -> Tensor:
 
 def _bits(bits: Tensor) -> Tensor:
     """[blocks, 32] of one bit -> [blocks, 4], the first bit lowest."""
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return (bits.reshape(len(bits), 4, 8) * weights).sum(2, dtype=torch.uint8)
 
 

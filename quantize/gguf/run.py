@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ..calibration import Tokens, open_tokenizer
 from ..checkpoint import Checkpoint, copy_companions
 from ..errors import BadInput
-from ..files import file_sha256, write_json
+from ..files import file_sha256, move_whole, write_json
 from ..grid import Grid
 from ..model import Linear
 from ..recipe import Gptq, LlamaCppQuantizer, Recipe, Rtn
@@ -154,7 +154,7 @@ def make(
     manifest["artifact"] = _sizes(job, artifact, conversion.entries)
     write_json(partial / "manifest.json", manifest)
     shutil.rmtree(settings.out / "quantized", ignore_errors=True)  # of a run that was killed before it was on record
-    partial.rename(settings.out / "quantized")
+    move_whole(partial, settings.out / "quantized")
     return manifest
 
 

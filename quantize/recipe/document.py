@@ -3,7 +3,7 @@
 import difflib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from ..errors import BadInput
 from .base import Pattern, Strict, matches, named
@@ -144,8 +144,13 @@ class Recipe(Strict):
                         f"{grid} weights with {kind} activations: no server computes that pair; "
                         + (f"activations of type {' or '.join(can)} go with them" if can else "leave activations out")
                     )
-            if self.weights.type == "fp8-block" and not self.activations.dynamic:
+            by_block = {grid.type == "fp8-block" for grid in grids}
+            if True in by_block and not self.activations.dynamic:
                 raise ValueError("fp8-block weights take dynamic activations: leave `dynamic` out")
+            if len(by_block) > 1:
+                raise ValueError(
+                    "fp8-block weights round activations by 128 columns, others do not: choose one of them"
+                )
             if {"gptq", "awq"} & set(self.formats):
                 raise ValueError(
                     "formats gptq and awq hold weights only; activations need compressed-tensors or modelopt"
@@ -255,9 +260,21 @@ class Recipe(Strict):
             grid = self.weights
             for override in self.overrides:
                 if matches(override.match, name):
-                    grid = override.applied_to(grid)
+                    grid = self._overridden(name, grid, override)
             grid.check(name, in_features)
             out[name] = grid
         if all(grid is None for grid in out.values()):
             raise BadInput(f"`ignore` {list(self.ignore)} matches every linear layer: nothing is left to quantize")
         return out
+
+    def _overridden(self, name: str, grid: Grid, override: Override) -> Grid:
+        """The grid of layer `name`, which other overrides may have changed before; as good as one of the recipe's."""
+        try:
+            made = override.applied_to(grid)
+            if grid != self.weights:  # a pair that no check of the recipe has seen
+                apart = {"weights": made.model_dump(), "overrides": (), "ignore": ()}
+                type(self).model_validate(self.model_dump() | apart)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise BadInput(f"overrides that match {name}, one after the other: {problem}") from None
+        return made

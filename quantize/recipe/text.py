@@ -45,3 +45,10 @@ class Calibration(Text):
     seq_len: int = Field(512, ge=8, description="tokens a sequence")
     seed: int = Field(0, ge=0, description="which part of the text is taken, and `self` generation")
     chat_template: bool = Field(False, description="wrap each text as a user's turn in the model's chat template")
+
+    @model_validator(mode="after")
+    def _the_model_begins_by_itself(self) -> Self:
+        if self.source == "self" and (self.chat_template or self.bos == "never"):
+            key = "chat_template: true" if self.chat_template else "bos: never"
+            raise ValueError(f"{key} means nothing for source 'self', which the model writes from BOS on: drop it")
+        return self

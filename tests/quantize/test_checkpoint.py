@@ -251,7 +251,7 @@ def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     assert copy_companions(source, target) == sorted(kept)
     assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == sorted(kept)
     hashes = Checkpoint(source).file_hashes()
-    assert set(hashes) == {*kept, "config.json", "model.safetensors"}
+    assert set(hashes) == {*kept, "config.json", "model.safetensors", "quantize_config.json"}
     assert hashes["tokenizer.json"] == hashlib.sha256(b"tokenizer.json").hexdigest()
 
 

@@ -65,6 +65,7 @@ def test_there_and_back(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     direct = FORMATS["gptq"].config(Contents(CASES[case], outside=["lm_head"]))
     assert quantization_config(tmp_path / "gptq") == direct
     assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text()) == direct
+    assert "quantize_config.json" in Checkpoint(tmp_path / "gptq").file_hashes()
     assert (tmp_path / "gptq" / "tokenizer.json").read_bytes() == (tmp_path / "ct" / "tokenizer.json").read_bytes()
     assert not (tmp_path / "back" / "quantize_config.json").exists()
 

@@ -12,6 +12,8 @@ from quantpress.quantize.pipeline import Settings, prepare, quantize
 from quantpress.quantize.recipe.file import parse
 from quantpress.quantize.sources import resolve
 from tests.other_device import DEVICE, run_there
+from tests.quantize.gguf import models
+from tests.quantize.gguf.test_rounding import matrix
 from tests.tiny import build, text
 
 INT4 = {"bits": 4, "group_size": 32, "symmetric": False}
@@ -36,6 +38,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nvfp4": ("llama", {"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}}),
     "mxfp4": ("llama", {"weights": {"type": "mxfp4"}}),
+    "gguf": ("llama", {"method": {"name": "gptq"}, "formats": ["gguf"], "gguf": {"type": "Q5_0"}}),
+    "gguf with a matrix": (
+        "llama", {"method": {"name": "rtn"}, "formats": ["gguf"], "gguf": {"type": "Q5_1", "imatrix": "matrix.gguf"}},
+    ),
 }  # fmt: skip
 
 
@@ -43,10 +49,17 @@ def run(folder: Path, case: str, device: torch.device) -> None:
     """One case's artifact in `folder`/<case>/run, with its model and its text beside it."""
     family, document = CASES[case]
     place = folder / case
-    build(family, place / "model", torch.bfloat16)
+    if "gguf" in document:
+        models.build(family, place / "model", dtype=torch.bfloat16)
+    else:
+        build(family, place / "model", torch.bfloat16)
     (place / "text.txt").write_text(text())
     calibration = {"samples": 6, "seq_len": 32, "source": str(place / "text.txt")}
-    recipe = parse({"weights": INT4} | document | {"calibration": calibration, "model": str(place / "model")})
+    if "imatrix" in document.get("gguf", {}):
+        matrix(place / "matrix.gguf", {f"blk.{k}.ffn_down.weight": (64, 96) for k in range(2)})
+        document = document | {"gguf": document["gguf"] | {"imatrix": str(place / "matrix.gguf")}}
+    numbers = {} if "gguf" in document else {"weights": INT4}
+    recipe = parse(numbers | document | {"calibration": calibration, "model": str(place / "model")})
     job = prepare(recipe, resolve(recipe.model, cache=place / "cache"), device)
     quantize(job, Settings(place / "run", place / "cache"))
 
@@ -76,5 +89,5 @@ def test_another_device_makes_the_same_bytes(case: str, there: Path, tmp_path: P
         run(tmp_path, case, torch.device("cpu"))
     made = {path.name: path.read_bytes() for path in (there / case / "run" / "quantized").iterdir()}
     for path in sorted((tmp_path / case / "run" / "quantized").iterdir()):
-        if path.name != "manifest.json":  # names the folders
+        if path.name not in ("manifest.json", "README.md"):  # names the folders
             assert made[path.name] == path.read_bytes(), path.name

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from quantpress.quantize import cli
+from quantpress.quantize import cli, files
 from quantpress.quantize.cli import app
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import alone_in, whole_file, whole_folder
+from quantpress.quantize.files import alone_in, move_whole, whole_file, whole_folder
 
 _HOLD = """
 import sys
@@ -99,6 +99,29 @@ def test_a_full_disk_is_one_line_that_names_the_file(
         "the same command without --overwrite goes on from what is finished\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr(app, "app", lambda **_: (tmp_path / "notes.txt" / "x").mkdir())
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"quantpress: {tmp_path / 'notes.txt' / 'x'}: Not a directory; give another path\n"
+
+
+def test_a_folder_takes_its_name_once_all_in_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, target, synced = tmp_path / "partial", tmp_path / "final", []
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(files, "fsync", lambda path: synced.append((path.name, target.exists())))
+    move_whole(folder, target)
+    assert (target / "inner" / "tokenizer.json").read_text() == "{}"
+    before = [(name, False) for name in ("inner", "tokenizer.json", "partial")]
+    assert synced == [*before, (tmp_path.name, True)]
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

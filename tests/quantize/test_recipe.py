@@ -153,6 +153,24 @@ def test_a_wrong_value_is_refused(document: dict[str, Any], expected: str) -> No
             "static_groups: false means nothing per channel",
         ),
         ({"evaluation": None, "gates": {"max_kl": 0.1}}, "gates on quality need an evaluation"),
+        (
+            {
+                "weights": {"type": "fp8"},
+                "activations": {"type": "fp8", "dynamic": False},
+                "overrides": [{"match": "*.down_proj", "type": "fp8-block"}],
+            },
+            "fp8-block weights take dynamic activations",
+        ),
+        (
+            {
+                "weights": {"type": "fp8"},
+                "activations": {"type": "fp8"},
+                "overrides": [{"match": "*.down_proj", "type": "fp8-block"}],
+            },
+            "fp8-block weights round activations by 128 columns, others do not",
+        ),
+        ({"calibration": {"source": "self", "bos": "never"}}, "bos: never means nothing for source 'self'"),
+        ({"calibration": {"source": "self", "chat_template": True}}, "chat_template: true means nothing"),
     ],
 )
 def test_an_impossible_pair_is_refused(document: dict[str, Any], expected: str) -> None:

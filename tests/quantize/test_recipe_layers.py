@@ -1,5 +1,7 @@
 """Which layers a recipe means: patterns, overrides, ignored ones, groups that fit."""
 
+from typing import Any
+
 import pytest
 
 from quantpress.quantize.errors import BadInput
@@ -87,3 +89,19 @@ def test_a_row_without_a_usable_divisor_is_offered_per_channel() -> None:
     with pytest.raises(BadInput, match=r"choose -1 \(per channel\), or add the layer to `ignore`"):
         parse({"weights": {"group_size": 64}}).schemes({"odd": 100})
     assert parse({"weights": {"group_size": -1}}).schemes({"odd": 100})["odd"] is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ([{"match": "*", "type": "fp8"}, {"match": "*.down_proj", "group_size": 64}], "type fp8 has bits 8"),
+        ([{"match": "*", "symmetric": False}, {"match": "*.down_proj", "bits": 8}], "targets: vLLM does not take"),
+    ],
+)
+def test_overrides_that_only_together_are_impossible_name_the_layer(
+    overrides: list[dict[str, Any]], problem: str
+) -> None:
+    weights = {"bits": 4, "group_size": 64, "symmetric": True}
+    recipe = parse({"weights": weights, "overrides": overrides} | ({"targets": ["vllm"]} if "vLLM" in problem else {}))
+    with pytest.raises(BadInput, match=rf"overrides that match \S+down_proj, one after the other: .*{problem}"):
+        recipe.schemes(LINEARS)

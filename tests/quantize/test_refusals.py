@@ -79,6 +79,15 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_that_says_it_is_not_quantized_is_believed(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    made = json.loads((tmp_path / "run" / "quantized" / "config.json").read_text())
+    assert made["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
 def test_activations_and_weights_that_overflow_are_named(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.float16)
     shard = tmp_path / "model" / "model.safetensors"
