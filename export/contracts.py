@@ -10,7 +10,7 @@ from typing import Any
 
 from quantpress.quantize.artifact import Artifact
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.reader import gguf_files
+from quantpress.quantize.gguf.reader import gguf_files, open_gguf
 from quantpress.quantize.job import Job
 from quantpress.quantize.recipe import READERS, Activations, Grid, Target, Vllm, reader_notes, refusal
 
@@ -110,25 +110,27 @@ def of_artifact(artifact: Artifact) -> Contents:
 
 
 def of_folder(folder: Path) -> Contents:
-    """What an artifact folder holds, in whatever format."""
+    """What an artifact folder holds, in whatever format. Raises BadInput for a GGUF file that is not whole."""
     files = gguf_files(folder)
-    return replace(of_gguf(files[0]), parts=len(files)) if files else of_artifact(Artifact(folder))
+    if not files:
+        return of_artifact(Artifact(folder))
+    for part in files[1:]:  # they say nothing of the model, and have to be whole all the same
+        open_gguf(part)
+    return replace(of_gguf(files[0]), parts=len(files))
 
 
 def of_gguf(file: Path) -> Contents:
     """A GGUF file, or the first part of one, by its metadata under the names that config.json has for it."""
-    from gguf import GGUFReader
-
+    fields = open_gguf(file).fields
     try:
-        fields = GGUFReader(file).fields
         family = fields["general.architecture"].contents()
+        found = {
+            ours: fields[f"{family}.{theirs}"].contents()
+            for ours, theirs in _GGUF.items()
+            if f"{family}.{theirs}" in fields
+        }
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{file}: not a GGUF file that can be read: {error}") from None
-    found = {
-        ours: fields[f"{family}.{theirs}"].contents()
-        for ours, theirs in _GGUF.items()
-        if f"{family}.{theirs}" in fields
-    }
+        raise BadInput(f"{file}: the GGUF file's metadata cannot be read: {error}") from None
     return Contents("gguf", {}, {}, config=found)
 
 

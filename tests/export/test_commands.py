@@ -10,6 +10,7 @@ import pytest
 
 from quantpress.quantize.cli import main
 from quantpress.quantize.recipe import Grid
+from tests.export.test_servers import write_gguf
 from tests.quantize.formats.artifacts import make, uniform
 
 
@@ -111,6 +112,12 @@ def test_verify_says_what_is_wrong_with_exit_code_1(call: Any, run: Path) -> Non
     code, out, _ = call("verify", run, "--json")
     assert code == 1
     assert len(json.loads(out)["problems"]) == 1
+
+
+def test_verify_vouches_for_no_tensor_of_a_gguf_file_without_a_config(call: Any, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    code, out, _ = call("verify", tmp_path)
+    assert (code, "compared with no model" in out, "every tensor fits" in out) == (0, True, False)
 
 
 def test_verify_says_whether_a_target_would_load_it(call: Any, run: Path) -> None:

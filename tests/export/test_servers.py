@@ -47,7 +47,7 @@ TARGETS: dict[str, Target] = {
 
 
 def write_gguf(file: Path) -> None:
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(2)
     writer.add_context_length(128)
@@ -305,5 +305,5 @@ def test_a_split_gguf_is_for_llama_cpp_and_not_for_ollama(tmp_path: Path) -> Non
 def test_a_file_that_is_no_gguf_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "quantized").mkdir()
     (tmp_path / "quantized" / "model.gguf").write_bytes(b"GGUF but not much")
-    with pytest.raises(BadInput, match="not a GGUF file"):
+    with pytest.raises(BadInput, match="not a whole GGUF file"):
         export(tmp_path, LlamaCpp(), tmp_path / "it")
