@@ -263,6 +263,25 @@ def test_ollama_gets_the_modelfile_of_the_artifact(runs: dict[str, Path], tmp_pa
     assert os.path.samefile(folder / "model" / "model.gguf", runs["gguf"] / "quantized" / "model.gguf")
 
 
+def test_ollama_is_ready_once_its_model_is(runs: dict[str, Path], tmp_path: Path) -> None:
+    """It answers at / and lists its models, none, before `ollama create` is done."""
+    folder = export(runs["gguf"], Ollama(), tmp_path / "it").folder
+    facts = json.loads((folder / "export.json").read_text())
+    assert facts["health"] == f"/v1/models/{facts['name']}"
+    assert service(folder)["healthcheck"]["test"] == ["CMD", "ollama", "show", facts["name"]]
+    assert f"ready once `GET /v1/models/{facts['name']}` answers 200" in (folder / "README.md").read_text()
+
+
+def test_ollama_ends_when_its_model_cannot_be_made(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["gguf"], Ollama(), tmp_path / "it").folder
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "ollama"
+    fake.write_text('#!/bin/sh\ncase "$1" in serve) exec sleep 60 ;; create) exit 7 ;; esac\n')
+    fake.chmod(0o755)
+    env = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    assert subprocess.run([folder / "serve.sh"], env=env, timeout=20, check=False).returncode == 1
+
+
 def test_a_gguf_file_says_what_its_cache_takes(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = export(runs["gguf"], LlamaCpp(max_model_len=64, max_num_seqs=2), tmp_path / "it").folder
     facts = json.loads((folder / "export.json").read_text())
