@@ -72,7 +72,12 @@ class Contents:
     def positions(self) -> int | None:
         """Tokens the model was made for; None where rotary scaling lets a server go beyond."""
         scaled = self.config.get("rope_scaling") or (self.config.get("rope_parameters") or {}).get("factor")
-        return None if scaled else self.of_config("max_position_embeddings", "n_positions")
+        return None if scaled else self.named_positions
+
+    @property
+    def named_positions(self) -> int | None:
+        """Positions that the config names, which rotary scaling does not lower."""
+        return self.of_config("max_position_embeddings", "n_positions")
 
 
 def of_job(job: Job, format: str) -> Contents:

@@ -71,7 +71,8 @@ def export(
         file = next((gguf.name for gguf in gguf_files(model)), "")
         told = file and (model / "tokenizer_config.json").is_file()  # a file by itself brings none
         template = template_arguments(open_tokenizer(model)) if told else {}
-        server = SERVERS[target.name](target, Deployment(name, needed, contents.kv_cache, file, template))
+        deployment = Deployment(name, needed, contents.kv_cache, file, template, contents.named_positions)
+        server = SERVERS[target.name](target, deployment)
         if isinstance(target, Ollama):
             given = model / "Modelfile"
             said = given.read_text(encoding="utf-8") if given.exists() else None

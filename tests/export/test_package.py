@@ -220,6 +220,46 @@ def test_the_artifact_can_be_the_draft_of_its_original(run: Path, tmp_path: Path
     assert service["environment"]["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("positions", "scaling", "seqs", "longest"),
+    [
+        (131072, {"rope_type": "llama3", "factor": 8.0}, 8, 8 * 4096),
+        (131072, None, 1, 4096),
+        (128, None, 8, 128),
+        (32768, {"rope_type": "yarn", "factor": 4.0}, 64, 32768),
+    ],
+)
+def test_on_a_cpu_the_cache_holds_the_longest_request(
+    run: Path, tmp_path: Path, positions: int, scaling: dict[str, Any] | None, seqs: int, longest: int
+) -> None:
+    """vLLM does not start where it does not: what it is told of the length and of the cache go together."""
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "quantized" / "config.json"
+    wide = {"max_position_embeddings": positions, "rope_scaling": scaling, "num_hidden_layers": 4096}
+    config.write_text(json.dumps(json.loads(config.read_text()) | wide))
+    folder = export(tmp_path / "run", Vllm(device="cpu", max_num_seqs=seqs), tmp_path / "out").folder
+    assert flag(served(folder)["command"], "--max-model-len") == str(longest)
+    facts = json.loads((folder / "export.json").read_text())
+    space = int(facts["environment"]["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
+    assert space >= longest * facts["resources"]["kv_bytes_per_token"]
+    assert f"at most {longest} tokens together" in (folder / "README.md").read_text()
+    asked = export(tmp_path / "run", Vllm(device="cpu", max_model_len=64), tmp_path / "asked").folder
+    assert flag(served(asked)["command"], "--max-model-len") == "64"
+    assert "tokens together" not in (asked / "README.md").read_text()
+    assert "--max-model-len" not in served(export(tmp_path / "run", Vllm(), tmp_path / "gpu").folder)["command"]
+
+
+def test_on_a_cpu_draft_and_original_have_a_cache_each(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "quantized" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1 << 16}))
+    spaces = []
+    for name, target in (("a", Vllm(device="cpu")), ("b", Vllm(device="cpu", draft_for="org/original"))):
+        facts = json.loads((export(tmp_path / "run", target, tmp_path / name).folder / "export.json").read_text())
+        spaces.append(int(facts["environment"]["VLLM_CPU_KVCACHE_SPACE"]))
+    assert spaces == [64, 128]
+
+
 def test_the_cache_type_follows_the_scales(run: Path, tmp_path: Path) -> None:
     command = served(export(run, Vllm(kv_cache_dtype="fp8"), tmp_path / "a").folder)["command"]
     assert flag(command, "--kv-cache-dtype") == "fp8"
