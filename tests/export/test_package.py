@@ -179,6 +179,34 @@ def test_a_folder_that_is_there_is_kept_until_its_successor_is_whole(run: Path, 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["run", "folder", "file"])
+def test_what_no_export_has_made_is_not_overwritten(run: Path, tmp_path: Path, kind: str) -> None:
+    """A run named by mistake, or any other thing."""
+    there = tmp_path / "first"
+    if kind == "run":
+        shutil.copytree(run, there)
+    elif kind == "folder":
+        (there / "photos").mkdir(parents=True)
+    else:
+        there.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match=r"first is not the folder of an export \(no export.json\) and is kept"):
+        export(run, Vllm(), there, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_and_the_one_we_are_in_can_be_overwritten(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export(run, Vllm(), Path(), overwrite=True).folder == Path()
+    assert (tmp_path / "here" / "export.json").is_file()
+    monkeypatch.chdir(tmp_path / "here")  # the one that is there now
+    export(run, Vllm(port=1234), Path("../here/../here"), overwrite=True)
+    assert served(tmp_path / "here")["ports"] == ["127.0.0.1:1234:1234"]
+
+
 def test_what_the_target_does_not_read_is_converted_when_that_is_exact(tmp_path: Path) -> None:
     asymmetric = Grid(group_size=32, symmetric=False)
     records, _ = make(tmp_path / "run" / "quantized", "gptq", uniform(asymmetric))
