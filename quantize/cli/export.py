@@ -81,6 +81,9 @@ def verify(
 
     if way not in (None, "server", "parser", "contract"):
         raise BadInput(f"--way {way!r}: server, parser or contract")
+    idle = [name for name, given in (("--set", sets), ("--way", way), ("--server-python", server_python)) if given]
+    if idle and not target:
+        raise BadInput(f"{', '.join(idle)}: of a target, and none is given; add --target, such as --target vllm")
     targets = chosen_targets(target, sets, where) if target else ()
     files, found = verify_folder(where)
 

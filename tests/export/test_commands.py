@@ -134,6 +134,16 @@ def test_verify_says_whether_a_target_would_load_it(call: Any, run: Path) -> Non
     assert "server, parser or contract" in err
 
 
+@pytest.mark.parametrize(
+    "options", [("--set", "vllm.tensor_parallel=2"), ("--way", "contract"), ("--server-python", sys.executable)]
+)
+def test_verify_takes_nothing_about_a_target_without_one(call: Any, run: Path, options: tuple[str, str]) -> None:
+    code, out, err = call("verify", run, *options)
+    assert (code, out) == (2, "")
+    assert f"{options[0]}: of a target, and none is given; add --target" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_verify_takes_an_exported_folder(call: Any, run: Path) -> None:
     assert call("export", run, "--target", "vllm")[0] == 0
     code, out, _ = call("verify", run / "export" / "vllm", "--target", "vllm", "--way", "contract")
