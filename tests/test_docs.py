@@ -69,3 +69,10 @@ def test_the_commands_of_the_readme_exist_with_their_options() -> None:
         assert {word for word in words if word.startswith("--")} <= known, name
     shown = {line.split()[0] for line in lines} | set(re.findall(r"`([a-z]+)[ `]", README))
     assert set(commands) - shown == set()
+
+
+@pytest.mark.parametrize("folder", ["quantize", "eval", "export"])
+def test_the_file_tree_of_the_readme_has_every_file(folder: str) -> None:
+    tree = README[README.index("## The house") : README.index("## Why not")]
+    there = {path.name for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
+    assert {name for name in there if not re.search(rf"\b{re.escape(name)}", tree)} == set()
