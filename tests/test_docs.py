@@ -41,6 +41,14 @@ def test_a_pipeline_runs_a_valid_recipe_with_gates(name: str) -> None:
     assert recipe.smoke is not None
 
 
+def test_gitlabs_cache_has_a_key_whatever_the_model() -> None:
+    """A key may hold no slash, and neither may what is filled in: MODEL is a hub id, RECIPE may be a file."""
+    document = yaml.safe_load((ROOT / "docs" / "ci" / "gitlab.yml").read_text(encoding="utf-8"))
+    key = document["release"]["cache"]["key"]
+    assert "/" not in key
+    assert not any(f"${name}" in key for name in document["variables"])
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
