@@ -10,7 +10,7 @@ from typing import Any
 
 from quantpress.quantize.artifact import Artifact
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.reader import gguf_files
+from quantpress.quantize.gguf.reader import gguf_files, open_gguf
 from quantpress.quantize.job import Job
 from quantpress.quantize.recipe import READERS, Activations, Grid, Target, Vllm, reader_notes, refusal
 
@@ -72,7 +72,12 @@ class Contents:
     def positions(self) -> int | None:
         """Tokens the model was made for; None where rotary scaling lets a server go beyond."""
         scaled = self.config.get("rope_scaling") or (self.config.get("rope_parameters") or {}).get("factor")
-        return None if scaled else self.of_config("max_position_embeddings", "n_positions")
+        return None if scaled else self.named_positions
+
+    @property
+    def named_positions(self) -> int | None:
+        """Positions that the config names, which rotary scaling does not lower."""
+        return self.of_config("max_position_embeddings", "n_positions")
 
 
 def of_job(job: Job, format: str) -> Contents:
@@ -110,25 +115,27 @@ def of_artifact(artifact: Artifact) -> Contents:
 
 
 def of_folder(folder: Path) -> Contents:
-    """What an artifact folder holds, in whatever format."""
+    """What an artifact folder holds, in whatever format. Raises BadInput for a GGUF file that is not whole."""
     files = gguf_files(folder)
-    return replace(of_gguf(files[0]), parts=len(files)) if files else of_artifact(Artifact(folder))
+    if not files:
+        return of_artifact(Artifact(folder))
+    for part in files[1:]:  # they say nothing of the model, and have to be whole all the same
+        open_gguf(part)
+    return replace(of_gguf(files[0]), parts=len(files))
 
 
 def of_gguf(file: Path) -> Contents:
     """A GGUF file, or the first part of one, by its metadata under the names that config.json has for it."""
-    from gguf import GGUFReader
-
+    fields = open_gguf(file).fields
     try:
-        fields = GGUFReader(file).fields
         family = fields["general.architecture"].contents()
+        found = {
+            ours: fields[f"{family}.{theirs}"].contents()
+            for ours, theirs in _GGUF.items()
+            if f"{family}.{theirs}" in fields
+        }
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{file}: not a GGUF file that can be read: {error}") from None
-    found = {
-        ours: fields[f"{family}.{theirs}"].contents()
-        for ours, theirs in _GGUF.items()
-        if f"{family}.{theirs}" in fields
-    }
+        raise BadInput(f"{file}: the GGUF file's metadata cannot be read: {error}") from None
     return Contents("gguf", {}, {}, config=found)
 
 
@@ -146,6 +153,8 @@ def problems(target: Target, contents: Contents) -> list[str]:
         found += _marlin(contents, target.tensor_parallel)  # type: ignore[union-attr]
     if target.reader == "tgi":
         found += _tgi(contents)
+    if target.reader in ("vllm", "vllm-cpu"):
+        found += (f"{label} {line}" for line in _mixed_experts(contents))
     if target.reader == "vllm-cpu":
         found += _cpu_kernel(contents)
     found += (f"{label} {line}" for line in _parallel(contents, getattr(target, "tensor_parallel", 1)))
@@ -204,6 +213,21 @@ def _fused(contents: Contents) -> Iterator[str]:
             parts = [name.removesuffix(fused[0]) + part for part in fused]
             if len({contents.schemes[part] for part in parts if part in contents.schemes}) > 1:
                 yield f"fuses {', '.join(parts)} and needs one scheme for all of them"
+
+
+def _mixed_experts(contents: Contents) -> Iterator[str]:
+    """compressed_tensors_moe.py, get_moe_method: one scheme for the gate_proj, up_proj and down_proj of a block's
+    experts, read off the first of them for all. Blocks may differ."""
+    blocks: dict[str, dict[Grid | None, str]] = {}
+    for name, grid in contents.schemes.items():
+        block, inside, _ = name.partition(".experts.")
+        if inside:
+            blocks.setdefault(block, {}).setdefault(grid, name)
+    for kinds in blocks.values():
+        if len(kinds) > 1:
+            parts = (f"{name} in {'16 bit' if grid is None else grid}" for grid, name in kinds.items())
+            yield f"needs one scheme for all experts of a block, and has {', '.join(parts)}: override them alike"
+            return
 
 
 def _sglang(contents: Contents) -> Iterator[str]:

@@ -11,11 +11,11 @@ from .server import HOST, MODEL, PORT, Deployment, Server
 from .vllm import completion
 
 VERSION = "0.33.3"
-# The server has to run before a model can be registered with it.
+# The server has to run before a model can be registered with it; without its model it is of no use.
 _SERVE = """ollama serve & server=$!
 trap 'kill "$server"' INT TERM
 until ollama list > /dev/null 2>&1; do kill -0 "$server" || exit 1; sleep 1; done
-ollama create "$2" --file "$1/Modelfile"
+ollama create "$2" --file "$1/Modelfile" || { kill "$server"; exit 1; }
 wait "$server\""""
 
 
@@ -33,8 +33,8 @@ def server(target: Ollama, model: Deployment) -> Server:
         arguments=("-c", _SERVE, "sh", MODEL, model.name),
         needs=f"ollama {VERSION} or later",
         port=target.port,
-        health="/",
-        check=("ollama", "list"),
+        health=f"/v1/models/{model.name}",  # / answers before the model is there (server/routes.go)
+        check=("ollama", "show", model.name),
         probe=completion(model.name, target.port),
         resources=model.resources,
         cuda=False,

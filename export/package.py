@@ -23,6 +23,7 @@ from . import contracts, llama_cpp, ollama, resources, sglang, speculation, tens
 from .server import Deployment, Server, compose, kubernetes, serve_sh
 
 LOOPBACK = "127.0.0.1"
+_RECORD = "export.json"
 _SHARDS = (".safetensors", ".gguf")
 SERVERS: dict[str, Callable[[Any, Deployment], Server]] = {
     "vllm": vllm.server,
@@ -51,12 +52,12 @@ def export(
 
     run: a run folder or an artifact folder; host: the address to listen on. Shards are hard links to the artifact's
     where the file system allows. Raises BadInput, before a byte is written, for an artifact that the target cannot
-    load, a folder that is there, and a host that is no address.
+    load, a folder that is there, or with `overwrite` one that no export has made, and a host that is no address.
     """
     host = _address(host)
-    folder = out or run / "export" / target.name
-    if folder.exists() and not overwrite:
-        raise BadInput(f"{folder} exists; give --out another folder, or --overwrite")
+    named = out or run / "export" / target.name
+    _check_replaceable(named, overwrite)
+    folder = named.resolve()  # one called `.` has no name to put another beside, and a link is not to be replaced
     artifact = find_artifact(run)
     source, to = _loadable(run, artifact, target)
     name = _name(run, artifact)
@@ -71,7 +72,8 @@ def export(
         file = next((gguf.name for gguf in gguf_files(model)), "")
         told = file and (model / "tokenizer_config.json").is_file()  # a file by itself brings none
         template = template_arguments(open_tokenizer(model)) if told else {}
-        server = SERVERS[target.name](target, Deployment(name, needed, contents.kv_cache, file, template))
+        deployment = Deployment(name, needed, contents.kv_cache, file, template, contents.named_positions)
+        server = SERVERS[target.name](target, deployment)
         if isinstance(target, Ollama):
             given = model / "Modelfile"
             said = given.read_text(encoding="utf-8") if given.exists() else None
@@ -84,12 +86,12 @@ def export(
             notes += speculation.notes(run, target.draft_for, target.draft_tokens, accepted)
             record["draft"] = speculation.facts(accepted, target.draft_tokens)
         _write(new, server, host, notes)
-        write_json(new / "export.json", record)
+        write_json(new / _RECORD, record)
         _sums(new, {} if to is not None else _known(run, artifact, source))
     if folder.exists():
         shutil.rmtree(folder)
     ready.rename(folder)
-    return Exported(folder, contents.format, converted_from)
+    return Exported(named, contents.format, converted_from)
 
 
 def check(run: Path, target: Target) -> None:
@@ -105,6 +107,17 @@ def find_artifact(run: Path) -> Path:
         if (folder / "config.json").is_file() or gguf_files(folder):
             return folder
     raise BadInput(f"{run} holds no artifact (neither a quantized folder with a config.json nor a model.gguf)")
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Raise BadInput for what is there and may not be removed."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise BadInput(f"{folder} exists; give --out another folder, or --overwrite")
+    if (folder / _RECORD).is_file() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    raise BadInput(f"{folder} is not the folder of an export (no {_RECORD}) and is kept; give --out another folder")
 
 
 def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | None]:

@@ -24,13 +24,15 @@ _START_SECONDS = 900  # until a server that has not answered counts as failed: l
 @dataclass(frozen=True)
 class Deployment:
     """What a target has to know of the model: what it is called, what it takes, the type its cache has scales for, and
-    the file of one that is a single file. template: what llama.cpp has to tell its chat template."""
+    the file of one that is a single file. template: what llama.cpp has to tell its chat template; positions: that its
+    config names, whatever rotary scaling makes of them."""
 
     name: str
     resources: Resources
     kv_cache: str | None = None
     file: str = ""
     template: Mapping[str, bool] = field(default_factory=dict)
+    positions: int | None = None
 
 
 @dataclass(frozen=True)

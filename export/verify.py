@@ -20,11 +20,11 @@ from quantpress.quantize.checkpoint import INDEX
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import changed, own_manifest
 from quantpress.quantize.formats import FORMATS, Contents
-from quantpress.quantize.gguf.reader import gguf_files
+from quantpress.quantize.gguf.reader import GgufCheckpoint, gguf_files
 from quantpress.quantize.grid import QuantizedLinear
 from quantpress.quantize.model import Linear, Skeleton
 
-from .contracts import of_gguf
+from .contracts import of_folder
 from .package import find_artifact
 
 _SUMS = "SHA256SUMS"
@@ -38,8 +38,7 @@ def verify(where: Path) -> tuple[int, list[str]]:
 
     where: a run folder, an artifact folder or an exported one. Raises BadInput when it is none of them.
     """
-    exported = where / "model" if (where / _SUMS).is_file() else None
-    artifact = find_artifact(exported or where)
+    artifact = _artifact(where)
     folder, listed = _listed(where, artifact)
     found = [f"{folder / name}, which is listed, {what}" for name, what in changed(folder, listed)]
     try:
@@ -50,10 +49,20 @@ def verify(where: Path) -> tuple[int, list[str]]:
     return len(listed), found
 
 
+def compared(where: Path) -> str:
+    """What of the tensors `verify` has found to be so, in words: a GGUF file by itself tells of no model to hold."""
+    artifact = _artifact(where)
+    if gguf_files(artifact) and not (artifact / "config.json").is_file():
+        return "the GGUF file is whole; without a config.json beside it its tensors were compared with no model"
+    return "every tensor fits its config and the model"
+
+
 def structure(folder: Path) -> list[str]:
     """One line for each thing in an artifact that its own config, or its model, does not have so."""
-    if files := gguf_files(folder):
-        of_gguf(files[0])
+    if gguf_files(folder):
+        of_folder(folder)  # every part can be read, and its metadata
+        if (folder / "config.json").is_file():
+            GgufCheckpoint(folder)  # raises BadInput for a tensor that the model wants and the file does not have so
         return []
     artifact = Artifact(folder)
     if artifact.format is None:
@@ -77,6 +86,11 @@ def structure(folder: Path) -> list[str]:
     found += _strangers(artifact, skeleton, claimed)
     found += _twins(folder, artifact)
     return found
+
+
+def _artifact(where: Path) -> Path:
+    """The artifact folder of what `verify` is given."""
+    return find_artifact(where / "model" if (where / _SUMS).is_file() else where)
 
 
 def _listed(where: Path, artifact: Path) -> tuple[Path, dict[str, str]]:

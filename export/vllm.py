@@ -21,8 +21,12 @@ def server(target: Vllm, model: Deployment) -> Server:
     module = ("-m", "vllm.entrypoints.openai.api_server", "--model")
     arguments = [served, "--served-model-name", model.name, "--host", HOST, "--port", PORT]
     arguments += ["--tensor-parallel-size", str(target.tensor_parallel), "--max-num-seqs", str(target.max_num_seqs)]
-    if target.max_model_len is not None:
-        arguments += ["--max-model-len", str(target.max_model_len)]
+    longest = target.max_model_len
+    if cpu and longest is None and model.positions is not None:
+        longest = min(model.positions, model.resources.tokens)
+        notes.append(_longest(longest, model.positions))
+    if longest is not None:
+        arguments += ["--max-model-len", str(longest)]
     if not cpu:
         arguments += ["--gpu-memory-utilization", f"{target.gpu_memory_utilization:g}"]
     cache = target.kv_cache_dtype
@@ -38,7 +42,9 @@ def server(target: Vllm, model: Deployment) -> Server:
     if target.draft_for is None or target.draft_for.startswith("/"):
         env["HF_HUB_OFFLINE"] = "1"
     if cpu:
-        env["VLLM_CPU_KVCACHE_SPACE"] = str(gibibytes(model.resources.kv_bytes_per_token * model.resources.tokens))
+        caches = 1 if target.draft_for is None else 2  # the original has layers of the draft's shapes
+        cache_bytes = caches * model.resources.kv_bytes_per_token * model.resources.tokens
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(gibibytes(cache_bytes))
     return Server(
         name=model.name,
         title=f"vLLM {VERSION}" + (" on a CPU" if cpu else ""),
@@ -56,6 +62,16 @@ def server(target: Vllm, model: Deployment) -> Server:
         env=env,
         mounts=tuple(mounts),
         notes=tuple(notes),
+    )
+
+
+def _longest(tokens: int, positions: int) -> str:
+    """A note. vLLM does not start where its cache, whose size it is told on a CPU, holds less than one request of
+    max_model_len tokens (v1/core/kv_cache_utils.py)."""
+    why = f"the model's {positions} positions" if tokens == positions else "all that the cache holds"
+    return (
+        f"A prompt and its answer have at most {tokens} tokens together: {why}, as the recipe sets no max_model_len "
+        "for this target. For more, set it: the cache is reckoned for max_num_seqs requests of that length."
     )
 
 

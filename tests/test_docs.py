@@ -41,6 +41,14 @@ def test_a_pipeline_runs_a_valid_recipe_with_gates(name: str) -> None:
     assert recipe.smoke is not None
 
 
+def test_gitlabs_cache_has_a_key_whatever_the_model() -> None:
+    """A key may hold no slash, and neither may what is filled in: MODEL is a hub id, RECIPE may be a file."""
+    document = yaml.safe_load((ROOT / "docs" / "ci" / "gitlab.yml").read_text(encoding="utf-8"))
+    key = document["release"]["cache"]["key"]
+    assert "/" not in key
+    assert not any(f"${name}" in key for name in document["variables"])
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -69,3 +77,10 @@ def test_the_commands_of_the_readme_exist_with_their_options() -> None:
         assert {word for word in words if word.startswith("--")} <= known, name
     shown = {line.split()[0] for line in lines} | set(re.findall(r"`([a-z]+)[ `]", README))
     assert set(commands) - shown == set()
+
+
+@pytest.mark.parametrize("folder", ["quantize", "eval", "export"])
+def test_the_file_tree_of_the_readme_has_every_file(folder: str) -> None:
+    tree = README[README.index("## The house") : README.index("## Why not")]
+    there = {path.name for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
+    assert {name for name in there if not re.search(rf"\b{re.escape(name)}", tree)} == set()

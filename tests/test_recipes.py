@@ -1,5 +1,6 @@
 """The recipes that ship: each loads, fits a model, is named after what it does and warns of what refuses it."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,7 +9,7 @@ import yaml
 
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.formats import FORMATS
-from quantpress.quantize.recipe import Activations, Gptq, NumberType, Recipe
+from quantpress.quantize.recipe import Activations, NumberType, Recipe, refusal
 from quantpress.quantize.recipe.file import load, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -44,28 +45,23 @@ def comment(name: str) -> str:
     return " ".join(line.removeprefix("#").strip() for line in opening)
 
 
-def refusals(recipe: Recipe) -> list[str]:
-    """What vLLM, on CPU, refuses in the artifacts of a recipe."""
-    grids = [grid for grid in recipe.schemes(LARGER_MODEL).values() if grid is not None]
-    inputs = None if recipe.activations is None else recipe.activations.type
-    if any(grid.type != "int" for grid in grids) or inputs == "fp8":
-        return ["number type"]
-    if inputs == "int8":
-        return []  # per channel and 8 bits too
-    reasons = []
-    if any(grid.bits != 4 or grid.type != "int" for grid in grids):
-        reasons.append("bits")
-    if "modelopt" in recipe.formats and any(grid.type == "int" for grid in grids):
-        reasons.append("integers of ModelOpt")
-    if any(grid.group_size == -1 for grid in grids):
-        reasons.append("per channel")
-    if any(grid.group_size not in (-1, 32, 64, 128) for grid in grids):
-        reasons.append("group size")
-    if "gptq" in recipe.formats and any(not grid.symmetric for grid in grids):
-        reasons.append("asymmetric GPTQ")
-    if isinstance(recipe.method, Gptq) and not recipe.method.static_groups:
-        reasons.append("desc_act")
-    return reasons
+# What a comment says of vLLM, and the readers it says it of.
+WARNINGS: dict[str, set[str]] = {
+    r"\bvLLM refuses": {"vllm", "vllm-cpu"},
+    r"\bvLLM's CPU backend (refuses|fails)": {"vllm-cpu"},
+    r"\bvLLM's GPU backend refuses": {"vllm"},
+}
+
+
+def refused(recipe: Recipe) -> dict[str, str]:
+    """Why those of vLLM's readers that load not all of a recipe's artifacts do not, by the readers' table."""
+    grids = [("weights", grid) for grid in recipe.schemes(LARGER_MODEL).values() if grid is not None]
+    found = {}
+    for reader in ("vllm", "vllm-cpu"):
+        for format in recipe.formats:
+            why = refusal(reader, format, grids, recipe.activations, scattered=recipe.shuffled)
+            found |= {} if why is None else {reader: why}
+    return found
 
 
 def fit(recipe: Recipe, model: dict[str, int]) -> None:
@@ -136,9 +132,14 @@ def test_it_fits_the_default_model_or_says_that_it_does_not(name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKED)
 def test_it_warns_of_what_vllm_refuses(name: str) -> None:
-    text = comment(name)
-    warns = "vLLM" in text and any(word in text for word in ("refuses", "fails", "not for serving"))
-    assert warns == bool(refusals(load(name))), refusals(load(name))
+    """On a GPU, on a CPU or on both, as it is."""
+    warned = {reader for said, of in WARNINGS.items() if re.search(said, comment(name)) for reader in of}
+    assert warned == set(refused(load(name))), refused(load(name))
+
+
+@pytest.mark.parametrize("name", ["w4a16-gptq-down8", "w4a16-gptq-sensitive", "w8a16-gptq-g64"])
+def test_its_8_bit_weights_are_for_vllms_gpu_kernels(name: str) -> None:
+    assert "vllm" not in refused(load(name))
 
 
 def test_no_two_do_the_same() -> None:

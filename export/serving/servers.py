@@ -226,10 +226,14 @@ def reach(url: str, api_key: str | None = None, lacks: Mapping[str, str] | None 
 def interpreter(server: Server, given: str | None) -> tuple[str, str]:
     """The Python that has the server, and the server's version: `given`, else its own environment's, else ours.
 
+    A path comes back absolute, since servers are started in another folder, and with its links: those are what tells a
+    virtual environment from the Python it was made with.
     Raises BadInput with the command that installs it when there is none.
     """
     if server.version is not None:
         return sys.executable, server.version
+    if given and os.path.dirname(given):  # else it is a command, found on PATH
+        given = os.path.abspath(given)
     own = Path(server.environment_folder or "", "bin/python").absolute()
     candidates = [given] if given else [str(own)] if server.environment_folder and own.is_file() else []
     for python in candidates if given else [*candidates, sys.executable]:

@@ -76,10 +76,14 @@ def verify(
     """Is it whole? Checksums, then every tensor against config and model. Exit code 1 when something is wrong."""
     quiet_libraries()
     from quantpress.export.loading import Answer, will_load
+    from quantpress.export.verify import compared
     from quantpress.export.verify import verify as verify_folder
 
     if way not in (None, "server", "parser", "contract"):
         raise BadInput(f"--way {way!r}: server, parser or contract")
+    idle = [name for name, given in (("--set", sets), ("--way", way), ("--server-python", server_python)) if given]
+    if idle and not target:
+        raise BadInput(f"{', '.join(idle)}: of a target, and none is given; add --target, such as --target vllm")
     targets = chosen_targets(target, sets, where) if target else ()
     files, found = verify_folder(where)
 
@@ -94,19 +98,19 @@ def verify(
         loads = {name: asdict(answer) for name, answer in answers.items()}
         print(json.dumps({"files": files, "problems": found, "loads": loads}))  # noqa: T201
     else:
-        _print_verified(files, found, answers)
+        _print_verified(files, found, compared(where), answers)
     if found or not all(answer.loads for answer in answers.values()):
         raise typer.Exit(1)
 
 
-def _print_verified(files: int, found: list[str], answers: dict[str, Any]) -> None:
+def _print_verified(files: int, found: list[str], fits: str, answers: dict[str, Any]) -> None:
     for line in found[:_SHOWN]:
         err_console.print(f"wrong: {line}", markup=False, soft_wrap=True)
     if found[_SHOWN:]:
         err_console.print(f"wrong: and {len(found) - _SHOWN} more, which --json lists", markup=False)
     if not found:
         sums = f"{files} files are as listed" if files else "no checksums to compare with"
-        out_console.print(f"verified: {sums}; every tensor fits its config and the model", markup=False)
+        out_console.print(f"verified: {sums}; {fits}", markup=False)
     for name, answer in answers.items():
         said = "loads" if answer.loads else "does not load"
         out_console.print(f"{name}: {said}, by {answer.by}", markup=False)

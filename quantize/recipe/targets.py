@@ -46,6 +46,12 @@ class Vllm(Drafting):
     """vLLM's OpenAI server."""
 
     name: Literal["vllm"] = "vllm"
+    max_model_len: int | None = Field(
+        None,
+        ge=16,
+        description="tokens of prompt and answer; null: what the model has, and on a CPU no more than its cache holds, "
+        "max_num_seqs times 4096 at most",
+    )
     device: Literal["cuda", "cpu"] = "cuda"
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, strict=False)
 

@@ -10,6 +10,7 @@ import pytest
 
 from quantpress.quantize.cli import main
 from quantpress.quantize.recipe import Grid
+from tests.export.test_servers import write_gguf
 from tests.quantize.formats.artifacts import make, uniform
 
 
@@ -113,6 +114,12 @@ def test_verify_says_what_is_wrong_with_exit_code_1(call: Any, run: Path) -> Non
     assert len(json.loads(out)["problems"]) == 1
 
 
+def test_verify_vouches_for_no_tensor_of_a_gguf_file_without_a_config(call: Any, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    code, out, _ = call("verify", tmp_path)
+    assert (code, "compared with no model" in out, "every tensor fits" in out) == (0, True, False)
+
+
 def test_verify_says_whether_a_target_would_load_it(call: Any, run: Path) -> None:
     asked = ("--target", "tgi,tensorrt-llm", "--server-python", sys.executable)
     code, out, _ = call("verify", run, *asked)
@@ -125,6 +132,16 @@ def test_verify_says_whether_a_target_would_load_it(call: Any, run: Path) -> Non
     code, _, err = call("verify", run, "--target", "tgi", "--way", "luck")
     assert code == 2
     assert "server, parser or contract" in err
+
+
+@pytest.mark.parametrize(
+    "options", [("--set", "vllm.tensor_parallel=2"), ("--way", "contract"), ("--server-python", sys.executable)]
+)
+def test_verify_takes_nothing_about_a_target_without_one(call: Any, run: Path, options: tuple[str, str]) -> None:
+    code, out, err = call("verify", run, *options)
+    assert (code, out) == (2, "")
+    assert f"{options[0]}: of a target, and none is given; add --target" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_verify_takes_an_exported_folder(call: Any, run: Path) -> None:

@@ -166,6 +166,40 @@ def test_sglang_rounds_inputs_in_its_own_way() -> None:
     assert "no GPU kernel for experts with int8 inputs" in line
 
 
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, None),
+        ({"0.mlp.experts.1.down_proj": Grid(bits=8, group_size=64)}, "experts.1.down_proj in int8 g64 sym"),
+        ({f"0.mlp.experts.{k}.down_proj": None for k in (0, 1)}, "layers.0.mlp.experts.0.down_proj in 16 bit"),
+        ({"0.mlp.shared_experts.down_proj": Grid(bits=8, group_size=64)}, None),
+        ({f"1.mlp.experts.{k}.{p}_proj": None for k in (0, 1) for p in ("gate", "up", "down")}, None),
+    ],
+)
+def test_vllm_wants_one_scheme_for_the_experts_of_a_block(other: dict[str, Grid | None], said: str | None) -> None:
+    parts = ("experts.0", "experts.1", "shared_experts")
+    names = {
+        f"model.layers.{i}.mlp.{part}.{p}_proj": (128, 128)
+        for i in (0, 1) for part in parts for p in ("gate", "up", "down")
+    }  # fmt: skip
+    schemes = dict.fromkeys(names, W4) | {f"model.layers.{name}": grid for name, grid in other.items()}
+    found = problems(Vllm(), Contents("compressed-tensors", names, schemes))
+    assert found == [] if said is None else [said in line for line in found] == [True]
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({"ignore": ["*.experts.*.down_proj"]}, "16 bit"),
+        ({"overrides": [{"match": "*.experts.*.down_proj", "bits": 8}], "formats": ["gptq"]}, "int8 g32 sym"),
+    ],
+)
+def test_a_job_with_mixed_experts_is_refused_for_vllm(tmp_path: Any, keys: dict[str, Any], kind: str) -> None:
+    said = f"vLLM needs one scheme for all experts of a block, .*down_proj in {kind}: override them alike"
+    with pytest.raises(BadInput, match=said):
+        check_job(job(tmp_path, "qwen3_moe", targets=["vllm"], **keys))
+
+
 def test_the_cpu_kernel_wants_multiples_of_32() -> None:
     odd = Contents("gptq", {"model.layers.0.up_proj": (72, 64)}, {"model.layers.0.up_proj": Grid(group_size=64)})
     assert any("multiples of 32, and it is 72 x 64" in line for line in problems(Vllm(device="cpu"), odd))

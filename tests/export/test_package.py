@@ -179,6 +179,34 @@ def test_a_folder_that_is_there_is_kept_until_its_successor_is_whole(run: Path, 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["run", "folder", "file"])
+def test_what_no_export_has_made_is_not_overwritten(run: Path, tmp_path: Path, kind: str) -> None:
+    """A run named by mistake, or any other thing."""
+    there = tmp_path / "first"
+    if kind == "run":
+        shutil.copytree(run, there)
+    elif kind == "folder":
+        (there / "photos").mkdir(parents=True)
+    else:
+        there.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match=r"first is not the folder of an export \(no export.json\) and is kept"):
+        export(run, Vllm(), there, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_and_the_one_we_are_in_can_be_overwritten(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export(run, Vllm(), Path(), overwrite=True).folder == Path()
+    assert (tmp_path / "here" / "export.json").is_file()
+    monkeypatch.chdir(tmp_path / "here")  # the one that is there now
+    export(run, Vllm(port=1234), Path("../here/../here"), overwrite=True)
+    assert served(tmp_path / "here")["ports"] == ["127.0.0.1:1234:1234"]
+
+
 def test_what_the_target_does_not_read_is_converted_when_that_is_exact(tmp_path: Path) -> None:
     asymmetric = Grid(group_size=32, symmetric=False)
     records, _ = make(tmp_path / "run" / "quantized", "gptq", uniform(asymmetric))
@@ -218,6 +246,46 @@ def test_the_artifact_can_be_the_draft_of_its_original(run: Path, tmp_path: Path
     assert hub["command"][:2] == ["serve", "org/name"]
     assert "HF_HUB_OFFLINE" not in hub["environment"]
     assert service["environment"]["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("positions", "scaling", "seqs", "longest"),
+    [
+        (131072, {"rope_type": "llama3", "factor": 8.0}, 8, 8 * 4096),
+        (131072, None, 1, 4096),
+        (128, None, 8, 128),
+        (32768, {"rope_type": "yarn", "factor": 4.0}, 64, 32768),
+    ],
+)
+def test_on_a_cpu_the_cache_holds_the_longest_request(
+    run: Path, tmp_path: Path, positions: int, scaling: dict[str, Any] | None, seqs: int, longest: int
+) -> None:
+    """vLLM does not start where it does not: what it is told of the length and of the cache go together."""
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "quantized" / "config.json"
+    wide = {"max_position_embeddings": positions, "rope_scaling": scaling, "num_hidden_layers": 4096}
+    config.write_text(json.dumps(json.loads(config.read_text()) | wide))
+    folder = export(tmp_path / "run", Vllm(device="cpu", max_num_seqs=seqs), tmp_path / "out").folder
+    assert flag(served(folder)["command"], "--max-model-len") == str(longest)
+    facts = json.loads((folder / "export.json").read_text())
+    space = int(facts["environment"]["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
+    assert space >= longest * facts["resources"]["kv_bytes_per_token"]
+    assert f"at most {longest} tokens together" in (folder / "README.md").read_text()
+    asked = export(tmp_path / "run", Vllm(device="cpu", max_model_len=64), tmp_path / "asked").folder
+    assert flag(served(asked)["command"], "--max-model-len") == "64"
+    assert "tokens together" not in (asked / "README.md").read_text()
+    assert "--max-model-len" not in served(export(tmp_path / "run", Vllm(), tmp_path / "gpu").folder)["command"]
+
+
+def test_on_a_cpu_draft_and_original_have_a_cache_each(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "quantized" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1 << 16}))
+    spaces = []
+    for name, target in (("a", Vllm(device="cpu")), ("b", Vllm(device="cpu", draft_for="org/original"))):
+        facts = json.loads((export(tmp_path / "run", target, tmp_path / name).folder / "export.json").read_text())
+        spaces.append(int(facts["environment"]["VLLM_CPU_KVCACHE_SPACE"]))
+    assert spaces == [64, 128]
 
 
 def test_the_cache_type_follows_the_scales(run: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ TARGETS: dict[str, Target] = {
 
 
 def write_gguf(file: Path) -> None:
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(2)
     writer.add_context_length(128)
@@ -263,6 +263,25 @@ def test_ollama_gets_the_modelfile_of_the_artifact(runs: dict[str, Path], tmp_pa
     assert os.path.samefile(folder / "model" / "model.gguf", runs["gguf"] / "quantized" / "model.gguf")
 
 
+def test_ollama_is_ready_once_its_model_is(runs: dict[str, Path], tmp_path: Path) -> None:
+    """It answers at / and lists its models, none, before `ollama create` is done."""
+    folder = export(runs["gguf"], Ollama(), tmp_path / "it").folder
+    facts = json.loads((folder / "export.json").read_text())
+    assert facts["health"] == f"/v1/models/{facts['name']}"
+    assert service(folder)["healthcheck"]["test"] == ["CMD", "ollama", "show", facts["name"]]
+    assert f"ready once `GET /v1/models/{facts['name']}` answers 200" in (folder / "README.md").read_text()
+
+
+def test_ollama_ends_when_its_model_cannot_be_made(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(runs["gguf"], Ollama(), tmp_path / "it").folder
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "ollama"
+    fake.write_text('#!/bin/sh\ncase "$1" in serve) exec sleep 60 ;; create) exit 7 ;; esac\n')
+    fake.chmod(0o755)
+    env = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    assert subprocess.run([folder / "serve.sh"], env=env, timeout=20, check=False).returncode == 1
+
+
 def test_a_gguf_file_says_what_its_cache_takes(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = export(runs["gguf"], LlamaCpp(max_model_len=64, max_num_seqs=2), tmp_path / "it").folder
     facts = json.loads((folder / "export.json").read_text())
@@ -305,5 +324,5 @@ def test_a_split_gguf_is_for_llama_cpp_and_not_for_ollama(tmp_path: Path) -> Non
 def test_a_file_that_is_no_gguf_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "quantized").mkdir()
     (tmp_path / "quantized" / "model.gguf").write_bytes(b"GGUF but not much")
-    with pytest.raises(BadInput, match="not a GGUF file"):
+    with pytest.raises(BadInput, match="not a whole GGUF file"):
         export(tmp_path, LlamaCpp(), tmp_path / "it")

@@ -12,12 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantpress.export.package import export
-from quantpress.export.verify import structure, verify
+from quantpress.export.verify import compared, structure, verify
 from quantpress.quantize.checkpoint import Checkpoint
 from quantpress.quantize.convert import convert
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import Activations, Grid, Vllm
+from quantpress.quantize.files import file_sha256
+from quantpress.quantize.gguf.convert import convert as convert_to_gguf
+from quantpress.quantize.recipe import Activations, Grid, LlamaCpp, Vllm
+from tests.export.test_servers import write_gguf
 from tests.quantize.formats.artifacts import make, uniform
+from tests.quantize.gguf.models import build
 
 FP8 = Activations(type="fp8")
 FORMATS: dict[str, tuple[Grid, Activations | None]] = {
@@ -285,3 +289,49 @@ def test_what_is_no_artifact_is_bad_input(tmp_path: Path) -> None:
         verify(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="holds no artifact"):
         verify(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def with_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file of a tiny Llama with the config.json of its model."""
+    folder = tmp_path_factory.mktemp("gguf")
+    build("llama", folder / "m")
+    (folder / "quantized").mkdir()
+    convert_to_gguf(folder / "m", folder / "quantized" / "model.gguf", "F16")
+    shutil.copy(folder / "m" / "config.json", folder / "quantized")
+    return folder / "quantized"
+
+
+def test_a_gguf_file_is_compared_with_its_config(with_config: Path, tmp_path: Path) -> None:
+    assert verify(with_config) == (0, [])
+    assert compared(with_config) == "every tensor fits its config and the model"
+    write_gguf(tmp_path / "quantized" / "model.gguf")
+    assert verify(tmp_path) == (0, [])
+    assert "compared with no model" in compared(tmp_path)
+    shutil.copy(with_config / "config.json", tmp_path / "quantized")
+    assert "llama: the checkpoint lacks 18 tensors, the first model.layers.0.self_attn.q_proj.weight" in told(tmp_path)
+
+
+def test_a_gguf_file_that_is_cut_off(with_config: Path, tmp_path: Path) -> None:
+    """Wherever it is cut: in its metadata, in its list of tensors, in a tensor."""
+    content = (with_config / "model.gguf").read_bytes()
+    cut = tmp_path / "quantized" / "model.gguf"
+    cut.parent.mkdir()
+    for size in (0, 3, 10, 30, 400, 401, len(content) // 3, len(content) // 2, len(content) - 1):
+        cut.write_bytes(content[:size])
+        assert "model.gguf: not a whole GGUF file" in told(tmp_path)
+    manifest = {"quantpress": "1", "artifact": {"files": {"model.gguf": file_sha256(with_config / "model.gguf")}}}
+    (cut.parent / "manifest.json").write_text(json.dumps(manifest))
+    cut.write_bytes(content[:400])
+    assert "model.gguf, which is listed, has changed" in told(tmp_path)
+
+
+def test_a_later_part_of_a_split_gguf_file_that_is_cut_off(tmp_path: Path) -> None:
+    first, second = (tmp_path / "quantized" / f"model-0000{k}-of-00002.gguf" for k in (1, 2))
+    write_gguf(first)
+    shutil.copy(first, second)
+    assert verify(tmp_path) == (0, [])
+    second.write_bytes(first.read_bytes()[:-8])
+    assert f"{second.name}: not a whole GGUF file" in told(tmp_path)
+    with pytest.raises(BadInput, match=f"{second.name}: not a whole GGUF file"):
+        export(tmp_path, LlamaCpp())

@@ -185,6 +185,18 @@ def test_the_environment_of_its_own_is_looked_into_first(tmp_path: Path, monkeyp
         interpreter(SERVERS["vllm"], str(tmp_path / "other"))
 
 
+def test_an_interpreter_is_named_as_seen_from_where_we_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers are started elsewhere. Links stay: behind one lies the Python that an environment was made with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").write_text('#!/bin/sh\necho \'[["vllm", "0.32.0"]]\'\n')
+    (tmp_path / "base").chmod(0o755)
+    (tmp_path / "mine/bin").mkdir(parents=True)
+    (tmp_path / "mine/bin/python").symlink_to(tmp_path / "base")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'mine/bin'}:{os.environ['PATH']}")
+    for given, found in (("mine/bin/python", f"{tmp_path}/mine/bin/python"), ("python", "python")):
+        assert interpreter(SERVERS["vllm"], given) == (found, "vllm 0.32.0")
+
+
 def test_a_record_that_cannot_be_read_says_where(tmp_path: Path) -> None:
     assert read(tmp_path) is None
     (tmp_path / "eval").mkdir()
