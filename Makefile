@@ -155,7 +155,7 @@ smoke: dev .venv/.servers
 
 bench: dev
 	@$(BIN)/python tests/bench/peers.py $(ARGS)
-	@$(BIN)/python tests/bench/memory.py $(ARGS)
+	@$(BIN)/python tests/bench/memory.py $(MEMORY_ARGS)
 
 # An environment of its own: llm-compressor pins another compressed-tensors than the one measured here.
 bench-setup: setup

@@ -12,10 +12,7 @@ _WORST = ("REGRESSION", "INCONCLUSIVE", "ACCEPT")
 
 def judge(gates: Gates, results: Results) -> GateReport:
     """Every limit of `gates` against `results`, and the verdict, which is the worst of them: NONE without limits."""
-    checks = [
-        _check(name, limit, *_measured(name, results), upper=name.startswith("max_"))
-        for name, limit in gates.limits().items()
-    ]
+    checks = [_judged(name, limit, results) for name, limit in gates.limits().items()]
     if not checks:
         return GateReport()
     verdict = next(v for v in _WORST if any(check.verdict == v for check in checks))
@@ -28,10 +25,19 @@ def judge(gates: Gates, results: Results) -> GateReport:
     return GateReport(verdict=verdict, reason=reason, strict=gates.strict, checks=tuple(checks))
 
 
+def _judged(name: str, limit: float, results: Results) -> Check:
+    """The check of one limit; of a task's, which holds for each of its metrics, the worst."""
+    task = name.removeprefix("min_recovery.")
+    if task == name:
+        return _check(name, limit, *_measured(name, results), upper=name.startswith("max_"))
+    found = [t for t in results.tasks if t.task == task and t.recovery is not None]
+    each = [_check(name, limit, t.recovery, t.recovery_interval, upper=False) for t in found]
+    unmeasured = _check(name, limit, None, None, upper=False)
+    return min(each, key=lambda check: (_WORST.index(check.verdict), check.value or 0.0), default=unmeasured)
+
+
 def _measured(name: str, results: Results) -> tuple[float | None, Interval | None]:
     """The value a gate is about and its 95% interval; None for what was not measured, or too little of to have one."""
-    if name.startswith("min_recovery."):
-        return _recovery(name.removeprefix("min_recovery."), results)
     if name == "min_tokens_per_second":
         runtime = results.efficiency.runtime if results.efficiency else None
         if runtime is None or not runtime.speed:
@@ -46,8 +52,8 @@ def _measured(name: str, results: Results) -> tuple[float | None, Interval | Non
             increase = math.nan  # as JSON keeps one that is no number: a broken artifact, not one that was not measured
         return increase, results.perplexity_increase_interval
     if name == "max_bytes":
-        size = results.efficiency.bytes if results.efficiency else results.artifact.bytes if results.artifact else None
-        return size, None if size is None else (size, size)
+        size = results.efficiency.bytes if results.efficiency else results.artifact.bytes if results.artifact else 0
+        return (size, (size, size)) if size else (None, None)  # a served model's is 0: nobody can tell from outside
     if away is None:
         return None, None
     if name == "max_kl":
@@ -56,13 +62,6 @@ def _measured(name: str, results: Results) -> tuple[float | None, Interval | Non
         return away.kl_p99, away.kl_p99_interval
     assert name == "min_top1_agreement", name
     return away.top1_agreement, away.top1_interval
-
-
-def _recovery(task: str, results: Results) -> tuple[float | None, Interval | None]:
-    """Of the task's worst metric: what is to hold for the task holds for each."""
-    found = [t for t in results.tasks if t.task == task and t.recovery is not None]
-    worst = min(found, key=lambda t: t.recovery or 0.0, default=None)
-    return (None, None) if worst is None else (worst.recovery, worst.recovery_interval)
 
 
 def _check(name: str, limit: float, value: float | None, interval: Interval | None, *, upper: bool) -> Check:

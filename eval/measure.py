@@ -12,6 +12,7 @@ import torch
 from quantpress.quantize import machine
 from quantpress.quantize.artifact import Artifact, open_artifact
 from quantpress.quantize.calibration import bos_id, open_tokenizer
+from quantpress.quantize.checkpoint import read_json
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import fingerprint
 from quantpress.quantize.model import Skeleton
@@ -58,8 +59,18 @@ class Watch:
 def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: bool = False) -> Prepared:
     """Read the text, the tokenizer and the tasks.
 
-    Raises BadInput for text that is missing or too short, no tokenizer, tasks that are not known or have no data.
+    Raises BadInput for text that is missing or too short, windows longer than the model takes, no tokenizer, tasks that
+    are not known or have no data.
     """
+    config = read_json(original / "config.json")
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if positions is not None and wanted.window > positions:
+        raise BadInput(
+            f"evaluation.window {wanted.window} is more than the model's {positions} positions; "
+            f"--set evaluation.window={positions} measures within them"
+        )
+    if positions is not None and wanted.prompts and wanted.new_tokens >= positions:
+        raise BadInput(f"evaluation.new_tokens {wanted.new_tokens}: the model has {positions} positions in all")
     text = load_documents(wanted, cache=cache, role="evaluation")
     tokenizer = open_tokenizer(original, trust_remote_code)
     cut = windows(tokenizer, "\n\n".join(text.documents), text.source, wanted)

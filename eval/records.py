@@ -310,10 +310,6 @@ class Check(Record):
     verdict: Literal["ACCEPT", "REGRESSION", "INCONCLUSIVE"]
     reason: str
 
-    @property
-    def passed(self) -> bool:
-        return self.verdict == "ACCEPT"
-
 
 class GateReport(Record):
     """All gates; the verdict is NONE when the recipe sets none, else the worst of the checks.

@@ -33,10 +33,13 @@ def time_model(folder: Path, timing: Timing, dtype: str | None = None) -> Runtim
     Raises BadInput with what that process said last when it fails, as it does where the model does not fit in memory.
     """
     order = {"folder": str(folder), "timing": timing.model_dump(mode="json"), "dtype": dtype}
-    done = subprocess.run(
-        [sys.executable, "-m", "quantpress.eval.speed"], input=json.dumps(order), capture_output=True, text=True,
-        check=False, timeout=_SECONDS,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "quantpress.eval.speed"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(order), capture_output=True, text=True, check=False, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"{folder}: timing took more than {_SECONDS} s; ask for fewer tokens, or none") from None
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise BadInput(f"{folder}: could not be timed: {said[0][:300]}")

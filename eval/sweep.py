@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import write_json
+from quantpress.quantize.files import file_sha256, write_json
 from quantpress.quantize.recipe import Recipe
 
 STATE = "sweep.json"
@@ -85,13 +85,19 @@ def plan(
         where = out / recipe.name
         document = recipe.model_dump(mode="json")
         file = out / ".recipes" / f"{recipe.name}.yaml"  # JSON is YAML
-        key = _digest([document, identity, version("quantpress"), sorted(options)])
+        key = _digest([document, identity, version("quantpress"), sorted(options), *_texts(recipe)])
         arguments = (str(file.absolute()), "--model", model, "--out", str(where.absolute()), "--json", *options)
         arguments += ("--share", str((out / _SHARED).absolute()), "--share-limit", str(share_limit))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, document)
         tasks.append(Task(recipe.name, (*command, *arguments), where, key))
     return tasks
+
+
+def _texts(recipe: Recipe) -> list[str]:
+    """The sha256 of the recipe's texts that are files here."""
+    sources = [Path(text.source).expanduser() for text in (recipe.calibration, recipe.evaluation) if text is not None]
+    return [file_sha256(file) for file in sources if file.is_file()]
 
 
 def sweep(tasks: Sequence[Task], out: Path, fan: Fan, on_outcome: Callable[[Outcome], None]) -> list[Outcome]:

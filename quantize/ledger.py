@@ -57,6 +57,11 @@ class Ledger:
         self._write(stage.name, {"inputs": dict(stage.inputs), "summary": summary, "seconds": seconds})
         return summary
 
+    def forget(self, name: str) -> None:
+        """From now on the stage counts as not done: another command writes over what it left."""
+        if name in self._stages():
+            self._write(name, None)
+
     def _reason(self, stage: Stage, done: Mapping[str, Any] | None) -> str | None:
         """Why the stage has to be done; None when it does not."""
         if done is None:

@@ -104,6 +104,10 @@ def _finished(job: Job, tokenizer: Any, settings: Settings) -> dict[str, Any]:
     key = _key(job, job.checkpoint.file_hashes(), None if itself else _tokens(job, tokenizer, settings))
     manifest = finished(settings.out, key, compare_calibration=not itself)
     verify(settings.out)
+    now = job.recipe.model_dump(mode="json")
+    if manifest["recipe"] != now:  # in what is not of the artifact: gates, targets, evaluation, smoke test
+        manifest |= {"name": job.recipe.name, "recipe": now}
+        write_json(settings.out / "manifest.json", manifest)
     shutil.rmtree(settings.out / ".work", ignore_errors=True)
     settings.on_note(f"{settings.out / 'quantized'} is this very run, finished before: it is used as it is")
     return manifest

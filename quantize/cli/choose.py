@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..errors import BadInput
 from ..files import alone_in
 from .app import app
 from .shared import (
@@ -56,6 +57,9 @@ def sweep(
     from quantpress.eval.sweep import sweep as run_all
 
     chosen = [chosen_recipe(where, model, sets) for where in recipe]
+    models = dict.fromkeys(one.model for one in chosen)
+    if len(models) > 1:
+        raise BadInput(f"a sweep is of one model, and the recipes name {', '.join(models)}; give one with --model")
     source = open_source(chosen[0], allow_pickle, trust_remote_code)
     where = f"{source.id}@{source.revision}" if source.kind == "hub" else _absolute(chosen[0].model)
     flags = {"--ignore-limits": ignore_limits, "--allow-pickle": allow_pickle, "--trust-remote-code": trust_remote_code}

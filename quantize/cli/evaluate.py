@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import BadInput
-from ..files import read_manifest
+from ..files import alone_in, read_manifest
+from ..ledger import Ledger
 from ..recipe import Recipe
 from ..recipe import file as recipes
 from .app import app
@@ -70,24 +71,28 @@ def evaluate_command(
     from quantpress.eval.served import Server
 
     folder = subject / "quantized" if subject is not None and _is_run(subject) else subject
-    if draft and folder is not None:
-        measure_draft(source.path, folder, prepared.text, out or where, as_json)
-        return
-    if subject is not None and folder is not None:
-        what = _subject(subject, chosen)
-        with watched(out or where, what.name) as watch:
-            results = evaluate(source.path, folder, prepared, chosen.gates, watch, what)
-    else:
-        assert url is not None
-        assert model is not None
-        from quantpress.eval.records import Subject
+    into = out or where
+    with alone_in(into):
+        if draft and folder is not None:
+            measure_draft(source.path, folder, prepared.text, into, as_json)
+            return
+        if _is_run(into):
+            Ledger(into).forget("eval")  # what is measured now may be on other terms than the recipe's
+        if subject is not None and folder is not None:
+            what = _subject(subject, chosen)
+            with watched(into, what.name) as watch:
+                results = evaluate(source.path, folder, prepared, chosen.gates, watch, what)
+        else:
+            assert url is not None
+            assert model is not None
+            from quantpress.eval.records import Subject
 
-        limit = _longest(source.path)
-        server = Server(url, model, limit, os.environ.get("QUANTPRESS_API_KEY"))
-        what = Subject(kind="served", name=model, original=chosen.model, server=url)
-        with watched(out or where, what.name) as watch:
-            results = evaluate_served(source.path, server, prepared, chosen.gates, watch, what)
-    _show(results, what.name, out or where, as_json)
+            limit = _longest(source.path)
+            server = Server(url, model, limit, os.environ.get("QUANTPRESS_API_KEY"))
+            what = Subject(kind="served", name=model, original=chosen.model, server=url)
+            with watched(into, what.name) as watch:
+                results = evaluate_served(source.path, server, prepared, chosen.gates, watch, what)
+    _show(results, what.name, into, as_json)
     exit_on_gates(results)
 
 

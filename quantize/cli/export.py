@@ -1,6 +1,7 @@
 """The commands that hand an artifact to a server: export, and verify, which looks whether it would load."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import BadInput
-from ..files import own_manifest
+from ..files import alone_in, own_manifest
 from ..recipe import Target
 from ..recipe.file import apply_override, parse_target
 from .app import app
@@ -51,9 +52,10 @@ def export(
     targets = chosen_targets(target, sets, run_folder)
     if out is not None and len(targets) > 1:
         raise BadInput(f"--out is the folder of one target, and these are {len(targets)}; leave it out")
-    for chosen in targets:  # all of them before the first is written
-        check(run_folder, chosen)
-    done = {t.name: export_one(run_folder, t, out, host=host, overwrite=overwrite) for t in targets}
+    with alone_in(run_folder) if out is None else nullcontext():
+        for chosen in targets:  # all of them before the first is written
+            check(run_folder, chosen)
+        done = {t.name: export_one(run_folder, t, out, host=host, overwrite=overwrite) for t in targets}
     if as_json:
         facts = {n: {"folder": str(e.folder), "format": e.format, "converted_from": e.converted_from}
                  for n, e in done.items()}  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..files import alone_in
 from .app import app
 from .shared import out_console
 
@@ -14,7 +15,8 @@ def report(run_folder: Annotated[Path, typer.Argument(help="a run folder that ha
     """Draw the page of a run again."""
     from quantpress.eval.report import write_report
 
-    out_console.print(f"report: {write_report(run_folder)}")
+    with alone_in(run_folder):
+        out_console.print(f"report: {write_report(run_folder)}")
 
 
 @app.command()

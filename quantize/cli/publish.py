@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..files import alone_in
 from .app import app
 from .shared import JsonOpt, err_console, out_console, quiet_libraries
 
@@ -23,7 +24,8 @@ def card(run: RunArg, base_model: BaseOpt = None, license: LicenseOpt = None) ->
     """Write the artifact's README.md as the hub wants it, with what was measured."""
     from quantpress.eval.card import write_card
 
-    out_console.print(f"card: {write_card(run, base_model, license)}")
+    with alone_in(run):
+        out_console.print(f"card: {write_card(run, base_model, license)}")
 
 
 @app.command()

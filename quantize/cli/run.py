@@ -148,7 +148,7 @@ class _Release:
 
         assert self.recipe.evaluation is not None
         wanted = self.recipe.evaluation.model_dump(mode="json")
-        files = {task.file: file_sha256(Path(task.file)) for task in self.recipe.evaluation.tasks if task.file}
+        files = {t.file: file_sha256(Path(t.file).expanduser()) for t in self.recipe.evaluation.tasks if t.file}
         inputs = self._artifact | {"evaluation": wanted, "text": text.text.tokens.sha256, "task files": files}
         self._ledger.run(Stage("eval", inputs, ("eval/results.json",), work))
         results = read_results(self.out)

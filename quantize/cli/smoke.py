@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import BadInput
-from ..files import MANIFEST, own_manifest
+from ..files import MANIFEST, alone_in, own_manifest
 from ..recipe import Smoke
 from ..recipe import file as recipes
 from .app import app
@@ -53,7 +53,8 @@ def smoke_command(
              "max_model_len": max_model_len, "deadline_s": deadline}  # fmt: skip
     settings = _settings(run_folder, where, {key: value for key, value in given.items() if value is not None})
     into = out or run_folder or Path("artifacts") / where.stem / "smoke"
-    record = smoke_stage(where, into, settings, container=container, exported=exported, quiet=as_json)
+    with alone_in(into):
+        record = smoke_stage(where, into, settings, container=container, exported=exported, quiet=as_json)
     if as_json:
         print(record.model_dump_json(by_alias=True))  # noqa: T201
     if record.verdict == "FAILED":

@@ -1,6 +1,7 @@
 """The key-value cache against what transformers itself keeps, what fits a GPU, and what a token costs."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_a_model_is_timed_in_this_process(tmp_path: Path) -> None:
     assert "transformers" in runtime.what
     assert runtime.dtype == "float32"
     assert runtime.peak_vram_bytes is None or torch.cuda.is_available()
+
+
+def test_a_model_that_takes_too_long_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(BadInput, match=r"timing took more than 3600 s; ask for fewer tokens"):
+        speed.time_model(tmp_path, Timing(contexts=(8,), new_tokens=2, repeats=2))
 
 
 @pytest.mark.slow  # a new Python with torch and transformers

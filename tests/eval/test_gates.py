@@ -56,7 +56,7 @@ def test_the_interval_decides(gates: dict[str, Any], verdict: str) -> None:
 
 def test_the_reason_names_what_was_missed_and_by_what() -> None:
     report = judge(Gates(max_bytes=999, max_kl=0.2), results())
-    assert [check.name for check in report.checks if not check.passed] == ["max_bytes"]
+    assert [check.name for check in report.checks if check.verdict != "ACCEPT"] == ["max_bytes"]
     assert report.reason == "max_bytes: 1000 misses the limit 999"
 
 
@@ -72,6 +72,33 @@ def test_a_value_without_an_interval_is_not_taken_for_certain() -> None:
     report = judge(Gates(max_perplexity_increase=0.5), results(perplexity_increase_interval=None))
     assert report.verdict == "INCONCLUSIVE"
     assert report.reason == "max_perplexity_increase: 0.04, from too little to say how sure it is: measure more"
+
+
+def score(metric: str, recovery: float, low: float, high: float) -> dict[str, Any]:
+    said = {"metric": metric, "recovery": recovery, "recovery_interval": (low, high)}
+    value = {"value": 0.5, "stderr": 0.01}
+    return {"task": "arc", "higher_is_better": True, "few_shot": 0, "n": 9, "sha256": "", "artifact": value} | said
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "verdict"),
+    [
+        ((0.90, 0.80, 1.00), (0.95, 0.93, 0.97), "REGRESSION"),  # the lower one is the less certain
+        ((0.985, 0.981, 0.989), (0.99, 0.95, 1.03), "INCONCLUSIVE"),
+        ((0.985, 0.981, 0.989), (0.99, 0.985, 0.995), "ACCEPT"),
+    ],
+)
+def test_a_task_keeps_its_limit_in_every_metric(one: Any, other: Any, verdict: str) -> None:
+    tasks = [score("acc", *one), score("acc_norm", *other)]
+    report = judge(Gates.model_validate({"min_recovery": {"arc": "98%"}}), results(tasks=tasks))
+    assert report.verdict == verdict
+    assert len(report.checks) == 1
+
+
+def test_the_size_of_a_served_model_is_not_known() -> None:
+    document = results().document()
+    document["artifact"]["bytes"] = 0
+    assert judge(Gates(max_bytes=1), Results.model_validate(document)).verdict == "INCONCLUSIVE"
 
 
 def test_what_was_not_measured_is_neither_kept_nor_missed() -> None:

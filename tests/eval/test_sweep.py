@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from quantpress.eval.report import write_sweep
 from quantpress.eval.sweep import STATE, Outcome, Task, in_turn, over_ray, plan, sweep
+from quantpress.quantize.cli.app import app
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.recipe.file import parse
 from tests.tiny import build, text
@@ -87,6 +89,23 @@ def test_what_was_done_is_on_record_after_each_run(tmp_path: Path) -> None:
     sweep(tasks(out, "fine", "strict"), out, in_turn(),
           lambda one: seen.append(len(json.loads((out / STATE).read_text())["runs"])))  # fmt: skip
     assert seen == [1, 2]
+
+
+def test_another_text_in_the_same_file_is_another_run(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one")
+    recipe = parse({"name": "a", "evaluation": {"source": str(tmp_path / "text.txt")}})
+    before = plan([recipe], "m", "w", tmp_path / "s")[0].key
+    assert plan([recipe], "m", "w", tmp_path / "s")[0].key == before
+    (tmp_path / "text.txt").write_text("two")
+    assert plan([recipe], "m", "w", tmp_path / "s")[0].key != before
+
+
+def test_recipes_of_several_models_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file in files:
+        file.write_text(f"model: {file.stem}\n")
+    done = CliRunner().invoke(app, ["sweep", *map(str, files), "--out", str(tmp_path / "s")])
+    assert str(done.exception) == "a sweep is of one model, and the recipes name a, b; give one with --model"
 
 
 def test_mistakes_are_found_before_the_work(tmp_path: Path) -> None:

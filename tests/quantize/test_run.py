@@ -13,6 +13,7 @@ from quantpress.export.serving import Serving
 from quantpress.quantize.cli import run as command
 from quantpress.quantize.cli.app import app
 from quantpress.quantize.errors import BadInput
+from quantpress.quantize.files import alone_in
 from tests.tiny import build, text
 
 
@@ -93,6 +94,37 @@ def test_other_gates_judge_what_was_measured(project: Project) -> None:
     results = json.loads((project.out / "eval" / "results.json").read_text())
     assert results["gates"]["verdict"] == "REGRESSION"
     assert "max_bytes" in (project.out / "eval" / "junit.xml").read_text()
+    recipe = json.loads((project.out / "manifest.json").read_text())["recipe"]
+    assert recipe["gates"]["max_bytes"] == 1  # which `eval` and the page go by from now on
+
+
+def test_what_another_command_measured_is_not_taken_for_the_runs_own(project: Project) -> None:
+    project.run()
+    fewer = ["eval", str(project.out), "--set", "evaluation.windows=1"]
+    done = CliRunner().invoke(app, fewer)
+    assert done.exit_code == 0, done.output
+    done = project.run()
+    assert "eval: as before" not in done.output
+    results = json.loads((project.out / "eval" / "results.json").read_text())
+    assert results["text"]["windows"] == 2
+
+
+def test_nobody_else_works_in_the_folder_meanwhile(project: Project) -> None:
+    project.run()
+    with alone_in(project.out):
+        for arguments in (["eval"], ["export", "--target", "vllm", "--overwrite"], ["report"], ["card"]):
+            done = CliRunner().invoke(app, [arguments[0], str(project.out), *arguments[1:]])
+            assert "another quantpress is at work there" in str(done.exception), arguments
+
+
+def test_a_window_longer_than_the_model_takes_costs_no_run(project: Project) -> None:
+    evaluation = project.recipe["evaluation"]
+    done = project.run(evaluation=evaluation | {"window": 512, "windows": 1})
+    assert isinstance(done.exception, BadInput)
+    assert str(done.exception).startswith("evaluation.window 512 is more than the model's 128 positions; --set ")
+    done = project.run(evaluation=evaluation | {"window": 64, "prompts": ["a"], "new_tokens": 128})
+    assert str(done.exception) == "evaluation.new_tokens 128: the model has 128 positions in all"
+    assert not project.out.exists()
 
 
 def test_a_damaged_artifact_goes_no_further(project: Project) -> None:
