@@ -28,7 +28,8 @@ COMPANIONS = (
     "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
 
-_QUANTIZED = ("quantize_config.json", "hf_quant_config.json")  # what some formats say beside config.json, for readers
+FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")  # what some readers take a format's settings from
+
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _CHUNK = 1 << 22  # bytes copied or hashed at a time
 _DTYPES = {
@@ -137,9 +138,13 @@ class Checkpoint:
         return tensor
 
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of the weights, all that is said of them, and the files that go with them, by name."""
+        """SHA-256 of the weights, config.json, the index and the files that go with them, by name; of a quantized
+        checkpoint also the `FORMAT_FILES`, which manifests of earlier versions do not name.
+        """
         files = {entry.path for entry in self._entries.values()} | {self.folder / "config.json"}
-        files |= {file for name in (INDEX, *_QUANTIZED) if (file := self.folder / name).exists()}
+        quantized = self.config.get("quantization_config") is not None  # beside a plain one they say nothing
+        names = (INDEX, *(FORMAT_FILES if quantized else ()))
+        files |= {self.folder / name for name in names if (self.folder / name).is_file()}
         files |= set(companions(self.folder))
         return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in sorted(files)}
 

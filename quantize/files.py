@@ -150,19 +150,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if file.is_dir() or state.st_nlink == 1:  # a hard link's mode is another file's too
                 runs = file.is_dir() or state.st_mode & 0o100
                 file.chmod((0o777 if runs else 0o666) & ~mask)  # mkdtemp and safetensors make them private
+        _settle(new)
         try:
-            move_whole(new, target)
+            new.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
+        fsync(target.parent)
 
 
 def move_whole(folder: Path, target: Path) -> None:
     """Give `folder` the name `target` once all that is in it is on disk."""
-    for file in (*folder.rglob("*"), folder):
-        fsync(file)
+    _settle(folder)
     folder.rename(target)
     fsync(target.parent)
+
+
+def _settle(folder: Path) -> None:
+    for file in (*folder.rglob("*"), folder):
+        fsync(file)
 
 
 @contextlib.contextmanager

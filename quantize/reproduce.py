@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint
+from .checkpoint import FORMAT_FILES, Checkpoint
 from .errors import BadInput
 from .files import changed, read_manifest
 from .job import Job, Settings
@@ -78,7 +78,8 @@ def reproduce(original: Original, job: Job, settings: Settings) -> Reproduction:
     made = settings.out / "quantized"
     wanted: dict[str, str] = original.manifest["artifact"]["files"]
     unlike = [name for name, _ in changed(made, wanted)]
-    unlike += sorted(name for name in manifest["artifact"]["files"] if name not in wanted)
+    named = {*wanted, *FORMAT_FILES}  # which manifests of earlier versions leave out
+    unlike += sorted(name for name in manifest["artifact"]["files"] if name not in named)
     if not unlike:
         return Reproduction(len(wanted), None, ())
     first = _first_difference(original, manifest, made, unlike)

@@ -62,10 +62,13 @@ def write(
     metadata: plain values by their full key; int becomes uint32, float float32, a
     list the array of its items' type, numpy scalars keep theirs. Parts are named as llama.cpp's loader looks for them,
     model-00001-of-00003.gguf. Files take their names when all are whole and on disk. `on_tensor` is called with the
-    number of tensors written.
+    number of tensors written. Raises BadInput where one of the names is a folder's.
     """
     writer = _described(path, metadata, tensors, split_bytes)
     names: list[Path] = writer.format_shard_names(path)
+    for name in names:
+        if name.is_dir():  # seen before the work, and not as the file is to take its name
+            raise BadInput(f"{name} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".quantpress-", dir=path.parent) as scratch:
         try:

@@ -1,6 +1,7 @@
 """The whole recipe, checked as a whole before anything is read."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -55,10 +56,14 @@ class Override(Strict):
         return self.model_dump(exclude={"match"}, exclude_none=True)
 
     def applied_to(self, grid: Grid) -> Grid:
-        """`grid` with these settings; another type brings its own layout."""
+        """`grid` with these settings; another type brings its own layout. Raises ValueError for what cannot be."""
         settings = self.settings()
         kept = {"scale_search"} if settings.get("type", grid.type) != grid.type else set(Grid.model_fields)
-        return Grid.model_validate(grid.model_dump(include=kept) | settings)
+        try:
+            return Grid.model_validate(grid.model_dump(include=kept) | settings)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"override for {self.match!r} of {grid} weights: {said}") from None
 
 
 class Recipe(Strict):
@@ -116,7 +121,36 @@ class Recipe(Strict):
             gates.check(self.evaluation)
         if any(isinstance(transform, Hadamard) for transform in self.transforms[1:]):
             raise ValueError("transform hadamard comes first, and once: what follows it has to see the rotated model")
-        grids = [self.weights, *(o.applied_to(self.weights) for o in self.overrides)]
+        self._check_grids([grid for _, grid in self._stated_grids()])
+        if self.tuned and (self.activations is not None or self.kv_cache is not None):
+            raise ValueError(
+                f"method {self.method.name} tunes weights for 16-bit inputs: leave activations and kv_cache out"
+            )
+        if isinstance(self.method, Qat) and self.method.end_to_end is not None and self.calibration.samples < 2:
+            raise ValueError("method.end_to_end holds a sequence out: calibration.samples has to be 2 or more")
+        if self.activations is not None and {"gptq", "awq"} & set(self.formats):
+            raise ValueError("formats gptq and awq hold weights only; activations need compressed-tensors or modelopt")
+        if self.kv_cache is not None and {"gptq", "awq"} & set(self.formats):
+            raise ValueError("formats gptq and awq hold no kv_cache scales; use compressed-tensors or modelopt")
+        return self
+
+    @model_validator(mode="after")
+    def _targets_can_load_it(self) -> Self:
+        names = [target.name for target in self.targets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"targets {names} names one twice")
+        self._check_targets(self._stated_grids())
+        return self
+
+    def _stated_grids(self) -> list[tuple[str, Grid]]:
+        """`weights`, and what each override makes of it alone, with the recipe key of each."""
+        return [
+            ("weights", self.weights),
+            *((f"overrides.{k}", o.applied_to(self.weights)) for k, o in enumerate(self.overrides)),
+        ]
+
+    def _check_grids(self, grids: Sequence[Grid]) -> None:
+        """Raise ValueError for weights that do not go with each other or with the rest of the recipe."""
         if self.shuffled and any(grid.group_size == -1 for grid in grids):
             raise ValueError("static_groups: false means nothing per channel (group_size -1); drop it")
         if self.shuffled and any(grid.type != "int" for grid in grids):
@@ -129,12 +163,6 @@ class Recipe(Strict):
                 )
         if self.tuned and any(grid.type != "int" for grid in grids):
             raise ValueError(f"method {self.method.name} tunes weights of type int; use gptq or rtn for others")
-        if self.tuned and (self.activations is not None or self.kv_cache is not None):
-            raise ValueError(
-                f"method {self.method.name} tunes weights for 16-bit inputs: leave activations and kv_cache out"
-            )
-        if isinstance(self.method, Qat) and self.method.end_to_end is not None and self.calibration.samples < 2:
-            raise ValueError("method.end_to_end holds a sequence out: calibration.samples has to be 2 or more")
         if self.activations is not None:
             kind = self.activations.type
             for grid in grids:
@@ -144,28 +172,17 @@ class Recipe(Strict):
                         f"{grid} weights with {kind} activations: no server computes that pair; "
                         + (f"activations of type {' or '.join(can)} go with them" if can else "leave activations out")
                     )
-            by_block = {grid.type == "fp8-block" for grid in grids}
-            if True in by_block and not self.activations.dynamic:
+            blocks = {grid.type == "fp8-block" for grid in grids}
+            if True in blocks and not self.activations.dynamic:
                 raise ValueError("fp8-block weights take dynamic activations: leave `dynamic` out")
-            if len(by_block) > 1:
+            if len(blocks) > 1:  # a run measures and rounds inputs in one way for all layers
                 raise ValueError(
-                    "fp8-block weights round activations by 128 columns, others do not: choose one of them"
+                    "fp8-block weights have activations with a scale for every 128 columns, the other layers with one "
+                    "for all: give every layer type fp8-block or none, or leave activations out"
                 )
-            if {"gptq", "awq"} & set(self.formats):
-                raise ValueError(
-                    "formats gptq and awq hold weights only; activations need compressed-tensors or modelopt"
-                )
-        if self.kv_cache is not None and {"gptq", "awq"} & set(self.formats):
-            raise ValueError("formats gptq and awq hold no kv_cache scales; use compressed-tensors or modelopt")
-        return self
 
-    @model_validator(mode="after")
-    def _targets_can_load_it(self) -> Self:
-        names = [target.name for target in self.targets]
-        if len(set(names)) != len(names):
-            raise ValueError(f"targets {names} names one twice")
-        grids = [("weights", self.weights)]
-        grids += [(f"overrides.{k}", o.applied_to(self.weights)) for k, o in enumerate(self.overrides)]
+    def _check_targets(self, grids: Sequence[tuple[str, Grid]]) -> None:
+        """Raise ValueError for weights, each with its recipe key, that a target cannot load."""
         for target in self.targets:
             refused = [
                 refusal(target.reader, format, grids, self.activations, scattered=self.shuffled)
@@ -173,7 +190,6 @@ class Recipe(Strict):
             ]
             if all(refused):
                 raise ValueError(f"targets: {refused[0]}")
-        return self
 
     def _check_gguf(self) -> None:
         """What goes with a GGUF file, and what with it alone."""
@@ -246,35 +262,49 @@ class Recipe(Strict):
     def schemes(self, linears: dict[str, int]) -> dict[str, Grid | None]:
         """The grid of each linear {name: in_features}; None for one that is ignored.
 
-        Raises BadInput for a pattern without a match and a group size that does not divide.
+        Raises BadInput for a pattern without a match, a group size that does not divide, and overrides that one layer
+        cannot have together.
         """
         for pattern in (*self.ignore, *(o.match for o in self.overrides)):
             if not any(matches(pattern, name) for name in linears):
                 near = difflib.get_close_matches(pattern, linears, n=3, cutoff=0.0)
                 raise BadInput(f"pattern {pattern!r} matches no linear layer; the nearest names are {', '.join(near)}")
         out: dict[str, Grid | None] = {}
+        first: dict[Grid, tuple[str, str]] = {}  # the layer that has it, and the recipe key it comes from
         for name, in_features in linears.items():
             if any(matches(pattern, name) for pattern in self.ignore):
                 out[name] = None
                 continue
-            grid = self.weights
-            for override in self.overrides:
-                if matches(override.match, name):
-                    grid = self._overridden(name, grid, override)
+            key, grid = self._grid_of(name)
             grid.check(name, in_features)
             out[name] = grid
+            first.setdefault(grid, (name, key))
         if all(grid is None for grid in out.values()):
             raise BadInput(f"`ignore` {list(self.ignore)} matches every linear layer: nothing is left to quantize")
+        self._check_together(first)
         return out
 
-    def _overridden(self, name: str, grid: Grid, override: Override) -> Grid:
-        """The grid of layer `name`, which other overrides may have changed before; as good as one of the recipe's."""
-        try:
-            made = override.applied_to(grid)
-            if grid != self.weights:  # a pair that no check of the recipe has seen
-                apart = {"weights": made.model_dump(), "overrides": (), "ignore": ()}
-                type(self).model_validate(self.model_dump() | apart)
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise BadInput(f"overrides that match {name}, one after the other: {problem}") from None
-        return made
+    def _grid_of(self, name: str) -> tuple[str, Grid]:
+        """What all overrides that match a layer make of `weights`, with the recipe key of the last one."""
+        key, grid = "weights", self.weights
+        for k, override in enumerate(self.overrides):
+            if matches(override.match, name):
+                try:
+                    key, grid = f"overrides.{k}", override.applied_to(grid)
+                except ValueError as error:
+                    raise BadInput(f"{name}, by all overrides that match it: {error}") from None
+        return key, grid
+
+    def _check_together(self, first: dict[Grid, tuple[str, str]]) -> None:
+        """The checks of the whole recipe once more, for what overrides that match one layer make of it together.
+
+        When the recipe is read no layer is known, and each override was seen alone.
+        """
+        seen: list[tuple[str, Grid]] = []
+        for grid, (name, key) in first.items():
+            seen.append((key, grid))
+            try:
+                self._check_grids([grid for _, grid in seen])
+                self._check_targets(seen)
+            except ValueError as error:
+                raise BadInput(f"{name}, by all overrides that match it: {error}") from None

@@ -47,8 +47,11 @@ class Calibration(Text):
     chat_template: bool = Field(False, description="wrap each text as a user's turn in the model's chat template")
 
     @model_validator(mode="after")
-    def _the_model_begins_by_itself(self) -> Self:
-        if self.source == "self" and (self.chat_template or self.bos == "never"):
-            key = "chat_template: true" if self.chat_template else "bos: never"
-            raise ValueError(f"{key} means nothing for source 'self', which the model writes from BOS on: drop it")
+    def _the_model_itself_takes_no_text(self) -> Self:
+        ignored = {"bos: never": self.bos == "never", "chat_template: true": self.chat_template}
+        for key, given in ignored.items():
+            if given and self.source == "self":
+                raise ValueError(
+                    f"{key} means nothing for source 'self': the model writes on from BOS, outside of any chat; drop it"
+                )
         return self

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantpress.quantize.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from quantpress.quantize.checkpoint import FORMAT_FILES, Checkpoint, copy_companions, merge_parts, write_part
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.files import write_json
+from quantpress.quantize.formats import FORMATS
 
 DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
           torch.float8_e4m3fn)  # fmt: skip
@@ -251,8 +252,20 @@ def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     assert copy_companions(source, target) == sorted(kept)
     assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == sorted(kept)
     hashes = Checkpoint(source).file_hashes()
-    assert set(hashes) == {*kept, "config.json", "model.safetensors", "quantize_config.json"}
+    assert set(hashes) == {*kept, "config.json", "model.safetensors"}
     assert hashes["tokenizer.json"] == hashlib.sha256(b"tokenizer.json").hexdigest()
+
+
+def test_what_a_format_writes_beside_the_config_of_a_quantized_checkpoint_is_hashed(tmp_path: Path) -> None:
+    stated = {"gptq": {"quant_method": "gptq"}, "modelopt": {"quant_algo": "FP8", "ignore": [], "producer": {}}}
+    extra = {name for format, config in stated.items() for name in FORMATS[format].extra_files(config)}
+    assert extra == set(FORMAT_FILES)
+    source = folder_with(tmp_path, {"w": torch.ones(1)})
+    for name in FORMAT_FILES:
+        (source / name).write_text("{}")
+    assert set(Checkpoint(source).file_hashes()) == {"config.json", "model.safetensors"}  # beside a plain model: strays
+    write_json(source / "config.json", Checkpoint(source).config | {"quantization_config": {"quant_method": "gptq"}})
+    assert set(Checkpoint(source).file_hashes()) == {"config.json", "model.safetensors", *FORMAT_FILES}
 
 
 _READ_ALL = """

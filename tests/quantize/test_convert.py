@@ -1,13 +1,14 @@
 """Conversion keeps every code, scale and zero, and refuses what it cannot keep."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from quantpress.quantize import convert
+from quantpress.quantize import cli, convert
 from quantpress.quantize.checkpoint import Checkpoint, write_part
 from quantpress.quantize.convert import convert as convert_folder
 from quantpress.quantize.errors import BadInput
@@ -323,3 +324,22 @@ def test_a_gguf_file_is_not_converted(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="whose numbers no other format has"):
         convert_folder(tmp_path / "run", tmp_path / "out", "gptq")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "complaint"), [("notes.txt/x", "Not a directory"), ("n" * 300, "File name too long")]
+)
+def test_a_target_that_no_folder_can_have_is_one_line(
+    target: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "ct", "compressed-tensors", uniform(FOUR))
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr(
+        sys, "argv", ["quantpress", "convert", str(tmp_path / "ct"), str(tmp_path / target), "--to", "gptq"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"quantpress: {tmp_path / target}")
+    assert said.endswith(f": {complaint}; give another path")

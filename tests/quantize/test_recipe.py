@@ -11,6 +11,8 @@ from quantpress.quantize.errors import BadInput
 from quantpress.quantize.recipe import AutoRound, Gptq, Grid, Qat, Recipe, Rtn
 from quantpress.quantize.recipe.file import parse
 
+FP8_AND_BLOCKS = {"weights": {"type": "fp8"}, "overrides": [{"match": "*down_proj", "type": "fp8-block"}]}
+
 
 def refused(document: dict[str, Any]) -> str:
     """The line a document is refused with."""
@@ -123,6 +125,14 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"evaluation": {"source": "a.jsonl", "split": "train"}}, "evaluation: split 'train' means nothing for source"),
         ({"calibration": {"source": "a.txt", "column": "body"}}, "column 'body' means nothing for source 'a.txt'"),
         ({"calibration": {"revision": "main"}}, "revision 'main' means nothing for source 'default'"),
+        (
+            {"calibration": {"source": "self", "bos": "never"}},
+            "calibration: bos: never means nothing for source 'self'",
+        ),
+        (
+            {"calibration": {"source": "self", "chat_template": True}},
+            "calibration: chat_template: true means nothing for source 'self'",
+        ),
         ({"evaluation": {"source": "self"}}, "`self` is a calibration source"),
         ({"evaluation": {"window": 512, "stride": 513}}, "stride 513 is larger than window 512"),
         ({"transforms": [3]}, "transforms"),
@@ -154,27 +164,22 @@ def test_a_wrong_value_is_refused(document: dict[str, Any], expected: str) -> No
         ),
         ({"evaluation": None, "gates": {"max_kl": 0.1}}, "gates on quality need an evaluation"),
         (
-            {
-                "weights": {"type": "fp8"},
-                "activations": {"type": "fp8", "dynamic": False},
-                "overrides": [{"match": "*.down_proj", "type": "fp8-block"}],
-            },
-            "fp8-block weights take dynamic activations",
+            FP8_AND_BLOCKS | {"activations": {"type": "fp8", "dynamic": False}},
+            "fp8-block weights take dynamic activations: leave `dynamic` out",
         ),
         (
-            {
-                "weights": {"type": "fp8"},
-                "activations": {"type": "fp8"},
-                "overrides": [{"match": "*.down_proj", "type": "fp8-block"}],
-            },
-            "fp8-block weights round activations by 128 columns, others do not",
+            {"weights": {"type": "fp8"}, "overrides": [{"match": "*.b", "group_size": 64}]},
+            "override for '*.b' of fp8 channel weights: type fp8 has bits 8, group_size -1 or 0",
         ),
-        ({"calibration": {"source": "self", "bos": "never"}}, "bos: never means nothing for source 'self'"),
-        ({"calibration": {"source": "self", "chat_template": True}}, "chat_template: true means nothing"),
+        (FP8_AND_BLOCKS | {"activations": {"type": "fp8"}}, "give every layer type fp8-block or none"),
     ],
 )
 def test_an_impossible_pair_is_refused(document: dict[str, Any], expected: str) -> None:
     assert expected in refused(document)
+
+
+def test_fp8_beside_blocks_is_fine_where_inputs_stay_in_16_bit() -> None:
+    assert parse(FP8_AND_BLOCKS).activations is None
 
 
 def test_a_gate_on_size_needs_no_evaluation() -> None:

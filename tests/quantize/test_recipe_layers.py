@@ -85,23 +85,38 @@ def test_a_group_that_does_not_divide_names_the_layer_and_its_divisors() -> None
     assert all(576 % int(size) == 0 for size in offered)
 
 
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (
+            {"overrides": [{"match": "*", "type": "fp8"}, {"match": "*down_proj", "group_size": 64}]},
+            "override for '*down_proj' of fp8 channel weights: type fp8 has bits 8, group_size -1 or 0",
+        ),
+        (
+            {
+                "overrides": [{"match": "*", "symmetric": False}, {"match": "*down_proj", "bits": 8}],
+                "targets": ["vllm"],
+            },
+            "vLLM does not take compressed-tensors files of int8 g64 asym weights: set overrides.1.symmetric: true",
+        ),
+        (
+            {"weights": {"type": "fp8"}, "activations": {"type": "fp8"}}
+            | {"overrides": [{"match": "*", "type": "int", "group_size": 64}, {"match": "*down_proj", "bits": 8}]},
+            "int8 g64 sym weights with fp8 activations: no server computes that pair",
+        ),
+    ],
+)
+def test_overrides_that_one_layer_cannot_have_together_name_it(document: dict[str, Any], words: str) -> None:
+    recipe = parse({"weights": {"bits": 4, "group_size": 64}} | document)
+    with pytest.raises(BadInput) as error:
+        recipe.schemes(LINEARS)
+    message = str(error.value)
+    assert message.startswith("model.layers.0.mlp.down_proj, by all overrides that match it: ")
+    assert words in message
+    assert "\n" not in message
+
+
 def test_a_row_without_a_usable_divisor_is_offered_per_channel() -> None:
     with pytest.raises(BadInput, match=r"choose -1 \(per channel\), or add the layer to `ignore`"):
         parse({"weights": {"group_size": 64}}).schemes({"odd": 100})
     assert parse({"weights": {"group_size": -1}}).schemes({"odd": 100})["odd"] is not None
-
-
-@pytest.mark.parametrize(
-    ("overrides", "problem"),
-    [
-        ([{"match": "*", "type": "fp8"}, {"match": "*.down_proj", "group_size": 64}], "type fp8 has bits 8"),
-        ([{"match": "*", "symmetric": False}, {"match": "*.down_proj", "bits": 8}], "targets: vLLM does not take"),
-    ],
-)
-def test_overrides_that_only_together_are_impossible_name_the_layer(
-    overrides: list[dict[str, Any]], problem: str
-) -> None:
-    weights = {"bits": 4, "group_size": 64, "symmetric": True}
-    recipe = parse({"weights": weights, "overrides": overrides} | ({"targets": ["vllm"]} if "vLLM" in problem else {}))
-    with pytest.raises(BadInput, match=rf"overrides that match \S+down_proj, one after the other: .*{problem}"):
-        recipe.schemes(LINEARS)

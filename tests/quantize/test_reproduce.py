@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from quantpress.quantize.artifact import verify
 from quantpress.quantize.cli.app import app
 from quantpress.quantize.errors import BadInput
 from quantpress.quantize.pipeline import Settings, prepare
@@ -59,6 +60,19 @@ def test_other_settings_show_at_the_first_layer_and_are_named(run: Path) -> None
     assert result.first.startswith(f"layer {first}: ")
     assert 0 < result.files < len(manifest["artifact"]["files"])
     assert result.causes == ()  # the recipe is what the manifest says: it was made with another
+
+
+def test_a_manifest_of_before_the_formats_own_files_were_hashed_is_taken(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"formats": ["gptq"]})
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["artifact"]["files"].pop("quantize_config.json")
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(tmp_path / "run") == len(manifest["artifact"]["files"])
+    assert again(tmp_path / "run", tmp_path / "again").first is None
+    (tmp_path / "again" / "quantized" / "quantize_config.json").unlink()
+    with pytest.raises(BadInput, match=r"quantize_config.json, which the manifest names, is absent"):
+        verify(tmp_path / "again")
 
 
 def test_another_version_is_a_likely_cause(run: Path) -> None:

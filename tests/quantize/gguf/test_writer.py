@@ -73,3 +73,11 @@ def test_nothing_is_left_of_a_file_that_failed(tmp_path: Path) -> None:
 def test_rows_that_are_not_whole_blocks_are_refused() -> None:
     with pytest.raises(BadInput, match="w: Q4_K needs rows of a multiple of 256, not 576"):
         tensor_bytes((3, 576), Type.Q4_K, "w")
+
+
+def test_the_name_of_a_folder_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "t.gguf").mkdir()
+    started: list[int] = []
+    with pytest.raises(BadInput, match=r"t.gguf is a folder; give the name of a file"):
+        write(tmp_path / "t.gguf", METADATA, tensors(), on_tensor=started.append)
+    assert started == []
