@@ -116,6 +116,6 @@ def _accepted(rate: Array, text: Windows) -> Accepted:
     return Accepted(
         rate=mean,
         stderr=error,
-        interval=around(mean, error),
+        interval=around(mean, error, len(np.unique(text.runs))),
         tokens_a_pass={n: tokens_a_pass(rate, lengths, n) for n in DRAFTED},
     )

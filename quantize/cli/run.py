@@ -148,8 +148,8 @@ class _Release:
 
         assert self.recipe.evaluation is not None
         wanted = self.recipe.evaluation.model_dump(mode="json")
-        files = {t.file: file_sha256(Path(t.file).expanduser()) for t in self.recipe.evaluation.tasks if t.file}
-        inputs = self._artifact | {"evaluation": wanted, "text": text.text.tokens.sha256, "task files": files}
+        tasks = None if text.tasks is None else hashlib.sha256(text.tasks.identity().encode()).hexdigest()
+        inputs = self._artifact | {"evaluation": wanted, "text": text.text.tokens.sha256, "tasks and their data": tasks}
         self._ledger.run(Stage("eval", inputs, ("eval/results.json",), work))
         results = read_results(self.out)
         judged = results.model_copy(update={"gates": judge(self.recipe.gates, results)})
