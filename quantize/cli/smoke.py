@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from ..errors import BadInput
 from ..files import MANIFEST, alone_in, own_manifest
+from ..ledger import Ledger
 from ..recipe import Smoke
 from ..recipe import file as recipes
 from .app import app
@@ -54,6 +55,8 @@ def smoke_command(
     settings = _settings(run_folder, where, {key: value for key, value in given.items() if value is not None})
     into = out or run_folder or Path("artifacts") / where.stem / "smoke"
     with alone_in(into):
+        if (into / MANIFEST).is_file():
+            Ledger(into).forget("smoke")  # what is tried now may be on other terms than the recipe's
         record = smoke_stage(where, into, settings, container=container, exported=exported, quiet=as_json)
     if as_json:
         print(record.model_dump_json(by_alias=True))  # noqa: T201
