@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 
 from quantpress.export.serving import Serving
 from quantpress.quantize.cli import run as command
+from quantpress.quantize.cli import smoke as smoke_command
 from quantpress.quantize.cli.app import app
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import alone_in
+from quantpress.quantize.files import alone_in, read_manifest, write_json
 from tests.tiny import build, text
 
 
@@ -107,6 +108,20 @@ def test_what_another_command_measured_is_not_taken_for_the_runs_own(project: Pr
     assert "eval: as before" not in done.output
     results = json.loads((project.out / "eval" / "results.json").read_text())
     assert results["text"]["windows"] == 2
+
+
+def test_another_smoke_test_is_not_taken_for_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.run()
+    manifest = read_manifest(project.out)
+    manifest["stages"]["smoke"] = {"inputs": {}, "summary": {"verdict": "PASSED"}, "seconds": 1}
+    write_json(project.out / "manifest.json", manifest)
+
+    def stage(*_: Any, **__: Any) -> Any:
+        raise BadInput("stopped")
+
+    monkeypatch.setattr(smoke_command, "smoke_stage", stage)
+    assert CliRunner().invoke(app, ["smoke", str(project.out)]).exit_code != 0
+    assert set(project.stages) == {"export vllm", "eval"}
 
 
 def test_nobody_else_works_in_the_folder_meanwhile(project: Project) -> None:
