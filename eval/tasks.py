@@ -7,6 +7,7 @@ the two models is paired. Only metrics that are a mean over documents can be.
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import whole_file
+from quantpress.quantize.files import file_sha256, whole_file
 from quantpress.quantize.recipe import Task
 
 from .records import Score, TaskResult
@@ -67,7 +68,7 @@ class Tasks:
         from importlib.metadata import version
 
         specs = [(task.model_dump(), spec, _data_of(spec)) for task, spec in self._specs]
-        return json.dumps([version("lm-eval"), specs], default=str)
+        return json.dumps([version("lm-eval"), specs], default=_code)
 
     def run(self, model: "Adapter") -> list[Outcome]:
         """Every task's outcomes, in the recipe's order."""
@@ -166,6 +167,17 @@ def _data_of(spec: str | dict[str, Any]) -> list[tuple[str, int, int]]:
     groups = files.values() if isinstance(files, dict) else [files]
     paths = [Path(str(f)) for group in groups for f in (group if isinstance(group, list) else [group])]
     return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.is_file()]
+
+
+def _code(value: Any) -> Any:
+    """For JSON, what a task has from its `!function`s: their names and the content of their files, as the address that
+    Python shows says nothing.
+    """
+    try:
+        source = inspect.getsourcefile(value)
+    except TypeError:
+        source = None
+    return str(value) if source is None else [value.__name__, file_sha256(Path(source))]
 
 
 def _beside(folder: Path, files: Any) -> Any:

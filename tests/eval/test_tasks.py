@@ -184,6 +184,20 @@ def test_the_originals_answers_are_kept_until_something_changes(files: Path, tmp
     assert len(asked) == 4
 
 
+def test_a_function_of_a_task_counts_by_its_code(files: Path) -> None:
+    document = CHOICES.replace("task: tiny_choices", "task: tiny_helped\nprocess_docs: !function helper.shown")
+    (files / "helped.yaml").write_text(document, encoding="utf-8")
+    helper, seen = files / "helper.py", []
+    for code in (
+        "def shown(docs): return docs\n",
+        "def shown(docs): return docs\n",
+        "def shown(docs): return 0 or docs\n",
+    ):
+        helper.write_text(code, encoding="utf-8")  # written anew: another function object each time
+        seen.append(Tasks([Task(file=str(files / "helped.yaml"))]).identity())
+    assert seen[0] == seen[1] != seen[2]
+
+
 @pytest.mark.parametrize(
     ("task", "said"),
     [
