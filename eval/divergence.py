@@ -22,7 +22,7 @@ from quantpress.quantize.model import Skeleton, run_block
 from quantpress.quantize.recipe import Evaluation
 
 from .records import Bucket, Divergence, EvaluationText, Interval, NoiseFloor, Quality
-from .statistics import Array, around, quantile_interval, runs, standard_error
+from .statistics import Array, around, groups_of, quantile_interval, runs, standard_error
 
 _ROWS = 256  # tokens whose logits are in memory at a time
 _TILE = 400_000  # logits of them that a CPU compares at once: what it works on stays in its cache
@@ -161,15 +161,11 @@ def quality(nll: Array, text: Windows, size: int) -> Quality:
     )
 
 
-def _groups(run: NDArray[np.int64]) -> int:
-    return int(run.max()) + 1
-
-
 def perplexity_increase(before: Array, after: Array, text: Windows) -> tuple[float, Interval | None]:
     """As a fraction, with its interval: both models' nll [tokens] of the same tokens."""
     difference = after - before
     mean = float(difference.mean())
-    ends = around(mean, standard_error(difference, text.runs), _groups(text.runs))
+    ends = around(mean, standard_error(difference, text.runs), groups_of(text.runs))
     return _growth(mean), None if ends is None else (_growth(ends[0]), _growth(ends[1]))
 
 
@@ -179,7 +175,7 @@ def _growth(nats: float) -> float:
 
 def divergence(scores: Scores, noise: NoiseFloor | None = None) -> Divergence:
     """The divergence over all tokens and by how sure the original was."""
-    kl, same, groups = scores.kl, scores.same.astype(np.float64), _groups(scores.runs)
+    kl, same, groups = scores.kl, scores.same.astype(np.float64), groups_of(scores.runs)
     kl_stderr, top1_stderr = (standard_error(values, scores.runs) for values in (kl, same))
     median, p90, p99 = np.quantile(kl, [0.5, 0.9, 0.99]).tolist()
     buckets = []

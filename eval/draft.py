@@ -21,7 +21,7 @@ from quantpress.quantize.model import Skeleton
 from .divergence import Windows, last_hidden
 from .records import EvaluationText, Interval, Number, Record
 from .reference import reference
-from .statistics import Array, around, standard_error
+from .statistics import Array, around, groups_of, standard_error
 
 DRAFTED = (1, 2, 3, 4, 6, 8)  # tokens drafted for each pass of the original
 _ROWS = 128  # tokens whose logits are in memory at a time
@@ -116,6 +116,6 @@ def _accepted(rate: Array, text: Windows) -> Accepted:
     return Accepted(
         rate=mean,
         stderr=error,
-        interval=around(mean, error, len(np.unique(text.runs))),
+        interval=around(mean, error, groups_of(text.runs)),
         tokens_a_pass={n: tokens_a_pass(rate, lengths, n) for n in DRAFTED},
     )

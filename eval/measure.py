@@ -56,14 +56,19 @@ class Watch:
     save: Callable[[Results], None] = lambda results: None
 
 
+def positions_of(model: Path) -> int | None:
+    """Tokens that the model in this folder takes at most, by its config; None where that does not say."""
+    config = read_json(model / "config.json")
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
 def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: bool = False) -> Prepared:
     """Read the text, the tokenizer and the tasks.
 
     Raises BadInput for text that is missing or too short, windows longer than the model takes, no tokenizer, tasks that
     are not known or have no data.
     """
-    config = read_json(original / "config.json")
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    positions = positions_of(original)
     if positions is not None and wanted.window > positions:
         raise BadInput(
             f"evaluation.window {wanted.window} is more than the model's {positions} positions; "

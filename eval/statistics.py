@@ -30,6 +30,11 @@ def runs(tokens: int) -> NDArray[np.int64]:
     return np.arange(tokens, dtype=np.int64) // max(_SHORTEST, tokens // _RUNS)
 
 
+def groups_of(run: NDArray[np.int64]) -> int:
+    """How many runs there are."""
+    return int(run.max()) + 1
+
+
 def standard_error(values: Array, run: NDArray[np.int64] | None = None) -> float:
     """Of the mean of `values` [n]: over runs that may depend on each other, or of independent values without."""
     if not np.isfinite(values).all():

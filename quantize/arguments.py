@@ -12,7 +12,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 def check_same(kind: str, one: Arguments, other: Arguments) -> None:
     """Raise BadInput unless a block that is given `one` for a sequence may be given it for those of `other`, too."""
-    named = [*((f"argument {i + 2}", pair) for i, pair in enumerate(zip(one[0], other[0], strict=True)))]
+    named = [(f"argument {i + 2}", pair) for i, pair in enumerate(zip(one[0], other[0], strict=True))]
     named += [(name, (value, other[1].get(name))) for name, value in one[1].items()]
     for name, pair in named:
         if not _alike(*pair):

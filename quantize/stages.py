@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from .activations import measured, round_inputs
 from .arguments import Arguments
 from .grid import Inputs
+from .methods.panels import panels
 from .model import Experts
 from .recipe import Activations
 
 Group = tuple[str, ...]  # names of linears that receive one tensor
 _ROWS = 1024  # tokens in one product of a moment: their float32 copies are the largest tensors beside what waits
-_PANELS = 8  # X^T X is symmetric: about half of it is computed, in this many panels
 
 
 @dataclass(frozen=True)
@@ -306,13 +306,11 @@ class _Run:
 
 def add_second_moment(total: Tensor, rows: Tensor) -> None:
     """Add X^T X to the upper triangle of `total` [in, in] for X = rows [tokens, in]; what is below it is undefined."""
-    n = rows.shape[1]
     if rows.device.type != "cpu":
         total.addmm_(rows.T, rows)
         return
-    width = max(128, -(-n // _PANELS))
-    for start in range(0, n, width):
-        total[start : start + width, start:].addmm_(rows[:, start : start + width].T, rows[:, start:])
+    for part in panels(rows.shape[1]):
+        total[part, part.start :].addmm_(rows[:, part].T, rows[:, part.start :])
 
 
 @contextmanager

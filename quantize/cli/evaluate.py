@@ -67,7 +67,7 @@ def evaluate_command(
     chosen = _recipe(subject, original, recipe, sets)
     prepared = evaluation_windows(chosen, allow_pickle, trust_remote_code)
     source = open_source(chosen, allow_pickle, trust_remote_code)
-    from quantpress.eval.measure import evaluate, evaluate_served
+    from quantpress.eval.measure import evaluate, evaluate_served, positions_of
     from quantpress.eval.served import Server
 
     folder = subject / "quantized" if subject is not None and _is_run(subject) else subject
@@ -87,8 +87,7 @@ def evaluate_command(
             assert model is not None
             from quantpress.eval.records import Subject
 
-            limit = _longest(source.path)
-            server = Server(url, model, limit, os.environ.get("QUANTPRESS_API_KEY"))
+            server = Server(url, model, positions_of(source.path) or 2048, os.environ.get("QUANTPRESS_API_KEY"))
             what = Subject(kind="served", name=model, original=chosen.model, server=url)
             with watched(into, what.name) as watch:
                 results = evaluate_served(source.path, server, prepared, chosen.gates, watch, what)
@@ -158,9 +157,3 @@ def _subject(subject: Path, chosen: Recipe) -> "Subject":
         name, format = manifest["name"], manifest["artifact"]["format"]
         return Subject(kind="run", name=name, format=format, original=chosen.model)
     return Subject(kind="artifact", name=subject.resolve().name, original=chosen.model)
-
-
-def _longest(folder: Path) -> int:
-    """The longest input of the model in `folder`, tokens."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)

@@ -7,11 +7,11 @@ from ..ggml import by_size
 from ..grid import snap
 from ..recipe import BlockGrid, Grid, Method
 from .fitting import Fitting
+from .panels import panels
 from .rounded import Rounded
 from .threads import one_thread
 
 _WIDEST = 256  # columns of a group
-_PANELS = 8  # in which the output of a weight is measured
 
 
 def rtn(
@@ -67,11 +67,9 @@ def output_power(weight: Tensor, moment: Tensor | None) -> Tensor:
     """Squared output of each row of `weight` [out, in] over the tokens in `moment`; its squared norm without one."""
     if moment is None or moment.dim() == 1:
         return (weight.square() if moment is None else weight.square().mul_(moment)).sum(1)
-    power, n = weight.new_zeros(weight.shape[0]), weight.shape[1]
-    width = max(128, -(-n // _PANELS))
-    for start in range(0, n, width):  # the moment is symmetric: what is below its diagonal counts twice
-        stop = start + width
-        moved = torch.mm(weight[:, start:stop], moment[start:stop, start:stop])
-        moved.addmm_(weight[:, stop:], moment[stop:, start:stop], alpha=2)
-        power += moved.mul_(weight[:, start:stop]).sum(1)
+    power = weight.new_zeros(weight.shape[0])
+    for part in panels(weight.shape[1]):  # the moment is symmetric: what is below its diagonal counts twice
+        moved = torch.mm(weight[:, part], moment[part, part])
+        moved.addmm_(weight[:, part.stop :], moment[part.stop :, part], alpha=2)
+        power += moved.mul_(weight[:, part]).sum(1)
     return power
