@@ -176,7 +176,7 @@ wheel: dist/.built
 .venv/.wheel: dist/.built
 	@$(INSTALL) --no-deps --force-reinstall dist/*.whl
 	@rm -f .venv/.linked
-	@cd dist && ../$(BIN)/python -P -c 'import quantpress.quantize as q; print("testing", q.__file__); \
+	@cd dist && ../$(BIN)/python -P -c 'import quantpress as q; print("testing", q.__file__); \
 	  assert "site-packages" in q.__file__, "the checkout, not the wheel"'
 	@touch $@
 

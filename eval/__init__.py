@@ -1,1 +1,1 @@
-"""What the quantization cost and won, measured on the artifact as it lies on disk."""
+"""What quantization cost and gained: measured, reported, released."""

@@ -1,1 +1,1 @@
-"""What each server's loader demands of an artifact."""
+"""Artifacts made ready for servers, and tried on them."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantpress.quantize.artifact import Artifact
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.reader import gguf_files, open_gguf
-from quantpress.quantize.job import Job
-from quantpress.quantize.recipe import READERS, Activations, Grid, Target, Vllm, reader_notes, refusal
+from quantpress.artifact.artifact import Artifact
+from quantpress.core.errors import BadInput
+from quantpress.engine.job import Job
+from quantpress.gguf.reader import gguf_files, open_gguf
+from quantpress.numbers.types import Activations, Grid
+from quantpress.recipe import READERS, Target, Vllm, reader_notes, refusal
 
 # Servers multiply these in one product, so their shards need one scheme. vLLM: packed_modules_mapping of its models.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

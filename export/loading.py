@@ -10,16 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from quantpress.quantize import machine
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.reader import gguf_files
-from quantpress.quantize.recipe import READERS, LlamaCpp, Target, Vllm
+from quantpress.core import machine
+from quantpress.core.errors import BadInput
+from quantpress.gguf.reader import gguf_files
+from quantpress.recipe import READERS, LlamaCpp, Target, Vllm
 
 from . import contracts
 from .package import find_artifact
 from .serving import SERVERS, Options, ServerFailed, installed, serve
 from .serving.process import ServerTooSlow
-from .serving.servers import interpreter
+from .serving.starting import interpreter
 
 Way = Literal["server", "parser", "contract"]
 _PARSER_SECONDS = 600

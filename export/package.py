@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantpress.quantize.calibration import open_tokenizer
-from quantpress.quantize.convert import convert
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import MANIFEST, file_sha256, own_manifest, whole_folder, write_json
-from quantpress.quantize.formats import FORMATS
-from quantpress.quantize.gguf.chat import template_arguments
-from quantpress.quantize.gguf.reader import gguf_files
-from quantpress.quantize.recipe import READERS, Drafting, Ollama, Target, reader_notes
+from quantpress.artifact.convert import convert
+from quantpress.calibrate.tokens import open_tokenizer
+from quantpress.core.errors import BadInput
+from quantpress.core.files import MANIFEST, file_sha256, own_manifest, whole_folder, write_json
+from quantpress.formats import FORMATS
+from quantpress.gguf.chat import template_arguments
+from quantpress.gguf.reader import gguf_files
+from quantpress.recipe import READERS, Drafting, Ollama, Target, reader_notes
 
-from . import contracts, llama_cpp, ollama, resources, sglang, speculation, tensorrt_llm, tgi, triton, vllm
-from .server import Deployment, Server, compose, kubernetes, serve_sh
+from . import contracts, resources, speculation
+from .deployment import Deployment, Server, compose, kubernetes, serve_sh
+from .servers import llama_cpp, ollama, sglang, tensorrt_llm, tgi, triton, vllm
 
 LOOPBACK = "127.0.0.1"
 _RECORD = "export.json"

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantpress.quantize.recipe import Target
+from quantpress.recipe import Target
 
 from .contracts import Contents
 
@@ -72,7 +72,7 @@ def quantity(n: int) -> str:
 
 def words(resources: Resources) -> list[tuple[str, Any]]:
     """The figures with their names, for a page."""
-    from quantpress.quantize.plan import size
+    from quantpress.engine.plan import size
 
     return [
         ("weights", size(resources.weights_bytes)),

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantpress.quantize.artifact import Artifact
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import own_manifest
+from quantpress.artifact.artifact import Artifact
+from quantpress.core.errors import BadInput
+from quantpress.core.files import own_manifest
 
 RECORD = Path("eval") / "draft.json"  # written by eval/draft.py
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpress.quantize import kv_cache
-from quantpress.quantize.artifact import Artifact
-from quantpress.quantize.checkpoint import INDEX
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import changed, own_manifest
-from quantpress.quantize.formats import FORMATS, Contents
-from quantpress.quantize.gguf.reader import GgufCheckpoint, gguf_files
-from quantpress.quantize.grid import QuantizedLinear
-from quantpress.quantize.model import Linear, Skeleton
+from quantpress.artifact.artifact import Artifact
+from quantpress.calibrate import kv_cache
+from quantpress.core.errors import BadInput
+from quantpress.core.files import changed, own_manifest
+from quantpress.formats import FORMATS, Contents
+from quantpress.gguf.reader import GgufCheckpoint, gguf_files
+from quantpress.models.checkpoint import INDEX
+from quantpress.models.skeleton import Linear, Skeleton
+from quantpress.numbers.grid import QuantizedLinear
 
 from .contracts import of_folder
 from .package import find_artifact

@@ -1,1 +1,1 @@
-"""From a checkpoint and a recipe to a quantized artifact."""
+"""quantpress: from a Hugging Face checkpoint and a recipe to a quantized, measured release."""

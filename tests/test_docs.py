@@ -10,9 +10,9 @@ import pytest
 import typer
 import yaml
 
-from quantpress.quantize.cli.app import app
-from quantpress.quantize.recipe import Recipe
-from quantpress.quantize.recipe.file import load, parse
+from quantpress.cli.app import app
+from quantpress.recipe import Recipe
+from quantpress.recipe.loading import load, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,8 +79,9 @@ def test_the_commands_of_the_readme_exist_with_their_options() -> None:
     assert set(commands) - shown == set()
 
 
-@pytest.mark.parametrize("folder", ["quantize", "eval", "export"])
-def test_the_file_tree_of_the_readme_has_every_file(folder: str) -> None:
-    tree = README[README.index("## The house") : README.index("## Why not")]
-    there = {path.name for path in (ROOT / folder).glob("*.py") if not path.name.startswith("__")}
-    assert {name for name in there if not re.search(rf"\b{re.escape(name)}", tree)} == set()
+def test_the_repository_layout_of_the_readme_has_every_folder() -> None:
+    layout = README[README.index("## Repository layout") :].split("\n## ")[0]
+    there = {
+        path.parent.name for top in ("quantize", "eval", "export", "recipes") for path in ROOT.glob(f"{top}/**/*.py")
+    }
+    assert {name for name in there if f" {name}/" not in layout} == set()

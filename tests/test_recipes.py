@@ -7,10 +7,11 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats import FORMATS
-from quantpress.quantize.recipe import Activations, NumberType, Recipe, refusal
-from quantpress.quantize.recipe.file import load, shipped
+from quantpress.core.errors import BadInput
+from quantpress.formats import FORMATS
+from quantpress.numbers.types import Activations, NumberType
+from quantpress.recipe import Recipe, refusal
+from quantpress.recipe.loading import load, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 NAMES = sorted(path.stem for path in FILES)

@@ -2,9 +2,9 @@
 
 from .containers import composed, lacking
 from .process import ServerFailed
-from .records import Check, Serving, read
-from .servers import SERVERS, Options, Running, Server, installed, reach, serve
-from .smoke import Listener, smoke
+from .record import Check, Serving, read
+from .smoke_test import Listener, smoke
+from .starting import SERVERS, Options, Running, Server, installed, reach, serve
 
 __all__ = [
     "SERVERS",

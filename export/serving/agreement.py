@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantpress.quantize import machine
-from quantpress.quantize.artifact import Artifact, open_artifact
-from quantpress.quantize.calibration import encode
-from quantpress.quantize.model import Skeleton, run_block
+from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.calibrate.tokens import encode
+from quantpress.core import machine
+from quantpress.models.skeleton import Skeleton, run_block
 
 from .client import Client, Messages, Prompt, Refused, Step
-from .records import Agreement, Tolerance
+from .record import Agreement, Tolerance
 
 PROMPTS = (
     "The Amazon rainforest covers most of the Amazon basin of South America. This basin encompasses",

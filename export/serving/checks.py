@@ -7,8 +7,8 @@ from typing import Any
 
 from .agreement import prompt_ids, template_ids
 from .client import Answer, Client, Messages, Refused, ServerError, at_once
-from .records import Check
-from .servers import Running
+from .record import Check
+from .starting import Running
 
 _TOKENS = 24
 _PROMPTS = (

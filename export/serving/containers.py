@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from quantpress.quantize.errors import BadInput
+from quantpress.core.errors import BadInput
 
-from .servers import Launch, Server
+from .starting import Launch, Server
 
 RECORD = "export.json"
 _DOCKERS = {

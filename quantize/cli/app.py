@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import BadInput
-from .shared import out_console, say
+from ..core.errors import BadInput
+from .options import out_console, say
 
 _ORDER = (  # of the help: as the work goes
     "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",

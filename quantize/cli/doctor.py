@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from .app import app
-from .shared import JsonOpt, cache_folder, out_console, quiet_libraries
+from .options import JsonOpt, cache_folder, out_console, quiet_libraries
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf", "tokenizers")
 _EXTRAS = {  # module: what it is for, and how to get it
@@ -40,10 +40,10 @@ def doctor(as_json: JsonOpt = False) -> None:
 def _facts() -> dict[str, Any]:
     """Each thing with its version, or `missing`: how to get it."""
     quiet_libraries()
-    from quantpress.export.serving import SERVERS, installed
+    from quantpress.exports.serving import SERVERS, installed
 
-    from .. import machine
-    from ..plan import size
+    from ..core import machine
+    from ..engine.plan import size
 
     where = machine.device()
     here = machine.describe(where)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..errors import BadInput
+from ..core.errors import BadInput
 from ..recipe import Recipe
-from .shared import SHARE_LIMIT, byte_count, cache_folder, open_source, out_console, progress_bar, say
+from .options import SHARE_LIMIT, byte_count, cache_folder, open_source, out_console, progress_bar, say
 
 if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
-    from quantpress.eval.measure import Prepared, Watch
-    from quantpress.eval.records import Results
+    from quantpress.eval.measure.evaluate import Prepared, Watch
+    from quantpress.eval.measure.results import Results
 
-    from ..pipeline import Job, Settings
+    from ..engine.pipeline import Job, Settings
 
 
 def quantize_model(
@@ -33,11 +33,11 @@ def quantize_model(
     """Make the artifact. share: the folder where other runs find what this one computes, and it what they did."""
     limit = byte_count("--share-limit", share_limit)
     source = open_source(recipe, allow_pickle, trust)
-    from quantpress.export.contracts import check_job
+    from quantpress.exports.contracts import check_job
 
-    from ..pipeline import prepare
-    from ..pipeline import quantize as quantize_job
-    from ..sharing import Shared
+    from ..engine.pipeline import prepare
+    from ..engine.pipeline import quantize as quantize_job
+    from ..engine.sharing import Shared
 
     job = prepare(recipe, source)
     check_job(job)
@@ -51,7 +51,7 @@ def quantize_model(
 @contextmanager
 def quantizing(job: "Job", out: Path, overwrite: bool, ignore_limits: bool, trust: bool) -> "Iterator[Settings]":
     """What a run is told, while its progress is shown."""
-    from ..pipeline import Settings
+    from ..engine.pipeline import Settings
 
     with progress_bar("quantizing", job.skeleton.n_blocks) as advance:
         yield Settings(
@@ -66,15 +66,15 @@ def evaluation_windows(recipe: Recipe, allow_pickle: bool, trust: bool) -> "Prep
     if recipe.evaluation is None:
         raise BadInput("the recipe has `evaluation: null`; --set evaluation={} measures with the defaults")
     source = open_source(recipe, allow_pickle, trust)
-    from quantpress.eval.measure import prepare
+    from quantpress.eval.measure.evaluate import prepare
 
     return prepare(source.path, recipe.evaluation, cache_folder(), trust)
 
 
 def measure(out: Path, recipe: Recipe, text: "Prepared", allow_pickle: bool, trust: bool) -> "Results":
     """Evaluate the run folder `out`; its eval/ holds every section as soon as it is measured."""
-    from quantpress.eval.measure import evaluate
-    from quantpress.eval.records import Subject
+    from quantpress.eval.measure.evaluate import evaluate
+    from quantpress.eval.measure.results import Subject
 
     source = open_source(recipe, allow_pickle, trust)
     subject = Subject(kind="run", name=recipe.name, format=recipe.formats[0], original=recipe.model)
@@ -85,10 +85,10 @@ def measure(out: Path, recipe: Recipe, text: "Prepared", allow_pickle: bool, tru
 @contextmanager
 def watched(out: Path, name: str) -> "Iterator[Watch]":
     """An evaluation shown as it goes on and written to `out`/eval section by section: results.json and junit.xml."""
-    from quantpress.eval.junit import write_junit
-    from quantpress.eval.measure import Watch
+    from quantpress.eval.measure.evaluate import Watch
+    from quantpress.eval.report.junit import write_junit
 
-    from ..files import write_json
+    from ..core.files import write_json
 
     with ExitStack() as bars:
         shown: str | None = None
@@ -125,7 +125,7 @@ def print_results(results: "Results") -> None:
 
 
 def _figures(results: "Results") -> "Iterator[str]":
-    from ..plan import size
+    from ..engine.plan import size
 
     before, after, away, held = results.original, results.artifact, results.divergence, results.efficiency
     if before is not None and after is not None and results.perplexity_increase is not None:

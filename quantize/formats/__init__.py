@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..errors import BadInput
+from ..core.errors import BadInput
 from . import awq, gptq
 from .awq import Awq
 from .base import Contents, Format

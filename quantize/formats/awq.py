@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
-from ..grid import QuantizedLinear
-from ..recipe import Activations, Grid
+from ..core.errors import BadInput
+from ..numbers.grid import QuantizedLinear
+from ..numbers.types import Activations, Grid
 from .base import Contents, Format, grid_of, in_float16, kind, left_out, take
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each eight that is in bits 4i to 4i+3

@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..errors import BadInput
-from ..grid import Inputs, QuantizedLinear
-from ..recipe import Activations, Grid
+from ..core.errors import BadInput
+from ..numbers.grid import Inputs, QuantizedLinear
+from ..numbers.types import Activations, Grid
 
 _CACHES = {("float", 8): "fp8", ("int", 8): "int8"}
 Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: all of a grid that a file knows

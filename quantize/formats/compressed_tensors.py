@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import columns_of
-from ..errors import BadInput
-from ..grid import BLOCK, Inputs, QuantizedLinear
-from ..recipe import Activations, Grid
+from ..core.errors import BadInput
+from ..numbers.activations import columns_of
+from ..numbers.grid import BLOCK, Inputs, QuantizedLinear
+from ..numbers.types import Activations, Grid
 from . import layouts
 from .base import Contents, Format, Kind, grid_of, kind, patterns, take
 

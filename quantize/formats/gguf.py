@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import BadInput
-from ..grid import QuantizedLinear
-from ..recipe import Activations, BlockGrid, Grid
-from . import ggml
+from ..core.errors import BadInput
+from ..numbers.grid import QuantizedLinear
+from ..numbers.types import Activations, BlockGrid, Grid
+from . import ggml_blocks as ggml
 from .base import Contents, Format, take
 
 

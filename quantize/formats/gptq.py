@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
-from ..grid import QuantizedLinear
-from ..recipe import Activations, Grid
+from ..core.errors import BadInput
+from ..numbers.grid import QuantizedLinear
+from ..numbers.types import Activations, Grid
 from . import bits as bitstream
 from .base import Contents, Format, Kind, grid_of, in_float16, kind, patterns, take
 

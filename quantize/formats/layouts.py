@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..grid import BLOCK, QuantizedLinear
-from ..recipe import Activations, Grid
+from ..numbers.grid import BLOCK, QuantizedLinear
+from ..numbers.types import Activations, Grid
 from . import bits as bitstream
 from .base import take
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
-from ..grid import Inputs, QuantizedLinear
-from ..recipe import Activations, Grid
+from ..core.errors import BadInput
+from ..numbers.grid import Inputs, QuantizedLinear
+from ..numbers.types import Activations, Grid
 from .base import Contents, Format, Kind, grid_of, kind, left_out, take
 
 _STATIC, _DYNAMIC = Activations(type="fp8", dynamic=False), Activations(type="fp8")

@@ -8,10 +8,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from torch import Tensor
 
-from ..errors import BadInput
-from ..ggml import BLOCK_BYTES
+from ..core.errors import BadInput
 from ..methods import ROUNDERS
-from ..recipe import BlockGrid, GgmlType, Rtn
+from ..numbers.block_types import BLOCK_BYTES
+from ..numbers.types import BlockGrid, GgmlType
+from ..recipe import Rtn
 from .mixes import TensorType
 from .sensitivity import Sensitivity
 

@@ -15,10 +15,10 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import nn
 
-from ..calibration import Tokens
-from ..errors import BadInput
-from ..model import Skeleton, run_block
-from ..plan import BATCH_TOKENS
+from ..calibrate.stages import BATCH_TOKENS
+from ..calibrate.tokens import Tokens
+from ..core.errors import BadInput
+from ..models.skeleton import Skeleton, run_block
 from .layout import Entry
 from .reader import GgufTensors
 from .writer import Tensor, write

@@ -10,9 +10,9 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from ..errors import BadInput
-from ..model import Skeleton
-from .architectures import Architecture, Change, architecture, change_of, names_of, to_gguf
+from ..core.errors import BadInput
+from ..models.skeleton import Skeleton
+from .gguf_families import Architecture, Change, architecture, change_of, names_of, to_gguf
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight")

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from ..errors import BadInput
+from ..core.errors import BadInput
 
 CONTEXT = 8192  # tokens at most: the model's own may need more memory than there is
 Message = dict[str, str]

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
-from ..checkpoint import Checkpoint
-from ..grid import Grid
-from ..model import Linear, Skeleton
-from ..plan import PROCESS_BYTES, Plan, make_plan
+from ..engine.plan import PROCESS_BYTES, Plan, make_plan
+from ..models.checkpoint import Checkpoint
+from ..models.skeleton import Linear, Skeleton
+from ..numbers.grid import Grid
 from ..recipe import LlamaCppQuantizer, Recipe
-from ..recipe.gguf import FLOATS
-from . import rounding
-from .convert import Conversion, FloatType
+from ..recipe.gguf_file import FLOATS
+from . import rounded_file as rounding
+from .conversion import Conversion, FloatType
 from .tensor_types import expected_types, fallbacks, our_types
 from .writer import sizes
 

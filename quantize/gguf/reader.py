@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..architectures import ARCHITECTURES as MODELS
-from ..checkpoint import companions, read_json
-from ..errors import BadInput
-from ..files import file_sha256
-from ..model import Skeleton, text_config
-from ..recipe.gguf import FLOATS
-from .architectures import architecture, from_gguf, names_of
+from ..core.errors import BadInput
+from ..core.files import file_sha256
+from ..models.checkpoint import companions, read_json
+from ..models.families import ARCHITECTURES as MODELS
+from ..models.skeleton import Skeleton, text_config
+from ..recipe.gguf_file import FLOATS
+from .gguf_families import architecture, from_gguf, names_of
 from .layout import Entry, gguf_name, layout
 
 _FILE = "model.gguf"

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..arguments import Arguments
-from ..model import Skeleton, run_block
-from ..plan import BATCH_TOKENS
+from ..calibrate.stages import BATCH_TOKENS
+from ..models.arguments import Arguments
+from ..models.skeleton import Skeleton, run_block
 
 _STATES = "states"
 

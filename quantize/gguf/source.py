@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..architectures import ARCHITECTURES as MODELS
-from ..errors import BadInput
-from .architectures import ARCHITECTURES as WRITTEN
-from .architectures import change_of, from_gguf, names_of
+from ..core.errors import BadInput
+from ..models.families import ARCHITECTURES as MODELS
+from .gguf_families import ARCHITECTURES as WRITTEN
+from .gguf_families import change_of, from_gguf, names_of
 from .layout import EXPERT, gguf_name
 from .reader import dequantized, open_gguf
 from .source_config import Metadata, model_config

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import torch
 
-from ..errors import BadInput
+from ..core.errors import BadInput
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from ..errors import BadInput
+from ..core.errors import BadInput
 
 _PROBE = "It's WE'LL 12345  cafe\u0301 ½٣ x**2, (a_b)\n\n\tdef f(x):\r\n    return \"日本語\"  HelloWorld 🦙 <s></s>…\n"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # tokenizer.ggml.token_type

@@ -7,9 +7,10 @@ from typing import cast, get_args
 import gguf
 from gguf import GGMLQuantizationType
 
-from ..errors import BadInput
-from ..recipe import GgmlType, Recipe, matches
-from .convert import Conversion
+from ..core.errors import BadInput
+from ..numbers.types import GgmlType
+from ..recipe import Recipe, matches
+from .conversion import Conversion
 from .layout import Entry, float_type
 from .mixes import Choice, FileType, Model, choose
 

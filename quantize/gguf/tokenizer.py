@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..calibration import open_tokenizer
-from ..errors import BadInput
+from ..calibrate.tokens import open_tokenizer
+from ..core.errors import BadInput
 from .source_tokenizer import PRE, Pre, steps_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type

@@ -16,8 +16,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from ..errors import BadInput
-from ..files import fsync
+from ..core.errors import BadInput
+from ..core.files import fsync
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes the data of each tensor is padded to
 ARCHITECTURE = "general.architecture"

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..recipe import Grid, Method, Transform
+from ..numbers.types import Grid
+from ..recipe import Method, Transform
 from .awq import awq
 from .gptq import gptq
 from .rounded import Rounded

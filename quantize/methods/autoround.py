@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..grid import QuantizedLinear
+from ..numbers.grid import QuantizedLinear
 from ..recipe import AutoRound
 from .adam import Direction
 from .fake_quant import FakeQuant, Trained, fake_quantize, storable

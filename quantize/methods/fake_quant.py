@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..grid import QuantizedLinear
+from ..numbers.grid import QuantizedLinear
 
 _SHARE = 0.8  # of its distance to its code that a weight keeps
 SMALLEST_SCALE = 2.0**-17  # as grid.fit: exact in both 16-bit types, and never divides by zero

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import ggml
-from ..grid import QuantizedLinear, collapse, encode, fit, global_scale, scale_dtype
-from ..recipe import BlockGrid, Grid
+from ..numbers import block_types as ggml
+from ..numbers.grid import QuantizedLinear, collapse, encode, fit, global_scale, scale_dtype
+from ..numbers.types import BlockGrid, Grid
 
 
 class Fitting:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..grid import round_numbers_
-from ..recipe import Gptq, Grid, Method
+from ..numbers.grid import round_numbers_
+from ..numbers.types import Grid
+from ..recipe import Gptq, Method
 from .fitting import Fitting
 from .rounded import Rounded
 from .rtn import output_power

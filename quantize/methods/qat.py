@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..grid import QuantizedLinear
+from ..numbers.grid import QuantizedLinear
 from ..recipe import Qat
 from .adam import Direction
 from .fake_quant import FakeQuant, Trained, fake_quantize, storable

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..grid import QuantizedLinear
+from ..numbers.grid import QuantizedLinear
 
 
 @dataclass(frozen=True)

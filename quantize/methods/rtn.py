@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..ggml import by_size
-from ..grid import snap
-from ..recipe import BlockGrid, Grid, Method
+from ..numbers.block_types import by_size
+from ..numbers.grid import snap
+from ..numbers.types import BlockGrid, Grid
+from ..recipe import Method
 from .fitting import Fitting
 from .panels import panels
 from .rounded import Rounded

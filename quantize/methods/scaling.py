@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..recipe import Grid, Rtn
+from ..numbers.types import Grid
+from ..recipe import Rtn
 from .rtn import output_power, rtn
 
 Rounding = Callable[[Tensor], Tensor]  # what the artifact makes of inputs [tokens, in] as it runs

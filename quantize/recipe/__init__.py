@@ -1,10 +1,10 @@
-"""The recipe: what one YAML file may say. No torch here; file.py reads it from disk."""
+"""The recipe: what one YAML file may say. No torch here; loading.py reads it from disk."""
 
-from .base import Strict, matches
+from ..core.schema import Strict, matches
 from .document import FormatName, Override, PackedFormat, Recipe
 from .evaluation import GPUS, EfficiencySettings, Evaluation, Task, Timing
-from .gates import Gates
-from .gguf import Budget, FileType, Gguf, TensorType
+from .gate_limits import Gates
+from .gguf_file import Budget, FileType, Gguf, TensorType
 from .methods import (
     AutoRound,
     Awq,
@@ -20,21 +20,17 @@ from .methods import (
     Transform,
     Tuned,
 )
-from .numbers import SUPER_BLOCK, Activations, BlockGrid, GgmlType, Grid, GroupSize, NumberType, ScaleSearch
 from .readers import READERS, refusal
 from .readers import notes as reader_notes
-from .smoke import ServerName, Smoke
+from .smoke_test import ServerName, Smoke
 from .targets import Drafting, LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Triton, Vllm
 from .text import Bos, Calibration, Text
 
 __all__ = [
     "GPUS",
     "READERS",
-    "SUPER_BLOCK",
-    "Activations",
     "AutoRound",
     "Awq",
-    "BlockGrid",
     "Bos",
     "Budget",
     "Calibration",
@@ -45,16 +41,12 @@ __all__ = [
     "FileType",
     "FormatName",
     "Gates",
-    "GgmlType",
     "Gguf",
     "Gptq",
-    "Grid",
-    "GroupSize",
     "Hadamard",
     "LlamaCpp",
     "LlamaCppQuantizer",
     "Method",
-    "NumberType",
     "Objective",
     "Ollama",
     "Override",
@@ -62,7 +54,6 @@ __all__ = [
     "Qat",
     "Recipe",
     "Rtn",
-    "ScaleSearch",
     "ServerName",
     "Sglang",
     "Smoke",

@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from ..errors import BadInput
-from .base import Pattern, Strict, matches, named
+from ..core.errors import BadInput
+from ..core.schema import Pattern, Strict, matches, named
+from ..numbers.types import Activations, Grid, GroupSize, NumberType, ScaleSearch
 from .evaluation import Evaluation
-from .gates import Gates
-from .gguf import Gguf
+from .gate_limits import Gates
+from .gguf_file import Gguf
 from .methods import Gptq, Hadamard, LlamaCppQuantizer, Method, Qat, Rtn, Transform, Tuned
-from .numbers import Activations, Grid, GroupSize, NumberType, ScaleSearch
 from .readers import refusal
-from .smoke import Smoke
+from .smoke_test import Smoke
 from .targets import Target
 from .text import Calibration
 

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .base import Strict, named
+from ..core.schema import Strict, named
 from .text import Text
 
 # Memory in MiB as the driver reports it, which is less than the name says where error correction takes a part.

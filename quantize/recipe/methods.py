@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import Lax, Strict
+from ..core.schema import Lax, Strict
 
 Objective = Literal["kl", "next_token"]
 

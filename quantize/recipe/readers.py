@@ -7,7 +7,7 @@ model's shapes (tensor parallelism, fused layers) are in export/contracts.py.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .numbers import Activations, Grid
+from ..numbers.types import Activations, Grid
 
 _FORMATS = ("compressed-tensors", "gptq", "awq", "modelopt", "gguf")  # in the order they are proposed
 _MARLIN = (-1, 32, 64, 128)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Strict, named
+from ..core.schema import Strict, named
 
 _MODEL = r"^/?[A-Za-z0-9][A-Za-z0-9._/@+-]*$"  # a hub id or an absolute folder, of letters that no shell takes amiss
 

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import Strict
+from ..core.schema import Strict
 
 Bos = Literal["auto", "always", "never"]
 

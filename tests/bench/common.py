@@ -78,7 +78,7 @@ def quantpress(model: str, out: Path, settings: dict[str, object]) -> list[str]:
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe = out.parent / "bench.yaml"
     recipe.write_text("name: bench\nevaluation: null\n", encoding="utf-8")
-    command = [sys.executable, "-m", "quantpress.quantize.cli", "quantize", str(recipe)]
+    command = [sys.executable, "-m", "quantpress", "quantize", str(recipe)]
     command += ["--model", model, "--out", str(out)]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]

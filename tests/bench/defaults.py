@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from quantpress.quantize.recipe import Text
-from quantpress.quantize.sources import default_cache, resolve
-from quantpress.quantize.texts import load_documents
+from quantpress.calibrate.texts import load_documents
+from quantpress.engine.sources import default_cache, resolve
+from quantpress.recipe import Text
 
 Role = Literal["calibration", "evaluation"]
 

@@ -22,11 +22,11 @@ import common
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantpress.eval.divergence import Windows, compare, divergence, last_hidden, windows
-from quantpress.eval.reference import reference
-from quantpress.quantize import machine
-from quantpress.quantize.artifact import open_artifact
-from quantpress.quantize.recipe import Evaluation
+from quantpress.artifact.artifact import open_artifact
+from quantpress.core import machine
+from quantpress.eval.measure.divergence import Windows, compare, divergence, last_hidden, windows
+from quantpress.eval.measure.reference import reference
+from quantpress.recipe import Evaluation
 
 CPU = torch.device("cpu")
 

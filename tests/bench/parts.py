@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantpress.eval.measure import Prepared, evaluate
-from quantpress.eval.measure import prepare as prepare_evaluation
-from quantpress.quantize import machine
-from quantpress.quantize.pipeline import Settings, prepare, quantize
-from quantpress.quantize.recipe import Evaluation, Gates
-from quantpress.quantize.recipe.file import parse
-from quantpress.quantize.sources import Source, default_cache, resolve
+from quantpress.core import machine
+from quantpress.engine.pipeline import Settings, prepare, quantize
+from quantpress.engine.sources import Source, default_cache, resolve
+from quantpress.eval.measure.evaluate import Prepared, evaluate
+from quantpress.eval.measure.evaluate import prepare as prepare_evaluation
+from quantpress.recipe import Evaluation, Gates
+from quantpress.recipe.loading import parse
 
 SAMPLES, SEQ_LEN, WINDOWS, WINDOW = 32, 512, 8, 1024
 PLAIN: dict[str, Any] = {"name": "gptq", "order": "natural", "weighted_scales": False, "error_correction": 0}

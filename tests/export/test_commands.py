@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from quantpress.quantize.cli import main
-from quantpress.quantize.recipe import Grid
-from tests.export.test_servers import write_gguf
-from tests.quantize.formats.artifacts import make, uniform
+from quantpress.cli import main
+from quantpress.numbers.types import Grid
+
+from ..quantize.formats.artifacts import make, uniform
+from .test_servers import write_gguf
 
 
 @pytest.fixture(scope="module")

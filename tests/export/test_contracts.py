@@ -4,15 +4,17 @@ from typing import Any
 
 import pytest
 
-from quantpress.export.contracts import Contents, advice, check_job, of_artifact, of_job, problems
-from quantpress.quantize.artifact import Artifact
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.job import prepare
-from quantpress.quantize.recipe import Activations, Grid, LlamaCpp, Sglang, Target, Tgi, Vllm
-from quantpress.quantize.recipe.file import parse
-from quantpress.quantize.sources import resolve
-from tests.quantize.formats.artifacts import make, uniform
-from tests.tiny import build
+from quantpress.artifact.artifact import Artifact
+from quantpress.core.errors import BadInput
+from quantpress.engine.job import prepare
+from quantpress.engine.sources import resolve
+from quantpress.exports.contracts import Contents, advice, check_job, of_artifact, of_job, problems
+from quantpress.numbers.types import Activations, Grid
+from quantpress.recipe import LlamaCpp, Sglang, Target, Tgi, Vllm
+from quantpress.recipe.loading import parse
+
+from ..quantize.formats.artifacts import make, uniform
+from ..tiny import build
 
 W4 = Grid(group_size=64)
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",

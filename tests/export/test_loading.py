@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from quantpress.export import loading
-from quantpress.export.loading import will_load
-from quantpress.export.serving import Options
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import Grid, LlamaCpp, TensorRtLlm, Tgi, Triton, Vllm
-from tests.export.test_servers import write_gguf
-from tests.quantize.formats.artifacts import make, uniform
+from quantpress.core.errors import BadInput
+from quantpress.exports import loading
+from quantpress.exports.loading import will_load
+from quantpress.exports.serving import Options
+from quantpress.numbers.types import Grid
+from quantpress.recipe import LlamaCpp, TensorRtLlm, Tgi, Triton, Vllm
+
+from ..quantize.formats.artifacts import make, uniform
+from .test_servers import write_gguf
 
 HERE = sys.executable  # it has no vLLM
 HEALTHY = """

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from quantpress.export.package import export
-from quantpress.quantize.checkpoint import Checkpoint
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import file_sha256, write_json
-from quantpress.quantize.recipe import Grid, Target, Vllm
-from tests.quantize.formats.artifacts import make, uniform
+from quantpress.core.errors import BadInput
+from quantpress.core.files import file_sha256, write_json
+from quantpress.exports.package import export
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.numbers.types import Grid
+from quantpress.recipe import Target, Vllm
+
+from ..quantize.formats.artifacts import make, uniform
 
 W4 = Grid(group_size=32)
 

@@ -12,22 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from quantpress.export.package import SERVERS, export
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.recipe import (
-    Activations,
-    Grid,
-    LlamaCpp,
-    Ollama,
-    Sglang,
-    Target,
-    TensorRtLlm,
-    Tgi,
-    Triton,
-    Vllm,
-)
-from tests.quantize.formats.artifacts import make, uniform
-from tests.tiny import tokenizer
+from quantpress.core.errors import BadInput
+from quantpress.exports.package import SERVERS, export
+from quantpress.numbers.types import Activations, Grid
+from quantpress.recipe import LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Triton, Vllm
+
+from ..quantize.formats.artifacts import make, uniform
+from ..tiny import tokenizer
 
 TARGETS: dict[str, Target] = {
     "vllm": Vllm(max_model_len=64),

@@ -5,18 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from quantpress.eval.draft import Accepted, Draft
-from quantpress.eval.records import EvaluationText
-from quantpress.export.package import export
-from quantpress.export.resources import Resources
-from quantpress.export.server import Deployment
-from quantpress.export.speculation import RECORD, Acceptance, measured
-from quantpress.export.vllm import server
-from quantpress.quantize.artifact import Artifact
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import write_json
-from quantpress.quantize.recipe import Grid, Sglang, Vllm
-from tests.quantize.formats.artifacts import make, uniform
+from quantpress.artifact.artifact import Artifact
+from quantpress.core.errors import BadInput
+from quantpress.core.files import write_json
+from quantpress.eval.measure.draft import Accepted, Draft
+from quantpress.eval.measure.results import EvaluationText
+from quantpress.exports.deployment import Deployment
+from quantpress.exports.package import export
+from quantpress.exports.resources import Resources
+from quantpress.exports.servers.vllm import server
+from quantpress.exports.speculation import RECORD, Acceptance, measured
+from quantpress.numbers.types import Grid
+from quantpress.recipe import Sglang, Vllm
+
+from ..quantize.formats.artifacts import make, uniform
 
 TOKENS = {1: 1.9, 2: 2.7, 4: 3.9, 8: 5.0}
 

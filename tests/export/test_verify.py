@@ -11,17 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantpress.export.package import export
-from quantpress.export.verify import compared, structure, verify
-from quantpress.quantize.checkpoint import Checkpoint
-from quantpress.quantize.convert import convert
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import file_sha256
-from quantpress.quantize.gguf.convert import convert as convert_to_gguf
-from quantpress.quantize.recipe import Activations, Grid, LlamaCpp, Vllm
-from tests.export.test_servers import write_gguf
-from tests.quantize.formats.artifacts import make, uniform
-from tests.quantize.gguf.models import build
+from quantpress.artifact.convert import convert
+from quantpress.core.errors import BadInput
+from quantpress.core.files import file_sha256
+from quantpress.exports.package import export
+from quantpress.exports.verify import compared, structure, verify
+from quantpress.gguf.conversion import convert as convert_to_gguf
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.numbers.types import Activations, Grid
+from quantpress.recipe import LlamaCpp, Vllm
+
+from ..quantize.formats.artifacts import make, uniform
+from ..quantize.gguf.models import build
+from .test_servers import write_gguf
 
 FP8 = Activations(type="fp8")
 FORMATS: dict[str, tuple[Grid, Activations | None]] = {

@@ -12,8 +12,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.sources import resolve
+from quantpress.core.errors import BadInput
+from quantpress.engine.sources import resolve
 
 TEXT = (
     "It's 12345 o'clock,  isn't it?\n\n\tWE'LL SEE café cafe\u0301 日本語 ½ ١٢٣ "

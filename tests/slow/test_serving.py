@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from quantpress.export.serving import SERVERS, installed
-from quantpress.quantize import sources
-from quantpress.quantize.cli.shared import cache_folder
-from quantpress.quantize.cli.smoke import smoke_stage
-from quantpress.quantize.pipeline import Settings, prepare, quantize
-from quantpress.quantize.recipe import Recipe, Smoke
-from quantpress.quantize.recipe.file import load
+from quantpress.cli.options import cache_folder
+from quantpress.cli.smoking import smoke_stage
+from quantpress.engine import sources
+from quantpress.engine.pipeline import Settings, prepare, quantize
+from quantpress.exports.serving import SERVERS, installed
+from quantpress.recipe import Recipe, Smoke
+from quantpress.recipe.loading import load
 
 pytestmark = pytest.mark.slow
 PYTHONS = {"vllm": os.environ.get("QUANTPRESS_VLLM_PYTHON")}

@@ -20,11 +20,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantpress.export.serving import SERVERS, Options, serve
-from quantpress.export.serving.client import Client
-from quantpress.quantize import machine
-from quantpress.quantize.activations import round_inputs
-from quantpress.quantize.artifact import Artifact
+from quantpress.artifact.artifact import Artifact
+from quantpress.core import machine
+from quantpress.exports.serving import SERVERS, Options, serve
+from quantpress.exports.serving.client import Client
+from quantpress.numbers.activations import round_inputs
 
 OWN = Path(__file__).parents[2] / ".venv-vllm/bin/python"
 PYTHON = os.environ.get("QUANTPRESS_VLLM_PYTHON") or (str(OWN) if OWN.is_file() else None)
@@ -63,7 +63,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         f"name: served\nmethod: {{name: gptq}}\n{RECIPES[request.param]}"
         "calibration: {samples: 16, seq_len: 256}\nevaluation: null\n"
     )
-    command = [sys.executable, "-m", "quantpress.quantize.cli", "quantize", str(recipe)]
+    command = [sys.executable, "-m", "quantpress", "quantize", str(recipe)]
     done = subprocess.run([*command, "--model", MODEL, "--out", str(folder / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "out/quantized"

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from quantpress.export.loading import will_load
-from quantpress.export.package import export
-from quantpress.quantize.recipe import Grid, Vllm
-from tests.quantize.formats.artifacts import make, uniform
+from quantpress.exports.loading import will_load
+from quantpress.exports.package import export
+from quantpress.numbers.types import Grid
+from quantpress.recipe import Vllm
+
+from ..quantize.formats.artifacts import make, uniform
 
 OWN = Path(__file__).parents[2] / ".venv-vllm/bin/python"
 PYTHON = os.environ.get("QUANTPRESS_VLLM_PYTHON") or (str(OWN) if OWN.is_file() else None)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from quantpress.export.serving.servers import Launch, Options, Running, Server, serve
+from quantpress.exports.serving.starting import Launch, Options, Running, Server, serve
 
 FAKE = Path(__file__).with_name("fake_server.py")
 

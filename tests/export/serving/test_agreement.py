@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantpress.export.serving import agreement
-from quantpress.export.serving.agreement import Continuation, compare, judged, log_probabilities, tolerance_for
-from quantpress.export.serving.client import Answer, Client, Step
-from quantpress.export.serving.records import Tolerance
-from quantpress.quantize import machine
-from quantpress.quantize.artifact import open_artifact
-from quantpress.quantize.pipeline import Settings, prepare, quantize
-from quantpress.quantize.recipe import Activations, Grid
-from quantpress.quantize.recipe.file import parse
-from quantpress.quantize.sources import resolve
-from tests.quantize.formats.artifacts import make, uniform
-from tests.tiny import build
+from quantpress.artifact.artifact import open_artifact
+from quantpress.core import machine
+from quantpress.engine.pipeline import Settings, prepare, quantize
+from quantpress.engine.sources import resolve
+from quantpress.exports.serving import agreement
+from quantpress.exports.serving.agreement import Continuation, compare, judged, log_probabilities, tolerance_for
+from quantpress.exports.serving.client import Answer, Client, Step
+from quantpress.exports.serving.record import Tolerance
+from quantpress.numbers.types import Activations, Grid
+from quantpress.recipe.loading import parse
 
+from ...quantize.formats.artifacts import make, uniform
+from ...tiny import build
 from .fakes import Bytes
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantpress.export.serving.checks import CHECKS, Subject, made, make
-from quantpress.export.serving.client import Client, ServerError, at_once
-from quantpress.export.serving.records import Check
-from quantpress.export.serving.servers import Running
+from quantpress.exports.serving.checks import CHECKS, Subject, made, make
+from quantpress.exports.serving.client import Client, ServerError, at_once
+from quantpress.exports.serving.record import Check
+from quantpress.exports.serving.starting import Running
 
 from .fakes import Bytes, fake_server
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from quantpress.export.serving import Options, Serving, composed, lacking, read, serve
-from quantpress.export.serving.checks import CHECKS, Subject, make
-from quantpress.export.serving.client import Client
-from quantpress.export.serving.process import free_port
-from quantpress.quantize.cli import main
-from quantpress.quantize.errors import BadInput
-from tests.tiny import build
+from quantpress.cli import main
+from quantpress.core.errors import BadInput
+from quantpress.exports.serving import Options, Serving, composed, lacking, read, serve
+from quantpress.exports.serving.checks import CHECKS, Subject, make
+from quantpress.exports.serving.client import Client
+from quantpress.exports.serving.process import free_port
 
+from ...tiny import build
 from .fakes import FAKE, Bytes, fake_server
 
 DOCKER = """#!/bin/sh

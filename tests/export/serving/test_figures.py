@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantpress.export.serving import figures
-from quantpress.export.serving.client import Stream
+from quantpress.exports.serving import timing as figures
+from quantpress.exports.serving.client import Stream
 
 
 class Timed:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantpress.export.serving.process import Child, ServerFailed, free_port, running, wait_until_healthy
+from quantpress.exports.serving.process import Child, ServerFailed, free_port, running, wait_until_healthy
 
 FAKE = Path(__file__).with_name("fake_server.py")
 GRACE_S = 0.2

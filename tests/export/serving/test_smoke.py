@@ -9,14 +9,14 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from quantpress.export.serving import SERVERS, Options, Serving, installed, read, smoke
-from quantpress.export.serving.checks import CHECKS
-from quantpress.export.serving.servers import interpreter
-from quantpress.quantize.cli import main
-from quantpress.quantize.errors import BadInput
-from tests.quantize.originals import tiny, trained, write_gguf
-from tests.tiny import build
+from quantpress.cli import main
+from quantpress.core.errors import BadInput
+from quantpress.exports.serving import SERVERS, Options, Serving, installed, read, smoke
+from quantpress.exports.serving.checks import CHECKS
+from quantpress.exports.serving.starting import interpreter
 
+from ...quantize.originals import tiny, trained, write_gguf
+from ...tiny import build
 from .fakes import Bytes, fake_server, row
 
 CONTEXT = 512

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import transformers
 
-from quantpress.quantize.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
-from quantpress.quantize.files import write_json
-from quantpress.quantize.formats import FORMATS, Contents
-from quantpress.quantize.grid import Grid, QuantizedLinear
-from quantpress.quantize.recipe import Activations
-from tests.tiny import VOCAB, build
+from quantpress.core.files import write_json
+from quantpress.formats import FORMATS, Contents
+from quantpress.models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from quantpress.numbers.grid import Grid, QuantizedLinear
+from quantpress.numbers.types import Activations
 
+from ...tiny import VOCAB, build
 from .records import record
 
 Schemes = dict[str, Grid | None]

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantpress.quantize.activations import columns_of
-from quantpress.quantize.grid import BLOCK, Grid, Inputs, QuantizedLinear
-from quantpress.quantize.recipe import Activations
+from quantpress.numbers.activations import columns_of
+from quantpress.numbers.grid import BLOCK, Grid, Inputs, QuantizedLinear
+from quantpress.numbers.types import Activations
 
 BITS = (2, 3, 4, 8)
 GRIDS = [

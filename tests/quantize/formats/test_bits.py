@@ -6,7 +6,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantpress.quantize.formats import bits as bitstream
+from quantpress.formats import bits as bitstream
 
 from .records import BITS, read_stream
 

@@ -13,19 +13,19 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from torch import Tensor
 
-from quantpress.eval.divergence import last_hidden
-from quantpress.quantize import activations as activations_module
-from quantpress.quantize import artifact as artifact_module
-from quantpress.quantize.artifact import Artifact, open_artifact
-from quantpress.quantize.checkpoint import Checkpoint, write_part
-from quantpress.quantize.convert import convert
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.files import write_json
-from quantpress.quantize.formats import FORMATS, Contents
-from quantpress.quantize.grid import Grid, Inputs
-from quantpress.quantize.recipe import Activations
-from tests import tiny
+from quantpress.artifact import artifact as artifact_module
+from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.artifact.convert import convert
+from quantpress.core.errors import BadInput
+from quantpress.core.files import write_json
+from quantpress.eval.measure.divergence import last_hidden
+from quantpress.formats import FORMATS, Contents
+from quantpress.models.checkpoint import Checkpoint, write_part
+from quantpress.numbers import activations as activations_module
+from quantpress.numbers.grid import Grid, Inputs
+from quantpress.numbers.types import Activations
 
+from ... import tiny
 from .artifacts import linears, load, logits, make, quantization_config, uniform
 from .records import FLOATS, PAIRS, equal, record
 

@@ -7,9 +7,9 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats import FORMATS, Contents
-from quantpress.quantize.grid import Grid
+from quantpress.core.errors import BadInput
+from quantpress.formats import FORMATS, Contents
+from quantpress.numbers.grid import Grid
 
 from .artifacts import linears, load, logits, make, quantization_config, uniform
 from .records import GRIDS, record

@@ -5,10 +5,10 @@ from typing import get_args
 import pytest
 import torch
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats import FORMATS, Contents, detect
-from quantpress.quantize.grid import Grid
-from quantpress.quantize.recipe import PackedFormat
+from quantpress.core.errors import BadInput
+from quantpress.formats import FORMATS, Contents, detect
+from quantpress.numbers.grid import Grid
+from quantpress.recipe import PackedFormat
 
 from .records import GRIDS, equal, record, with_scales
 

@@ -12,9 +12,9 @@ from gguf.quants import dequantize
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from quantpress.quantize.formats import ggml
-from quantpress.quantize.ggml import BLOCK_BYTES
-from quantpress.quantize.recipe import BlockGrid, GgmlType
+from quantpress.formats import ggml_blocks as ggml
+from quantpress.numbers.block_types import BLOCK_BYTES
+from quantpress.numbers.types import BlockGrid, GgmlType
 
 COLUMNS = {kind: n for kind, (n, _) in ((t.name, gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType)}
 TYPES: tuple[GgmlType, ...] = get_args(GgmlType)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats import FORMATS, Contents
-from quantpress.quantize.grid import Grid
+from quantpress.core.errors import BadInput
+from quantpress.formats import FORMATS, Contents
+from quantpress.numbers.grid import Grid
 
 from .records import GRIDS, equal, record
 

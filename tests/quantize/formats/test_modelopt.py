@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats import FORMATS, Contents, detect
-from quantpress.quantize.grid import Grid, Inputs, QuantizedLinear
-from quantpress.quantize.recipe import Activations
+from quantpress.core.errors import BadInput
+from quantpress.formats import FORMATS, Contents, detect
+from quantpress.numbers.grid import Grid, Inputs, QuantizedLinear
+from quantpress.numbers.types import Activations
 
 from .records import equal, record
 

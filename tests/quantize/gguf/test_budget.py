@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.budget import assign, candidates, costs, tensor_bytes
-from quantpress.quantize.gguf.sensitivity import Sensitivity
-from quantpress.quantize.methods import ROUNDERS
-from quantpress.quantize.recipe import BlockGrid, GgmlType, Rtn
+from quantpress.core.errors import BadInput
+from quantpress.gguf.budget import assign, candidates, costs, tensor_bytes
+from quantpress.gguf.sensitivity import Sensitivity
+from quantpress.methods import ROUNDERS
+from quantpress.numbers.types import BlockGrid, GgmlType
+from quantpress.recipe import Rtn
 
 TYPES = get_args(GgmlType)
 

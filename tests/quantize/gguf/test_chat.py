@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantpress.quantize.gguf.chat import template_arguments
+from quantpress.gguf.chat import template_arguments
 
 from .models import tokenizer
 

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from quantpress.quantize.artifact import Artifact
-from quantpress.quantize.checkpoint import Checkpoint
-from quantpress.quantize.cli.app import app
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.convert import Conversion, convert
-from quantpress.quantize.gguf.reader import GgufCheckpoint
-from quantpress.quantize.job import Settings, prepare
-from quantpress.quantize.pipeline import quantize
-from quantpress.quantize.recipe.file import parse
-from quantpress.quantize.sources import resolve
+from quantpress.artifact.artifact import Artifact
+from quantpress.cli.app import app
+from quantpress.core.errors import BadInput
+from quantpress.engine.job import Settings, prepare
+from quantpress.engine.pipeline import quantize
+from quantpress.engine.sources import resolve
+from quantpress.gguf.conversion import Conversion, convert
+from quantpress.gguf.reader import GgufCheckpoint
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.recipe.loading import parse
 
 from .models import FAMILIES, IDS, VOCAB, build, logits
 
@@ -141,7 +141,7 @@ def test_and_so_it_does_with_scaled_rope_biases_and_ties(tmp_path: Path, family:
 
 def check_logits(folder: Path, family: str, settings: dict[str, Any]) -> None:
     pytest.importorskip("llama_cpp")
-    from quantpress.quantize.gguf.llama_cpp import Model
+    from quantpress.gguf.llama_cpp_library import Model
 
     model = build(family, folder, **settings)
     convert(folder, folder / "model.gguf", "F32")

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from quantpress.quantize.gguf.mixes import Choice, FileType, Model, choose, default_type, fitting
+from quantpress.gguf.mixes import Choice, FileType, Model, choose, default_type, fitting
 
 MIXES: tuple[FileType, ...] = get_args(FileType)
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.modelfile import modelfile, translate
+from quantpress.core.errors import BadInput
+from quantpress.gguf.modelfile import modelfile, translate
 
 from .models import tokenizer
 

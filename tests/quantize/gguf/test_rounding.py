@@ -9,13 +9,14 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.formats.ggml import pack
-from quantpress.quantize.gguf import imatrix
-from quantpress.quantize.methods import ROUNDERS
-from quantpress.quantize.pipeline import Settings, prepare, quantize
-from quantpress.quantize.recipe import BlockGrid, Recipe, Rtn
-from quantpress.quantize.sources import resolve
+from quantpress.core.errors import BadInput
+from quantpress.engine.pipeline import Settings, prepare, quantize
+from quantpress.engine.sources import resolve
+from quantpress.formats.ggml_blocks import pack
+from quantpress.gguf import imatrix
+from quantpress.methods import ROUNDERS
+from quantpress.numbers.types import BlockGrid
+from quantpress.recipe import Recipe, Rtn
 
 from ... import tiny
 from .models import build
@@ -83,10 +84,10 @@ def test_a_killed_run_keeps_the_types_of_its_budget(tmp_path: Path, monkeypatch:
     section = {"budget": {"bits_per_weight": 6.0}, "tensor_types": {"blk.0.ffn_up.weight": "Q8_0"}}
     _, before = made(tmp_path, gguf=section)
     with monkeypatch.context() as patch:
-        patch.setattr("quantpress.quantize.pipeline.run_blocks", lambda *_: pytest.fail("killed"))
+        patch.setattr("quantpress.engine.pipeline.run_blocks", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             made(tmp_path, gguf=section)
-    monkeypatch.setattr("quantpress.quantize.gguf.rounding.measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("quantpress.gguf.rounded_file.measure", lambda *_: pytest.fail("measured again"))
     _, after = made(tmp_path, gguf=section, overwrite=False)
     assert [t.data.tobytes() for t in after.tensors] == [t.data.tobytes() for t in before.tensors]
     types = {t.name: t.tensor_type.name for t in after.tensors}

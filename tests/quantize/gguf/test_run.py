@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantpress.export.contracts import of_artifact
-from quantpress.quantize.artifact import open_artifact, verify
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf import imatrix, llama_cpp
-from quantpress.quantize.gguf import run as gguf_run
-from quantpress.quantize.job import Job, Settings, prepare
-from quantpress.quantize.pipeline import quantize
-from quantpress.quantize.recipe import refusal
-from quantpress.quantize.recipe.file import parse
-from quantpress.quantize.sources import resolve
+from quantpress.artifact.artifact import open_artifact, verify
+from quantpress.core.errors import BadInput
+from quantpress.engine.job import Job, Settings, prepare
+from quantpress.engine.pipeline import quantize
+from quantpress.engine.sources import resolve
+from quantpress.exports.contracts import of_artifact
+from quantpress.gguf import gguf_run as gguf_run
+from quantpress.gguf import imatrix
+from quantpress.gguf import llama_cpp_library as llama_cpp
+from quantpress.recipe import refusal
+from quantpress.recipe.loading import parse
 
 from ... import tiny
 from .models import IDS, build, logits
@@ -149,8 +150,8 @@ def test_the_importance_is_the_mean_square_of_the_inputs(tmp_path: Path) -> None
     """Against hooks on transformers' own model, experts seen by their own tokens only."""
     model = build("mixtral", tmp_path / "m")
     j = job(tmp_path / "m", type="Q8_0", imatrix=True) if llama_available() else job(tmp_path / "m", type="F16")
-    from quantpress.quantize.calibration import Tokens
-    from quantpress.quantize.gguf.convert import Conversion
+    from quantpress.calibrate.tokens import Tokens
+    from quantpress.gguf.conversion import Conversion
 
     tokens = Tokens(IDS.reshape(2, 20), "a test", False)
     found = imatrix.measure(j.skeleton, Conversion(j.checkpoint, tmp_path / "m").entries, tokens)
@@ -288,7 +289,7 @@ def test_a_matrix_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_that_fails_leaves_nothing_under_a_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("llama", tmp_path / "m")
-    monkeypatch.setattr("quantpress.quantize.gguf.run.copy_companions", lambda *_: pytest.fail("stop"))
+    monkeypatch.setattr("quantpress.gguf.gguf_run.copy_companions", lambda *_: pytest.fail("stop"))
     with pytest.raises(pytest.fail.Exception):
         run(tmp_path / "m", tmp_path / "out", type="F16")
     assert not (tmp_path / "out" / "quantized").exists()

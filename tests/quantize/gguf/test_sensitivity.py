@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantpress.quantize.checkpoint import Checkpoint
-from quantpress.quantize.gguf.sensitivity import Sensitivity, measure
-from quantpress.quantize.model import Skeleton
-from tests import tiny
+from quantpress.gguf.sensitivity import Sensitivity, measure
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.skeleton import Skeleton
+
+from ... import tiny
 
 IDS = torch.randint(2, tiny.VOCAB, (6, 48), generator=torch.Generator().manual_seed(1))
 

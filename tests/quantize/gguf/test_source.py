@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from quantpress.quantize import files
-from quantpress.quantize.gguf.convert import convert
-from quantpress.quantize.sources import resolve
+from quantpress.core import files
+from quantpress.engine.sources import resolve
+from quantpress.gguf.conversion import convert
 
 from ..originals import ORIGINALS, refused, tiny, write_gguf
 from .models import FAMILIES, IDS, build, logits
@@ -90,7 +90,7 @@ def test_an_output_that_repeats_the_embedding_is_tied(tmp_path: Path) -> None:
 
 
 def test_shards_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantpress.quantize.gguf.source.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("quantpress.gguf.source.SHARD_BYTES", 40_000)
     model = tiny("Qwen3")
     source = resolve(str(write_gguf(tmp_path / "tiny.gguf", model, "qwen3")), cache=tmp_path)
     index = json.loads((source.path / "model.safetensors.index.json").read_text())
@@ -106,7 +106,7 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = write_gguf(tmp_path / "tiny.gguf", tiny("Qwen2"), "qwen2")
     first = resolve(str(file), cache=tmp_path / "cache")
     assert first.revision == files.file_sha256(file)
-    monkeypatch.setattr("quantpress.quantize.gguf.source.convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("quantpress.gguf.source.convert", lambda *_: pytest.fail("converted again"))
     assert resolve(str(shutil.copy(file, tmp_path / "b.gguf")), cache=tmp_path / "cache").path == first.path
     assert [p.name for p in first.path.parent.iterdir()] == [first.path.name]
 

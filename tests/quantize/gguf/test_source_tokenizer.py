@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from quantpress.quantize.gguf.source_tokenizer import save_tokenizer
-from quantpress.quantize.sources import resolve
+from quantpress.engine.sources import resolve
+from quantpress.gguf.source_tokenizer import save_tokenizer
 
 from ..originals import ORIGINALS, TEXT, tiny, trained, write_gguf
 

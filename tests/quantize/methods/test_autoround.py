@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantpress.quantize.grid import Grid, QuantizedLinear
-from quantpress.quantize.methods.autoround import SignRound
-from quantpress.quantize.methods.fake_quant import drawn, fake_quantize
-from quantpress.quantize.methods.gptq import gptq
-from quantpress.quantize.methods.rtn import rtn
-from quantpress.quantize.recipe import AutoRound, Gptq, Rtn
-from tests.quantize.methods.test_gptq import problem
+from quantpress.methods.autoround import SignRound
+from quantpress.methods.fake_quant import drawn, fake_quantize
+from quantpress.methods.gptq import gptq
+from quantpress.methods.rtn import rtn
+from quantpress.numbers.grid import Grid, QuantizedLinear
+from quantpress.recipe import AutoRound, Gptq, Rtn
+
+from .test_gptq import problem
 
 GRIDS = [(4, True), (4, False), (3, False), (2, False), (2, True), (8, True)]
 

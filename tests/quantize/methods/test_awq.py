@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from quantpress.quantize.methods.awq import awq, salience
-from quantpress.quantize.methods.rtn import rtn
-from quantpress.quantize.methods.scaling import Observed, output_error
-from quantpress.quantize.recipe import Awq, Grid, Rtn, SmoothQuant
-from tests.quantize.methods.inputs import observed, outliers
+from quantpress.methods.awq import awq, salience
+from quantpress.methods.rtn import rtn
+from quantpress.methods.scaling import Observed, output_error
+from quantpress.numbers.types import Grid
+from quantpress.recipe import Awq, Rtn, SmoothQuant
+
+from .inputs import observed, outliers
 
 GRID = Grid(bits=3, group_size=32, symmetric=False, scale_search="minmax")
 

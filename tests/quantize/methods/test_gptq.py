@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantpress.quantize.formats import ggml
-from quantpress.quantize.ggml import fit_super
-from quantpress.quantize.grid import Grid, fit, snap
-from quantpress.quantize.methods.gptq import column_order, corrected, factor, gptq
-from quantpress.quantize.methods.rtn import output_power, rtn
-from quantpress.quantize.recipe import BlockGrid, GgmlType, Gptq, Rtn
+from quantpress.formats import ggml_blocks as ggml
+from quantpress.methods.gptq import column_order, corrected, factor, gptq
+from quantpress.methods.rtn import output_power, rtn
+from quantpress.numbers.block_types import fit_super
+from quantpress.numbers.grid import Grid, fit, snap
+from quantpress.numbers.types import BlockGrid, GgmlType
+from quantpress.recipe import Gptq, Rtn
 
 
 def problem(out: int, n: int, seed: int, tokens: int = 400) -> tuple[Tensor, Tensor]:

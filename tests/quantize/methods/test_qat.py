@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantpress.quantize.grid import Grid, QuantizedLinear
-from quantpress.quantize.methods.fake_quant import drawn
-from quantpress.quantize.methods.qat import BlockAp
-from quantpress.quantize.methods.rtn import rtn
-from quantpress.quantize.recipe import Qat, Rtn
-from tests.quantize.methods.test_autoround import GRIDS, start, through
+from quantpress.methods.fake_quant import drawn
+from quantpress.methods.qat import BlockAp
+from quantpress.methods.rtn import rtn
+from quantpress.numbers.grid import Grid, QuantizedLinear
+from quantpress.recipe import Qat, Rtn
+
+from .test_autoround import GRIDS, start, through
 
 
 def by_definition(weight: Tensor, scale: Tensor, zero: Tensor, first: QuantizedLinear) -> Tensor:

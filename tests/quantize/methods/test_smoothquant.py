@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from quantpress.quantize.methods.rtn import rtn
-from quantpress.quantize.methods.smoothquant import smoothing, smoothquant
-from quantpress.quantize.recipe import Awq, Grid, Rtn, SmoothQuant
-from tests.quantize.methods.inputs import observed, outliers
+from quantpress.methods.rtn import rtn
+from quantpress.methods.smoothquant import smoothing, smoothquant
+from quantpress.numbers.types import Grid
+from quantpress.recipe import Awq, Rtn, SmoothQuant
+
+from .inputs import observed, outliers
 
 GRID = Grid(bits=8, group_size=-1, symmetric=True, scale_search="minmax")
 

@@ -1,0 +1,1 @@
+"""The figures: the artifact on disk beside its original."""

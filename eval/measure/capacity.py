@@ -1,0 +1,78 @@
+"""What a model takes to hold: bytes a weight, its key-value cache, how many sequences fit a GPU, what a token costs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from quantpress.recipe import GPUS
+
+from .results import Cache, Cost, Fit, Runtime
+
+_MIB = 1 << 20
+_USED = 0.9  # of a GPU's memory a server takes (vLLM's default gpu_memory_utilization)
+_RESERVED = 1 << 30  # bytes for the runtime itself and for activations
+_CACHED = {"fp8": ("fp8", 1), "int8": ("int8", 1)}
+_FULL, _WINDOWED, _NONE = "full", "windowed", "none"
+
+
+def cache(config: Any, kv_cache: str | None, dtype: str, context: int) -> Cache:
+    """The key-value cache of one sequence of `context` tokens, from a transformers config.
+
+    A layer keeps keys and values of its key-value heads (fewer than its query heads with GQA); with latent attention
+    (DeepSeek) one latent and the rotary part of the keys instead. Layers with a sliding window keep no more tokens than
+    that; linear ones keep a state that does not grow, which is not counted. kv_cache: fp8 or int8 where the artifact
+    says so.
+    """
+    name, size = _CACHED[kv_cache] if kv_cache else (dtype, {"float32": 4}.get(dtype, 2))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = 2 * heads * width
+    if getattr(config, "kv_lora_rank", None):
+        numbers = config.kv_lora_rank + config.qk_rope_head_dim
+    kinds = _kinds(config)
+    window = getattr(config, "sliding_window", None) if _WINDOWED in kinds else None
+    full, windowed = kinds.count(_FULL) * numbers * size, kinds.count(_WINDOWED) * numbers * size
+    return Cache(
+        dtype=name,
+        bytes_per_token=full + windowed,
+        bytes_per_token_past_window=full if window else None,
+        sliding_window=window,
+        context=context,
+        bytes_at_context=full * context + windowed * min(context, window or context),
+    )
+
+
+def _kinds(config: Any) -> list[str]:
+    """Of each layer: does its cache grow with the text, up to a window, or not at all?"""
+    layers = getattr(config, "layer_types", None)
+    if layers:
+        named = {"full_attention": _FULL, "sliding_attention": _WINDOWED, "chunked_attention": _WINDOWED}
+        return [named.get(kind, _NONE) for kind in layers]
+    windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+    return [_WINDOWED if windowed else _FULL] * config.num_hidden_layers
+
+
+def fits(names: Sequence[str], weight_bytes: int, held: Cache) -> tuple[Fit, ...]:
+    """Sequences of the cache's context beside the weights, on each GPU:
+
+    (0.9 x memory - weights - 1 GiB) / cache bytes of a sequence, rounded down.
+    """
+    out = []
+    for name in names:
+        memory = GPUS[name] * _MIB
+        room = int(memory * _USED) - weight_bytes - _RESERVED
+        count = max(0, room // max(1, held.bytes_at_context))
+        out.append(Fit(gpu=name, memory_bytes=memory, context=held.context, concurrency=count))
+    return tuple(out)
+
+
+def cost(per_hour: float, runtime: Runtime) -> Cost | None:
+    """A million tokens at the fastest measured rates: price per hour / 3600 / tokens per second x 1e6."""
+    if not runtime.speed:
+        return None
+    decode = max(speed.decode_tokens_per_second for speed in runtime.speed)
+    prefill = max(speed.prefill_tokens_per_second for speed in runtime.speed)
+    decoded, prefilled = (per_hour / 3600 / rate * 1e6 for rate in (decode, prefill))
+    formula = (
+        f"{per_hour:g} an hour / 3600 s / {decode:.4g} tokens/s x 1,000,000 = {decoded:.4g} a million decoded tokens"
+    )
+    return Cost(per_hour=per_hour, per_million_decoded=decoded, per_million_prefilled=prefilled, formula=formula)

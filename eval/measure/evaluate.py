@@ -1,0 +1,277 @@
+"""The evaluation of one artifact against its original: section by section, each written as soon as it is measured."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.calibrate.texts import load_documents
+from quantpress.calibrate.tokens import bos_id, open_tokenizer
+from quantpress.core import machine
+from quantpress.core.errors import BadInput
+from quantpress.core.files import fingerprint
+from quantpress.models.checkpoint import read_json
+from quantpress.models.skeleton import Skeleton
+from quantpress.recipe import Evaluation, Gates
+
+from . import capacity
+from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase, quality, windows
+from .generations import remembered, side_by_side
+from .judge import judge
+from .likelihood import Scorer
+from .reference import reference
+from .results import Efficiency, Results, Subject
+from .served import Server, served_nll
+from .speed import time_model
+from .tasks import Outcome, Tasks, compare_tasks, kept
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an evaluation reads beside the two models, all of it found and checked before they run."""
+
+    wanted: Evaluation
+    text: Windows
+    tokenizer: Any
+    tasks: Tasks | None
+    cache: Path
+
+    @property
+    def bos(self) -> int | None:
+        return bos_id(self.tokenizer, self.wanted.bos)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows an evaluation: `step(section, done, total)` as it goes on (total 0: not known), `save(results)` after
+    each section, with `complete` false until the last.
+    """
+
+    step: Callable[[str, int, int], None] = lambda section, done, total: None
+    save: Callable[[Results], None] = lambda results: None
+
+
+def positions_of(model: Path) -> int | None:
+    """Tokens that the model in this folder takes at most, by its config; None where that does not say."""
+    config = read_json(model / "config.json")
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: bool = False) -> Prepared:
+    """Read the text, the tokenizer and the tasks.
+
+    Raises BadInput for text that is missing or too short, windows longer than the model takes, no tokenizer, tasks that
+    are not known or have no data.
+    """
+    positions = positions_of(original)
+    if positions is not None and wanted.window > positions:
+        raise BadInput(
+            f"evaluation.window {wanted.window} is more than the model's {positions} positions; "
+            f"--set evaluation.window={positions} measures within them"
+        )
+    if positions is not None and wanted.prompts and wanted.new_tokens >= positions:
+        raise BadInput(f"evaluation.new_tokens {wanted.new_tokens}: the model has {positions} positions in all")
+    text = load_documents(wanted, cache=cache, role="evaluation")
+    tokenizer = open_tokenizer(original, trust_remote_code)
+    cut = windows(tokenizer, "\n\n".join(text.documents), text.source, wanted)
+    return Prepared(wanted, cut, tokenizer, Tasks(wanted.tasks) if wanted.tasks else None, cache)
+
+
+def evaluate(
+    original: Path,
+    artifact: Path,
+    prepared: Prepared,
+    gates: Gates,
+    watch: Watch = Watch(),
+    subject: Subject | None = None,
+) -> Results:
+    """All that the recipe wants to know of the artifact (a folder, or what open_artifact reads) against the original's
+    folder. What could not be measured is in `notes`, with the reason.
+
+    Raises BadInput when the two are not the same model.
+    """
+    return _Evaluation(original, prepared, gates, watch).of_folder(artifact, subject)
+
+
+def evaluate_served(
+    original: Path,
+    server: Server,
+    prepared: Prepared,
+    gates: Gates,
+    watch: Watch = Watch(),
+    subject: Subject | None = None,
+) -> Results:
+    """Perplexity and tasks of a served model against the original's folder; a server shows too little for the rest."""
+    return _Evaluation(original, prepared, gates, watch).of_server(server, subject)
+
+
+class _Evaluation:
+    """One evaluation on its way: the sections so far."""
+
+    def __init__(self, original: Path, prepared: Prepared, gates: Gates, watch: Watch) -> None:
+        self._folder, self._prepared, self._gates, self._watch = original, prepared, gates, watch
+        self._device, self._started = machine.device(), time.monotonic()
+        _, plain = self._original()
+        self._results = Results(
+            complete=False, dtype=str(plain.dtype).removeprefix("torch."), device=str(self._device), seconds=0.0
+        )
+
+    def of_folder(self, artifact: Path, subject: Subject | None) -> Results:
+        _, plain = self._original()
+        reader, quantized = open_artifact(artifact, self._device, plain.dtype)
+        self._same_model(plain, quantized, artifact)
+        if subject is not None and subject.kind != "run":  # only what reads it can say what it is
+            kind = "checkpoint" if reader.format is None else "artifact"
+            subject = subject.model_copy(update={"kind": kind, "format": reader.format})
+        self._add(subject=subject)
+        self._text(reader, quantized)
+        self._capacity(reader, quantized)
+        self._tasks(lambda: Scorer(self._open(artifact), self._prepared.tokenizer, self._steps("tasks")))
+        self._generations(artifact)
+        self._timing(artifact)
+        return self._add(complete=True)
+
+    def of_server(self, server: Server, subject: Subject | None) -> Results:
+        self._add(subject=subject)
+        text = self._prepared.text
+        reader, plain = self._original()
+        hidden, _ = reference(plain, self._folder, text, self._prepared.cache, self._blocks(plain.n_blocks))
+        before = compare((plain, plain), (hidden, hidden), text).original_nll
+        after = served_nll(server, text, lambda done, total: self._watch.step("served text", done, total))
+        self._quality(before, after, reader.total_bytes, 0)
+        self._tasks(lambda: server)
+        return self._add(complete=True)
+
+    def _text(self, reader: Artifact, quantized: Skeleton) -> None:
+        text, cache = self._prepared.text, self._prepared.cache
+        source, plain = self._original()
+        on_block = self._blocks(plain.n_blocks + quantized.n_blocks)
+        hidden, noise = reference(plain, self._folder, text, cache, on_block)
+        scores = compare((plain, quantized), (hidden, last_hidden(quantized, text.tokens.ids, on_block)), text)
+        self._quality(
+            scores.original_nll, scores.artifact_nll, source.total_bytes, reader.total_bytes,
+            divergence=divergence(scores, noise),
+        )  # fmt: skip
+
+    def _quality(self, before: Any, after: Any, original_bytes: int, bytes: int, **more: Any) -> None:
+        text = self._prepared.text
+        for who, nll in (("original", before), ("artifact", after)):
+            if not np.isfinite(nll).all():
+                raise BadInput(
+                    f"the {who}'s probabilities of the text hold NaN or inf in {self._results.dtype}; "
+                    "its weights or activations are too large for that"
+                )
+        increase, interval = perplexity_increase(before, after, text)
+        self._add(
+            text=text.record(), original=quality(before, text, original_bytes), artifact=quality(after, text, bytes),
+            perplexity_increase=increase, perplexity_increase_interval=interval, **more,
+        )  # fmt: skip
+
+    def _capacity(self, reader: Artifact, quantized: Skeleton) -> None:
+        wanted = self._prepared.wanted.efficiency
+        count = sum(p.numel() for p in quantized.model.parameters())
+        held = capacity.cache(quantized.config, reader.kv_cache, self._results.dtype, wanted.context)
+        self._add(
+            efficiency=Efficiency(
+                bytes=reader.total_bytes,
+                original_bytes=self._original()[0].total_bytes,
+                parameters=count,
+                bits_per_parameter=reader.total_bytes * 8 / count,
+                bits_per_weight=reader.bits_per_weight(),
+                cache=held,
+                fits=capacity.fits(wanted.gpus, reader.total_bytes, held),
+            )
+        )
+
+    def _tasks(self, answers: Callable[[], Any]) -> None:
+        tasks = self._prepared.tasks
+        if tasks is None:
+            return
+        from .lm import Adapter
+
+        def ask(answers: Any) -> list[Outcome]:
+            return tasks.run(Adapter(answers, self._prepared.tokenizer, self._prepared.bos))
+
+        def ask_original() -> list[Outcome]:
+            return ask(Scorer(self._original()[1], self._prepared.tokenizer, self._steps("tasks, original")))
+
+        what = [fingerprint(self._folder), self._results.dtype, self._results.device, self._prepared.bos]
+        before = kept(self._prepared.cache / "tasks", tasks, what, ask_original)
+        self._add(tasks=compare_tasks(ask(answers()), before))
+
+    def _generations(self, artifact: Path) -> None:
+        wanted, tokenizer = self._prepared.wanted, self._prepared.tokenizer
+        if not wanted.prompts:
+            return
+
+        def write(folder: Path, name: str) -> Callable[..., list[list[int]]]:
+            # Opened when it is its turn, and dropped after it: never two whole models at once.
+            return lambda prompts, new_tokens: Scorer(
+                self._open(folder), tokenizer, self._steps(f"continuations, {name}")
+            ).write(prompts, new_tokens)
+
+        try:
+            what = [torch.__version__, fingerprint(self._folder), self._results.dtype, self._results.device]
+            original = remembered(self._prepared.cache / "continuations", what, write(self._folder, "original"))
+            pair = original, write(artifact, "artifact")
+            self._add(generations=side_by_side(*pair, tokenizer, self._prepared.bos, wanted.prompts, wanted.new_tokens))
+        except BadInput as error:
+            self._note(f"continuations: {error}")
+
+    def _timing(self, artifact: Path) -> None:
+        wanted = self._prepared.wanted.efficiency
+        if wanted.timing is None or self._results.efficiency is None:
+            return
+        try:
+            self._watch.step("timing, artifact", 0, 0)
+            own = time_model(artifact, wanted.timing, self._results.dtype)
+            self._watch.step("timing, original", 0, 0)
+            before = time_model(self._folder, wanted.timing, self._results.dtype)
+        except BadInput as error:
+            self._note(f"timing: {error}")
+            return
+        price = None if wanted.price_per_hour is None else capacity.cost(wanted.price_per_hour, own)
+        more = {"runtime": own, "original_runtime": before, "cost": price}
+        self._add(efficiency=self._results.efficiency.model_copy(update=more))
+
+    def _add(self, **sections: Any) -> Results:
+        """The results with these sections, judged and saved."""
+        seconds = time.monotonic() - self._started
+        results = self._results.model_copy(update=sections | {"seconds": seconds})
+        self._results = results.model_copy(update={"gates": judge(self._gates, results)})
+        self._watch.save(self._results)
+        return self._results
+
+    def _note(self, line: str) -> None:
+        self._add(notes=(*self._results.notes, line))
+
+    def _original(self) -> tuple[Artifact, Skeleton]:
+        return open_artifact(self._folder, self._device)
+
+    def _open(self, folder: Path) -> Skeleton:
+        return open_artifact(folder, self._device, getattr(torch, self._results.dtype))[1]
+
+    def _steps(self, section: str) -> Callable[[int, int], None]:
+        return lambda done, total: self._watch.step(section, done, total)
+
+    def _blocks(self, total: int) -> Callable[[], None]:
+        """Counts the blocks of the text's section."""
+        done = 0
+
+        def on_block() -> None:
+            nonlocal done
+            done += 1
+            self._watch.step("text", done, total)
+
+        return on_block
+
+    def _same_model(self, plain: Skeleton, quantized: Skeleton, artifact: Path) -> None:
+        if quantized.n_blocks != plain.n_blocks or quantized.config.vocab_size != plain.config.vocab_size:
+            raise BadInput(
+                f"{artifact} is not a version of {self._folder}: their blocks or vocabularies differ in number"
+            )

@@ -1,0 +1,394 @@
+"""What a run wrote about itself: manifest.json and eval/results.json, checked as they are written and read."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from quantpress.core.errors import BadInput
+
+# A measured number. JSON has no infinity and no NaN: null stands for both and is read back as NaN.
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+]
+Interval = tuple[Number, Number]  # where the true value lies with 95% confidence, if nothing but chance is at work
+Verdict = Literal["ACCEPT", "REGRESSION", "INCONCLUSIVE", "NONE"]
+RESULTS_SCHEMA = 2
+
+
+class Record(BaseModel):
+    """A part of what a run wrote; keys that are not shown here are left alone."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Model(Record):
+    """The original: where it came from and the sha256 of its files."""
+
+    id: str
+    kind: str
+    revision: str | None
+    caveat: str | None
+    files: dict[str, str]
+
+
+class Machine(Record):
+    """What the run ran on."""
+
+    cpu: str
+    cores: int
+    device: str
+    memory_bytes: int
+
+
+class CalibrationText(Record):
+    """The text the rounding was fitted on: `samples` sequences of `seq_len` tokens."""
+
+    source: str
+    sha256: str
+    samples: int
+    seq_len: int
+    tokens: int
+
+
+class Artifact(Record):
+    """Sizes of the weights on disk; `bits_per_parameter` counts what stays in 16 bit too."""
+
+    format: str
+    bytes: int
+    original_bytes: int
+    quantized_bits_per_weight: float
+    bits_per_parameter: float
+    parameters: int
+
+
+class Timing(Record):
+    """What quantizing took; `peak_rss_bytes` is the process's largest resident memory."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    per_block_seconds: tuple[float, ...]
+
+
+class Linear(Record):
+    """A linear layer of the manifest; `relative_error` is output error over output power, None when not measured."""
+
+    name: str
+    block: int | None
+    shape: tuple[int, ...] = ()
+    bits: float
+    scheme: str
+    relative_error: float | None = None
+    note: str | None = None
+
+
+class Manifest(Record):
+    """manifest.json."""
+
+    name: str
+    model: Model
+    recipe: dict[str, Any]
+    quantpress: str
+    versions: dict[str, str]
+    machine: Machine
+    calibration: CalibrationText | None
+    seed: int
+    layers: tuple[Linear, ...]
+    fallbacks: tuple[str, ...]
+    artifact: Artifact
+    converted: tuple[str, ...]
+    timing: Timing
+
+
+class Subject(Record):
+    """What was measured, and against what; paths as the user gave them."""
+
+    kind: Literal["run", "artifact", "checkpoint", "served"]
+    name: str
+    format: str | None = None  # of its weights; None for a plain checkpoint, and where a server does not say
+    original: str | None = None
+    server: str | None = None  # what a served model's server says it is
+
+
+class EvaluationText(Record):
+    """The text both models were judged on: the last `stride` targets of each of `windows` windows of `window` tokens
+    (of the first window all). `bos`: whether each window opens with the BOS token.
+    """
+
+    source: str
+    sha256: str
+    tokens: int  # scored
+    bytes: int = 0  # of UTF-8 that the scored tokens stand for
+    windows: int
+    window: int
+    stride: int | None
+    bos: bool
+
+
+class Quality(Record):
+    """One model on that text."""
+
+    perplexity: Number  # a token
+    nll: Number = math.nan  # nats a token
+    nll_stderr: Number  # of the mean over the tokens, which are not independent: from runs of tokens
+    bits_per_byte: Number
+    byte_perplexity: Number = math.nan  # 2 to the bits a byte: does not depend on the tokenizer
+    bytes: int  # weights on disk; 0 when served
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the perplexity, to first order."""
+        return self.perplexity * self.nll_stderr
+
+
+class Bucket(Record):
+    """The tokens for whose next token the original gave its favourite a probability in [low, high)."""
+
+    low: float
+    high: float
+    tokens: int
+    kl_mean: Number
+    kl_stderr: Number
+    top1_agreement: Number
+
+
+class NoiseFloor(Record):
+    """The original against itself computed another way: a divergence this small says nothing about an artifact."""
+
+    what: str
+    kl_mean: Number
+    kl_p99: Number
+    top1_agreement: Number
+    perplexity_increase: Number
+
+
+class Divergence(Record):
+    """KL divergence from the original's next-token distribution, nats a token, and how often the top token agrees."""
+
+    kl_mean: Number
+    kl_stderr: Number
+    kl_interval: Interval | None = None
+    kl_median: Number
+    kl_p90: Number
+    kl_p99: Number
+    kl_p99_interval: Interval | None = None
+    kl_max: Number
+    top1_agreement: Number
+    top1_stderr: Number = math.nan
+    top1_interval: Interval | None = None
+    confidence: tuple[Bucket, ...] = ()
+    noise: NoiseFloor | None = None
+
+
+class Score(Record):
+    """One model's mean score on a task."""
+
+    value: Number
+    stderr: Number
+
+
+class TaskResult(Record):
+    """One metric of one task. What compares the two is paired: both answered the same `n` documents.
+
+    difference: artifact less original, with its standard error and interval; recovery: the artifact's score as a
+    fraction of the original's. None without an original, or when the original scores 0.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    few_shot: int
+    n: int
+    sha256: str  # of the documents, their prompts and few-shot examples included
+    artifact: Score
+    original: Score | None = None
+    difference: Number | None = None
+    difference_stderr: Number | None = None
+    difference_interval: Interval | None = None
+    recovery: Number | None = None
+    recovery_interval: Interval | None = None
+
+
+class Speed(Record):
+    """Tokens a second at one batch size and context, over all sequences; *_stderr over `repeats` repeats."""
+
+    batch: int
+    context: int  # tokens a sequence before the first new one
+    repeats: int
+    prefill_tokens_per_second: Number
+    prefill_stderr: Number
+    decode_tokens_per_second: Number
+    decode_stderr: Number
+
+
+class Runtime(Record):
+    """What one model took to load and run. `what` says which program ran it: figures hold for that one only.
+
+    peak_rss_bytes is the largest resident memory while loading and running, peak_vram_bytes the largest allocation on
+    a GPU.
+    """
+
+    what: str
+    device: str
+    dtype: str
+    threads: int
+    load_seconds: Number
+    peak_rss_bytes: int
+    peak_vram_bytes: int | None = None
+    speed: tuple[Speed, ...] = ()
+
+
+class Cache(Record):
+    """The key-value cache of one sequence, from the config; layers with a sliding window stop growing at it."""
+
+    dtype: str
+    bytes_per_token: int  # while every layer still grows
+    bytes_per_token_past_window: int | None = None  # once the windowed layers are full; None without windows
+    sliding_window: int | None = None
+    context: int  # tokens
+    bytes_at_context: int
+
+
+class Fit(Record):
+    """How many sequences of `context` tokens fit a GPU beside the weights; 0: not one."""
+
+    gpu: str
+    memory_bytes: int
+    context: int
+    concurrency: int
+
+
+class Cost(Record):
+    """What a million tokens cost on hardware at `per_hour`; `formula` has the figures put in."""
+
+    per_hour: float
+    per_million_decoded: Number
+    per_million_prefilled: Number
+    formula: str
+
+
+class Efficiency(Record):
+    """What the artifact costs to hold and run."""
+
+    bytes: int  # weights on disk
+    original_bytes: int | None = None
+    parameters: int
+    bits_per_parameter: float  # the whole model, with what stays in 16 bit
+    bits_per_weight: float | None = None  # a quantized weight with its scales and zeros
+    runtime: Runtime | None = None
+    original_runtime: Runtime | None = None
+    cache: Cache | None = None
+    fits: tuple[Fit, ...] = ()
+    cost: Cost | None = None
+
+
+class Generation(Record):
+    """Greedy continuations of one prompt. `first_difference` counts new tokens from 0 and is None where all agree;
+    `shared_characters` of both texts come from the tokens before it.
+    """
+
+    prompt: str
+    original: str
+    artifact: str
+    tokens: int  # most new tokens
+    first_difference: int | None
+    shared_characters: int
+
+
+class Check(Record):
+    """One gate of the recipe. INCONCLUSIVE: the interval holds the limit, the noise is larger than the margin."""
+
+    name: str  # min_recovery.<task> for a task
+    limit: float
+    value: Number | None  # None when it could not be measured
+    interval: Interval | None = None
+    verdict: Literal["ACCEPT", "REGRESSION", "INCONCLUSIVE"]
+    reason: str
+
+
+class GateReport(Record):
+    """All gates; the verdict is NONE when the recipe sets none, else the worst of the checks.
+
+    strict: whether INCONCLUSIVE fails the run too.
+    """
+
+    verdict: Verdict = "NONE"
+    reason: str = "the recipe sets no gates"
+    strict: bool = False
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def missed(self) -> bool:
+        """Whether the command ends with exit code 3."""
+        return self.verdict == "REGRESSION" or (self.strict and self.verdict == "INCONCLUSIVE")
+
+
+class Results(Record):
+    """eval/results.json, schema 2. A section that was not measured is None or empty; an evaluation that was stopped
+    leaves those it had finished and `complete` false. `perplexity_increase` is a fraction.
+    """
+
+    schema_: Literal[2] = Field(2, alias="schema")
+    complete: bool = True
+    subject: Subject | None = None
+    text: EvaluationText | None = None
+    dtype: str
+    device: str
+    original: Quality | None = None
+    artifact: Quality | None = None
+    perplexity_increase: Number | None = None
+    perplexity_increase_interval: Interval | None = None
+    divergence: Divergence | None = None
+    tasks: tuple[TaskResult, ...] = ()
+    efficiency: Efficiency | None = None
+    generations: tuple[Generation, ...] = ()
+    gates: GateReport = GateReport()
+    notes: tuple[str, ...] = ()  # what was asked for and not measured, and why
+    seconds: float
+
+    def document(self) -> dict[str, Any]:
+        """As it is written: plain JSON values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def read(folder: Path) -> tuple[Manifest, Results]:
+    """The manifest and the results in a run folder.
+
+    Raises BadInput, one line, when either is missing, is not JSON, or is of another schema.
+    """
+    manifest = _load(folder / "manifest.json", Manifest, 1, f"{folder}: no manifest.json; is this a run folder?")
+    return manifest, read_results(folder)
+
+
+def read_results(folder: Path) -> Results:
+    """FOLDER/eval/results.json; raises as `read` does."""
+    again = f"evaluate the run first (quantpress eval {folder})"
+    return _load(
+        folder / "eval" / "results.json", Results, RESULTS_SCHEMA, f"{folder}: no eval/results.json; {again}", again
+    )
+
+
+_R = TypeVar("_R", bound=Record)
+
+
+def _load(path: Path, kind: type[_R], wanted: int, missing: str, remedy: str = "") -> _R:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(missing) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != wanted:
+        hint = f"; {remedy}" if remedy else ""
+        raise BadInput(f"{path}: schema {schema!r} is not {wanted}; this quantpress cannot read it{hint}")
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

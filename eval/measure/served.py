@@ -1,0 +1,117 @@
+"""A model behind an OpenAI-compatible completions endpoint: log-probabilities of given tokens, and greedy text.
+
+Prompts go as token ids, so that no server adds a BOS of its own or tokenizes otherwise than the original. What a
+prompt's tokens were worth comes from `echo` with `logprobs`, which vLLM has; a server without them is refused.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+
+from quantpress.core.errors import BadInput
+
+from .divergence import Windows
+from .likelihood import Pair
+from .statistics import Array
+
+_AT_ONCE = 4  # requests
+_SECONDS = 600.0
+
+
+class Server:
+    """The completions endpoint at `url` (as far as /v1) for `model`; a key is sent as a bearer token.
+
+    Raises BadInput, one line, when nothing answers there or the model is not served.
+    """
+
+    def __init__(self, url: str, model: str, limit: int, key: str | None = None) -> None:
+        self.url, self.model, self.limit = url.rstrip("/"), model, limit
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(_SECONDS, connect=10.0))
+        served = [entry.get("id") for entry in self._json("GET", "/models", None).get("data", [])]
+        if model not in served:
+            there = ", ".join(map(str, served)) or "none"
+            raise BadInput(f"{url}: no model {model!r} is served there; there are {there} (--model)")
+
+    def token_log_probs(self, ids: Sequence[int]) -> tuple[Array, list[bool]]:
+        """log p of each of `ids` but the first given those before it, and whether it was the server's favourite."""
+        body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+        choice = self._completion(body)
+        given = choice.get("logprobs") or {}
+        values, tops = given.get("token_logprobs") or [], given.get("top_logprobs") or []
+        if len(values) < len(ids) or any(value is None for value in values[1 : len(ids)]):
+            raise BadInput(
+                f"{self.url}: the server does not give the log-probabilities of a prompt's tokens (completions with "
+                f"echo and logprobs: {len(values)} of {len(ids)} came back); perplexity and tasks need them"
+            )
+        likely = [
+            not top or value >= max(top.values())
+            for value, top in zip(values[1 : len(ids)], tops[1 : len(ids)] or [None] * (len(ids) - 1), strict=True)
+        ]
+        return np.array(values[1 : len(ids)], dtype=np.float64), likely
+
+    def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats, and whether each of its tokens is the model's favourite."""
+
+        def one(pair: Pair) -> tuple[float, bool]:
+            context, continuation = pair
+            values, likely = self.token_log_probs((context + continuation)[-self.limit :])
+            count = len(continuation)
+            return float(values[len(values) - count :].sum()), all(likely[len(likely) - count :])
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(one, pairs))
+
+    def continue_text(self, prompts: Sequence[list[int]], new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """The greedy continuation of each prompt."""
+
+        def one(ids: list[int]) -> str:
+            body = {"prompt": ids[-(self.limit - new_tokens) :], "max_tokens": new_tokens, "temperature": 0}
+            return str(self._completion(body | ({"stop": list(stop)[:4]} if stop else {})).get("text", ""))
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(one, prompts))
+
+    def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        choices = self._json("POST", "/completions", {"model": self.model} | body).get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise BadInput(f"{self.url}/completions: the answer has no choices; is this an OpenAI-compatible server?")
+        choice: dict[str, Any] = choices[0]
+        return choice
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        where = self.url + path
+        try:
+            answer = self._client.request(method, where, json=body)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise BadInput(f"{where}: no answer ({str(error) or type(error).__name__}); is the server up?") from None
+        if answer.status_code != 200:
+            said = " ".join(answer.text.split())[:200]
+            raise BadInput(f"{where}: the server answers {answer.status_code}: {said}")
+        try:
+            document = answer.json()
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise BadInput(f"{where}: the answer is not a JSON object; does --url end in /v1?")
+        return document
+
+
+def served_nll(server: Server, text: Windows, on_window: Callable[[int, int], None]) -> Array:
+    """-log p of every scored token [tokens] in nats."""
+    done = 0
+
+    def one(window: int) -> Array:
+        values, _ = server.token_log_probs(text.tokens.ids[window].tolist())
+        return -values[len(values) - int(text.scored[window]) :]
+
+    out = []
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for values in pool.map(one, range(len(text.scored))):
+            done += 1
+            on_window(done, len(text.scored))
+            out.append(values)
+    return np.concatenate(out)

@@ -1,0 +1,102 @@
+"""Means, quantiles and differences with their uncertainty. All intervals are of 95%.
+
+Tokens that follow each other are not independent, so what is said of their mean comes from long runs of them: the
+cluster-robust standard error of a mean (Liang & Zeger 1986; for evaluations Miller, arXiv:2411.00640, 2.2). Long, since
+a text stays easy or hard for pages: over 24 windows of 1024 tokens of WikiText-2 the standard error of the mean KL of a
+4-bit model is 0.0042 as if tokens were independent, 0.0061 from runs of 64, 0.0074 of 256, 0.0085 of 512 and of 1024.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .results import Interval
+
+Z95 = 1.959964
+_RUNS = 16  # about as many as a text is cut into: longer ones would be too few to say how much they differ
+_SHORTEST = 16  # tokens of a run
+_RESAMPLES = 400
+_T95 = (  # of 2, 3, … 30 values
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+)  # fmt: skip
+
+Array = NDArray[np.float64]
+
+
+def runs(tokens: int) -> NDArray[np.int64]:
+    """The run that each of `tokens` tokens, in the order of the text, is in."""
+    return np.arange(tokens, dtype=np.int64) // max(_SHORTEST, tokens // _RUNS)
+
+
+def groups_of(run: NDArray[np.int64]) -> int:
+    """How many runs there are."""
+    return int(run.max()) + 1
+
+
+def standard_error(values: Array, run: NDArray[np.int64] | None = None) -> float:
+    """Of the mean of `values` [n]: over runs that may depend on each other, or of independent values without."""
+    if not np.isfinite(values).all():
+        return math.nan
+    if run is None:
+        run = np.arange(len(values))
+    sums = np.bincount(run, weights=values - values.mean())
+    groups = len(sums)
+    if groups < 2:
+        return math.nan
+    return math.sqrt(groups / (groups - 1) * float(np.square(sums).sum())) / len(values)
+
+
+def around(value: float, stderr: float, n: int | None = None) -> Interval | None:
+    """The interval of a mean with that standard error; None when the error is not known. `n`: of how few values, where
+    they are so few that their own spread is not well known (Student's t).
+    """
+    if not math.isfinite(stderr):
+        return None
+    wide = Z95 if n is None or n - 2 >= len(_T95) else _T95[n - 2]
+    return value - wide * stderr, value + wide * stderr
+
+
+def quantile_interval(values: Array, q: float, run: NDArray[np.int64]) -> Interval | None:
+    """The interval of a quantile: runs drawn with replacement, the same draws each time."""
+    groups = int(run.max()) + 1
+    if groups < 2 or not np.isfinite(values).all():
+        return None
+    order = np.argsort(values)
+    ordered, owner = values[order], run[order]
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(_RESAMPLES):
+        weight = np.cumsum(generator.multinomial(groups, np.full(groups, 1 / groups))[owner])
+        found.append(ordered[min(len(ordered) - 1, int(np.searchsorted(weight, q * weight[-1])))])
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def paired_difference(before: Array, after: Array) -> tuple[float, float, Interval | None]:
+    """Mean, standard error and interval of `after - before` [n], two scores of the same documents.
+
+    Of scores that are 0 or 1 the interval is that of Agresti & Min (Statistics in Medicine 24, 2005): half a document
+    is added to each of the four outcomes, so that few documents without a difference do not pass for certainty.
+    """
+    difference = after - before
+    n, mean, error = len(difference), float(difference.mean()), standard_error(difference)
+    if not np.isin(np.concatenate([before, after]), (0.0, 1.0)).all():
+        return mean, error, around(mean, error)
+    won, lost = float((difference > 0).sum()) + 0.5, float((difference < 0).sum()) + 0.5
+    middle = (won - lost) / (n + 2)
+    spread = math.sqrt(max(0.0, won + lost - (won - lost) ** 2 / (n + 2))) / (n + 2)
+    return mean, error, around(middle, spread)
+
+
+def recovery(before: Array, after: Array) -> tuple[float | None, Interval | None]:
+    """mean(after) / mean(before) and its interval, from the interval of the paired difference: the original's score
+    taken as it was measured. None when that is 0.
+    """
+    base = float(before.mean())
+    if base <= 0:
+        return None, None
+    mean, _, interval = paired_difference(before, after)
+    ends = None if interval is None else (1 + interval[0] / base, 1 + interval[1] / base)
+    return 1 + mean / base, ends

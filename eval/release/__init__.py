@@ -1,0 +1,1 @@
+"""Runs as releases: stages done once, sweeps, the run to take, publishing, reproducing."""

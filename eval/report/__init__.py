@@ -1,0 +1,1 @@
+"""The figures shown: page, charts, card, JUnit."""

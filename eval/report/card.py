@@ -1,0 +1,191 @@
+"""The model card: README.md of an artifact in the hub's format, out of what was measured and nothing else."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from quantpress.core.errors import BadInput
+from quantpress.core.files import whole_file
+from quantpress.exports import contracts
+from quantpress.recipe import READERS, LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Vllm, reader_notes
+
+from .page import chart, render
+from .runs import Run, open_run
+from .wording import given
+
+CHART = "quality.png"
+# What the embedded model is called on the hub, and its licence there.
+_EMBEDDED = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+_KEPT = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How one program loads the artifact; `refused`: why it cannot, one line a reason. notes: what to know."""
+
+    title: str
+    command: str
+    language: str
+    refused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def write_card(folder: Path, base_model: str | None = None, license: str | None = None, repo: str = "org/name") -> Path:
+    """Write FOLDER/quantized/README.md and its chart for a run folder that has been evaluated; the path of README.md.
+
+    base_model: the original's hub id, where it was quantized from a folder; license: where the original names none;
+    repo: the id it will have on the hub, for the commands that serve it.
+    Raises BadInput for a base_model that is no hub id.
+    """
+    run = open_run(folder)
+    card = folder / "quantized" / "README.md"
+    data = metadata(run, base_model, license)
+    text = render("card.md", run=run, data=data, servers=servers(run, repo), chart=CHART, recipe=_shown(run))
+    content = f"---\n{data.to_yaml()}\n---\n\n{text}"
+    ModelCard(content)  # parses the block as the hub does
+    with whole_file(card.with_name(CHART)) as file:
+        file.write(chart(run))
+    with whole_file(card) as file:
+        file.write(content.encode())
+    return card
+
+
+def metadata(run: Run, base_model: str | None = None, license: str | None = None) -> ModelCardData:
+    """The card's YAML block: what the hub lists, filters and links the artifact by."""
+    known, known_license = _EMBEDDED.get(run.manifest.model.id, (None, None))
+    base = base_model or known or _hub_id(run)
+    if base is not None:
+        try:
+            validate_repo_id(base)
+        except HFValidationError as error:
+            raise BadInput(f"--base-model {base!r}: not a hub id such as org/name ({error})") from None
+    kept = _original_card(run)
+    if license or "license" not in kept:
+        kept |= {"license": license or known_license or "other"}
+    if kept["license"] == "other" and "license_name" not in kept:
+        kept |= {"license_name": "see-the-base-model"}
+    tags = ["quantpress", run.manifest.artifact.format, *_bit_tags(run)]
+    return ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name="gguf" if run.manifest.artifact.format == "gguf" else "transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        model_name=run.folder.resolve().name if run.label == "recipe" else f"{_short(run)}-{run.label}",
+        eval_results=_eval_results(run),
+        **kept,
+    )
+
+
+def servers(run: Run, name: str) -> list[Serving]:
+    """Each program that reads the artifact's format, with the reasons of those that will not load this one."""
+    contents = contracts.of_folder(run.folder / "quantized")
+    out: list[Serving] = []
+    for title, target, command in _SERVERS:
+        reader = target.reader
+        if contents.format not in READERS[reader].formats:
+            continue
+        refused = tuple(contracts.problems(target, contents))
+        if title == "vLLM on a CPU" and bool(refused) == bool(out[0].refused):
+            continue  # no different from the GPU's
+        notes = reader_notes(reader, contents.format, contents.grids, contents.activations)
+        out.append(Serving(title, command.format(name=name), "bash", refused, tuple(notes)))
+    if contents.format != "gguf":
+        merged = tuple(line for line in contracts.experts(contents) if line.startswith("transformers"))
+        wrong = tuple(line for line in merged if "does not load" in line or "wrongly" in line)
+        notes = [line for line in merged if line not in wrong]
+        out.append(Serving("transformers", _TRANSFORMERS.format(name=name), "python", wrong, tuple(notes)))
+    return out
+
+
+_SERVERS: tuple[tuple[str, Target, str], ...] = (
+    ("vLLM", Vllm(), "vllm serve {name}"),
+    ("vLLM on a CPU", Vllm(device="cpu"), "vllm serve {name}"),
+    ("SGLang", Sglang(), "python3 -m sglang.launch_server --model-path {name}"),
+    ("TGI", Tgi(), "docker run --gpus all --shm-size 1g -p 8080:80 "
+     "ghcr.io/huggingface/text-generation-inference --model-id {name}"),
+    ("TensorRT-LLM", TensorRtLlm(), "trtllm-serve {name}"),
+    ("llama.cpp", LlamaCpp(), "llama-server -hf {name}"),
+    ("Ollama", Ollama(), "ollama run hf.co/{name}"),
+)  # fmt: skip
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    """The recipe without the folders of the machine it ran on, and without what goes without saying."""
+
+    def named(section: dict[str, Any], key: str) -> dict[str, Any]:
+        return section | ({key: Path(section[key]).name} if Path(str(section.get(key, ""))).is_absolute() else {})
+
+    recipe = given(run.manifest.recipe) | {"model": run.manifest.model.id}
+    for key in ("calibration", "evaluation"):
+        if isinstance(recipe.get(key), dict):
+            recipe[key] = named(recipe[key], "source")
+            if "tasks" in recipe[key]:
+                recipe[key] = recipe[key] | {"tasks": [named(task, "file") for task in recipe[key]["tasks"]]}
+    return {key: value for key, value in recipe.items() if key != "smoke"}
+
+
+def _hub_id(run: Run) -> str | None:
+    """The original's id on the hub: the source itself, or what the config says it was loaded from."""
+    if run.manifest.model.kind == "hub":
+        return run.manifest.model.id
+    config = run.folder / "quantized" / "config.json"
+    name = json.loads(config.read_text("utf-8")).get("_name_or_path") if config.is_file() else None
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+def _short(run: Run) -> str:
+    return run.manifest.model.id.split("/")[-1]
+
+
+def _original_card(run: Run) -> dict[str, Any]:
+    """Licence and languages from the original's own card, where its folder holds one."""
+    source = Path(str(run.manifest.recipe.get("model", ""))).expanduser()
+    readme = source / "README.md"
+    if not readme.is_file():
+        return {}
+    try:
+        data = ModelCard.load(readme).data.to_dict()
+    except (ValueError, OSError):
+        return {}
+    return {key: data[key] for key in _KEPT if data.get(key)}
+
+
+def _bit_tags(run: Run) -> list[str]:
+    """4-bit and the like, of the numbers that most quantized weights have."""
+    bits = [layer.bits for layer in run.manifest.layers if layer.bits < 16]
+    return [f"{max(dict.fromkeys(bits), key=bits.count):g}-bit"] if bits else []
+
+
+def _eval_results(run: Run) -> list[EvalResult]:
+    """The artifact's own scores for the hub's `model-index`; the original's are in the card's table."""
+    text, out = run.text, []
+    quality: Sequence[tuple[str, str, float]] = [
+        ("perplexity", "Perplexity", run.artifact.perplexity),
+        ("bits_per_byte", "Bits per byte", run.artifact.bits_per_byte),
+    ]
+    for kind, name, value in quality:
+        out.append(EvalResult(
+            task_type="text-generation", task_name="Text generation", dataset_type="text", dataset_name=text.source,
+            metric_type=kind, metric_name=name, metric_value=round(value, 4),
+        ))  # fmt: skip
+    for task in run.results.tasks:
+        out.append(EvalResult(
+            task_type="text-generation", task_name="Text generation", dataset_type=task.task, dataset_name=task.task,
+            dataset_args={"num_few_shot": task.few_shot, "documents": task.n}, metric_type=task.metric,
+            metric_name=task.metric, metric_value=round(task.artifact.value, 4),
+        ))  # fmt: skip
+    return out

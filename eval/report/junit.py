@@ -1,0 +1,73 @@
+"""The verdict for a CI: JUnit XML, a test case a gate, and a few lines of Markdown."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+from quantpress.core.files import whole_file
+
+from ..measure.results import Check, GateReport, Results
+from .wording import NBSP, cell, change, number, share, size, small
+
+_SIGNS = {"ACCEPT": "✅", "REGRESSION": "❌", "INCONCLUSIVE": "❔", "NONE": ""}
+
+
+def write_junit(path: Path, name: str, results: Results) -> None:
+    """A suite called quantpress.gates with a case for each gate: a miss fails, an inconclusive one is skipped with its
+    reason, or fails too where the recipe is strict.
+    """
+    gates = results.gates
+    suite = ElementTree.Element("testsuite", name="quantpress.gates", tests=str(len(gates.checks)))
+    failed = skipped = 0
+    for check in gates.checks:
+        case = ElementTree.SubElement(suite, "testcase", classname=_clean(name), name=check.name)
+        if fails(check, gates):
+            failed += 1
+            kind = {"message": check.reason, "type": check.verdict}
+            ElementTree.SubElement(case, "failure", kind).text = check.reason
+        elif check.verdict == "INCONCLUSIVE":
+            skipped += 1
+            ElementTree.SubElement(case, "skipped", message=f"inconclusive: {check.reason}")
+    suite.attrib |= {"failures": str(failed), "skipped": str(skipped), "errors": "0", "time": f"{results.seconds:.3f}"}
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    with whole_file(path) as file:
+        file.write(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
+
+
+def fails(check: Check, gates: GateReport) -> bool:
+    """Whether the check is one that ends the command with exit code 3."""
+    return check.verdict == "REGRESSION" or (gates.strict and check.verdict == "INCONCLUSIVE")
+
+
+def step_summary(name: str, results: Results) -> str:
+    """Markdown for $GITHUB_STEP_SUMMARY: the verdict, what was measured, each gate with its reason."""
+    gates = results.gates
+    lines = [f"### {_SIGNS[gates.verdict]} quantpress: {cell(name)} {gates.verdict}".replace("###  ", "### "), ""]
+    lines += [cell(gates.reason), "", "| measure | value |", "|---|---:|"]
+    lines += [f"| {what} | {value} |" for what, value in _figures(results)]
+    if gates.checks:
+        lines += ["", "| gate | | reason |", "|---|---|---|"]
+        lines += [f"| {cell(c.name)} | {_SIGNS[c.verdict]} {c.verdict} | {cell(c.reason)} |" for c in gates.checks]
+    return "\n".join(lines).replace(NBSP, " ") + "\n"
+
+
+def _figures(results: Results) -> list[tuple[str, str]]:
+    out = []
+    if results.original and results.artifact and results.perplexity_increase is not None:
+        before, after = number(results.original.perplexity), number(results.artifact.perplexity)
+        out.append(("Perplexity", f"{before} → {after} ({change(results.perplexity_increase)})"))
+    if results.divergence:
+        out.append(("KL divergence, nats a token", f"{small(results.divergence.kl_mean)}"))
+        out.append(("Same next token", share(results.divergence.top1_agreement)))
+    if results.efficiency:
+        out.append(("Weights on disk", size(results.efficiency.bytes)))
+    for task in results.tasks:
+        left = "" if task.recovery is None else f" ({share(task.recovery)} of the original)"
+        out.append((f"{cell(task.task)} {cell(task.metric)}", f"{share(task.artifact.value)}{left}"))
+    return out
+
+
+def _clean(text: str) -> str:
+    """Without the control characters that XML cannot hold."""
+    return "".join(c for c in text if c.isprintable())

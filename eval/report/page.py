@@ -1,0 +1,266 @@
+"""The report of a run, and several runs side by side: one page a stakeholder reads in a minute, an engineer in ten.
+
+Everything comes from `manifest.json` and `eval/results.json`; the same input gives the same bytes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from quantpress.core.errors import BadInput
+
+from ..measure.results import TaskResult
+from ..release.sweep import Outcome, failures
+from .heat import DARK, LIGHT, HeatScale
+from .png import divergence_figure, layers_figure, png, recovery_axis, tasks_figure, tradeoff_figure
+from .png import files as figure_files
+from .runs import Run, comparable, labelled, open_run, open_runs
+from .tradeoff import Plot, Point, pareto, tradeoff
+from .wording import (
+    NBSP,
+    cell,
+    change,
+    confidence,
+    first_word,
+    gate,
+    gate_name,
+    given,
+    interval,
+    number,
+    points,
+    program,
+    score,
+    seconds,
+    sentence,
+    share,
+    shorten,
+    size,
+    small,
+    spread,
+    squeezed,
+)
+
+_WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report: index.html, each chart as PNG and SVG, summary.md, summary.json; the path of index.html.
+
+    Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
+    """
+    one = open_run(run)
+    heading = f"{one.manifest.name}: size against quality"
+    return _write(
+        run / "report",
+        "report",
+        [one],
+        heading,
+        {"summary": _figures(one), "headline": one.headline.replace(NBSP, " ")},
+    )
+
+
+def write_comparison(runs: Sequence[Path], out: Path) -> Path:
+    """Write the same files for several runs (or a folder of them) of one model on one text; the path of index.html.
+
+    Raises BadInput for fewer than two runs, and for runs whose evaluation text, windows or original differ.
+    """
+    several = open_runs(runs) if runs else []
+    if len(several) < 2:
+        raise BadInput(f"compare: two or more different runs are needed, got {', '.join(map(str, runs)) or 'none'}")
+    return _write_several(several, out, [])
+
+
+def _write_several(several: Sequence[Run], out: Path, failed: Sequence[Outcome]) -> Path:
+    for other in several[1:]:
+        comparable(several[0], other)
+    several = labelled(sorted(several, key=lambda r: (r.size, r.artifact.perplexity, r.manifest.name)))
+    front = _front(several)
+    summary = [_figures(r) | {"label": r.label, "pareto": r.label in front} for r in several]
+    document = {"runs": summary} | ({"failed": [vars(one) for one in failed]} if failed else {})
+    template = "report" if len(several) == 1 else "compare"
+    return _write(out, template, several, "Size against quality", document, failed)
+
+
+def write_sweep(out: Path, runs: Sequence[Path]) -> Path | None:
+    """Write OUT/report for the runs of a sweep, with those that failed and why; None when there is not one to show."""
+    if not runs:
+        return None
+    several = [open_run(folder) for folder in runs]
+    return _write_several(several, out / "report", failures(out))
+
+
+def chart(run: Run) -> bytes:
+    """The trade-off chart of one run as PNG."""
+    plot = tradeoff(_points([run]), _WIDE, _hover([run]))
+    return png(tradeoff_figure(plot, f"{run.label}: size against quality", run.manifest.model.caveat or ""))
+
+
+def render(template: str, **context: Any) -> str:
+    """A Markdown template with the page's number formats."""
+    return _environment().get_template(template).render(context)
+
+
+def _points(runs: Sequence[Run]) -> list[Point]:
+    first = runs[0]
+    original = Point("original", first.manifest.artifact.original_bytes, first.original.perplexity,
+                     first.original.stderr, original=True)  # fmt: skip
+    return [original, *(Point(r.label, r.size, r.artifact.perplexity, r.artifact.stderr) for r in runs)]
+
+
+def _rates(runs: Sequence[Run]) -> list[Point]:
+    """Tokens a second in place of bytes, as one and the same server gave them; none where a run was not served."""
+    servers = {run.serving and (run.serving.server, run.serving.version, run.serving.device) for run in runs}
+    if len(runs) < 2 or len(servers) != 1 or any(run.tokens_per_second is None for run in runs):
+        return []
+    return [Point(r.label, r.tokens_per_second or 0.0, r.artifact.perplexity, r.artifact.stderr) for r in runs]
+
+
+def _front(runs: Sequence[Run]) -> set[str]:
+    """Labels of the runs that neither another run nor the original beats in size and perplexity."""
+    points = _points(runs)
+    return {points[i].label for i in pareto(points) if i}
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    """What summary.json says about one run; shares are fractions, sizes bytes."""
+    return {
+        "name": run.manifest.name,
+        "model": run.manifest.model.model_dump(exclude={"files"}),
+        "verdict": run.results.gates.verdict,
+        "size_ratio": run.ratio,
+        "size": run.manifest.artifact.model_dump(),
+        "perplexity_increase": run.increase,
+        **run.results.model_dump(include={"text", "original", "artifact", "divergence", "gates"}),
+        "timing": run.manifest.timing.model_dump(exclude={"per_block_seconds"}),
+        "warnings": run.warnings,
+    }
+
+
+def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The recipe keys, dotted, whose values differ between runs, with each run's value; not how it is tried out."""
+    left_out = ("name", "description", "smoke")
+    flat = [_flatten({k: v for k, v in run.manifest.recipe.items() if k not in left_out}) for run in runs]
+    keys = list(dict.fromkeys(k for f in flat for k in f))
+    rows = {key: [_yaml(f[key], flow=True) if key in f else "" for f in flat] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _by_task(runs: Sequence[Run]) -> list[tuple[tuple[str, str], list[TaskResult | None]]]:
+    """For each task and metric, every run's result."""
+    found = [{(task.task, task.metric): task for task in run.results.tasks} for run in runs]
+    return [(key, [of.get(key) for of in found]) for key in dict.fromkeys(key for of in found for key in of)]
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        nested = isinstance(item, dict) and item
+        out |= _flatten(item, f"{prefix}{key}.") if nested else {f"{prefix}{key}": item}
+    return out
+
+
+def _yaml(value: Any, flow: bool = False) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100, default_flow_style=flow)
+    return text.removesuffix("...\n").strip()
+
+
+def _write(
+    folder: Path, template: str, runs: list[Run], heading: str, summary: dict[str, Any], failed: Sequence[Outcome] = ()
+) -> Path:
+    caveat, model = runs[0].manifest.model.caveat, runs[0].manifest.model.id
+    scale = HeatScale.of([run.heat for run in runs])
+    plots, speeds = _plots(runs, _points(runs), rate=False), _plots(runs, _rates(runs), rate=True)
+    context = {
+        "runs": runs, "run": runs[0], "front": _front(runs), "plots": plots, "speeds": speeds, "scale": scale,
+        "differences": _differences(runs), "colors": list(zip(LIGHT, DARK, strict=True)), "failed": failed,
+    }  # fmt: skip
+    footer = f"{model}: {caveat}" if caveat else model
+    heats = {run.label: run.heat for run in runs}
+    files = figure_files("tradeoff", tradeoff_figure(plots[0], heading, footer))
+    files |= figure_files("layers", layers_figure(heats, scale, footer))
+    if speeds:
+        files |= figure_files("speed", tradeoff_figure(speeds[0], "Speed against quality", footer))
+    if all(run.divergence.confidence for run in runs):
+        files |= figure_files("divergence", divergence_figure({r.label: r.divergence for r in runs}, footer))
+    tasks = {f"{r.label}: {t.task} {t.metric}" if len(runs) > 1 else f"{t.task} {t.metric}": [t]
+             for r in runs for t in r.results.tasks if t.recovery is not None}  # fmt: skip
+    if tasks:
+        files |= figure_files("tasks", tasks_figure(tasks, footer))
+    pages = _environment()
+    context["charts"] = [name.removesuffix(".png") for name in files if name.endswith(".png")]
+    files |= {
+        "summary.md": pages.get_template(f"{template}.md").render(context).encode("utf-8", "replace"),
+        "summary.json": (json.dumps(_finite({"schema": 1} | summary), indent=2) + "\n").encode(),
+        "index.html": pages.get_template(f"{template}.html").render(context).encode("utf-8", "replace"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot write the report there: {error.strerror}") from None
+    for name in (f"{chart}.{kind}" for chart in ("speed", "divergence", "tasks") for kind in ("png", "svg")):
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)  # of what an earlier report showed, and this one does not
+    for name, content in files.items():
+        beside = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(folder / name)
+        finally:
+            beside.unlink(missing_ok=True)
+    return folder / "index.html"
+
+
+def _plots(runs: Sequence[Run], points: Sequence[Point], *, rate: bool) -> list[Plot]:
+    """The chart for wide and for narrow windows; none without points."""
+    return [
+        tradeoff(points, size, _hover(runs, rate), len(runs) > 1 and (size is _NARROW or len(runs) > 12), rate)
+        for size in (_WIDE, _NARROW)
+        if points
+    ]
+
+
+def _hover(runs: Sequence[Run], rate: bool = False) -> Callable[[Point], str]:
+    """What hovers over a mark: the recipe in a few words, and both figures."""
+    schemes = {run.label: f" ({run.scheme})" for run in runs if run.scheme}
+
+    def title(point: Point) -> str:
+        x = f"{number(point.size)} tokens/s" if rate else size(point.size)
+        return f"{point.label}{schemes.get(point.label, '')}: {x}, perplexity {number(point.perplexity)}"
+
+    return title
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _environment() -> Environment:
+    folder = resources.files(__package__) / "templates"
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis, "points": points}
+    environment.filters |= {
+        "size": size, "number": number, "change": change, "share": share, "gate": gate, "gate_name": gate_name,
+        "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds, "interval": interval, "score": score,
+        "first_word": first_word, "spread": spread, "sentence": sentence, "points": points, "program": program,
+        "given": given, "shorten": shorten, "squeezed": squeezed, "by_task": _by_task,
+    }  # fmt: skip
+    return environment

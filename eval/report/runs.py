@@ -1,0 +1,221 @@
+"""Run folders as the report, the card and the recommendation see them: what was measured, and what can be compared."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from quantpress.core.errors import BadInput
+from quantpress.exports.serving.record import Serving
+from quantpress.exports.serving.record import read as read_serving
+
+from ..measure.results import Check, Divergence, EvaluationText, Manifest, Quality, Results, read
+from .heat import Heat, heat
+from .wording import change, gate, gate_name, interval, number, points, program, sentence, share, size
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder; `label` is what charts and tables call it, `serving` the smoke test's eval/serving.json."""
+
+    folder: Path
+    manifest: Manifest
+    results: Results
+    label: str
+    serving: Serving | None = None
+
+    @property
+    def text(self) -> EvaluationText:
+        assert self.results.text is not None  # as open_run saw to, here and below
+        return self.results.text
+
+    @property
+    def original(self) -> Quality:
+        assert self.results.original is not None
+        return self.results.original
+
+    @property
+    def artifact(self) -> Quality:
+        assert self.results.artifact is not None
+        return self.results.artifact
+
+    @property
+    def divergence(self) -> Divergence:
+        assert self.results.divergence is not None
+        return self.results.divergence
+
+    @property
+    def increase(self) -> float:
+        """Of the perplexity, as a fraction."""
+        return math.nan if self.results.perplexity_increase is None else self.results.perplexity_increase
+
+    @property
+    def size(self) -> int:
+        """Bytes of weights on disk."""
+        return self.manifest.artifact.bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the original the weights are on disk."""
+        return self.manifest.artifact.original_bytes / max(1, self.size)
+
+    @property
+    def smaller(self) -> str:
+        return f"{self.ratio:.1f}× smaller" if self.ratio >= 1 else f"{1 / self.ratio:.1f}× larger"
+
+    @property
+    def original_bits(self) -> float:
+        return self.manifest.artifact.original_bytes * 8 / max(1, self.manifest.artifact.parameters)
+
+    @cached_property
+    def heat(self) -> Heat:
+        return heat(self.manifest.layers)
+
+    @property
+    def scheme(self) -> str:
+        """How most of its quantized weights are stored, and by which method."""
+        schemes = [layer.scheme for layer in self.manifest.layers if layer.bits < 16]
+        method = self.manifest.recipe.get("method") or {}
+        name = method.get("name") if isinstance(method, dict) else None
+        most = max(dict.fromkeys(schemes), key=schemes.count, default="")
+        return ", ".join(part for part in (most, name) if part)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The most tokens a second that the smoke test's server gave; None when it was not served.
+
+        Not the results' own timing: that is of the dequantized model, for which every format is equally fast.
+        """
+        return None if self.serving is None else max(self.serving.tokens_per_second.values(), default=None)
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.results.gates.checks if check.verdict == "REGRESSION"]
+
+    @cached_property
+    def verdict(self) -> str:
+        """The gates' answer in plain words."""
+        count = len(self.results.gates.checks)
+        if self.results.gates.verdict == "NONE":
+            return "Not judged: the recipe sets no gates."
+        if self.results.gates.verdict == "ACCEPT":
+            how_many = {1: "the gate", 2: "both gates"}.get(count, f"all {count} gates")
+            return f"Accepted: {how_many} passed."
+        if self.results.gates.verdict == "INCONCLUSIVE":
+            return f"Inconclusive: {self.results.gates.reason}."
+        reasons = "; ".join(f"{gate_name(c.name)} {gate(c.value, c.name)}, limit {gate(c.limit, c.name)}"
+                            for c in self.failed)  # fmt: skip
+        return f"Regression: {len(self.failed)} of {count} gates failed ({reasons})."
+
+    @property
+    def headline(self) -> str:
+        artifact = self.manifest.artifact
+        return (
+            f"{self.smaller} weights: {size(artifact.original_bytes)} → {size(artifact.bytes)}. "
+            f"Perplexity {number(self.original.perplexity)} → {number(self.artifact.perplexity)} "
+            f"({change(self.increase)}). The same next token as the original "
+            f"{share(self.divergence.top1_agreement)} of the time."
+        )
+
+    @property
+    def served(self) -> str:
+        """What the smoke test's server made of the artifact; empty when it was not served."""
+        if self.serving is None:
+            return ""
+        made = [check for check in self.serving.checks if check.status != "skip"]
+        wrong = [check.name for check in made if check.status == "fail"]
+        who = sentence(program(self.serving.server)) + (f" ({self.serving.version})" if self.serving.version else "")
+        if self.serving.verdict == "FAILED":
+            return f"{who} failed {', '.join(wrong) or 'the smoke test'}."
+        agrees = "; its answers agree with our own forward over these files" if self.serving.agreement else ""
+        return f"{who} loads it and passes the {len(made)} checks made{agrees}."
+
+    @property
+    def findings(self) -> list[str]:
+        """What tasks and server say, a sentence each; empty without them."""
+        return [line for line in (self._scores, self.served) if line]
+
+    @property
+    def _scores(self) -> str:
+        """Of the tasks: those that are lower for certain, which is what would change a decision."""
+        paired = [task for task in self.results.tasks if task.difference_interval and task.difference is not None]
+        if not paired:
+            return ""
+        lower = []
+        for task in paired:
+            low, high = task.difference_interval or (0.0, 0.0)
+            worse = high < 0 if task.higher_is_better else low > 0
+            if worse:
+                lower.append(f"{task.task} ({task.metric}) by {interval((low, high), points)} points")
+        if lower:
+            return f"Worse than the original for certain (95 %): {', '.join(lower)}."
+        scores = "The one task score is" if len(paired) == 1 else f"None of the {len(paired)} task scores is"
+        return f"{scores} {'not ' if len(paired) == 1 else ''}worse than the original's for certain (95 % intervals)."
+
+    @property
+    def warnings(self) -> list[str]:
+        """What has to be known before the figures are used, the worst first."""
+        out = list(self.manifest.fallbacks)
+        if not math.isfinite(self.artifact.perplexity):
+            out.insert(0, "The artifact's perplexity is not a finite number: it does not work as a language model.")
+        if not self.results.complete:
+            out.insert(0, "The evaluation was stopped before its end: sections are missing.")
+        calibration = self.manifest.calibration
+        if calibration and calibration.sha256 == self.text.sha256:
+            out.append("Calibrated on the text it is evaluated on: the quality shown flatters the artifact.")
+        return out
+
+
+def open_run(folder: Path) -> Run:
+    """Raises BadInput, one line, when the folder holds no run, or one without an evaluation against its original."""
+    manifest, results = read(folder)
+    measured = (results.text, results.original, results.artifact, results.divergence)
+    if any(part is None for part in measured):
+        raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")
+    return Run(folder, manifest, results, manifest.name, read_serving(folder))
+
+
+def open_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in `folders`: run folders, or folders that hold run folders, such as a sweep's. Each once."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        inside = [folder] if (folder / "manifest.json").is_file() else sorted(folder.glob("*/eval/results.json"))
+        for one in inside:
+            run = one if one is folder else one.parent.parent
+            found.setdefault(run.resolve(), run)
+        if not inside:
+            raise BadInput(f"{folder}: neither a run folder (manifest.json) nor a folder of evaluated runs")
+    if not found:
+        raise BadInput("no run folders were given")
+    return [open_run(folder) for folder in found.values()]
+
+
+def comparable(a: Run, b: Run) -> None:
+    """Raise BadInput, naming the difference, unless both runs judged one original on one text."""
+    for key in ("sha256", "tokens", "windows", "window", "stride", "bos"):
+        one, two = getattr(a.text, key), getattr(b.text, key)
+        if one != two:
+            raise BadInput(f"cannot compare {a.folder} and {b.folder}: evaluation text differs, {key} {one} and {two}")
+    one_model, two_model = a.manifest.model, b.manifest.model
+    if one_model.files != two_model.files or (not one_model.files and one_model.id != two_model.id):
+        names = sorted(one_model.files.keys() | two_model.files.keys())
+        file = next((n for n in names if one_model.files.get(n) != two_model.files.get(n)), "id")
+        raise BadInput(
+            f"cannot compare {a.folder} and {b.folder}: different originals, {one_model.id} and {two_model.id} "
+            f"({file} differs)"
+        )
+
+
+def labelled(runs: Sequence[Run]) -> list[Run]:
+    """Runs that share a name are told apart by their folders."""
+    names = [run.manifest.name for run in runs]
+    folders = [run.folder.resolve() for run in runs]
+    out = []
+    for run, name, folder in zip(runs, names, folders, strict=True):
+        if names.count(name) > 1:
+            twins = [f.name for f, n in zip(folders, names, strict=True) if n == name]
+            where = folder.name if twins.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}"
+            name = where if where.endswith(name) else f"{name} ({where})"
+        out.append(replace(run, label=name))
+    return out

@@ -1,0 +1,1 @@
+"""One file a server: all that quantpress knows of it."""

@@ -1,0 +1,109 @@
+"""What a smoke test writes: eval/serving.json (schema 1), read back and checked."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quantpress.core.errors import BadInput
+from quantpress.core.files import write_json
+
+FILE = Path("eval") / "serving.json"
+
+
+class Record(BaseModel):
+    """A part of the document; keys that are not shown here are left alone."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Check(Record):
+    """One check. reason: what was seen, or why it failed or could not be made."""
+
+    name: str
+    status: Literal["pass", "fail", "skip"]
+    reason: str
+    seconds: float
+
+
+class Tolerance(Record):
+    """What a kernel may be off in log-probability, absolute: on average, and for one token."""
+
+    kernel: str
+    mean: float
+    largest: float
+
+
+class Agreement(Record):
+    """The server's greedy answers against our own forward over the same tokens of the same artifact.
+
+    equal_tokens: greedy tokens equal to ours, counted up to each answer's first difference; behind: how far in
+    log-probability the server's tokens lie behind the ones we would choose, at most; logprob_mean and _largest:
+    absolute differences over the likeliest tokens of every position, None where the server gives none.
+    """
+
+    answers: int
+    tokens: int
+    equal_tokens: int
+    behind: float
+    logprobs: int  # how many were compared
+    logprob_mean: float | None
+    logprob_largest: float | None
+    tokens_from: Literal["ids", "text"]  # text: tokenised again from the answer
+    tolerance: Tolerance
+
+
+class Percentiles(Record):
+    """Milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+class Serving(Record):
+    """eval/serving.json: a server on an artifact. Times of the answers are of `requests` streamed ones, one at a time.
+
+    ttft_ms: time to first token, the median; itl_ms: between chunks with text; tokens_per_second: generated, by how
+    many requests at a time, the time to first token included; peak_rss_bytes: of all the server's processes together.
+    """
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    server: str
+    version: str | None
+    artifact: str
+    device: str  # of this machine
+    command: tuple[str, ...]
+    verdict: Literal["PASSED", "FAILED"]
+    checks: tuple[Check, ...]
+    agreement: Agreement | None
+    max_model_len: int
+    load_seconds: float | None
+    requests: int
+    prompt_tokens: int | None
+    ttft_ms: float | None
+    itl_ms: Percentiles | None
+    tokens_per_second: dict[int, float]
+    peak_rss_bytes: int | None
+    log: str | None  # relative to the run folder
+
+    def write(self, folder: Path) -> Path:
+        """Write it into a run folder; returns the file."""
+        path = folder / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.model_dump(mode="json", by_alias=True))
+        return path
+
+
+def read(folder: Path) -> Serving | None:
+    """The record in a run folder; None when there is none. Raises BadInput for one that cannot be read."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return Serving.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else " ".join(str(error).split())
+        raise BadInput(f"{path}: not a record this quantpress can read: {said}") from error

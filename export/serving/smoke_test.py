@@ -1,0 +1,199 @@
+"""The smoke test: a real server started on an artifact, talked to, compared with our own forward, timed, and ended."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quantpress.calibrate.tokens import open_tokenizer
+from quantpress.core import machine
+from quantpress.core.errors import BadInput
+from quantpress.engine.sources import resolve
+from quantpress.gguf.chat import template_arguments
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.skeleton import text_config
+
+from . import agreement
+from . import timing as figures
+from .checks import CHECKS, Failed, Skipped, Subject, made, make
+from .client import Client, ServerError
+from .process import ServerFailed
+from .record import Agreement, Check, Serving
+from .starting import DEFAULT_CONTEXT, SERVERS, Options, Running, Server, interpreter, reach, serve
+
+_SMALLEST_CONTEXT = 64  # tokens; below it the prompts themselves do not fit
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What is told while the test goes on: a line of progress, and each check as it is made."""
+
+    line: Callable[[str], None] = lambda text: None
+    check: Callable[[Check], None] = lambda check: None
+
+
+@dataclass(frozen=True)
+class _Served:
+    """An artifact as the test sees it: what the server reads, and the folder that our own forward reads."""
+
+    artifact: Path
+    folder: Path
+    tokenizer: Any
+    context: int  # tokens of prompt and answer
+    options: Options
+
+
+def smoke(
+    artifact: Path, server: str | Server, out: Path, options: Options, cache: Path, listener: Listener | None = None
+) -> Serving:
+    """The record of a smoke test of `artifact` (a folder or a .gguf file), which is also written into the run folder
+    `out`, beside the server's log.
+
+    server: a name of SERVERS or a row of its kind; `url` talks to the one that runs at options.url. A server that does
+    not start is a failed check; BadInput is raised for one that is not installed or reads no such artifact.
+    """
+    listener = listener or Listener()
+    row = _row(server, options)
+    served = _prepared(artifact, options, cache, started=row is not None and row.port is None)
+    log = None if row is None else out / "eval" / f"serving-{row.name}.log"
+    checks: list[Check] = []
+
+    def note(check: Check) -> None:
+        checks.append(check)
+        listener.check(check)
+
+    told = Listener(listener.line, note)
+    state = _State()
+    try:
+        with _running(row, served, log, listener.line) as server_now:
+            state.running = server_now
+            _talk(server_now, served, told, state)
+    except ServerFailed as error:
+        told.check(Check(name="start", status="fail", reason=str(error), seconds=0))
+        for name in (*CHECKS, "agreement", "speed"):
+            told.check(Check(name=name, status="skip", reason="the server did not start", seconds=0))
+    else:
+        told.check(made("agreement", partial(_agree, row, served, state), {}))
+    record = _record(row, served, state, checks, None if log is None else log.relative_to(out))
+    record.write(out)
+    return record
+
+
+@dataclass
+class _State:
+    """What is known so far."""
+
+    running: Running | None = None
+    answers: list[agreement.Continuation] | ServerError | None = None
+    agreed: Agreement | None = None
+    speed: figures.Figures | None = None
+    peak_rss_bytes: int | None = None
+
+
+def _row(server: str | Server, options: Options) -> Server | None:
+    """The row of a server that is started here, found to be installed; None for a URL."""
+    if isinstance(server, Server):
+        return server
+    if (server == "url") != (options.url is not None):
+        raise BadInput("--server url and --url http://host:port go together")
+    if server == "url":
+        return None
+    if server not in SERVERS:
+        raise BadInput(f"server {server!r} is none of {', '.join(SERVERS)} and url")
+    interpreter(SERVERS[server], options.python)
+    return SERVERS[server]
+
+
+def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _Served:
+    """The artifact opened, and the context no longer than its model's; started: whether we say how long it is."""
+    if not artifact.exists():
+        raise BadInput(f"{artifact}: no such artifact")
+    folder = resolve(str(artifact), cache=cache).path if artifact.suffix == ".gguf" else artifact
+    config = text_config(Checkpoint(folder).config)
+    most = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    wanted = options.max_model_len or (DEFAULT_CONTEXT if started else most)
+    context = min(wanted, most)
+    if context < _SMALLEST_CONTEXT:
+        raise BadInput(f"{artifact}: a context of {context} tokens; the smoke test needs {_SMALLEST_CONTEXT}")
+    return _Served(artifact, folder, open_tokenizer(folder), context, replace(options, max_model_len=context))
+
+
+@contextlib.contextmanager
+def _running(row: Server | None, served: _Served, log: Path | None, tell: Callable[[str], None]) -> Iterator[Running]:
+    if row is None or log is None:
+        with reach(str(served.options.url), served.options.api_key, served.options.lacks) as found:
+            yield found
+    else:
+        said = template_arguments(served.tokenizer)
+        with serve(row, served.artifact, log, served.options, tell, said) as found:
+            yield found
+
+
+def _talk(running: Running, served: _Served, told: Listener, state: _State) -> None:
+    """All that needs the server: checks, answers to compare, figures; a server that goes away fails what is left."""
+    key, own = served.options.api_key, running.child is not None
+    if own:
+        told.check(Check(name="start", status="pass", reason="healthy", seconds=running.load_seconds or 0))
+    with Client(running.url, running.model, key, loopback=own) as client:
+        if running.name not in SERVERS:
+            with contextlib.suppress(ServerError):  # the checks will say what is wrong
+                running = replace(running, lacks={**running.lacks, **agreement.refused(client, served.tokenizer)})
+        subject = Subject(running, client, served.tokenizer, served.context, served.options.concurrency)
+        make(subject, told.check)
+        lacks = running.lacks
+        try:
+            state.answers = agreement.ask(client, served.tokenizer, lacks)
+        except ServerError as error:
+            state.answers = error
+
+        def speed() -> str:
+            state.speed = found = figures.measure(client, served.options.concurrency)
+            rates = ", ".join(f"{rate:.1f} tokens/s at {n}" for n, rate in found.tokens_per_second.items())
+            return rates if found.ttft_ms is None else f"{rates}; first token after {found.ttft_ms:.0f} ms"
+
+        told.check(made("speed", speed, {}))
+    if running.child is not None:
+        if "memory" not in running.lacks:
+            state.peak_rss_bytes = running.child.peak_rss_bytes
+        if (status := running.child.ended()) is not None:
+            reason = f"ended by itself with status {status}:\n{running.child.last_lines()}"
+            told.check(Check(name="alive", status="fail", reason=reason, seconds=0))
+
+
+def _agree(row: Server | None, served: _Served, state: _State) -> str:
+    if isinstance(state.answers, ServerError):
+        raise state.answers
+    if not state.answers:
+        raise Skipped("the server's greedy answers are empty")
+    tolerance = agreement.tolerance_for("url" if row is None else row.name, served.artifact, served.folder)
+    state.agreed = agreement.compare(served.folder, state.answers, tolerance)
+    within, line = agreement.judged(state.agreed)
+    if not within:
+        raise Failed(line)
+    return line
+
+
+def _record(row: Server | None, served: _Served, state: _State, checks: list[Check], log: Path | None) -> Serving:
+    running, found = state.running, state.speed
+    return Serving(
+        schema=1,
+        server="url" if row is None else row.name,
+        version=None if running is None else running.version,
+        artifact=served.artifact.name,
+        device=machine.describe(machine.device())["device"],
+        command=() if running is None else running.command,
+        verdict="FAILED" if any(check.status == "fail" for check in checks) else "PASSED",
+        checks=tuple(checks),
+        agreement=state.agreed,
+        max_model_len=served.context,
+        load_seconds=None if running is None else running.load_seconds,
+        requests=0 if found is None else found.requests,
+        prompt_tokens=None if found is None else found.prompt_tokens,
+        ttft_ms=None if found is None else found.ttft_ms,
+        itl_ms=None if found is None else found.itl_ms,
+        tokens_per_second={} if found is None else found.tokens_per_second,
+        peak_rss_bytes=state.peak_rss_bytes,
+        log=None if log is None else str(log),
+    )

@@ -1,0 +1,1 @@
+"""An artifact folder, read back as a server would, and converted into another format."""

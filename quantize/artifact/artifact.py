@@ -1,0 +1,152 @@
+"""An artifact folder read back from disk: what is evaluated is what a server would load."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibrate import kv_cache
+from ..core.errors import BadInput
+from ..core.files import changed, read_manifest
+from ..formats import FORMATS, detect
+from ..gguf.reader import GgufCheckpoint, gguf_files
+from ..models.checkpoint import Checkpoint
+from ..models.skeleton import Skeleton
+from ..numbers.activations import round_inputs
+from ..numbers.grid import Grid, Inputs, QuantizedLinear
+from ..numbers.types import Activations
+
+
+class Artifact:
+    """A quantized checkpoint that looks plain: weights are dequantized as they are read.
+
+    linears: the grid of each quantized linear by its on-disk name. A plain checkpoint has none.
+    Raises BadInput for a quantization this package does not read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint = GgufCheckpoint(folder) if gguf_files(folder) else Checkpoint(folder)
+        self.config: dict[str, Any] = self.checkpoint.config
+        self.format = detect(self.config)
+        self.activations: Activations | None = None
+        self.kv_cache: str | None = None
+        self.linears: dict[str, Grid] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.transposed: frozenset[str] = frozenset()  # linears the model keeps as [in, out]
+        if self.format is not None:
+            shapes = {name: self.checkpoint.shape(name) for name in self.checkpoint.names()}
+            self.shapes = FORMATS[self.format].linears(shapes, self.checkpoint.read)
+            grids = FORMATS[self.format].grids(self.config["quantization_config"], list(self.shapes))
+            self.activations = FORMATS[self.format].activations(self.config["quantization_config"])
+            self.kv_cache = FORMATS[self.format].kv_cache(self.config["quantization_config"])
+            for name in self.shapes:
+                grid = grids.get(name)
+                if grid is None:
+                    raise BadInput(f"{folder}: {name} is quantized on disk and not in config.json")
+                self.linears[name] = grid
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are in a GGUF file: dequantized as they are read, they count as none of our formats."""
+        return isinstance(self.checkpoint, GgufCheckpoint)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.checkpoint or str(name).removesuffix(".weight") in self.linears
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights on disk."""
+        return self.checkpoint.total_bytes
+
+    def plain_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor that is stored as the model holds it; None for the weight of a quantized linear."""
+        return None if name.removesuffix(".weight") in self.linears else self.checkpoint.shape(name)
+
+    def bits_per_weight(self) -> float | None:
+        """Bits on disk of a quantized weight, its scales and zeros counted; None when none is quantized."""
+        if isinstance(self.checkpoint, GgufCheckpoint):
+            return self.checkpoint.bits_per_weight()
+        names = [name for name in self.checkpoint.names() if not name.endswith(".bias")]
+        size = sum(self.checkpoint.nbytes(name) for name in names if name.rpartition(".")[0] in self.linears)
+        count = sum(rows * columns for rows, columns in self.shapes.values())
+        return size * 8 / count if count else None
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """The unpacked record of a quantized linear."""
+        if self.format is None:
+            raise KeyError(name)
+        return FORMATS[self.format].unpack(name, self.checkpoint.read, self.linears[name], self.shapes[name])
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the groups of a linear are scattered columns, by what is stored."""
+        if self.format is None:
+            return False
+        reader, read = FORMATS[self.format], self.checkpoint.read
+        return any(reader.scattered(n, read, grid, self.shapes[n][1]) for n, grid in self.linears.items())
+
+    def inputs(self, name: str) -> Inputs | None:
+        """How the inputs of a quantized linear are rounded; None where they stay in 16 bit."""
+        if self.format is None or self.activations is None or name not in self.linears:
+            return None
+        return FORMATS[self.format].inputs(name, self.checkpoint.read, self.activations, self.linears[name])
+
+    def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
+        """The scales of the cached keys and values of `attention`, float32 []."""
+        if self.format is None:
+            raise KeyError(attention)
+        keys, values = (f"{attention}.{suffix}" for suffix in FORMATS[self.format].cache_suffixes)
+        for name in (keys, values):
+            if name not in self.checkpoint:
+                raise BadInput(f"the config speaks of a quantized key-value cache, and there is no {name}")
+        return self._scalar(keys), self._scalar(values)
+
+    def _scalar(self, name: str) -> Tensor:
+        scale = self.checkpoint.read(name).to(torch.float32)
+        if scale.numel() != 1:
+            raise BadInput(f"{name}: shape {list(scale.shape)}, and only one scale a layer can be read")
+        return scale.reshape(())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the plain model holds it."""
+        linear = name.removesuffix(".weight")
+        if linear not in self.linears:
+            return self.checkpoint.read(name)
+        weight = self.linear(linear).dequantize(self._dtype)
+        return weight.T.contiguous() if linear in self.transposed else weight
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        dtype: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+        return dtype
+
+
+def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Artifact, Skeleton]:
+    """An artifact and the skeleton of its model, which reads through it and rounds inputs and cache as it says."""
+    artifact = Artifact(folder)
+    skeleton = Skeleton(artifact, device=device, dtype=dtype)
+    skeleton.check_shapes(artifact.plain_shape)
+    artifact.transposed = frozenset(x.name for x in skeleton.linears() if x.transposed)
+    if artifact.kv_cache is not None:
+        for name, attention in kv_cache.attentions(skeleton):
+            kv_cache.tap(attention, kv_cache.rounding(artifact.kv_cache, *artifact.cache_scales(name)))
+    for linear in skeleton.linears():
+        inputs = artifact.inputs(linear.name)
+        if inputs is not None:
+            skeleton.round_inputs(linear, partial(round_inputs, inputs=inputs))
+    return artifact, skeleton
+
+
+def verify(out: Path) -> int:
+    """Check the files of `out/quantized` against the hashes in its manifest; returns how many there are.
+
+    Raises BadInput naming the first file that differs or is absent.
+    """
+    hashes: dict[str, str] = read_manifest(out)["artifact"]["files"]
+    for name, what in changed(out / "quantized", hashes):
+        raise BadInput(f"{out / 'quantized' / name}, which the manifest names, {what}; restore it, or run again with "
+                       "--overwrite")  # fmt: skip
+    return len(hashes)

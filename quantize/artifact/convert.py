@@ -1,0 +1,197 @@
+"""The same codes in another format: an artifact folder in, an artifact folder out, nothing rounded on the way."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ..core.errors import BadInput
+from ..core.files import MANIFEST, move_whole, read_manifest, write_json
+from ..formats import FORMATS, Contents, Format, detect
+from ..gguf.reader import gguf_files
+from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from ..numbers.grid import QuantizedLinear
+from ..numbers.types import Grid
+from ..recipe import PackedFormat
+
+_PART_BYTES = 500_000_000  # held in memory before it is written
+
+
+def convert(source: Path, target: Path, to: str) -> None:
+    """Write the artifact in `source` to the new folder `target` in format `to`, one linear at a time.
+
+    Raises BadInput, and leaves nothing behind, for a source that is not quantized, formats that are the same, a
+    target that exists, and whatever `to` cannot hold exactly.
+    """
+    if gguf_files(source):
+        raise BadInput(f"{source} holds a GGUF file, whose numbers no other format has; quantize the original again")
+    checkpoint = Checkpoint(source)
+    origin = detect(checkpoint.config)
+    if origin is None:
+        raise BadInput(f"{source} is not quantized; convert changes the format of an artifact")
+    if to not in get_args(PackedFormat):
+        raise BadInput(f"unknown format {to!r}; known: {', '.join(get_args(PackedFormat))}")
+    if to == origin:
+        raise BadInput(f"{source} is in format {to} already")
+    if target.exists():
+        raise BadInput(f"{target} exists; give a new folder")
+    reader, writer = FORMATS[origin], FORMATS[to]
+    shapes = reader.linears({name: checkpoint.shape(name) for name in checkpoint.names()}, checkpoint.read)
+    if not shapes:
+        raise BadInput(f"{source}: the config says {origin}, and no linear is quantized")
+    schemes = _schemes(checkpoint, reader, shapes)
+    stated = checkpoint.config["quantization_config"]
+    activations, kv_cache = reader.activations(stated), reader.kv_cache(stated)
+    shuffled = False
+    for name, shape in shapes.items():
+        grid = _grid(schemes, name)
+        scattered = reader.scattered(name, checkpoint.read, grid, shape[1])
+        shuffled |= scattered
+        try:
+            writer.check(grid, *shape, shuffled=scattered)
+        except BadInput as error:
+            raise BadInput(f"{name}: {error}") from None
+    quantization = writer.config(Contents(schemes, _heads(checkpoint), shuffled, activations, kv_cache))
+
+    def repack(name: str) -> dict[str, Tensor]:
+        grid = _grid(schemes, name)
+        q = reader.unpack(name, checkpoint.read, grid, shapes[name])
+        if activations is not None:
+            q = replace(q, inputs=reader.inputs(name, checkpoint.read, activations, grid))
+        _check_inverse(name, q)
+        return writer.pack(name, _in_model_dtype(q, checkpoint.config))
+
+    renamed = {} if kv_cache is None else _caches(checkpoint, reader, writer)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(
+            checkpoint, {f"{n}.{suffix}": n for n in shapes for suffix in reader.suffixes()}, repack, renamed, partial
+        )
+        write_json(partial / "config.json", checkpoint.config | {"quantization_config": quantization})
+        for name, content in writer.extra_files(quantization).items():
+            write_json(partial / name, content)
+        copy_companions(source, partial)
+        _write_manifest(source, partial, origin, to, shapes)
+        move_whole(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _schemes(checkpoint: Checkpoint, reader: Format, shapes: dict[str, tuple[int, int]]) -> dict[str, Grid | None]:
+    """The grid of each quantized linear, and None for what stays in 16 bit.
+
+    That is what the source says so of, and every matrix in the blocks: a source that names its targets is silent on
+    routers and the like, and what is written may have to name them.
+    """
+    dense = [n.removesuffix(".weight") for n in checkpoint.names() if n.endswith(".weight")]
+    dense = [name for name in dense if name not in shapes and len(checkpoint.shape(f"{name}.weight")) == 2]
+    grids = reader.grids(checkpoint.config["quantization_config"], [*shapes, *dense])
+    for name in shapes:
+        if grids.get(name) is None:
+            raise BadInput(f"{checkpoint.folder}: {name} is quantized, and the config does not say how")
+    out: dict[str, Grid | None] = {name: grids[name] for name in shapes}
+    for name in dense:
+        if (name in grids and grids[name] is None) or any(part.isdigit() for part in name.split(".")):
+            out[name] = None
+    return {name: out[name] for name in (*grids, *dense) if name in out}
+
+
+def _grid(schemes: dict[str, Grid | None], name: str) -> Grid:
+    grid = schemes[name]
+    assert grid is not None
+    return grid
+
+
+def _check_inverse(name: str, q: QuantizedLinear) -> None:
+    """The global scales of nvfp4 are inverted between formats, which only a power of two survives unchanged."""
+    scales = [q.global_scale] if q.inputs is None else [q.global_scale, q.inputs.scale]
+    for scale in scales:
+        if q.grid.type == "nvfp4" and scale is not None and float(torch.frexp(scale).mantissa) != 0.5:
+            raise BadInput(
+                f"{name}: its global scale {scale.item():.9g} is not a power of two, so its inverse, which the other "
+                "format stores, is not exact; quantize the original model in that format"
+            )
+
+
+def _heads(checkpoint: Checkpoint) -> list[str]:
+    """The output head, which may not be stored."""
+    return ["embed_out"] if "embed_out.weight" in checkpoint else ["lm_head"]
+
+
+def _caches(checkpoint: Checkpoint, reader: Format, writer: Format) -> dict[str, str]:
+    """The new name of each scale of the key-value cache."""
+    return {
+        name: f"{name.removesuffix(old)}{new}"
+        for name in checkpoint.names()
+        for old, new in zip(reader.cache_suffixes, writer.cache_suffixes, strict=True)
+        if name.endswith(f".{old}")
+    }
+
+
+def _write_weights(
+    checkpoint: Checkpoint,
+    packed: dict[str, str],
+    repack: Callable[[str], dict[str, Tensor]],
+    renamed: dict[str, str],
+    folder: Path,
+) -> None:
+    """Write the shards. packed: the linear each of the source's tensors belongs to; repack: its tensors by its name."""
+    parts: list[Path] = []
+    held: dict[str, Tensor] = {}
+    done: set[str] = set()
+
+    def flush() -> None:
+        if held:
+            parts.append(folder / f"part-{len(parts):05d}.safetensors")
+            write_part(parts[-1], held)
+            held.clear()
+
+    for tensor in checkpoint.names():
+        linear = packed.get(tensor)
+        if linear is None:
+            held[renamed.get(tensor, tensor)] = checkpoint.read(tensor)
+        elif linear not in done:
+            done.add(linear)
+            held |= repack(linear)
+        if sum(t.nbytes for t in held.values()) >= _PART_BYTES:
+            flush()
+    flush()
+    merge_parts(parts, folder)
+    for part in parts:
+        part.unlink()
+
+
+def _in_model_dtype(q: QuantizedLinear, config: dict[str, Any]) -> QuantizedLinear:
+    """Scales in the model's own dtype when that loses nothing: readers cast them to it anyway."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
+    if dtype is None or (q.grid.type != "int" and dtype == torch.float16) or q.scales.element_size() == 1:
+        return q  # scales of fp8 weights have float32's range, E4M3 and E8M0 ones are part of the type
+    if not torch.equal(q.scales.to(dtype).to(torch.float32), q.scales.to(torch.float32)):
+        return q
+    return replace(q, scales=q.scales.to(dtype))
+
+
+def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: dict[str, tuple[int, int]]) -> None:
+    """The source's manifest, with what has changed."""
+    if not (source / MANIFEST).exists():
+        return
+    manifest = read_manifest(source)
+    written = Checkpoint(folder)
+    stored = sum(written.nbytes(n) for n in written.names() if n.rpartition(".")[0] in shapes
+                 and n.rpartition(".")[2] in FORMATS[to].suffixes())  # fmt: skip
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    sizes = manifest.get("artifact") or {}
+    sizes |= {"format": to, "bytes": written.total_bytes, "quantized_bits_per_weight": 8 * stored / weights}
+    if "files" in sizes:
+        sizes["files"] = written.file_hashes()
+    if "parameters" in sizes:
+        sizes["bits_per_parameter"] = 8 * written.total_bytes / sizes["parameters"]
+    write_json(folder / MANIFEST, manifest | {"artifact": sizes, "converted_from": {"format": origin}})

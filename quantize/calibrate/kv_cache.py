@@ -1,0 +1,129 @@
+"""A key-value cache of 8 bits: its scales, measured in calibration, and its rounding, done as a server does it.
+
+One static scale for the keys of a layer and one for its values, amax / 448 (E4M3) or amax / 127 (int8). Keys count as
+they are cached, after the rotary embedding; so both are caught on their way into transformers' attention function.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..core.errors import BadInput
+from ..models.skeleton import Skeleton
+from ..numbers.grid import E4M3_MAX, Grid, round_numbers_
+
+Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of keys and values [batch, kv_heads, tokens, head_dim]
+
+_LARGEST = {"fp8": E4M3_MAX, "int8": 127.0}
+_E4M3 = Grid(type="fp8")
+_SMALLEST = 1e-10
+_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"  # what a transformers module looks its attention function up in
+_PREFIX = "quantpress_"
+_taps: WeakKeyDictionary[nn.Module, Change] = WeakKeyDictionary()  # by module, so that a block's copy is not meant too
+
+
+def attentions(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
+    """The attention of each block with its on-disk name, made ready for `tap`.
+
+    Raises BadInput for a model that caches something else than one tensor of keys and one of values a block.
+    """
+    family = skeleton.config.model_type
+    if getattr(skeleton.config, "kv_lora_rank", None) is not None:
+        raise BadInput(f"{family} caches latents and no keys and values: leave kv_cache out")
+    out = []
+    for k in range(skeleton.n_blocks):
+        found = [(name, module) for name, module in skeleton.block(k).named_modules() if _is_attention(module)]
+        if len(found) != 1:
+            raise BadInput(
+                f"{family}: block {k} has {len(found)} attentions that call transformers' attention function, and "
+                "kv_cache scales are for one; leave kv_cache out"
+            )
+        (path, module), names = found[0], skeleton.block_names(k)
+        inside = next(name for name, _ in module.named_parameters())
+        disk = names[f"{path}.{inside}"].rsplit(".", inside.count(".") + 1)[0]
+        if not disk.endswith(".self_attn"):
+            raise BadInput(f"{family}: servers look for cache scales in self_attn, not in {disk}; leave kv_cache out")
+        out.append((disk, module))
+    _intercept(skeleton.model.config)
+    return out
+
+
+def tap(attention: nn.Module, change: Change) -> None:
+    """From now on `attention` computes with what `change` makes of its keys and values."""
+    _taps[attention] = change
+
+
+class Largest:
+    """Notes the largest |k| and |v| that enter `attention`, from `start` on."""
+
+    def __init__(self, name: str, attention: nn.Module) -> None:
+        self.name, self._attention = name, attention
+        self._keys = self._values = 0.0
+
+    def start(self) -> None:
+        tap(self._attention, self._note)
+
+    def scales(self, kind: str) -> tuple[Tensor, Tensor]:
+        """The scales of a cache of `kind` for keys and values, float32 []; `start` has to be called anew afterwards."""
+        _taps.pop(self._attention, None)
+        if not self._keys or not self._values:
+            raise BadInput(f"{self.name}: no key or value but 0 has passed in calibration; leave kv_cache out")
+        largest = _LARGEST[kind]
+        return torch.tensor(self._keys / largest), torch.tensor(self._values / largest)
+
+    def _note(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self._keys = max(self._keys, float(keys.abs().amax()))
+        self._values = max(self._values, float(values.abs().amax()))
+        return keys, values
+
+
+def rounding(kind: str, key_scale: Tensor, value_scale: Tensor) -> Change:
+    """Keys and values as they come back out of a cache of `kind`; scales float32 []."""
+
+    def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return _through(keys, kind, key_scale), _through(values, kind, value_scale)
+
+    return change
+
+
+def _through(x: Tensor, kind: str, scale: Tensor) -> Tensor:
+    """x in units of `scale`, rounded, and back, in x's dtype; what lies outside saturates."""
+    scale = scale.to(x.device).clamp(min=_SMALLEST)
+    numbers = x.to(torch.float32) / scale
+    rounded = round_numbers_(numbers, _E4M3) if kind == "fp8" else numbers.round_().clamp_(-128, 127)
+    return (rounded * scale).to(x.dtype)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Attention") and _FUNCTIONS in _home(module)
+
+
+def _home(module: nn.Module) -> dict[str, Any]:
+    """The namespace of the file that defines a module's class."""
+    return vars(sys.modules[type(module).__module__])
+
+
+def _intercept(config: Any) -> None:
+    """Have the model with this config call its attention function through `_attend`."""
+    base = config._attn_implementation
+    if base.startswith(_PREFIX):
+        return
+    AttentionInterface.register(f"{_PREFIX}{base}", partial(_attend, base))
+    AttentionMaskInterface.register(f"{_PREFIX}{base}", ALL_MASK_ATTENTION_FUNCTIONS[base])
+    config._attn_implementation = f"{_PREFIX}{base}"
+
+
+def _attend(base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The attention function called `base`, with the keys and values that the module's tap gives."""
+    if module in _taps:
+        key, value = _taps[module](key, value)
+    home = _home(module)
+    function = home[_FUNCTIONS].get_interface(base, home.get("eager_attention_forward"))
+    return function(module, query, key, value, *args, **kwargs)

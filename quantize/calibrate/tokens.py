@@ -1,0 +1,146 @@
+"""The token sequences a model is calibrated on, and how text becomes tokens."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..core.errors import BadInput
+from ..recipe import Bos, Calibration
+
+_CHARACTERS_A_TOKEN = 6  # generous for English; where it is too few, twice as many are tried
+_MARGIN = 64  # tokens before a cut in the text that are not trusted
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Calibration or evaluation sequences. ids [samples, seq_len] int64."""
+
+    ids: Tensor
+    source: str
+    bos: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+
+def calibration_tokens(tokenizer: Any, documents: Sequence[str], source: str, wanted: Calibration) -> Tokens:
+    """`samples` sequences of `seq_len` tokens.
+
+    The documents (in an order drawn from the seed when there are several) are tokenised one after another and cut
+    into windows. Seed 0 takes the first windows, any other seed draws windows without replacement.
+    Raises BadInput when the text is shorter than asked.
+    """
+    generator = torch.Generator().manual_seed(wanted.seed)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    bos = bos_id(tokenizer, wanted.bos)
+    body = wanted.seq_len - (bos is not None)
+    needed = wanted.samples * body
+    stream: list[int] = []
+    for i in order:
+        if wanted.seed == 0 and not wanted.chat_template:
+            stream += first_tokens(tokenizer, documents[i], needed - len(stream))
+        else:
+            stream += encode(tokenizer, documents[i], chat=wanted.chat_template)
+        if wanted.seed == 0 and len(stream) >= needed:
+            break
+    windows = cut(stream, body, body)
+    if len(windows) < wanted.samples:
+        raise BadInput(
+            f"calibration text {source} gives {len(windows)} sequences of {wanted.seq_len} tokens, "
+            f"{wanted.samples} are asked for; lower calibration.samples or seq_len, or give more text"
+        )
+    if wanted.seed:
+        windows = windows[torch.randperm(len(windows), generator=generator)]
+    return Tokens(with_bos(windows[: wanted.samples], bos), source, bos is not None)
+
+
+def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration) -> Tokens:
+    """`samples` sequences the model itself writes from BOS, sampled at temperature 1 (LLM-QAT, arXiv:2305.17888, 3.1).
+
+    The whole model is loaded for this, the one step of a run that does not go block by block.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise BadInput("calibration.source self: the tokenizer has neither BOS nor EOS to start from")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    rows = []
+    for first in range(0, wanted.samples, 16):
+        torch.manual_seed(wanted.seed + first)
+        prompt = torch.full((min(16, wanted.samples - first), 1), start, dtype=torch.int64)
+        rows.append(
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                min_new_tokens=wanted.seq_len - 1,
+                max_new_tokens=wanted.seq_len - 1,
+                pad_token_id=start,
+            )
+        )
+    return Tokens(torch.cat(rows), "text the model generated itself", True)
+
+
+def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder; raises BadInput when there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise BadInput(f"{folder}: no tokenizer that can be read ({said}); put the original's files there") from error
+
+
+def encode(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
+    """Token ids of one text, without BOS or EOS."""
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise BadInput("calibration.chat_template: this model's tokenizer has no chat template; set it to false")
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
+    """At least the first `count` token ids of `text`, or all there are, without tokenising a long text to its end."""
+    length = _CHARACTERS_A_TOKEN * (count + _MARGIN)
+    while length < len(text):
+        ids = encode(tokenizer, text[:length])
+        if len(ids) >= count + _MARGIN:
+            return ids[:-_MARGIN]  # the cut may have changed the last ones
+        length *= 2
+    return encode(tokenizer, text)
+
+
+def bos_id(tokenizer: Any, wanted: Bos) -> int | None:
+    """The BOS token to put before each sequence, or None: `auto` asks whether the tokenizer itself puts one."""
+    if wanted == "never":
+        return None
+    token: int | None = tokenizer.bos_token_id
+    if wanted == "always":
+        if token is None:
+            raise BadInput("bos: always, but this model's tokenizer has no BOS token; use auto or never")
+        return token
+    return token if token is not None and tokenizer("a")["input_ids"][:1] == [token] else None
+
+
+def cut(stream: Sequence[int], body: int, stride: int) -> Tensor:
+    """Whole windows [n, body] of a token stream, one every `stride` tokens."""
+    ids = torch.tensor(stream, dtype=torch.int64)
+    return ids.unfold(0, body, stride) if len(ids) >= body else ids.new_empty(0, body)
+
+
+def with_bos(windows: Tensor, bos: int | None) -> Tensor:
+    """The windows with BOS in front of each."""
+    if bos is None:
+        return windows.contiguous()
+    return torch.cat([torch.full((len(windows), 1), bos, dtype=torch.int64), windows], dim=1)

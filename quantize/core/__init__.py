@@ -1,0 +1,1 @@
+"""What everything stands on: errors, whole files and folders, the machine, strict models."""

@@ -1,0 +1,1 @@
+"""A run: from a job that fits its model to the artifact folder, one decoder block at a time."""

@@ -1,0 +1,224 @@
+"""The decoder blocks of a job, one after the other: calibrated, transformed, rounded, tuned, journalled."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..calibrate import kv_cache
+from ..calibrate.stages import BATCH_TOKENS, Beside, Stage, Stages, shared_inputs
+from ..calibrate.tokens import Tokens
+from ..core import machine
+from ..core.errors import BadInput
+from ..formats import FORMATS
+from ..gguf.imatrix import HEAD_IMPORTANCE, of_head
+from ..models.arguments import Arguments
+from ..models.checkpoint import write_part
+from ..models.skeleton import Linear, Skeleton
+from ..numbers.activations import columns_of
+from ..numbers.grid import Inputs, QuantizedLinear
+from ..recipe import Qat, Tuned
+from .end_to_end import QuantizedModel, train_scales
+from .job import Job, Progress, Settings
+from .journal import Journal
+from .rounding import lend_input_scales, record, round_stage, weight_of
+from .transforms import BlockTransforms
+from .tuning import Tuning
+
+
+@machine.collecting_only_what_is_new()
+def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
+    """Calibrate, round, propagate and write each block that the journal does not hold yet."""
+    skeleton, first = job.skeleton, len(journal.done)
+    if first == skeleton.n_blocks:
+        return
+    caches = None if job.recipe.kv_cache is None else kv_cache.attentions(skeleton)
+    hidden, arguments = _hidden_states(job, tokens, journal)
+    transforms = BlockTransforms(job.recipe, skeleton)
+    original = settings.shared.original(job, tokens)
+    for k, block in skeleton.blocks(first):
+        started = time.monotonic()
+        last = k + 1 == skeleton.n_blocks
+        linears = {x.name: x for x in job.linears if x.block == k}
+        rounded: dict[str, QuantizedLinear] = {}
+        records: dict[str, dict[str, Any]] = {}
+        passing = arguments[k] if arguments else None
+        grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
+        changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
+        method = job.recipe.method
+        if changes.parameters and _trains_end_to_end(job):  # whose errors are measured once more, at the end
+            kept = {name: weight_of(block, linear) for name, linear in linears.items()}
+            write_part(_transformed(journal, k), kept)
+        tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, Tuned) else None
+        cache = None if caches is None else kv_cache.Largest(*caches[k])
+        whole = tuning is not None or cache is not None or not last or job.weighs_head
+        beside = None if original is None else original.block(k, whole)
+        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache, beside):
+            round_stage(
+                job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
+            )
+        lend_input_scales(rounded, records)
+        if tuning is not None and arguments is not None:
+            tuning.run(rounded, records, hidden, arguments[k], skeleton.device)
+        _check_finite(hidden, k)
+        layers = [records.get(name) or record(x, None) for name, x in linears.items()]
+        seconds = time.monotonic() - started
+        tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
+        if last and job.weighs_head:
+            tensors[HEAD_IMPORTANCE] = of_head(skeleton, hidden["hidden"])
+        line = {"block": k, "seconds": round(seconds, 3), "layers": layers, "transforms": changes.records}
+        journal.commit(tensors, {} if last else hidden, line)
+        machine.release_memory()
+        errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
+        settings.on_block(Progress(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
+
+
+def _hidden_states(
+    job: Job, tokens: Tokens | None, journal: Journal
+) -> tuple[dict[str, Tensor], list[Arguments] | None]:
+    """The states [samples, seq_len, hidden] that enter the next block, and what each block gets beside them.
+
+    `hidden` is what the rounded blocks made; `reference`, for error correction and tuning, what the original ones did.
+    Without calibration there are none; what blocks get is there when linears with one input have to share a scale.
+    """
+    shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
+    if tokens is None and not shares:
+        return {}, None
+    job.skeleton.open_shell()
+    if tokens is None:
+        arguments = job.skeleton.block_arguments(1)
+        job.skeleton.close_shell()
+        return {}, arguments
+    if journal.done:
+        hidden = journal.hidden()
+    else:
+        hidden = {"hidden": job.skeleton.embed(tokens.ids).cpu()}
+        _check_finite(hidden, -1)
+        if job.recipe.paired:
+            hidden["reference"] = hidden["hidden"].clone()
+    arguments = job.skeleton.block_arguments(tokens.ids.shape[1])
+    job.skeleton.close_shell()
+    return hidden, arguments
+
+
+def _stages(
+    job: Job,
+    block: nn.Module,
+    linears: Iterable[Linear],
+    hidden: dict[str, Tensor],
+    arguments: Arguments | None,
+    whole: bool,
+    cache: kv_cache.Largest | None,
+    beside: Beside | None,
+) -> Iterable[Stage]:
+    wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
+    recipe, states = job.recipe, hidden.get("hidden")
+    spec = recipe.activations
+    inputs = None if spec is None else (spec, columns_of(spec, recipe.weights))
+    if states is None or arguments is None:
+        together: list[tuple[str, ...]] = [(name,) for name in wanted]
+        if arguments is not None:
+            some = torch.ones(1, 1, job.skeleton.config.hidden_size, dtype=job.skeleton.dtype)
+            together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
+            together += [(name,) for name in wanted if not any(name in names for names in together)]
+        rounded = None if inputs is None else Inputs(*inputs)
+        there = job.skeleton.device
+        weighed = {name: moment.to(there) for name, moment in job.importance.items() if name in wanted}
+        return [Stage(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
+    batch = max(1, BATCH_TOKENS // states.shape[1])
+    return Stages(
+        block, states, arguments, wanted,
+        device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"), activations=inputs,
+        begin=(lambda: None) if cache is None else cache.start, beside=beside,
+    )  # fmt: skip
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether none of `values`, of a float dtype, is NaN or inf; `torch.isfinite` is twenty times slower."""
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
+
+
+def _check_finite(hidden: dict[str, Tensor], k: int) -> None:
+    for states in hidden.values():
+        if not all_finite(states):
+            where = "the embedding" if k < 0 else f"block {k}"
+            raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
+
+
+def _block_tensors(
+    job: Job,
+    k: int,
+    block: nn.Module,
+    rounded: dict[str, QuantizedLinear],
+    changed: set[str],
+    cache: kv_cache.Largest | None,
+) -> dict[str, Tensor]:
+    """Everything block `k` has on disk: packed linears, parameters a transform `changed`, cache scales, the rest."""
+    format = FORMATS[job.recipe.formats[0]]
+    tensors: dict[str, Tensor] = {}
+    for name, linear in rounded.items():
+        tensors |= {n: t.cpu() for n, t in format.pack(name, linear).items()}
+    for name, disk in job.skeleton.block_names(k).items():
+        if disk.removesuffix(".weight") not in rounded:
+            before = job.reader.read(disk)
+            tensors[disk] = block.get_parameter(name).to("cpu", before.dtype) if name in changed else before
+    if cache is not None and job.recipe.kv_cache is not None:
+        scales = zip(format.cache_suffixes, cache.scales(job.recipe.kv_cache), strict=True)
+        tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in scales}
+    return tensors
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The blocks' parts; where scales were trained end to end, the loss of that and the linears' errors after it."""
+
+    parts: list[Path]
+    summary: dict[str, float] | None = None
+    errors: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Trained:
+    """The parts of all blocks, their scales trained end to end where the recipe asks for it.
+
+    The journal's parts are left alone: a run killed in here does this step again, and with the same result.
+    """
+    parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
+    method, format = job.recipe.method, FORMATS[job.recipe.formats[0]]
+    if not isinstance(method, Qat) or method.end_to_end is None or tokens is None:
+        return Trained(parts)
+    tensors = [load_file(part) for part in parts]
+    quantized = {
+        x.name: format.unpack(x.name, tensors[x.block].__getitem__, grid, (x.out_features, x.in_features))
+        for x in job.linears
+        if (grid := job.schemes[x.name]) is not None
+    }
+    skeleton = Skeleton(job.reader, device=job.skeleton.device, dtype=torch.float32)
+    model = QuantizedModel(skeleton, tensors, quantized, tokens.ids, method.end_to_end.objective)
+    best, summary = train_scales(model, method)
+    for x in job.linears:
+        if x.name in best:
+            tensors[x.block] |= format.pack(x.name, best[x.name])
+    trained = [journal.folder / f"trained-{k:05d}.safetensors" for k in range(len(parts))]
+    for path, one in zip(trained, tensors, strict=True):
+        write_part(path, one)
+
+    def transformed(k: int) -> Mapping[str, Tensor]:
+        path = _transformed(journal, k)
+        return load_file(path) if path.exists() else {}
+
+    scales = {name: q.scales.to(model.device, torch.float32) for name, q in best.items()}
+    return Trained(trained, summary, model.errors(scales, transformed))
+
+
+def _trains_end_to_end(job: Job) -> bool:
+    return isinstance(job.recipe.method, Qat) and job.recipe.method.end_to_end is not None
+
+
+def _transformed(journal: Journal, k: int) -> Path:
+    """Where the weights of block `k` are kept that a transform has changed."""
+    return journal.folder / f"transformed-{k:05d}.safetensors"

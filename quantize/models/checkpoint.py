@@ -1,0 +1,313 @@
+"""Checkpoint folders: safetensors read lazily, written whole or not at all.
+
+Files are read with plain reads, not mapped: the memory a reader holds is the tensor it asked for, whatever the size
+of the model.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import BadInput
+from ..core.files import file_sha256, whole_file, write_json
+
+INDEX = "model.safetensors.index.json"
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.tiktoken", "*.spm", "spiece.model", "sentencepiece.*.model", "tekken.json", "chat_template.*",
+    "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py",
+)  # fmt: skip
+
+FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")  # what some readers take a format's settings from
+
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_CHUNK = 1 << 22  # bytes copied or hashed at a time
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where one tensor lies: `size` bytes from `start` in `path`."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Checkpoint:
+    """A folder of safetensors with its config.json; only headers are read until `read` asks for a tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises BadInput for a folder, config or weights that are missing, incomplete or corrupt."""
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise BadInput(f"{folder}: no such folder")
+        self.config: dict[str, Any] = read_json(self.folder / "config.json", "a checkpoint folder needs one")
+        self._entries: dict[str, _Entry] = {}
+        if (self.folder / INDEX).exists():
+            self._open_shards()
+        else:
+            self._entries = _read_header(self._single_file())
+
+    def _single_file(self) -> Path:
+        found = sorted(self.folder.glob("*.safetensors"))
+        if self.folder / "model.safetensors" in found:
+            return self.folder / "model.safetensors"
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise BadInput(
+                f"{self.folder}: {len(found)} safetensors files and no {INDEX} that says which belong together"
+            )
+        pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))
+        if pickles:
+            raise BadInput(
+                f"{self.folder}: only pickle weights ({pickles[0]}), which can run code when read; "
+                "convert them to safetensors, or pass --allow-pickle if you trust their source"
+            )
+        raise BadInput(f"{self.folder}: no weights (*.safetensors)")
+
+    def _open_shards(self) -> None:
+        where = self.folder / INDEX
+        shard_of = read_json(where).get("weight_map")
+        if not isinstance(shard_of, dict) or not shard_of:
+            raise BadInput(f"{where}: no weight_map")
+        shards: dict[str, dict[str, _Entry]] = {}
+        for name, shard in shard_of.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise BadInput(f"{where}: {name} is in {shard!r}, which is not a file name")
+            if shard not in shards:
+                if not (self.folder / shard).is_file():
+                    raise BadInput(f"{self.folder}: shard {shard} is named in {INDEX} and absent; download it again")
+                shards[shard] = _read_header(self.folder / shard)
+            if name not in shards[shard]:
+                raise BadInput(f"{where}: tensor {name} is not in {shard}")
+            self._entries[name] = shards[shard][name]
+
+    def names(self) -> list[str]:
+        """Tensor names, in the order of the files."""
+        return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        return self._entry(name).size
+
+    def file_of(self, name: str) -> str:
+        """The file that holds the tensor, by its name in the folder."""
+        return self._entry(name).path.name
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(entry.size for entry in self._entries.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own. Raises BadInput when there is none, or its file was cut since."""
+        entry = self._entry(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.size:
+            with open(entry.path, "rb", buffering=0) as file:
+                file.seek(entry.start)
+                _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data, entry.path)
+        return tensor
+
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of the weights, config.json, the index and the files that go with them, by name; of a quantized
+        checkpoint also the `FORMAT_FILES`, which manifests of earlier versions do not name.
+        """
+        files = {entry.path for entry in self._entries.values()} | {self.folder / "config.json"}
+        quantized = self.config.get("quantization_config") is not None  # beside a plain one they say nothing
+        names = (INDEX, *(FORMAT_FILES if quantized else ()))
+        files |= {self.folder / name for name in names if (self.folder / name).is_file()}
+        files |= set(companions(self.folder))
+        return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in sorted(files)}
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise BadInput(f"{self.folder}: no tensor {name}")
+        return self._entries[name]
+
+
+def write_part(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file, the same bytes for the same tensors; returns its SHA-256.
+
+    The file appears under `path` only when it is whole and on disk.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _header((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names)
+    digest = hashlib.sha256(header)
+    with whole_file(path) as file:
+        file.write(header)
+        for name in names:
+            tensor = tensors[name].detach().cpu().contiguous()
+            # One element is contiguous whatever its stride says, and only a stride of 1 can be seen as bytes.
+            data = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_000_000_000) -> list[str]:
+    """Join safetensors files, in order, into model.safetensors or numbered shards with an index; returns their names.
+
+    Tensors are copied in small pieces, so memory stays constant; the parts are left alone.
+    """
+    shards: list[dict[str, _Entry]] = [{}]
+    seen: set[str] = set()
+    filled = total = 0
+    for part in parts:
+        for name, entry in _read_header(part).items():
+            if name in seen:
+                raise ValueError(f"{part}: tensor {name} is in an earlier part too")
+            seen.add(name)
+            if shards[-1] and filled + entry.size > max_shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = entry
+            filled += entry.size
+            total += entry.size
+    if len(shards) == 1:
+        _write_shard(folder / "model.safetensors", shards[0])
+        return ["model.safetensors"]
+    names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(folder / name, shard)
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return names
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy what makes a checkpoint whole beside weights and config.json: tokenizer, templates, processor, licence."""
+    copied = []
+    for file in companions(source):
+        name = file.relative_to(source)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)
+        copied.append(name.as_posix())
+    return copied
+
+
+def read_json(path: Path, why: str = "") -> dict[str, Any]:
+    """The object in a JSON file; raises BadInput, with `why` it is needed, when there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BadInput(f"{path.parent}: no {path.name}; {why}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """The tensors of a safetensors file by the order of their bytes; raises BadInput unless it is whole."""
+    try:
+        with open(path, "rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            raw = file.read(length) if length <= file_bytes else b""
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from error
+    if len(raw) < max(length, 2):
+        raise BadInput(f"{path}: truncated or not a safetensors file ({file_bytes} bytes)")
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise BadInput(f"{path}: corrupt safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise BadInput(f"{path}: corrupt safetensors header: not a JSON object")
+    data = 8 + length
+    entries = {name: _entry_of(path, name, value, data) for name, value in header.items() if name != "__metadata__"}
+    end = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if entry.start != end:
+            raise BadInput(f"{path}: corrupt safetensors header: tensor {name} does not start where the last one ends")
+        end += entry.size
+    if end != file_bytes:
+        kind = "truncated" if file_bytes < end else "too long"
+        raise BadInput(f"{path}: {kind}: {file_bytes} bytes where the header says {end}; download it again")
+    return dict(sorted(entries.items(), key=lambda item: item[1].start))
+
+
+def _entry_of(path: Path, name: str, value: Any, data: int) -> _Entry:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(int(n) for n in value["shape"]), value["data_offsets"]
+        size = math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else 0
+        broken = begin < 0 or min(shape, default=0) < 0 or size != end - begin
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{path}: corrupt safetensors header: tensor {name}: {value}") from None
+    if dtype not in _DTYPES:
+        raise BadInput(f"{path}: tensor {name} has dtype {dtype!r}, which cannot be read here")
+    if broken:
+        raise BadInput(f"{path}: corrupt safetensors header: tensor {name}: shape and bytes disagree: {value}")
+    return _Entry(path, _DTYPES[dtype], shape, data + begin, end - begin)
+
+
+def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The header of a file that holds these tensors one after the other; wider dtypes first keeps each aligned."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_shard(path: Path, tensors: dict[str, _Entry]) -> None:
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    buffer = memoryview(bytearray(_CHUNK))
+    with whole_file(path) as file:
+        file.write(_header((name, entry.dtype, entry.shape) for name, entry in ordered))
+        for _, entry in ordered:
+            with open(entry.path, "rb", buffering=0) as source:
+                source.seek(entry.start)
+                for left in range(entry.size, 0, -_CHUNK):
+                    piece = buffer[: min(left, _CHUNK)]
+                    _fill(source, piece, entry.path)
+                    file.write(piece)
+
+
+def _fill(file: Any, buffer: memoryview, path: Path) -> None:
+    """Read until `buffer` is full; one read returns at most 2 GiB."""
+    while buffer:
+        n = file.readinto(buffer)
+        if not n:
+            raise BadInput(f"{path}: the file ended while it was read; it was cut after it was opened")
+        buffer = buffer[n:]
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files that go with weights and config.json."""
+    found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.suffix not in (".safetensors", ".bin", ".partial"))

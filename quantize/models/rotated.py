@@ -1,0 +1,215 @@
+"""The transform `hadamard`: rotations folded into the weights as a checkpoint is read (QuaRot, arXiv:2404.00456).
+
+The residual stream x becomes x R1, the values of layer k's heads v become v R2[k] (SpinQuant, arXiv:2405.16406, 3.1),
+with R orthogonal. Linears that read a rotated stream undo it, those that write one apply it, so the model computes what
+it did, on weights and inputs whose outliers are spread over all channels. Nothing is added to what a server runs.
+
+It is exact where nothing but RMSNorm touches the residual stream: ||x R|| = ||x||, once the norm's gamma has moved into
+the linears that it feeds.
+"""
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import BadInput
+from ..methods.hadamard import Rotation
+from .checkpoint import Checkpoint
+from .skeleton import text_config
+
+HEAD = "lm_head.weight"
+OUTPUT = "self_attn.o_proj"  # reads the values
+_PIECE = 1 << 21  # elements rotated at a time, in float64
+_BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a block of one model family meets the residual stream: on-disk names inside a block, * a number.
+
+    feeds: the linears that each norm feeds. writes: the linears that write to the residual. value: the linear whose
+    last rows make the values. unit: the weight with which a norm scales by one.
+    """
+
+    feeds: Mapping[str, tuple[str, ...]]
+    writes: tuple[str, ...]
+    value: str = "self_attn.v_proj"
+    unit: float = 1.0
+
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj")
+_LLAMA = Family({"input_layernorm": _ATTENTION, "post_attention_layernorm": _MLP}, (OUTPUT, "mlp.down_proj"))
+_QWEN_MOE = Family(
+    {
+        "input_layernorm": _ATTENTION,
+        "post_attention_layernorm": (
+            *_MLP, "mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj",
+            "mlp.shared_expert_gate", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj",
+        ),
+    },
+    (OUTPUT, "mlp.down_proj", "mlp.experts.*.down_proj", "mlp.shared_expert.down_proj"),
+)  # fmt: skip
+_MIXTRAL = Family(
+    {
+        "input_layernorm": _ATTENTION,
+        "post_attention_layernorm": tuple(f"block_sparse_moe.{n}" for n in ("gate", "experts.*.w1", "experts.*.w3")),
+    },
+    (OUTPUT, "block_sparse_moe.experts.*.w2"),
+)
+_PHI3 = Family(
+    {"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)},
+    (OUTPUT, "mlp.down_proj"),
+    value="self_attn.qkv_proj",
+)
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": Family(_LLAMA.feeds, _LLAMA.writes, unit=0.0),  # scales by 1 + weight
+    "phi3": _PHI3,
+    "mixtral": _MIXTRAL,
+    "qwen2_moe": _QWEN_MOE,
+    "qwen3_moe": _QWEN_MOE,
+}
+_SANDWICHED = "norms after attention and MLP scale, channel by channel, what is added to the residual stream"
+_CENTRED = "LayerNorm subtracts the mean over channels, which a rotation does not keep"
+_REFUSED = {"gemma2": _SANDWICHED, "gemma3_text": _SANDWICHED, "gpt2": _CENTRED, "gpt_neox": _CENTRED}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """W [out, in] becomes rows^T W diag(gamma) columns; a rotation smaller than W's side acts on each head's part."""
+
+    columns: Rotation | None = None
+    rows: Rotation | None = None
+    first_row: int = 0  # rows before it are no values: q and k of a fused q/k/v
+    norm: str | None = None  # whose gamma it is
+
+
+class Rotated:
+    """A checkpoint that looks like the original, with every tensor rotated as it is read, in the dtype it has.
+
+    Only the tensor asked for is held. A head that was tied to the embedding is a tensor of its own here, because the
+    final norm's gamma goes into the one and not the other. notes: what a user should know of such changes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seed: int) -> None:
+        """Raises BadInput for a family where this is not exact, and for tensors it lacks or cannot account for."""
+        text = text_config(checkpoint.config)
+        self._kind = str(text.model_type)
+        if self._kind not in FAMILIES:
+            why = _REFUSED.get(self._kind, "where its blocks meet the residual stream is not described")
+            raise BadInput(f"transform hadamard cannot rotate {self._kind} models: {why}; leave the transform out")
+        self._family, self._checkpoint = FAMILIES[self._kind], checkpoint
+        self.config: dict[str, Any] = dict(checkpoint.config)
+        embedding, final = self._outer("embed_tokens.weight"), self._outer("norm.weight")
+        tied = bool(text.tie_word_embeddings)
+        self._head_source = embedding if tied else self._outer(HEAD)
+        if tied:
+            self.config["tie_word_embeddings"] = False
+        R1 = Rotation(checkpoint.shape(embedding)[1], seed)
+        self._turns = {embedding: _Turn(R1), HEAD: _Turn(R1, norm=final)}
+        self._norms = {final}
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        values = (text.num_key_value_heads or text.num_attention_heads) * head_dim
+        R2 = [Rotation(head_dim, seed + 1 + k) for k in range(text.num_hidden_layers)]
+        for name in checkpoint.names():
+            if (inside := _BLOCK.fullmatch(name)) and int(inside[1]) < len(R2):
+                self._place(name, inside[2], R1, R2[int(inside[1])], values)
+        self.notes = self._notes(tied, R1, R2[0])
+
+    def names(self) -> list[str]:
+        """Tensor names, in the order of the files; a head that had none of its own comes last."""
+        return list(dict.fromkeys([*self._checkpoint.names(), HEAD]))
+
+    def __contains__(self, name: object) -> bool:
+        return name == HEAD or name in self._checkpoint
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.shape(self._source(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._checkpoint.dtype(self._source(name))
+
+    def nbytes(self, name: str) -> int:
+        return self._checkpoint.nbytes(self._source(name))
+
+    def read(self, name: str) -> Tensor:
+        """The rotated tensor, in memory of its own."""
+        tensor = self._checkpoint.read(self._source(name))
+        if name in self._norms:
+            return tensor.fill_(self._family.unit)
+        turn = self._turns.get(name)
+        if turn is None:
+            return tensor
+        # Rounded once: what is rotated on both sides is wider in between.
+        both = turn.columns is not None and turn.rows is not None
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if both else tensor
+        matrix = wide if wide.dim() == 2 else wide[:, None]
+        if turn.columns is not None:
+            _turn(matrix, turn.columns, None if turn.norm is None else self._gamma(turn.norm))
+        if turn.rows is not None:
+            _turn(matrix[turn.first_row :].T, turn.rows, None)
+        return wide.to(tensor.dtype)
+
+    def _place(self, name: str, module: str, R1: Rotation, R2: Rotation, values: int) -> None:
+        """Note what becomes of tensor `name` of linear or norm `module` of a block with `values` rows of values."""
+        family, shape = self._family, self._checkpoint.shape(name)
+        norm = next((norm for norm, linears in family.feeds.items() if _among(module, linears)), None)
+        is_weight = len(shape) == 2
+        if module in family.feeds:
+            self._norms.add(name)
+        elif norm is not None:
+            rows = R2 if module == family.value else None
+            gamma = f"{name[: name.index(module)]}{norm}.weight"
+            self._turns[name] = _Turn(R1 if is_weight else None, rows, shape[0] - values, gamma)
+        elif _among(module, family.writes):
+            self._turns[name] = _Turn(R2 if is_weight and module == OUTPUT else None, R1)
+        elif is_weight:
+            raise BadInput(f"transform hadamard does not know what {name} of a {self._kind} model reads and writes")
+
+    def _notes(self, untied: bool, R1: Rotation, R2: Rotation) -> tuple[str, ...]:
+        found = []
+        if untied:
+            added = self.nbytes(HEAD)
+            found.append(f"hadamard: the head is no longer tied to the embedding, which adds {added} bytes")
+        found += [
+            f"hadamard: no known Hadamard matrix has order {R.n} ({what}): a random orthogonal matrix in its place"
+            for R, what in ((R1, "hidden size"), (R2, "head size"))
+            if not R.is_hadamard
+        ]
+        return tuple(found)
+
+    def _outer(self, name: str) -> str:
+        """The on-disk name of a tensor outside the blocks, with or without the prefix of the whole model."""
+        for disk in (f"model.{name}", name):
+            if disk in self._checkpoint:
+                return disk
+        raise BadInput(f"transform hadamard: the checkpoint has no tensor {name}, which has to be rotated")
+
+    def _source(self, name: str) -> str:
+        return self._head_source if name == HEAD else name
+
+    def _gamma(self, norm: str) -> Tensor:
+        """What the norm scales each channel by, float64."""
+        return self._checkpoint.read(norm).double() + (1 - self._family.unit)
+
+
+def _turn(X: Tensor, R: Rotation, gamma: Tensor | None) -> None:
+    """X [rows, n] becomes X diag(gamma) R in place, a piece at a time; R acts on each part of its own size."""
+    step = max(1, _PIECE // X.shape[1])
+    for start in range(0, X.shape[0], step):
+        piece = X[start : start + step]
+        wide = piece.double() if gamma is None else piece.double() * gamma
+        piece.copy_(R(wide.reshape(-1, R.n)).reshape(piece.shape))
+
+
+def _among(module: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)

@@ -1,0 +1,408 @@
+"""The model as a skeleton: built on the meta device, one decoder block materialised at a time.
+
+The blocks are found in the transformers class, not listed by hand. Everything around them (embedding, position
+encoding, masks, final norm, head) runs as the class itself runs it, with the blocks replaced by taps.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from ..core.errors import BadInput
+from .arguments import Arguments, check_same
+from .families import ARCHITECTURES, PLAIN
+
+_EMBEDDED_TOKENS = 4096  # at a time
+
+
+class Reader(Protocol):
+    """Tensors by their on-disk name: a checkpoint, or an artifact that dequantizes as it reads."""
+
+    config: dict[str, Any]
+
+    def __contains__(self, name: object) -> bool: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer the recipe may quantize."""
+
+    name: str  # on disk, without .weight
+    module: str  # inside the block
+    block: int
+    out_features: int
+    in_features: int
+    transposed: bool  # Conv1D keeps its weight as [in, out]
+
+
+class Skeleton:
+    """A causal language model without its blocks' weights.
+
+    Raises BadInput for an architecture transformers does not know, one that is not a stack of decoder blocks, and
+    tensors the checkpoint lacks.
+    """
+
+    def __init__(self, reader: Reader, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.reader, self.device = reader, device
+        self.config = text_config(reader.config)
+        self.row = ARCHITECTURES.get(self.config.model_type, PLAIN)
+        self.dtype = dtype or _dtype(reader.config)
+        with torch.device("meta"):
+            self.model: Any = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+        self.model.requires_grad_(False)
+        self.blocks_name, self._blocks = _find_blocks(self.model, self.config.num_hidden_layers)
+        if self.row.experts is not None:
+            for block in self._blocks:
+                _unfuse_experts(block, self.row.experts, self.row.expert_names)
+        self._shell_names = [n for n, _ in self.model.named_parameters() if not n.startswith(self.blocks_name + ".")]
+        self._check_names()
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self._blocks)
+
+    def block(self, k: int) -> nn.Module:
+        """Block `k` as it stands: its weights are on the meta device unless it is the one being run."""
+        return self._blocks[k]
+
+    def linears(self) -> list[Linear]:
+        """Every linear inside the blocks, in order. Embeddings, head and routers are not among them."""
+        found = []
+        for k, block in enumerate(self._blocks):
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear | Conv1D) and name not in self.row.routers:
+                    disk = self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
+                    first, second = module.weight.shape
+                    if isinstance(module, Conv1D):
+                        found.append(Linear(disk, name, k, second, first, True))
+                    else:
+                        found.append(Linear(disk, name, k, first, second, False))
+        return found
+
+    def round_inputs(self, linear: Linear, how: Callable[[Tensor], Tensor]) -> None:
+        """From now on apply `how` to the inputs of `linear` before its weight is."""
+        module = self._blocks[linear.block].get_submodule(linear.module)
+        module.register_forward_pre_hook(lambda _, args: (how(args[0]), *args[1:]))
+
+    def disk_name(self, name: str) -> str:
+        """The checkpoint's name for a parameter of the model."""
+        for ours, theirs in self.row.on_disk:
+            if name not in self.reader:
+                name = name.replace(ours, theirs)
+        prefix = f"{self.model.base_model_prefix}."
+        if name not in self.reader and name.startswith(prefix) and name.removeprefix(prefix) in self.reader:
+            return name.removeprefix(prefix)
+        return name
+
+    def block_names(self, k: int) -> dict[str, str]:
+        """On-disk name of each parameter of block `k`, by its name inside the block."""
+        return {n: self.disk_name(f"{self.blocks_name}.{k}.{n}") for n, _ in self._blocks[k].named_parameters()}
+
+    def shell_names(self) -> dict[str, str]:
+        """On-disk name of each parameter outside the blocks; a tied head that is not on disk is left out."""
+        names = {n: self.disk_name(n) for n in self._shell_names}
+        return {n: disk for n, disk in names.items() if disk in self.reader}
+
+    def read_block(self, k: int) -> dict[str, Tensor]:
+        """Block `k`'s tensors by their name inside the block, in the model's dtype, on the CPU."""
+        return {n: self.reader.read(disk).to(self.dtype) for n, disk in self.block_names(k).items()}
+
+    def blocks(self, start: int = 0, keep: bool = False, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
+        """Blocks from `start` on, each materialised on the device while the next one is read; then dropped."""
+        order = list(range(start, self.n_blocks))
+        order = order[::-1] if backwards else order
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[dict[str, Tensor]] = pool.submit(self.read_block, order[0])
+            for i, k in enumerate(order):
+                tensors = ahead.result()
+                if i + 1 < len(order):
+                    ahead = pool.submit(self.read_block, order[i + 1])
+                block = self._blocks[k]
+                _fill_buffers(self.model, block, self.device)
+                block.load_state_dict({n: t.to(self.device) for n, t in tensors.items()}, assign=True, strict=True)
+                block.requires_grad_(False)
+                yield k, block
+                if not keep:
+                    block.to("meta")
+
+    def whole(self) -> Any:
+        """The model with all its weights at once, for what cannot go block by block; it has to fit in memory."""
+        self.open_shell()
+        for _ in self.blocks(keep=True):
+            pass
+        return self.model
+
+    def open_shell(self) -> None:
+        """Materialise what is around the blocks: embeddings, final norm, head."""
+        for name, module in self.model.named_modules():
+            if not name.startswith(self.blocks_name):
+                _fill_buffers(self.model, module, self.device, recurse=False)
+        state = {n: self.reader.read(disk).to(self.device, self.dtype) for n, disk in self.shell_names().items()}
+        self.model.load_state_dict(state, assign=True, strict=False)
+        self.model.tie_weights()
+        left = [n for n, p in self.model.named_parameters() if p.is_meta and n in self._shell_names]
+        if left:
+            raise BadInput(f"the checkpoint has no tensor {left[0]}")
+        self.model.requires_grad_(False)
+
+    def close_shell(self) -> None:
+        """Drop what `open_shell` read."""
+        for name, module in self.model.named_modules():
+            if not name.startswith(self.blocks_name):
+                for key, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def heads(self) -> list[str]:
+        """Names of the linears outside the blocks: the output head."""
+        return [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in self.head_modules()]
+
+    def head_modules(self) -> list[str]:
+        """As `heads`, by the model's own names."""
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith(f"{self.blocks_name}.")
+        ]
+
+    def outside(self) -> list[str]:
+        """Modules a server may take for linears that stay in 16 bit: the output head and the experts' routers."""
+        routers = [
+            self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
+            for k, block in enumerate(self._blocks)
+            for name, module in block.named_modules()
+            if name in self.row.routers or ("Router" in type(module).__name__ and hasattr(module, "weight"))
+        ]
+        return [*self.heads(), *routers]
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len]."""
+        out = []
+        for rows in torch.split(tokens, max(1, _EMBEDDED_TOKENS // tokens.shape[1])):
+            out.append(self.embedding(rows))
+        return torch.cat(out)
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """As `embed`, of few tokens and differentiable."""
+        with self._taps() as taps:
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        return taps[0].hidden
+
+    @torch.no_grad()
+    def block_arguments(self, seq_len: int) -> list[Arguments]:
+        """What the model passes each block beside the hidden states: positions and masks for `seq_len` tokens.
+
+        Raises BadInput where that depends on which tokens they are, or on how many sequences.
+        """
+        ids = torch.arange(3, device=self.device)[:, None].repeat(1, seq_len)  # three sequences, each of one token
+        arguments = self._arguments(ids[:1])
+        if self.row is PLAIN:  # the rows' own models are known not to
+            for one, other in zip(arguments, self._arguments(ids[1:]), strict=True):
+                check_same(self.config.model_type, one, other)
+        return arguments
+
+    def _arguments(self, tokens: Tensor) -> list[Arguments]:
+        with self._taps() as taps:
+            self.model.base_model(input_ids=tokens, use_cache=False)
+        return [(tap.args, tap.kwargs) for tap in taps]
+
+    def check_arguments(self) -> None:
+        """Raise BadInput early where `block_arguments` would; reads what is around the blocks unless a row answers."""
+        if self.row is PLAIN:
+            self.open_shell()
+            self.block_arguments(8)
+            self.close_shell()
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [tokens, vocab] for hidden states [tokens, hidden] that left the last block."""
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """As `logits`, differentiable."""
+        with self._taps(hidden[None].to(self.device)):
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    @torch.no_grad()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head is applied to, [tokens, hidden], for hidden states of that shape that left the last block."""
+        with self._taps(hidden[None].to(self.device)):
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
+            out: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return out
+
+    @contextmanager
+    def _taps(self, result: Tensor | None = None) -> Iterator[list["_Tap"]]:
+        """The model with its blocks replaced by taps that note their arguments and return `result` or their input."""
+        parent, _, attribute = self.blocks_name.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        taps = [_Tap(block, result) for block in self._blocks]
+        setattr(owner, attribute, nn.ModuleList(taps))
+        try:
+            yield taps
+        finally:
+            setattr(owner, attribute, self._blocks)
+
+    def check_shapes(self, shape: Callable[[str], tuple[int, ...] | None]) -> None:
+        """Raise BadInput unless each parameter has on disk the shape the model gives it; None: it is packed there."""
+        for k in range(self.n_blocks):
+            block = dict(self._blocks[k].named_parameters())
+            for name, disk in self.block_names(k).items():
+                _same_shape(disk, shape(disk), block[name])
+        shell = dict(self.model.named_parameters())
+        for name, disk in self.shell_names().items():
+            _same_shape(disk, shape(disk), shell[name])
+
+    def _check_names(self) -> None:
+        wanted = [disk for k in range(self.n_blocks) for disk in self.block_names(k).values()]
+        missing = [name for name in wanted if name not in self.reader]
+        if missing:
+            raise BadInput(
+                f"{self.config.model_type}: the checkpoint lacks {len(missing)} tensors, the first {missing[0]}; "
+                "is config.json the one that belongs to these weights?"
+            )
+
+
+def _same_shape(name: str, stored: tuple[int, ...] | None, parameter: Tensor) -> None:
+    if stored is not None and stored != tuple(parameter.shape):
+        raise BadInput(
+            f"{name}: shape {list(stored)} on disk, {list(parameter.shape)} by config.json; "
+            "is it the one that belongs to these weights?"
+        )
+
+
+def run_block(
+    block: nn.Module,
+    hidden: Tensor,
+    arguments: Arguments,
+    *,
+    device: torch.device,
+    batch: int,
+) -> None:
+    """`block` over hidden [samples, seq_len, hidden] in place, `batch` samples at a time."""
+    args, kwargs = arguments
+    with torch.no_grad():
+        for start in range(0, hidden.shape[0], batch):
+            result = block(hidden[start : start + batch].to(device), *args, **kwargs)
+            hidden[start : start + batch] = result[0] if isinstance(result, tuple) else result
+
+
+class _Tap(nn.Module):
+    """Stands in for a block: notes what it is called with, gives the hidden states back unchanged."""
+
+    def __init__(self, block: nn.Module, result: Tensor | None) -> None:
+        super().__init__()
+        self._block = (block,)  # a tuple, so that the block does not become a submodule
+        self._result = result
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.args, self.kwargs = hidden, args, kwargs
+        return hidden if self._result is None else self._result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattribute__("_block")[0], name)
+
+
+class _Expert(nn.Module):
+    """down(act(gate(x)) * up(x)), the three linears named as the checkpoint names them."""
+
+    def __init__(self, hidden: int, intermediate: int, names: tuple[str, str, str], act: nn.Module) -> None:
+        super().__init__()
+        self._names, self._act = names, (act,)
+        gate, up, down = names
+        self.add_module(gate, nn.Linear(hidden, intermediate, bias=False))
+        self.add_module(up, nn.Linear(hidden, intermediate, bias=False))
+        self.add_module(down, nn.Linear(intermediate, hidden, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(name) for name in self._names)
+        out: Tensor = down(self._act[0](gate(x)) * up(x))
+        return out
+
+
+class Experts(nn.ModuleList):
+    """Experts as linears of their own, so that each is calibrated and rounded on the tokens routed to it.
+
+    Each is called, if with no token at all: whatever the routing, every pass reaches the same linears in one order.
+    """
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self):
+            token, position = torch.where(top_k_index == e)
+            result = expert(hidden[token]) * top_k_weights[token, position, None]
+            out.index_add_(0, token, result.to(out.dtype))
+        return out
+
+
+def _unfuse_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -> None:
+    parent, _, attribute = where.rpartition(".")
+    owner = block.get_submodule(parent)
+    fused: Any = getattr(owner, attribute, None)
+    if not hasattr(fused, "gate_up_proj"):
+        return  # some families mix dense and sparse blocks
+    n, hidden, intermediate = fused.down_proj.shape
+    with torch.device("meta"):
+        experts = [_Expert(hidden, intermediate, names, fused.act_fn) for _ in range(n)]
+    setattr(owner, attribute, Experts(experts))
+
+
+def text_config(config: Mapping[str, Any]) -> Any:
+    """The transformers config object; refused when it is not a text-only causal language model."""
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    kind = plain.get("model_type")
+    try:
+        built = AutoConfig.for_model(**plain) if kind else None
+    except ValueError:
+        built = None
+    except Exception as error:
+        raise BadInput(f"config.json does not describe a {kind} model: {' '.join(str(error).split())[:200]}") from error
+    if built is None or type(built) not in AutoModelForCausalLM._model_mapping:
+        raise BadInput(
+            f"unknown architecture: model_type {kind!r} is not a causal language model this transformers version knows"
+        )
+    if not hasattr(built, "num_hidden_layers") or hasattr(built, "text_config"):
+        raise BadInput(f"model_type {kind!r} is not a plain stack of decoder blocks; only text models are supported")
+    return built
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise BadInput(f"config.json: dtype {name!r} is not bfloat16, float16 or float32")
+    return dtype  # type: ignore[no-any-return]
+
+
+def _find_blocks(model: nn.Module, n: int) -> tuple[str, nn.ModuleList]:
+    """The outermost ModuleList with one entry a hidden layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n:
+            return name, module
+    raise BadInput(f"{type(model).__name__} has no list of {n} decoder blocks; its architecture is not supported")
+
+
+def _fill_buffers(model: Any, module: nn.Module, device: torch.device, recurse: bool = True) -> None:
+    """Give buffers that are not in the checkpoint (rotary frequencies, masks) the values the class starts with.
+
+    Before the weights are there: the class's own initialisation would draw real weights anew, on meta it does nothing.
+    """
+    for part in module.modules() if recurse else (module,):
+        empty = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
+        for name in empty:
+            part.register_buffer(name, torch.empty_like(getattr(part, name), device=device), persistent=False)
+        if empty:
+            model._init_weights(part)

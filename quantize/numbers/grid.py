@@ -1,0 +1,345 @@
+"""Number grids: fitting scales, snapping weights to codes, and the record every rounder returns.
+
+A grid maps a weight w to a number n of a small set and back to (n - zero) * scale. Integer grids have n = 0 … 2^bits-1,
+the unsigned code itself; a symmetric one is the same thing with every zero at 2^(bits-1). Float grids have the numbers
+of E4M3 or E2M1 and zero 0; their code is the number's bit pattern. ggml's block types are integer grids whose zero is
+fixed; where they have an offset, (n - zero) * scale - offset, it is found as a zero that need not be whole.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import block_types as ggml
+from .types import SUPER_BLOCK, Activations, BlockGrid, Grid
+
+__all__ = ["Grid", "Inputs", "QuantizedLinear", "fit", "global_scale", "round_numbers_", "scale_dtype", "snap"]
+
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_SHRINKS = tuple(1.0 - 0.05 * i for i in range(13))  # 1.00 … 0.40 of the min-max range
+_FLOAT_SHRINKS = tuple(1.0 - 0.05 * i for i in range(7))  # coarse at their end: less to gain by clipping
+_POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and its neighbours
+_SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end, in widths of the range
+_EXPONENT = 0x7F800000  # the bits of a float32 that hold it
+_SMALLEST_SCALE = 2.0**-17
+_SMALLEST_FLOAT_SCALE = 2.0**-60
+_CHUNK = 1 << 18  # weights a thread searches at a time, so that the candidates stay in cache
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of a linear are rounded as it runs; `scale` float32 [] and `zero` [] where they are static.
+
+    columns: how many values of a token share a dynamic scale, 0 for all of them. For nvfp4 `scale` is the global scale,
+    a power of two that the E4M3 scales were multiplied by before rounding.
+    """
+
+    spec: Activations
+    columns: int = 0
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """The rounded weight of one linear layer, unpacked: what every rounder returns and every format packs.
+
+    codes [out, in] uint8; scales [out, groups] in the dtype that is stored, [1, 1] for one scale a tensor and
+    [out / 128, in / 128] rounded up for fp8-block; zeros uint8 like scales; g_idx [in] int32, the group of each column,
+    or None when column j is in group j // group_size. global_scale: nvfp4 only, float32 [], a power of two that the
+    scales were multiplied by before they were rounded to E4M3. inputs: None where inputs stay in 16 bit.
+    offsets like scales: what ggml's types that are not symmetric take away from each weight. In its K types scales are
+    int16 and offsets whole numbers too, in units of supers float16 [1 or 2, out, in / 256], the super
+    scales and, where there are offsets, super offsets.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    grid: Grid
+    g_idx: Tensor | None = None
+    global_scale: Tensor | None = None
+    inputs: Inputs | None = None
+    offsets: Tensor | None = None
+    supers: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    def column_groups(self) -> Tensor:
+        """The group of each column, int64 [in]."""
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        return torch.arange(self.in_features, device=self.codes.device) // self.grid.columns(self.in_features)
+
+    def step(self) -> Tensor:
+        """The distance between neighbouring whole numbers, float32, one for each weight [out, in] (broadcast)."""
+        scales = self.scales.to(torch.float32)
+        if self.global_scale is not None:
+            scales = scales / self.global_scale
+        if self.supers is not None:
+            scales = scales * self._over_groups(self.supers[0])
+        if self.grid.type == "fp8-block":
+            scales = scales.repeat_interleave(BLOCK, 0)[: self.out_features]
+        return self._over_columns(scales)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] the artifact stands for: (number - zero) * scale - offset, computed in float32."""
+        numbers = decode(self.codes, self.grid)
+        if self.grid.uniform:
+            numbers -= self._over_columns(self.zeros)
+        numbers.mul_(self.step())
+        if self.offsets is not None:
+            offsets = self.offsets.to(torch.float32)
+            if self.supers is not None:
+                offsets = offsets * self._over_groups(self.supers[1])
+            numbers -= self._over_columns(offsets)
+        return numbers.to(dtype)
+
+    def _over_columns(self, values: Tensor) -> Tensor:
+        """One of `values` [out, groups] for each column, float32 [out, in]."""
+        values, columns = values.to(torch.float32), self.grid.columns(self.in_features)
+        if self.g_idx is not None or self.in_features % columns:
+            return values[:, self.column_groups()]
+        return values.repeat_interleave(columns, 1)
+
+    def _over_groups(self, supers: Tensor) -> Tensor:
+        """One of `supers` [out, in / 256] for each group, float32 [out, groups]."""
+        return supers.to(torch.float32).repeat_interleave(SUPER_BLOCK // self.grid.group_size, 1)
+
+    def rows(self, start: int, stop: int) -> "QuantizedLinear":
+        """Output rows [start, stop): linears solved together are taken apart again with this.
+
+        Blocks of rows are not cut: for fp8-block only the whole can be asked for.
+        """
+        whole = self.scales.shape[0] == 1 or (start, stop) == (0, self.out_features)
+        assert whole or self.grid.type != "fp8-block"
+        part = slice(None) if whole else slice(start, stop)
+        return replace(
+            self,
+            codes=self.codes[start:stop].contiguous(),
+            scales=self.scales[part].contiguous(),
+            zeros=self.zeros[part].contiguous(),
+            offsets=None if self.offsets is None else self.offsets[part].contiguous(),
+            supers=None if self.supers is None else self.supers[:, part].contiguous(),
+        )
+
+
+def scale_dtype(weight: Tensor, grid: Grid) -> torch.dtype:
+    """The dtype the scales of a weight are stored in.
+
+    For integers the model's own 16-bit dtype, float16 for a float32 model; E4M3, E8M0, float16 or whole numbers where
+    the type says so; else a dtype with float32's range, since the scale of an fp8 weight may be too small for float16.
+    """
+    if isinstance(grid, BlockGrid):
+        return torch.int16 if grid.nested else torch.float16
+    if grid.type == "nvfp4":
+        return torch.float8_e4m3fn
+    if grid.type in ("mxfp4", "mxfp8"):
+        return torch.float8_e8m0fnu
+    if weight.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.float16 if grid.type == "int" else torch.float32
+
+
+def global_scale(weight: Tensor, grid: Grid) -> Tensor | None:
+    """What scales are multiplied by before they become E4M3: float32 [], nvfp4 only.
+
+    The largest power of two that keeps amax / 6 within E4M3. NVIDIA's rule is 6 * 448 / amax itself; a power of two
+    moves no scale off the E4M3 grid and its inverse is exact, so files that hold the inverse hold the same weights.
+    """
+    if grid.type != "nvfp4":
+        return None
+    amax = weight.to(torch.float32).abs().amax().clamp(min=2.0**-60)
+    return torch.exp2(torch.floor(torch.log2(E4M3_MAX * E2M1_MAX / amax)))
+
+
+def fit(
+    weight: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    importance: Tensor | None = None,
+    overall: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero for each row of `weight` [rows, columns], the columns of one group.
+
+    Min-max is the rule of compressed-tensors (zero always inside the range; `shared_scale` for mxfp). The searches
+    try smaller ranges, both ends separately at 2 and 3 bits, and keep the one with the least squared error weighted by
+    `importance` [columns] (1 when None), or of the output where that is a moment X^T X [columns, columns]. `overall`:
+    the global scale (nvfp4), or super scales and offsets [2, rows] (`ggml.fit_super`). Where rows share a scale (one a
+    tensor, one a block) each gets the same. Returns float32 [rows] scales that `dtype` can store exactly, and zeros,
+    whole ones but for ggml's, which `ggml.fit_group` finds.
+    """
+    weight = weight.to(torch.float32)
+    if isinstance(grid, BlockGrid):
+        return ggml.fit_group(weight, grid, importance, overall)
+    store = _Store(grid, dtype, overall)
+    low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
+    shared = {0: len(weight)}.get(grid.group_size, BLOCK) if grid.shares_rows else 1
+    if shared > 1:
+        low, high = _over_rows(low, shared, torch.amin), _over_rows(high, shared, torch.amax)
+    if grid.scale_search == "minmax":
+        return _affine(low, high, store)
+    scales, zeros = torch.empty_like(low), torch.empty_like(low)
+    step = max(1, _CHUNK // weight.shape[1]) * torch.get_num_threads() if shared == 1 else shared
+    for r in range(0, weight.shape[0], step):
+        rows = slice(r, r + step)
+        scales[rows], zeros[rows] = _search(weight[rows], low[rows], high[rows], store, importance, shared > 1)
+    return scales, zeros
+
+
+def snap(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Numbers of the grid (float32) nearest to `weight`; `scale` and `zero` broadcast against it."""
+    numbers = weight / scale
+    if isinstance(grid, BlockGrid):  # a zero that is not whole is added before rounding
+        return numbers.add_(zero).round_().clamp_(0, grid.levels)
+    if grid.type == "int":
+        return numbers.round_().add_(zero).clamp_(0, grid.levels)
+    return round_numbers_(numbers, grid)
+
+
+def round_numbers_(numbers: Tensor, grid: Grid) -> Tensor:
+    """Round float32 `numbers`, weights in units of their scale (zero added), to the grid in place; ties to even."""
+    if grid.uniform:
+        return numbers.round_().clamp_(0, grid.levels)
+    smallest, bits, largest = (2.0**-6, 3, E4M3_MAX) if grid.bits == 8 else (1.0, 1, E2M1_MAX)  # normal; of mantissa
+    # Equal to a cast, where there is one, and four times as fast: the step is the power of two below, shifted.
+    power = numbers.abs().clamp_(smallest, largest).view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32)
+    step = power.mul_(2.0**-bits)
+    return numbers.div_(step).round_().mul_(step).clamp_(-largest, largest)
+
+
+def encode(numbers: Tensor, grid: Grid) -> Tensor:
+    """Numbers of the grid (float32) -> codes uint8: the number itself, the E4M3 byte, or the E2M1 nibble."""
+    if grid.uniform:
+        return numbers.to(torch.uint8)
+    if grid.bits == 8:
+        return numbers.to(torch.float8_e4m3fn).view(torch.uint8)
+    size = numbers.abs()  # 0, 0.5, … 2 are codes 0 to 4, then 3, 4 and 6
+    codes = (size * 2).clamp_(max=4).add_((size - 2).clamp_(0, 2)).add_((size - 4).clamp_(min=0).mul_(0.5))
+    return codes.add_(torch.signbit(numbers), alpha=8).to(torch.uint8)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """Codes uint8 -> numbers of the grid, float32."""
+    if grid.uniform:
+        return codes.to(torch.float32)
+    if grid.bits == 8:
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    table = torch.cat([_E2M1, -_E2M1]).to(codes.device)
+    return table[codes.long()]
+
+
+def shared_scale(amax: Tensor, grid: Grid) -> Tensor:
+    """The power of two that a group of mxfp8 or mxfp4 numbers shares, for the largest of them.
+
+    The exponent of the largest, less the type's own (OCP Microscaling v1.0, 6.3), and the next one where its mantissa
+    is 1.75 or more, as in compressed-tensors: the ends of the types are 1.75 * 2^8 and 1.5 * 2^2.
+    """
+    exponent = 8 if grid.bits == 8 else 2
+    return torch.exp2(torch.floor(torch.log2(amax.clamp(min=2.0**-100) * (2 / 1.75))) - exponent)
+
+
+def collapse(scales: Tensor, grid: Grid) -> Tensor:
+    """Scales (or zeros) [out, groups], one a row, as they are stored: one a block of rows, or one in all."""
+    if grid.group_size == 0:
+        return scales[:1, :1]
+    return scales[::BLOCK] if grid.type == "fp8-block" else scales
+
+
+@dataclass(frozen=True)
+class _Store:
+    """A grid and the scales it can have."""
+
+    grid: Grid
+    dtype: torch.dtype
+    overall: Tensor | None
+
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        """The ranges worth trying, in parts of the whole one."""
+        if self.dtype == torch.float8_e8m0fnu:
+            return _POWERS
+        return _SHRINKS if self.grid.type == "int" else _FLOAT_SHRINKS
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        """The scales (float32) nearest to `scale` that can be stored."""
+        if self.overall is not None:
+            smallest = 2.0**-9  # of E4M3: a scale of 0 would lose the group, and divide by zero
+            scaled = (scale * self.overall).clamp_(smallest, E4M3_MAX)
+            return scaled.to(self.dtype).to(torch.float32) / self.overall
+        if self.dtype == torch.float8_e8m0fnu:
+            return shared_scale(scale * (E4M3_MAX if self.grid.bits == 8 else E2M1_MAX), self.grid)
+        # 2^-17 and up, a bfloat16 scale is exact in float16 too, so every format can store it; none divides by zero.
+        smallest = _SMALLEST_SCALE if self.grid.type == "int" else _SMALLEST_FLOAT_SCALE
+        return scale.clamp(min=smallest).to(self.dtype).to(torch.float32)
+
+
+def _over_rows(values: Tensor, rows: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Each of `values` [n] replaced by what `reduce` makes of its run of `rows`."""
+    out = torch.empty_like(values)
+    for r in range(0, len(values), rows):
+        out[r : r + rows] = reduce(values[r : r + rows])
+    return out
+
+
+def _affine(low: Tensor, high: Tensor, store: _Store) -> tuple[Tensor, Tensor]:
+    """The grid that spans [low, high]; a row of zeros gets scale 1."""
+    grid = store.grid
+    if grid.type != "int":
+        span = torch.maximum(-low, high) / (E4M3_MAX if grid.bits == 8 else E2M1_MAX)
+    else:
+        span = (torch.maximum(-low, high) * 2 if grid.symmetric else high - low) / grid.levels
+    scale = store.nearest(span)
+    scale = torch.where((low == 0) & (high == 0), store.nearest(torch.ones_like(scale)), scale)
+    if grid.type != "int":
+        return scale, torch.zeros_like(scale)
+    if grid.symmetric:
+        return scale, torch.full_like(scale, float(1 << (grid.bits - 1)))
+    return scale, (-low / scale).round_().clamp_(0, grid.levels)
+
+
+def _search(
+    weight: Tensor, low: Tensor, high: Tensor, store: _Store, importance: Tensor | None, together: bool
+) -> tuple[Tensor, Tensor]:
+    """The candidate range with the least weighted squared error, row by row, or for all rows `together`."""
+    grid = store.grid
+    importance = None if importance is None else importance.to(weight.dtype)
+
+    def loss(scale: Tensor, zero: Tensor) -> Tensor:
+        """Of each row, [rows, 1] each."""
+        error = torch.addcmul(weight, snap(weight, scale, zero, grid).sub_(zero), scale, value=-1)
+        if importance is not None and importance.dim() == 2:
+            found = (error @ importance).mul_(error).sum(1)
+        else:
+            found = error.square_().sum(1) if importance is None else error.square_() @ importance
+        return found.sum().expand_as(found) if together else found
+
+    def best(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the ranges [candidates, rows]: scale, zero and loss [rows], the first of equals."""
+        scales, zeros = _affine(low, high, store)
+        losses = torch.stack([loss(*pair) for pair in zip(scales[..., None], zeros[..., None], strict=True)])
+        at = losses.argmin(0, keepdim=True)
+        scale, zero, least = (x.gather(0, at)[0] for x in (scales, zeros, losses))
+        return scale, zero, least
+
+    factors = low.new_tensor(store.shrinks)[:, None]
+    scale, zero, least = best(low * factors, high * factors)
+    if grid.type == "int" and not grid.symmetric and grid.bits <= 3:  # coarse grids gain from clipping one end only
+        width = scale * grid.levels
+        near, shifts = -zero * scale, low.new_tensor(_SHIFTS)[:, None] * width
+        far = near + width
+        lows = torch.cat([(near + shifts).clamp_(max=0), near.expand_as(shifts)])
+        highs = torch.cat([far.expand_as(shifts), (far + shifts).clamp_(min=0)])
+        other_scale, other_zero, other = best(lows, highs)
+        scale, zero = torch.where(other < least, other_scale, scale), torch.where(other < least, other_zero, zero)
+    return scale, zero

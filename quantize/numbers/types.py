@@ -1,0 +1,186 @@
+"""The number formats of a recipe: what weights and inputs are rounded to."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from ..core.errors import BadInput
+from ..core.schema import Strict
+
+GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+NumberType = Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"]
+ScaleSearch = Literal["minmax", "mse", "activation"]
+
+SUPER_BLOCK = 256  # columns whose scales, themselves whole numbers, share a super scale in ggml's K types
+
+# Bits, the columns that share a scale and whether it is symmetric, of the number types that leave no choice; 0: one
+# scale a tensor.
+_LAYOUT: dict[str, tuple[int, tuple[int, ...], bool]] = {
+    "fp8": (8, (-1, 0), True), "fp8-block": (8, (128,), True), "mxfp8": (8, (32,), True), "mxfp4": (4, (32,), True),
+    "nvfp4": (4, (16,), True),
+    "Q4_0": (4, (32,), True), "Q4_1": (4, (32,), False), "Q5_0": (5, (32,), True), "Q5_1": (5, (32,), False),
+    "Q8_0": (8, (32,), True), "Q2_K": (2, (16,), False), "Q3_K": (3, (16,), True), "Q4_K": (4, (32,), False),
+    "Q5_K": (5, (32,), False), "Q6_K": (6, (16,), True),
+}  # fmt: skip
+
+
+def _group_size(value: int) -> int:
+    if value not in (-1, 0) and (value < 8 or value % 8):
+        raise ValueError("a multiple of 8, -1 for per channel or 0 for one scale a tensor")
+    return value
+
+
+GroupSize = Annotated[int, AfterValidator(_group_size)]
+
+
+class Grid(Strict):
+    """The number grid of a linear's weight: its codes, and which of them share a scale.
+
+    `int` has 2^bits evenly spaced codes in groups of `group_size` columns of a row. The float types fix their layout:
+    fp8 is E4M3 with a scale a row or a tensor, fp8-block one a 128x128 block; mxfp8 (E4M3) and mxfp4 (E2M1) one power
+    of two a group of 32 (OCP Microscaling v1.0); nvfp4 E2M1 with an E4M3 scale a group of 16 and one float32 a tensor.
+    """
+
+    type: NumberType = "int"
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: GroupSize = Field(128, description="columns sharing one scale; -1: per channel; 0: the whole tensor")
+    symmetric: bool = True
+    scale_search: ScaleSearch = Field(
+        "mse",
+        description="minmax: the range; mse: the range with the least squared error; activation: that error weighted "
+        "by the inputs that meet it in calibration",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _most_types_fix_their_layout(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") in _LAYOUT:
+            bits, groups, symmetric = _LAYOUT[value["type"]]
+            return {"bits": bits, "group_size": groups[0], "symmetric": symmetric} | value
+        return value
+
+    @model_validator(mode="after")
+    def _layout_fits_the_type(self) -> Self:
+        if self.type == "int":
+            if self.group_size == 0:
+                raise ValueError("group_size 0 (one scale a tensor) is for type fp8; use -1 (per channel)")
+            return self
+        bits, groups, symmetric = _LAYOUT[self.type]
+        if self.bits != bits or self.group_size not in groups or self.symmetric != symmetric:
+            sizes, how = " or ".join(map(str, groups)), "is" if symmetric else "is not"
+            raise ValueError(
+                f"type {self.type} has bits {bits}, group_size {sizes} and {how} symmetric; leave them out"
+            )
+        return self
+
+    @property
+    def uniform(self) -> bool:
+        """Whether codes are the whole numbers 0 … 2^bits-1 themselves, and not the bits of floats."""
+        return self.type == "int"
+
+    @property
+    def nested(self) -> bool:
+        """Whether scales are whole numbers, times a super scale that a span of columns shares."""
+        return False
+
+    @property
+    def levels(self) -> int:
+        """The largest code, 2^bits - 1."""
+        return (1 << self.bits) - 1
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows of a weight have one scale in common: all of them, or those of a block."""
+        return self.group_size == 0 or self.type == "fp8-block"
+
+    @property
+    def shares_across_linears(self) -> bool:
+        """Whether servers, which fuse linears with one input, want these to have one scale in common."""
+        return self.type == "nvfp4" or self.group_size == 0
+
+    def columns(self, in_features: int) -> int:
+        """Columns that share one scale in a row of `in_features`."""
+        return in_features if self.group_size in (-1, 0) else self.group_size
+
+    def span(self, in_features: int) -> int:
+        """Columns whose scales are found together, those of a group where scales are not nested."""
+        return self.columns(in_features)
+
+    def check(self, name: str, in_features: int) -> None:
+        """Raise BadInput when `group_size` does not divide `in_features`."""
+        if self.type != "fp8-block" and in_features % self.columns(in_features):
+            divisors = [str(d) for d in range(8, 257, 8) if in_features % d == 0]
+            choose = f"choose {', '.join([*divisors, '-1 (per channel)'])}" if self.type == "int" else "choose fp8"
+            raise BadInput(
+                f"{name}: in_features {in_features} is not a multiple of group_size {self.group_size}; "
+                f"{choose}, or add the layer to `ignore`"
+            )
+
+    def __str__(self) -> str:
+        if self.type in ("mxfp8", "mxfp4", "nvfp4", "fp8-block"):
+            return self.type
+        group = {-1: "channel", 0: "tensor"}.get(self.group_size, f"g{self.group_size}")
+        if self.type == "fp8":
+            return f"fp8 {group}"
+        return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
+
+
+class BlockGrid(Grid):
+    """One of ggml's block types, which tensors of GGUF files have; the mix of the file chooses it, not `weights`.
+
+    Evenly spaced codes whose zero is fixed: in the middle, or at 0 in the types that are not symmetric, which have an
+    offset beside the scale. The K types hold both as whole numbers times a float16 that 256 columns share.
+    """
+
+    type: GgmlType  # type: ignore[assignment]
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4  # type: ignore[assignment]
+
+    @property
+    def uniform(self) -> bool:
+        return True
+
+    @property
+    def nested(self) -> bool:
+        return self.type.endswith("_K")
+
+    def span(self, in_features: int) -> int:
+        return SUPER_BLOCK if self.nested else self.group_size
+
+    def check(self, name: str, in_features: int) -> None:
+        """Raise BadInput when rows of `in_features` are not whole blocks."""
+        if in_features % self.span(in_features):
+            raise BadInput(
+                f"{name}: {self.type} needs rows of a multiple of {self.span(in_features)}, not {in_features}"
+            )
+
+    def __str__(self) -> str:
+        return self.type
+
+
+class Activations(Strict):
+    """What the inputs of quantized linears are rounded to when the artifact runs.
+
+    Dynamic scales are one a token (mxfp8, mxfp4: one a group of 32 of a token); a static one is one a tensor, measured
+    in calibration. nvfp4 has both: a static float32 a tensor and an E4M3 scale a group of 16, found as it runs.
+    """
+
+    type: Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
+    dynamic: bool = True
+    symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        if not self.dynamic and self.type not in ("int8", "fp8"):
+            raise ValueError(f"activations of type {self.type} find their scales as they run: leave `dynamic` out")
+        if not self.symmetric and self.type != "int8":
+            raise ValueError(f"activations of type {self.type} are symmetric: leave `symmetric` out")
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a scale has to be measured beforehand."""
+        return not self.dynamic or self.type == "nvfp4"
+
+    def __str__(self) -> str:
+        how = ("dynamic" if self.dynamic else "static") if self.type in ("int8", "fp8") else ""
+        return " ".join(filter(None, (self.type, how, "" if self.symmetric else "asym")))

@@ -1,0 +1,47 @@
+"""The limits of a recipe: what fails a run."""
+
+from pydantic import Field
+
+from ..core.schema import Fraction, Strict
+from .evaluation import Evaluation
+
+
+class Gates(Strict):
+    """Limits that fail the run with exit code 3.
+
+    Each is judged with the uncertainty of what was measured: REGRESSION when the whole 95% interval lies beyond the
+    limit, ACCEPT when it lies within, INCONCLUSIVE when it holds the limit.
+    """
+
+    max_perplexity_increase: Fraction | None = Field(None, ge=0, description="over the original: 3% or 0.03")
+    max_kl: float | None = Field(
+        None, ge=0, strict=False, description="mean KL divergence from the original, nats a token"
+    )
+    max_kl_p99: float | None = Field(
+        None, ge=0, strict=False, description="99th percentile of that divergence, nats a token"
+    )
+    min_top1_agreement: Fraction | None = Field(None, ge=0, le=1, description="98% or 0.98")
+    max_bytes: int | None = Field(None, ge=1, description="weights on disk")
+    min_recovery: dict[str, Fraction] = Field(
+        {},
+        description="by task: the share of the original's score that is left in its worst metric, 99% or 0.99",
+    )
+    min_tokens_per_second: float | None = Field(
+        None, gt=0, strict=False, description="decoded, at the first batch and context of evaluation.efficiency.timing"
+    )
+    strict: bool = Field(False, description="INCONCLUSIVE fails too; false: it is shown, and the exit code is 0")
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by name; those of single tasks as min_recovery.<task>."""
+        limits: dict[str, float] = self.model_dump(exclude={"strict", "min_recovery"}, exclude_none=True)
+        return limits | {f"min_recovery.{task}": limit for task, limit in self.min_recovery.items()}
+
+    def check(self, evaluation: Evaluation) -> None:
+        """Raise ValueError for a limit on what `evaluation` does not measure."""
+        known = [task.label for task in evaluation.tasks]
+        for task in self.min_recovery:
+            if task not in known:
+                there = f"there are {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"gates.min_recovery: no task {task!r} in evaluation.tasks; {there}")
+        if self.min_tokens_per_second is not None and evaluation.efficiency.timing is None:
+            raise ValueError("gates.min_tokens_per_second needs evaluation.efficiency.timing: {}")

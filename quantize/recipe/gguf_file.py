@@ -1,0 +1,82 @@
+"""The GGUF file of a recipe: its type, the tensors that get another one, its importance matrix, budget and parts."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ..core.schema import Pattern, Strict
+
+FloatFile = Literal["F32", "F16", "BF16"]
+FileType = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L",
+    "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M",
+    "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0",
+]  # fmt: skip
+TensorType = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S",
+    "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0",
+]  # fmt: skip
+FLOATS = ("F32", "F16", "BF16")
+# What llama.cpp makes with an importance matrix only.
+_NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+_FILES_NEED_IMATRIX = (*_NEED_IMATRIX, "IQ2_M", "IQ3_XS", "Q2_K_S")
+_UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3}
+
+
+def _bytes(value: object) -> object:
+    """4G is 4,000,000,000."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", value.strip())):
+        return int(float(found[1]) * _UNITS[found[2]])
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
+
+
+class Budget(Strict):
+    """What the file may weigh: the types of its tensors are chosen for it."""
+
+    bytes: Bytes | None = Field(None, description="of the whole file, such as 100M")
+    bits_per_weight: float | None = Field(None, gt=0, strict=False, description="of the whole file over all weights")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.bytes is None) == (self.bits_per_weight is None):
+            raise ValueError("give one of bytes and bits_per_weight")
+        return self
+
+
+class Gguf(Strict):
+    """A GGUF file, as llama.cpp and Ollama load it."""
+
+    type: FileType = Field("Q4_K_M", description="llama.cpp's file type: a type, or a mix of them by kinds of tensors")
+    tensor_types: dict[Pattern, TensorType] = Field(
+        {},
+        description="types of tensors by a pattern of their GGUF names, such as blk.*.attn_v.weight; the first counts",
+    )
+    imatrix: bool | str = Field(
+        False,
+        description="importance of the columns: true from the calibration text, or a file of llama.cpp's; gptq, which "
+        "knows more of the blocks, takes that of the head and the embedding alone",
+    )
+    budget: Budget | None = None
+    split: Bytes | None = Field(None, description="most bytes of tensors in one file, such as 4G; null: one file")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text has to run through the model."""
+        return self.imatrix is True
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> Self:
+        if self.type in FLOATS and (self.tensor_types or self.imatrix):
+            raise ValueError(
+                f"type {self.type} is not quantized: drop tensor_types and imatrix, or choose another type"
+            )
+        low = [kind for kind in self.tensor_types.values() if kind in _NEED_IMATRIX]
+        if self.imatrix is False and (self.type in _FILES_NEED_IMATRIX or low):
+            raise ValueError(
+                f"type {low[0] if low else self.type} is made with an importance matrix only: set imatrix: true"
+            )
+        return self

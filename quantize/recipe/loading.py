@@ -1,0 +1,160 @@
+"""A recipe from its file: read, overridden, validated. No torch here.
+
+`load` reads a file (or the name of a shipped recipe), applies `--set key.path=value` overrides and validates the
+result; every mistake comes back as one BadInput line that names the place.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from ..core.errors import BadInput
+from ..numbers.types import Activations, Grid
+from .document import Override, Recipe
+from .evaluation import EfficiencySettings, Evaluation, Task, Timing
+from .gate_limits import Gates
+from .gguf_file import Budget, Gguf
+from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, LlamaCppQuantizer, Qat, Rtn, SmoothQuant
+from .smoke_test import Smoke
+from .targets import LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Triton, Vllm
+from .text import Calibration
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key written twice is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("quantpress.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in file `where`, or the shipped one of that name, with `key.path=value` overrides applied."""
+    path = Path(where)
+    try:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        elif where in shipped():
+            text = (resources.files("quantpress.recipes") / f"{where}.yaml").read_text(encoding="utf-8")
+        else:
+            near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.6)
+            hint = f"did you mean {', '.join(near)}?" if near else "`quantpress recipes` lists them"
+            raise BadInput(f"recipe {where!r}: no such file and no shipped recipe; {hint}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe {where}: cannot be read: {error}") from error
+    try:
+        document = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise BadInput(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        found = "an empty file" if document is None else type(document).__name__
+        raise BadInput(f"recipe {where}: expected a mapping of keys, found {found}")
+    document.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "recipe")
+    for override in overrides:
+        apply_override(document, override)
+    return parse(document, where)
+
+
+def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a recipe document; every problem on one line, each with its place."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise BadInput(f"recipe {where}: {_problems(error)}") from None
+
+
+def parse_target(document: Any, where: str) -> Target:
+    """Validate one target, a name or a mapping, as `targets` of a recipe has them."""
+    try:
+        target: Target = TypeAdapter(Target).validate_python(document)
+    except ValidationError as error:
+        raise BadInput(f"{where}: {_problems(error)}") from None
+    return target
+
+
+def _problems(error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    inner = [e["loc"] for e in errors]
+    # A list whose items are wrong also counts as too short: say only what is wrong with them.
+    errors = [e for e in errors if e["type"] != "too_short" or not any(_inside(place, e["loc"]) for place in inner)]
+    return "; ".join(_problem(e) for e in errors)
+
+
+_PLAIN = {
+    "model_type": "a mapping of keys is needed",
+    "model_attributes_type": "a mapping of keys is needed",
+    "tuple_type": "a list is needed",
+}
+
+
+def _inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
+
+
+def _problem(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.6)
+        message = f"unknown key{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"
+    elif error["type"] == "union_tag_invalid":
+        known = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(error["ctx"]["tag"], known, n=1, cutoff=0.6)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        message = f"unknown name {error['ctx']['tag']!r}{hint} (known: {', '.join(known)})"
+    elif not isinstance(error["input"], dict | Recipe):
+        message += f", not {error['input']!r}"
+    return f"{place}: {message}" if place else message
+
+
+def _keys_at(place: Collection[int | str]) -> list[str]:
+    """The keys a mapping at `place` may have."""
+    models: dict[str, type[BaseModel]] = {
+        "calibration": Calibration, "evaluation": Evaluation, "weights": Grid, "gates": Gates,
+        "overrides": Override, "activations": Activations, "rtn": Rtn, "gptq": Gptq, "smoothquant": SmoothQuant,
+        "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
+        "end_to_end": EndToEnd, "tasks": Task, "efficiency": EfficiencySettings, "timing": Timing,
+        "vllm": Vllm, "sglang": Sglang, "tgi": Tgi, "tensorrt-llm": TensorRtLlm, "triton": Triton,
+        "ollama": Ollama, "smoke": Smoke, "gguf": Gguf, "budget": Budget,
+        "llama.cpp": LlamaCpp if "targets" in place else LlamaCppQuantizer,
+    }  # fmt: skip
+    model: type[BaseModel] = Recipe
+    for part in place:
+        model = models.get(str(part), model)
+    return list(model.model_fields)
+
+
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """Apply one `key.path=value` to the document; the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"--set {override!r}: write key.path=value, such as method.damp=0.02")
+    *parents, last = key.split(".")
+    node = document
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise BadInput(f"--set {override!r}: {parent!r} is not a mapping in this recipe")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set {override!r}: the value is not YAML") from error

@@ -1,0 +1,145 @@
+"""The key-value cache against what transformers itself keeps, what fits a GPU, and what a token costs."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.core.errors import BadInput
+from quantpress.eval.measure import capacity, speed
+from quantpress.eval.measure.results import Runtime, Speed
+from quantpress.recipe import Timing
+
+from ...quantize.engine.test_pipeline import make
+from ...tiny import FAMILIES, build
+
+
+def kept_by_transformers(config: Any, tokens: int) -> int:
+    """Bytes of keys and values that the model's own cache holds after a prompt of `tokens`."""
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    cache = transformers.DynamicCache(config=config)
+    with torch.no_grad():
+        model(torch.zeros(1, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3", "gpt_neox"])
+def test_the_cache_is_what_transformers_keeps(family: str) -> None:
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, name)(**settings)
+    held = capacity.cache(config, None, "float32", 24)
+    assert held.bytes_at_context == kept_by_transformers(config, 24)
+    assert held.bytes_per_token * 24 == held.bytes_at_context
+    assert held.bytes_per_token_past_window is None
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
+def test_windows_stop_growing(family: str) -> None:
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, name)(**settings)
+    held = capacity.cache(config, None, "float32", 24)
+    assert held.sliding_window == 8
+    # transformers keeps one token less than the window, which the newest one then fills
+    layers = {"gemma2": (1, 2), "gemma3": (1, 2), "mistral": (0, 2)}[family]
+    one = 2 * 2 * 16 * 4  # keys and values of 2 heads of 16, float32
+    assert held.bytes_per_token == one * sum(layers)
+    assert held.bytes_per_token_past_window == one * layers[0]
+    assert held.bytes_at_context == one * (layers[0] * 24 + layers[1] * 8)
+    assert held.bytes_at_context - kept_by_transformers(config, 24) == one * layers[1]
+
+
+def test_a_cache_of_8_bits_and_latent_attention() -> None:
+    config = transformers.LlamaConfig(**FAMILIES["llama"][1])
+    full, small = (capacity.cache(config, kind, "bfloat16", 10) for kind in (None, "fp8"))
+    assert (small.dtype, small.bytes_per_token * 2) == ("fp8", full.bytes_per_token)
+    latent = transformers.DeepseekV3Config(num_hidden_layers=3, kv_lora_rank=512, qk_rope_head_dim=64)
+    assert capacity.cache(latent, None, "bfloat16", 1).bytes_per_token == 3 * (512 + 64) * 2
+
+
+def test_what_fits_a_gpu() -> None:
+    config = transformers.LlamaConfig(**FAMILIES["llama"][1])
+    held = capacity.cache(config, None, "bfloat16", 4096)
+    small, large = capacity.fits(["T4", "H200"], 13_000_000_000, held)
+    by_hand = int(15360 * 2**20 * 0.9) - 13_000_000_000 - 2**30
+    assert small.concurrency == max(0, by_hand // held.bytes_at_context)
+    assert large.concurrency > small.concurrency
+    assert capacity.fits(["T4"], 20_000_000_000, held)[0].concurrency == 0
+
+
+def test_the_cost_shows_its_formula() -> None:
+    rates = [Speed(batch=b, context=8, repeats=3, prefill_tokens_per_second=900.0 * b, prefill_stderr=1.0,
+                   decode_tokens_per_second=50.0 * b, decode_stderr=1.0) for b in (1, 4)]  # fmt: skip
+    runtime = Runtime(what="w", device="d", dtype="float32", threads=1, load_seconds=1, peak_rss_bytes=1, speed=rates)
+    found = capacity.cost(3.6, runtime)
+    assert found is not None
+    assert found.per_million_decoded == pytest.approx(3.6 / 3600 / 200 * 1e6)
+    assert found.per_million_prefilled == pytest.approx(3.6 / 3600 / 3600 * 1e6)
+    assert found.formula == "3.6 an hour / 3600 s / 200 tokens/s x 1,000,000 = 5 a million decoded tokens"
+
+
+def test_bits_a_weight_are_counted_on_disk(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    artifact = Artifact(tmp_path / "run" / "quantized")
+    assert artifact.bits_per_weight() == pytest.approx(manifest["artifact"]["quantized_bits_per_weight"], rel=0.02)
+    assert artifact.total_bytes == manifest["artifact"]["bytes"]
+    assert Artifact(tmp_path / "model").bits_per_weight() is None
+
+
+# ---- speed
+
+
+def test_the_timed_pass_is_greedy_decoding_with_a_cache(tmp_path: Path) -> None:
+    """Every token that is decoded while the clock runs is the one a plain forward pass prefers."""
+    plain = build("llama", tmp_path)
+    _, skeleton = open_artifact(tmp_path, torch.device("cpu"))
+    model, seen = skeleton.whole(), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    prompt = torch.tensor([[5, 9, 13], [2, 3, 4]])
+    first, later = speed._pass(model, prompt, 4, lambda: None)
+    assert first > 0
+    assert later > 0
+    assert [tuple(ids.shape) for ids in seen] == [(2, 3), (2, 1), (2, 1), (2, 1)]
+    ids = prompt
+    for token in seen[1:]:
+        with torch.no_grad():
+            assert torch.equal(plain(ids).logits[:, -1:].argmax(-1), token)
+        ids = torch.cat([ids, token], 1)
+
+
+def test_a_model_is_timed_in_this_process(tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    timing = Timing(batches=(1, 3), contexts=(8, 500), new_tokens=4, repeats=2)
+    runtime = speed.measure(tmp_path, timing)
+    assert [(s.batch, s.context) for s in runtime.speed] == [(1, 8), (1, 124), (3, 8), (3, 124)]  # 128 positions
+    assert all(s.decode_tokens_per_second > 0 and s.prefill_tokens_per_second > 0 for s in runtime.speed)
+    assert "transformers" in runtime.what
+    assert runtime.dtype == "float32"
+    assert runtime.peak_vram_bytes is None or torch.cuda.is_available()
+
+
+def test_a_model_that_takes_too_long_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(BadInput, match=r"timing took more than 3600 s; ask for fewer tokens"):
+        speed.time_model(tmp_path, Timing(contexts=(8,), new_tokens=2, repeats=2))
+
+
+@pytest.mark.slow  # a new Python with torch and transformers
+def test_a_model_is_timed_in_a_process_of_its_own(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model")
+    timing = Timing(contexts=(8,), new_tokens=2, repeats=2)
+    runtime = speed.time_model(tmp_path / "model", timing, "bfloat16")
+    assert runtime.dtype == "bfloat16"
+    assert 50e6 < runtime.peak_rss_bytes < 2e9
+    assert runtime.load_seconds > 0
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    with pytest.raises(BadInput, match="could not be timed: unknown architecture"):
+        speed.time_model(tmp_path / "model", timing)

@@ -1,0 +1,114 @@
+"""Verdicts: a limit is kept or missed when the whole interval says so, and inconclusive when it does not."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from quantpress.eval.measure.judge import judge
+from quantpress.eval.measure.results import Results
+from quantpress.recipe import Gates
+
+from ..report.test_report import fake_results
+
+
+def results(**changes: Any) -> Results:
+    """KL 0.1 (0.096 to 0.104), agreement 0.9 (0.89 to 0.91), perplexity up 4% (3.5% to 4.5%), 1000 bytes."""
+    document = fake_results()
+    document["perplexity_increase"], document["perplexity_increase_interval"] = 0.04, (0.035, 0.045)
+    document["divergence"] |= {"kl_mean": 0.1, "kl_interval": (0.096, 0.104)}
+    document["divergence"] |= {
+        "top1_agreement": 0.9,
+        "top1_interval": (0.89, 0.91),
+        "kl_p99": 1.0,
+        "kl_p99_interval": (0.9, 1.1),
+    }
+    document["artifact"]["bytes"] = 1000
+    return Results.model_validate(document | changes)
+
+
+@pytest.mark.parametrize(
+    ("gates", "verdict"),
+    [
+        ({}, "NONE"),
+        ({"max_perplexity_increase": "5%"}, "ACCEPT"),
+        ({"max_perplexity_increase": "4.2%"}, "INCONCLUSIVE"),
+        ({"max_perplexity_increase": "3.8%"}, "INCONCLUSIVE"),
+        ({"max_perplexity_increase": "3%"}, "REGRESSION"),
+        ({"max_kl": 0.105}, "ACCEPT"),
+        ({"max_kl": 0.1}, "INCONCLUSIVE"),
+        ({"max_kl": 0.095}, "REGRESSION"),
+        ({"max_kl_p99": 1.2}, "ACCEPT"),
+        ({"max_kl_p99": 1.05}, "INCONCLUSIVE"),
+        ({"max_kl_p99": 0.8}, "REGRESSION"),
+        ({"min_top1_agreement": "88%"}, "ACCEPT"),
+        ({"min_top1_agreement": "90%"}, "INCONCLUSIVE"),
+        ({"min_top1_agreement": "92%"}, "REGRESSION"),
+        ({"max_bytes": 1000}, "ACCEPT"),
+        ({"max_bytes": 999}, "REGRESSION"),
+        ({"max_bytes": 1000, "max_kl": 0.1}, "INCONCLUSIVE"),
+        ({"max_bytes": 999, "max_kl": 0.1}, "REGRESSION"),
+    ],
+)
+def test_the_interval_decides(gates: dict[str, Any], verdict: str) -> None:
+    assert judge(Gates.model_validate(gates), results()).verdict == verdict
+
+
+def test_the_reason_names_what_was_missed_and_by_what() -> None:
+    report = judge(Gates(max_bytes=999, max_kl=0.2), results())
+    assert [check.name for check in report.checks if check.verdict != "ACCEPT"] == ["max_bytes"]
+    assert report.reason == "max_bytes: 1000 misses the limit 999"
+
+
+def test_a_perplexity_that_is_no_number_keeps_no_limit() -> None:
+    for value in (math.nan, math.inf):
+        broken = results(perplexity_increase=value, perplexity_increase_interval=(math.nan, math.nan))
+        read_back = Results.model_validate(json.loads(json.dumps(broken.document())))
+        for one in (broken, read_back):
+            assert judge(Gates(max_perplexity_increase=0.5), one).verdict == "REGRESSION"
+
+
+def test_a_value_without_an_interval_is_not_taken_for_certain() -> None:
+    report = judge(Gates(max_perplexity_increase=0.5), results(perplexity_increase_interval=None))
+    assert report.verdict == "INCONCLUSIVE"
+    assert report.reason == "max_perplexity_increase: 0.04, from too little to say how sure it is: measure more"
+
+
+def score(metric: str, recovery: float, low: float, high: float) -> dict[str, Any]:
+    said = {"metric": metric, "recovery": recovery, "recovery_interval": (low, high)}
+    value = {"value": 0.5, "stderr": 0.01}
+    return {"task": "arc", "higher_is_better": True, "few_shot": 0, "n": 9, "sha256": "", "artifact": value} | said
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "verdict"),
+    [
+        ((0.90, 0.80, 1.00), (0.95, 0.93, 0.97), "REGRESSION"),  # the lower one is the less certain
+        ((0.985, 0.981, 0.989), (0.99, 0.95, 1.03), "INCONCLUSIVE"),
+        ((0.985, 0.981, 0.989), (0.99, 0.985, 0.995), "ACCEPT"),
+    ],
+)
+def test_a_task_keeps_its_limit_in_every_metric(one: Any, other: Any, verdict: str) -> None:
+    tasks = [score("acc", *one), score("acc_norm", *other)]
+    report = judge(Gates.model_validate({"min_recovery": {"arc": "98%"}}), results(tasks=tasks))
+    assert report.verdict == verdict
+    assert len(report.checks) == 1
+
+
+def test_the_size_of_a_served_model_is_not_known() -> None:
+    document = results().document()
+    document["artifact"]["bytes"] = 0
+    assert judge(Gates(max_bytes=1), Results.model_validate(document)).verdict == "INCONCLUSIVE"
+
+
+def test_what_was_not_measured_is_neither_kept_nor_missed() -> None:
+    report = judge(Gates(max_kl=1.0), results(divergence=None))
+    assert report.verdict == "INCONCLUSIVE"
+    assert report.reason == "max_kl: it was not measured"
+
+
+@pytest.mark.parametrize(("strict", "missed"), [(False, False), (True, True)])
+def test_inconclusive_fails_only_where_the_recipe_is_strict(strict: bool, missed: bool) -> None:
+    assert judge(Gates(max_kl=0.1, strict=strict), results()).missed is missed
+    assert judge(Gates(max_kl=0.01, strict=strict), results()).missed

@@ -1,0 +1,128 @@
+"""A served model: a small completions server over a tiny model stands in for vLLM, and for servers that fall short."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quantpress.core.errors import BadInput
+from quantpress.eval.measure.divergence import compare, last_hidden, windows
+from quantpress.eval.measure.likelihood import Scorer
+from quantpress.eval.measure.served import Server, served_nll
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.skeleton import Skeleton
+from quantpress.recipe import Evaluation
+
+from ...tiny import build, text, tokenizer
+
+
+class Completions(BaseHTTPRequestHandler):
+    """OpenAI's completions as vLLM answers them: echo with log-probabilities, the first of them null."""
+
+    model: Any = None
+    faults: set[str] = set()  # noqa: RUF012  set by a test
+    keys: list[str | None] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "tiny"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.keys.append(self.headers.get("Authorization"))
+        if "error" in self.faults:
+            return self._answer({"error": "the model is tired"}, 503)
+        ids = body["prompt"]
+        with torch.no_grad():
+            log_probs = torch.log_softmax(self.model(torch.tensor([ids])).logits[0].float(), -1)
+        if not body.get("echo"):
+            token = int(log_probs[-1].argmax())
+            return self._answer({"choices": [{"text": f"token {token} of {body['max_tokens']}"}]})
+        values: list[Any] = [None] + [float(log_probs[i, t]) for i, t in enumerate(ids[1:])]
+        tops = [None] + [{"t": float(row.max()), "given": v} for row, v in zip(log_probs, values[1:], strict=False)]
+        tail = 1 if "no echo" in self.faults else len(ids) + 1  # the token it made
+        given = {"token_logprobs": [*values, -0.5][-tail:], "top_logprobs": [*tops, {"t": -0.5}][-tail:]}
+        self._answer({"choices": [{"text": "x", "logprobs": given}]})
+
+    def _answer(self, document: Any, status: int = 200) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("served")
+    Completions.model = build("llama", folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", folder
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _sound() -> None:
+    Completions.faults.clear()
+    Completions.keys.clear()
+
+
+def skeleton(folder: Path) -> Skeleton:
+    return Skeleton(Checkpoint(folder), device=torch.device("cpu"))
+
+
+def test_served_perplexity_is_that_of_the_model_behind_it(served: tuple[str, Path]) -> None:
+    url, folder = served
+    cut = windows(tokenizer(), text(), "text", Evaluation(windows=3, window=40, stride=16, bos="always"))
+    plain = skeleton(folder)
+    hidden = last_hidden(plain, cut.tokens.ids, lambda: None)
+    steps: list[tuple[int, int]] = []
+    found = served_nll(Server(url, "tiny", 128, key="secret"), cut, lambda *step: steps.append(step))
+    np.testing.assert_allclose(found, compare((plain, plain), (hidden, hidden), cut).original_nll, atol=1e-4)
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert set(Completions.keys) == {"Bearer secret"}
+
+
+def test_served_likelihoods_equal_those_in_process(served: tuple[str, Path]) -> None:
+    url, folder = served
+    pairs = [([5, 6, 7], [8, 9]), ([0], [44]), (list(range(2, 140)), [3, 4])]
+    own = Scorer(skeleton(folder), tokenizer())
+    # A server takes prompt and continuation within its limit, our own forward needs no place for the last token.
+    theirs = Server(url, "tiny", 128).log_likelihoods(pairs)
+    for (value, greedy), (other, favoured) in zip(own.log_likelihoods(pairs)[:2], theirs, strict=False):
+        assert value == pytest.approx(other, abs=1e-3)
+        assert greedy is favoured
+    favourite = own.write([[5, 6, 7]], 1)[0]
+    assert Server(url, "tiny", 128).log_likelihoods([([5, 6, 7], favourite)])[0][1] is True
+    assert Server(url, "tiny", 128).continue_text([[5, 6, 7]], 4) == [f"token {favourite[0]} of 4"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("error", r"/v1/completions: the server answers 503: \{\"error\": \"the model is tired\"\}"),
+        ("no echo", r"does not give the log-probabilities of a prompt's tokens .*1 of 3 came back"),
+    ],
+)
+def test_a_server_that_falls_short_is_refused_in_one_line(served: tuple[str, Path], fault: str, said: str) -> None:
+    server = Server(served[0], "tiny", 128)
+    Completions.faults.add(fault)
+    with pytest.raises(BadInput, match=said):
+        server.log_likelihoods([([5, 6], [7])])
+
+
+def test_what_is_not_served_is_refused(served: tuple[str, Path]) -> None:
+    with pytest.raises(BadInput, match="no model 'small' is served there; there are tiny"):
+        Server(served[0], "small", 128)
+    with pytest.raises(BadInput, match="no answer"):
+        Server("http://127.0.0.1:9/v1", "tiny", 128)

@@ -1,0 +1,34 @@
+"""What the machine has, and how to get what it lacks."""
+
+import json
+from importlib.metadata import version
+
+import pytest
+from typer.testing import CliRunner
+
+from quantpress.cli import doctor
+from quantpress.cli.app import app, main
+
+
+def test_it_names_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor._EXTRAS, "no_such_module", ("a thing", "pip install thing"))
+    facts = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
+    assert facts["torch"] == version("torch")
+    assert facts["a thing"] == {"missing": "pip install thing"}
+    assert {"server vllm", "server llama.cpp", "server transformers"} <= set(facts)
+    lines = CliRunner().invoke(app, ["doctor"]).output
+    assert "not here: pip install thing" in lines
+
+
+def test_the_command_says_its_version_and_without_arguments_its_help(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, code in ((["--version"], 0), ([], 2)):
+        monkeypatch.setattr("sys.argv", ["quantpress", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == code
+        said = capfd.readouterr()
+        assert said.err == ""
+        assert (version("quantpress") in said.out) is bool(arguments)
+        assert ("--help" in said.out) is not bool(arguments)

@@ -1,0 +1,194 @@
+"""The release in one run folder: every stage once, again only where something has changed, and the exit codes."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner, Result
+
+from quantpress.cli import running as command
+from quantpress.cli import smoking as smoke_command
+from quantpress.cli.app import app
+from quantpress.core.errors import BadInput
+from quantpress.core.files import alone_in, read_manifest, write_json
+from quantpress.exports.serving import Serving
+
+from ...tiny import build, text
+
+
+class Project:
+    """A tiny model, a text, a recipe and its run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        build("llama", folder / "model", torch.bfloat16)
+        (folder / "text.txt").write_text(text())
+        self.folder, self.out = folder, folder / "run"
+        self.recipe: dict[str, Any] = {
+            "name": "tiny",
+            "model": str(folder / "model"),
+            "method": {"name": "rtn"},
+            "weights": {"group_size": 32},
+            "targets": ["vllm"],
+            "evaluation": {"source": str(folder / "text.txt"), "windows": 2, "window": 32, "prompts": []},
+        }
+
+    def run(self, *more: str, **changes: Any) -> Result:
+        self.recipe |= changes
+        file = self.folder / "recipe.yaml"
+        file.write_text(yaml.safe_dump(self.recipe))
+        return CliRunner().invoke(app, ["run", str(file), "--out", str(self.out), *more])
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        stages: dict[str, Any] = json.loads((self.out / "manifest.json").read_text())["stages"]
+        return stages
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("QUANTPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    return Project(tmp_path)
+
+
+def test_everything_lies_in_one_folder_and_in_the_manifest(project: Project) -> None:
+    done = project.run()
+    assert done.exit_code == 0, done.output
+    for name in (
+        "quantized/config.json",
+        "export/vllm/serve.sh",
+        "eval/results.json",
+        "report/index.html",
+        "quantized/README.md",
+    ):
+        assert (project.out / name).is_file()
+    assert list(project.stages) == ["export vllm", "eval"]
+    assert project.stages["export vllm"]["summary"]["format"] == "compressed-tensors"
+
+
+def test_again_does_only_what_changed(project: Project) -> None:
+    project.run()
+    first = project.stages
+    done = project.run()
+    assert done.exit_code == 0, done.output
+    assert project.stages == first
+    assert "export vllm: as before" in done.output
+    assert "eval: as before" in done.output
+    project.recipe["evaluation"]["windows"] = 3
+    done = project.run()
+    assert "export vllm: as before" in done.output
+    assert "eval: again, because evaluation.windows: 2 there, 3 now" in done.output
+    done = project.run(targets=[{"name": "vllm", "max_model_len": 64}])
+    assert "export vllm: again, because target.max_model_len: null there, 64 now" in done.output
+    assert "eval: as before" in done.output
+    assert "--max-model-len 64" in (project.out / "export" / "vllm" / "serve.sh").read_text()
+
+
+def test_other_gates_judge_what_was_measured(project: Project) -> None:
+    assert project.run().exit_code == 0
+    before = project.stages["eval"]
+    done = project.run(gates={"max_bytes": 1})
+    assert done.exit_code == 3
+    assert project.stages["eval"] == before
+    results = json.loads((project.out / "eval" / "results.json").read_text())
+    assert results["gates"]["verdict"] == "REGRESSION"
+    assert "max_bytes" in (project.out / "eval" / "junit.xml").read_text()
+    recipe = json.loads((project.out / "manifest.json").read_text())["recipe"]
+    assert recipe["gates"]["max_bytes"] == 1  # which `eval` and the page go by from now on
+
+
+def test_what_another_command_measured_is_not_taken_for_the_runs_own(project: Project) -> None:
+    project.run()
+    fewer = ["eval", str(project.out), "--set", "evaluation.windows=1"]
+    done = CliRunner().invoke(app, fewer)
+    assert done.exit_code == 0, done.output
+    done = project.run()
+    assert "eval: as before" not in done.output
+    results = json.loads((project.out / "eval" / "results.json").read_text())
+    assert results["text"]["windows"] == 2
+
+
+def test_another_smoke_test_is_not_taken_for_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.run()
+    manifest = read_manifest(project.out)
+    manifest["stages"]["smoke"] = {"inputs": {}, "summary": {"verdict": "PASSED"}, "seconds": 1}
+    write_json(project.out / "manifest.json", manifest)
+
+    def stage(*_: Any, **__: Any) -> Any:
+        raise BadInput("stopped")
+
+    monkeypatch.setattr(smoke_command, "smoke_stage", stage)
+    assert CliRunner().invoke(app, ["smoke", str(project.out)]).exit_code != 0
+    assert set(project.stages) == {"export vllm", "eval"}
+
+
+def test_nobody_else_works_in_the_folder_meanwhile(project: Project) -> None:
+    project.run()
+    with alone_in(project.out):
+        for arguments in (["eval"], ["export", "--target", "vllm", "--overwrite"], ["report"], ["card"]):
+            done = CliRunner().invoke(app, [arguments[0], str(project.out), *arguments[1:]])
+            assert "another quantpress is at work there" in str(done.exception), arguments
+
+
+def test_a_window_longer_than_the_model_takes_costs_no_run(project: Project) -> None:
+    evaluation = project.recipe["evaluation"]
+    done = project.run(evaluation=evaluation | {"window": 512, "windows": 1})
+    assert isinstance(done.exception, BadInput)
+    assert str(done.exception).startswith("evaluation.window 512 is more than the model's 128 positions; --set ")
+    done = project.run(evaluation=evaluation | {"window": 64, "prompts": ["a"], "new_tokens": 128})
+    assert str(done.exception) == "evaluation.new_tokens 128: the model has 128 positions in all"
+    assert not project.out.exists()
+
+
+def test_a_damaged_artifact_goes_no_further(project: Project) -> None:
+    project.run()
+    weights = project.out / "quantized" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    done = project.run()
+    assert isinstance(done.exception, BadInput)
+    assert "model.safetensors" in str(done.exception)
+
+
+def test_a_server_that_is_not_there_costs_no_run(project: Project) -> None:
+    done = project.run(smoke={"server": "vllm", "python": str(project.folder / "no" / "python")})
+    assert isinstance(done.exception, BadInput)
+    assert str(done.exception).startswith("smoke.server vllm: ")
+    assert not project.out.exists()
+
+
+def test_a_failed_smoke_test_fails_the_run_and_is_made_again(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts: list[Literal["FAILED", "PASSED"]] = ["FAILED", "PASSED"]
+    served: list[Path] = []
+
+    def stage(artifact: Path, out: Path, *_: Any) -> Any:
+        served.append(artifact)
+        record = Serving(
+            schema=1, server="url", version=None, artifact=str(artifact), device="cpu", command=(),
+            verdict=verdicts[len(served) - 1], checks=(), agreement=None, max_model_len=64, load_seconds=None,
+            requests=0, prompt_tokens=None, ttft_ms=None, itl_ms=None, tokens_per_second={}, peak_rss_bytes=None,
+            log=None,
+        )  # fmt: skip
+        record.write(out)
+        return record
+
+    monkeypatch.setattr(command, "smoke_stage", stage)
+    smoke = {"server": "url", "url": "http://127.0.0.1:9"}
+    assert project.run(smoke=smoke).exit_code == 1
+    done = project.run()
+    assert done.exit_code == 0, done.output
+    assert "smoke: again, because it failed" in done.output
+    assert "smoke: as before" in project.run().output
+    assert served == [project.out / "quantized"] * 2
+
+
+def test_the_machine_is_told_the_stages(project: Project) -> None:
+    done = project.run("--json")
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["out"] == str(project.out)
+    assert document["results"]["perplexity_increase"] > -1
+    assert set(document["stages"]) == {"export vllm", "eval"}

@@ -1,0 +1,203 @@
+"""Scales trained end to end: against the assembled model, and as the last step of a run."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.engine import end_to_end
+from quantpress.engine.end_to_end import QuantizedModel, train_scales
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.skeleton import Skeleton
+from quantpress.recipe import EndToEnd, Objective, Qat
+
+from ...tiny import build
+from .test_pipeline import CPU, Stop, files, make
+
+QAT: dict[str, Any] = {"name": "qat", "steps": 4, "batch_size": 2, "end_to_end": {"steps": 16, "lr": 0.001}}
+PLAIN = QAT | {"end_to_end": None}
+IDS = torch.randint(2, 256, (8, 24), generator=torch.Generator().manual_seed(0))
+GRID = {"bits": 2, "group_size": 32, "symmetric": False}
+
+
+def document(family: str, method: dict[str, Any]) -> dict[str, Any]:
+    formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
+    return {"method": method, "weights": GRID, "formats": formats}
+
+
+def assembled(family: str, folder: Path, objective: Objective, same: bool = False) -> tuple[Any, Any, Any]:
+    """The original model, the same with the artifact's weights, and that as a trainable one; all sequences the same?"""
+    model = build(family, folder / "model")
+    make(folder / "run", folder / "model", document(family, {"name": "rtn"}))
+    artifact, _ = open_artifact(folder / "run" / "quantized", CPU)
+    quantized = {name: artifact.linear(name) for name in artifact.linears}
+    skeleton = Skeleton(Checkpoint(folder / "model"), device=CPU, dtype=torch.float32)
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            parameter.copy_(artifact.read(name))
+    ids = IDS[:1].repeat(8, 1) if same else IDS
+    return model, rounded, QuantizedModel(skeleton, [{}] * skeleton.n_blocks, quantized, ids, objective)
+
+
+def lively(family: str, folder: Path, dtype: torch.dtype) -> Any:
+    """A model whose weights are not so small that rounding them hardly shows in its predictions."""
+    model = build(family, folder, dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    model.save_pretrained(folder)
+    return model
+
+
+def plain_loss(original: Any, model: Any, row: Tensor, objective: Objective) -> Tensor:
+    logits = model(row[None]).logits[0]
+    if objective == "next_token":
+        return cross_entropy(logits[:-1], row[1:])
+    p, q = original(row[None]).logits[0].detach().softmax(1), logits.softmax(1)
+    return (p * (p / q).log()).sum(1).mean()
+
+
+@pytest.mark.parametrize("objective", ["kl", "next_token"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loss_and_gradients_are_those_of_the_assembled_model(family: str, objective: Objective, tmp_path: Path) -> None:
+    original, model, trained = assembled(family, tmp_path, objective)
+    scales = {name: q.scales.float().requires_grad_() for name, q in trained.quantized.items()}
+    loss = trained.loss(scales, 0)
+    loss.backward()
+    plain = plain_loss(original, model, IDS[0], objective)
+    torch.testing.assert_close(loss, plain, rtol=1e-4, atol=1e-6)
+    plain.backward()
+    for name, q in trained.quantized.items():
+        gradient = model.get_parameter(f"{name}.weight").grad
+        numbers = q.codes.float() - q.zeros.float()[:, q.column_groups()]
+        by_column = (gradient.T if family == "gpt2" else gradient) * numbers
+        expected = by_column.reshape(*q.scales.shape, -1).sum(2)
+        torch.testing.assert_close(scales[name].grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["kl", "next_token"])
+def test_held_out_loss_falls_and_is_that_of_what_is_stored(objective: Objective, tmp_path: Path) -> None:
+    _, _, trained = assembled("llama", tmp_path, objective, same=True)
+    best, summary = train_scales(trained, Qat(end_to_end=EndToEnd(steps=16, lr=0.05)))
+    after = trained.loss({name: q.scales.float() for name, q in best.items()}, 7)
+    assert summary["loss_after"] == pytest.approx(float(after), rel=1e-6)
+    assert summary["loss_after"] < 0.99 * summary["loss_before"]
+    for name, q in best.items():
+        assert q.scales.dtype == trained.quantized[name].scales.dtype
+
+
+def test_scales_that_only_get_worse_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, trained = assembled("llama", tmp_path, "kl", same=True)
+    gradients = end_to_end._gradients
+    monkeypatch.setattr(end_to_end, "_gradients", lambda *a: {name: -g for name, g in gradients(*a).items()})
+    best, summary = train_scales(trained, Qat(end_to_end=EndToEnd(steps=4, lr=0.05)))
+    assert summary["steps"] == 0
+    assert summary["loss_after"] == summary["loss_before"]
+    for name, q in best.items():
+        assert torch.equal(q.scales, trained.quantized[name].scales)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_only_scales_differ_from_a_run_without_it(family: str, tmp_path: Path) -> None:
+    lively(family, tmp_path / "model", torch.bfloat16)
+    manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT))
+    make(tmp_path / "plain", tmp_path / "model", document(family, PLAIN))
+    assert manifest["end_to_end"]["loss_after"] < manifest["end_to_end"]["loss_before"]
+    assert manifest["error_measure"] == "output"
+    trained, plain = (Artifact(tmp_path / name / "quantized") for name in ("run", "plain"))
+    assert sorted(trained.checkpoint.names()) == sorted(plain.checkpoint.names())
+    changed = 0
+    for name in plain.checkpoint.names():
+        if name.removesuffix(".weight_scale").removesuffix(".scales") not in plain.linears:
+            assert torch.equal(trained.checkpoint.read(name), plain.checkpoint.read(name)), name
+        else:
+            changed += not torch.equal(trained.checkpoint.read(name), plain.checkpoint.read(name))
+    assert changed > len(plain.linears) // 2
+
+
+@pytest.mark.parametrize(("family", "transforms"), [("llama", []), ("gpt2", []), ("llama", [{"name": "awq"}])])
+def test_errors_on_record_are_those_of_the_trained_scales(
+    family: str, transforms: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against hooks in transformers' own model with the artifact's weights."""
+    model = lively(family, tmp_path / "model", torch.bfloat16).float()
+    met: list[Tensor] = []
+    embed = Skeleton.embed
+    monkeypatch.setattr(Skeleton, "embed", lambda s, ids: met.append(ids) or embed(s, ids))
+    manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT) | {"transforms": transforms})
+    assert manifest["end_to_end"]["steps"] > 0
+    artifact, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
+    folded = _with_norms_of(model, artifact)
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            parameter.copy_(artifact.read(name))
+        for name in artifact.linears:  # not in the checkpoint's own 16 bits, as read() gives them
+            weight = artifact.linear(name).dequantize()
+            rounded.get_submodule(name).weight.copy_(weight.T if family == "gpt2" else weight)
+    inputs: dict[str, Tensor] = {}
+    for name in artifact.linears:
+        module = rounded.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, -2)}))
+    rounded(met[0])
+    records = {layer["name"]: layer for layer in manifest["layers"]}
+    for name in folded:
+        x = inputs[name]
+        before, now = folded[name], rounded.get_submodule(name).weight.detach()
+        out, error = ((x @ (w if family == "gpt2" else w.T)).detach() for w in (before, now - before))
+        share = float(error.square().sum() / out.square().sum())
+        assert records[name]["relative_error"] == pytest.approx(share, rel=1e-3), name
+        assert records[name]["loss"] == pytest.approx(float(error.square().sum()) / len(x), rel=1e-3), name
+        assert records[name]["tokens"] == len(x)
+
+
+def _with_norms_of(model: Any, artifact: Any) -> dict[str, Tensor]:
+    """The original weights of all linears; where norms were changed, of those that only a norm feeds, scaled alike."""
+    norms = {"input_layernorm": ("q_proj", "k_proj"), "post_attention_layernorm": ("gate_proj",)}
+    changed = [n for n in artifact.checkpoint.names() if "layernorm" in n]
+    if all(torch.equal(artifact.read(n), model.get_parameter(n)) for n in changed):
+        return {name: model.get_parameter(f"{name}.weight").detach() for name in artifact.linears}
+    scaled = {}
+    for norm in changed:
+        block, _, kind = norm.removesuffix(".weight").rpartition(".")
+        factor = model.get_parameter(norm).detach() / artifact.read(norm)
+        for name in artifact.linears:
+            if name.startswith(block + ".") and name.rpartition(".")[2] in norms[kind]:
+                scaled[name] = model.get_parameter(f"{name}.weight").detach() * factor
+    return scaled
+
+
+def test_a_run_killed_in_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    made = document("llama", QAT)
+    make(tmp_path / "whole", tmp_path / "model", made)
+    gradients, calls = end_to_end._gradients, []
+
+    def killed(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stop
+        return gradients(*args)
+
+    monkeypatch.setattr(end_to_end, "_gradients", killed)
+    with pytest.raises(Stop):
+        make(tmp_path / "run", tmp_path / "model", made)
+    seen: list[int] = []
+    make(tmp_path / "run", tmp_path / "model", made, on_block=lambda p: seen.append(p.block))
+    assert (seen, len(calls)) == ([], 3 + QAT["end_to_end"]["steps"])
+    assert files(tmp_path / "run" / "quantized") == files(tmp_path / "whole" / "quantized")
+
+
+def test_the_last_eighth_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, trained = assembled("llama", tmp_path, "kl")
+    met: list[list[int]] = []
+    gradients = end_to_end._gradients
+    monkeypatch.setattr(end_to_end, "_gradients", lambda m, s, some: met.append(some) or gradients(m, s, some))
+    train_scales(trained, Qat(end_to_end=EndToEnd(steps=2, batch_size=7)))
+    assert [sorted(some) for some in met] == [list(range(7))] * 2

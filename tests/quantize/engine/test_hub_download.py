@@ -1,0 +1,105 @@
+"""Models and texts fetched from a hub over HTTP, by the command line in a process of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ...tiny import build, text
+from .hub_server import COMMIT, serve
+
+# One process for all: what is asked is known to fail before anything is written.
+_REFUSALS = """
+import sys
+from pathlib import Path
+import huggingface_hub
+from quantpress.cli.options import quiet_libraries
+from quantpress.core.errors import BadInput
+from quantpress.recipe import Calibration
+from quantpress.engine.sources import resolve
+from quantpress.calibrate.texts import load_documents
+
+quiet_libraries()
+cache = Path(sys.argv[1])
+for name in ("org/none", "org/gated", "org/cut", "org/name@v9"):
+    try:
+        resolve(name, cache=cache)
+    except BadInput as error:
+        print(error)
+for name in ("org/none", "org/gated", "org/cut"):
+    try:
+        load_documents(Calibration(source=name), cache=cache, role="calibration")
+    except BadInput as error:
+        print(error)
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # what the environment variable sets
+try:
+    resolve("org/name@v1", cache=cache)
+except BadInput as error:
+    print(error)
+"""
+
+
+def repositories(root: Path) -> Path:
+    """A model, its copy whose downloads break, and a dataset."""
+    build("llama", root / "org" / "name", torch.bfloat16)
+    shutil.copytree(root / "org" / "name", root / "org" / "cut")
+    (root / "org" / "name" / "pytorch_model.bin").write_bytes(b"a pickle nobody asked for")
+    (root / "org" / "name" / "original").mkdir()
+    (root / "org" / "name" / "original" / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    (root / "org" / "words").mkdir()
+    lines = [json.dumps({"text": text(50)}) for _ in range(20)]
+    (root / "org" / "words" / "train.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def environment(folder: Path, address: str, **more: str) -> dict[str, str]:
+    own = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "hf"), "QUANTPRESS_CACHE": str(folder / "cache")}
+    return os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"} | own | more
+
+
+def test_a_model_and_a_dataset_at_their_commits(tmp_path: Path) -> None:
+    def quantize(recipe: str, out: str, model: str, *sets: str, **more: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "quantpress", "quantize", recipe, "--model", model]
+        command += ["--out", str(tmp_path / out), *(f"--set={one}" for one in ("weights.group_size=32", *sets))]
+        env = environment(tmp_path, address, **more)
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    with serve(repositories(tmp_path / "hub")) as (address, asked):
+        calibration = "calibration={source: org/words, samples: 4, seq_len: 32}"
+        done = quantize("w4a16-gptq", "run", "org/name@v1", calibration)
+        assert done.returncode == 0, done.stderr
+        fetched = {line.rpartition("/")[2] for line in asked if line.startswith("GET /org/name/resolve/")}
+        assert fetched == {
+            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        }  # fmt: skip
+        manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+        assert manifest["model"]["kind"] == "hub"
+        assert (manifest["model"]["id"], manifest["model"]["revision"]) == ("org/name", COMMIT)
+        assert manifest["calibration"]["source"] == f"org/words train@{COMMIT}"
+        asked.clear()
+        # Without a network a commit that was fetched before is all there is to know.
+        done = quantize("w4a16-rtn", "offline", f"org/name@{COMMIT}", HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "offline" / "manifest.json").read_text())["model"]["revision"] == COMMIT
+        assert asked == []
+
+
+def test_what_a_hub_refuses_is_one_line(tmp_path: Path) -> None:
+    with serve(repositories(tmp_path / "hub")) as (address, _):
+        command = [sys.executable, "-c", _REFUSALS, str(tmp_path / "cache")]
+        env = environment(tmp_path, address)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    none, gated, cut, revision, *texts, offline = done.stdout.splitlines()
+    assert none == "model org/none: no such file, and not on the hub (or private: `hf auth login`)"
+    assert gated.startswith("model org/gated: gated on the hub; accept its terms")
+    assert cut.startswith("model org/cut: the hub cannot be reached (peer closed connection")
+    assert revision == "model org/name@v9: the hub has no such revision"
+    assert [line.split(":")[0] for line in texts] == ["dataset org/none", "dataset org/gated", "dataset org/cut"]
+    assert "cannot be reached (peer closed connection" in texts[2]
+    assert offline.startswith("model org/name@v1: offline mode is set; name a full commit")
+    assert done.stderr == ""  # no library says more
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())

@@ -1,0 +1,336 @@
+"""Whole runs on tiny models: every family, resume after a kill, equal bytes, bad input that leaves nothing behind."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.core.errors import BadInput
+from quantpress.engine.pipeline import Settings, prepare, quantize
+from quantpress.engine.sources import resolve
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.skeleton import Skeleton
+from quantpress.recipe import matches
+from quantpress.recipe.loading import parse
+
+from ...tiny import FAMILIES, build, text
+
+CPU = torch.device("cpu")
+BASE: dict[str, Any] = {
+    "calibration": {"samples": 6, "seq_len": 32},
+    "weights": {"bits": 4, "group_size": 32, "symmetric": False},
+}
+
+
+def make(folder: Path, model: Path, document: dict[str, Any], words: str = "", **settings: Any) -> dict[str, Any]:
+    file = folder.parent / "calibration.txt"
+    file.write_text(words or text())
+    calibration = BASE["calibration"] | document.get("calibration", {}) | {"source": str(file)}
+    recipe = parse(BASE | document | {"calibration": calibration, "model": str(model)})
+    cache = folder.parent / "cache"
+    return quantize(prepare(recipe, resolve(recipe.model, cache=cache)), Settings(folder, cache, **settings))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, method: str, tmp_path: Path) -> None:
+    build(family, tmp_path / "model", torch.bfloat16)
+    formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
+    manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": method}, "formats": formats})
+    original = Checkpoint(tmp_path / "model")
+    shapes = [x.name for x in Skeleton(original, device=CPU).linears()]
+    back, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
+    assert set(back.linears) == set(shapes)
+    assert [layer["name"] for layer in manifest["layers"]] == shapes
+    for name in original.names():
+        before, after = original.read(name), back.read(name)
+        assert after.shape == before.shape
+        if name.removesuffix(".weight") in shapes:
+            assert not torch.equal(after, before)
+            assert ((after - before).float().norm() / before.float().norm()) < 0.2
+        else:
+            assert torch.equal(after, before)
+    assert all(0 < layer["relative_error"] < 0.1 for layer in manifest["layers"])
+
+
+def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "a", tmp_path / "model", {})
+    make(tmp_path / "b", tmp_path / "model", {})
+    assert files(tmp_path / "a" / "quantized") == files(tmp_path / "b" / "quantized")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_resume_after_a_stop_gives_the_same_bytes(when: int, tmp_path: Path) -> None:
+    build("gemma3", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "whole", tmp_path / "model", {})
+
+    def stop(progress: Any) -> None:
+        if progress.block == when:
+            raise Stop
+
+    with pytest.raises(Stop):
+        make(tmp_path / "cut", tmp_path / "model", {}, on_block=stop)
+    assert not (tmp_path / "cut" / "quantized").exists()
+    assert len(list((tmp_path / "cut" / ".work").glob("hidden-*"))) == 1  # what the plan counts on disk
+    with open(tmp_path / "cut" / ".work" / "journal.jsonl", "a") as journal:
+        journal.write('{"block": 2, "half a li')  # as a kill in the middle of a write leaves it
+    seen: list[int] = []
+    make(tmp_path / "cut", tmp_path / "model", {}, on_block=lambda p: seen.append(p.block))
+    assert seen == list(range(when + 1, 4))
+    assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
+
+
+def test_kill_9_and_resume_through_the_command_line(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text())
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"calibration: {{source: {tmp_path / 'text.txt'}, samples: 4, seq_len: 32}}\nweights: {{group_size: 32}}\n"
+    )
+    code = (
+        "import os, signal, quantpress.engine.journal as j\n"
+        "commit = j.Journal.commit\n"
+        "def kill(self, *a):\n    commit(self, *a)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if {die}: j.Journal.commit = kill\n"
+        "from quantpress.cli import main; main()\n"
+    )
+
+    def command(out: str, die: bool) -> int:
+        arguments = ["quantize", str(recipe), "--model", str(tmp_path / "model"), "--out", str(tmp_path / out)]
+        run = [sys.executable, "-c", code.replace("{die}", str(die)), *arguments]
+        return subprocess.run(run, check=False, capture_output=True).returncode
+
+    assert command("cut", True) == -signal.SIGKILL
+    assert command("cut", False) == 0
+    assert command("whole", False) == 0
+    assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
+
+
+def test_an_unfinished_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+
+    def stop(progress: Any) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        make(tmp_path / "run", tmp_path / "model", {}, on_block=stop)
+    with pytest.raises(BadInput, match=r"recipe.method.damp: 0.01 there, 0.05 now"):
+        make(tmp_path / "run", tmp_path / "model", {"method": {"name": "gptq", "damp": 0.05}})
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json")}
+    with pytest.raises(BadInput, match=r"already holds a finished run .*recipe.weights.bits: 4 there, 8 now"):
+        make(
+            tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": 32}}
+        )
+    with pytest.raises(BadInput, match="4000 are asked for"):
+        make(tmp_path / "run", tmp_path / "model", {"calibration": {"samples": 4000}}, overwrite=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json")}
+    make(
+        tmp_path / "run",
+        tmp_path / "model",
+        {"method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": 32}},
+        overwrite=True,
+    )
+
+
+def test_a_finished_run_of_the_same_recipe_is_used_as_it_is(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    manifest = make(tmp_path / "run", tmp_path / "model", {})
+    before = files(tmp_path / "run" / "quantized")
+    (tmp_path / "run" / ".work").mkdir()  # as a kill after the manifest leaves it
+    notes: list[str] = []
+    again = make(tmp_path / "run", tmp_path / "model", {"evaluation": None}, on_block=pytest.fail, on_note=notes.append)
+    wanted = manifest["recipe"] | {"evaluation": None}  # what is not of the artifact is as it is asked for now
+    assert again == json.loads(json.dumps(manifest | {"recipe": wanted}))
+    assert "finished before" in notes[0]
+    assert files(tmp_path / "run" / "quantized") == before
+    assert not (tmp_path / "run" / ".work").exists()
+    build("llama", tmp_path / "other", torch.bfloat16, seed=1)
+    with pytest.raises(BadInput, match=r"finished run of something else \(model\.model\.safetensors"):
+        make(tmp_path / "run", tmp_path / "other", {})
+    with pytest.raises(BadInput, match=r"something else \(calibration: "):
+        make(tmp_path / "run", tmp_path / "model", {}, words="another text. " * 999)
+    (tmp_path / "run" / "quantized" / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="which the manifest names, has changed"):
+        make(tmp_path / "run", tmp_path / "model", {})
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text())
+    recipe = tmp_path / "r.yaml"
+    words = tmp_path / "text.txt"
+    recipe.write_text(
+        f"calibration: {{source: {words}, samples: 4, seq_len: 32}}\nweights: {{group_size: 32}}\n"
+        f"evaluation: {{source: {words}, windows: 2, window: 64}}\n"
+    )
+    code = (
+        "import signal, quantpress.engine.blocks as blocks\n"
+        "import quantpress.eval.measure.divergence as divergence\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it\n"
+        "def stop(*a, **k): signal.raise_signal(signal.SIGINT)\n"
+        "if {when!r} == 'block': blocks._block_tensors = stop\n"
+        "if {when!r} == 'evaluation': divergence.run_block = stop\n"
+        "from quantpress.cli import main; main()\n"
+    )
+
+    def command(when: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["run", str(recipe), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
+        run = [sys.executable, "-c", code.replace("{when!r}", repr(when)), *arguments]
+        return subprocess.run(run, check=False, capture_output=True, text=True)
+
+    for when in ("block", "evaluation"):
+        stopped = command(when)
+        assert stopped.returncode == 130
+        last = stopped.stderr.splitlines()[-1]
+        assert last == "quantpress: stopped; the same command goes on from what is finished"
+        assert "Traceback" not in stopped.stderr
+    before = files(tmp_path / "run" / "quantized")
+    done = command("")
+    assert done.returncode == 0, done.stderr
+    assert "finished before" in done.stderr
+    after = files(tmp_path / "run" / "quantized")
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"README.md", "quality.png"}  # the card
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+
+
+def test_both_formats_hold_the_same_weights(tmp_path: Path) -> None:
+    build("qwen3", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"formats": ["compressed-tensors", "gptq"]})
+    one, two = (Artifact(tmp_path / "run" / f) for f in ("quantized", "converted/gptq"))
+    assert set(one.linears) == set(two.linears)
+    for name in one.linears:
+        assert torch.equal(one.read(f"{name}.weight"), two.read(f"{name}.weight"))
+
+
+def test_overrides_and_ignore_are_kept(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    document = {"overrides": [{"match": "*.down_proj", "bits": 8}], "ignore": ["model.layers.0.*"]}
+    manifest = make(tmp_path / "run", tmp_path / "model", document)
+    schemes = {layer["name"]: layer["scheme"] for layer in manifest["layers"]}
+    assert schemes["model.layers.0.self_attn.q_proj"] == "16 bit"
+    assert schemes["model.layers.1.mlp.down_proj"] == "int8 g32 asym"
+    assert schemes["model.layers.1.mlp.up_proj"] == "int4 g32 asym"
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    shard = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(shard)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    make(tmp_path / "run", tmp_path / "model", {})
+    artifact = Checkpoint(tmp_path / "run" / "quantized")
+    assert "lm_head.weight" not in artifact
+    assert artifact.config["tie_word_embeddings"] is True
+
+
+def test_experts_that_saw_few_tokens_are_reported(tmp_path: Path) -> None:
+    build("qwen3_moe", tmp_path / "model", torch.bfloat16)
+    manifest = make(tmp_path / "run", tmp_path / "model", {"calibration": {"samples": 1, "seq_len": 16}})
+    assert any("experts" in line and "fewer than" in line for line in manifest["fallbacks"])
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_an_expert_that_saw_no_token_has_another_ones_input_scale(method: str, tmp_path: Path) -> None:
+    model = build("qwen3_moe", tmp_path / "model", torch.bfloat16)
+    model.get_input_embeddings().weight.data[:] = model.get_input_embeddings().weight[5]  # all go to the same experts
+    model.save_pretrained(tmp_path / "model")
+    numbers = {"weights": {"type": "fp8", "group_size": 0}, "activations": {"type": "fp8", "dynamic": False}}
+    document = numbers | {"method": {"name": method}}
+    layers = make(tmp_path / "run", tmp_path / "model", document)["layers"]
+    artifact = Checkpoint(tmp_path / "run" / "quantized")
+    unreached = [x["name"] for x in layers if x["tokens"] == 0]
+    assert unreached
+    for name in unreached:
+        where, _, inside = name.rpartition(".experts.")
+        others = [x["name"] for x in layers if x["name"].startswith(where + ".experts.") and x["tokens"]]
+        alike = [other for other in others if other.endswith(inside.partition(".")[2])]
+        widest = max(float(artifact.read(f"{other}.input_scale")) for other in alike)
+        assert float(artifact.read(f"{name}.input_scale")) == widest > 1e-6
+        note = next(x["note"] for x in layers if x["name"] == name)
+        assert note.endswith("the scale of its inputs is the widest of the other experts'")
+
+
+def test_a_singular_hessian_is_damped_more_and_reported(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    document = {"method": {"name": "gptq", "damp": 1e-9}, "calibration": {"samples": 1, "seq_len": 8}}
+    fallbacks = make(tmp_path / "run", tmp_path / "model", document)["fallbacks"]
+    assert [line for line in fallbacks if "q_proj: singular Hessian: damping raised from 1e-09 to" in line]
+
+
+def test_the_gate_of_a_shared_expert_stays_as_it_is(tmp_path: Path) -> None:
+    build("qwen2_moe", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    name, artifact = "model.layers.0.mlp.shared_expert_gate", Checkpoint(tmp_path / "run" / "quantized")
+    assert torch.equal(artifact.read(f"{name}.weight"), Checkpoint(tmp_path / "model").read(f"{name}.weight"))
+    assert any(matches(pattern, name) for pattern in artifact.config["quantization_config"]["ignore"])
+
+
+def test_routers_and_head_are_named_as_ignored(tmp_path: Path) -> None:
+    build("qwen3_moe", tmp_path / "model", torch.bfloat16)
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    ignore = Checkpoint(tmp_path / "run" / "quantized").config["quantization_config"]["ignore"]
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} <= {
+        name
+        for name in ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
+        if any(matches(pattern, name) for pattern in ignore)
+    }
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "document"),
+    [
+        ("FP8", {"weights": {"type": "fp8", "group_size": 0}, "activations": {"type": "fp8", "dynamic": False}}),
+        ("FP8_PER_CHANNEL_PER_TOKEN", {"weights": {"type": "fp8"}, "activations": {"type": "fp8"}}),
+        ("NVFP4", {"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}}),
+        ("W4A16_NVFP4", {"weights": {"type": "nvfp4"}}),
+        ("W4A16_AWQ", {"weights": {"bits": 4, "group_size": 64}, "ignore": ["*.down_proj"]}),
+        ("W8A16", {"weights": {"bits": 8, "group_size": -1}}),
+    ],
+)
+def test_modelopt_checkpoints(algorithm: str, document: dict[str, Any], tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    manifest = make(
+        tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}} | {"formats": ["modelopt"]} | document
+    )
+    out, original = tmp_path / "run" / "quantized", Checkpoint(tmp_path / "model")
+    stated = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert stated["quant_algo"] == algorithm
+    assert ("model.layers.1.mlp.down_proj" in stated["exclude_modules"]) == ("ignore" in document)
+    assert "lm_head" in stated["exclude_modules"]
+    back, _ = open_artifact(out, CPU)
+    assert len(back.linears) == (12 if "ignore" in document else 14)
+    for name in back.linears:
+        before, after = original.read(f"{name}.weight").float(), back.read(f"{name}.weight").float()
+        assert 0 < (after - before).norm() / before.norm() < 0.15
+        assert (back.inputs(name) is None) == (document.get("activations") is None)
+    if algorithm in ("FP8", "NVFP4"):  # what servers fuse has one scale
+        parts = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+        inputs = [back.checkpoint.read(f"{part}.input_scale").item() for part in parts]
+        kind = "weight_scale" if algorithm == "FP8" else "weight_scale_2"
+        assert len({*inputs}) == len({back.checkpoint.read(f"{part}.{kind}").item() for part in parts}) == 1
+        assert inputs[0] > 0
+    assert manifest["artifact"]["format"] == "modelopt"
+    assert 4 <= manifest["artifact"]["quantized_bits_per_weight"] < 9

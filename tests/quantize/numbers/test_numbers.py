@@ -1,0 +1,227 @@
+"""Float number grids and rounded inputs, against the formats' own tables and rules."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantpress.methods import ROUNDERS
+from quantpress.numbers.activations import columns_of, measured, round_inputs
+from quantpress.numbers.grid import Grid, decode, encode, fit, global_scale, scale_dtype, snap
+from quantpress.numbers.types import Activations, ScaleSearch
+from quantpress.recipe import Gptq, Rtn
+
+FLOATS = [
+    Grid(type="fp8"),
+    Grid(type="fp8", group_size=0),
+    Grid(type="fp8-block"),
+    Grid(type="mxfp8"),
+    Grid(type="mxfp4"),
+    Grid(type="nvfp4"),
+]
+every_type = pytest.mark.parametrize("grid", FLOATS, ids=str)
+
+
+def e2m1() -> list[float]:
+    """The sixteen numbers by their bits: sign, two exponent bits (bias 1), one mantissa bit."""
+    out = []
+    for code in range(16):
+        exponent, mantissa = code >> 1 & 3, code & 1
+        size = mantissa * 0.5 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
+        out.append(-size if code & 8 else size)
+    return out
+
+
+def e4m3() -> list[float]:
+    """The 256 numbers by their bits: sign, four exponent bits (bias 7), three mantissa bits; 0x7f and 0xff are NaN."""
+    out = []
+    for code in range(256):
+        exponent, mantissa = code >> 3 & 15, code & 7
+        size = mantissa * 2.0**-9 if exponent == 0 else 2.0 ** (exponent - 7) * (1 + mantissa / 8)
+        size = math.nan if code & 127 == 127 else size
+        out.append(-size if code & 128 else size)
+    return out
+
+
+@pytest.mark.parametrize(("grid", "numbers"), [(FLOATS[0], e4m3()), (FLOATS[4], e2m1())], ids=["e4m3", "e2m1"])
+def test_codes_are_the_bits_of_the_numbers(grid: Grid, numbers: list[float]) -> None:
+    codes = torch.tensor([c for c, x in enumerate(numbers) if not math.isnan(x)], dtype=torch.uint8)
+    values = torch.tensor([x for x in numbers if not math.isnan(x)])
+    assert torch.equal(decode(codes, grid), values)
+    assert torch.equal(encode(values, grid), codes)  # -0.0 is a code of its own
+
+
+@pytest.mark.parametrize(("grid", "numbers"), [(FLOATS[0], e4m3()), (FLOATS[4], e2m1())], ids=["e4m3", "e2m1"])
+def test_snap_takes_the_nearest_number_and_ties_to_the_even_code(grid: Grid, numbers: list[float]) -> None:
+    table = sorted({x for x in numbers if x >= 0})  # in the order of their codes
+    ties = [(a + b) / 2 for a, b in pairwise(table)]
+    between = torch.rand(2000, generator=torch.Generator().manual_seed(0)) * table[-1] * 1.1
+    w = torch.cat([torch.tensor([*table, *ties]), between])
+    w = torch.cat([w, -w])
+    got = snap(w, torch.ones(1), torch.zeros(1), grid)
+    for x, y in zip(w.tolist(), got.tolist(), strict=True):
+        distance = min(abs(abs(x) - n) for n in table)
+        nearest = [i for i, n in enumerate(table) if abs(abs(x) - n) == distance]
+        assert abs(y) == table[nearest[0] if len(nearest) == 1 or nearest[0] % 2 == 0 else nearest[1]]
+        assert y == 0 or (y > 0) == (x > 0)
+
+
+def weight(rows: int = 256, columns: int = 256, seed: int = 0) -> Tensor:
+    make = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=make) * torch.rand(rows, 1, generator=make).add(0.05) * 0.1
+
+
+@every_type
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_every_type_is_stored_exactly_and_close(grid: Grid, search: ScaleSearch, method: str) -> None:
+    w = weight().to(torch.bfloat16)
+    x = torch.randn(500, 256, generator=torch.Generator().manual_seed(1))
+    grid = grid.model_copy(update={"scale_search": search})
+    settings = Rtn() if method == "rtn" else Gptq()
+    q = ROUNDERS[method](w, grid, settings, x.T @ x if method == "gptq" else None).linear
+    assert q.codes.dtype == torch.uint8
+    shapes = {"fp8": (256, 1), "fp8-block": (2, 2), "mxfp8": (256, 8), "mxfp4": (256, 8), "nvfp4": (256, 16)}
+    assert tuple(q.scales.shape) == ((1, 1) if grid.group_size == 0 else shapes[grid.type])
+    assert q.scales.dtype == scale_dtype(w, grid)
+    assert (q.global_scale is None) == (grid.type != "nvfp4")
+    error = ((q.dequantize() - w.float()).norm() / w.float().norm()).item()
+    assert error < (0.04 if grid.bits == 8 else 0.13 if method == "rtn" else 0.16)
+    if method == "gptq":
+        nearest = ROUNDERS["rtn"](w, grid, Rtn(), x.T @ x)
+        solved = ROUNDERS["gptq"](w, grid, Gptq(), x.T @ x)
+        assert solved.error.sum() <= nearest.error.sum()
+
+
+@every_type
+def test_dequantizing_is_the_definition(grid: Grid) -> None:
+    w = weight(256, 192) if grid.type != "fp8-block" else weight(200, 192)  # the last blocks are smaller
+    q = ROUNDERS["rtn"](w, grid, Rtn(), None).linear
+    table = e4m3() if grid.bits == 8 else e2m1()
+    got = q.dequantize()
+    rows, columns = {"fp8-block": (128, 128)}.get(grid.type, (q.out_features if grid.group_size == 0 else 1, 0))
+    columns = columns or grid.columns(q.in_features)
+    for i in range(0, q.out_features, 37):
+        for j in range(0, q.in_features, 11):
+            scale = q.scales[i // rows, j // columns].float().item()
+            scale /= 1 if q.global_scale is None else q.global_scale.item()
+            assert got[i, j].item() == pytest.approx(table[int(q.codes[i, j])] * scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("amax", [1e-6, 0.013, 1.0, 300.0])
+def test_global_scale_is_a_power_of_two_below_nvidias_rule(amax: float) -> None:
+    w = torch.zeros(16, 32)
+    w[3, 5] = -amax
+    overall = global_scale(w, Grid(type="nvfp4"))
+    assert overall is not None
+    assert math.log2(overall.item()).is_integer()
+    assert 0.5 < overall.item() / (448 * 6 / amax) <= 1.000001
+
+
+def power_of_two(amax: float, kind: str) -> float:
+    """The exponent of `amax`, the next one from a mantissa of 1.75 on, less the type's own."""
+    fraction, exponent = math.frexp(amax)  # fraction in [0.5, 1)
+    return 2.0 ** (exponent - 1 + (fraction >= 0.875) - (8 if kind == "mxfp8" else 2))
+
+
+def test_microscaling_minmax_is_the_rule_of_the_standard_and_of_compressed_tensors() -> None:
+    w = weight(512, 32)
+    for grid in (Grid(type="mxfp8", scale_search="minmax"), Grid(type="mxfp4", scale_search="minmax")):
+        scale, _ = fit(w, grid, torch.float8_e8m0fnu)
+        for row, got in zip(w.tolist(), scale.tolist(), strict=True):
+            assert got == power_of_two(max(map(abs, row)), grid.type)
+
+
+@every_type
+def test_searching_is_never_worse_than_the_range(grid: Grid) -> None:
+    w = weight(seed=3)
+    errors = {}
+    for search in ("minmax", "mse"):
+        q = ROUNDERS["rtn"](w, grid.model_copy(update={"scale_search": search}), Rtn(), None).linear
+        errors[search] = (q.dequantize() - w).square().sum().item()
+    assert errors["mse"] <= errors["minmax"]
+
+
+def test_activation_search_weighs_the_columns_that_count() -> None:
+    w, x = weight(64, 64, seed=5), torch.randn(300, 64, generator=torch.Generator().manual_seed(2))
+    x[:, :8] *= 20
+    grid = Grid(bits=3, group_size=32, symmetric=False)
+    plain = ROUNDERS["rtn"](w, grid, Rtn(), x.T @ x)
+    weighed = ROUNDERS["rtn"](w, grid.model_copy(update={"scale_search": "activation"}), Rtn(), x.T @ x)
+    assert weighed.error.sum() < 0.9 * plain.error.sum()
+
+
+@every_type
+def test_rows_are_taken_apart_with_the_scale_they_share(grid: Grid) -> None:
+    q = ROUNDERS["rtn"](weight(), grid, Rtn(), None).linear
+    if grid.type == "fp8-block":
+        assert torch.equal(q.rows(0, 256).dequantize(), q.dequantize())
+        return
+    part = q.rows(64, 200)
+    assert torch.equal(part.dequantize(), q.dequantize()[64:200])
+
+
+def as_kernel(x: Tensor, spec: Activations, group: int) -> Tensor:
+    """Values [tokens, in] rounded group by group with plain Python numbers."""
+    table = sorted({n for n in (e4m3() if "8" in spec.type else e2m1()) if n >= 0})
+    out = torch.empty_like(x)
+    for t in range(x.shape[0]):
+        for g in range(0, x.shape[1], group):
+            part = x[t, g : g + group].double()
+            amax = part.abs().max().item()
+            if spec.type == "int8":
+                scale = amax / 127
+                numbers = (part / scale).round().clamp(-128, 127)
+            else:
+                scale = amax / 448
+                if spec.type.startswith("mx"):
+                    scale = power_of_two(amax, spec.type)
+                numbers = torch.tensor([min(table, key=lambda n, v=v: abs(abs(v) - n)) * (1 if v > 0 else -1)
+                                        for v in (part / scale).tolist()])  # fmt: skip
+            out[t, g : g + group] = (numbers * scale).float()
+    return out
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "mxfp8", "mxfp4"])
+def test_dynamic_inputs_are_rounded_by_the_kernels_rule(kind: str) -> None:
+    spec = Activations.model_validate({"type": kind})
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)) * 3
+    columns = columns_of(spec, Grid())
+    got = round_inputs(x, measured(spec, columns, -1, 1))
+    torch.testing.assert_close(got, as_kernel(x, spec, columns or 96), rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_fp8_inputs_need_not_divide() -> None:
+    spec = Activations(type="fp8")
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    columns = columns_of(spec, Grid(type="fp8-block"))
+    assert columns == 128
+    got = round_inputs(x, measured(spec, columns, 0, 0))
+    torch.testing.assert_close(got, as_kernel(x, spec, 128), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_int8_inputs_use_the_measured_range(symmetric: bool) -> None:
+    spec = Activations(type="int8", dynamic=False, symmetric=symmetric)
+    inputs = measured(spec, 0, -1.0, 3.0)
+    assert inputs.scale is not None
+    assert inputs.scale.item() == pytest.approx(3 / 127 if symmetric else 4 / 255)
+    x = torch.tensor([[-1.0, 0.0, 0.5, 3.0, 9.0]])
+    got = round_inputs(x, inputs)
+    assert got[0, 1] == 0  # zero stays zero
+    assert (got - x).abs()[0, :4].max() <= inputs.scale.item() / 2 + 1e-6
+    assert got[0, 4] < 3.1  # what was not seen is clipped
+
+
+def test_nvfp4_inputs_have_a_scale_in_e4m3_a_group_of_16() -> None:
+    spec = Activations(type="nvfp4")
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    inputs = measured(spec, 16, x.min().item(), x.max().item())
+    assert inputs.scale is not None
+    got = round_inputs(x, inputs).reshape(-1, 16)
+    for row, back in zip(x.reshape(-1, 16), got, strict=True):
+        scale = (row.abs().max() / 6 * inputs.scale).to(torch.float8_e4m3fn).float() / inputs.scale
+        assert set((back / scale).abs().tolist()) <= {0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0}
+        assert (back - row).abs().max() <= scale * 1.01
