@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from quantpress.artifact.convert import convert
+from quantpress.artifact.manifest import MANIFEST, own_manifest
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core.errors import BadInput
-from quantpress.core.files import MANIFEST, file_sha256, own_manifest, whole_folder, write_json
+from quantpress.core.files import file_sha256, whole_folder, write_json
 from quantpress.formats import FORMATS
 from quantpress.gguf.chat import template_arguments
 from quantpress.gguf.reader import gguf_files
@@ -227,8 +228,8 @@ def _record(
 
 def _known(run: Path, artifact: Path, source: Path) -> dict[str, str]:
     """The sha256 of shards that are the artifact's own, from its manifest: every target need not read them again."""
-    manifest = own_manifest(run) or own_manifest(artifact) or {}
-    files: dict[str, str] = (manifest.get("artifact") or {}).get("files") or {}
+    manifest = own_manifest(run) or own_manifest(artifact)
+    files = {} if manifest is None else manifest.artifact.files
     return {f"model/{n}": d for n, d in files.items() if source == artifact and n.endswith(_SHARDS)}
 
 
@@ -248,7 +249,7 @@ def _name(run: Path, artifact: Path) -> str:
     manifest = own_manifest(artifact)
     words = [run.resolve().name]
     if manifest is not None:
-        words = [Path(str(manifest["model"]["id"])).name.removesuffix(".gguf"), str(manifest["name"])]
+        words = [Path(manifest.model.id).name.removesuffix(".gguf"), manifest.name]
     label = re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") or "model"
     digest = hashlib.sha256(label.encode()).hexdigest()[:8]
     return label if len(label) <= 50 else f"{label[:41].rstrip('-')}-{digest}"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quantpress.artifact.artifact import Artifact
+from quantpress.artifact.manifest import own_manifest
 from quantpress.core.errors import BadInput
-from quantpress.core.files import own_manifest
 
 RECORD = Path("eval") / "draft.json"  # written by eval/draft.py
 
@@ -60,9 +60,7 @@ def measured(run: Path, artifact: Path) -> Acceptance | None:
                        f"quantpress eval {run} --draft") from None  # fmt: skip
     if not tokens or weights != Artifact(artifact).total_bytes:
         return None
-    return Acceptance(
-        *rates, tokens, cost, str(((own_manifest(run) or {}).get("model") or {}).get("id", "the original"))
-    )
+    return Acceptance(*rates, tokens, cost, _original_of(run))
 
 
 def notes(run: Path, draft_for: str, drafted: int, found: Acceptance | None) -> list[str]:
@@ -99,3 +97,8 @@ def facts(found: Acceptance | None, drafted: int) -> dict[str, Any] | None:
         "speedup_at_most": found.speedup(drafted) if drafted in found.tokens else None,
         "best_draft_tokens": found.best,
     }
+
+
+def _original_of(run: Path) -> str:
+    manifest = own_manifest(run)
+    return "the original" if manifest is None else manifest.model.id or "the original"

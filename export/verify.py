@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from quantpress.artifact.artifact import Artifact
+from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate import kv_cache
 from quantpress.core.errors import BadInput
-from quantpress.core.files import changed, own_manifest
+from quantpress.core.files import changed
 from quantpress.formats import FORMATS, Contents
 from quantpress.gguf.reader import GgufCheckpoint, gguf_files
 from quantpress.models.checkpoint import INDEX
@@ -98,9 +99,8 @@ def _listed(where: Path, artifact: Path) -> tuple[Path, dict[str, str]]:
     if (where / _SUMS).is_file():
         lines = (where / _SUMS).read_text(encoding="utf-8").splitlines()
         return where, {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    manifest = own_manifest(where) or own_manifest(artifact) or {}
-    files: dict[str, str] = (manifest.get("artifact") or {}).get("files") or {}
-    return artifact, files
+    manifest = own_manifest(where) or own_manifest(artifact)
+    return artifact, {} if manifest is None else manifest.artifact.files
 
 
 def _companions(folder: Path) -> Iterator[str]:
@@ -110,7 +110,7 @@ def _companions(folder: Path) -> Iterator[str]:
         if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
             yield f"{folder}: no tokenizer: servers start with one, or not at all"
         return
-    files = manifest["model"]["files"].items()
+    files = manifest.model.files.items()
     beside = {n: d for n, d in files if not n.endswith(_WEIGHTS) and n not in ("config.json", INDEX)}
     for name, what in changed(folder, beside):
         yield f"{folder}: {name}, which the original has, {what}"

@@ -1,4 +1,4 @@
-"""What a run wrote about itself: manifest.json and eval/results.json, checked as they are written and read."""
+"""eval/results.json: what an evaluation measured, checked as it is written and read."""
 
 import json
 import math
@@ -24,85 +24,6 @@ class Record(BaseModel):
     """A part of what a run wrote; keys that are not shown here are left alone."""
 
     model_config = ConfigDict(frozen=True)
-
-
-class Model(Record):
-    """The original: where it came from and the sha256 of its files."""
-
-    id: str
-    kind: str
-    revision: str | None
-    caveat: str | None
-    files: dict[str, str]
-
-
-class Machine(Record):
-    """What the run ran on."""
-
-    cpu: str
-    cores: int
-    device: str
-    memory_bytes: int
-
-
-class CalibrationText(Record):
-    """The text the rounding was fitted on: `samples` sequences of `seq_len` tokens."""
-
-    source: str
-    sha256: str
-    samples: int
-    seq_len: int
-    tokens: int
-
-
-class Artifact(Record):
-    """Sizes of the weights on disk; `bits_per_parameter` counts what stays in 16 bit too."""
-
-    format: str
-    bytes: int
-    original_bytes: int
-    quantized_bits_per_weight: float
-    bits_per_parameter: float
-    parameters: int
-
-
-class Timing(Record):
-    """What quantizing took; `peak_rss_bytes` is the process's largest resident memory."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_rss_bytes: int
-    per_block_seconds: tuple[float, ...]
-
-
-class Linear(Record):
-    """A linear layer of the manifest; `relative_error` is output error over output power, None when not measured."""
-
-    name: str
-    block: int | None
-    shape: tuple[int, ...] = ()
-    bits: float
-    scheme: str
-    relative_error: float | None = None
-    note: str | None = None
-
-
-class Manifest(Record):
-    """manifest.json."""
-
-    name: str
-    model: Model
-    recipe: dict[str, Any]
-    quantpress: str
-    versions: dict[str, str]
-    machine: Machine
-    calibration: CalibrationText | None
-    seed: int
-    layers: tuple[Linear, ...]
-    fallbacks: tuple[str, ...]
-    artifact: Artifact
-    converted: tuple[str, ...]
-    timing: Timing
 
 
 class Subject(Record):
@@ -356,17 +277,8 @@ class Results(Record):
         return self.model_dump(mode="json", by_alias=True)
 
 
-def read(folder: Path) -> tuple[Manifest, Results]:
-    """The manifest and the results in a run folder.
-
-    Raises BadInput, one line, when either is missing, is not JSON, or is of another schema.
-    """
-    manifest = _load(folder / "manifest.json", Manifest, 1, f"{folder}: no manifest.json; is this a run folder?")
-    return manifest, read_results(folder)
-
-
 def read_results(folder: Path) -> Results:
-    """FOLDER/eval/results.json; raises as `read` does."""
+    """FOLDER/eval/results.json. Raises BadInput when it is missing, no JSON or of another schema."""
     again = f"evaluate the run first (quantpress eval {folder})"
     return _load(
         folder / "eval" / "results.json", Results, RESULTS_SCHEMA, f"{folder}: no eval/results.json; {again}", again

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantpress.core.files import read_manifest, write_json
+from quantpress.artifact.manifest import StageRecord, read_manifest
 from quantpress.engine.journal import differences
 
 
@@ -75,11 +75,11 @@ class Ledger:
         return f"{missing[0]} is not there any more" if missing else None
 
     def _stages(self) -> dict[str, Any]:
-        stages: dict[str, Any] = read_manifest(self._out).get("stages", {})
-        return stages
+        return {name: record.document() for name, record in read_manifest(self._out).stages.items()}
 
     def _write(self, name: str, record: Mapping[str, Any] | None) -> None:
         manifest = read_manifest(self._out)
-        stages = {n: r for n, r in manifest.get("stages", {}).items() if n != name}
-        manifest["stages"] = stages if record is None else stages | {name: record}
-        write_json(self._out / "manifest.json", manifest)
+        stages = {n: r for n, r in manifest.stages.items() if n != name}
+        if record is not None:
+            stages[name] = StageRecord.model_validate(record)
+        manifest.changed(stages=stages).write(self._out)

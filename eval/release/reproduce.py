@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from quantpress.artifact.manifest import Manifest, read_manifest
 from quantpress.core.errors import BadInput
-from quantpress.core.files import changed, read_manifest
+from quantpress.core.files import changed
 from quantpress.engine.job import Job, Settings
 from quantpress.engine.journal import differences
 from quantpress.engine.pipeline import quantize
@@ -20,20 +20,20 @@ from quantpress.recipe.loading import parse
 class Original:
     """What a manifest says was made, and `folder`, where that artifact lies; None when only the manifest is at hand."""
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     folder: Path | None
 
     @property
     def recipe(self) -> Recipe:
-        return parse(self.manifest["recipe"], "of the manifest")
+        return parse(self.manifest.recipe, "of the manifest")
 
     @property
     def model(self) -> str:
         """The model to fetch: a hub id is pinned to the revision it had."""
-        model = self.manifest["model"]
-        if model["kind"] == "hub" and model["revision"]:
-            return f"{str(model['id']).partition('@')[0]}@{model['revision']}"
-        return str(self.manifest["recipe"]["model"])
+        model = self.manifest.model
+        if model.kind == "hub" and model.revision:
+            return f"{model.id.partition('@')[0]}@{model.revision}"
+        return str(self.manifest.recipe["model"])
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def open_original(path: Path) -> Original:
     folder = path if path.is_dir() else path.parent
     manifest = read_manifest(path)
     for key in ("recipe", "model", "versions", "artifact", "layers"):
-        if key not in manifest:
+        if key not in manifest.model_fields_set:
             raise BadInput(f"{path}: no {key!r} in it; this is not the manifest of a quantpress run")
     quantized = next((f for f in (folder / "quantized", folder) if (f / "config.json").is_file()), None)
     return Original(manifest, quantized)
@@ -67,32 +67,32 @@ def reproduce(original: Original, job: Job, settings: Settings) -> Reproduction:
         raise BadInput(f"{settings.out} is the run that is to be reproduced; give another --out")
     if (settings.out / "manifest.json").exists() and not settings.overwrite:
         raise BadInput(f"{settings.out} holds a finished run, which proves nothing; give another --out, or --overwrite")
-    there, here = original.manifest["model"]["files"], job.checkpoint.file_hashes()
+    there, here = original.manifest.model.files, job.checkpoint.file_hashes()
     wrong = differences(there, here)
     if wrong:
         raise BadInput(f"the model is not the one the manifest names ({wrong[0]}); give the right one with --model")
-    threads = original.manifest.get("machine", {}).get("threads")
+    threads = getattr(original.manifest.machine, "threads", None)
     if threads is not None:
         torch.set_num_threads(threads)
     manifest = quantize(job, settings)
     made = settings.out / "quantized"
-    wanted: dict[str, str] = original.manifest["artifact"]["files"]
+    wanted = original.manifest.artifact.files
     unlike = [name for name, _ in changed(made, wanted)]
     named = {*wanted, *FORMAT_FILES}  # which manifests of earlier versions leave out
-    unlike += sorted(name for name in manifest["artifact"]["files"] if name not in named)
+    unlike += sorted(name for name in manifest.artifact.files if name not in named)
     if not unlike:
         return Reproduction(len(wanted), None, ())
     first = _first_difference(original, manifest, made, unlike)
     return Reproduction(len(wanted) - len(unlike), first, tuple(_causes(original.manifest, manifest)))
 
 
-def _first_difference(original: Original, manifest: dict[str, Any], made: Path, unlike: list[str]) -> str:
+def _first_difference(original: Original, manifest: Manifest, made: Path, unlike: list[str]) -> str:
     """The first layer whose error came out otherwise, else the first tensor, else the first file."""
-    before = {layer["name"]: layer for layer in original.manifest["layers"]}
-    for layer in manifest["layers"]:
-        wrong = differences(before.get(layer["name"]), layer)
+    before = {layer.name: layer.document() for layer in original.manifest.layers}
+    for layer in manifest.layers:
+        wrong = differences(before.get(layer.name), layer.document())
         if wrong:
-            return f"layer {layer['name']}: {wrong[0]}"
+            return f"layer {layer.name}: {wrong[0]}"
     if original.folder is not None:
         found = _first_tensor(original.folder, made)
         if found is not None:
@@ -115,15 +115,15 @@ def _first_tensor(there: Path, here: Path) -> str | None:
     return None
 
 
-def _causes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _causes(before: Manifest, now: Manifest) -> list[str]:
     """What is not as it was, the likeliest reason first."""
-    found = [f"the recipe: {line}" for line in differences(before["recipe"], now["recipe"])]
+    found = [f"the recipe: {line}" for line in differences(before.recipe, now.recipe)]
     found += differences(
-        {"calibration text": (before.get("calibration") or {}).get("sha256"), "quantpress": before["quantpress"]},
-        {"calibration text": (now.get("calibration") or {}).get("sha256"), "quantpress": now["quantpress"]},
+        {"calibration text": before.calibration and before.calibration.sha256, "quantpress": before.quantpress},
+        {"calibration text": now.calibration and now.calibration.sha256, "quantpress": now.quantpress},
     )
-    found += differences(before["versions"], now["versions"])
+    found += differences(before.versions, now.versions)
     facts = ("device", "threads", "cpu")
-    there, here = before.get("machine", {}), now["machine"]
-    found += differences({f: there.get(f) for f in facts}, {f: here.get(f) for f in facts})
+    there, here = ({fact: getattr(manifest.machine, fact, None) for fact in facts} for manifest in (before, now))
+    found += differences(there, here)
     return found

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..measure.results import Linear
+from quantpress.artifact.manifest import LayerRecord
 
 LIGHT = ("#fbefd0", "#f8dca2", "#f4c272", "#eea356", "#e2814b", "#cd6049", "#ab4450", "#832f55", "#571f4f")
 DARK = ("#372634", "#4d2c40", "#6b3448", "#8c3f4a", "#ad514a", "#cb694a", "#e38a4f", "#f2b269", "#fbe0a0")
@@ -19,7 +19,7 @@ class Cell:
 
     kind: str
     block: int
-    layers: tuple[Linear, ...]
+    layers: tuple[LayerRecord, ...]
 
     @property
     def worst(self) -> float | None:
@@ -50,7 +50,7 @@ class Heat:
     kinds: tuple[str, ...]
     blocks: tuple[int, ...]
     cells: tuple[Cell, ...]
-    outside: tuple[Linear, ...]
+    outside: tuple[LayerRecord, ...]
 
     def of(self, kind: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.kind == kind]
@@ -89,9 +89,9 @@ class HeatScale:
         return [self.low * (self.high / self.low) ** (i / LEVELS) for i in range(LEVELS + 1)]
 
 
-def heat(linears: Sequence[Linear]) -> Heat:
+def heat(linears: Sequence[LayerRecord]) -> Heat:
     """Group linears by kind and block; numbers inside a name (experts) fall together."""
-    paths: dict[tuple[str, int], list[Linear]] = {}
+    paths: dict[tuple[str, int], list[LayerRecord]] = {}
     for linear in linears:
         if linear.block is not None and linear.block >= 0:
             paths.setdefault((_path(linear.name, linear.block), linear.block), []).append(linear)

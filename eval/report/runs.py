@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from quantpress.artifact.manifest import RunManifest, read_run_manifest
 from quantpress.core.errors import BadInput
 from quantpress.exports.serving.record import Serving
 from quantpress.exports.serving.record import read as read_serving
 
-from ..measure.results import Check, Divergence, EvaluationText, Manifest, Quality, Results, read
+from ..measure.results import Check, Divergence, EvaluationText, Quality, Results, read_results
 from .heat import Heat, heat
 from .wording import change, gate, gate_name, interval, number, points, program, sentence, share, size
 
@@ -20,7 +21,7 @@ class Run:
     """One run folder; `label` is what charts and tables call it, `serving` the smoke test's eval/serving.json."""
 
     folder: Path
-    manifest: Manifest
+    manifest: RunManifest
     results: Results
     label: str
     serving: Serving | None = None
@@ -169,7 +170,7 @@ class Run:
 
 def open_run(folder: Path) -> Run:
     """Raises BadInput, one line, when the folder holds no run, or one without an evaluation against its original."""
-    manifest, results = read(folder)
+    manifest, results = read_run_manifest(folder), read_results(folder)
     measured = (results.text, results.original, results.artifact, results.divergence)
     if any(part is None for part in measured):
         raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")

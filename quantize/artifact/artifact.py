@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..calibrate import kv_cache
 from ..core.errors import BadInput
-from ..core.files import changed, read_manifest
+from ..core.files import changed
 from ..formats import FORMATS, detect
 from ..gguf.reader import GgufCheckpoint, gguf_files
 from ..models.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from ..models.skeleton import Skeleton
 from ..numbers.activations import round_inputs
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
 from ..numbers.types import Activations
+from .manifest import read_manifest
 
 
 class Artifact:
@@ -145,7 +146,7 @@ def verify(out: Path) -> int:
 
     Raises BadInput naming the first file that differs or is absent.
     """
-    hashes: dict[str, str] = read_manifest(out)["artifact"]["files"]
+    hashes = read_manifest(out).artifact.files
     for name, what in changed(out / "quantized", hashes):
         raise BadInput(f"{out / 'quantized' / name}, which the manifest names, {what}; restore it, or run again with "
                        "--overwrite")  # fmt: skip

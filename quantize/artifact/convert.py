@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..core.files import MANIFEST, move_whole, read_manifest, write_json
+from ..core.files import move_whole, write_json
 from ..formats import FORMATS, Contents, Format, detect
 from ..gguf.reader import gguf_files
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Grid
 from ..recipe import PackedFormat
+from .manifest import MANIFEST, read_manifest
 
 _PART_BYTES = 500_000_000  # held in memory before it is written
 
@@ -188,10 +189,11 @@ def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: di
     stored = sum(written.nbytes(n) for n in written.names() if n.rpartition(".")[0] in shapes
                  and n.rpartition(".")[2] in FORMATS[to].suffixes())  # fmt: skip
     weights = sum(rows * columns for rows, columns in shapes.values())
-    sizes = manifest.get("artifact") or {}
-    sizes |= {"format": to, "bytes": written.total_bytes, "quantized_bits_per_weight": 8 * stored / weights}
-    if "files" in sizes:
-        sizes["files"] = written.file_hashes()
-    if "parameters" in sizes:
-        sizes["bits_per_parameter"] = 8 * written.total_bytes / sizes["parameters"]
-    write_json(folder / MANIFEST, manifest | {"artifact": sizes, "converted_from": {"format": origin}})
+    sizes = manifest.artifact.changed(
+        format=to, bytes=written.total_bytes, quantized_bits_per_weight=8 * stored / weights
+    )
+    if sizes.files:
+        sizes = sizes.changed(files=written.file_hashes())
+    if sizes.parameters:
+        sizes = sizes.changed(bits_per_parameter=8 * written.total_bytes / sizes.parameters)
+    manifest.changed(artifact=sizes, converted_from={"format": origin}).write(folder)

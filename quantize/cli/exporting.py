@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..artifact.manifest import own_manifest
 from ..core.errors import BadInput
-from ..core.files import alone_in, own_manifest
+from ..core.files import alone_in
 from ..recipe import Target
 from ..recipe.loading import apply_override, parse_target
 from .app import app
@@ -23,8 +24,10 @@ def chosen_targets(names: list[str], sets: list[str], run: Path) -> tuple[Target
     wanted = [part for name in names for part in name.split(",") if part]
     documents: dict[str, Any] = {name: {"name": name} for name in wanted}
     if not wanted:
-        recipe = (own_manifest(run) or {}).get("recipe", {})
-        documents = {target["name"]: target for target in recipe.get("targets", ())}
+        manifest = own_manifest(run)
+        documents = {
+            target["name"]: target for target in ({} if manifest is None else manifest.recipe).get("targets", ())
+        }
         if not documents:
             raise BadInput(f"{run}: the recipe names no targets; give --target, such as --target vllm")
     for override in sets:

@@ -9,8 +9,9 @@ import typer
 
 from quantpress.eval.release.ledger import Ledger
 
+from ..artifact.manifest import read_manifest
 from ..core.errors import BadInput
-from ..core.files import alone_in, read_manifest
+from ..core.files import alone_in
 from ..recipe import Recipe
 from ..recipe import loading as recipes
 from .app import app
@@ -132,14 +133,14 @@ def _recipe(subject: Path | None, original: str | None, recipe: str | None, sets
         chosen = recipes.load(recipe, sets)
     else:
         run = subject is not None and _is_run(subject)
-        document: dict[str, Any] = read_manifest(subject)["recipe"] if run and subject is not None else {}
+        document: dict[str, Any] = read_manifest(subject).recipe if run and subject is not None else {}
         for override in sets:
             recipes.apply_override(document, override)
         chosen = recipes.parse(document, str(subject / "manifest.json") if run and subject is not None else "--set")
     if original is None and not (subject is not None and _is_run(subject)):
         raise BadInput("eval: --original says what the model was made from: a folder, a hub id or smollm2-135m")
     if original is None and recipe is not None and subject is not None:
-        original = read_manifest(subject)["recipe"]["model"]
+        original = read_manifest(subject).recipe["model"]
     return chosen if original is None else chosen.model_copy(update={"model": original})
 
 
@@ -148,6 +149,6 @@ def _subject(subject: Path, chosen: Recipe) -> "Subject":
 
     if _is_run(subject):
         manifest = read_manifest(subject)
-        name, format = manifest["name"], manifest["artifact"]["format"]
+        name, format = manifest.name, manifest.artifact.format
         return Subject(kind="run", name=name, format=format, original=chosen.model)
     return Subject(kind="artifact", name=subject.resolve().name, original=chosen.model)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..artifact.manifest import read_manifest
 from ..core.errors import BadInput
-from ..core.files import alone_in, file_sha256, read_manifest, write_json
+from ..core.files import alone_in, file_sha256, write_json
 from ..recipe import Drafting, Recipe, Target
 from .app import app
 from .measuring import github_summary
@@ -73,7 +74,7 @@ def run(
         card = release.card() if results is not None else None
     if as_json:
         document = {"out": str(where), "report": page and str(page), "results": results and results.document()}
-        stages = {name: stage["summary"] for name, stage in read_manifest(where).get("stages", {}).items()}
+        stages = {name: stage.summary for name, stage in read_manifest(where).stages.items()}
         print(json.dumps(document | {"stages": stages}))  # noqa: T201
     else:
         _print(where, page, card, results)
@@ -105,8 +106,8 @@ class _Release:
     def _artifact(self) -> dict[str, str]:
         """What every stage reads: the artifact, by its bytes, and the version of what reads it."""
         manifest = read_manifest(self.out)
-        digest = hashlib.sha256(json.dumps(manifest["artifact"]["files"], sort_keys=True).encode()).hexdigest()
-        return {"artifact": digest, "quantpress": manifest["quantpress"]}
+        digest = hashlib.sha256(json.dumps(manifest.artifact.files, sort_keys=True).encode()).hexdigest()
+        return {"artifact": digest, "quantpress": manifest.quantpress or ""}
 
     def export(self, target: Target) -> None:
         from quantpress.eval.release.ledger import Stage

@@ -9,8 +9,9 @@ from rich.markup import escape
 
 from quantpress.eval.release.ledger import Ledger
 
+from ..artifact.manifest import MANIFEST, own_manifest
 from ..core.errors import BadInput
-from ..core.files import MANIFEST, alone_in, own_manifest
+from ..core.files import alone_in
 from ..recipe import Smoke
 from ..recipe import loading as recipes
 from .app import app
@@ -135,8 +136,8 @@ def _found(path: Path) -> tuple[Path, Path | None]:
 
 def _settings(run_folder: Path | None, artifact: Path, given: dict[str, Any]) -> Smoke:
     """The recipe's settings under what the command line says; without a recipe the server that reads such a file."""
-    manifest = (own_manifest(run_folder) if run_folder is not None else None) or {}
-    recipe = manifest.get("recipe", {})
+    manifest = None if run_folder is None else own_manifest(run_folder)
+    recipe = {} if manifest is None else manifest.recipe
     base = recipe.get("smoke") or {"server": "llama.cpp" if artifact.suffix == ".gguf" else "vllm"}
     if "url" in given:
         given = {"server": "url"} | given

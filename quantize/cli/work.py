@@ -44,7 +44,7 @@ def quantize_model(
     with quantizing(job, out, overwrite, ignore_limits, trust) as settings:
         shared = Shared(share, limit, settings.on_note)
         manifest = quantize_job(job, replace(settings, shared=shared))
-    for line in manifest["fallbacks"]:
+    for line in manifest.fallbacks:
         say(f"note: {line}")
 
 

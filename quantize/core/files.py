@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 from .errors import BadInput
 
-MANIFEST = "manifest.json"
 _TEMPORARY = ".quantpress-"  # how folders that are still being made are called in the cache
 _MODEL_FILES = (".safetensors", ".json", ".gguf")
 _STALE_SECONDS = 24 * 3600
@@ -48,27 +47,6 @@ def changed(folder: Path, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]
             yield name, "is absent"
         elif file_sha256(folder / name) != digest:
             yield name, "has changed: its sha256 differs"
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest `path`, or that of the folder `path`; raises BadInput when there is none that can be read."""
-    file = path / MANIFEST if path.is_dir() else path
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        what = f"holds no finished run (no {MANIFEST})" if path.is_dir() else "no such file or folder"
-        raise BadInput(f"{path}: {what}; give the folder of a run, or its {MANIFEST}") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise BadInput(f"{file}: not the manifest of a quantpress run")
-    return document
-
-
-def own_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder where this package wrote one; None where there is none, or another program's."""
-    document = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    return document if "quantpress" in document else None
 
 
 @contextlib.contextmanager

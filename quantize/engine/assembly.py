@@ -1,15 +1,15 @@
 """The artifact folder put together from the parts that blocks left, and what its manifest says."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..artifact.convert import convert
+from ..artifact.manifest import SCHEMA, BlockRecord, CalibrationText, Manifest, Origin, Sizes
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.files import move_whole, write_json
@@ -19,42 +19,47 @@ from .job import Job, Settings
 from .journal import Journal
 
 
-def describe(
-    job: Job, files: dict[str, str], tokens: Tokens | None, done: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
+def describe(job: Job, files: dict[str, str], tokens: Tokens | None, done: Sequence[BlockRecord] = ()) -> Manifest:
     """What `quantized/manifest.json` says: all that is the same each time the same run is made.
 
     done: what the journal has of each block.
     """
-    layers = [layer for block in done for layer in block["layers"]]
-    transforms = [record for block in done for record in block["transforms"]]
-    notes = [(record["feed"], record["note"]) for record in transforms]
-    notes += [(layer["name"], layer["note"]) for layer in layers]
+    layers = tuple(layer for block in done for layer in block.layers)
+    transforms = tuple(record for block in done for record in block.transforms)
+    notes = [(record.feed, record.note) for record in transforms]
+    notes += [(layer.name, layer.note) for layer in layers]
     source, wanted = job.source, job.recipe.calibration
-    calibration = None
-    if tokens is not None:
-        sizes = {"samples": wanted.samples, "seq_len": wanted.seq_len, "tokens": tokens.ids.numel()}
-        calibration = {"source": tokens.source, "sha256": tokens.sha256, "bos": tokens.bos, **sizes}
     packages = ("torch", "transformers", "safetensors", "compressed-tensors", "tokenizers")
-    return {
-        "schema": 1,
-        "name": job.recipe.name,
-        "model": {"id": source.id, "kind": source.kind, "revision": source.revision, "caveat": source.caveat}
-        | {"files": files},
-        "recipe": job.recipe.model_dump(mode="json"),
-        "quantpress": version("quantpress"),
-        "versions": {name: version(name) for name in packages} | {"python": machine.python_version()},
-        "calibration": calibration,
-        "seed": wanted.seed,
-        "error_measure": "output" if tokens is not None else "weight",
-        "transforms": transforms,
-        "layers": layers,
-        "fallbacks": [*job.plan.notes, *(f"{name}: {note}" for name, note in notes if note)],
-    }
+    return Manifest(
+        schema=SCHEMA,
+        name=job.recipe.name,
+        model=Origin(id=source.id, kind=source.kind, revision=source.revision, caveat=source.caveat, files=files),
+        recipe=job.recipe.model_dump(mode="json"),
+        quantpress=version("quantpress"),
+        versions={name: version(name) for name in packages} | {"python": machine.python_version()},
+        calibration=None
+        if tokens is None
+        else CalibrationText(
+            source=tokens.source,
+            sha256=tokens.sha256,
+            bos=tokens.bos,
+            samples=wanted.samples,
+            seq_len=wanted.seq_len,
+            tokens=tokens.ids.numel(),
+        ),
+        seed=wanted.seed,
+        error_measure="output" if tokens is not None else "weight",
+        transforms=transforms,
+        layers=layers,
+        fallbacks=(*job.plan.notes, *(f"{name}: {note}" for name, note in notes if note)),
+    )
 
 
-def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str, Any], parts: list[Path]) -> None:
-    """Put the parts together beside the final place, then rename: an artifact is never visible half written."""
+def assemble(job: Job, journal: Journal, settings: Settings, manifest: Manifest, parts: list[Path]) -> Manifest:
+    """Put the parts together beside the final place, then rename: an artifact is never visible half written.
+
+    Returns the manifest with the artifact's sizes and the formats it was converted to.
+    """
     partial, final = settings.out / "quantized.partial", settings.out / "quantized"
     shutil.rmtree(partial, ignore_errors=True)
     if not final.exists():
@@ -69,16 +74,16 @@ def assemble(job: Job, journal: Journal, settings: Settings, manifest: dict[str,
         for name, content in format.extra_files(quantization).items():
             write_json(partial / name, content)
         copy_companions(job.source.path, partial)
-        manifest["artifact"] = _sizes(job, partial)
-        write_json(partial / "manifest.json", manifest)
+        manifest = manifest.changed(artifact=_sizes(job, partial))
+        manifest.write(partial)
         move_whole(partial, final)
     else:  # a run was stopped between here and its own manifest
-        manifest["artifact"] = _sizes(job, final)
-    manifest["converted"] = list(job.recipe.formats[1:])
+        manifest = manifest.changed(artifact=_sizes(job, final))
     for name in job.recipe.formats[1:]:
         target = settings.out / "converted" / name
         if not target.exists():
             convert(final, target, name)
+    return manifest.changed(converted=job.recipe.formats[1:])
 
 
 def _shell_tensors(job: Job) -> dict[str, Tensor]:
@@ -94,7 +99,7 @@ def _shell_tensors(job: Job) -> dict[str, Tensor]:
     return tensors
 
 
-def _sizes(job: Job, folder: Path) -> dict[str, Any]:
+def _sizes(job: Job, folder: Path) -> Sizes:
     """Bytes on disk and true bits per weight, scales and zeros counted."""
     artifact = Checkpoint(folder)
     quantized = [x for x in job.linears if job.schemes[x.name] is not None]

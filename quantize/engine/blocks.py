@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..artifact.manifest import BlockRecord, LayerRecord
 from ..calibrate import kv_cache
 from ..calibrate.stages import BATCH_TOKENS, Beside, Stage, Stages, shared_inputs
 from ..calibrate.tokens import Tokens
@@ -46,7 +47,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         last = k + 1 == skeleton.n_blocks
         linears = {x.name: x for x in job.linears if x.block == k}
         rounded: dict[str, QuantizedLinear] = {}
-        records: dict[str, dict[str, Any]] = {}
+        records: dict[str, LayerRecord] = {}
         passing = arguments[k] if arguments else None
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
         changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
@@ -66,15 +67,15 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         if tuning is not None and arguments is not None:
             tuning.run(rounded, records, hidden, arguments[k], skeleton.device)
         _check_finite(hidden, k)
-        layers = [records.get(name) or record(x, None) for name, x in linears.items()]
+        layers = tuple(records.get(name) or record(x, None) for name, x in linears.items())
         seconds = time.monotonic() - started
         tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
         if last and job.weighs_head:
             tensors[HEAD_IMPORTANCE] = of_head(skeleton, hidden["hidden"])
-        line = {"block": k, "seconds": round(seconds, 3), "layers": layers, "transforms": changes.records}
+        line = BlockRecord(block=k, seconds=round(seconds, 3), layers=layers, transforms=tuple(changes.records))
         journal.commit(tensors, {} if last else hidden, line)
         machine.release_memory()
-        errors = [r["relative_error"] for r in layers if r["relative_error"] is not None]
+        errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
         settings.on_block(Progress(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
 
 

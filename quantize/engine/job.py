@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..artifact.manifest import Sizes
 from ..calibrate import kv_cache
 from ..core import machine
 from ..core.errors import BadInput
@@ -79,20 +79,18 @@ class Job:
         """Whether the output head is rounded by what it gets in calibration, which the last block's part then holds."""
         return self.recipe.is_gguf and self.recipe.gguf_file.calibrated
 
-    def sizes(
-        self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int
-    ) -> dict[str, Any]:
+    def sizes(self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int) -> Sizes:
         """What a manifest says of an artifact on disk; packed_bytes: of its quantized `weights`, with scales."""
         parameters = sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
-        return {
-            "format": format,
-            "bytes": artifact.total_bytes,
-            "original_bytes": self.checkpoint.total_bytes,
-            "quantized_bits_per_weight": 8 * packed_bytes / weights,
-            "bits_per_parameter": 8 * artifact.total_bytes / parameters,
-            "parameters": parameters,
-            "files": artifact.file_hashes(),
-        }
+        return Sizes(
+            format=format,
+            bytes=artifact.total_bytes,
+            original_bytes=self.checkpoint.total_bytes,
+            quantized_bits_per_weight=8 * packed_bytes / weights,
+            bits_per_parameter=8 * artifact.total_bytes / parameters,
+            parameters=parameters,
+            files=artifact.file_hashes(),
+        )
 
 
 def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:

@@ -12,12 +12,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..artifact.manifest import BlockRecord, Manifest, read_manifest
 from ..core.errors import BadInput
-from ..core.files import read_manifest, write_json
+from ..core.files import write_json
 from ..models.checkpoint import write_part
 
 
-def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = True) -> dict[str, Any]:
+def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = True) -> Manifest:
     """The manifest of the finished run in `out`.
 
     Raises BadInput, naming the difference, when its recipe, model, calibration text or quantpress is another than
@@ -26,11 +27,11 @@ def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = T
     """
     manifest = read_manifest(out)
     before = {
-        "recipe": {name: value for name, value in manifest["recipe"].items() if name in key["recipe"]},
-        "model": manifest["model"]["files"],
-        "calibration": manifest["calibration"] and manifest["calibration"]["sha256"],
-        "imatrix": manifest.get("imatrix"),
-        "quantpress": manifest["quantpress"],
+        "recipe": {name: value for name, value in manifest.recipe.items() if name in key["recipe"]},
+        "model": manifest.model.files,
+        "calibration": manifest.calibration and manifest.calibration.sha256,
+        "imatrix": manifest.imatrix,
+        "quantpress": manifest.quantpress,
     }
     if not compare_calibration:
         del before["calibration"]
@@ -49,7 +50,7 @@ class Journal:
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         """Open or start the journal. Raises BadInput when it was made for something else, naming the difference."""
         self.folder = folder
-        self.done: list[dict[str, Any]] = []
+        self.done: list[BlockRecord] = []
         if (folder / "key.json").exists():
             before = json.loads((folder / "key.json").read_text())
             different = list(differences(before, json.loads(json.dumps(key))))
@@ -71,14 +72,14 @@ class Journal:
         hidden: dict[str, Tensor] = load_file(self._hidden(len(self.done) - 1))
         return hidden
 
-    def commit(self, tensors: Mapping[str, Tensor], hidden: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+    def commit(self, tensors: Mapping[str, Tensor], hidden: Mapping[str, Tensor], record: BlockRecord) -> None:
         """Finish the next block: its tensors, then the hidden states after it, then the line that makes it count."""
         k = len(self.done)
         write_part(self.part(k), tensors)
         if hidden:
             write_part(self._hidden(k), hidden)
         with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record.document()) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.done.append(record)
@@ -87,7 +88,7 @@ class Journal:
     def _hidden(self, k: int) -> Path:
         return self.folder / f"hidden-{k:05d}.safetensors"
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> list[BlockRecord]:
         path = self.folder / "journal.jsonl"
         if not path.exists():
             return []
@@ -96,7 +97,7 @@ class Journal:
         if whole != raw:  # killed in the middle of a line: that block does not count
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+        return [BlockRecord.model_validate_json(line) for line in whole.splitlines()]
 
 
 def differences(before: Any, now: Any, place: str = "") -> list[str]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..artifact.artifact import verify
+from ..artifact.manifest import MachineRecord, Manifest, Timing
 from ..calibrate.texts import load_documents
 from ..calibrate.tokens import Tokens, calibration_tokens, generated_tokens, open_tokenizer
 from ..core import machine
 from ..core.errors import BadInput
-from ..core.files import write_json
 from ..gguf import gguf_run as gguf_run
 from ..models.rotated import Rotated
 from ..recipe import LlamaCppQuantizer
@@ -29,7 +29,7 @@ __all__ = ["Job", "Progress", "Settings", "prepare", "quantize"]
 _NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "targets", "smoke"}  # recipe keys
 
 
-def quantize(job: Job, settings: Settings) -> dict[str, Any]:
+def quantize(job: Job, settings: Settings) -> Manifest:
     """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
 
     Raises BadInput before the work for bad weights, text or an output folder that holds another run. A run that was
@@ -57,25 +57,28 @@ def quantize(job: Job, settings: Settings) -> dict[str, Any]:
     manifest = describe(job, files, tokens, journal.done)
     trained = train_end_to_end(job, tokens, journal)
     if trained.summary is not None:
-        manifest["end_to_end"] = trained.summary
-        for layer in manifest["layers"]:
-            layer |= trained.errors.get(layer["name"], {})
+        layers = tuple(layer.changed(**trained.errors.get(layer.name, {})) for layer in manifest.layers)
+        manifest = manifest.changed(end_to_end=trained.summary, layers=layers)
     if job.recipe.is_gguf:
         manifest = gguf_run.make(job, manifest, tokens, settings, trained.parts)
     else:
-        assemble(job, journal, settings, manifest, trained.parts)
-    return _signed(manifest, job, settings, started, [done["seconds"] for done in journal.done])
+        manifest = assemble(job, journal, settings, manifest, trained.parts)
+    return _signed(manifest, job, settings, started, [done.seconds for done in journal.done])
 
 
 def _signed(
-    manifest: dict[str, Any], job: Job, settings: Settings, started: float, block_seconds: Sequence[float] = ()
-) -> dict[str, Any]:
+    manifest: Manifest, job: Job, settings: Settings, started: float, block_seconds: Sequence[float] = ()
+) -> Manifest:
     """The manifest with the machine and the time it took, written: from now on the run is finished."""
-    timing: dict[str, Any] = {"seconds": time.monotonic() - started, "cpu_seconds": machine.cpu_seconds()}
-    timing["peak_rss_bytes"] = machine.peak_rss_bytes()
-    timing["per_block_seconds"] = list(block_seconds)
-    manifest |= {"machine": machine.describe(job.skeleton.device), "timing": timing}
-    write_json(settings.out / "manifest.json", manifest)
+    timing = Timing(
+        seconds=time.monotonic() - started,
+        cpu_seconds=machine.cpu_seconds(),
+        peak_rss_bytes=machine.peak_rss_bytes(),
+        per_block_seconds=tuple(block_seconds),
+    )
+    there = MachineRecord.model_validate(machine.describe(job.skeleton.device))
+    manifest = manifest.changed(machine=there, timing=timing)
+    manifest.write(settings.out)
     shutil.rmtree(settings.out / ".work")
     return manifest
 
@@ -98,16 +101,16 @@ def _is_finished(settings: Settings) -> bool:
     return not settings.overwrite and (out / "quantized").is_dir() and (out / "manifest.json").is_file()
 
 
-def _finished(job: Job, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+def _finished(job: Job, tokenizer: Any, settings: Settings) -> Manifest:
     """The manifest of the run that is there, when it is this very run; raises BadInput when it is not, or damaged."""
     itself = job.recipe.calibrated and job.recipe.calibration.source == "self"
     key = _key(job, job.checkpoint.file_hashes(), None if itself else _tokens(job, tokenizer, settings))
     manifest = finished(settings.out, key, compare_calibration=not itself)
     verify(settings.out)
     now = job.recipe.model_dump(mode="json")
-    if manifest["recipe"] != now:  # in what is not of the artifact: gates, targets, evaluation, smoke test
-        manifest |= {"name": job.recipe.name, "recipe": now}
-        write_json(settings.out / "manifest.json", manifest)
+    if manifest.recipe != now:  # in what is not of the artifact: gates, targets, evaluation, smoke test
+        manifest = manifest.changed(name=job.recipe.name, recipe=now)
+        manifest.write(settings.out)
     shutil.rmtree(settings.out / ".work", ignore_errors=True)
     settings.on_note(f"{settings.out / 'quantized'} is this very run, finished before: it is used as it is")
     return manifest

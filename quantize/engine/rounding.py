@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..artifact.manifest import LayerRecord
 from ..calibrate.stages import Stage
 from ..core.errors import BadInput
 from ..methods import ROUNDERS, Rounded
@@ -24,7 +25,7 @@ def round_stage(
     linears: list[Linear],
     stage: Stage,
     rounded: dict[str, QuantizedLinear],
-    records: dict[str, dict[str, Any]],
+    records: dict[str, LayerRecord],
 ) -> None:
     """Round the linears of one stage, those of one grid together, put the result in place and on record."""
     stacks: dict[tuple[Grid, str], list[Linear]] = {}
@@ -44,22 +45,22 @@ def round_stage(
             error, power = float(result.error[rows].sum()), float(result.power[rows].sum())
             if not math.isfinite(error + power):
                 raise BadInput(f"{linear.name}: its weights or inputs are too large to be rounded in float32")
-            records[linear.name] = record(linear, grid) | {
-                "loss": error / stage.tokens if stage.tokens else None,
-                "relative_error": error / power if power > 0 else 0.0,
-                "damp": result.damp,
-                "tokens": stage.tokens,
-                "note": note,
-            }
+            records[linear.name] = record(linear, grid).changed(
+                loss=error / stage.tokens if stage.tokens else None,
+                relative_error=error / power if power > 0 else 0.0,
+                damp=result.damp,
+                tokens=stage.tokens,
+                note=note,
+            )
             start = rows.stop
 
 
-def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, dict[str, Any]]) -> None:
+def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, LayerRecord]) -> None:
     """Give experts that no calibration token reached the widest static input scale of the other experts, and note it.
 
     Without rows there is nothing to measure, and a scale of nothing would round all that is served to zero.
     """
-    reached = {name: q.inputs for name, q in rounded.items() if records[name]["tokens"] and q.inputs is not None}
+    reached = {name: q.inputs for name, q in rounded.items() if records[name].tokens and q.inputs is not None}
     for name, linear in rounded.items():
         if linear.inputs is None or linear.inputs.scale is None or name in reached:
             continue
@@ -67,7 +68,7 @@ def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, di
         if alike:
             rounded[name] = replace(linear, inputs=max(alike, key=_width))
             lent = "the scale of its inputs is the widest of the other experts'"
-            records[name]["note"] = "; ".join(filter(None, (records[name]["note"], lent)))
+            records[name] = records[name].changed(note="; ".join(filter(None, (records[name].note, lent))))
 
 
 def _any_expert(name: str) -> str:
@@ -116,11 +117,16 @@ def weight_of(block: nn.Module, linear: Linear) -> Tensor:
     return weight.T if linear.transposed else weight
 
 
-def record(linear: Linear, grid: Grid | None) -> dict[str, Any]:
+def record(linear: Linear, grid: Grid | None) -> LayerRecord:
     """What the manifest says of one linear before it is rounded, or when it is left as it is."""
-    shape = {"name": linear.name, "block": linear.block, "shape": [linear.out_features, linear.in_features]}
-    empty = {"loss": None, "relative_error": None, "damp": None, "tokens": None, "note": None}
-    if grid is None:
-        return shape | {"bits": 16, "group_size": None, "symmetric": None, "scheme": "16 bit"} | empty
-    kind = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric, "scheme": str(grid)}
-    return shape | kind | empty
+    nothing_yet = {"loss": None, "relative_error": None, "damp": None, "tokens": None, "note": None}
+    return LayerRecord(
+        name=linear.name,
+        block=linear.block,
+        shape=(linear.out_features, linear.in_features),
+        bits=16 if grid is None else grid.bits,
+        group_size=None if grid is None else grid.group_size,
+        symmetric=None if grid is None else grid.symmetric,
+        scheme="16 bit" if grid is None else str(grid),
+        **nothing_yet,
+    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..artifact.manifest import TransformRecord
 from ..calibrate.stages import BATCH_TOKENS, Stage, Stages
 from ..core.errors import BadInput
 from ..methods import TRANSFORMS
@@ -31,7 +32,7 @@ class Changes:
     """What was done to a block: the parameters that are new, and what the manifest says of each transform."""
 
     parameters: set[str] = field(default_factory=set)
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[TransformRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class BlockTransforms:
                 source = f"{self._skeleton.blocks_name}.{k}.{links[name].source}.weight"
                 feed = self._skeleton.disk_name(source).removesuffix(".weight")
                 scale, records = self._chosen(block, links[name], grids, stage, watch)
-                changes.records += [{"block": k, "feed": feed} | record for record in records]
+                changes.records += [TransformRecord(block=k, feed=feed, **record) for record in records]
                 if scale is not None:
                     scales[name] = scale
         # Only now: what waited before the linears was made by the ops as they were.

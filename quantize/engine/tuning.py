@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
+from ..artifact.manifest import LayerRecord
 from ..calibrate.stages import BATCH_TOKENS
 from ..core import machine
 from ..methods.autoround import SignRound
@@ -58,7 +59,7 @@ class Tuning:
     def run(
         self,
         rounded: dict[str, QuantizedLinear],
-        records: dict[str, dict[str, Any]],
+        records: dict[str, LayerRecord],
         hidden: dict[str, Tensor],
         arguments: Arguments,
         device: torch.device,
@@ -78,7 +79,7 @@ class Tuning:
             batch = max(1, BATCH_TOKENS // self._inputs.shape[1])
             run_block(self._block, self._inputs, arguments, device=device, batch=batch)
         for name in rounded:
-            records[name] |= errors[name] | {"tuning": summary}
+            records[name] = records[name].changed(**errors[name], tuning=summary)
         hidden["hidden"] = self._inputs
 
     def _descend(

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import gguf
 import torch
 from safetensors.torch import load_file
 
+from ..artifact.manifest import LayerRecord, Manifest, Sizes
 from ..calibrate.tokens import Tokens, open_tokenizer
 from ..core.errors import BadInput
 from ..core.files import file_sha256, move_whole, write_json
@@ -122,8 +123,8 @@ def with_types(job: "Job", tokens: Tokens | None, work: Path) -> "Job":
 
 
 def make(
-    job: "Job", manifest: dict[str, Any], tokens: Tokens | None, settings: "Settings", parts: list[Path] | None = None
-) -> dict[str, Any]:
+    job: "Job", manifest: Manifest, tokens: Tokens | None, settings: "Settings", parts: list[Path] | None = None
+) -> Manifest:
     """Write `out/quantized`: model.gguf, the files that tell eval what model it is, and the manifest; returns that.
 
     `manifest` is what is known before: layers, fallbacks and artifact are filled in here. `parts` hold the blocks
@@ -149,12 +150,18 @@ def make(
     unknown = _without_importance(job.recipe, conversion, stored)
     layers = _layers(job, conversion.entries, stored, notes)
     if parts is not None:  # the blocks' records say more
-        layers = [there | here for there, here in zip(layers, manifest["layers"], strict=True)]
-    manifest = manifest | {"layers": layers, "converted": []}
-    manifest["fallbacks"] = [*conversion.notes, *summed_up(notes), *summed_up(unknown), *about]
-    manifest["imatrix"] = imatrix_sha256(job.recipe)
-    manifest["artifact"] = _sizes(job, artifact, conversion.entries)
-    write_json(partial / "manifest.json", manifest)
+        layers = [
+            there.changed(**{key: value for key, value in here.document().items() if key != "shape"})
+            for there, here in zip(layers, manifest.layers, strict=True)
+        ]
+    manifest = manifest.changed(
+        layers=tuple(layers),
+        converted=(),
+        fallbacks=(*conversion.notes, *summed_up(notes), *summed_up(unknown), *about),
+        imatrix=imatrix_sha256(job.recipe),
+        artifact=_sizes(job, artifact, conversion.entries),
+    )
+    manifest.write(partial)
     shutil.rmtree(settings.out / "quantized", ignore_errors=True)  # of a run that was killed before it was on record
     move_whole(partial, settings.out / "quantized")
     return manifest
@@ -259,7 +266,7 @@ def _fallbacks(said: str, stored: GgufTensors) -> dict[str, str]:
     return notes
 
 
-def _layers(job: "Job", entries: list[Entry], stored: GgufTensors, notes: Mapping[str, str]) -> list[dict[str, Any]]:
+def _layers(job: "Job", entries: list[Entry], stored: GgufTensors, notes: Mapping[str, str]) -> list[LayerRecord]:
     """What the manifest says of each linear."""
     of = {parameter: entry for entry in entries for parameter in entry.parameters}
     layers = []
@@ -268,26 +275,32 @@ def _layers(job: "Job", entries: list[Entry], stored: GgufTensors, notes: Mappin
         kind = stored.stored(entry.name).tensor_type
         block, size = gguf.GGML_QUANT_SIZES[kind]
         layers.append(
-            {"name": linear.name, "block": linear.block, "shape": [linear.out_features, linear.in_features]}
-            | {"bits": 8 * size / block, "group_size": block, "symmetric": None, "scheme": kind.name, "loss": None}
-            | {
-                "relative_error": None,
-                "damp": None,
-                "tokens": None,
-                "note": notes.get(entry.name),
-                "tensor": entry.name,
-            }
+            LayerRecord(
+                name=linear.name,
+                block=linear.block,
+                shape=(linear.out_features, linear.in_features),
+                bits=8 * size / block,
+                group_size=block,
+                symmetric=None,
+                scheme=kind.name,
+                loss=None,
+                relative_error=None,
+                damp=None,
+                tokens=None,
+                note=notes.get(entry.name),
+                tensor=entry.name,
+            )
         )
     return layers
 
 
-def _sizes(job: "Job", artifact: GgufCheckpoint, entries: list[Entry]) -> dict[str, Any]:
+def _sizes(job: "Job", artifact: GgufCheckpoint, entries: list[Entry]) -> Sizes:
     """Bytes of the tensors, and true bits per weight."""
     linears = {f"{linear.name}.weight" for linear in job.linears}
     own = [entry for entry in entries if entry.parameters[0] in linears]
     weights = sum(math.prod(entry.shape) for entry in own)
     packed = sum(int(artifact.tensors.stored(entry.name).n_bytes) for entry in own)
-    return job.sizes("gguf", artifact, packed, weights) | {"llama.cpp": _version()}
+    return job.sizes("gguf", artifact, packed, weights).changed(llama_cpp=_version())
 
 
 def _version() -> str | None:

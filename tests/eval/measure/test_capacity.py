@@ -86,8 +86,8 @@ def test_bits_a_weight_are_counted_on_disk(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
     manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
     artifact = Artifact(tmp_path / "run" / "quantized")
-    assert artifact.bits_per_weight() == pytest.approx(manifest["artifact"]["quantized_bits_per_weight"], rel=0.02)
-    assert artifact.total_bytes == manifest["artifact"]["bytes"]
+    assert artifact.bits_per_weight() == pytest.approx(manifest.artifact.quantized_bits_per_weight, rel=0.02)
+    assert artifact.total_bytes == manifest.artifact.bytes
     assert Artifact(tmp_path / "model").bits_per_weight() is None
 
 

@@ -1,6 +1,7 @@
 """A run made again from its manifest: equal hashes, or the first difference and its cause."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def test_another_model_is_refused_before_the_work(run: Path) -> None:
 
 def test_a_hub_model_is_pinned_to_its_revision(run: Path) -> None:
     original = open_original(run)
-    original.manifest["model"] |= {"kind": "hub", "id": "org/name@main", "revision": "abc"}
+    model = original.manifest.model.changed(kind="hub", id="org/name@main", revision="abc")
+    original = replace(original, manifest=original.manifest.changed(model=model))
     assert original.model == "org/name@abc"
 
 

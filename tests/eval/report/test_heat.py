@@ -2,15 +2,15 @@
 
 import pytest
 
-from quantpress.eval.measure.results import Linear
+from quantpress.artifact.manifest import LayerRecord
 from quantpress.eval.report.heat import LEVELS, HeatScale, heat
 
 
 def test_linears_are_grouped_by_kind_and_block() -> None:
     names = ["self_attn.q_proj", "mlp.gate", *(f"mlp.experts.{e}.{k}_proj" for e in range(4) for k in ("gate", "up"))]
-    linears = [Linear(name=f"model.layers.{b}.{n}", block=b, bits=4, scheme="int4", relative_error=0.01 * (i + 1))
+    linears = [LayerRecord(name=f"model.layers.{b}.{n}", block=b, bits=4, scheme="int4", relative_error=0.01 * (i + 1))
                for b in (1, 4) for i, n in enumerate(names)]  # fmt: skip
-    linears.append(Linear(name="lm_head", block=None, bits=16, scheme="16 bit"))
+    linears.append(LayerRecord(name="lm_head", block=None, bits=16, scheme="16 bit"))
     strip = heat(linears)
     assert strip.kinds == ("q", "up", "mlp gate", "experts gate")
     assert strip.blocks == (1, 4)
@@ -23,14 +23,15 @@ def test_linears_are_grouped_by_kind_and_block() -> None:
 
 def test_linears_named_alike_keep_their_parents() -> None:
     names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    linears = [Linear(name=f"transformer.h.0.{n}", block=0, bits=4, scheme="int4") for n in names]
+    linears = [LayerRecord(name=f"transformer.h.0.{n}", block=0, bits=4, scheme="int4") for n in names]
     assert set(heat(linears).kinds) == {"c_attn", "attn c_proj", "c_fc", "mlp c_proj"}
 
 
 def test_the_colour_scale_covers_every_error_in_order() -> None:
     errors = [0.0, 1e-5, 3e-4, 0.02, 0.7]
     linears = [
-        Linear(name=f"layers.0.x{i}", block=0, bits=4, scheme="int4", relative_error=e) for i, e in enumerate(errors)
+        LayerRecord(name=f"layers.0.x{i}", block=0, bits=4, scheme="int4", relative_error=e)
+        for i, e in enumerate(errors)
     ]
     scale = HeatScale.of([heat(linears)])
     assert scale is not None

@@ -291,7 +291,8 @@ def test_calibrating_on_the_evaluation_text_is_said(tmp_path: Path) -> None:
         ("manifest.json", None, "no manifest.json; is this a run folder"),
         ("eval/results.json", None, "no eval/results.json; evaluate the run first"),
         ("manifest.json", "{", "manifest.json: cannot be read"),
-        ("manifest.json", "[]", "schema None is not 1"),
+        ("manifest.json", "[]", "not the manifest of a quantpress run"),
+        ("manifest.json", "{}", "schema None is not 1"),
         ("eval/results.json", '{"schema": 1}', "schema 1 is not 2"),
         ("eval/results.json", '{"schema": 2}', "results.json: dtype: Field required"),
         (

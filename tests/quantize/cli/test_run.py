@@ -9,11 +9,12 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
+from quantpress.artifact.manifest import StageRecord, read_manifest
 from quantpress.cli import running as command
 from quantpress.cli import smoking as smoke_command
 from quantpress.cli.app import app
 from quantpress.core.errors import BadInput
-from quantpress.core.files import alone_in, read_manifest, write_json
+from quantpress.core.files import alone_in
 from quantpress.exports.serving import Serving
 
 from ...tiny import build, text
@@ -114,8 +115,8 @@ def test_what_another_command_measured_is_not_taken_for_the_runs_own(project: Pr
 def test_another_smoke_test_is_not_taken_for_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.run()
     manifest = read_manifest(project.out)
-    manifest["stages"]["smoke"] = {"inputs": {}, "summary": {"verdict": "PASSED"}, "seconds": 1}
-    write_json(project.out / "manifest.json", manifest)
+    smoke = StageRecord(inputs={}, summary={"verdict": "PASSED"}, seconds=1)
+    manifest.changed(stages=manifest.stages | {"smoke": smoke}).write(project.out)
 
     def stage(*_: Any, **__: Any) -> Any:
         raise BadInput("stopped")

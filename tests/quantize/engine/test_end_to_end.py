@@ -108,8 +108,8 @@ def test_only_scales_differ_from_a_run_without_it(family: str, tmp_path: Path) -
     lively(family, tmp_path / "model", torch.bfloat16)
     manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT))
     make(tmp_path / "plain", tmp_path / "model", document(family, PLAIN))
-    assert manifest["end_to_end"]["loss_after"] < manifest["end_to_end"]["loss_before"]
-    assert manifest["error_measure"] == "output"
+    assert manifest.end_to_end["loss_after"] < manifest.end_to_end["loss_before"]
+    assert manifest.error_measure == "output"
     trained, plain = (Artifact(tmp_path / name / "quantized") for name in ("run", "plain"))
     assert sorted(trained.checkpoint.names()) == sorted(plain.checkpoint.names())
     changed = 0
@@ -131,7 +131,7 @@ def test_errors_on_record_are_those_of_the_trained_scales(
     embed = Skeleton.embed
     monkeypatch.setattr(Skeleton, "embed", lambda s, ids: met.append(ids) or embed(s, ids))
     manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT) | {"transforms": transforms})
-    assert manifest["end_to_end"]["steps"] > 0
+    assert manifest.end_to_end["steps"] > 0
     artifact, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
     folded = _with_norms_of(model, artifact)
     rounded = copy.deepcopy(model)
@@ -146,15 +146,15 @@ def test_errors_on_record_are_those_of_the_trained_scales(
         module = rounded.get_submodule(name)
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, -2)}))
     rounded(met[0])
-    records = {layer["name"]: layer for layer in manifest["layers"]}
+    records = {layer.name: layer for layer in manifest.layers}
     for name in folded:
         x = inputs[name]
         before, now = folded[name], rounded.get_submodule(name).weight.detach()
         out, error = ((x @ (w if family == "gpt2" else w.T)).detach() for w in (before, now - before))
         share = float(error.square().sum() / out.square().sum())
-        assert records[name]["relative_error"] == pytest.approx(share, rel=1e-3), name
-        assert records[name]["loss"] == pytest.approx(float(error.square().sum()) / len(x), rel=1e-3), name
-        assert records[name]["tokens"] == len(x)
+        assert records[name].relative_error == pytest.approx(share, rel=1e-3), name
+        assert records[name].loss == pytest.approx(float(error.square().sum()) / len(x), rel=1e-3), name
+        assert records[name].tokens == len(x)
 
 
 def _with_norms_of(model: Any, artifact: Any) -> dict[str, Tensor]:

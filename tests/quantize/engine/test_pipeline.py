@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.artifact.manifest import Manifest
 from quantpress.core.errors import BadInput
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
@@ -29,7 +30,7 @@ BASE: dict[str, Any] = {
 }
 
 
-def make(folder: Path, model: Path, document: dict[str, Any], words: str = "", **settings: Any) -> dict[str, Any]:
+def make(folder: Path, model: Path, document: dict[str, Any], words: str = "", **settings: Any) -> Manifest:
     file = folder.parent / "calibration.txt"
     file.write_text(words or text())
     calibration = BASE["calibration"] | document.get("calibration", {}) | {"source": str(file)}
@@ -52,7 +53,7 @@ def test_every_family(family: str, method: str, tmp_path: Path) -> None:
     shapes = [x.name for x in Skeleton(original, device=CPU).linears()]
     back, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
     assert set(back.linears) == set(shapes)
-    assert [layer["name"] for layer in manifest["layers"]] == shapes
+    assert [layer.name for layer in manifest.layers] == shapes
     for name in original.names():
         before, after = original.read(name), back.read(name)
         assert after.shape == before.shape
@@ -61,7 +62,7 @@ def test_every_family(family: str, method: str, tmp_path: Path) -> None:
             assert ((after - before).float().norm() / before.float().norm()) < 0.2
         else:
             assert torch.equal(after, before)
-    assert all(0 < layer["relative_error"] < 0.1 for layer in manifest["layers"])
+    assert all(0 < layer.relative_error < 0.1 for layer in manifest.layers)
 
 
 def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -160,8 +161,8 @@ def test_a_finished_run_of_the_same_recipe_is_used_as_it_is(tmp_path: Path) -> N
     (tmp_path / "run" / ".work").mkdir()  # as a kill after the manifest leaves it
     notes: list[str] = []
     again = make(tmp_path / "run", tmp_path / "model", {"evaluation": None}, on_block=pytest.fail, on_note=notes.append)
-    wanted = manifest["recipe"] | {"evaluation": None}  # what is not of the artifact is as it is asked for now
-    assert again == json.loads(json.dumps(manifest | {"recipe": wanted}))
+    wanted = manifest.recipe | {"evaluation": None}  # what is not of the artifact is as it is asked for now
+    assert again.document() == manifest.changed(recipe=wanted).document()
     assert "finished before" in notes[0]
     assert files(tmp_path / "run" / "quantized") == before
     assert not (tmp_path / "run" / ".work").exists()
@@ -228,7 +229,7 @@ def test_overrides_and_ignore_are_kept(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
     document = {"overrides": [{"match": "*.down_proj", "bits": 8}], "ignore": ["model.layers.0.*"]}
     manifest = make(tmp_path / "run", tmp_path / "model", document)
-    schemes = {layer["name"]: layer["scheme"] for layer in manifest["layers"]}
+    schemes = {layer.name: layer.scheme for layer in manifest.layers}
     assert schemes["model.layers.0.self_attn.q_proj"] == "16 bit"
     assert schemes["model.layers.1.mlp.down_proj"] == "int8 g32 asym"
     assert schemes["model.layers.1.mlp.up_proj"] == "int4 g32 asym"
@@ -249,7 +250,7 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
 def test_experts_that_saw_few_tokens_are_reported(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path / "model", torch.bfloat16)
     manifest = make(tmp_path / "run", tmp_path / "model", {"calibration": {"samples": 1, "seq_len": 16}})
-    assert any("experts" in line and "fewer than" in line for line in manifest["fallbacks"])
+    assert any("experts" in line and "fewer than" in line for line in manifest.fallbacks)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -259,24 +260,24 @@ def test_an_expert_that_saw_no_token_has_another_ones_input_scale(method: str, t
     model.save_pretrained(tmp_path / "model")
     numbers = {"weights": {"type": "fp8", "group_size": 0}, "activations": {"type": "fp8", "dynamic": False}}
     document = numbers | {"method": {"name": method}}
-    layers = make(tmp_path / "run", tmp_path / "model", document)["layers"]
+    layers = make(tmp_path / "run", tmp_path / "model", document).layers
     artifact = Checkpoint(tmp_path / "run" / "quantized")
-    unreached = [x["name"] for x in layers if x["tokens"] == 0]
+    unreached = [x.name for x in layers if x.tokens == 0]
     assert unreached
     for name in unreached:
         where, _, inside = name.rpartition(".experts.")
-        others = [x["name"] for x in layers if x["name"].startswith(where + ".experts.") and x["tokens"]]
+        others = [x.name for x in layers if x.name.startswith(where + ".experts.") and x.tokens]
         alike = [other for other in others if other.endswith(inside.partition(".")[2])]
         widest = max(float(artifact.read(f"{other}.input_scale")) for other in alike)
         assert float(artifact.read(f"{name}.input_scale")) == widest > 1e-6
-        note = next(x["note"] for x in layers if x["name"] == name)
+        note = next(x.note for x in layers if x.name == name)
         assert note.endswith("the scale of its inputs is the widest of the other experts'")
 
 
 def test_a_singular_hessian_is_damped_more_and_reported(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
     document = {"method": {"name": "gptq", "damp": 1e-9}, "calibration": {"samples": 1, "seq_len": 8}}
-    fallbacks = make(tmp_path / "run", tmp_path / "model", document)["fallbacks"]
+    fallbacks = make(tmp_path / "run", tmp_path / "model", document).fallbacks
     assert [line for line in fallbacks if "q_proj: singular Hessian: damping raised from 1e-09 to" in line]
 
 
@@ -332,5 +333,5 @@ def test_modelopt_checkpoints(algorithm: str, document: dict[str, Any], tmp_path
         kind = "weight_scale" if algorithm == "FP8" else "weight_scale_2"
         assert len({*inputs}) == len({back.checkpoint.read(f"{part}.{kind}").item() for part in parts}) == 1
         assert inputs[0] > 0
-    assert manifest["artifact"]["format"] == "modelopt"
-    assert 4 <= manifest["artifact"]["quantized_bits_per_weight"] < 9
+    assert manifest.artifact.format == "modelopt"
+    assert 4 <= manifest.artifact.quantized_bits_per_weight < 9

@@ -167,7 +167,7 @@ def test_the_plan_knows_the_bytes(numbers: dict[str, Any], dtype: torch.dtype, t
     recipe = parse(BASE | {"model": str(tmp_path / "model")} | document)
     job = prepare(recipe, resolve(recipe.model, cache=tmp_path / "cache"))
     manifest = make(tmp_path / "run", tmp_path / "model", document)
-    assert job.plan.artifact_bytes == manifest["artifact"]["bytes"]
+    assert job.plan.artifact_bytes == manifest.artifact.bytes
     shutil.rmtree(tmp_path / "run")
 
 

@@ -100,13 +100,13 @@ def test_every_feed_of_a_family_is_found(family: str, tmp_path: Path) -> None:
     k, block, _ = next(model.blocks())
     grids = dict.fromkeys(model.modules(k), recipe().weights)
     changes = BlockTransforms(recipe(), model.skeleton).apply(k, block, grids, model.hidden, model.arguments[k])
-    assert [record["note"] for record in changes.records] == [None] * len(changes.records)
-    feeds = {record["feed"].split(".0.", 1)[1] for record in changes.records}
+    assert [record.note for record in changes.records] == [None] * len(changes.records)
+    feeds = {record.feed.split(".0.", 1)[1] for record in changes.records}
     assert feeds == set(FEEDS.get(family, LLAMA))
     for name in ("smoothquant", "awq"):
-        assert {r["feed"].split(".0.", 1)[1] for r in changes.records if r["transform"] == name} == feeds
+        assert {r.feed.split(".0.", 1)[1] for r in changes.records if r.transform == name} == feeds
     for record in changes.records:
-        assert record["transform"] == "smoothquant" or record["error_after"] <= record["error_before"]
+        assert record.transform == "smoothquant" or record.error_after <= record.error_before
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral"])
@@ -168,18 +168,18 @@ def test_a_feed_that_cannot_be_scaled_is_in_the_manifest(tmp_path: Path, monkeyp
     fused = Feed("self_attn.qkv_proj", ("self_attn.o_proj",), heads=True)  # not said to be the last rows
     monkeypatch.setitem(ARCHITECTURES, "phi3", type(row)(feeds=(row.feeds[0], fused)))
     manifest = make(tmp_path / "run", tmp_path / "model", {"transforms": BOTH, "method": {"name": "rtn"}})
-    assert manifest["fallbacks"][0] == (
+    assert manifest.fallbacks[0] == (
         "model.layers.0.self_attn.qkv_proj: smoothquant, awq left out: self_attn.qkv_proj puts out 128 channels "
         "and self_attn.o_proj takes in 32"
     )
-    assert len(manifest["fallbacks"]) == 2
+    assert len(manifest.fallbacks) == 2
 
 
 def test_an_expert_that_no_token_reached_is_left_as_it_is(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path / "model", torch.bfloat16)
     document = {"transforms": BOTH, "method": {"name": "rtn"}, "calibration": {"samples": 1, "seq_len": 16}}
     manifest = make(tmp_path / "run", tmp_path / "model", document, words="a" * 4000)  # one token: one pair of experts
-    left = [line for line in manifest["fallbacks"] if "left out: no calibration token reached it" in line]
+    left = [line for line in manifest.fallbacks if "left out: no calibration token reached it" in line]
     assert len([line for line in left if line.startswith("model.layers.0.mlp.experts.")]) == 2
 
 
@@ -192,9 +192,9 @@ def test_linears_left_in_16_bit_are_left_alone(tmp_path: Path) -> None:
         if name.removesuffix(".weight").endswith(("layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "bias")):
             same = torch.equal(original.read(name), artifact.read(name))
             assert same == ("post_attention_layernorm" not in name), name
-    scaled = {record["feed"].rpartition(".")[2] for record in manifest["transforms"]}
+    scaled = {record.feed.rpartition(".")[2] for record in manifest.transforms}
     assert scaled == {"post_attention_layernorm", "up_proj"}
-    assert manifest["fallbacks"] == []
+    assert manifest.fallbacks == ()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -267,9 +267,9 @@ def test_a_scaled_model_rounds_better(tmp_path: Path) -> None:
         document = {"method": {"name": "rtn"}, "transforms": transforms, "calibration": {"samples": 8}}
         document["weights"] = {"bits": 4, "group_size": 32, "symmetric": False, "scale_search": "activation"}
         runs[name] = make(tmp_path / name, tmp_path / "model", document)
-    losses = {n: sum(x["relative_error"] for x in m["layers"] if "q_proj" in x["name"]) for n, m in runs.items()}
+    losses = {n: sum(x.relative_error for x in m.layers if "q_proj" in x.name) for n, m in runs.items()}
     assert losses["awq"] < 0.8 * losses["plain"]
-    assert runs["plain"]["transforms"] == []
+    assert runs["plain"].transforms == ()
 
 
 def test_the_plan_counts_the_look_at_the_inputs(tmp_path: Path) -> None:

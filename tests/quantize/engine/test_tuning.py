@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantpress.artifact.artifact import open_artifact
+from quantpress.artifact.manifest import LayerRecord
 from quantpress.core import machine
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.plan import Plan
@@ -40,10 +41,10 @@ def test_every_family(family: str, method: str, tmp_path: Path) -> None:
     manifest = make(tmp_path / "run", tmp_path / "model", {"method": QUICK[method], "formats": formats})
     back, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
     original = Checkpoint(tmp_path / "model")
-    for layer in manifest["layers"]:
-        assert layer["tuning"]["loss_after"] <= layer["tuning"]["loss_before"]
-        assert 0 < layer["relative_error"] < 0.1
-        before, after = (x.read(f"{layer['name']}.weight").float() for x in (original, back))
+    for layer in manifest.layers:
+        assert layer.tuning["loss_after"] <= layer.tuning["loss_before"]
+        assert 0 < layer.relative_error < 0.1
+        before, after = (x.read(f"{layer.name}.weight").float() for x in (original, back))
         assert 0 < (after - before).norm() / before.norm() < 0.2
 
 
@@ -52,7 +53,7 @@ def test_a_resumed_run_and_a_second_one_give_the_same_bytes(method: str, tmp_pat
     build("llama", tmp_path / "model", torch.bfloat16)
     document = {"method": QUICK[method] | {"start": "rtn"}}
     whole = make(tmp_path / "whole", tmp_path / "model", document)
-    assert all(layer["tuning"]["steps"] > 0 for layer in whole["layers"])
+    assert all(layer.tuning["steps"] > 0 for layer in whole.layers)
 
     def stop(progress: Any) -> None:
         if progress.block == 1:
@@ -89,7 +90,7 @@ class Scene:
         self.tuning = Tuning(settings, 0, self.block, self.linears, self.inputs)
         self.rounded = {name: self.round(linear) for name, linear in self.linears.items()}
         self.start = dict(self.rounded)
-        self.records: dict[str, Any] = {name: {"tokens": 8 * 24} for name in self.rounded}
+        self.records = {name: LayerRecord(name=name, bits=3, scheme="int3", tokens=8 * 24) for name in self.rounded}
 
     def round(self, linear: Linear) -> QuantizedLinear:
         one = rtn(weight_of(self.block, linear), Grid(bits=3, group_size=16, symmetric=False), Rtn()).linear
@@ -114,7 +115,7 @@ def test_a_tuned_block_is_clearly_nearer_to_its_target(family: str, settings: An
     before = (scene.output(scene.block) - scene.targets).square().mean()
     propagated = scene.run()
     after = (scene.output(scene.block) - scene.targets).square().mean()
-    summary = scene.records[next(iter(scene.records))]["tuning"]
+    summary = scene.records[next(iter(scene.records))].tuning
     assert summary["loss_before"] == pytest.approx(float(before), rel=1e-4)
     assert summary["loss_after"] == pytest.approx(float(after), rel=1e-4)
     assert float(after) < 0.8 * float(before)
@@ -122,7 +123,7 @@ def test_a_tuned_block_is_clearly_nearer_to_its_target(family: str, settings: An
     for name, one in scene.rounded.items():
         assert torch.equal(weight_of(scene.block, scene.linears[name]), one.dequantize())
     for name, entry in scene.records.items():
-        assert entry["loss"] / entry["relative_error"] > 0, name
+        assert entry.loss / entry.relative_error > 0, name
 
 
 @pytest.mark.parametrize("settings", [AutoRound(steps=4, lr=5.0), Qat(steps=4, weight_lr=5.0, quant_lr=5.0)])
@@ -132,7 +133,7 @@ def test_a_block_that_only_gets_worse_keeps_its_start(settings: Any, tmp_path: P
     for name, one in scene.start.items():
         assert torch.equal(scene.rounded[name].codes, one.codes)
         assert torch.equal(scene.rounded[name].scales, one.scales)
-    summary = scene.records[next(iter(scene.records))]["tuning"]
+    summary = scene.records[next(iter(scene.records))].tuning
     assert summary["loss_after"] == summary["loss_before"]
     assert summary["steps"] == 0
 
@@ -157,8 +158,8 @@ def test_errors_on_record_are_those_of_the_linears(tmp_path: Path) -> None:
     for name, x in seen.items():
         error = (x @ (scene.rounded[name].dequantize() - originals[name]).T).square().sum()
         power = (x @ originals[name].T).square().sum()
-        assert scene.records[name]["relative_error"] == pytest.approx(float(error / power), rel=1e-4)
-        assert scene.records[name]["loss"] == pytest.approx(float(error) / (8 * 24), rel=1e-4)
+        assert scene.records[name].relative_error == pytest.approx(float(error / power), rel=1e-4)
+        assert scene.records[name].loss == pytest.approx(float(error) / (8 * 24), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -52,8 +52,8 @@ def test_a_file_close_to_the_floats(family: str, tmp_path: Path) -> None:
         assert got[name].shape == w.shape
         assert (got[name] - w).abs().max() <= 0.02 * w.abs().max(), name  # rows in another order would be far off
     assert {t.tensor_type.name for t in reader.tensors} == {"Q8_0", "F32"}
-    assert manifest["artifact"]["format"] == "gguf"
-    assert all(layer["scheme"] == "Q8_0" for layer in manifest["layers"])
+    assert manifest.artifact.format == "gguf"
+    assert all(layer.scheme == "Q8_0" for layer in manifest.layers)
 
 
 def test_types_fall_back_and_say_so(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_types_fall_back_and_say_so(tmp_path: Path) -> None:
     types = {t.name: t.tensor_type.name for t in reader.tensors}
     assert types["blk.0.attn_v.weight"] == "Q8_0"
     assert types["blk.1.attn_q.weight"] == "Q5_0"  # rows of 64
-    assert any("rows of 64 are not whole Q4_K blocks: Q4_K -> Q5_0" in line for line in manifest["fallbacks"])
+    assert any("rows of 64 are not whole Q4_K blocks: Q4_K -> Q5_0" in line for line in manifest.fallbacks)
     assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
 
 
@@ -74,7 +74,7 @@ def test_the_budget_is_kept_to_the_byte(method: str, family: str, tmp_path: Path
     room = file.stat().st_size
     manifest, _ = made(tmp_path, family, gguf={"budget": {"bytes": room}}, method={"name": method})
     assert 0.97 * room <= file.stat().st_size <= room
-    assert manifest["recipe"]["gguf"]["budget"]["bytes"] == room
+    assert manifest.recipe["gguf"]["budget"]["bytes"] == room
     with pytest.raises(BadInput, match=r"bytes for the file, and with the smallest types it takes \d+; raise it"):
         made(tmp_path, family, gguf={"budget": {"bytes": room // 3}}, method={"name": method})
 
@@ -122,8 +122,8 @@ def test_rtn_weighs_by_a_matrix_of_theirs(family: str, tmp_path: Path) -> None:
     given = matrix(tmp_path / "i.gguf", {n: shape for n, shape in names.items() if n != lacking})
     section = {"type": "Q4_0", "imatrix": str(tmp_path / "i.gguf")}
     manifest, reader = made(tmp_path, family, method={"name": "rtn"}, gguf=section)
-    assert manifest["calibration"] is None
-    assert any(f"blk.*.attn_q.weight): nothing in {tmp_path}" in line for line in manifest["fallbacks"])
+    assert manifest.calibration is None
+    assert any(f"blk.*.attn_q.weight): nothing in {tmp_path}" in line for line in manifest.fallbacks)
     got = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
     assert {kinds[name] for name in names} >= {"Q4_0"}
@@ -172,4 +172,4 @@ def test_the_head_is_weighed_by_what_it_gets(method: str, tmp_path: Path) -> Non
     changed = {t.name for t in after.tensors if data[t.name] != (t.data.tobytes(), t.tensor_type)}
     assert "token_embd.weight" in changed
     assert (changed == {"token_embd.weight"}) == (method == "gptq")  # rtn has the blocks' importance besides
-    assert manifest["calibration"] is not None
+    assert manifest.calibration is not None

@@ -1,6 +1,5 @@
 """Recipes with format gguf, from a checkpoint to a run folder that is read back."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,9 @@ def test_a_file_of_floats_needs_no_llama_cpp(tmp_path: Path, monkeypatch: pytest
     manifest = run(tmp_path / "m", tmp_path / "out", type="BF16")
     file = tmp_path / "out" / "quantized" / "model.gguf"
     assert file.stat().st_size == planned.artifact_bytes
-    assert {layer["scheme"] for layer in manifest["layers"]} == {"BF16"}
-    assert {layer["bits"] for layer in manifest["layers"]} == {16}
-    assert manifest["artifact"]["quantized_bits_per_weight"] == 16
+    assert {layer.scheme for layer in manifest.layers} == {"BF16"}
+    assert {layer.bits for layer in manifest.layers} == {16}
+    assert manifest.artifact.quantized_bits_per_weight == 16
     assert verify(tmp_path / "out") >= 5
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "quantized"]
     assert (file.parent / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
@@ -74,7 +73,7 @@ def test_parts_are_read_back_and_have_no_modelfile(tmp_path: Path) -> None:
     files = sorted(p.name for p in (tmp_path / "out" / "quantized").glob("*.gguf"))
     assert len(files) > 1
     assert files[0] == f"model-00001-of-{len(files):05d}.gguf"
-    assert any("Ollama does not load a file in parts" in line for line in manifest["fallbacks"])
+    assert any("Ollama does not load a file in parts" in line for line in manifest.fallbacks)
     artifact, _ = open_artifact(tmp_path / "out" / "quantized", torch.device("cpu"))
     name = "model.layers.1.mlp.down_proj.weight"
     want = load_file(tmp_path / "m" / "model.safetensors")[name].half().float()
@@ -87,7 +86,7 @@ def test_parts_are_read_back_and_have_no_modelfile(tmp_path: Path) -> None:
 def test_the_same_command_again_leaves_it_and_another_recipe_is_refused(tmp_path: Path) -> None:
     build("llama", tmp_path / "m")
     first = run(tmp_path / "m", tmp_path / "out", type="F16")
-    assert run(tmp_path / "m", tmp_path / "out", type="F16") == json.loads(json.dumps(first))
+    assert run(tmp_path / "m", tmp_path / "out", type="F16").document() == first.document()
     with pytest.raises(BadInput, match="already holds a finished run of something else"):
         run(tmp_path / "m", tmp_path / "out", type="F32")
 
@@ -123,12 +122,12 @@ def test_llama_cpp_quantizes_with_overrides_and_says_what_fell_back(tmp_path: Pa
     assert kinds["blk.0.attn_v.weight"] == kinds["blk.1.attn_v.weight"] == "Q8_0"
     assert kinds["blk.0.attn_q.weight"] == "Q5_0"  # rows of 64 are no blocks of 256
     assert kinds["blk.0.attn_norm.weight"] == "F32"
-    layers = {layer["name"]: layer for layer in manifest["layers"]}
+    layers = {layer.name: layer for layer in manifest.layers}
     asked = layers["model.layers.0.self_attn.q_proj"]
-    assert (asked["scheme"], asked["bits"]) == ("Q5_0", 5.5)
-    assert asked["note"] == "rows of 64 are not whole blocks of 256: Q4_K -> Q5_0"
-    assert layers["model.layers.0.self_attn.v_proj"]["note"] is None
-    assert any("Q4_K -> Q5_0" in line and "blk.*.attn_q.weight" in line for line in manifest["fallbacks"])
+    assert (asked.scheme, asked.bits) == ("Q5_0", 5.5)
+    assert asked.note == "rows of 64 are not whole blocks of 256: Q4_K -> Q5_0"
+    assert layers["model.layers.0.self_attn.v_proj"].note is None
+    assert any("Q4_K -> Q5_0" in line and "blk.*.attn_q.weight" in line for line in manifest.fallbacks)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
@@ -189,7 +188,7 @@ def test_the_plan_knows_the_bytes_of_llama_cpps_mixes(section: dict[str, Any], t
     manifest = run(tmp_path / "m", tmp_path / "out", **section)
     files = list((tmp_path / "out" / "quantized").glob("model*.gguf"))
     assert planned.artifact_bytes == sum(file.stat().st_size for file in files)
-    assert planned.layers == {layer["name"]: layer["scheme"] for layer in manifest["layers"]}
+    assert planned.layers == {layer.name: layer.scheme for layer in manifest.layers}
 
 
 def test_llama_cpp_quantizes_parts_into_parts(tmp_path: Path) -> None:

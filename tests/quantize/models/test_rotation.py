@@ -305,12 +305,10 @@ def test_a_run_resumes_to_the_same_bytes_and_is_measured_against_the_original(tm
     original, artifact = Checkpoint(model), Checkpoint(tmp_path / "whole" / "quantized")
     assert artifact.config["tie_word_embeddings"] is False
     assert artifact.nbytes("lm_head.weight") == original.nbytes("model.embed_tokens.weight")
-    assert manifest["model"]["files"] == original.file_hashes()
-    assert manifest["artifact"]["original_bytes"] == original.total_bytes
+    assert manifest.model.files == original.file_hashes()
+    assert manifest.artifact.original_bytes == original.total_bytes
     added = original.nbytes("model.embed_tokens.weight")
-    assert (
-        manifest["fallbacks"][0] == f"hadamard: the head is no longer tied to the embedding, which adds {added} bytes"
-    )
+    assert manifest.fallbacks[0] == f"hadamard: the head is no longer tied to the embedding, which adds {added} bytes"
 
     (tmp_path / "text.txt").write_text(tiny.text())
     wanted = Evaluation(source=str(tmp_path / "text.txt"), windows=2, window=64)
