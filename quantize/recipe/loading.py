@@ -97,6 +97,10 @@ def _problems(error: ValidationError) -> str:
     return "; ".join(_problem(e) for e in errors)
 
 
+_GONE = {  # keys that recipes of earlier versions may have, by their parent: what to write now
+    ("gptq", "correction"): "gone with GPTAQ, which lost to QEP wherever it was measured; drop it, error_correction "
+    "alone sets the strength of QEP",
+}
 _PLAIN = {
     "model_type": "a mapping of keys is needed",
     "model_attributes_type": "a mapping of keys is needed",
@@ -111,7 +115,9 @@ def _inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
 def _problem(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
-    if error["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden" and error["loc"][-2:] in _GONE:
+        message = _GONE[error["loc"][-2:]]
+    elif error["type"] == "extra_forbidden":
         known = _keys_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.6)
         message = f"unknown key{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"

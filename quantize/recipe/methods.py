@@ -64,13 +64,8 @@ class Gptq(Strict):
         ge=0,
         le=1,
         strict=False,
-        description="share of the error already in a linear's inputs that its weight makes up for; above 0 the "
-        "original model runs beside, twice the work",
-    )
-    correction: Literal["qep", "gptaq"] = Field(
-        "qep",
-        description="how: qep, arXiv:2504.09629, moves the weight before it is rounded; gptaq, arXiv:2504.02692, moves "
-        "the columns still to come as each is rounded (try error_correction 0.25 with it)",
+        description="QEP strength (arXiv:2504.09629), how far the weight moves to undo the error already in the "
+        "linear's inputs; above 0 the original model runs beside, about twice the compute",
     )
 
     @model_validator(mode="after")
