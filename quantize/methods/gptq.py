@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..numbers.grid import round_numbers_
+from ..numbers.grid import round_numbers_, scale_dtype
 from ..numbers.types import Grid
-from ..recipe import Gptq, Method
+from ..recipe.methods import Gptq, MethodSettings
 from .fitting import Fitting
 from .rounded import Rounded
 from .rtn import output_power
@@ -18,7 +18,7 @@ _MAX_DAMP = 10.0
 
 
 def gptq(
-    weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Tensor | None = None
+    weight: Tensor, grid: Grid, settings: MethodSettings, moment: Tensor | None = None, drift: Tensor | None = None
 ) -> Rounded:
     """Round `weight` [out, in] to `grid`, each column making up for the error of the columns before it.
 
@@ -33,12 +33,12 @@ def gptq(
     if moment is None or not isinstance(settings, Gptq):
         raise ValueError("gptq needs the second moment of the inputs and its own settings")
     out_features, in_features = weight.shape
-    fitting = Fitting(weight, grid)
-    columns = fitting.columns
-    order = column_order(moment.diagonal(), columns, settings.order, fitting.span)
+    columns, stored = grid.columns(in_features), scale_dtype(weight, grid)
+    order = column_order(moment.diagonal(), columns, settings.order, grid.span(in_features))
     feedback, variance, damp = factor(moment[order[:, None], order], settings.damp)
     if drift is not None:
         weight = corrected(weight.to(moment.dtype), drift, order, feedback, variance, settings.error_correction)
+    fitting = Fitting(weight, grid, stored)
 
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
     state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
@@ -80,7 +80,9 @@ def gptq(
     numbers = torch.empty_like(state.numbers)
     numbers[order] = state.numbers
     linear = replace(fitting.linear(numbers.T), g_idx=g_idx)
-    return Rounded(linear, error, output_power(weight.to(moment.dtype), moment), damp)
+    power = output_power(weight.to(moment.dtype), moment)
+    raised = f"singular Hessian: damping raised from {settings.damp:g} to {damp:g}" if damp > settings.damp else None
+    return Rounded(linear, error, power, damp, "; ".join(filter(None, (raised, fitting.clipped))) or None)
 
 
 @dataclass
@@ -128,20 +130,23 @@ def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> T
 
     `group_aware` (GAR, arXiv:2505.14638) sorts inside each group and then the groups by their largest entry, so that
     groups stay contiguous on disk; with a `span` of several groups, the groups inside each span and then the spans.
-    `activation` is act-order; sorting is stable, so equal inputs give equal orders.
+    A last group of fewer columns, which blocks of 128 may leave, is sorted inside and stays last. `activation` is
+    act-order; sorting is stable, so equal inputs give equal orders.
     """
-    if order == "natural" or diagonal.numel() % columns:  # blocks of 128 need not divide: the last is smaller
+    if order == "natural":
         return torch.arange(diagonal.numel(), device=diagonal.device)
     if order == "activation":
         return diagonal.argsort(descending=True, stable=True)
-    grouped, groups = diagonal.reshape(-1, columns), max(1, span // columns)
+    whole = diagonal.numel() // columns * columns
+    last = diagonal[whole:].argsort(descending=True, stable=True) + whole
+    grouped, groups = diagonal[:whole].reshape(-1, columns), max(1, span // columns)
     starts = torch.arange(grouped.shape[0], device=diagonal.device) * columns
     inside = grouped.argsort(dim=1, descending=True, stable=True) + starts[:, None]
     largest = grouped.amax(1).reshape(-1, groups)
     among = largest.argsort(dim=1, descending=True, stable=True)
     among += torch.arange(largest.shape[0], device=diagonal.device)[:, None] * groups
     outside = largest.amax(1).argsort(descending=True, stable=True)
-    return inside[among[outside].reshape(-1)].reshape(-1)
+    return torch.cat([inside[among[outside].reshape(-1)].reshape(-1), last])
 
 
 def corrected(
