@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..gguf.reader import gguf_files
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Grid
-from ..recipe import PackedFormat
+from ..recipe import FILE_FORMATS
 from .manifest import MANIFEST, read_manifest
 
 _PART_BYTES = 500_000_000  # held in memory before it is written
@@ -34,8 +34,9 @@ def convert(source: Path, target: Path, to: str) -> None:
     origin = detect(checkpoint.config)
     if origin is None:
         raise BadInput(f"{source} is not quantized; convert changes the format of an artifact")
-    if to not in get_args(PackedFormat):
-        raise BadInput(f"unknown format {to!r}; known: {', '.join(get_args(PackedFormat))}")
+    known = [name for name, held in FILE_FORMATS.items() if held.convertible]
+    if to not in known:
+        raise BadInput(f"unknown format {to!r}; known: {', '.join(known)}")
     if to == origin:
         raise BadInput(f"{source} is in format {to} already")
     if target.exists():
@@ -72,7 +73,7 @@ def convert(source: Path, target: Path, to: str) -> None:
     partial.mkdir(parents=True)
     try:
         _write_weights(
-            checkpoint, {f"{n}.{suffix}": n for n in shapes for suffix in reader.suffixes()}, repack, renamed, partial
+            checkpoint, {f"{n}.{suffix}": n for n in shapes for suffix in reader.suffixes}, repack, renamed, partial
         )
         write_json(partial / "config.json", checkpoint.config | {"quantization_config": quantization})
         for name, content in writer.extra_files(quantization).items():
@@ -187,7 +188,7 @@ def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: di
     manifest = read_manifest(source)
     written = Checkpoint(folder)
     stored = sum(written.nbytes(n) for n in written.names() if n.rpartition(".")[0] in shapes
-                 and n.rpartition(".")[2] in FORMATS[to].suffixes())  # fmt: skip
+                 and n.rpartition(".")[2] in FORMATS[to].suffixes)  # fmt: skip
     weights = sum(rows * columns for rows, columns in shapes.values())
     sizes = manifest.artifact.changed(
         format=to, bytes=written.total_bytes, quantized_bits_per_weight=8 * stored / weights

@@ -49,6 +49,34 @@ def set_up_memory() -> None:
 
 
 @contextmanager
+def exact_float32_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32, whatever the process or its environment has allowed; restored afterwards.
+
+    `torch.set_float32_matmul_precision("high")` and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE shorten float32 numbers to TF32
+    (10 bits of mantissa) or bfloat16 (7) before they are multiplied, on CPUs too; cuDNN does so in convolutions
+    unless told otherwise. A Hessian made so need not be positive definite, and the bytes of an artifact would depend on
+    what else runs in the process.
+    """
+    of: Any = torch.backends
+    operators = (of.cuda.matmul, of.cudnn.conv, of.cudnn.rnn, of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn)
+    before = [operator.fp32_precision for operator in operators]
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        overall = None  # set operator by operator, not by one word for all
+    torch.set_float32_matmul_precision("highest")
+    for operator in operators:
+        operator.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)
+        for operator, precision in zip(operators, before, strict=True):
+            operator.fp32_precision = precision
+
+
+@contextmanager
 def collecting_only_what_is_new() -> Iterator[None]:
     """Have the garbage collector leave alone what is there already: libraries, which it would walk for every block."""
     gc.freeze()

@@ -104,6 +104,6 @@ def _sizes(job: Job, folder: Path) -> Sizes:
     artifact = Checkpoint(folder)
     quantized = [x for x in job.linears if job.schemes[x.name] is not None]
     weights = sum(x.out_features * x.in_features for x in quantized)
-    packed = {f"{x.name}.{suffix}" for x in quantized for suffix in FORMATS[job.recipe.formats[0]].suffixes()}
+    packed = {f"{x.name}.{suffix}" for x in quantized for suffix in FORMATS[job.recipe.formats[0]].suffixes}
     stored = sum(artifact.nbytes(n) for n in artifact.names() if n in packed)
     return job.sizes(job.recipe.formats[0], artifact, stored, weights)

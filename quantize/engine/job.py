@@ -131,7 +131,7 @@ def _check_format(
         grid = schemes[linear.name]
         if grid is None:
             continue
-        if format != "gptq" and linear.transposed:
+        if linear.transposed and not FORMATS[format].holds.conv1d:
             raise BadInput(
                 f"{linear.name} is a Conv1D, which readers of {format} leave unquantized without a word; "
                 "write it with --set formats=[gptq]"

@@ -29,6 +29,7 @@ __all__ = ["Job", "Progress", "Settings", "prepare", "quantize"]
 _NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "targets", "smoke"}  # recipe keys
 
 
+@machine.exact_float32_products()
 def quantize(job: Job, settings: Settings) -> Manifest:
     """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
 

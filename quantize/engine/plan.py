@@ -17,7 +17,7 @@ from ..formats import FORMATS
 from ..models.skeleton import Linear, Skeleton
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
-from ..recipe import Awq, Qat, Recipe, SmoothQuant, Tuned
+from ..recipe import Qat, Recipe, Tuned
 
 TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
 PROCESS_BYTES = 465_000_000  # Python, torch, transformers and a small model's run, measured on Linux
@@ -98,7 +98,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     process = PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size)
     memory = process + max(shell, max(inside) * 3 + work) + hidden
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
-    tried = _scales_tried(recipe)
+    tried = sum(transform.scales_tried for transform in recipe.transforms)
     operations = _operations(linears, schemes, tokens, streams, calibrated)
     if tried:  # the block runs once more, to be looked at; that needs no more memory than rounding it afterwards
         operations += _operations(linears, schemes, tokens, 1, calibrated)
@@ -179,11 +179,6 @@ def _operations(
             if calibrated:
                 total += (2.0 * streams - 1) * tokens * x.in_features**2 + 4.0 * weights * x.in_features
     return total
-
-
-def _scales_tried(recipe: Recipe) -> int:
-    """Scales that the transforms compare for each linear, at the most."""
-    return sum(t.points if isinstance(t, Awq) else 12 for t in recipe.transforms if isinstance(t, Awq | SmoothQuant))
 
 
 def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:

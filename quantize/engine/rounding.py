@@ -15,11 +15,11 @@ from ..methods import ROUNDERS, Rounded
 from ..methods.rtn import column_power
 from ..models.skeleton import Linear
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
-from ..recipe import Gptq, Rtn
+from ..recipe import MethodSettings
 
 
 def round_stage(
-    method: Rtn | Gptq,
+    method: MethodSettings,
     schemes: dict[str, Grid | None],
     block: nn.Module,
     linears: list[Linear],
@@ -82,14 +82,15 @@ def _width(inputs: Inputs) -> float:
     return -scale if inputs.spec.type == "nvfp4" else scale
 
 
-def _round(method: Rtn | Gptq, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
+def _round(method: MethodSettings, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
     """Round one stack; what is done otherwise than asked comes back as a note."""
     moment = stage.moment
     if moment is not None and not bool(column_power(moment).isfinite().all()):
         raise BadInput(f"{stage.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")
-    if not isinstance(method, Gptq):
-        return ROUNDERS[method.name](weight, grid, method, moment, None), None
-    if moment is None or not bool(moment.diagonal().any()):
+    if not method.calibrated:
+        result = ROUNDERS[method.name](weight, grid, method, moment, None)
+        return result, result.note
+    if moment is None or not bool(column_power(moment).any()):
         return ROUNDERS["rtn"](weight, grid, method, None, None), "no calibration token reached it: rounded to nearest"
     try:
         result = ROUNDERS[method.name](weight, grid, method, moment, stage.drift)
@@ -97,11 +98,9 @@ def _round(method: Rtn | Gptq, weight: Tensor, grid: Grid, stage: Stage) -> tupl
         raise BadInput(
             f"{stage.names[0]}: {error}; try another calibration text, or leave the layer to `ignore`"
         ) from None
-    if result.damp is not None and result.damp > method.damp:
-        return result, f"singular Hessian: damping raised from {method.damp:g} to {result.damp:g}"
-    if stage.tokens < weight.shape[1]:
-        return result, f"saw {stage.tokens} tokens, fewer than its {weight.shape[1]} inputs"
-    return result, None
+    few = f"saw {stage.tokens} tokens, fewer than its {weight.shape[1]} inputs"
+    said = (result.note, few if stage.tokens < weight.shape[1] else None)
+    return result, "; ".join(filter(None, said)) or None
 
 
 def place(block: nn.Module, linear: Linear, rounded: QuantizedLinear) -> None:

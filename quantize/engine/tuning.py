@@ -7,7 +7,7 @@ of the original model at the same place, so that it also makes up for errors alr
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +17,13 @@ from torch.utils._pytree import tree_map_only
 from ..artifact.manifest import LayerRecord
 from ..calibrate.stages import BATCH_TOKENS
 from ..core import machine
-from ..methods.autoround import SignRound
-from ..methods.qat import BlockAp
+from ..methods import TUNERS, Tuner
 from ..models.arguments import Arguments
 from ..models.skeleton import Linear, run_block
 from ..numbers.grid import QuantizedLinear
-from ..recipe import AutoRound, Qat, Tuned
+from ..recipe import Tuned
 from .plan import TUNING_CHECKS
 from .rounding import place, weight_of
-
-
-class Tuner(Protocol):
-    """One linear whose rounded weight is learned. weight [out, in] float32 is that of `result`, dequantized."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def result(self) -> QuantizedLinear: ...
-    def step(self, gradient: Tensor, progress: float) -> None:
-        """Follow the gradient [out, in] of the loss by `weight`; progress in [0, 1): the share of steps done."""
-
-
-def tuner(settings: Tuned, weight: Tensor, start: QuantizedLinear) -> Tuner:
-    """What `settings` ask for, for the original weight [out, in] and the codes it starts from."""
-    if isinstance(settings, AutoRound):
-        return SignRound(settings, weight, start)
-    assert isinstance(settings, Qat)
-    return BlockAp(settings, weight, start)
 
 
 class Tuning:
@@ -69,7 +49,9 @@ class Tuning:
         hidden["reference"] [samples, seq_len, hidden]: what the original model has after this block.
         """
         passes = Passes(self._block, self._inputs, hidden["reference"], arguments, device)
-        start = {name: tuner(self._settings, self._weights[name], one) for name, one in rounded.items()}
+        start = {
+            name: TUNERS[self._settings.name](self._settings, self._weights[name], one) for name, one in rounded.items()
+        }
         best, summary = self._descend(start, passes)
         rounded.update(best)
         for name, one in rounded.items():

@@ -3,7 +3,6 @@
 from typing import Any
 
 from ..core.errors import BadInput
-from . import awq, gptq
 from .awq import Awq
 from .base import Contents, Format
 from .compressed_tensors import CompressedTensors
@@ -31,14 +30,9 @@ def detect(config: dict[str, Any]) -> str | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method == "compressed-tensors":
-        return "compressed-tensors"
-    if method == "gptq":
-        return gptq.version(quantization)
-    if method == "awq":
-        awq.check_version(quantization)
-        return "awq"
-    if str(method).startswith("modelopt"):
-        return "modelopt"
-    raise BadInput(f"quantized with {method!r}, which cannot be read; known: compressed-tensors, gptq, awq, modelopt")
+    stated = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    for name, format in FORMATS.items():
+        if format.reads(stated):
+            return name
+    known = ", ".join(dict.fromkeys(format.name for format in FORMATS.values() if format.holds.convertible))
+    raise BadInput(f"quantized with {stated.get('quant_method')!r}, which cannot be read; known: {known}")

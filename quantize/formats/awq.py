@@ -17,17 +17,27 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Activations, Grid
-from .base import Contents, Format, grid_of, in_float16, kind, left_out, take
+from .base import Contents, Format, grid_of, in_float16, left_out, take
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each eight that is in bits 4i to 4i+3
 
 
 class Awq(Format):
+    name = method = "awq"
+    suffixes = ("qweight", "qzeros", "scales")
+
+    def reads(self, quantization: dict[str, Any]) -> bool:
+        if not super().reads(quantization):
+            return False
+        version = str(quantization.get("version") or "gemm").lower()
+        if version != "gemm":
+            raise BadInput(f"awq version {version!r} is laid out for one kernel and cannot be read; known: gemm")
+        return True
+
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
         if grid.type != "int" or grid.bits != 4:
             raise BadInput(f"awq holds 4-bit integers, not {grid}; use compressed-tensors")
-        if shuffled:
-            raise BadInput("awq has no g_idx: scattered groups (static_groups: false) need format gptq")
+        super().check(grid, out_features, in_features, shuffled)
         for what, n in (("in_features", in_features), ("out_features", out_features)):
             if n % 8:
                 raise BadInput(
@@ -70,29 +80,17 @@ class Awq(Format):
                 out[name.removesuffix(".qweight")] = (8 * shape[1], shape[0])
         return out
 
-    def suffixes(self) -> tuple[str, ...]:
-        return ("qweight", "qzeros", "scales")
-
     def config(self, contents: Contents) -> dict[str, Any]:
-        if contents.activations is not None or contents.kv_cache is not None:
-            raise BadInput("awq files hold weights only: no activations, no kv_cache; use compressed-tensors")
-        grids = list({kind(grid): grid for grid in contents.schemes.values() if grid is not None}.values())
-        if not grids:
-            raise BadInput("no linear is quantized")
-        if len(grids) > 1:
-            raise BadInput(
-                f"awq has one kind of weight for all layers, and these have {', '.join(map(str, grids))}; "
-                "use compressed-tensors, or `ignore` in the place of `overrides`"
-            )
+        grid = self.one_kind(contents)
         config = {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": grids[0].group_size,
+            "group_size": grid.group_size,
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": left_out("awq", contents.schemes, contents.outside),
         }
-        return config | ({"sym": True} if grids[0].symmetric else {})
+        return config | ({"sym": True} if grid.symmetric else {})
 
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
         symmetric = config.get("sym") is True or config.get("zero_point") is False
@@ -102,13 +100,6 @@ class Awq(Format):
         grid = grid_of(bits, group_size, symmetric)
         skipped = config.get("modules_to_not_convert") or []
         return {name: None if any(part in name for part in skipped) else grid for name in names}
-
-
-def check_version(config: dict[str, Any]) -> None:
-    """Raise BadInput for an AWQ layout other than GEMM's."""
-    version = str(config.get("version") or "gemm").lower()
-    if version != "gemm":
-        raise BadInput(f"awq version {version!r} is laid out for one kernel and cannot be read; known: gemm")
 
 
 def _pack(codes: Tensor) -> Tensor:

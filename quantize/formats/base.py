@@ -1,10 +1,11 @@
 """What a format can do: hold a QuantizedLinear as tensors, give it back, and say so in config.json."""
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ValidationError
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
+from ..recipe.file_formats import FILE_FORMATS, FileFormat
 
 _CACHES = {("float", 8): "fp8", ("int", 8): "int8"}
 Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: all of a grid that a file knows
@@ -37,14 +39,60 @@ class Contents:
 class Format(ABC):
     """One on-disk format. No files are opened here: tensors go in and out by name.
 
-    cache_suffixes: where the scales of the keys and of the values lie, after the attention module's own name.
+    name: the recipe's name of it, under which FILE_FORMATS tells what its files hold. method: `quant_method` in a
+    quantization_config. suffixes: the tensor names `pack` may write, after the linear's own. cache_suffixes: where the
+    scales of the keys and of the values lie, after the attention module's own name.
     """
 
-    cache_suffixes: tuple[str, str] = ("k_scale", "v_scale")
+    name: ClassVar[str]
+    method: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    cache_suffixes: ClassVar[tuple[str, str]] = ("k_scale", "v_scale")
 
-    @abstractmethod
+    @property
+    def holds(self) -> FileFormat:
+        """What files of this format can hold."""
+        return FILE_FORMATS[self.name]
+
+    def reads(self, quantization: dict[str, Any]) -> bool:
+        """Whether a checkpoint with this quantization_config is in this format.
+
+        Raises BadInput for a variant of it that cannot be read.
+        """
+        return bool(quantization.get("quant_method") == self.method)
+
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
-        """Raise BadInput when a linear cannot be held; `shuffled`: groups are scattered columns, named by g_idx."""
+        """Raise BadInput when a linear cannot be held; `shuffled`: groups are scattered columns, named by g_idx.
+
+        A format adds what its layout asks of bits and shapes.
+        """
+        if grid.type not in self.holds.types:
+            other = next(name for name, held in FILE_FORMATS.items() if held.convertible)
+            raise BadInput(f"{self.name} holds weights of type {', '.join(self.holds.types)}, not {grid}; use {other}")
+        if shuffled and not self.holds.scattered:
+            able = ", ".join(name for name, held in FILE_FORMATS.items() if held.scattered)
+            raise BadInput(f"{self.name} has no g_idx: scattered groups (static_groups: false) need format {able}")
+
+    def kinds(self, contents: Contents) -> list[Grid]:
+        """The weights of a model, one grid of each kind; raises BadInput for contents that the files cannot hold."""
+        if not self.holds.input_scales and (contents.activations is not None or contents.kv_cache is not None):
+            raise BadInput(f"{self.name} holds weights only: no activations, no kv_cache; use compressed-tensors")
+        if contents.kv_cache not in (None, "fp8"):
+            raise BadInput(f"kv_cache {contents.kv_cache}: {self.name} holds fp8 scales for it; use fp8")
+        grids = {kind(grid): grid for grid in contents.schemes.values() if grid is not None}
+        if not grids:
+            raise BadInput("no linear is quantized")
+        return list(grids.values())
+
+    def one_kind(self, contents: Contents) -> Grid:
+        """The one kind of weight that a model has; raises BadInput where there are several."""
+        grids = self.kinds(contents)
+        if len(grids) > 1:
+            raise BadInput(
+                f"{self.name} has one kind of weight for all layers, and these have {', '.join(map(str, grids))}; "
+                "use compressed-tensors, or `ignore` in the place of `overrides`"
+            )
+        return grids[0]
 
     @abstractmethod
     def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
@@ -67,10 +115,6 @@ class Format(ABC):
     @abstractmethod
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
         """The quantized linears among the tensors {name: shape} of a checkpoint: {name: (out, in)}."""
-
-    @abstractmethod
-    def suffixes(self) -> tuple[str, ...]:
-        """The tensor names `pack` may write, after the linear's own."""
 
     @abstractmethod
     def config(self, contents: Contents) -> dict[str, Any]:
@@ -130,6 +174,14 @@ def take(name: str, read: Callable[[str], Tensor], shape: tuple[int, ...], dtype
     if tuple(tensor.shape) != shape:
         raise BadInput(f"{name}: shape {list(tensor.shape)} where the config asks for {list(shape)}")
     return tensor
+
+
+def positive(name: str, scale: Tensor) -> Tensor:
+    """`scale`, which may be stored as [] or [1], as float32 []; raises BadInput unless it is finite and above 0."""
+    scale = scale.to(torch.float32)
+    if scale.numel() != 1 or not 0 < float(scale) < math.inf:
+        raise BadInput(f"{name}: one positive, finite number is needed")
+    return scale.reshape(())
 
 
 def in_float16(format: str, name: str, scales: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..numbers.activations import columns_of
 from ..numbers.grid import BLOCK, Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
 from . import layouts
-from .base import Contents, Format, Kind, grid_of, kind, patterns, take
+from .base import Contents, Format, Kind, grid_of, kind, patterns, positive, take
 
 # The library's QuantizationArgs, with its presets' values; those of integers and fp8 follow from the grid.
 _WEIGHTS: dict[str, dict[str, Any]] = {
@@ -35,11 +35,11 @@ _SPECS = [
 
 
 class CompressedTensors(Format):
+    name = method = "compressed-tensors"
+    suffixes = layouts.SUFFIXES
+
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
-        if shuffled:
-            raise BadInput(
-                "compressed-tensors has dropped g_idx: scattered groups (static_groups: false) need format gptq"
-            )
+        super().check(grid, out_features, in_features, shuffled)
         if grid.type == "fp8-block" and (out_features % BLOCK or in_features % BLOCK):
             raise BadInput(
                 f"readers of compressed-tensors want whole blocks of {BLOCK} x {BLOCK}, and the weight is "
@@ -89,9 +89,6 @@ class CompressedTensors(Format):
             out[linear] = (n_out, n_in)
         return out
 
-    def suffixes(self) -> tuple[str, ...]:
-        return layouts.SUFFIXES
-
     def config(self, contents: Contents) -> dict[str, Any]:
         # Imported late: the library pulls in a second and a half of other modules.
         from compressed_tensors.quantization import (
@@ -107,23 +104,19 @@ class CompressedTensors(Format):
         if "embed_out" in ignored:
             ignored.append("lm_head")  # what transformers calls the same head
         _check_experts(kinds)
-        grids = {kind(grid): grid for grid in contents.schemes.values() if grid is not None}
-        if not grids:
-            raise BadInput("no linear is quantized")
-        if contents.kv_cache not in (None, "fp8"):
-            raise BadInput(f"kv_cache {contents.kv_cache}: compressed-tensors files hold fp8 scales for it; use fp8")
+        grids = self.kinds(contents)
         spec = contents.activations
         named = patterns(kinds | dict.fromkeys(ignored))
         groups = {
             f"group_{k}": QuantizationScheme(
-                targets=["Linear"] if len(grids) == 1 else [f"re:{p}" for p, v in named.items() if v == value],
+                targets=["Linear"] if len(grids) == 1 else [f"re:{p}" for p, v in named.items() if v == kind(grid)],
                 weights=QuantizationArgs(**_weight_args(grid)),
                 input_activations=None
                 if contents.activations is None
                 else QuantizationArgs(**_input_args(contents.activations, grid)),
                 format=layouts.layout_of(grid, spec),
             )
-            for k, (value, grid) in enumerate(grids.items())
+            for k, grid in enumerate(grids)
         }
         formats = {scheme.format for scheme in groups.values()}
         config: dict[str, Any] = QuantizationConfig(
@@ -165,7 +158,8 @@ class CompressedTensors(Format):
         columns = columns_of(spec, grid)
         if not spec.calibrated:
             return Inputs(spec, columns)
-        scale = take(f"{name}.{_input_scale(spec)}", read, (1,)).to(torch.float32).reshape(())
+        stored = f"{name}.{_input_scale(spec)}"
+        scale = positive(stored, take(stored, read, (1,)))
         if spec.symmetric:
             return Inputs(spec, columns, scale)
         return Inputs(spec, columns, scale, take(f"{name}.input_zero_point", read, (1,)).to(torch.float32).reshape(()))

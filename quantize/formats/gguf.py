@@ -15,6 +15,9 @@ from .base import Contents, Format, take
 class Gguf(Format):
     """One tensor a linear, `weight` uint8 [out, row bytes]; its type is not written in it."""
 
+    name = method = "gguf"
+    suffixes = ("weight",)
+
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
         if not isinstance(grid, BlockGrid):
             raise BadInput(f"a GGUF file holds ggml's block types, not {grid}")
@@ -35,9 +38,6 @@ class Gguf(Format):
 
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
         raise BadInput("the types of a GGUF file's tensors stand in the file: read it as one")
-
-    def suffixes(self) -> tuple[str, ...]:
-        return ("weight",)
 
     def config(self, contents: Contents) -> dict[str, Any]:
         return {}  # the file describes itself

@@ -29,12 +29,17 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 class Gptq(Format):
     """`lowered`: asymmetric zeros were stored one lower (version 1); such files are read, never written."""
 
+    name = method = "gptq"
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
+
     def __init__(self, lowered: bool = False) -> None:
         self.lowered = lowered
 
+    def reads(self, quantization: dict[str, Any]) -> bool:
+        return super().reads(quantization) and self.lowered == _is_lowered(quantization)
+
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
-        if grid.type != "int":
-            raise BadInput(f"gptq holds integer weights, not {grid}; use compressed-tensors")
+        super().check(grid, out_features, in_features, shuffled)
         for what, n in (("in_features", in_features), ("out_features", out_features)):
             if n * grid.bits % 32:
                 step = {2: 16, 3: 32, 4: 8, 8: 4}[grid.bits]
@@ -106,12 +111,8 @@ class Gptq(Format):
                 raise BadInput(f"{name}: a qweight matrix and a g_idx vector are needed")
         return {name: (shapes[f"{name}.qweight"][1], shapes[f"{name}.g_idx"][0]) for name in names}
 
-    def suffixes(self) -> tuple[str, ...]:
-        return ("qweight", "qzeros", "scales", "g_idx")
-
     def config(self, contents: Contents) -> dict[str, Any]:
-        if contents.activations is not None or contents.kv_cache is not None:
-            raise BadInput("gptq files hold weights only: no activations, no kv_cache; use compressed-tensors")
+        self.kinds(contents)
         kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in contents.schemes.items()}
         counted = Counter(value for value in kinds.values() if value is not None)
         if len({symmetric for *_, symmetric in counted}) > 1:
@@ -119,8 +120,6 @@ class Gptq(Format):
                 "gptq cannot hold symmetric and asymmetric layers in one model, whose zeros are all of one version; "
                 "use compressed-tensors or one kind"
             )
-        if not counted:
-            raise BadInput("no linear is quantized")
         base = counted.most_common(1)[0][0]
         kinds.update(dict.fromkeys(contents.outside))
         kinds.pop("lm_head", None)  # `lm_head: false` says that one
@@ -158,14 +157,14 @@ class Gptq(Format):
         return out
 
 
-def version(config: dict[str, Any]) -> str:
-    """The format that reads files with this quantization_config; raises BadInput for layouts made for one kernel."""
+def _is_lowered(config: dict[str, Any]) -> bool:
+    """Whether zeros are asymmetric and stored one lower; raises BadInput for layouts made for one kernel."""
     layout = config.get("checkpoint_format") or "gptq"
     if layout not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
         raise BadInput(f"gptq checkpoint_format {layout!r} is laid out for one kernel and cannot be read; known: "
                        "gptq, gptq_v2")  # fmt: skip
-    asymmetric = [config, *(v for v in (config.get("dynamic") or {}).values() if isinstance(v, dict))]
-    return "gptq-v1-asymmetric" if layout == "gptq" and any(v.get("sym") is False for v in asymmetric) else "gptq"
+    parts = [config, *(v for v in (config.get("dynamic") or {}).values() if isinstance(v, dict))]
+    return layout == "gptq" and any(part.get("sym") is False for part in parts)
 
 
 def _with_fused(kinds: dict[str, Kind | None]) -> dict[str, Kind | None]:

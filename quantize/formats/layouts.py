@@ -20,7 +20,7 @@ from torch import Tensor
 from ..numbers.grid import BLOCK, QuantizedLinear
 from ..numbers.types import Activations, Grid
 from . import bits as bitstream
-from .base import take
+from .base import positive, take
 
 WORDS, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 _FLOATS = {
@@ -87,7 +87,10 @@ def unpack_weight(
         else:
             pairs = take(f"{name}.weight_packed", read, (n_out, n_in // 2))
             codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).reshape(n_out, n_in)
-        overall = take(f"{name}.weight_global_scale", read, (1,)).reshape(()) if grid.type == "nvfp4" else None
+        overall = None
+        if grid.type == "nvfp4":
+            stored_as = f"{name}.weight_global_scale"
+            overall = positive(stored_as, take(stored_as, read, (1,)))
         return QuantizedLinear(codes, scales, zeros, grid, global_scale=overall)
     if words:
         packed = take(f"{name}.weight_packed", read, (n_out, bitstream.n_words(n_in, grid.bits)), torch.int32)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
-from .base import Contents, Format, Kind, grid_of, kind, left_out, take
+from .base import Contents, Format, Kind, grid_of, kind, left_out, positive, take
 
 _STATIC, _DYNAMIC = Activations(type="fp8", dynamic=False), Activations(type="fp8")
 _NVFP4 = Activations(type="nvfp4")
@@ -40,16 +40,20 @@ _KINDS = {weights for weights, _ in _ALGORITHMS}
 
 
 class ModelOpt(Format):
+    name = method = "modelopt"
+    suffixes = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale", "input_scale")
     cache_suffixes = ("k_proj.k_scale", "v_proj.v_scale")
 
+    def reads(self, quantization: dict[str, Any]) -> bool:
+        return str(quantization.get("quant_method")).startswith(self.method)  # modelopt_fp4 too
+
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
-        if shuffled:
-            raise BadInput("modelopt has no g_idx: scattered groups (static_groups: false) need format gptq")
         if kind(grid) not in _KINDS:
             raise BadInput(
                 f"modelopt: no reader takes {grid} weights; those known are nvfp4, fp8, int8 channel sym and int4 sym "
                 f"in groups of {' or '.join(map(str, _GROUPS))}. Choose one, or compressed-tensors"
             )
+        super().check(grid, out_features, in_features, shuffled)
         if kind(grid)[:2] == ("int", 4) and out_features % 2:
             raise BadInput(f"modelopt packs two rows of 4 bits a byte, and out_features {out_features} is odd")
 
@@ -127,22 +131,10 @@ class ModelOpt(Format):
             out[name] = (rows, columns)
         return out
 
-    def suffixes(self) -> tuple[str, ...]:
-        return ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale", "input_scale")
-
     def config(self, contents: Contents) -> dict[str, Any]:
-        grids = list({kind(grid): grid for grid in contents.schemes.values() if grid is not None}.values())
-        if not grids:
-            raise BadInput("no linear is quantized")
-        if len(grids) > 1:
-            raise BadInput(
-                f"modelopt is written with one kind of weight for all layers, and these have "
-                f"{', '.join(map(str, grids))}; use compressed-tensors, or `ignore` in the place of `overrides`"
-            )
-        algorithm = _algorithm(grids[0], contents.activations)
-        if contents.kv_cache not in (None, "fp8"):
-            raise BadInput(f"modelopt: no reader keeps a cache of type {contents.kv_cache}; use fp8")
-        grouped = {"group_size": grids[0].group_size} if grids[0].bits == 4 else {}
+        grid = self.one_kind(contents)
+        algorithm = _algorithm(grid, contents.activations)
+        grouped = {"group_size": grid.group_size} if grid.bits == 4 else {}
         cache = (
             {} if contents.kv_cache is None else {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
         )
@@ -222,10 +214,7 @@ def _float(weights: Kind) -> Grid:
 
 def _scale(name: str, read: Callable[[str], Tensor], suffix: str = "weight_scale") -> Tensor:
     """A scalar, float32 []; some tools store it as [1]."""
-    scale = read(f"{name}.{suffix}").to(torch.float32)
-    if scale.numel() != 1 or not bool(scale > 0):
-        raise BadInput(f"{name}.{suffix}: one positive number is needed")
-    return scale.reshape(())
+    return positive(f"{name}.{suffix}", read(f"{name}.{suffix}"))
 
 
 def _rows(name: str, read: Callable[[str], Tensor], n_out: int) -> Tensor:

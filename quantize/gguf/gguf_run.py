@@ -21,7 +21,7 @@ from ..engine.sources import Source
 from ..models.checkpoint import Checkpoint, copy_companions
 from ..models.skeleton import Linear
 from ..numbers.grid import Grid
-from ..recipe import Gptq, LlamaCppQuantizer, Recipe, Rtn
+from ..recipe import LlamaCppQuantizer, Recipe
 from ..recipe.gguf_file import FLOATS
 from . import imatrix
 from . import llama_cpp_library as llama_cpp
@@ -49,7 +49,7 @@ def check(recipe: Recipe, checkpoint: Checkpoint, source: Source) -> Conversion:
     if isinstance(recipe.method, LlamaCppQuantizer) and wanted.type not in FLOATS:
         llama_cpp.library()
     own_types(recipe, conversion.entries)
-    if isinstance(wanted.imatrix, str) and isinstance(recipe.method, Gptq):
+    if isinstance(wanted.imatrix, str) and recipe.method.calibrated:
         given, outside = _given(recipe, conversion), conversion.outside()
         if not any(entry.name in given for entry in outside):
             raise BadInput(
@@ -81,7 +81,7 @@ def _without_importance(recipe: Recipe, conversion: Conversion, stored: GgufTens
     if not isinstance(recipe.gguf_file.imatrix, str):
         return {}
     given, names = _given(recipe, conversion), {entry.name for entry in conversion.entries}
-    asked = conversion.outside() if isinstance(recipe.method, Gptq) else conversion.entries
+    asked = conversion.outside() if recipe.method.calibrated else conversion.entries
     return {
         entry.name: f"nothing in {recipe.gguf_file.imatrix}: rounded with all columns alike"
         for entry in asked
@@ -95,7 +95,8 @@ def _without_importance(recipe: Recipe, conversion: Conversion, stored: GgufTens
 def importance(recipe: Recipe, conversion: Conversion) -> dict[str, torch.Tensor]:
     """Mean squares [in] of what linears get, from a file, for those that are rounded to nearest by them."""
     given = _given(recipe, conversion)
-    return imatrix.of_linears(given, conversion.entries) if isinstance(recipe.method, Rtn) else {}
+    ours = not recipe.method.calibrated and not isinstance(recipe.method, LlamaCppQuantizer)
+    return imatrix.of_linears(given, conversion.entries) if ours else {}
 
 
 def schemes(recipe: Recipe, conversion: Conversion, linears: list[Linear]) -> dict[str, Grid | None]:

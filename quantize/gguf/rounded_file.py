@@ -40,7 +40,7 @@ _MOSTLY = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # the file typ
 def schemes(recipe: Recipe, entries: list[Entry], linears: list[Linear], chosen: Types) -> dict[str, Grid | None]:
     """The grid of each linear, None where its tensor is not quantized; RTN's scales are weighted by what it knows."""
     tensor = {parameter: entry.name for entry in entries for parameter in entry.parameters}
-    weighted = isinstance(recipe.method, Rtn) and (recipe.calibrated or bool(recipe.gguf_file.imatrix))
+    weighted = not recipe.method.calibrated and (recipe.calibrated or bool(recipe.gguf_file.imatrix))
     search: ScaleSearch = "activation" if weighted else "mse"
     out: dict[str, Grid | None] = {}
     for linear in linears:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..numbers.grid import QuantizedLinear
-from ..recipe import AutoRound
+from ..recipe.methods import AutoRound
 from .adam import Direction
 from .fake_quant import FakeQuant, Trained, fake_quantize, storable
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..recipe import Awq, Transform
+from ..recipe.methods import Awq, TransformSettings
 from .scaling import Observed, Rounding, Scaling, Weights, least, sane
 
 
-def awq(weights: Weights, inputs: Observed, settings: Transform, rounding: Rounding | None = None) -> Scaling:
+def awq(weights: Weights, inputs: Observed, settings: TransformSettings, rounding: Rounding | None = None) -> Scaling:
     """AWQ, arXiv:2306.00978, section 3.2, for linears with common inputs: the strength with the least output error.
 
     The error is that of the linears' own outputs over all tokens, which the second moment gives exactly; inputs are

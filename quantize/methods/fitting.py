@@ -4,21 +4,22 @@ import torch
 from torch import Tensor
 
 from ..numbers import block_types as ggml
-from ..numbers.grid import QuantizedLinear, collapse, encode, fit, global_scale, scale_dtype
+from ..numbers.grid import E2M1_MAX, E4M3_MAX, QuantizedLinear, collapse, encode, fit, global_scale
 from ..numbers.types import BlockGrid, Grid
 
 
 class Fitting:
-    """Scales and zeros of `weight` [out, in] on `grid`; the weight as it was read, since its dtype decides theirs.
+    """Scales and zeros of `weight` [out, in], the one that is rounded, on `grid`, stored in `dtype`.
 
     columns: of a group. span: columns to be shown to `reach` before the groups among them are fitted; where the grid's
     scales have no super scale that is one group, and `reach` does nothing.
     """
 
-    def __init__(self, weight: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, dtype: torch.dtype) -> None:
         out_features, in_features = weight.shape
         self.columns, self.span, self._grid = grid.columns(in_features), grid.span(in_features), grid
-        self._dtype, self._overall = scale_dtype(weight, grid), global_scale(weight, grid)
+        self._dtype, self._overall = dtype, global_scale(weight, grid)
+        self._clipped = torch.zeros((), dtype=torch.int64, device=weight.device)
         groups = -(-in_features // self.columns)
         self.scales, self.zeros = weight.new_empty(2, groups, out_features, dtype=torch.float32).unbind(0)
         self._supers = weight.new_empty(2, -(-in_features // self.span), out_features, dtype=torch.float32)
@@ -38,8 +39,21 @@ class Fitting:
             found = ggml.fit_group(columns, self._grid, importance, overall, moment)
         else:
             found = fit(columns, self._grid, self._dtype, importance, overall)
+            if self._overall is not None:
+                self._clipped += (columns.abs().amax(1) / E2M1_MAX * self._overall > E4M3_MAX).sum()
         self.scales[group], self.zeros[group] = found
         return found
+
+    @property
+    def clipped(self) -> str | None:
+        """What the manifest says of nvfp4 groups that have outgrown the global scale, which was fixed before them.
+
+        GPTQ adds to a column what the columns before it lack, so that a group may reach past the largest weight there
+        was: its E4M3 scale would be above 448.
+        """
+        count = int(self._clipped)
+        total = self.scales.numel()
+        return f"{count} of {total} groups outgrew the global scale and are clipped" if count else None
 
     def fit_all(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zeros [groups, out] of all groups of `weight` [out, in] at once; for scales that no rows share."""

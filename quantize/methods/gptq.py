@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..numbers.grid import round_numbers_
+from ..numbers.grid import round_numbers_, scale_dtype
 from ..numbers.types import Grid
-from ..recipe import Gptq, Method
+from ..recipe.methods import Gptq, MethodSettings
 from .fitting import Fitting
 from .rounded import Rounded
 from .rtn import output_power
@@ -18,33 +18,30 @@ _MAX_DAMP = 10.0
 
 
 def gptq(
-    weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Tensor | None = None
+    weight: Tensor, grid: Grid, settings: MethodSettings, moment: Tensor | None = None, drift: Tensor | None = None
 ) -> Rounded:
     """Round `weight` [out, in] to `grid`, each column making up for the error of the columns before it.
 
     GPTQ, arXiv:2210.17323, Algorithm 1: with H^-1 = U^T U, column k is rounded from W_k - sum_{i<k} e_i U_ik / U_ii,
     e_i = w_i - q_i the error of the updated column i. U is the inverse of one triangular factor of H; H itself is
     never inverted. `moment` [in, in] = X^T X (H without its factor 2, which cancels); the solve runs in its dtype,
-    float32 in a run. `drift` [in, in] = (X0 - X)^T X, X0 the inputs the original model would send: `settings` says how
-    it is made up for.
+    float32 in a run. `drift` [in, in] = (X0 - X)^T X, X0 the inputs in the original model: QEP moves the weight for it
+    first, see `corrected`.
 
     Raises ValueError without a moment, or when no damping up to 10 makes it positive definite.
     """
     if moment is None or not isinstance(settings, Gptq):
         raise ValueError("gptq needs the second moment of the inputs and its own settings")
     out_features, in_features = weight.shape
-    fitting = Fitting(weight, grid)
-    columns = fitting.columns
-    order = column_order(moment.diagonal(), columns, settings.order, fitting.span)
+    columns, stored = grid.columns(in_features), scale_dtype(weight, grid)
+    order = column_order(moment.diagonal(), columns, settings.order, grid.span(in_features))
     feedback, variance, damp = factor(moment[order[:, None], order], settings.damp)
-    if drift is not None and settings.correction == "qep":
+    if drift is not None:
         weight = corrected(weight.to(moment.dtype), drift, order, feedback, variance, settings.error_correction)
+    fitting = Fitting(weight, grid, stored)
 
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
     state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
-    if drift is not None and settings.correction == "gptaq":
-        state.carry = carried(drift[order][:, order], feedback, variance, settings.error_correction)
-        state.value = torch.empty_like(w)
     importance = variance if settings.weighted_scales else None
     error = torch.zeros(out_features, device=w.device, dtype=w.dtype)
 
@@ -83,9 +80,9 @@ def gptq(
     numbers = torch.empty_like(state.numbers)
     numbers[order] = state.numbers
     linear = replace(fitting.linear(numbers.T), g_idx=g_idx)
-    if state.carry is not None:  # the columns' own errors no longer add up to the output's
-        error = output_power(linear.dequantize().to(moment.dtype) - weight, moment)
-    return Rounded(linear, error, output_power(weight.to(moment.dtype), moment), damp)
+    power = output_power(weight.to(moment.dtype), moment)
+    raised = f"singular Hessian: damping raised from {settings.damp:g} to {damp:g}" if damp > settings.damp else None
+    return Rounded(linear, error, power, damp, "; ".join(filter(None, (raised, fitting.clipped))) or None)
 
 
 @dataclass
@@ -96,19 +93,10 @@ class _Solve:
     feedback: Tensor  # -U_ik / U_ii at [k, i], strictly lower triangular [in, in]
     error: Tensor
     numbers: Tensor
-    carry: Tensor | None = None  # GPTAQ: what each column's value adds to later ones, strictly lower triangular
-    value: Tensor | None = None  # the rounded columns [in, out], kept where there is a carry
 
     def updated(self, start: int, stop: int) -> Tensor:
         """Columns [start, stop) after the feedback of every column before `start`."""
-        return self._fed(self.weight[start:stop], slice(start, stop), slice(0, start))
-
-    def _fed(self, columns: Tensor, here: slice, before: slice) -> Tensor:
-        """`columns`, those at `here`, with what the columns at `before` feed into them."""
-        out = torch.addmm(columns, self.feedback[here, before], self.error[before])
-        if self.carry is not None and self.value is not None:
-            out.addmm_(self.carry[here, before], self.value[before])
-        return out
+        return torch.addmm(self.weight[start:stop], self.feedback[start:stop, :start], self.error[:start])
 
     def solve(
         self, start: int, stop: int, updated: Tensor, scales: Tensor, zeros: Tensor, variance: Tensor, grid: Grid
@@ -121,22 +109,18 @@ class _Solve:
         for begin in range(start, stop, _BLOCK):
             end = min(begin + _BLOCK, stop)
             here, count = slice(begin - start, end - start), end - begin
-            block = self._fed(updated[here], slice(begin, end), slice(start, begin))
+            block = torch.addmm(updated[here], self.feedback[begin:end, start:begin], self.error[start:begin])
             # Shifted by zero * scale a weight is number * scale: two operations fewer a column, and there are many.
             scale = scales[here]
             block.addcmul_(zeros[here], scale)
             numbers = self.numbers[begin:end]
             inside = self.feedback[begin:end, begin:end].T.contiguous()
-            carry = None if self.carry is None else self.carry[begin:end, begin:end].T.contiguous()
             rows = zip(block.unbind(), numbers.unbind(), scale.unbind(), self.error[begin:end].unbind(), strict=True)
             for j, (row, number, step, error) in enumerate(rows):
                 round_numbers_(torch.div(row, step, out=number), grid)
                 torch.addcmul(row, number, step, value=-1, out=error)
                 if j + 1 < count:
                     block[j + 1 :].addr_(inside[j, j + 1 :], error)
-                if carry is not None and self.value is not None:
-                    value = torch.sub(number, zeros[begin - start + j], out=self.value[begin + j]).mul_(step)
-                    block[j + 1 :].addr_(carry[j, j + 1 :], value)
             total += variance[here] @ self.error[begin:end].square()
         return total
 
@@ -146,20 +130,23 @@ def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> T
 
     `group_aware` (GAR, arXiv:2505.14638) sorts inside each group and then the groups by their largest entry, so that
     groups stay contiguous on disk; with a `span` of several groups, the groups inside each span and then the spans.
-    `activation` is act-order; sorting is stable, so equal inputs give equal orders.
+    A last group of fewer columns, which blocks of 128 may leave, is sorted inside and stays last. `activation` is
+    act-order; sorting is stable, so equal inputs give equal orders.
     """
-    if order == "natural" or diagonal.numel() % columns:  # blocks of 128 need not divide: the last is smaller
+    if order == "natural":
         return torch.arange(diagonal.numel(), device=diagonal.device)
     if order == "activation":
         return diagonal.argsort(descending=True, stable=True)
-    grouped, groups = diagonal.reshape(-1, columns), max(1, span // columns)
+    whole = diagonal.numel() // columns * columns
+    last = diagonal[whole:].argsort(descending=True, stable=True) + whole
+    grouped, groups = diagonal[:whole].reshape(-1, columns), max(1, span // columns)
     starts = torch.arange(grouped.shape[0], device=diagonal.device) * columns
     inside = grouped.argsort(dim=1, descending=True, stable=True) + starts[:, None]
     largest = grouped.amax(1).reshape(-1, groups)
     among = largest.argsort(dim=1, descending=True, stable=True)
     among += torch.arange(largest.shape[0], device=diagonal.device)[:, None] * groups
     outside = largest.amax(1).argsort(descending=True, stable=True)
-    return inside[among[outside].reshape(-1)].reshape(-1)
+    return torch.cat([inside[among[outside].reshape(-1)].reshape(-1), last])
 
 
 def corrected(
@@ -175,21 +162,6 @@ def corrected(
     lacking = torch.addmm(lacking, lacking, feedback, alpha=-1).div_(variance)
     lacking = torch.addmm(lacking, lacking, feedback.T, alpha=-1)
     return weight.add(lacking[:, order.argsort()], alpha=strength)
-
-
-def carried(drift: Tensor, feedback: Tensor, variance: Tensor, strength: float) -> Tensor:
-    """What the value of each column adds to later ones for the error already in the inputs, beyond `feedback`.
-
-    GPTAQ, arXiv:2504.02692, eq. 16: rounding column i also adds w_i P_ik to column k, P = strength *
-    triu(D U^T, 1) U with D = (X0 - X)^T X. Here w_i, the updated column, is its error plus its rounded value: the
-    error's part is added to `feedback` in place, P^T [in, in] itself is returned for the values.
-    """
-    u = (torch.eye(len(feedback), dtype=feedback.dtype, device=feedback.device) - feedback.T) * variance.rsqrt()[
-        :, None
-    ]
-    p = strength * torch.triu(drift @ u.T, 1) @ u
-    feedback += p.T
-    return p.T.contiguous()
 
 
 def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:

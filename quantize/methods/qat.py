@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..numbers.grid import QuantizedLinear
-from ..recipe import Qat
+from ..recipe.methods import Qat
 from .adam import Direction
 from .fake_quant import FakeQuant, Trained, fake_quantize, storable
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..numbers.block_types import by_size
-from ..numbers.grid import snap
+from ..numbers.grid import scale_dtype, snap
 from ..numbers.types import BlockGrid, Grid
-from ..recipe import Method
+from ..recipe.methods import MethodSettings
 from .fitting import Fitting
 from .panels import panels
 from .rounded import Rounded
@@ -16,7 +16,7 @@ _WIDEST = 256  # columns of a group
 
 
 def rtn(
-    weight: Tensor, grid: Grid, settings: Method, moment: Tensor | None = None, drift: Tensor | None = None
+    weight: Tensor, grid: Grid, settings: MethodSettings, moment: Tensor | None = None, drift: Tensor | None = None
 ) -> Rounded:
     """Round `weight` [out, in] to the nearest point of a grid fitted to each group of columns.
 
@@ -25,7 +25,7 @@ def rtn(
     moment; of groups wider than 256 columns only by the diagonal of it: the block would cost more than everything else.
     ggml's types weigh each weight's error by its size too (`ggml.by_size`), and are then chosen by the block.
     """
-    in_features, fitting = weight.shape[1], Fitting(weight, grid)
+    in_features, fitting = weight.shape[1], Fitting(weight, grid, scale_dtype(weight, grid))
     columns = fitting.columns
     weigh = moment if grid.scale_search == "activation" else None
     diagonal = None if weigh is None else column_power(weigh)

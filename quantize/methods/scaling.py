@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..numbers.types import Grid
-from ..recipe import Rtn
+from ..recipe.methods import Rtn
 from .rtn import output_power, rtn
 
 Rounding = Callable[[Tensor], Tensor]  # what the artifact makes of inputs [tokens, in] as it runs
@@ -40,13 +40,19 @@ class Observed:
 
     def tied_mean(self, values: Tensor) -> Tensor:
         """`values` [in], each replaced by the mean over the inputs that share its channel."""
-        sums = values.new_zeros(int(self.tie.max()) + 1)
-        counts = sums.index_add(0, self.tie, torch.ones_like(values))
-        return (sums.index_add(0, self.tie, values) / counts)[self.tie]
+        columns = self._by_channel(values)
+        total = columns[0]
+        for more in columns[1:]:  # one order of addition on every device, unlike index_add
+            total = total + more
+        return (total / len(columns))[self.tie]
 
     def tied_max(self, values: Tensor) -> Tensor:
         """`values` [in], each replaced by the largest over the inputs that share its channel."""
-        return values.new_zeros(int(self.tie.max()) + 1).scatter_reduce(0, self.tie, values, "amax")[self.tie]
+        return self._by_channel(values).amax(0)[self.tie]
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        """`values` [in] as [inputs of a channel, channels]; every channel feeds the same number of inputs."""
+        return values[self.tie.argsort(stable=True)].reshape(int(self.tie.max()) + 1, -1).T
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..recipe import SmoothQuant, Transform
+from ..recipe.methods import SmoothQuant, TransformSettings
 from .scaling import Observed, Rounding, Scaling, Weights, least, sane
 
 _ALPHAS = tuple(i / 10 for i in range(11))
 
 
-def smoothquant(weights: Weights, inputs: Observed, settings: Transform, rounding: Rounding | None = None) -> Scaling:
+def smoothquant(
+    weights: Weights, inputs: Observed, settings: TransformSettings, rounding: Rounding | None = None
+) -> Scaling:
     """SmoothQuant, arXiv:2211.10438, eq. 4, for linears with common inputs.
 
     `alpha: search` takes the alpha, or no scaling, with the least output error of the rounded linears; `rounding`

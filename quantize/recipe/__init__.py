@@ -1,8 +1,9 @@
 """The recipe: what one YAML file may say. No torch here; loading.py reads it from disk."""
 
 from ..core.schema import Strict, matches
-from .document import FormatName, Override, PackedFormat, Recipe
+from .document import Override, Recipe
 from .evaluation import GPUS, EfficiencySettings, Evaluation, Task, Timing
+from .file_formats import FILE_FORMATS, FileFormat
 from .gate_limits import Gates
 from .gguf_file import Budget, FileType, Gguf, TensorType
 from .methods import (
@@ -13,6 +14,7 @@ from .methods import (
     Hadamard,
     LlamaCppQuantizer,
     Method,
+    MethodSettings,
     Objective,
     Qat,
     Rtn,
@@ -27,6 +29,7 @@ from .targets import Drafting, LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tg
 from .text import Bos, Calibration, Text
 
 __all__ = [
+    "FILE_FORMATS",
     "GPUS",
     "READERS",
     "AutoRound",
@@ -38,8 +41,8 @@ __all__ = [
     "EfficiencySettings",
     "EndToEnd",
     "Evaluation",
+    "FileFormat",
     "FileType",
-    "FormatName",
     "Gates",
     "Gguf",
     "Gptq",
@@ -47,10 +50,10 @@ __all__ = [
     "LlamaCpp",
     "LlamaCppQuantizer",
     "Method",
+    "MethodSettings",
     "Objective",
     "Ollama",
     "Override",
-    "PackedFormat",
     "Qat",
     "Recipe",
     "Rtn",

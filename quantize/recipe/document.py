@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
@@ -10,30 +10,20 @@ from ..core.errors import BadInput
 from ..core.schema import Pattern, Strict, matches, named
 from ..numbers.types import Activations, Grid, GroupSize, NumberType, ScaleSearch
 from .evaluation import Evaluation
+from .file_formats import FILE_FORMATS, FormatName
 from .gate_limits import Gates
 from .gguf_file import Gguf
-from .methods import Gptq, Hadamard, LlamaCppQuantizer, Method, Qat, Rtn, Transform, Tuned
+from .methods import Gptq, Hadamard, LlamaCppQuantizer, Method, MethodSettings, Qat, Transform, Tuned
 from .readers import refusal
 from .smoke_test import Smoke
 from .targets import Target
 from .text import Calibration
 
-PackedFormat = Literal["compressed-tensors", "gptq", "awq", "modelopt"]  # safetensors, converted into each other
-FormatName = Literal["compressed-tensors", "gptq", "awq", "modelopt", "gguf"]
-
-# The weight types a format has a layout for, and the input types that servers compute with (type, bits).
-_HELD: dict[str, tuple[str, ...]] = {
-    "compressed-tensors": ("int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"),
-    "gptq": ("int",),
-    "awq": ("int",),
-    "modelopt": ("int", "fp8", "nvfp4"),
-}
+# The types of inputs that servers compute with, by type and bits of the weights.
 _INPUTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("int", 8): ("int8",), ("int", 4): ("int8", "fp8"), ("fp8", 8): ("fp8",), ("fp8-block", 8): ("fp8",),
     ("mxfp8", 8): ("mxfp8",), ("mxfp4", 4): ("mxfp4",), ("nvfp4", 4): ("nvfp4",),
 }  # fmt: skip
-
-_GGUF_METHODS = (LlamaCppQuantizer, Gptq, Rtn)  # those that can make a GGUF file
 
 
 class Override(Strict):
@@ -128,10 +118,11 @@ class Recipe(Strict):
             )
         if isinstance(self.method, Qat) and self.method.end_to_end is not None and self.calibration.samples < 2:
             raise ValueError("method.end_to_end holds a sequence out: calibration.samples has to be 2 or more")
-        if self.activations is not None and {"gptq", "awq"} & set(self.formats):
-            raise ValueError("formats gptq and awq hold weights only; activations need compressed-tensors or modelopt")
-        if self.kv_cache is not None and {"gptq", "awq"} & set(self.formats):
-            raise ValueError("formats gptq and awq hold no kv_cache scales; use compressed-tensors or modelopt")
+        for key in ("activations", "kv_cache"):
+            without = [name for name in self.formats if not FILE_FORMATS[name].input_scales]
+            if getattr(self, key) is not None and without:
+                able = [name for name, it in FILE_FORMATS.items() if it.input_scales]
+                raise ValueError(f"format {without[0]} holds weights only, no {key}; use {' or '.join(able)}")
         return self
 
     @model_validator(mode="after")
@@ -151,18 +142,12 @@ class Recipe(Strict):
 
     def _check_grids(self, grids: Sequence[Grid]) -> None:
         """Raise ValueError for weights that do not go with each other or with the rest of the recipe."""
-        if self.shuffled and any(grid.group_size == -1 for grid in grids):
-            raise ValueError("static_groups: false means nothing per channel (group_size -1); drop it")
-        if self.shuffled and any(grid.type != "int" for grid in grids):
-            raise ValueError("static_groups: false is for weights of type int; drop it")
-        for format in self.formats if not self.is_gguf else ():
-            wrong = [str(grid) for grid in grids if str(grid.type) not in _HELD[format]]
-            if wrong:
-                raise ValueError(
-                    f"format {format} cannot hold {wrong[0]} weights; it takes type {', '.join(_HELD[format])}"
-                )
-        if self.tuned and any(grid.type != "int" for grid in grids):
-            raise ValueError(f"method {self.method.name} tunes weights of type int; use gptq or rtn for others")
+        for grid in grids if not self.is_gguf else ():
+            self.method.check(grid)
+            for format in self.formats:
+                held = FILE_FORMATS[format].types
+                if grid.type not in held:
+                    raise ValueError(f"format {format} cannot hold {grid} weights; it takes type {', '.join(held)}")
         if self.activations is not None:
             kind = self.activations.type
             for grid in grids:
@@ -194,14 +179,15 @@ class Recipe(Strict):
     def _check_gguf(self) -> None:
         """What goes with a GGUF file, and what with it alone."""
         if "gguf" not in self.formats:
-            if isinstance(self.method, LlamaCppQuantizer) or self.gguf is not None:
-                what = "method llama.cpp" if isinstance(self.method, LlamaCppQuantizer) else "the section gguf"
+            if not self.method.types or self.gguf is not None:
+                what = "the section gguf" if self.method.types else f"method {self.method.name}"
                 raise ValueError(f"{what} is for GGUF files: set formats: [gguf]")
             return
         if len(self.formats) > 1:
             raise ValueError("format gguf stands alone: give the others a recipe of their own")
-        if not isinstance(self.method, _GGUF_METHODS):
-            raise ValueError(f"format gguf with method {self.method.name}: it takes llama.cpp, gptq and rtn")
+        if not self.method.block_types:
+            able = [m.model_fields["name"].default for m in get_args(get_args(Method)[0]) if m.block_types]
+            raise ValueError(f"format gguf with method {self.method.name}: it takes {', '.join(able)}")
         if isinstance(self.method, LlamaCppQuantizer) and self.gguf is not None and self.gguf.budget is not None:
             raise ValueError(
                 "gguf.budget chooses a type for each tensor; method llama.cpp chooses by gguf.type: drop one"
@@ -219,13 +205,13 @@ class Recipe(Strict):
 
     @property
     def gguf_file(self) -> Gguf:
-        """The file of format gguf, with what goes without saying."""
+        """The file of format gguf, with defaults filled in."""
         return self.gguf or Gguf()
 
     @property
     def shuffled(self) -> bool:
         """Whether groups become scattered columns (desc_act files)."""
-        return isinstance(self.method, Gptq) and not self.method.static_groups
+        return self.method.shuffled
 
     @property
     def tuned(self) -> bool:
@@ -233,27 +219,25 @@ class Recipe(Strict):
         return isinstance(self.method, Tuned)
 
     @property
-    def rounder(self) -> Rtn | Gptq:
+    def rounder(self) -> MethodSettings:
         """What rounds a linear: the method itself, or the one that a tuned block starts from."""
-        if isinstance(self.method, Tuned):
-            return Gptq(error_correction=self.method.error_correction) if self.method.start == "gptq" else Rtn()
-        assert not isinstance(self.method, LlamaCppQuantizer), "llama.cpp rounds by itself"
-        return self.method
+        return self.method.rounder
 
     @property
     def paired(self) -> bool:
         """Whether the original model runs beside the rounded one."""
-        return self.tuned or (isinstance(self.method, Gptq) and self.method.error_correction > 0)
+        return self.method.paired
 
     @property
     def calibrated(self) -> bool:
         """Whether text has to run through the model before anything can be rounded."""
-        if self.is_gguf and not isinstance(self.method, Gptq):
+        if self.method.calibrated:
+            return True
+        if self.is_gguf:
             return self.gguf_file.calibrated or self.gguf_file.budget is not None
         searches = {self.weights.scale_search, *(o.scale_search for o in self.overrides)}
         return (
-            not isinstance(self.method, Rtn)
-            or any(not isinstance(transform, Hadamard) for transform in self.transforms)
+            any(transform.calibrated for transform in self.transforms)
             or "activation" in searches
             or (self.activations is not None and self.activations.calibrated)
             or self.kv_cache is not None

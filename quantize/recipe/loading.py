@@ -6,24 +6,17 @@ result; every mistake comes back as one BadInput line that names the place.
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..core.errors import BadInput
-from ..numbers.types import Activations, Grid
-from .document import Override, Recipe
-from .evaluation import EfficiencySettings, Evaluation, Task, Timing
-from .gate_limits import Gates
-from .gguf_file import Budget, Gguf
-from .methods import AutoRound, Awq, EndToEnd, Gptq, Hadamard, LlamaCppQuantizer, Qat, Rtn, SmoothQuant
-from .smoke_test import Smoke
-from .targets import LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Triton, Vllm
-from .text import Calibration
+from .document import Recipe
+from .targets import Target
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -77,7 +70,7 @@ def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise BadInput(f"recipe {where}: {_problems(error)}") from None
+        raise BadInput(f"recipe {where}: {_problems(error, Recipe)}") from None
 
 
 def parse_target(document: Any, where: str) -> Target:
@@ -85,18 +78,22 @@ def parse_target(document: Any, where: str) -> Target:
     try:
         target: Target = TypeAdapter(Target).validate_python(document)
     except ValidationError as error:
-        raise BadInput(f"{where}: {_problems(error)}") from None
+        raise BadInput(f"{where}: {_problems(error, Target)}") from None
     return target
 
 
-def _problems(error: ValidationError) -> str:
+def _problems(error: ValidationError, root: Any) -> str:
     errors = error.errors(include_url=False)
     inner = [e["loc"] for e in errors]
     # A list whose items are wrong also counts as too short: say only what is wrong with them.
     errors = [e for e in errors if e["type"] != "too_short" or not any(_inside(place, e["loc"]) for place in inner)]
-    return "; ".join(_problem(e) for e in errors)
+    return "; ".join(_problem(e, root) for e in errors)
 
 
+_GONE = {  # keys that recipes of earlier versions may have, by their parent: what to write now
+    ("gptq", "correction"): "gone with GPTAQ, which lost to QEP wherever it was measured; drop it, error_correction "
+    "alone sets the strength of QEP",
+}
 _PLAIN = {
     "model_type": "a mapping of keys is needed",
     "model_attributes_type": "a mapping of keys is needed",
@@ -108,11 +105,13 @@ def _inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
     return len(place) > len(outer) and place[: len(outer)] == outer
 
 
-def _problem(error: Any) -> str:
+def _problem(error: Any, root: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(error["loc"][:-1])
+    if error["type"] == "extra_forbidden" and error["loc"][-2:] in _GONE:
+        message = _GONE[error["loc"][-2:]]
+    elif error["type"] == "extra_forbidden":
+        known = _keys_at(root, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.6)
         message = f"unknown key{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"
     elif error["type"] == "union_tag_invalid":
@@ -125,21 +124,28 @@ def _problem(error: Any) -> str:
     return f"{place}: {message}" if place else message
 
 
-def _keys_at(place: Collection[int | str]) -> list[str]:
-    """The keys a mapping at `place` may have."""
-    models: dict[str, type[BaseModel]] = {
-        "calibration": Calibration, "evaluation": Evaluation, "weights": Grid, "gates": Gates,
-        "overrides": Override, "activations": Activations, "rtn": Rtn, "gptq": Gptq, "smoothquant": SmoothQuant,
-        "awq": Awq, "hadamard": Hadamard, "autoround": AutoRound, "qat": Qat,
-        "end_to_end": EndToEnd, "tasks": Task, "efficiency": EfficiencySettings, "timing": Timing,
-        "vllm": Vllm, "sglang": Sglang, "tgi": Tgi, "tensorrt-llm": TensorRtLlm, "triton": Triton,
-        "ollama": Ollama, "smoke": Smoke, "gguf": Gguf, "budget": Budget,
-        "llama.cpp": LlamaCpp if "targets" in place else LlamaCppQuantizer,
-    }  # fmt: skip
-    model: type[BaseModel] = Recipe
+def _keys_at(root: Any, place: Iterable[int | str]) -> list[str]:
+    """The keys a mapping at `place`, as pydantic names it, may have under the type `root`."""
+    models = _models(root)
     for part in place:
-        model = models.get(str(part), model)
-    return list(model.model_fields)
+        if tagged := [model for model in models if part in _names(model)]:
+            models = tagged  # the name that decides between the models of a union
+        elif fields := [model.model_fields[part] for model in models if part in model.model_fields]:
+            models = [inner for field in fields for inner in _models(field.annotation)]
+    return list(dict.fromkeys(key for model in models for key in model.model_fields))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a value of this type may be or hold: in unions, lists and mappings, but not in their fields."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def _names(model: type[BaseModel]) -> tuple[Any, ...]:
+    """What `name` may be in this model, where its type tells: the tag of a union."""
+    field = model.model_fields.get("name")
+    return () if field is None or get_origin(field.annotation) is not Literal else get_args(field.annotation)
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:

@@ -1,15 +1,31 @@
 """The transforms and methods of a recipe, each with its settings."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from ..core.schema import Lax, Strict
+from ..numbers.types import Grid, NumberType
 
 Objective = Literal["kl", "next_token"]
 
 
-class SmoothQuant(Strict):
+class TransformSettings(Strict):
+    """A transform's settings, and what it declares about itself.
+
+    calibrated: whether it looks at the inputs that the calibration text makes.
+    """
+
+    name: str
+    calibrated: ClassVar[bool] = True
+
+    @property
+    def scales_tried(self) -> int:
+        """Scales it compares for each group of linears, at most; the plan's estimate of time counts them."""
+        return 0
+
+
+class SmoothQuant(TransformSettings):
     """SmoothQuant, arXiv:2211.10438: outliers of the inputs move into the weights, channel by channel."""
 
     name: Literal["smoothquant"] = "smoothquant"
@@ -17,16 +33,26 @@ class SmoothQuant(Strict):
         0.5, description="share of a channel's range that moves; search: the best by each linear group's output error"
     )
 
+    @property
+    def scales_tried(self) -> int:
+        return 12
 
-class Awq(Strict):
+
+class Awq(TransformSettings):
     """AWQ, arXiv:2306.00978: channels with large inputs get larger weights, and so a finer grid."""
 
     name: Literal["awq"] = "awq"
     points: int = Field(20, ge=2, le=100, description="strengths tried between none and full")
 
+    @property
+    def scales_tried(self) -> int:
+        return self.points
 
-class Hadamard(Strict):
+
+class Hadamard(TransformSettings):
     """Offline rotation of the residual stream and of the value heads, folded into the weights (QuaRot, SpinQuant)."""
+
+    calibrated: ClassVar[bool] = False
 
     name: Literal["hadamard"] = "hadamard"
     seed: int = Field(0, ge=0, description="of the random signs")
@@ -35,14 +61,58 @@ class Hadamard(Strict):
 Transform = Annotated[SmoothQuant | Awq | Hadamard, Field(discriminator="name")]
 
 
-class Rtn(Strict):
+class MethodSettings(Strict):
+    """A method's settings, and what it declares about itself: recipe and engine ask these and know no method by name.
+
+    types: the number types it can round weights to. block_types: whether it rounds to ggml's too, for GGUF files.
+    calibrated: whether it needs the inputs that the calibration text makes. A rounder is given them as their second
+    moment; a linear that no token reached has none, is rounded to nearest instead, and the manifest says so.
+    """
+
+    name: str
+    types: ClassVar[tuple[NumberType, ...]] = get_args(NumberType)
+    block_types: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+
+    @property
+    def paired(self) -> bool:
+        """Whether the original model runs beside the rounded one, so that a rounder is given the drift of its inputs.
+
+        See `gptq` for what that is.
+        """
+        return False
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether groups become scattered columns, named by g_idx (desc_act files)."""
+        return False
+
+    @property
+    def rounder(self) -> "MethodSettings":
+        """The settings of what rounds a linear: these, unless the method goes on from another's result."""
+        return self
+
+    def check(self, grid: Grid) -> None:
+        """Raise ValueError for weights of a recipe that it cannot round to."""
+        if grid.type not in self.types:
+            raise ValueError(
+                f"method {self.name} takes weights of type {', '.join(self.types)}, not {grid}; use gptq or rtn"
+            )
+
+
+class Rtn(MethodSettings):
     """Round to nearest: seconds; no calibration unless the scale search, a transform or static inputs want it."""
+
+    block_types: ClassVar[bool] = True
 
     name: Literal["rtn"] = "rtn"
 
 
-class Gptq(Strict):
+class Gptq(MethodSettings):
     """GPTQ, arXiv:2210.17323: each column's rounding error is pushed onto the columns still to come."""
+
+    block_types: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
 
     name: Literal["gptq"] = "gptq"
     damp: float = Field(
@@ -64,13 +134,8 @@ class Gptq(Strict):
         ge=0,
         le=1,
         strict=False,
-        description="share of the error already in a linear's inputs that its weight makes up for; above 0 the "
-        "original model runs beside, twice the work",
-    )
-    correction: Literal["qep", "gptaq"] = Field(
-        "qep",
-        description="how: qep, arXiv:2504.09629, moves the weight before it is rounded; gptaq, arXiv:2504.02692, moves "
-        "the columns still to come as each is rounded (try error_correction 0.25 with it)",
+        description="QEP strength (arXiv:2504.09629), how far the weight moves to undo the error already in the "
+        "linear's inputs; above 0 the original model runs beside, about twice the compute",
     )
 
     @model_validator(mode="after")
@@ -79,9 +144,27 @@ class Gptq(Strict):
             raise ValueError(f"static_groups: false needs order: activation, not {self.order}")
         return self
 
+    @property
+    def paired(self) -> bool:
+        return self.error_correction > 0
 
-class Tuned(Strict):
+    @property
+    def shuffled(self) -> bool:
+        return not self.static_groups
+
+    def check(self, grid: Grid) -> None:
+        super().check(grid)
+        if self.shuffled and grid.group_size == -1:
+            raise ValueError("static_groups: false means nothing per channel (group_size -1); drop it")
+        if self.shuffled and grid.type != "int":
+            raise ValueError("static_groups: false is for weights of type int; drop it")
+
+
+class Tuned(MethodSettings):
     """What the methods share that tune a block as a whole, by gradient steps, once it is rounded."""
+
+    types: ClassVar[tuple[NumberType, ...]] = ("int",)
+    calibrated: ClassVar[bool] = True
 
     batch_size: int = Field(
         2, ge=1, description="calibration sequences a step; few, and more steps, bring more for the same work"
@@ -97,6 +180,14 @@ class Tuned(Strict):
     error_correction: float = Field(
         0.5, ge=0, le=1, strict=False, description="of a start from gptq; the original model runs beside in any case"
     )
+
+    @property
+    def paired(self) -> bool:
+        return True
+
+    @property
+    def rounder(self) -> MethodSettings:
+        return Gptq(error_correction=self.error_correction) if self.start == "gptq" else Rtn()
 
     @property
     def n_steps(self) -> int:
@@ -183,8 +274,11 @@ class Qat(Tuned):
         return self.quant_lr or 0.1 / self.steps
 
 
-class LlamaCppQuantizer(Strict):
+class LlamaCppQuantizer(MethodSettings):
     """llama.cpp's own quantizer, for GGUF files; it comes with the extra `llamacpp`."""
+
+    types: ClassVar[tuple[NumberType, ...]] = ()
+    block_types: ClassVar[bool] = True
 
     name: Literal["llama.cpp"] = "llama.cpp"
     threads: int = Field(0, ge=0, description="0: all cores")

@@ -48,7 +48,6 @@ PARTS = {
     "+ QEP 0.5 (the default)": Part(DEFAULT),
     "QEP 0.25 instead": Part(WEIGHTED | {"error_correction": 0.25}),
     "QEP 1.0 instead": Part(WEIGHTED | {"error_correction": 1.0}),
-    "GPTAQ 0.25 instead": Part(WEIGHTED | {"error_correction": 0.25, "correction": "gptaq"}),
     "activation order instead": Part(DEFAULT | {"order": "activation"}),
     "AWQ before it": Part(DEFAULT, transforms=({"name": "awq"},)),
     "AWQ before it, no correction": Part(WEIGHTED, transforms=({"name": "awq"},)),

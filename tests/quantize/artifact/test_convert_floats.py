@@ -50,12 +50,12 @@ def test_there_and_back(algorithm: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("grid", "spec", "to", "message"),
     [
-        (Grid(type="nvfp4"), None, "gptq", "gptq holds integer weights, not nvfp4"),
+        (Grid(type="nvfp4"), None, "gptq", "gptq holds weights of type int, not nvfp4"),
         (Grid(type="fp8"), Activations(type="fp8"), "awq", "awq holds 4-bit integers, not fp8 channel"),
         (Grid(type="mxfp4"), None, "modelopt", "no reader takes mxfp4 weights"),
         (Grid(type="fp8"), Activations(type="fp8", dynamic=False), "modelopt", "fp8 channel weights with fp8 static"),
         (Grid(bits=8, group_size=-1), Activations(type="int8"), "modelopt", "with int8 dynamic activations"),
-        (Grid(bits=8, group_size=-1), Activations(type="int8"), "gptq", "gptq files hold weights only"),
+        (Grid(bits=8, group_size=-1), Activations(type="int8"), "gptq", "gptq holds weights only"),
     ],
 )
 def test_what_has_no_exact_counterpart(

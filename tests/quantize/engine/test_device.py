@@ -22,9 +22,9 @@ INT8 = {"weights": {"bits": 8, "group_size": -1, "symmetric": True}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("llama", {"method": {"name": "rtn"}}),
     "gptq": ("llama", {"method": {"name": "gptq"}}),
-    "gptaq, act-order": (
+    "desc_act": (
         "gemma3",
-        {"method": {"name": "gptq", "correction": "gptaq", "order": "activation", "static_groups": False},
+        {"method": {"name": "gptq", "order": "activation", "static_groups": False},
          "formats": ["gptq"], "weights": INT4 | {"symmetric": True}},
     ),
     "experts": ("qwen3_moe", {"method": {"name": "gptq"}}),

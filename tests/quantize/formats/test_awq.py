@@ -52,7 +52,7 @@ def test_a_record_comes_back(grid: Grid) -> None:
         assert all(t.is_contiguous() for t in tensors.values())
         assert equal(AWQ.unpack("a.b", tensors.__getitem__, grid, (n_out, n_in)), q)
         assert AWQ.packed_bytes(grid, n_out, n_in, 2) == sum(t.nbytes for t in tensors.values())
-        assert {n.rpartition(".")[2] for n in tensors} == set(AWQ.suffixes())
+        assert {n.rpartition(".")[2] for n in tensors} == set(AWQ.suffixes)
         shapes = {n: tuple(t.shape) for n, t in tensors.items()} | {"a.b.bias": (n_out,), "c.weight": (8, 8)}
         assert AWQ.linears(shapes, tensors.__getitem__) == {"a.b": (n_out, n_in)}
 

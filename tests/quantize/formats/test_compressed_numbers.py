@@ -88,7 +88,7 @@ def test_a_record_comes_back_in_the_bytes_announced(grid: Grid, spec: Activation
         assert equal(CT.unpack("a.b", tensors.__getitem__, grid, (n_out, n_in)), q)
         scale_bytes = q.scales.element_size()
         assert CT.packed_bytes(grid, n_out, n_in, scale_bytes, spec) == sum(t.nbytes for t in tensors.values())
-        assert {n.rpartition(".")[2] for n in tensors} <= set(CT.suffixes())
+        assert {n.rpartition(".")[2] for n in tensors} <= set(CT.suffixes)
         shapes = {n: tuple(t.shape) for n, t in tensors.items()} | {"a.b.bias": (n_out,), "c.weight": (8, 8)}
         assert CT.linears(shapes, tensors.__getitem__) == {"a.b": (n_out, n_in)}
         if spec is not None and q.inputs is not None:
@@ -231,20 +231,20 @@ def test_a_quantized_cache_is_announced_and_its_scales_are_not_taken_for_weights
     assert CT.kv_cache(quantization) == "fp8"
     with pytest.raises(BadInput, match="kv_cache int8"):
         CT.config(Contents(schemes, kv_cache="int8"))
-    with pytest.raises(BadInput, match="gptq files hold weights only"):
+    with pytest.raises(BadInput, match="gptq holds weights only"):
         convert(tmp_path / "a", tmp_path / "gptq", "gptq")
 
 
 @pytest.mark.parametrize("grid", FLOATS, ids=ids)
 def test_numbers_that_gptq_cannot_hold_are_not_converted(grid: Grid, tmp_path: Path) -> None:
     make(tmp_path / "a", "compressed-tensors", uniform(grid))
-    with pytest.raises(BadInput, match="gptq holds integer weights"):
+    with pytest.raises(BadInput, match="gptq holds weights of type int, not"):
         convert(tmp_path / "a", tmp_path / "gptq", "gptq")
 
 
 def test_rounded_inputs_are_not_dropped_by_a_conversion(tmp_path: Path) -> None:
     make(tmp_path / "a", "compressed-tensors", uniform(Grid(bits=8, group_size=-1)), spec=Activations(type="int8"))
-    with pytest.raises(BadInput, match="gptq files hold weights only: no activations"):
+    with pytest.raises(BadInput, match="gptq holds weights only: no activations"):
         convert(tmp_path / "a", tmp_path / "gptq", "gptq")
     assert not (tmp_path / "gptq").exists()
 

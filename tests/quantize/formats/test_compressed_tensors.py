@@ -82,7 +82,7 @@ def test_one_kind_targets_every_linear() -> None:
 
 
 def test_scattered_groups_are_refused() -> None:
-    with pytest.raises(BadInput, match="dropped g_idx"):
+    with pytest.raises(BadInput, match="has no g_idx: scattered groups .* need format gptq"):
         CT.check(Grid(), 64, 128, shuffled=True)
     with pytest.raises(BadInput, match="scattered columns"):
         CT.pack("x", record(Grid(group_size=16), 32, 64, shuffled=True))

@@ -1,14 +1,12 @@
 """What both formats promise: a record comes back as it went in, in the bytes that were announced."""
 
-from typing import get_args
-
 import pytest
 import torch
 
 from quantpress.core.errors import BadInput
 from quantpress.formats import FORMATS, Contents, detect
 from quantpress.numbers.grid import Grid
-from quantpress.recipe import PackedFormat
+from quantpress.recipe import FILE_FORMATS
 
 from .records import GRIDS, equal, record, with_scales
 
@@ -31,7 +29,7 @@ def test_a_record_comes_back(format: str, grid: Grid) -> None:
         assert all(t.is_contiguous() for t in tensors.values())
         assert equal(FORMATS[format].unpack("a.b", tensors.__getitem__, grid, (n_out, n_in)), q)
         assert FORMATS[format].packed_bytes(grid, n_out, n_in, 2) == sum(t.nbytes for t in tensors.values())
-        assert {n.rpartition(".")[2] for n in tensors} <= set(FORMATS[format].suffixes())
+        assert {n.rpartition(".")[2] for n in tensors} <= set(FORMATS[format].suffixes)
         shapes = {n: tuple(t.shape) for n, t in tensors.items()} | {"a.b.bias": (n_out,), "c.weight": (8, 8)}
         assert FORMATS[format].linears(shapes, tensors.__getitem__) == {"a.b": (n_out, n_in)}
 
@@ -101,7 +99,7 @@ def test_nothing_quantized_has_no_config(format: str) -> None:
 
 
 def test_every_name_a_recipe_may_give_is_a_format() -> None:
-    assert set(get_args(PackedFormat)) <= set(FORMATS)
+    assert {format.name for format in FORMATS.values()} == set(FILE_FORMATS)
 
 
 def test_detect() -> None:

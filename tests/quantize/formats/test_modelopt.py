@@ -106,7 +106,7 @@ def test_a_record_comes_back(algorithm: str) -> None:
         assert equal(comparable(back), comparable(q))
         assert back.global_scale == q.global_scale
         assert MODELOPT.packed_bytes(grid, n_out, n_in, 2) == sum(t.nbytes for t in tensors.values())
-        assert {n.rpartition(".")[2] for n in tensors} <= set(MODELOPT.suffixes())
+        assert {n.rpartition(".")[2] for n in tensors} <= set(MODELOPT.suffixes)
         shapes = {n: tuple(t.shape) for n, t in tensors.items()} | {"a.b.bias": (n_out,), "c.weight": (8, 8)}
         assert MODELOPT.linears(shapes, tensors.__getitem__) == {"a.b": (n_out, n_in)}
 
@@ -211,7 +211,7 @@ def test_other_things_that_cannot_be_held() -> None:
         MODELOPT.check(FOUR, 32, 64, True)
     with pytest.raises(BadInput, match="out_features 31 is odd"):
         MODELOPT.check(FOUR, 31, 64, False)
-    with pytest.raises(BadInput, match="no reader keeps a cache of type int8; use fp8"):
+    with pytest.raises(BadInput, match="kv_cache int8: modelopt holds fp8 scales for it; use fp8"):
         MODELOPT.config(Contents({"x": FOUR}, kv_cache="int8"))
     with pytest.raises(BadInput, match="one kind of weight for all layers, and these have int4 g64 sym, int8 channel"):
         MODELOPT.config(Contents({"x": FOUR, "y": EIGHT}))

@@ -179,32 +179,7 @@ def test_corrected_is_the_least_squares_weight() -> None:
     torch.testing.assert_close(none, weight)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_gptaq_equals_its_definition(symmetric: bool) -> None:
-    """arXiv:2504.02692, Algorithm 1, column by column: each rounded column also feeds its own value forward."""
-    weight, moment = problem(24, 96, seed=11)
-    moment = moment.double()
-    drift = 0.05 * torch.randn(96, 96, generator=torch.Generator().manual_seed(4), dtype=torch.float64) @ moment
-    grid, s = Grid(bits=3, group_size=32, symmetric=symmetric), Gptq(correction="gptaq", error_correction=0.25)
-    perm = column_order(moment.diagonal(), 32, s.order)
-    h = moment[perm][:, perm]
-    u = torch.linalg.cholesky(torch.linalg.inv(h + s.damp * h.diagonal().mean() * torch.eye(96)), upper=True)
-    p = 0.25 * torch.triu(drift[perm][:, perm] @ u.T, 1) @ u
-    w, q = weight.double()[:, perm].clone(), torch.empty(24, 96, dtype=torch.float64)
-    for j in range(96):
-        if j % 32 == 0:
-            part = slice(j, j + 32)
-            scale, zero = fit(w[:, part].float(), grid, torch.float16, u.diagonal()[part].float() ** -2)
-        q[:, j] = (snap(w[:, j].float(), scale, zero, grid) - zero) * scale
-        error = (w[:, j] - q[:, j]) / u[j, j]
-        w[:, j + 1 :] -= torch.outer(error, u[j, j + 1 :]) - torch.outer(w[:, j], p[j, j + 1 :])
-    done = gptq(weight, grid, s, moment, drift)
-    torch.testing.assert_close(done.linear.dequantize(), q[:, perm.argsort()].float(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(done.error, output_power(done.linear.dequantize().double() - weight, moment))
-
-
-@pytest.mark.parametrize(("correction", "share"), [("qep", 0.9), ("gptaq", 0.98)])
-def test_either_correction_brings_the_output_closer_to_the_originals(correction: str, share: float) -> None:
+def test_qep_brings_the_output_closer_to_the_originals() -> None:
     make = torch.Generator().manual_seed(8)
     original = torch.randn(600, 64, generator=make) @ (torch.randn(64, 64, generator=make) / 8 + torch.eye(64))
     actual = original + 0.2 * torch.randn(600, 64, generator=make) @ torch.randn(64, 64, generator=make) / 8
@@ -215,6 +190,6 @@ def test_either_correction_brings_the_output_closer_to_the_originals(correction:
     def off(done: Tensor) -> float:
         return (actual @ done.T - original @ weight.T).square().sum().item()
 
-    s = Gptq(correction=correction, error_correction=0.5)
+    s = Gptq(error_correction=0.5)
     plain = gptq(weight, grid, s, moment, None).linear.dequantize()
-    assert off(gptq(weight, grid, s, moment, drift).linear.dequantize()) < share * off(plain)
+    assert off(gptq(weight, grid, s, moment, drift).linear.dequantize()) < 0.9 * off(plain)

@@ -6,11 +6,27 @@ import sys
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from quantpress.core.errors import BadInput
 from quantpress.numbers.types import Grid
-from quantpress.recipe import AutoRound, Gptq, Qat, Recipe, Rtn
-from quantpress.recipe.loading import parse
+from quantpress.recipe import (
+    AutoRound,
+    Budget,
+    EndToEnd,
+    Gptq,
+    Hadamard,
+    LlamaCpp,
+    LlamaCppQuantizer,
+    Ollama,
+    Override,
+    Qat,
+    Recipe,
+    Rtn,
+    Task,
+    Timing,
+)
+from quantpress.recipe.loading import _keys_at, _models, parse, parse_target
 
 FP8_AND_BLOCKS = {"weights": {"type": "fp8"}, "overrides": [{"match": "*down_proj", "type": "fp8-block"}]}
 
@@ -68,6 +84,18 @@ def test_reading_a_recipe_does_not_import_torch() -> None:
         ({"evaluation": {"windo": 3}}, "evaluation.windo", "window"),
         ({"gates": {"max_kll": 3}}, "gates.max_kll", "max_kl"),
         ({"overrides": [{"match": "a"}, {"match": "b", "bitz": 3}]}, "overrides.1.bitz", "bits"),
+        ({"activations": {"type": "int8", "dynamik": True}}, "activations.dynamik", "dynamic"),
+        ({"evaluation": {"tasks": ["a", {"name": "b", "few_shots": 1}]}}, "evaluation.tasks.1.few_shots", "few_shot"),
+        ({"evaluation": {"efficiency": {"timing": {"batch": [1]}}}}, "evaluation.efficiency.timing.batch", "batches"),
+        ({"transforms": ["hadamard", {"name": "awq", "point": 3}]}, "transforms.1.awq.point", "points"),
+        ({"transforms": [{"name": "hadamard", "seeds": 3}]}, "transforms.0.hadamard.seeds", "seed"),
+        ({"method": {"name": "autoround", "ligth": True}}, "method.autoround.ligth", "light"),
+        ({"method": {"name": "qat", "end_to_end": {"step": 2}}}, "method.qat.end_to_end.step", "steps"),
+        ({"method": {"name": "llama.cpp", "thread": 2}}, "method.llama.cpp.thread", "threads"),
+        ({"targets": [{"name": "llama.cpp", "devise": "cpu"}]}, "targets.0.llama.cpp.devise", "device"),
+        ({"targets": ["tgi", {"name": "triton", "back_end": "vllm"}]}, "targets.1.triton.back_end", "backend"),
+        ({"gguf": {"budget": {"byte": 3}}}, "gguf.budget.byte", "bytes"),
+        ({"smoke": {"sever": "vllm"}}, "smoke.sever", "server"),
     ],
 )
 def test_a_typo_is_reported_with_its_place_and_the_nearest_key(
@@ -80,6 +108,31 @@ def test_a_typo_is_reported_with_its_place_and_the_nearest_key(
 def test_a_key_like_no_other_lists_the_known_ones() -> None:
     message = refused({"method": {"name": "rtn", "damp": 0.1}})
     assert "method.rtn.damp: unknown key (known: name)" in message
+    target = refused({"targets": [{"name": "ollama", "xyz": 1}]})
+    assert "targets.0.ollama.xyz: unknown key (known: " in target
+    assert set(target.partition("known: ")[2].rstrip(")").split(", ")) == set(Ollama.model_fields)
+
+
+def test_every_model_of_a_recipe_names_its_own_keys() -> None:
+    """Each model that a recipe can hold, at any depth, with a key that it does not have."""
+    seen: list[type[BaseModel]] = []
+
+    def follow(model: type[BaseModel], place: tuple[str, ...]) -> None:
+        seen.append(model)
+        assert _keys_at(Recipe, place) == list(model.model_fields), place
+        for key, field in model.model_fields.items():
+            inner = _models(field.annotation)
+            for one in inner:
+                tag = one.model_fields["name"].default if len(inner) > 1 else None
+                follow(one, (*place, key) if tag is None else (*place, key, tag))
+
+    follow(Recipe, ())
+    assert {Timing, EndToEnd, Budget, Task, LlamaCpp, LlamaCppQuantizer, Override, Hadamard} <= set(seen)
+
+
+def test_a_target_by_itself_names_its_keys_too() -> None:
+    with pytest.raises(BadInput, match=r"--target: vllm\.prot: unknown key, did you mean 'port'\?"):
+        parse_target({"name": "vllm", "prot": 1}, "--target")
 
 
 def test_a_list_with_a_wrong_item_is_not_also_too_short() -> None:
@@ -138,7 +191,11 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"evaluation": {"window": 512, "stride": 513}}, "stride 513 is larger than window 512"),
         ({"transforms": [3]}, "transforms"),
         ({"formats": []}, "formats"),
-        ({"formats": ["awk"]}, "formats.0: Input should be 'compressed-tensors', 'gptq', 'awq', 'modelopt' or 'gguf'"),
+        (
+            {"formats": ["awk"]},
+            "formats.0: unknown format, did you mean 'awq'? (known: compressed-tensors, gptq, awq, ",
+        ),
+        ({"formats": [3]}, "formats.0: Input should be a valid string, not 3"),
         ({"formats": ["gptq", "gptq"]}, "names one twice"),
         ({"name": "../up"}, "name"),
         ({"model": ""}, "model"),
@@ -229,8 +286,11 @@ def test_a_grid_reads_as_a_scheme(grid: Grid, text: str) -> None:
         ({"weights": {"type": "fp8"}, "activations": {"type": "int8"}}, "activations of type fp8 go with them"),
         ({"weights": {"bits": 3}, "activations": {"type": "int8"}}, "leave activations out"),
         ({"weights": {"type": "mxfp8"}, "activations": {"type": "mxfp8", "dynamic": False}}, "leave `dynamic` out"),
-        ({"weights": {"bits": 8}, "activations": {"type": "int8"}, "formats": ["awq"]}, "hold weights only"),
-        ({"kv_cache": "fp8", "formats": ["gptq"]}, "hold no kv_cache scales"),
+        (
+            {"weights": {"bits": 8}, "activations": {"type": "int8"}, "formats": ["awq"]},
+            "format awq holds weights only, no activations; use compressed-tensors or modelopt",
+        ),
+        ({"kv_cache": "fp8", "formats": ["gptq"]}, "format gptq holds weights only, no kv_cache; use"),
         ({"kv_cache": "int8"}, "kv_cache: Input should be 'fp8'"),
         ({"transforms": [{"name": "awq", "pointz": 3}]}, "transforms.0.awq.pointz: unknown key, did you mean 'points'"),
     ],
@@ -274,7 +334,7 @@ def test_what_autoround_refuses(document: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", ["autoround", "qat"])
 def test_tuning_is_for_integer_weights_alone(name: str) -> None:
-    with pytest.raises(BadInput, match=f"method {name} tunes weights of type int; use gptq or rtn"):
+    with pytest.raises(BadInput, match=f"method {name} takes weights of type int, not mxfp4; use gptq or rtn"):
         parse({"method": {"name": name}, "weights": {"type": "mxfp4"}})
     for more in ({"activations": {"type": "int8"}, "weights": {"bits": 8}}, {"kv_cache": "fp8"}):
         with pytest.raises(BadInput, match=f"method {name} tunes weights for 16-bit inputs"):
@@ -318,7 +378,7 @@ LLAMA_CPP = {"method": {"name": "llama.cpp"}, "formats": ["gguf"]}
     [
         (
             {"formats": ["gguf"], "method": {"name": "qat"}},
-            "format gguf with method qat: it takes llama.cpp, gptq and rtn",
+            "format gguf with method qat: it takes rtn, gptq, llama.cpp",
         ),
         ({"method": {"name": "llama.cpp"}}, "method llama.cpp is for GGUF files: set formats: [gguf]"),
         ({"gguf": {"type": "F16"}}, "the section gguf is for GGUF files"),

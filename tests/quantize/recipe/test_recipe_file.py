@@ -7,7 +7,7 @@ import pytest
 from quantpress.core.errors import BadInput
 from quantpress.numbers.types import Grid
 from quantpress.recipe import Gptq, Rtn
-from quantpress.recipe.loading import load, shipped
+from quantpress.recipe.loading import load, parse, shipped
 
 
 def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
@@ -106,3 +106,8 @@ def test_set_is_validated_like_the_file(tmp_path: Path, override: str, expected:
 
 
 # ---- patterns and schemes ---------------------------------------------------------------------------------------
+
+
+def test_a_key_that_is_gone_says_what_to_write_now() -> None:
+    with pytest.raises(BadInput, match=r"method\.gptq\.correction: gone with GPTAQ, .*; drop it, error_correction "):
+        parse({"method": {"correction": "gptaq"}})
