@@ -19,7 +19,8 @@ from quantpress.eval.measure.evaluate import evaluate
 from quantpress.eval.measure.evaluate import prepare as prepare_evaluation
 from quantpress.methods.hadamard import Rotation, hadamard_factors
 from quantpress.models.checkpoint import Checkpoint, write_part
-from quantpress.models.rotated import FAMILIES, Rotated
+from quantpress.models.families import FAMILIES
+from quantpress.models.rotated import Rotated
 from quantpress.recipe import Evaluation, Gates
 from quantpress.recipe.loading import parse
 
@@ -43,7 +44,7 @@ def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(tiny.FAMILIES, family, (config, settings))
 
 
-SUPPORTED = [*FAMILIES, "llama-biases", "llama-100"]
+SUPPORTED = [*(kind for kind, family in FAMILIES.items() if family.no_hadamard is None), "llama-biases", "llama-100"]
 
 
 # ---- the matrices -----------------------------------------------------------------------------------------------
