@@ -123,7 +123,7 @@ class GgufCheckpoint:
         if self._family.disk_name(str(name)) != name:
             return False
         try:
-            return gguf_name(self._names, str(name)) in self.tensors
+            return gguf_name(self._names, self._family.model_name(str(name))) in self.tensors
         except BadInput:
             return False
 

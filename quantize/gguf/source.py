@@ -65,7 +65,7 @@ def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
     for parameter, want in _parameters(model, config).items():
         if config.tie_word_embeddings and parameter in ("lm_head.weight", "embed_out.weight"):
             continue
-        tensor = _tensor_of(names, parameter)
+        tensor = _tensor_of(names, family_of(config.model_type).model_name(parameter))
         if tensor is None or tensor not in meta.tensors:
             raise BadInput(f"{meta.path}: the GGUF file has no tensor for {parameter} ({tensor or 'no known name'})")
         expert = EXPERT.search(parameter)

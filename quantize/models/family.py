@@ -111,3 +111,9 @@ class Family:
         for ours, on_disk in self.on_disk:
             name = name.replace(ours, on_disk)
         return name
+
+    def model_name(self, name: str) -> str:
+        """The model's name for a parameter that is called `name` on disk."""
+        for ours, on_disk in reversed(self.on_disk):
+            name = name.replace(on_disk, ours)
+        return name

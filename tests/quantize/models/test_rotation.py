@@ -35,7 +35,6 @@ def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
     """Families and settings that only the rotation tells apart from others."""
     llama, moe = tiny._LLAMA, tiny.FAMILIES["qwen3_moe"][1]
     more = {
-        "gemma": ("GemmaConfig", llama),  # tied, norms scale by 1 + weight
         "llama-biases": ("LlamaConfig", llama | {"attention_bias": True, "mlp_bias": True}),
         "llama-100": ("LlamaConfig", llama | {"hidden_size": 100, "head_dim": 10}),  # no Hadamard matrices
         "qwen2_moe": ("Qwen2MoeConfig", moe | {"shared_expert_intermediate_size": 48, "decoder_sparse_step": 2}),
