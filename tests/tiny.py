@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", _LLAMA | {"sliding_window": 8}),
     "qwen2": ("Qwen2Config", {k: v for k, v in _LLAMA.items() if k != "head_dim"}),
     "qwen3": ("Qwen3Config", _LLAMA),
+    "gemma": ("GemmaConfig", _LLAMA),  # tied; its norms scale by 1 + weight
     "gemma2": ("Gemma2Config", _GEMMA),
     "gemma3": (
         "Gemma3TextConfig",

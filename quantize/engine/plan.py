@@ -191,7 +191,7 @@ def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
 
 def _share(skeleton: Skeleton, linear: Linear) -> float:
     """The share of the tokens that a linear meets."""
-    if skeleton.row.experts is None or not linear.module.startswith(f"{skeleton.row.experts}."):
+    if skeleton.family.experts is None or not linear.module.startswith(f"{skeleton.family.experts}."):
         return 1.0
     experts = getattr(skeleton.config, "num_experts", None) or skeleton.config.num_local_experts
     return float(skeleton.config.num_experts_per_tok / experts)

@@ -228,15 +228,15 @@ class _Kept:
 
 def kept_bytes(job: "Job") -> int:
     """Bytes of the original's activations that a sweep of this recipe keeps where its limit allows; 0 for none."""
-    recipe, row, columns = job.recipe, job.skeleton.row, 0
+    recipe, family, columns = job.recipe, job.skeleton.family, 0
     if not _runs_the_original(recipe):
         return 0
     for k in range(job.skeleton.n_blocks):
         inputs: dict[tuple[str, ...], int] = {}
         for linear in job.linears:
-            routed = row.experts is not None and linear.module.startswith(f"{row.experts}.")
+            routed = family.experts is not None and linear.module.startswith(f"{family.experts}.")
             if linear.block == k and job.schemes[linear.name] is not None and not routed:
-                feeds = (feed.into for feed in row.feeds if linear.module in feed.into)
+                feeds = (feed.into for feed in family.feeds if linear.module in feed.into)
                 inputs[next(feeds, (linear.module,))] = linear.in_features
         columns += sum(inputs.values())
         if recipe.tuned or k + 1 < job.skeleton.n_blocks:

@@ -18,7 +18,7 @@ from ..core.errors import BadInput
 from ..methods import TRANSFORMS
 from ..methods.scaling import Observed, Rounding
 from ..models.arguments import Arguments
-from ..models.families import Feed
+from ..models.family import Feed
 from ..models.skeleton import Skeleton
 from ..numbers.activations import columns_of, measured, round_inputs
 from ..numbers.grid import Grid
@@ -47,17 +47,17 @@ class Link:
 class BlockTransforms:
     """The transforms of a recipe that scale channels, for the blocks of one model.
 
-    Raises BadInput for a model whose family has no feeds in architectures.py.
+    Raises BadInput for a model whose family has no feeds in models/families.py.
     """
 
     def __init__(self, recipe: Recipe, skeleton: Skeleton) -> None:
         self._wanted = [transform for transform in recipe.transforms if not isinstance(transform, Hadamard)]
         self._skeleton = skeleton
         self._recipe = recipe
-        if self._wanted and not skeleton.row.feeds:
+        if self._wanted and not skeleton.family.feeds:
             raise BadInput(
                 f"transform {self._wanted[0].name} needs to know which norms feed which linears in a "
-                f"{skeleton.config.model_type} block, and no row of architectures.py says so; leave it out of "
+                f"{skeleton.config.model_type} block, and no row of models/families.py says so; leave it out of "
                 "`transforms`, or add the row"
             )
 
@@ -71,7 +71,9 @@ class BlockTransforms:
         changes = Changes()
         if not self._wanted or hidden is None or arguments is None:
             return changes
-        links = {link.into[0]: link for link in _links(block, self._skeleton.row.feeds) if set(link.into) & set(grids)}
+        links = {
+            link.into[0]: link for link in _links(block, self._skeleton.family.feeds) if set(link.into) & set(grids)
+        }
         watch = _Watch(stride=max(1, hidden.shape[0] * hidden.shape[1] // _ROWS))
         looks = Stages(
             block, hidden, arguments, {name: block.get_submodule(name) for name in links},

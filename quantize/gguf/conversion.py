@@ -13,7 +13,7 @@ from ..artifact.artifact import Artifact
 from ..core.errors import BadInput
 from ..models.checkpoint import Checkpoint
 from ..models.skeleton import Skeleton
-from .gguf_families import architecture, hyperparameters, notes, rope_tensors
+from .hyperparameters import form_of, hyperparameters, notes, rope_tensors
 from .layout import Entry, float_type, layout
 from .tokenizer import tokenizer_metadata
 from .writer import ARCHITECTURE, Tensor, write
@@ -37,15 +37,15 @@ class Conversion:
         self.config: Any = self.skeleton.config
         if isinstance(reader, Artifact):
             reader.transposed = frozenset(x.name for x in self.skeleton.linears() if x.transposed)
-        row = architecture(self.config)
+        self.form = form_of(self.config)
         self.entries = layout(self.skeleton)
         tokenizer, lost = tokenizer_metadata(folder, self.config)
-        self.notes = (*notes(self.config, row), *lost)
+        self.notes = (*notes(self.config, self.form), *lost)
         self.metadata: dict[str, Any] = {
-            ARCHITECTURE: row.name,
+            ARCHITECTURE: self.form.architecture,
             "general.type": "model",
             "general.name": name or folder.resolve().name,
-            **hyperparameters(self.config, row),
+            **hyperparameters(self.config, self.form),
             **tokenizer,
         }
         if isinstance(reader, Checkpoint):
@@ -60,7 +60,7 @@ class Conversion:
         """Tensors that follow from the config: RoPE's factors."""
         return [
             Tensor(name, GGMLQuantizationType.F32, tuple(t.shape), t.numpy)
-            for name, t in rope_tensors(self.config).items()
+            for name, t in rope_tensors(self.config, self.form).items()
         ]
 
     def tensor(self, entry: Entry, kind: GGMLQuantizationType) -> Tensor:

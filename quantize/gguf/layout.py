@@ -11,8 +11,10 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..models.family import GgufForm, TensorChange
 from ..models.skeleton import Skeleton
-from .gguf_families import Architecture, Change, architecture, change_of, names_of, to_gguf
+from .hyperparameters import form_of
+from .tensor_map import change_of, names_of, to_gguf
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight")
@@ -29,7 +31,7 @@ class Entry:
     name: str
     parameters: tuple[str, ...]
     shape: tuple[int, ...]
-    change: Change | None = None
+    change: TensorChange | None = None
 
     @property
     def stacked(self) -> bool:
@@ -53,8 +55,8 @@ def layout(skeleton: Skeleton) -> list[Entry]:
     Raises BadInput for an architecture that cannot be written, and a parameter without a GGUF name.
     """
     config = skeleton.config
-    row = architecture(config)
-    names = names_of(row, config.num_hidden_layers)
+    form = form_of(config)
+    names = names_of(form, config.num_hidden_layers)
     shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
     disk = dict(skeleton.shell_names())
     for k in range(skeleton.n_blocks):
@@ -66,8 +68,8 @@ def layout(skeleton: Skeleton) -> list[Entry]:
     grouped: dict[str, list[str]] = {}
     for name in disk:
         grouped.setdefault(gguf_name(names, name), []).append(name)
-    entries = [_entry(row, tensor, parts, disk, shapes) for tensor, parts in grouped.items()]
-    if row.untied and config.tie_word_embeddings:
+    entries = [_entry(form, tensor, parts, disk, shapes) for tensor, parts in grouped.items()]
+    if form.untied and config.tie_word_embeddings:
         twin = next(entry for entry in entries if entry.name == "token_embd.weight")
         entries.append(Entry("output.weight", twin.parameters, twin.shape))
     return entries
@@ -85,9 +87,9 @@ def gguf_name(names: gguf.TensorNameMap, parameter: str) -> str:
 
 
 def _entry(
-    row: Architecture, tensor: str, parts: list[str], disk: dict[str, str], shapes: dict[str, tuple[int, ...]]
+    form: GgufForm, tensor: str, parts: list[str], disk: dict[str, str], shapes: dict[str, tuple[int, ...]]
 ) -> Entry:
-    change, shape = change_of(row, parts[0]), shapes[parts[0]]
+    change, shape = change_of(form, parts[0]), shapes[parts[0]]
     if change == "transposed":
         shape = shape[::-1]
     if EXPERT.search(parts[0]):

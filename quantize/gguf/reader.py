@@ -12,11 +12,12 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..core.files import file_sha256
 from ..models.checkpoint import companions, read_json
-from ..models.families import ARCHITECTURES as MODELS
+from ..models.families import family_of
 from ..models.skeleton import Skeleton, text_config
 from ..recipe.gguf_file import FLOATS
-from .gguf_families import architecture, from_gguf, names_of
+from .hyperparameters import form_of
 from .layout import Entry, gguf_name, layout
+from .tensor_map import from_gguf, names_of
 
 _FILE = "model.gguf"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -102,9 +103,8 @@ class GgufCheckpoint:
         self.config: dict[str, Any] = read_json(folder / "config.json", "a GGUF file is read beside one")
         self.tensors = GgufTensors(gguf_files(folder))
         config = text_config(self.config)
-        self._row = architecture(config)
-        self._names = names_of(self._row, config.num_hidden_layers)
-        self._foreign = [ours for ours, theirs in MODELS[config.model_type].on_disk]
+        self._names = names_of(form_of(config), config.num_hidden_layers)
+        self._family = family_of(config.model_type)
         self._config = config
         self._where: dict[str, tuple[Entry, int | None]] = {}
         for entry in layout(Skeleton(self, device=torch.device("cpu"))):
@@ -120,10 +120,10 @@ class GgufCheckpoint:
 
     def __contains__(self, name: object) -> bool:
         """Whether a parameter of the model is there, under the name checkpoints on disk have for it."""
-        if any(ours in str(name) for ours in self._foreign):
+        if self._family.disk_name(str(name)) != name:
             return False
         try:
-            return gguf_name(self._names, str(name)) in self.tensors
+            return gguf_name(self._names, self._family.model_name(str(name))) in self.tensors
         except BadInput:
             return False
 

@@ -22,11 +22,11 @@ from ..numbers.types import BlockGrid, GgmlType, ScaleSearch
 from ..recipe import Recipe, Rtn
 from . import budget
 from .conversion import Conversion
-from .gguf_families import to_gguf
 from .imatrix import Array
 from .layout import Entry, float_type
 from .mixes import Choice, TensorType
 from .sensitivity import measure
+from .tensor_map import to_gguf
 from .tensor_types import Types, own_types
 from .writer import Tensor, sizes, write
 

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..models.families import ARCHITECTURES as MODELS
-from .gguf_families import ARCHITECTURES as WRITTEN
-from .gguf_families import change_of, from_gguf, names_of
+from ..models.families import family_of
+from .hyperparameters import form_of
 from .layout import EXPERT, gguf_name
 from .reader import dequantized, open_gguf
 from .source_config import Metadata, model_config
 from .source_tokenizer import check_reads_back, save_tokenizer
+from .tensor_map import change_of, from_gguf, names_of
 
 SHARD_BYTES = 1_000_000_000
 _LEFT_OVER = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # config.json has them
@@ -59,18 +59,18 @@ def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
-    row = WRITTEN[config.model_type]
-    names = names_of(row, int(config.num_hidden_layers))
+    form = form_of(config)
+    names = names_of(form, int(config.num_hidden_layers))
     plan: dict[str, Place] = {}
     for parameter, want in _parameters(model, config).items():
         if config.tie_word_embeddings and parameter in ("lm_head.weight", "embed_out.weight"):
             continue
-        tensor = _tensor_of(names, parameter)
+        tensor = _tensor_of(names, family_of(config.model_type).model_name(parameter))
         if tensor is None or tensor not in meta.tensors:
             raise BadInput(f"{meta.path}: the GGUF file has no tensor for {parameter} ({tensor or 'no known name'})")
         expert = EXPERT.search(parameter)
         shape = meta.shape(tensor)[1:] if expert else meta.shape(tensor)
-        if (shape[::-1] if change_of(row, parameter) == "transposed" else shape) != want:
+        if (shape[::-1] if change_of(form, parameter) == "transposed" else shape) != want:
             raise BadInput(f"{meta.path}: tensor {tensor} has shape {list(shape)}, {parameter} needs {list(want)}")
         plan[parameter] = tensor, int(expert[1]) if expert else None
     spare = set(meta.tensors) - {tensor for tensor, _ in plan.values()} - set(_LEFT_OVER)
@@ -83,13 +83,12 @@ def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
 
 def _parameters(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of a checkpoint's tensors by their on-disk names: experts, which transformers fuses, each by itself."""
-    row = MODELS[config.model_type]
-    gate, up, down = row.expert_names
+    family = family_of(config.model_type)
+    gate, up, down = family.expert_names
     out: dict[str, tuple[int, ...]] = {}
     for name, value in model.state_dict().items():
         shape = tuple(value.shape)
-        for ours, theirs in row.on_disk:
-            name = name.replace(ours, theirs)
+        name = family.disk_name(name)
         where, _, kind = name.rpartition(".")
         if kind == "gate_up_proj":
             for e in range(shape[0]):
@@ -150,4 +149,4 @@ def _weight(meta: Metadata, config: Any, parameter: str, place: Place) -> Tensor
     """One parameter as transformers holds it, bf16."""
     tensor, expert = place
     weight = dequantized(meta.tensors[tensor], expert, meta.path)
-    return from_gguf(change_of(WRITTEN[config.model_type], parameter), weight, config).to(torch.bfloat16).contiguous()
+    return from_gguf(change_of(form_of(config), parameter), weight, config).to(torch.bfloat16).contiguous()

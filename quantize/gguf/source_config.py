@@ -1,8 +1,7 @@
-"""The transformers config that the metadata of a GGUF file describe: one row of settings an architecture."""
+"""The transformers config that the metadata of a GGUF file describe: by the rows of model families."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,8 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInput
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one GGUF architecture is read: the transformers model type, and the config's settings from the metadata.
-
-    What was done to its tensors is in architectures.py, by model type. experts: the model type of a file with experts.
-    """
-
-    model_type: str
-    settings: Callable[["Metadata"], dict[str, Any]]
-    experts: str | None = None
+from ..models.families import FAMILIES, family_of
+from ..models.family import GgufForm
 
 
 class Metadata(Mapping[str, Any]):
@@ -58,6 +47,15 @@ class Metadata(Mapping[str, Any]):
                 raise BadInput(f"{self.path}: {name} differs from layer to layer, which is not supported")
             value = value[0]
         return value
+
+    def per_layer(self, key: str, default: list[Any]) -> list[Any]:
+        """As `hparam`, of a list with a value for each layer."""
+        value: list[Any] = self.get(f"{self.architecture}.{key}", default)
+        return value
+
+    def optional(self, key: str, default: Any) -> Any:
+        """`<architecture>.<key>` as it is, or `default`."""
+        return self.get(f"{self.architecture}.{key}", default)
 
     @property
     def experts(self) -> int:
@@ -142,131 +140,11 @@ def _llama3_scaling(meta: Metadata, theta: float, head_dim: int) -> dict[str, An
     }
 
 
-def _sizes(meta: Metadata) -> dict[str, Any]:
-    """Sizes that every model but GPT-2 calls by these names."""
-    return {
-        "hidden_size": int(meta.hparam("embedding_length")),
-        "intermediate_size": int(meta.hparam("feed_forward_length")),
-        "num_hidden_layers": int(meta.hparam("block_count")),
-        "num_attention_heads": int(meta.hparam("attention.head_count")),
-        "max_position_embeddings": int(meta.hparam("context_length")),
-    }
-
-
-def _llama_like(meta: Metadata, partial: bool = False) -> dict[str, Any]:
-    """Settings that llama, qwen, gemma and phi share."""
-    sizes = _sizes(meta)
-    heads, context = sizes["num_attention_heads"], sizes["max_position_embeddings"]
-    head_dim = int(meta.hparam("attention.key_length", sizes["hidden_size"] // heads))
-    return sizes | {
-        "num_key_value_heads": int(meta.hparam("attention.head_count_kv", heads)),
-        "head_dim": head_dim,
-        "rms_norm_eps": float(meta.hparam("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": _rope(meta, head_dim, context, partial),
-    }
-
-
-def _llama(meta: Metadata) -> dict[str, Any]:
-    biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-    experts = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
-    return (
-        _llama_like(meta)
-        | {key: name in meta.tensors for key, name in biases.items()}
-        | {key: int(meta.hparam(name)) for key, name in experts.items() if meta.experts}
-    )
-
-
-def _qwen_moe(meta: Metadata) -> dict[str, Any]:
-    shared = meta.get(f"{meta.architecture}.expert_shared_feed_forward_length")
-    return (
-        _llama_like(meta)
-        | {"num_experts": meta.experts, "num_experts_per_tok": int(meta.hparam("expert_used_count"))}
-        | {"moe_intermediate_size": int(meta.hparam("expert_feed_forward_length"))}
-        | {"norm_topk_prob": meta.architecture == "qwen3moe", "decoder_sparse_step": 1, "mlp_only_layers": []}
-        | ({} if shared is None else {"shared_expert_intermediate_size": int(shared)})
-    )
-
-
-def _gemma(meta: Metadata) -> dict[str, Any]:
-    """Gemma 2 and 3, with what llama.cpp takes for granted where the file does not say."""
-    second = meta.architecture == "gemma2"
-    settings, blocks = _llama_like(meta), int(meta.hparam("block_count"))
-    every = 2 if second else 6
-    pattern = meta.get(
-        f"{meta.architecture}.attention.sliding_window_pattern", [(i + 1) % every != 0 for i in range(blocks)]
-    )
-    settings |= {
-        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
-        "sliding_window": int(meta.hparam("attention.sliding_window", 4096)),
-        "query_pre_attn_scalar": settings["head_dim"],
-    }
-    if blocks == (46 if second else 62):  # the 27B models
-        settings["query_pre_attn_scalar"] = settings["hidden_size"] // settings["num_attention_heads"]
-    final = meta.get(f"{meta.architecture}.final_logit_softcapping", 30.0 if second else None)
-    settings["final_logit_softcapping"] = final
-    if second:
-        return settings | {"attn_logit_softcapping": float(meta.hparam("attn_logit_softcapping", 50.0))}
-    local = {"rope_type": "default", "rope_theta": float(meta.hparam("rope.freq_base_swa", 10000.0))}
-    settings["rope_parameters"] = {"full_attention": settings["rope_parameters"], "sliding_attention": local}
-    return settings
-
-
-def _phi3(meta: Metadata) -> dict[str, Any]:
-    settings = _llama_like(meta, partial=True)
-    original = int(meta.hparam("rope.scaling.original_context_length", settings["max_position_embeddings"]))
-    window = int(meta.hparam("attention.sliding_window", 0)) or None
-    return settings | {"original_max_position_embeddings": original, "sliding_window": window}
-
-
-def _gpt_neox(meta: Metadata) -> dict[str, Any]:
-    sizes = _sizes(meta)
-    head_dim, context = sizes["hidden_size"] // sizes["num_attention_heads"], sizes["max_position_embeddings"]
-    return sizes | {
-        "layer_norm_eps": float(meta.hparam("attention.layer_norm_epsilon")),
-        "use_parallel_residual": bool(meta.hparam("use_parallel_residual", True)),
-        "rope_parameters": _rope(meta, head_dim, context, partial=True),
-    }
-
-
-def _gpt2(meta: Metadata) -> dict[str, Any]:
-    return {
-        "n_embd": int(meta.hparam("embedding_length")),
-        "n_inner": int(meta.hparam("feed_forward_length")),
-        "n_layer": int(meta.hparam("block_count")),
-        "n_head": int(meta.hparam("attention.head_count")),
-        "n_positions": int(meta.hparam("context_length")),
-        "layer_norm_epsilon": float(meta.hparam("attention.layer_norm_epsilon")),
-    }
-
-
-ARCHITECTURES = {  # the key is GGUF's general.architecture; Mistral files say "llama"
-    "llama": Architecture("llama", _llama, experts="mixtral"),
-    "qwen2": Architecture("qwen2", _llama_like),
-    "qwen3": Architecture("qwen3", _llama_like),
-    "qwen2moe": Architecture("qwen2_moe", _qwen_moe, experts="qwen2_moe"),
-    "qwen3moe": Architecture("qwen3_moe", _qwen_moe, experts="qwen3_moe"),
-    "gemma2": Architecture("gemma2", _gemma),
-    "gemma3": Architecture("gemma3_text", _gemma),
-    "phi3": Architecture("phi3", _phi3),
-    "gptneox": Architecture("gpt_neox", _gpt_neox),
-    "gpt2": Architecture("gpt2", _gpt2),
-}
-
-
 def model_config(meta: Metadata) -> Any:
     """The transformers config the file describes; raises BadInput for an architecture without a row."""
     from transformers import AutoConfig
 
-    row = ARCHITECTURES.get(meta.architecture)
-    if row is None:
-        raise BadInput(
-            f"{meta.path}: GGUF architecture {meta.architecture!r} is not supported ({', '.join(ARCHITECTURES)} are); "
-            "use the original checkpoint"
-        )
-    if meta.experts and row.experts is None:
-        raise BadInput(
-            f"{meta.path}: a mixture-of-experts file of {meta.architecture!r}, which transformers has not got"
-        )
+    model_type, form = _family_of(meta)
     untied = "output.weight" in meta.tensors and not meta.same_bytes("output.weight", "token_embd.weight")
     tokens = {
         f"{name}_token_id": int(meta[key])
@@ -278,10 +156,41 @@ def model_config(meta: Metadata) -> Any:
         if key in meta
     }
     return AutoConfig.for_model(
-        (row.experts if meta.experts else None) or row.model_type,
-        **row.settings(meta),
+        model_type,
+        **_settings(meta, form),
         vocab_size=meta.vocab_size,
         tie_word_embeddings=not untied,
         dtype="bfloat16",
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | tokens,
     )
+
+
+def _family_of(meta: Metadata) -> tuple[str, GgufForm]:
+    """The first family that fits: files of several say one architecture, Llama, Mistral and Mixtral \"llama\"."""
+    forms = {model_type: family.gguf for model_type, family in FAMILIES.items() if family.gguf is not None}
+    named = {model_type: form for model_type, form in forms.items() if form.architecture == meta.architecture}
+    if not named:
+        known = ", ".join(dict.fromkeys(form.architecture for form in forms.values()))
+        raise BadInput(
+            f"{meta.path}: GGUF architecture {meta.architecture!r} is not supported ({known} are); "
+            "use the original checkpoint"
+        )
+    for model_type, form in named.items():
+        if (family_of(model_type).experts is not None) == (meta.experts > 0):
+            return model_type, form
+    kind = "mixture-of-experts" if meta.experts else "dense"
+    raise BadInput(f"{meta.path}: a {kind} file of {meta.architecture!r}, which transformers has not got")
+
+
+def _settings(meta: Metadata, form: GgufForm) -> dict[str, Any]:
+    """The config's fields that the family's row reads from the metadata."""
+    heads = int(meta.hparam("attention.head_count"))
+    per_head = int(meta.hparam("embedding_length")) // heads
+    usual = {"attention.head_count_kv": heads, "attention.key_length": per_head}  # files may leave them out
+    out = {name: meta.hparam(key, usual.get(key)) for name, key in form.sizes.items()}
+    if form.rope != "none":
+        head_dim, context = int(out.get("head_dim", per_head)), int(meta.hparam("context_length"))
+        out["rope_parameters"] = _rope(meta, head_dim, context, partial=form.rope == "partial")
+    out |= {name: meta.hparam(key) for name, key in form.counts.items()}
+    out |= {name: tensor in meta.tensors for name, tensor in form.switches.items()}
+    return out | dict(form.fixed) | form.settings(meta, out)

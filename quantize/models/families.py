@@ -1,117 +1,278 @@
-"""Rows for model families: what the transformers class does not say about a block.
+"""The model families, one row each.
 
-A decoder stack whose blocks are one ModuleList of `num_hidden_layers` entries is quantized without a row. Transforms
-need one: they scale what an op puts out and undo it in the linears that take it in, so the row has to name them all.
+A decoder stack whose blocks are one ModuleList of `num_hidden_layers` entries needs no row to be quantized. The
+transforms need one, as they scale or rotate what a module puts out and undo it in the linears that read it; so do GGUF
+files, and checkpoints whose names differ from those of the transformers class.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+from ..core.errors import BadInput
+from .family import LLAMA_SIZES, Family, Feed, GgufForm, GgufMetadata, TensorChange
 
-@dataclass(frozen=True)
-class Feed:
-    """`source` puts out, channel by channel, what the modules `into` take in, and nothing else reads it.
+_SANDWICHED = "norms after attention and MLP scale, channel by channel, what is added to the residual stream"
+_CENTRED = "LayerNorm subtracts the mean over channels, which a rotation does not keep"
 
-    Names are those of modules inside a block. `*` in `into` stands for every expert; where `source` has one too, for
-    the expert at hand. The first of `into` sees every token that the others see. Names a block lacks are left out:
-    some families mix dense and sparse blocks. plus_one: a norm that multiplies by 1 + weight. heads: the values that
-    attention mixes, each key-value head read by a group of query heads. last: only the last rows of the source, which
-    is several projections fused.
-    """
-
-    source: str
-    into: tuple[str, ...]
-    plus_one: bool = False
-    heads: bool = False
-    last: bool = False
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """experts: the fused-experts module inside a block, taken apart into linears.
-
-    routers: linears inside a block that decide how much of an expert is taken, and stay in 16 bit in every server.
-    expert_names: on-disk names of an expert's gate, up and down projections. on_disk: (module name, on-disk name)
-    pieces, replaced in that order where the checkpoint names a module otherwise. feeds: in the order they are reached.
-    """
-
-    experts: str | None = None
-    routers: tuple[str, ...] = ()
-    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    on_disk: tuple[tuple[str, str], ...] = ()
-    feeds: tuple[Feed, ...] = ()
-
+# ---- what feeds what ---------------------------------------------------------------------------------------------
 
 _ATTENTION = (
     Feed("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     Feed("self_attn.v_proj", ("self_attn.o_proj",), heads=True),
 )
 _MLP = ("mlp.gate_proj", "mlp.up_proj")
-_SHARED = ("mlp.shared_expert_gate", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
-_EXPERTS = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 _DOWN = Feed("mlp.up_proj", ("mlp.down_proj",))
-_LLAMA = Architecture(feeds=(*_ATTENTION, Feed("post_attention_layernorm", _MLP), _DOWN))
-_GEMMA = Architecture(
-    feeds=(
-        replace(_ATTENTION[0], plus_one=True),
-        _ATTENTION[1],
-        Feed("pre_feedforward_layernorm", _MLP, plus_one=True),
-        _DOWN,
-    )
+_LLAMA_FEEDS = (*_ATTENTION, Feed("post_attention_layernorm", _MLP), _DOWN)
+_PHI3_FEEDS = (
+    Feed("input_layernorm", ("self_attn.qkv_proj",)),
+    Feed("self_attn.qkv_proj", ("self_attn.o_proj",), heads=True, last=True),
+    Feed("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    Feed("mlp.gate_up_proj", ("mlp.down_proj",), last=True),
 )
-_QWEN_MOE = Architecture(
-    experts="mlp.experts",
-    routers=("mlp.shared_expert_gate",),
-    feeds=(
-        *_ATTENTION,
-        Feed("post_attention_layernorm", ("mlp.gate", *_SHARED, *_EXPERTS, *_MLP)),
-        Feed("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
-        Feed("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
-        _DOWN,
-    ),
+_GEMMA_FEEDS = tuple(replace(feed, plus_one=feed.source.endswith("layernorm")) for feed in _LLAMA_FEEDS)
+_SANDWICHED_FEEDS = tuple(
+    replace(feed, source="pre_feedforward_layernorm") if feed.source == "post_attention_layernorm" else feed
+    for feed in _GEMMA_FEEDS
 )
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "phi3": Architecture(
-        feeds=(
-            Feed("input_layernorm", ("self_attn.qkv_proj",)),
-            Feed("self_attn.qkv_proj", ("self_attn.o_proj",), heads=True, last=True),
-            Feed("post_attention_layernorm", ("mlp.gate_up_proj",)),
-            Feed("mlp.gate_up_proj", ("mlp.down_proj",), last=True),
-        )
-    ),
-    # The fused rows go head by head, (q, k, v) each: the values are not the last ones. A GELU stands before the second
-    # linear of the feed-forward, here and in GPT-2: no scale passes it.
-    "gpt_neox": Architecture(
-        on_disk=(("lm_head.", "embed_out."),),
-        feeds=(
-            Feed("input_layernorm", ("attention.query_key_value",)),
-            Feed("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+_QWEN_MOE_FEEDS = (
+    *_ATTENTION,
+    Feed(
+        "post_attention_layernorm",
+        (
+            "mlp.gate", "mlp.shared_expert_gate", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj",
+            "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", *_MLP,
         ),
     ),
-    "gpt2": Architecture(
-        feeds=(
-            Feed("ln_1", ("attn.c_attn",)),
-            Feed("attn.c_attn", ("attn.c_proj",), heads=True, last=True),
-            Feed("ln_2", ("mlp.c_fc",)),
+    Feed("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
+    Feed("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
+    _DOWN,
+)  # fmt: skip
+_MIXTRAL_FEEDS = (
+    *_ATTENTION,
+    Feed("post_attention_layernorm", ("mlp.gate", "mlp.experts.*.w1", "mlp.experts.*.w3")),
+    Feed("mlp.experts.*.w3", ("mlp.experts.*.w2",)),
+)
+# The fused rows of GPT-NeoX go head by head, (q, k, v) each: the values are not the last ones. A GELU stands before the
+# second linear of the feed-forward, here and in GPT-2: no scale passes it.
+_GPT_NEOX_FEEDS = (
+    Feed("input_layernorm", ("attention.query_key_value",)),
+    Feed("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+)
+_GPT2_FEEDS = (
+    Feed("ln_1", ("attn.c_attn",)),
+    Feed("attn.c_attn", ("attn.c_proj",), heads=True, last=True),
+    Feed("ln_2", ("mlp.c_fc",)),
+)
+
+# ---- how GGUF holds it -------------------------------------------------------------------------------------------
+
+_PERMUTED: tuple[tuple[str, TensorChange], ...] = (
+    ("q_proj.weight", "query"), ("q_proj.bias", "query"), ("k_proj.weight", "key"), ("k_proj.bias", "key"),
+)  # fmt: skip
+_PLUS_ONE: tuple[tuple[str, TensorChange], ...] = (("norm.weight", "plus_one"),)
+_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_EVERY_BLOCK = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # has experts
+_QWEN_MOE_COUNTS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+_GPT_NEOX_SIZES = {k: v for k, v in LLAMA_SIZES.items() if k not in ("num_key_value_heads", "head_dim", "rms_norm_eps")}
+
+
+def _windows(config: Any, blocks_of_27b: int) -> dict[str, Any]:
+    """Gemma's sliding windows and which layers have one: written out, so that no reader's default matters."""
+    wanted = _attention_scalar(config.to_dict(), blocks_of_27b)
+    if config.query_pre_attn_scalar != wanted:
+        raise BadInput(
+            f"query_pre_attn_scalar {config.query_pre_attn_scalar}: llama.cpp computes with {wanted} for this "
+            f"{config.model_type}; no GGUF file can hold the model"
         )
-    ),
-    "qwen2_moe": _QWEN_MOE,
-    "qwen3_moe": _QWEN_MOE,
-    "mixtral": Architecture(
+    return {
+        "attention.sliding_window": int(config.sliding_window),
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+    }
+
+
+def _windows_back(meta: GgufMetadata, settings: Mapping[str, Any], blocks_of_27b: int, every: int) -> dict[str, Any]:
+    """The inverse of `_windows`; where the file does not say, all layers but each `every`-th have a window."""
+    blocks = settings["num_hidden_layers"]
+    pattern = meta.per_layer("attention.sliding_window_pattern", [(i + 1) % every != 0 for i in range(blocks)])
+    return {
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+        "sliding_window": meta.hparam("attention.sliding_window", 4096),
+        "query_pre_attn_scalar": _attention_scalar(settings, blocks_of_27b),
+    }
+
+
+def _attention_scalar(settings: Mapping[str, Any], blocks_of_27b: int) -> int:
+    """What llama.cpp scales attention scores by: a Gemma of 27B, told by its blocks, by another size than the rest."""
+    if settings["num_hidden_layers"] == blocks_of_27b:
+        return int(settings["hidden_size"] // settings["num_attention_heads"])
+    return int(settings["head_dim"])
+
+
+def _gemma2_metadata(config: Any) -> dict[str, Any]:
+    if config.attn_logit_softcapping is None or config.final_logit_softcapping is None:
+        raise BadInput(
+            "gemma2 without logit soft-capping: llama.cpp always applies it; no GGUF file can hold this model"
+        )
+    return _windows(config, 46) | {
+        "attn_logit_softcapping": float(config.attn_logit_softcapping),
+        "final_logit_softcapping": float(config.final_logit_softcapping),
+    }
+
+
+def _gemma2_settings(meta: GgufMetadata, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return _windows_back(meta, settings, 46, every=2) | {
+        "attn_logit_softcapping": float(meta.hparam("attn_logit_softcapping", 50.0)),
+        "final_logit_softcapping": float(meta.hparam("final_logit_softcapping", 30.0)),
+    }
+
+
+def _gemma3_metadata(config: Any) -> dict[str, Any]:
+    local = float(config.rope_parameters["sliding_attention"]["rope_theta"])
+    final = config.final_logit_softcapping
+    capped = {} if final is None else {"final_logit_softcapping": float(final)}
+    return _windows(config, 62) | {"rope.freq_base_swa": local} | capped
+
+
+def _gemma3_settings(meta: GgufMetadata, settings: Mapping[str, Any]) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": float(meta.hparam("rope.freq_base_swa", 10000.0))}
+    return _windows_back(meta, settings, 62, every=6) | {
+        "final_logit_softcapping": meta.optional("final_logit_softcapping", None),
+        "rope_parameters": {"full_attention": settings["rope_parameters"], "sliding_attention": local},
+    }
+
+
+def _phi3_metadata(config: Any) -> dict[str, Any]:
+    original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return {
+        "rope.scaling.original_context_length": int(original),
+        "attention.sliding_window": config.sliding_window or 0,
+    }
+
+
+def _phi3_settings(meta: GgufMetadata, settings: Mapping[str, Any]) -> dict[str, Any]:
+    original = meta.hparam("rope.scaling.original_context_length", settings["max_position_embeddings"])
+    window = meta.hparam("attention.sliding_window", 0) or None
+    return {"original_max_position_embeddings": original, "sliding_window": window}
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+_LLAMA = Family(feeds=_LLAMA_FEEDS, no_hadamard=None, gguf=GgufForm("llama", _PERMUTED, switches=_BIASES))
+_QWEN_MOE = Family(
+    experts="mlp.experts", routers=("mlp.shared_expert_gate",), feeds=_QWEN_MOE_FEEDS, no_hadamard=None
+)  # fmt: skip
+
+FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file is read as the first row it fits
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": Family(
         experts="mlp.experts",
         expert_names=("w1", "w3", "w2"),
         on_disk=((".mlp.", ".block_sparse_moe."),),
-        feeds=(
-            *_ATTENTION,
-            Feed("post_attention_layernorm", ("mlp.gate", "mlp.experts.*.w1", "mlp.experts.*.w3")),
-            Feed("mlp.experts.*.w3", ("mlp.experts.*.w2",)),
+        feeds=_MIXTRAL_FEEDS,
+        no_hadamard=None,
+        gguf=GgufForm(
+            "llama",
+            _PERMUTED,
+            counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+            switches=_BIASES,
+        ),
+    ),
+    "qwen2": replace(_LLAMA, gguf=GgufForm("qwen2")),
+    "qwen3": replace(_LLAMA, gguf=GgufForm("qwen3")),
+    "qwen2_moe": replace(
+        _QWEN_MOE,
+        gguf=GgufForm(
+            "qwen2moe",
+            fixed=_EVERY_BLOCK | {"norm_topk_prob": False},
+            untied=True,
+            counts=_QWEN_MOE_COUNTS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+        ),
+    ),
+    "qwen3_moe": replace(
+        _QWEN_MOE,
+        gguf=GgufForm("qwen3moe", fixed=_EVERY_BLOCK | {"norm_topk_prob": True}, counts=_QWEN_MOE_COUNTS),
+    ),
+    "gemma": Family(feeds=_GEMMA_FEEDS, no_hadamard=None),
+    "gemma2": Family(
+        feeds=_SANDWICHED_FEEDS,
+        no_hadamard=_SANDWICHED,
+        gguf=GgufForm(
+            "gemma2",
+            _PLUS_ONE,
+            _TANH,
+            sliding_window=True,
+            metadata=_gemma2_metadata,
+            settings=_gemma2_settings,
+        ),
+    ),
+    "gemma3_text": Family(
+        feeds=_SANDWICHED_FEEDS,
+        no_hadamard=_SANDWICHED,
+        gguf=GgufForm(
+            "gemma3",
+            _PLUS_ONE,
+            _TANH,
+            fixed={"attn_logit_softcapping": None},
+            sliding_window=True,
+            metadata=_gemma3_metadata,
+            settings=_gemma3_settings,
+        ),
+    ),
+    "phi3": Family(
+        feeds=_PHI3_FEEDS,
+        no_hadamard=None,
+        gguf=GgufForm("phi3", rope="partial", metadata=_phi3_metadata, settings=_phi3_settings),
+    ),
+    "gpt2": Family(
+        feeds=_GPT2_FEEDS,
+        no_hadamard=_CENTRED,
+        gguf=GgufForm(
+            "gpt2",
+            tuple((f"{name}.weight", "transposed") for name in ("c_attn", "c_proj", "c_fc")),
+            _TANH,
+            fixed={
+                "scale_attn_by_inverse_layer_idx": False,
+                "scale_attn_weights": True,
+                "add_cross_attention": False,
+            },
+            rope="none",
+            sizes={
+                "n_embd": "embedding_length",
+                "n_inner": "feed_forward_length",
+                "n_layer": "block_count",
+                "n_head": "attention.head_count",
+                "n_positions": "context_length",
+                "layer_norm_epsilon": "attention.layer_norm_epsilon",
+            },
+        ),
+    ),
+    # llama.cpp computes GPT-NeoX's gelu by the tanh formula, up to 5e-4 from the exact one.
+    "gpt_neox": Family(
+        on_disk=(("lm_head.", "embed_out."),),
+        feeds=_GPT_NEOX_FEEDS,
+        no_hadamard=_CENTRED,
+        gguf=GgufForm(
+            "gptneox",
+            (("query_key_value.weight", "by_head"), ("query_key_value.bias", "by_head")),
+            (*_TANH, "gelu"),
+            fixed={"attention_bias": True},
+            untied=True,
+            rope="partial",
+            sizes=_GPT_NEOX_SIZES | {"layer_norm_eps": "attention.layer_norm_epsilon"},
+            counts={"use_parallel_residual": "use_parallel_residual"},
         ),
     ),
 }
-PLAIN = Architecture()
+UNLISTED = Family()
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a model type; `UNLISTED`, which says nothing, where there is none."""
+    return FAMILIES.get(model_type, UNLISTED)

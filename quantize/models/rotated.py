@@ -20,67 +20,47 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..methods.hadamard import Rotation
 from .checkpoint import Checkpoint
+from .families import family_of
+from .family import Family
 from .skeleton import text_config
 
 HEAD = "lm_head.weight"
-OUTPUT = "self_attn.o_proj"  # reads the values
 _PIECE = 1 << 21  # elements rotated at a time, in float64
 _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where a block of one model family meets the residual stream: on-disk names inside a block, * a number.
+class _Stream:
+    """Where the blocks of a family meet the residual stream: on-disk names inside a block, * a number.
 
-    feeds: the linears that each norm feeds. writes: the linears that write to the residual. value: the linear whose
-    last rows make the values. unit: the weight with which a norm scales by one.
+    readers: the linears that read it, by the norm before them. writers: the linears that write to it. values: the
+    linear whose last rows make the values; output: the one that reads them. unit: the weight with which a norm scales
+    by one.
     """
 
-    feeds: Mapping[str, tuple[str, ...]]
-    writes: tuple[str, ...]
-    value: str = "self_attn.v_proj"
-    unit: float = 1.0
+    readers: Mapping[str, tuple[str, ...]]
+    writers: tuple[str, ...]
+    values: str
+    output: str
+    unit: float
 
 
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj")
-_LLAMA = Family({"input_layernorm": _ATTENTION, "post_attention_layernorm": _MLP}, (OUTPUT, "mlp.down_proj"))
-_QWEN_MOE = Family(
-    {
-        "input_layernorm": _ATTENTION,
-        "post_attention_layernorm": (
-            *_MLP, "mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj",
-            "mlp.shared_expert_gate", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj",
-        ),
-    },
-    (OUTPUT, "mlp.down_proj", "mlp.experts.*.down_proj", "mlp.shared_expert.down_proj"),
-)  # fmt: skip
-_MIXTRAL = Family(
-    {
-        "input_layernorm": _ATTENTION,
-        "post_attention_layernorm": tuple(f"block_sparse_moe.{n}" for n in ("gate", "experts.*.w1", "experts.*.w3")),
-    },
-    (OUTPUT, "block_sparse_moe.experts.*.w2"),
-)
-_PHI3 = Family(
-    {"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)},
-    (OUTPUT, "mlp.down_proj"),
-    value="self_attn.qkv_proj",
-)
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": Family(_LLAMA.feeds, _LLAMA.writes, unit=0.0),  # scales by 1 + weight
-    "phi3": _PHI3,
-    "mixtral": _MIXTRAL,
-    "qwen2_moe": _QWEN_MOE,
-    "qwen3_moe": _QWEN_MOE,
-}
-_SANDWICHED = "norms after attention and MLP scale, channel by channel, what is added to the residual stream"
-_CENTRED = "LayerNorm subtracts the mean over channels, which a rotation does not keep"
-_REFUSED = {"gemma2": _SANDWICHED, "gemma3_text": _SANDWICHED, "gpt2": _CENTRED, "gpt_neox": _CENTRED}
+def _stream(family: Family) -> _Stream:
+    """What `feeds` say of a family whose rotation is exact: sources that nothing feeds are norms on the stream."""
+
+    def disk(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(family.disk_name(f".{name}.").strip(".") for name in names)
+
+    fed = {name for feed in family.feeds for name in feed.into}
+    norms = [feed for feed in family.feeds if feed.source not in fed]
+    mixed = next(feed for feed in family.feeds if feed.heads)
+    return _Stream(
+        readers={disk((feed.source,))[0]: disk(feed.into) for feed in norms},
+        writers=tuple(name for feed in family.feeds if feed not in norms for name in disk(feed.into)),
+        values=disk((mixed.source,))[0],
+        output=disk(mixed.into)[0],
+        unit=0.0 if norms[0].plus_one else 1.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -104,10 +84,12 @@ class Rotated:
         """Raises BadInput for a family where this is not exact, and for tensors it lacks or cannot account for."""
         text = text_config(checkpoint.config)
         self._kind = str(text.model_type)
-        if self._kind not in FAMILIES:
-            why = _REFUSED.get(self._kind, "where its blocks meet the residual stream is not described")
-            raise BadInput(f"transform hadamard cannot rotate {self._kind} models: {why}; leave the transform out")
-        self._family, self._checkpoint = FAMILIES[self._kind], checkpoint
+        family = family_of(self._kind)
+        if family.no_hadamard is not None:
+            raise BadInput(
+                f"transform hadamard cannot rotate {self._kind} models: {family.no_hadamard}; leave the transform out"
+            )
+        self._stream, self._checkpoint = _stream(family), checkpoint
         self.config: dict[str, Any] = dict(checkpoint.config)
         embedding, final = self._outer("embed_tokens.weight"), self._outer("norm.weight")
         tied = bool(text.tie_word_embeddings)
@@ -145,7 +127,7 @@ class Rotated:
         """The rotated tensor, in memory of its own."""
         tensor = self._checkpoint.read(self._source(name))
         if name in self._norms:
-            return tensor.fill_(self._family.unit)
+            return tensor.fill_(self._stream.unit)
         turn = self._turns.get(name)
         if turn is None:
             return tensor
@@ -161,17 +143,17 @@ class Rotated:
 
     def _place(self, name: str, module: str, R1: Rotation, R2: Rotation, values: int) -> None:
         """Note what becomes of tensor `name` of linear or norm `module` of a block with `values` rows of values."""
-        family, shape = self._family, self._checkpoint.shape(name)
-        norm = next((norm for norm, linears in family.feeds.items() if _among(module, linears)), None)
+        stream, shape = self._stream, self._checkpoint.shape(name)
+        norm = next((norm for norm, linears in stream.readers.items() if _among(module, linears)), None)
         is_weight = len(shape) == 2
-        if module in family.feeds:
+        if module in stream.readers:
             self._norms.add(name)
         elif norm is not None:
-            rows = R2 if module == family.value else None
+            rows = R2 if module == stream.values else None
             gamma = f"{name[: name.index(module)]}{norm}.weight"
             self._turns[name] = _Turn(R1 if is_weight else None, rows, shape[0] - values, gamma)
-        elif _among(module, family.writes):
-            self._turns[name] = _Turn(R2 if is_weight and module == OUTPUT else None, R1)
+        elif _among(module, stream.writers):
+            self._turns[name] = _Turn(R2 if is_weight and module == stream.output else None, R1)
         elif is_weight:
             raise BadInput(f"transform hadamard does not know what {name} of a {self._kind} model reads and writes")
 
@@ -199,7 +181,7 @@ class Rotated:
 
     def _gamma(self, norm: str) -> Tensor:
         """What the norm scales each channel by, float64."""
-        return self._checkpoint.read(norm).double() + (1 - self._family.unit)
+        return self._checkpoint.read(norm).double() + (1 - self._stream.unit)
 
 
 def _turn(X: Tensor, R: Rotation, gamma: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import BadInput
 from .arguments import Arguments, check_same
-from .families import ARCHITECTURES, PLAIN
+from .families import UNLISTED, family_of
 
 _EMBEDDED_TOKENS = 4096  # at a time
 
@@ -53,15 +53,15 @@ class Skeleton:
     def __init__(self, reader: Reader, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.reader, self.device = reader, device
         self.config = text_config(reader.config)
-        self.row = ARCHITECTURES.get(self.config.model_type, PLAIN)
+        self.family = family_of(self.config.model_type)
         self.dtype = dtype or _dtype(reader.config)
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
         self.model.requires_grad_(False)
         self.blocks_name, self._blocks = _find_blocks(self.model, self.config.num_hidden_layers)
-        if self.row.experts is not None:
+        if self.family.experts is not None:
             for block in self._blocks:
-                _unfuse_experts(block, self.row.experts, self.row.expert_names)
+                _unfuse_experts(block, self.family.experts, self.family.expert_names)
         self._shell_names = [n for n, _ in self.model.named_parameters() if not n.startswith(self.blocks_name + ".")]
         self._check_names()
 
@@ -78,7 +78,7 @@ class Skeleton:
         found = []
         for k, block in enumerate(self._blocks):
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear | Conv1D) and name not in self.row.routers:
+                if isinstance(module, nn.Linear | Conv1D) and name not in self.family.routers:
                     disk = self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
                     first, second = module.weight.shape
                     if isinstance(module, Conv1D):
@@ -94,9 +94,8 @@ class Skeleton:
 
     def disk_name(self, name: str) -> str:
         """The checkpoint's name for a parameter of the model."""
-        for ours, theirs in self.row.on_disk:
-            if name not in self.reader:
-                name = name.replace(ours, theirs)
+        if name not in self.reader:
+            name = self.family.disk_name(name)
         prefix = f"{self.model.base_model_prefix}."
         if name not in self.reader and name.startswith(prefix) and name.removeprefix(prefix) in self.reader:
             return name.removeprefix(prefix)
@@ -178,7 +177,7 @@ class Skeleton:
             self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
             for k, block in enumerate(self._blocks)
             for name, module in block.named_modules()
-            if name in self.row.routers or ("Router" in type(module).__name__ and hasattr(module, "weight"))
+            if name in self.family.routers or ("Router" in type(module).__name__ and hasattr(module, "weight"))
         ]
         return [*self.heads(), *routers]
 
@@ -204,7 +203,7 @@ class Skeleton:
         """
         ids = torch.arange(3, device=self.device)[:, None].repeat(1, seq_len)  # three sequences, each of one token
         arguments = self._arguments(ids[:1])
-        if self.row is PLAIN:  # the rows' own models are known not to
+        if self.family is UNLISTED:  # the rows' own models are known not to
             for one, other in zip(arguments, self._arguments(ids[1:]), strict=True):
                 check_same(self.config.model_type, one, other)
         return arguments
@@ -216,7 +215,7 @@ class Skeleton:
 
     def check_arguments(self) -> None:
         """Raise BadInput early where `block_arguments` would; reads what is around the blocks unless a row answers."""
-        if self.row is PLAIN:
+        if self.family is UNLISTED:
             self.open_shell()
             self.block_arguments(8)
             self.close_shell()

@@ -1,6 +1,7 @@
 """Transforms in whole blocks: every family computes what it did before, and the artifact holds what was changed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from quantpress.engine import blocks
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.sources import resolve
 from quantpress.engine.transforms import BlockTransforms, Link, fold, unfit
+from quantpress.models import families
 from quantpress.models.checkpoint import Checkpoint
-from quantpress.models.families import ARCHITECTURES, Feed
+from quantpress.models.family import Feed
 from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.recipe import Recipe
 from quantpress.recipe.loading import parse
@@ -164,9 +166,9 @@ def test_what_shapes_do_not_allow_is_named(tmp_path: Path) -> None:
 
 def test_a_feed_that_cannot_be_scaled_is_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("phi3", tmp_path / "model", torch.bfloat16)
-    row = ARCHITECTURES["phi3"]
+    row = families.FAMILIES["phi3"]
     fused = Feed("self_attn.qkv_proj", ("self_attn.o_proj",), heads=True)  # not said to be the last rows
-    monkeypatch.setitem(ARCHITECTURES, "phi3", type(row)(feeds=(row.feeds[0], fused)))
+    monkeypatch.setitem(families.FAMILIES, "phi3", replace(row, feeds=(row.feeds[0], fused)))
     manifest = make(tmp_path / "run", tmp_path / "model", {"transforms": BOTH, "method": {"name": "rtn"}})
     assert manifest.fallbacks[0] == (
         "model.layers.0.self_attn.qkv_proj: smoothquant, awq left out: self_attn.qkv_proj puts out 128 channels "
@@ -246,7 +248,7 @@ def test_resume_after_a_stop_gives_the_same_bytes(family: str, tmp_path: Path) -
 
 def test_a_family_without_a_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
-    monkeypatch.delitem(ARCHITECTURES, "llama")
+    monkeypatch.delitem(families.FAMILIES, "llama")
     with pytest.raises(BadInput, match=r"transform smoothquant .* llama block, and no row .*leave it out") as caught:
         make(tmp_path / "run", tmp_path / "model", {"transforms": BOTH})
     assert "\n" not in str(caught.value)

@@ -19,7 +19,8 @@ from quantpress.eval.measure.evaluate import evaluate
 from quantpress.eval.measure.evaluate import prepare as prepare_evaluation
 from quantpress.methods.hadamard import Rotation, hadamard_factors
 from quantpress.models.checkpoint import Checkpoint, write_part
-from quantpress.models.rotated import FAMILIES, Rotated
+from quantpress.models.families import FAMILIES
+from quantpress.models.rotated import Rotated
 from quantpress.recipe import Evaluation, Gates
 from quantpress.recipe.loading import parse
 
@@ -34,7 +35,6 @@ def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
     """Families and settings that only the rotation tells apart from others."""
     llama, moe = tiny._LLAMA, tiny.FAMILIES["qwen3_moe"][1]
     more = {
-        "gemma": ("GemmaConfig", llama),  # tied, norms scale by 1 + weight
         "llama-biases": ("LlamaConfig", llama | {"attention_bias": True, "mlp_bias": True}),
         "llama-100": ("LlamaConfig", llama | {"hidden_size": 100, "head_dim": 10}),  # no Hadamard matrices
         "qwen2_moe": ("Qwen2MoeConfig", moe | {"shared_expert_intermediate_size": 48, "decoder_sparse_step": 2}),
@@ -43,7 +43,7 @@ def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(tiny.FAMILIES, family, (config, settings))
 
 
-SUPPORTED = [*FAMILIES, "llama-biases", "llama-100"]
+SUPPORTED = [*(kind for kind, family in FAMILIES.items() if family.no_hadamard is None), "llama-biases", "llama-100"]
 
 
 # ---- the matrices -----------------------------------------------------------------------------------------------

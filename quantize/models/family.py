@@ -1,0 +1,119 @@
+"""What the row of a model family says: its names on disk, what feeds what in its blocks, how GGUF files hold it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+NOT_DESCRIBED = "where its blocks meet the residual stream is not described"
+TensorChange = Literal["query", "key", "plus_one", "transposed", "by_head"]  # done by gguf/tensor_map.py
+
+# Config fields and the GGUF keys, without the architecture's prefix, that hold them.
+LLAMA_SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+
+
+class GgufMetadata(Protocol):
+    """The key-value part of a GGUF file, by keys without the architecture's prefix."""
+
+    def hparam(self, key: str, default: Any = None) -> Any:
+        """One value for all layers. Raises BadInput when it is absent and has no default, or differs by layer."""
+
+    def per_layer(self, key: str, default: list[Any]) -> list[Any]:
+        """One value for each layer."""
+
+    def optional(self, key: str, default: Any) -> Any:
+        """The value as it is stored, or `default`, which may be None."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The output channels of module `source` are the input channels of the modules `into`, and nothing else reads them.
+
+    Names are those of modules inside a block. `*` in `into` stands for every expert; where `source` has one too, for
+    the expert at hand. The first of `into` sees every token that the others see. Modules that a block does not have
+    are skipped: some families mix dense and sparse blocks. plus_one: `source` is a norm that multiplies by 1 + weight.
+    heads: `source` makes the attention values, each key-value head of which is read by a group of query heads. last:
+    `source` is several projections fused, and only its last rows are read.
+    """
+
+    source: str
+    into: tuple[str, ...]
+    plus_one: bool = False
+    heads: bool = False
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class GgufForm:
+    """How GGUF files hold a family, and what llama.cpp takes for granted of it.
+
+    After llama.cpp's converter (its conversion/ folder, as vendored by llama-cpp-python 0.3.36) and the loaders under
+    its src/models/. A checkpoint that differs from what llama.cpp takes for granted is refused.
+
+    architecture: general.architecture in the file. changes: (end of a parameter's name, how its tensor changes). acts:
+    the activation functions llama.cpp has for the family. fixed: config fields that llama.cpp runs with one value,
+    whatever the file says. untied: the head is written even when it is tied to the embedding. sliding_window: whether
+    llama.cpp applies the family's. rope: which dimensions of a head the rotary embedding may cover.
+
+    What the file says of the model, both ways: sizes and counts (config field -> GGUF key; `sizes` are written alike
+    for all families), switches (config field that is true where the file has this tensor), and for the rest two
+    functions, `metadata` from the config (it raises BadInput for a model that no file can hold) and `settings` of the
+    config from the metadata and what has been read so far.
+    """
+
+    architecture: str
+    changes: tuple[tuple[str, TensorChange], ...] = ()
+    acts: tuple[str, ...] = ("silu",)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    untied: bool = False
+    sliding_window: bool = False
+    rope: Literal["whole", "partial", "none"] = "whole"
+    sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
+    counts: Mapping[str, str] = field(default_factory=dict)
+    switches: Mapping[str, str] = field(default_factory=dict)
+    metadata: Callable[[Any], dict[str, Any]] = lambda config: {}
+    settings: Callable[[GgufMetadata, Mapping[str, Any]], dict[str, Any]] = lambda meta, settings: {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the transformers class of a model type does not say about its blocks; every part may be left out.
+
+    experts: the fused-experts module inside a block, which is split into linears. expert_names: on-disk names of an
+    expert's gate, up and down projections. routers: linears inside a block that weigh experts; servers expect them in
+    16 bit. on_disk: (part of a module name, the same part on disk), replaced in that order.
+
+    feeds: in the order they are reached; awq, smoothquant and hadamard need them. no_hadamard: why rotating a model of
+    this family is not exact; None when it is. It is exact where nothing but an RMSNorm without a mean, feeding only
+    the linears that `feeds` names, reads the residual stream, and only the other linears of `feeds` write to it.
+
+    gguf: None for a family that cannot be written as GGUF, nor read from it.
+    """
+
+    experts: str | None = None
+    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    routers: tuple[str, ...] = ()
+    on_disk: tuple[tuple[str, str], ...] = ()
+    feeds: tuple[Feed, ...] = ()
+    no_hadamard: str | None = NOT_DESCRIBED
+    gguf: GgufForm | None = None
+
+    def disk_name(self, name: str) -> str:
+        """The on-disk name of a parameter of the model; the same name for most families."""
+        for ours, on_disk in self.on_disk:
+            name = name.replace(ours, on_disk)
+        return name
+
+    def model_name(self, name: str) -> str:
+        """The model's name for a parameter that is called `name` on disk."""
+        for ours, on_disk in reversed(self.on_disk):
+            name = name.replace(on_disk, ours)
+        return name
