@@ -19,7 +19,7 @@ from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate import kv_cache
 from quantpress.core.errors import BadInput
 from quantpress.core.files import changed
-from quantpress.formats import FORMATS, Contents
+from quantpress.formats import FORMATS, ModelScheme
 from quantpress.gguf.reader import GgufCheckpoint, gguf_files
 from quantpress.models.checkpoint import INDEX
 from quantpress.models.skeleton import Linear, Skeleton
@@ -188,7 +188,7 @@ def _left_out(artifact: Artifact, skeleton: Skeleton, linears: list[Linear]) -> 
     format = FORMATS["gptq" if artifact.format.startswith("gptq") else artifact.format]
     schemes = {x.name: artifact.linears.get(x.name) for x in linears}
     outside = [name for name in skeleton.outside() if name not in artifact.linears]
-    spec = Contents(schemes, outside, artifact.scattered, artifact.activations, artifact.kv_cache)
+    spec = ModelScheme(schemes, outside, artifact.scattered, artifact.activations, artifact.kv_cache)
     names = [*schemes, *outside]
     wanted, said = format.grids(format.config(spec), names), format.grids(stated, names)
     for name in names:

@@ -200,7 +200,8 @@ class _Evaluation:
         def ask_original() -> list[Outcome]:
             return ask(Scorer(self._original()[1], self._prepared.tokenizer, self._steps("tasks, original")))
 
-        what = [fingerprint(self._folder), self._results.dtype, self._results.device, self._prepared.bos]
+        model = [fingerprint(self._folder), self._results.dtype, self._results.device]
+        what = [machine.libraries(), *model, self._prepared.bos]
         before = kept(self._prepared.cache / "tasks", tasks, what, ask_original)
         self._add(tasks=compare_tasks(ask(answers()), before))
 
@@ -216,7 +217,7 @@ class _Evaluation:
             ).write(prompts, new_tokens)
 
         try:
-            what = [torch.__version__, fingerprint(self._folder), self._results.dtype, self._results.device]
+            what = [machine.libraries(), fingerprint(self._folder), self._results.dtype, self._results.device]
             original = remembered(self._prepared.cache / "continuations", what, write(self._folder, "original"))
             pair = original, write(artifact, "artifact")
             self._add(generations=side_by_side(*pair, tokenizer, self._prepared.bos, wanted.prompts, wanted.new_tokens))

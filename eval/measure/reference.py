@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantpress.artifact.artifact import open_artifact
 from quantpress.calibrate.tokens import Tokens
+from quantpress.core import machine
 from quantpress.core.files import fingerprint, whole_folder
 from quantpress.models.skeleton import Skeleton
 
@@ -34,8 +35,8 @@ def reference(
 ) -> tuple[Tensor, NoiseFloor]:
     """Hidden states [windows, window, hidden] of the original in `folder` and its noise floor; opens its shell.
 
-    Taken from the cache when the same weights met the same windows before, with the same torch on the same kind of
-    device; `on_block` is called as often as there are blocks either way.
+    Taken from the cache when the same weights met the same windows before, in the same dtype, with the same torch and
+    transformers on the same kind of device; `on_block` is called as often as there are blocks either way.
     """
     place = cache / "reference" / _key(original, folder, text)
     if place.is_dir():
@@ -86,7 +87,8 @@ def _noise(original: Skeleton, folder: Path, hidden: Tensor, text: Windows) -> N
 def _key(original: Skeleton, folder: Path, text: Windows) -> str:
     """Of all that the hidden states depend on."""
     scored = text.scored.tolist()
-    parts = (_LAYOUT, torch.__version__, str(original.dtype), original.device.type, text.tokens.sha256, scored)
+    libraries = machine.libraries()
+    parts = (_LAYOUT, libraries, str(original.dtype), original.device.type, text.tokens.sha256, scored)
     return hashlib.sha256(json.dumps([*parts, fingerprint(folder)]).encode()).hexdigest()[:32]
 
 

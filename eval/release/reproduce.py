@@ -8,9 +8,10 @@ import torch
 from quantpress.artifact.manifest import Manifest, read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.core.files import changed
-from quantpress.engine.job import Job, Settings
+from quantpress.engine.job import Job
 from quantpress.engine.journal import differences
 from quantpress.engine.pipeline import quantize
+from quantpress.engine.settings import Settings
 from quantpress.models.checkpoint import FORMAT_FILES, Checkpoint
 from quantpress.recipe import Recipe
 from quantpress.recipe.loading import parse

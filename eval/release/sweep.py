@@ -3,7 +3,7 @@
 A process of its own for each run: peak memory and CPU seconds are that run's, and one that is killed takes no other
 with it. What does not depend on the recipe is computed by the first run and read by the rest: in the cache the model at
 one commit, the texts, and the original's evaluation (its last hidden states, task scores, continuations); in a folder
-that goes when the sweep ends, what quantize/sharing.py keeps.
+that goes when the sweep ends, what engine/sharing.py keeps.
 """
 
 import hashlib
@@ -63,13 +63,12 @@ def plan(
     identity: str,
     out: Path,
     options: Sequence[str] = (),
-    share_limit: int = 0,
     command: Sequence[str] = _COMMAND,
 ) -> list[Task]:
     """A task for each recipe, in `out`/<name of the recipe>.
 
     model: as for --model, the same bytes each time; identity: what changes when the model does; options: further ones
-    of `quantpress run`, for all; share_limit: bytes of the original's activations that the runs share, at the most.
+    of `quantpress run`, for all.
     Raises BadInput for two recipes of one name and for one that measures nothing.
     """
     names = [recipe.name for recipe in recipes]
@@ -87,7 +86,7 @@ def plan(
         file = out / ".recipes" / f"{recipe.name}.yaml"  # JSON is YAML
         key = _digest([document, identity, version("quantpress"), sorted(options), *_texts(recipe)])
         arguments = (str(file.absolute()), "--model", model, "--out", str(where.absolute()), "--json", *options)
-        arguments += ("--share", str((out / _SHARED).absolute()), "--share-limit", str(share_limit))
+        arguments += ("--share", str((out / _SHARED).absolute()))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, document)
         tasks.append(Task(recipe.name, (*command, *arguments), where, key))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
-from ..formats import FORMATS, Contents, Format, detect
+from ..formats import FORMATS, Format, ModelScheme, detect
 from ..gguf.reader import gguf_files
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..numbers.grid import QuantizedLinear
@@ -57,7 +57,7 @@ def convert(source: Path, target: Path, to: str) -> None:
             writer.check(grid, *shape, shuffled=scattered)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from None
-    quantization = writer.config(Contents(schemes, _heads(checkpoint), shuffled, activations, kv_cache))
+    quantization = writer.config(ModelScheme(schemes, _heads(checkpoint), shuffled, activations, kv_cache))
 
     def repack(name: str) -> dict[str, Tensor]:
         grid = _grid(schemes, name)

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -45,23 +45,6 @@ class Stage:
     inputs: Inputs | None = None
 
 
-class Run(Protocol):
-    """One batch on its way through a block."""
-
-    def advance(self, name: str) -> Tensor:
-        """Go on until linear `name` is about to be applied; its input [tokens, in]."""
-
-    def finish(self) -> None:
-        """Run to the end of the block, whose output replaces the batch's hidden states."""
-
-    def drop(self) -> None:
-        """Give up where it stands."""
-
-
-# From the groups compared with the original, its hidden states in batches, and a maker of runs through its block: runs.
-Beside = Callable[[Sequence[Group], Sequence[Tensor], Callable[[], "list[Run]"]], Sequence[Run]]
-
-
 class Stages:
     """Iterate over the stages of `block`; the weights of a stage's linears are to be replaced before the next one.
 
@@ -70,7 +53,6 @@ class Stages:
     to halt at. reference: the original model's hidden states, which the block's original weights are applied to beside.
     activations: how the inputs of the linears are rounded, and how many columns share a dynamic scale.
     watch: called with the first name of a stage and some rows of X [tokens, in] float32, until all of X has passed.
-    beside: where the runs of the original come from, if not from the block; they put out the same to the last bit.
     diagonal: of the moments only the diagonal [in] is wanted.
     begin: called when the pass begins; the block has run before that on one sample, to see the order of its linears.
     """
@@ -86,7 +68,6 @@ class Stages:
         batch: int,
         keep: bool = True,
         reference: Tensor | None = None,
-        beside: Beside | None = None,
         activations: tuple[Activations, int] | None = None,
         diagonal: bool = False,
         watch: Callable[[str, Tensor], None] = lambda name, rows: None,
@@ -96,15 +77,14 @@ class Stages:
         self._inputs: dict[str, Inputs] = {}
         self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
-        self._routed, self._watch, self._beside = _inside_experts(block), watch, beside
+        self._routed, self._watch = _inside_experts(block), watch
 
     def __iter__(self) -> Generator[Stage, None, None]:
         shared = shared_inputs(self._block, self._hidden[:1].to(self._device), self._arguments, self._linears)
         compared: list[Group] = []
-        originals: Sequence[Run] = ()
+        originals: list[_Run] = []
         if self._reference is not None:
-            compared, parts = [x for x in shared if self._is_aligned(x)], torch.split(self._reference, self._batch)
-            originals = self._beside(compared, parts, self._original_runs) if self._beside else self._original_runs()
+            compared, originals = [x for x in shared if self._is_aligned(x)], self._original_runs()
         beside = _Originals(originals, [names[0] for names in compared], self._keep)
         runs = self._runs(self._block, self._linears, self._hidden, self._inputs)
         self._begin()
@@ -121,7 +101,7 @@ class Stages:
             for run in (*runs, *originals):
                 run.drop()
 
-    def _original_runs(self) -> list[Run]:
+    def _original_runs(self) -> list["_Run"]:
         assert self._reference is not None
         # Shares the parameters, which the caller replaces in the block and never writes to.
         original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
@@ -134,11 +114,11 @@ class Stages:
 
     def _runs(
         self, block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, inputs: Mapping[str, Inputs]
-    ) -> list[Run]:
+    ) -> list["_Run"]:
         parts = torch.split(hidden, self._batch)
         return [_Run(block, linears, part, self._arguments, self._device, inputs) for part in parts]
 
-    def _stage(self, names: Group, runs: Sequence[Run], beside: "_Originals | None") -> Stage:
+    def _stage(self, names: Group, runs: Sequence["_Run"], beside: "_Originals | None") -> Stage:
         """Take every batch to the linear `names[0]` and sum up what it is about to receive."""
         moment = drift = None
         tokens = 0
@@ -221,7 +201,7 @@ class _Originals:
     stage, and the other for the end of the block.
     """
 
-    def __init__(self, runs: Sequence[Run], names: Sequence[str], keep: bool) -> None:
+    def __init__(self, runs: Sequence["_Run"], names: Sequence[str], keep: bool) -> None:
         self._runs, self._names, self._keep = runs, names, keep
         self._ahead: dict[int, Tensor] = {}
 

@@ -11,15 +11,12 @@ from ..core.errors import BadInput
 from ..core.files import alone_in
 from .app import app
 from .options import (
-    SHARE_LIMIT,
     JsonOpt,
     LimitsOpt,
     ModelOpt,
     PickleOpt,
     SetOpt,
-    ShareLimitOpt,
     TrustOpt,
-    byte_count,
     chosen_recipe,
     open_source,
     out_console,
@@ -45,7 +42,6 @@ def sweep(
     ] = None,
     cpus: Annotated[int, typer.Option("--cpus", min=1, help="cores a run takes on the cluster")] = 1,
     gpus: Annotated[float, typer.Option("--gpus", min=0, help="GPUs a run takes on the cluster")] = 0,
-    share_limit: ShareLimitOpt = SHARE_LIMIT,
     ignore_limits: LimitsOpt = False,
     allow_pickle: PickleOpt = False,
     trust_remote_code: TrustOpt = False,
@@ -66,10 +62,9 @@ def sweep(
     from ..models.checkpoint import Checkpoint
 
     identity = json.dumps(Checkpoint(source.path).file_hashes(), sort_keys=True)
-    limit = byte_count("--share-limit", share_limit)
     fan = in_turn(_tell_start) if ray is None else over_ray(ray, cpus, gpus)
     with alone_in(out):
-        tasks = plan(chosen, where, identity, out, [flag for flag, on in flags.items() if on], limit)
+        tasks = plan(chosen, where, identity, out, [flag for flag, on in flags.items() if on])
         ended = run_all(tasks, out, fan, _tell)
         page = write_sweep(out, [task.out for task, one in zip(tasks, ended, strict=True) if one.status != "failed"])
     if as_json:

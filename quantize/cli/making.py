@@ -62,15 +62,13 @@ def plan(
 
     from ..engine.pipeline import prepare
     from ..engine.plan import size
-    from ..engine.sharing import kept_bytes
 
     chosen = chosen_recipe(recipe, model, sets)
     job = prepare(chosen, open_source(chosen, allow_pickle, trust_remote_code))
     targets = check_job(job)
     lints = advice(job)
     if as_json:
-        document = {"targets": targets, "servability": lints, "shared_bytes": kept_bytes(job)}
-        print(json.dumps(job.plan.as_dict() | document))  # noqa: T201
+        print(json.dumps(job.plan.as_dict() | {"targets": targets, "servability": lints}))  # noqa: T201
         return
     table = Table("linears", "number", "scheme", box=None, pad_edge=False)
     kinds: dict[tuple[str, str], int] = {}
@@ -85,8 +83,6 @@ def plan(
         f"artifact {size(p.artifact_bytes)} (original {size(p.original_bytes)}), memory up to {size(p.memory_bytes)}, "
         f"disk up to {size(p.disk_bytes)}, about {max(1, round(p.seconds / 60))} min on this machine"
     )
-    if count := kept_bytes(job):
-        out_console.print(f"a sweep keeps {size(count)} of the original's activations for its other recipes")
     for name, format in targets.items():
         out_console.print(f"target {name}: will load the {format} files", markup=False)
     for line in (*p.notes, *lints):

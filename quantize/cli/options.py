@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..core.errors import BadInput
 from ..recipe import Recipe
 from ..recipe import loading as recipes
 
@@ -32,12 +30,7 @@ PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weigh
 TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")]
 ShareOpt = Annotated[
     Path | None,
-    typer.Option("--share", help="folder of what runs of other recipes on this model compute too, to keep and to use"),
-]
-SHARE_LIMIT = "20GB"
-ShareLimitOpt = Annotated[
-    str,
-    typer.Option("--share-limit", help="most disk for the original's activations that runs share; see plan; 0: none"),
+    typer.Option("--share", help="cache shared by runs of different recipes on one model: tokens, importance matrix"),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
@@ -50,14 +43,6 @@ def say(line: str) -> None:
 def chosen_recipe(where: str, model: str | None, sets: list[str]) -> Recipe:
     chosen = recipes.load(where, sets)
     return chosen if model is None else chosen.model_copy(update={"model": model})
-
-
-def byte_count(option: str, value: str) -> int:
-    """Bytes from words such as 20GB; raises BadInput, naming the option, for what is none."""
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(value))
-    except ValidationError:
-        raise BadInput(f"{option} {value!r}: a number of bytes is needed, such as 20GB") from None
 
 
 def default_out(recipe: Recipe) -> Path:

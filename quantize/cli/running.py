@@ -16,7 +16,6 @@ from ..recipe import Drafting, Recipe, Target
 from .app import app
 from .measuring import github_summary
 from .options import (
-    SHARE_LIMIT,
     JsonOpt,
     LimitsOpt,
     ModelOpt,
@@ -25,7 +24,6 @@ from .options import (
     PickleOpt,
     RecipeArg,
     SetOpt,
-    ShareLimitOpt,
     ShareOpt,
     TrustOpt,
     chosen_recipe,
@@ -53,7 +51,6 @@ def run(
     allow_pickle: PickleOpt = False,
     trust_remote_code: TrustOpt = False,
     share: ShareOpt = None,
-    share_limit: ShareLimitOpt = SHARE_LIMIT,
     as_json: JsonOpt = False,
 ) -> None:
     """The whole recipe: quantize, export, verify, evaluate, smoke test, report, card. Again, only what changed."""
@@ -63,7 +60,7 @@ def run(
         # Read before the work, so that what cannot be used does not cost a run.
         text = None if chosen.evaluation is None else evaluation_windows(chosen, allow_pickle, trust_remote_code)
         _check_server(chosen)
-        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code, share, share_limit)
+        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code, share)
         release = _Release(chosen, where, allow_pickle, trust_remote_code, quiet=as_json)
         for target in chosen.targets:
             release.export(target)

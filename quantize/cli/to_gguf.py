@@ -8,7 +8,7 @@ import typer
 from ..core.errors import BadInput
 from ..recipe.gguf_file import FloatFile
 from .app import app
-from .options import PickleOpt, cache_folder, err_console, out_console, quiet_libraries
+from .options import PickleOpt, cache_folder, out_console, quiet_libraries, say
 
 
 @app.command()
@@ -27,12 +27,8 @@ def gguf(
     if out.suffix != ".gguf":
         raise BadInput(f"{out}: give a name that ends in .gguf")
     quiet_libraries()
-    from ..gguf.conversion import FloatType, open_conversion
-    from ..gguf.writer import write
+    from ..artifact.gguf_floats import write_floats
 
-    conversion = open_conversion(resolve(source, cache=cache_folder(), allow_pickle=allow_pickle).path)
-    for note in conversion.notes:
-        err_console.print(f"note: {note}", markup=False, soft_wrap=True)
-    floats = cast(FloatType, kind)
-    for file in write(out, conversion.file_type(floats), conversion.tensors(floats), split):
+    folder = resolve(source, cache=cache_folder(), allow_pickle=allow_pickle).path
+    for file in write_floats(folder, out, cast(FloatFile, kind), split, lambda line: say(f"note: {line}")):
         out_console.print(f"written: {file}")

@@ -11,7 +11,7 @@ import typer
 
 from ..core.errors import BadInput
 from ..recipe import Recipe
-from .options import SHARE_LIMIT, byte_count, cache_folder, open_source, out_console, progress_bar, say
+from .options import cache_folder, open_source, out_console, progress_bar, say
 
 if TYPE_CHECKING:  # torch is heavy, and most mistakes are found without it
     from quantpress.eval.measure.evaluate import Prepared, Watch
@@ -28,22 +28,18 @@ def quantize_model(
     allow_pickle: bool,
     trust: bool,
     share: Path | None = None,
-    share_limit: str = SHARE_LIMIT,
 ) -> None:
-    """Make the artifact. share: the folder where other runs find what this one computes, and it what they did."""
-    limit = byte_count("--share-limit", share_limit)
+    """Make the artifact; share: see Settings."""
     source = open_source(recipe, allow_pickle, trust)
     from quantpress.exports.contracts import check_job
 
     from ..engine.pipeline import prepare
     from ..engine.pipeline import quantize as quantize_job
-    from ..engine.sharing import Shared
 
     job = prepare(recipe, source)
     check_job(job)
     with quantizing(job, out, overwrite, ignore_limits, trust) as settings:
-        shared = Shared(share, limit, settings.on_note)
-        manifest = quantize_job(job, replace(settings, shared=shared))
+        manifest = quantize_job(job, replace(settings, share=share))
     for line in manifest.fallbacks:
         say(f"note: {line}")
 

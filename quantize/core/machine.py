@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,16 @@ def describe(where: torch.device) -> dict[str, Any]:
     memory = psutil.virtual_memory().total
     cores = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {"cpu": _cpu_name(), **cores, "device": name, "memory_bytes": memory}
+
+
+def libraries() -> dict[str, str]:
+    """The versions of the libraries that compute hidden states."""
+    return {"torch": torch.__version__, "transformers": version("transformers")}
+
+
+def numerics(where: torch.device) -> dict[str, Any]:
+    """What hidden states depend on, to the last bit, beside the model, its dtype and the text."""
+    return libraries() | {"device": describe(where)["device"], "threads": torch.get_num_threads()}
 
 
 def has_amx() -> bool:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ..artifact.manifest import BlockRecord, LayerRecord
 from ..calibrate import kv_cache
-from ..calibrate.stages import BATCH_TOKENS, Beside, Stage, Stages, shared_inputs
+from ..calibrate.stages import BATCH_TOKENS, Stage, Stages, shared_inputs
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
 from ..formats import FORMATS
-from ..gguf.imatrix import HEAD_IMPORTANCE, of_head
 from ..models.arguments import Arguments
 from ..models.checkpoint import write_part
 from ..models.skeleton import Linear, Skeleton
@@ -25,9 +24,10 @@ from ..numbers.activations import columns_of
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..recipe import Qat, Tuned
 from .end_to_end import QuantizedModel, train_scales
-from .job import Job, Progress, Settings
+from .job import Job
 from .journal import Journal
 from .rounding import lend_input_scales, record, round_stage, weight_of
+from .settings import BlockDone, Settings
 from .transforms import BlockTransforms
 from .tuning import Tuning
 
@@ -35,13 +35,14 @@ from .tuning import Tuning
 @machine.collecting_only_what_is_new()
 def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
     """Calibrate, round, propagate and write each block that the journal does not hold yet."""
-    skeleton, first = job.skeleton, len(journal.done)
+    skeleton, first, keep_final = job.skeleton, len(journal.done), job.backend.keep_final
     if first == skeleton.n_blocks:
         return
+    if job.backend.importance:
+        tokens = None
     caches = None if job.recipe.kv_cache is None else kv_cache.attentions(skeleton)
     hidden, arguments = _hidden_states(job, tokens, journal)
     transforms = BlockTransforms(job.recipe, skeleton)
-    original = settings.shared.original(job, tokens)
     for k, block in skeleton.blocks(first):
         started = time.monotonic()
         last = k + 1 == skeleton.n_blocks
@@ -57,9 +58,8 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
             write_part(_transformed(journal, k), kept)
         tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, Tuned) else None
         cache = None if caches is None else kv_cache.Largest(*caches[k])
-        whole = tuning is not None or cache is not None or not last or job.weighs_head
-        beside = None if original is None else original.block(k, whole)
-        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache, beside):
+        whole = tuning is not None or cache is not None or not last or keep_final is not None
+        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache):
             round_stage(
                 job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
             )
@@ -70,13 +70,13 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         layers = tuple(records.get(name) or record(x, None) for name, x in linears.items())
         seconds = time.monotonic() - started
         tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
-        if last and job.weighs_head:
-            tensors[HEAD_IMPORTANCE] = of_head(skeleton, hidden["hidden"])
+        if last and keep_final is not None:
+            tensors |= keep_final(hidden["hidden"])
         line = BlockRecord(block=k, seconds=round(seconds, 3), layers=layers, transforms=tuple(changes.records))
         journal.commit(tensors, {} if last else hidden, line)
         machine.release_memory()
         errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
-        settings.on_block(Progress(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
+        settings.on_block(BlockDone(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
 
 
 def _hidden_states(
@@ -115,7 +115,6 @@ def _stages(
     arguments: Arguments | None,
     whole: bool,
     cache: kv_cache.Largest | None,
-    beside: Beside | None,
 ) -> Iterable[Stage]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
     recipe, states = job.recipe, hidden.get("hidden")
@@ -129,13 +128,13 @@ def _stages(
             together += [(name,) for name in wanted if not any(name in names for names in together)]
         rounded = None if inputs is None else Inputs(*inputs)
         there = job.skeleton.device
-        weighed = {name: moment.to(there) for name, moment in job.importance.items() if name in wanted}
+        weighed = {name: moment.to(there) for name, moment in job.backend.importance.items() if name in wanted}
         return [Stage(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
     batch = max(1, BATCH_TOKENS // states.shape[1])
     return Stages(
         block, states, arguments, wanted,
         device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"), activations=inputs,
-        begin=(lambda: None) if cache is None else cache.start, beside=beside,
+        begin=(lambda: None) if cache is None else cache.start,
     )  # fmt: skip
 
 

@@ -16,15 +16,15 @@ from ..calibrate.texts import load_documents
 from ..calibrate.tokens import Tokens, calibration_tokens, generated_tokens, open_tokenizer
 from ..core import machine
 from ..core.errors import BadInput
-from ..gguf import gguf_run as gguf_run
 from ..models.rotated import Rotated
-from ..recipe import LlamaCppQuantizer
-from .assembly import assemble, describe
-from .blocks import all_finite, run_blocks, train_end_to_end
-from .job import Job, Progress, Settings, prepare
+from . import sharing
+from .blocks import Trained, all_finite, run_blocks, train_end_to_end
+from .description import describe
+from .job import Job, prepare
 from .journal import Journal, finished
+from .settings import BlockDone, Settings
 
-__all__ = ["Job", "Progress", "Settings", "prepare", "quantize"]
+__all__ = ["BlockDone", "Job", "Settings", "prepare", "quantize"]
 
 _NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "targets", "smoke"}  # recipe keys
 
@@ -37,7 +37,6 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     killed goes on after its last finished block and writes the same bytes; one that is finished is left as it is.
     """
     started = time.monotonic()
-    work = settings.out / ".work"
     _check_room(settings)
     tokenizer = open_tokenizer(job.source.path, settings.trust_remote_code)
     if _is_finished(settings):
@@ -49,26 +48,18 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     files = job.checkpoint.file_hashes()
     if settings.overwrite:
         _make_room(settings.out)
-    journal = Journal(work, _key(job, files, tokens))
-    if isinstance(job.recipe.method, LlamaCppQuantizer):
-        manifest = gguf_run.make(job, describe(job, files, tokens), tokens, settings)
-        return _signed(manifest, job, settings, started)
-    job = gguf_run.with_types(job, tokens, work) if job.recipe.is_gguf else job
-    run_blocks(job, None if job.importance else tokens, journal, settings)  # a matrix given says what text would
-    manifest = describe(job, files, tokens, journal.done)
-    trained = train_end_to_end(job, tokens, journal)
-    if trained.summary is not None:
-        layers = tuple(layer.changed(**trained.errors.get(layer.name, {})) for layer in manifest.layers)
-        manifest = manifest.changed(end_to_end=trained.summary, layers=layers)
-    if job.recipe.is_gguf:
-        manifest = gguf_run.make(job, manifest, tokens, settings, trained.parts)
-    else:
-        manifest = assemble(job, journal, settings, manifest, trained.parts)
+    journal = Journal(settings.work, _key(job, files, tokens))
+    job, trained = job.settled(tokens, settings.work), Trained([])
+    if job.backend.rounds_blocks:
+        run_blocks(job, tokens, journal, settings)
+        trained = train_end_to_end(job, tokens, journal)
+    manifest = describe(job, files, tokens, journal.done, trained)
+    manifest = job.backend.assemble(manifest, trained.parts, tokens, settings)
     return _signed(manifest, job, settings, started, [done.seconds for done in journal.done])
 
 
 def _signed(
-    manifest: Manifest, job: Job, settings: Settings, started: float, block_seconds: Sequence[float] = ()
+    manifest: Manifest, job: Job, settings: Settings, started: float, block_seconds: Sequence[float]
 ) -> Manifest:
     """The manifest with the machine and the time it took, written: from now on the run is finished."""
     timing = Timing(
@@ -80,7 +71,7 @@ def _signed(
     there = MachineRecord.model_validate(machine.describe(job.skeleton.device))
     manifest = manifest.changed(machine=there, timing=timing)
     manifest.write(settings.out)
-    shutil.rmtree(settings.out / ".work")
+    shutil.rmtree(settings.work)
     return manifest
 
 
@@ -92,7 +83,7 @@ def _check_room(settings: Settings) -> None:
     if out.exists() and any(out.iterdir()) and not any((out / n).exists() for n in (".work", "quantized")):
         raise BadInput(f"{out} is not empty and holds no quantpress run; give another --out")
     unfinished = (out / "quantized").exists() and not _is_finished(settings)
-    if unfinished and not settings.overwrite and not (out / ".work" / "key.json").exists():
+    if unfinished and not settings.overwrite and not (settings.work / "key.json").exists():
         raise BadInput(f"{out} holds an artifact without a manifest.json; give another --out, or --overwrite")
 
 
@@ -112,7 +103,7 @@ def _finished(job: Job, tokenizer: Any, settings: Settings) -> Manifest:
     if manifest.recipe != now:  # in what is not of the artifact: gates, targets, evaluation, smoke test
         manifest = manifest.changed(name=job.recipe.name, recipe=now)
         manifest.write(settings.out)
-    shutil.rmtree(settings.out / ".work", ignore_errors=True)
+    shutil.rmtree(settings.work, ignore_errors=True)
     settings.on_note(f"{settings.out / 'quantized'} is this very run, finished before: it is used as it is")
     return manifest
 
@@ -155,7 +146,7 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
         text = load_documents(wanted, cache=settings.cache, role="calibration")
         return calibration_tokens(tokenizer, text.documents, text.source, wanted)
 
-    return settings.shared.tokens(job, make)
+    return sharing.tokens(settings.share, job, make)
 
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
@@ -165,9 +156,7 @@ def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, An
         "recipe": recipe,
         "model": files,
         "calibration": None if tokens is None else tokens.sha256,
-        "imatrix": gguf_run.imatrix_sha256(job.recipe),
+        "imatrix": job.backend.imatrix_sha256,
         "quantpress": version("quantpress"),
-        "torch": torch.__version__,
-        "device": machine.describe(job.skeleton.device)["device"],
-        "threads": torch.get_num_threads(),
+        **machine.numerics(job.skeleton.device),
     }

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..core.errors import BadInput
 from .awq import Awq
-from .base import Contents, Format
+from .base import Format, ModelScheme
 from .compressed_tensors import CompressedTensors
 from .gguf import Gguf
 from .gptq import Gptq
@@ -19,7 +19,7 @@ FORMATS: dict[str, Format] = {
     "gptq-v1-asymmetric": Gptq(lowered=True),  # read only
 }
 
-__all__ = ["FORMATS", "Contents", "Format", "detect"]
+__all__ = ["FORMATS", "Format", "ModelScheme", "detect"]
 
 
 def detect(config: dict[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Activations, Grid
-from .base import Contents, Format, grid_of, in_float16, left_out, take
+from .base import Format, ModelScheme, grid_of, in_float16, left_out, take
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each eight that is in bits 4i to 4i+3
 
@@ -80,7 +80,7 @@ class Awq(Format):
                 out[name.removesuffix(".qweight")] = (8 * shape[1], shape[0])
         return out
 
-    def config(self, contents: Contents) -> dict[str, Any]:
+    def config(self, contents: ModelScheme) -> dict[str, Any]:
         grid = self.one_kind(contents)
         config = {
             "quant_method": "awq",

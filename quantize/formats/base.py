@@ -21,7 +21,7 @@ Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: all of a
 
 
 @dataclass(frozen=True)
-class Contents:
+class ModelScheme:
     """What a model of one format holds, as its quantization_config has to say.
 
     schemes: the grid of each linear, None for one left in 16 bit; outside: further linears left in 16 bit, beside the
@@ -73,7 +73,7 @@ class Format(ABC):
             able = ", ".join(name for name, held in FILE_FORMATS.items() if held.scattered)
             raise BadInput(f"{self.name} has no g_idx: scattered groups (static_groups: false) need format {able}")
 
-    def kinds(self, contents: Contents) -> list[Grid]:
+    def kinds(self, contents: ModelScheme) -> list[Grid]:
         """The weights of a model, one grid of each kind; raises BadInput for contents that the files cannot hold."""
         if not self.holds.input_scales and (contents.activations is not None or contents.kv_cache is not None):
             raise BadInput(f"{self.name} holds weights only: no activations, no kv_cache; use compressed-tensors")
@@ -84,7 +84,7 @@ class Format(ABC):
             raise BadInput("no linear is quantized")
         return list(grids.values())
 
-    def one_kind(self, contents: Contents) -> Grid:
+    def one_kind(self, contents: ModelScheme) -> Grid:
         """The one kind of weight that a model has; raises BadInput where there are several."""
         grids = self.kinds(contents)
         if len(grids) > 1:
@@ -117,7 +117,7 @@ class Format(ABC):
         """The quantized linears among the tensors {name: shape} of a checkpoint: {name: (out, in)}."""
 
     @abstractmethod
-    def config(self, contents: Contents) -> dict[str, Any]:
+    def config(self, contents: ModelScheme) -> dict[str, Any]:
         """The quantization_config of a model; raises BadInput for schemes that one model cannot mix."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from ..numbers.activations import columns_of
 from ..numbers.grid import BLOCK, Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
 from . import layouts
-from .base import Contents, Format, Kind, grid_of, kind, patterns, positive, take
+from .base import Format, Kind, ModelScheme, grid_of, kind, patterns, positive, take
 
 # The library's QuantizationArgs, with its presets' values; those of integers and fp8 follow from the grid.
 _WEIGHTS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ class CompressedTensors(Format):
             out[linear] = (n_out, n_in)
         return out
 
-    def config(self, contents: Contents) -> dict[str, Any]:
+    def config(self, contents: ModelScheme) -> dict[str, Any]:
         # Imported late: the library pulls in a second and a half of other modules.
         from compressed_tensors.quantization import (
             QuantizationArgs,

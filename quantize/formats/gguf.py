@@ -9,7 +9,7 @@ from ..core.errors import BadInput
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Activations, BlockGrid, Grid
 from . import ggml_blocks as ggml
-from .base import Contents, Format, take
+from .base import Format, ModelScheme, take
 
 
 class Gguf(Format):
@@ -39,7 +39,7 @@ class Gguf(Format):
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
         raise BadInput("the types of a GGUF file's tensors stand in the file: read it as one")
 
-    def config(self, contents: Contents) -> dict[str, Any]:
+    def config(self, contents: ModelScheme) -> dict[str, Any]:
         return {}  # the file describes itself
 
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:

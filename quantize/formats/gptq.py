@@ -20,7 +20,7 @@ from ..core.errors import BadInput
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Activations, Grid
 from . import bits as bitstream
-from .base import Contents, Format, Kind, grid_of, in_float16, kind, patterns, take
+from .base import Format, Kind, ModelScheme, grid_of, in_float16, kind, patterns, take
 
 # Servers keep these in one tensor and look up its name, not the names of its parts.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -111,7 +111,7 @@ class Gptq(Format):
                 raise BadInput(f"{name}: a qweight matrix and a g_idx vector are needed")
         return {name: (shapes[f"{name}.qweight"][1], shapes[f"{name}.g_idx"][0]) for name in names}
 
-    def config(self, contents: Contents) -> dict[str, Any]:
+    def config(self, contents: ModelScheme) -> dict[str, Any]:
         self.kinds(contents)
         kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in contents.schemes.items()}
         counted = Counter(value for value in kinds.values() if value is not None)

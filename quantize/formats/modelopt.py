@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
-from .base import Contents, Format, Kind, grid_of, kind, left_out, positive, take
+from .base import Format, Kind, ModelScheme, grid_of, kind, left_out, positive, take
 
 _STATIC, _DYNAMIC = Activations(type="fp8", dynamic=False), Activations(type="fp8")
 _NVFP4 = Activations(type="nvfp4")
@@ -131,7 +131,7 @@ class ModelOpt(Format):
             out[name] = (rows, columns)
         return out
 
-    def config(self, contents: Contents) -> dict[str, Any]:
+    def config(self, contents: ModelScheme) -> dict[str, Any]:
         grid = self.one_kind(contents)
         algorithm = _algorithm(grid, contents.activations)
         grouped = {"group_size": grid.group_size} if grid.bits == 4 else {}

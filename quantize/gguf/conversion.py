@@ -1,6 +1,5 @@
-"""A checkpoint, plain or quantized by us, as a GGUF file of floats: tensor by tensor."""
+"""A model about to become a GGUF file: its metadata, its tensors, and each of them as floats."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,14 +8,13 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from ..artifact.artifact import Artifact
 from ..core.errors import BadInput
 from ..models.checkpoint import Checkpoint
-from ..models.skeleton import Skeleton
+from ..models.skeleton import Reader, Skeleton
 from .hyperparameters import form_of, hyperparameters, notes, rope_tensors
 from .layout import Entry, float_type, layout
 from .tokenizer import tokenizer_metadata
-from .writer import ARCHITECTURE, Tensor, write
+from .writer import ARCHITECTURE, FileTensor
 
 FloatType = Literal["F32", "F16", "BF16"]
 _FILE_TYPES = {"F32": gguf.LlamaFileType.ALL_F32, "F16": gguf.LlamaFileType.MOSTLY_F16}
@@ -24,19 +22,18 @@ _FILE_TYPES |= {"BF16": gguf.LlamaFileType.MOSTLY_BF16}
 
 
 class Conversion:
-    """A model about to become a GGUF file: what the file will say and hold, before any weight is read.
+    """What the GGUF file of a model says and holds, known before any weight is read.
 
-    folder: its tokenizer; reader: its tensors by HF name; name: what the file calls it, by itself as the folder.
-    entries: the tensors and what they are made of; notes: what the file cannot hold. Raises BadInput for a model or a
-    tokenizer that cannot be written, and tensors of the checkpoint that have no place in the file.
+    reader: the model's tensors by their on-disk HF names. folder: where its tokenizer is. name: what the file calls it,
+    by default the folder's name. entries: the file's tensors and what each is made of. notes: what the file cannot
+    hold. Raises BadInput for a model or a tokenizer that cannot be written, and for tensors of a checkpoint that have
+    no place in the file.
     """
 
-    def __init__(self, reader: Checkpoint | Artifact, folder: Path, name: str | None = None) -> None:
+    def __init__(self, reader: Reader, folder: Path, name: str | None = None) -> None:
         self.reader = reader
         self.skeleton = Skeleton(reader, device=torch.device("cpu"))
         self.config: Any = self.skeleton.config
-        if isinstance(reader, Artifact):
-            reader.transposed = frozenset(x.name for x in self.skeleton.linears() if x.transposed)
         self.form = form_of(self.config)
         self.entries = layout(self.skeleton)
         tokenizer, lost = tokenizer_metadata(folder, self.config)
@@ -51,21 +48,21 @@ class Conversion:
         if isinstance(reader, Checkpoint):
             self._check_left_over(reader)
 
-    def tensors(self, kind: FloatType = "F16") -> list[Tensor]:
+    def tensors(self, kind: FloatType = "F16") -> list[FileTensor]:
         """What a file of floats of this kind holds, vectors and norms in float32 as llama.cpp wants them."""
         chosen = GGMLQuantizationType[kind]
         return [*self.constants(), *(self.tensor(entry, float_type(entry, chosen)) for entry in self.entries)]
 
-    def constants(self) -> list[Tensor]:
+    def constants(self) -> list[FileTensor]:
         """Tensors that follow from the config: RoPE's factors."""
         return [
-            Tensor(name, GGMLQuantizationType.F32, tuple(t.shape), t.numpy)
+            FileTensor(name, GGMLQuantizationType.F32, tuple(t.shape), t.numpy)
             for name, t in rope_tensors(self.config, self.form).items()
         ]
 
-    def tensor(self, entry: Entry, kind: GGMLQuantizationType) -> Tensor:
+    def tensor(self, entry: Entry, kind: GGMLQuantizationType) -> FileTensor:
         """An entry as floats, read when its turn comes."""
-        return Tensor(entry.name, kind, entry.shape, lambda: as_floats(self.read(entry), kind, entry.name))
+        return FileTensor(entry.name, kind, entry.shape, lambda: as_floats(self.read(entry), kind, entry.name))
 
     def read(self, entry: Entry) -> torch.Tensor:
         """The weight behind a tensor of the file, in its shape and the checkpoint's dtype."""
@@ -106,22 +103,3 @@ def as_floats(weight: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np
         largest = float(weight.abs().max())
         raise BadInput(f"{name}: {kind.name} has no number for {largest:g}; write BF16 or F32")
     return (out.view(torch.int16) if kind.name == "BF16" else out).numpy()
-
-
-def open_conversion(folder: Path) -> Conversion:
-    """The conversion of the checkpoint, or of the artifact of ours, in `folder`."""
-    reader = Artifact(folder)
-    plain = reader.checkpoint if reader.format is None else None
-    return Conversion(plain if isinstance(plain, Checkpoint) else reader, folder)
-
-
-def convert(
-    folder: Path,
-    target: Path,
-    kind: FloatType = "F16",
-    split_bytes: int | None = None,
-    on_tensor: Callable[[int], None] = lambda done: None,
-) -> list[Path]:
-    """Write the checkpoint or artifact in `folder` as GGUF file `target` (or its parts); returns what was written."""
-    job = open_conversion(folder)
-    return write(target, job.file_type(kind), job.tensors(kind), split_bytes, on_tensor)

@@ -21,10 +21,9 @@ from ..core.errors import BadInput
 from ..models.skeleton import Skeleton, run_block
 from .layout import Entry
 from .reader import GgufTensors
-from .writer import Tensor, write
+from .writer import FileTensor, write
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-HEAD_IMPORTANCE = "head.importance"  # in the last block's part, mean squares [hidden]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
@@ -125,8 +124,8 @@ def save(path: Path, importance: Mapping[str, Importance], text: str, chunk: int
     write(path, metadata, tensors)
 
 
-def _tensor(name: str, values: Array) -> Tensor:
-    return Tensor(name, GGMLQuantizationType.F32, values.shape, lambda: values)
+def _tensor(name: str, values: Array) -> FileTensor:
+    return FileTensor(name, GGMLQuantizationType.F32, values.shape, lambda: values)
 
 
 def load(path: Path) -> dict[str, Importance]:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ _GET = (
     "llama.cpp is not installed: pip install 'quantpress[llamacpp]' builds it from source (a C++ compiler and about "
     "ten minutes); or give a wheel of llama-cpp-python to pip with --find-links"
 )
+_FELL_BACK = re.compile(r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\S+)\)")
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 Logger = Callable[[str], None]
 
@@ -81,6 +83,22 @@ def quantize(
         reason = " ".join((errors or text.splitlines() or ["no reason given"])[-1].split())
         raise BadInput(f"llama.cpp does not quantize {source.name} to {wanted.file_type}: {reason[:300]}")
     return text
+
+
+def too_wide(said: str) -> dict[str, str]:
+    """What llama.cpp's quantizer `said` of tensors whose rows are not whole blocks: {tensor: why, and its type}."""
+    return {
+        name: f"rows of {columns} are not whole blocks of {block}: {kind.upper()}"
+        for name, columns, block, kind in _FELL_BACK.findall(said)
+    }
+
+
+def package_version() -> str | None:
+    """The version of llama-cpp-python, None where it is not installed."""
+    try:
+        return version("llama-cpp-python")
+    except PackageNotFoundError:
+        return None
 
 
 def _imatrix(lib: Any, importance: Mapping[str, np.ndarray[Any, Any]], keep: list[Any]) -> Any:

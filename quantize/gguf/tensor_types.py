@@ -1,7 +1,7 @@
 """The types that a recipe gives the tensors of its GGUF file: the mix's, and those of `gguf.tensor_types`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast, get_args
 
 import gguf
@@ -94,6 +94,14 @@ def fallbacks(conversion: Conversion, chosen: Types) -> dict[str, str]:
         for name, choice in chosen.items()
         if choice is not None and choice.wanted is not None
     }
+
+
+def summed_up(notes: Mapping[str, str]) -> list[str]:
+    """One line for all the tensors {GGUF name: note} with the same note."""
+    kinds: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        kinds.setdefault(note, []).append(re.sub(r"^blk\.\d+", "blk.*", name))
+    return [f"{len(names)} tensors ({', '.join(dict.fromkeys(names))}): {note}" for note, names in kinds.items()]
 
 
 def _usual(file_type: str, entry: Entry) -> GGMLQuantizationType:

@@ -24,7 +24,7 @@ ARCHITECTURE = "general.architecture"
 
 
 @dataclass(frozen=True)
-class Tensor:
+class FileTensor:
     """A tensor to be written: its name in the file, its ggml type, its shape with the columns last, and its bytes.
 
     data: makes the raw bytes when they are due, an array of any dtype with exactly `nbytes` of them, row after row.
@@ -53,7 +53,7 @@ def tensor_bytes(shape: Sequence[int], kind: GGMLQuantizationType, name: str = "
 def write(
     path: Path,
     metadata: Mapping[str, Any],
-    tensors: Sequence[Tensor],
+    tensors: Sequence[FileTensor],
     split_bytes: int | None = None,
     on_tensor: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
@@ -91,7 +91,7 @@ def write(
     return names
 
 
-def sizes(metadata: Mapping[str, Any], tensors: Sequence[Tensor], split_bytes: int | None = None) -> list[int]:
+def sizes(metadata: Mapping[str, Any], tensors: Sequence[FileTensor], split_bytes: int | None = None) -> list[int]:
     """The bytes of each file that `write` would make, to the byte."""
     writer = _described(Path("model.gguf"), metadata, tensors, split_bytes)
     parts, out = writer.tensors, []
@@ -112,7 +112,7 @@ def _padded(size: int) -> int:
 
 
 def _described(
-    path: Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], split_bytes: int | None
+    path: Path, metadata: Mapping[str, Any], tensors: Sequence[FileTensor], split_bytes: int | None
 ) -> gguf.GGUFWriter:
     """A writer that knows everything but the tensors' bytes."""
     writer = gguf.GGUFWriter(path, str(metadata.get(ARCHITECTURE, "")), split_max_size=split_bytes or 0)

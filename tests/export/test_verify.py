@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantpress.artifact.convert import convert
+from quantpress.artifact.gguf_floats import write_floats
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256
 from quantpress.exports.package import export
 from quantpress.exports.verify import compared, structure, verify
-from quantpress.gguf.conversion import convert as convert_to_gguf
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.numbers.types import Activations, Grid
 from quantpress.recipe import LlamaCpp, Vllm
@@ -299,7 +299,7 @@ def with_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     build("llama", folder / "m")
     (folder / "quantized").mkdir()
-    convert_to_gguf(folder / "m", folder / "quantized" / "model.gguf", "F16")
+    write_floats(folder / "m", folder / "quantized" / "model.gguf", "F16")
     shutil.copy(folder / "m" / "config.json", folder / "quantized")
     return folder / "quantized"
 

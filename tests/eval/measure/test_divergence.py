@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure import reference as references
 from quantpress.eval.measure.divergence import (
@@ -176,6 +177,31 @@ def test_other_weights_or_other_text_are_another_reference(tmp_path: Path) -> No
     build("llama", tmp_path / "model", seed=1)
     seen.append(reference(open_tiny(tmp_path / "model"), tmp_path / "model", cuts[0], tmp_path)[0].clone())
     assert len({json.dumps(one.double().sum().item()) for one in seen}) == 3
+
+
+def test_another_dtype_or_other_libraries_are_another_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", tmp_path / "model")
+    cut = windows(tokenizer(), text(), "a", Evaluation(windows=2, window=32))
+
+    def made(dtype: torch.dtype) -> torch.Tensor:
+        model = Skeleton(Checkpoint(tmp_path / "model"), device=CPU, dtype=dtype)
+        found = reference(model, tmp_path / "model", cut, tmp_path)[0].clone()
+        assert torch.equal(found, last_hidden(model, cut.tokens.ids, lambda: None))
+        return found
+
+    def places() -> int:
+        return len(list((tmp_path / "reference").iterdir()))
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert made(dtype).dtype == dtype
+    assert places() == 3
+    now = machine.libraries()
+    for number, name in enumerate(("torch", "transformers"), 4):
+        monkeypatch.setattr(machine, "libraries", lambda name=name: now | {name: "0.1"})
+        made(torch.float32)
+        assert places() == number
 
 
 def test_the_references_used_longest_ago_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

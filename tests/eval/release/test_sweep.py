@@ -149,9 +149,9 @@ def test_real_runs_over_ray_write_what_runs_in_turn_write(tmp_path: Path, monkey
     monkeypatch.setenv("QUANTPRESS_CACHE", str(tmp_path / "cache"))
     artifacts, shared = [], []
     for out, fan in ((tmp_path / "in-turn", in_turn()), (tmp_path / "over-ray", over_ray("local", 1, 0))):
-        planned = plan(recipes, document["model"], "weights", out, ["--ignore-limits"], share_limit=1 << 30)
-        kept = out / ".shared" / "original"
-        ended = sweep(planned, out, fan, lambda one, kept=kept: shared.append(any(kept.rglob("index.json"))))
+        planned = plan(recipes, document["model"], "weights", out, ["--ignore-limits"])
+        kept = out / ".shared" / "tokens"
+        ended = sweep(planned, out, fan, lambda one, kept=kept: shared.append(any(kept.rglob("tokens.safetensors"))))
         assert [(one.status, one.reason) for one in ended] == [("done", ""), ("done", "")]
         artifacts.append({
             str(file.relative_to(out)): file.read_bytes()

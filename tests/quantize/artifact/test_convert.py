@@ -13,7 +13,7 @@ from quantpress.artifact import convert
 from quantpress.artifact.convert import convert as convert_folder
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
-from quantpress.formats import FORMATS, Contents, detect
+from quantpress.formats import FORMATS, ModelScheme, detect
 from quantpress.models.checkpoint import Checkpoint, write_part
 from quantpress.numbers.grid import Grid, QuantizedLinear
 
@@ -64,7 +64,7 @@ def test_there_and_back(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if case != "several":  # their groups may change places
         assert first.config == last.config
     # A converted folder says what one written in that format says.
-    direct = FORMATS["gptq"].config(Contents(CASES[case], outside=["lm_head"]))
+    direct = FORMATS["gptq"].config(ModelScheme(CASES[case], outside=["lm_head"]))
     assert quantization_config(tmp_path / "gptq") == direct
     assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text()) == direct
     assert "quantize_config.json" in Checkpoint(tmp_path / "gptq").file_hashes()
@@ -86,7 +86,7 @@ def test_to_awq_and_back(origin: str, grid: Grid, tmp_path: Path) -> None:
     assert set(first.names()) == set(last.names())
     assert all(torch.equal(first.read(n), last.read(n)) for n in first.names())
     assert first.config == last.config
-    assert quantization_config(tmp_path / "awq") == FORMATS["awq"].config(Contents(schemes, outside=["lm_head"]))
+    assert quantization_config(tmp_path / "awq") == FORMATS["awq"].config(ModelScheme(schemes, outside=["lm_head"]))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_to_modelopt_and_back(origin: str, grid: Grid, tmp_path: Path) -> None:
     assert set(first.names()) == set(last.names())
     assert all(torch.equal(first.read(n), last.read(n)) for n in first.names())
     assert first.config == last.config
-    direct = FORMATS["modelopt"].config(Contents(schemes, outside=["lm_head"]))
+    direct = FORMATS["modelopt"].config(ModelScheme(schemes, outside=["lm_head"]))
     assert quantization_config(tmp_path / "m") == direct
     file = json.loads((tmp_path / "m" / "hf_quant_config.json").read_text())
     assert file == FORMATS["modelopt"].extra_files(direct)["hf_quant_config.json"]

@@ -8,7 +8,7 @@ import torch
 from quantpress.artifact.convert import convert
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
-from quantpress.formats import FORMATS, Contents
+from quantpress.formats import FORMATS, ModelScheme
 from quantpress.models.checkpoint import Checkpoint, write_part
 from quantpress.numbers.grid import Grid
 from quantpress.numbers.types import Activations
@@ -33,7 +33,7 @@ def test_there_and_back(algorithm: str, tmp_path: Path) -> None:
     config, checkpoint = quantization_config(tmp_path / "m"), Checkpoint(tmp_path / "m")
     assert config["quant_algo"] == algorithm
     writer = FORMATS["modelopt"]
-    assert config == writer.config(Contents(schemes, outside=["lm_head"], activations=spec))
+    assert config == writer.config(ModelScheme(schemes, outside=["lm_head"], activations=spec))
     for name, q in before.items():
         read = writer.unpack(name, checkpoint.read, grid, (q.out_features, q.in_features))
         assert torch.equal(read.dequantize(), q.dequantize())
@@ -77,7 +77,7 @@ def test_a_cache_goes_there_and_back(tmp_path: Path) -> None:
     scales = {f"model.layers.{k}.self_attn.{x}_scale": torch.tensor(0.1 + k) for k in range(2) for x in "kv"}
     write_part(tmp_path / "a" / "model.safetensors", tensors | scales)
     stated = FORMATS["compressed-tensors"].config(
-        Contents(uniform(grid), outside=["lm_head"], activations=spec, kv_cache="fp8")
+        ModelScheme(uniform(grid), outside=["lm_head"], activations=spec, kv_cache="fp8")
     )
     write_json(tmp_path / "a" / "config.json", checkpoint.config | {"quantization_config": stated})
     convert(tmp_path / "a", tmp_path / "m", "modelopt")

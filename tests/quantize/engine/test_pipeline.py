@@ -1,6 +1,7 @@
 """Whole runs on tiny models: every family, resume after a kill, equal bytes, bad input that leaves nothing behind."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from quantpress.artifact.artifact import Artifact, open_artifact
 from quantpress.artifact.manifest import Manifest
+from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
@@ -133,6 +135,24 @@ def test_an_unfinished_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "run", tmp_path / "model", {}, on_block=stop)
     with pytest.raises(BadInput, match=r"recipe.method.damp: 0.01 there, 0.05 now"):
         make(tmp_path / "run", tmp_path / "model", {"method": {"name": "gptq", "damp": 0.05}})
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_an_unfinished_run_of_other_libraries_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states depend on them, and those of the finished blocks are of the other version."""
+    build("llama", tmp_path / "model", torch.bfloat16)
+
+    def stop(progress: Any) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        make(tmp_path / "run", tmp_path / "model", {}, on_block=stop)
+    now = machine.libraries()
+    monkeypatch.setattr(machine, "libraries", lambda: now | {name: "0.1"})
+    with pytest.raises(BadInput, match=rf'unfinished run .*{name}: "{re.escape(now[name])}" there, "0\.1" now'):
+        make(tmp_path / "run", tmp_path / "model", {})
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from quantpress.core.files import write_json
-from quantpress.formats import FORMATS, Contents
+from quantpress.formats import FORMATS, ModelScheme
 from quantpress.models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.numbers.types import Activations
@@ -66,7 +66,7 @@ def make(
     merge_parts([folder / "part"], folder, 20_000)
     (folder / "part").unlink()
     head = "embed_out" if family == "gpt_neox" else "lm_head"
-    quantization = FORMATS[format].config(Contents(schemes, outside=[head], shuffled=shuffled, activations=spec))
+    quantization = FORMATS[format].config(ModelScheme(schemes, outside=[head], shuffled=shuffled, activations=spec))
     write_json(folder / "config.json", original.config | {"quantization_config": quantization})
     for file, content in FORMATS[format].extra_files(quantization).items():
         write_json(folder / file, content)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantpress.core.errors import BadInput
-from quantpress.formats import FORMATS, Contents, detect
+from quantpress.formats import FORMATS, ModelScheme, detect
 from quantpress.numbers.grid import Grid
 
 from .records import GRIDS, equal, record
@@ -109,7 +109,7 @@ NAMES = [f"model.layers.{k}.{p}" for k in (0, 1, 11) for p in ("mlp.gate_proj", 
 @pytest.mark.parametrize("grid", GRIDS_4, ids=str)
 def test_the_config_is_what_readers_expect(grid: Grid) -> None:
     schemes: dict[str, Grid | None] = {n: None if ".1." in n and "down" in n else grid for n in NAMES}
-    config = AWQ.config(Contents(schemes, outside=["lm_head"]))
+    config = AWQ.config(ModelScheme(schemes, outside=["lm_head"]))
     assert config == {
         "quant_method": "awq",
         "bits": 4,
@@ -124,29 +124,29 @@ def test_the_config_is_what_readers_expect(grid: Grid) -> None:
 
 def test_one_kind_for_all_layers() -> None:
     with pytest.raises(BadInput, match="one kind of weight for all layers, and these have int4 g32 sym, int4 g32 asym"):
-        AWQ.config(Contents({"x": FOUR, "y": ASYMMETRIC}))
+        AWQ.config(ModelScheme({"x": FOUR, "y": ASYMMETRIC}))
     with pytest.raises(BadInput, match="no linear is quantized"):
-        AWQ.config(Contents({"x": None}))
+        AWQ.config(ModelScheme({"x": None}))
     same: dict[str, Grid | None] = {"x": FOUR, "y": FOUR.model_copy(update={"scale_search": "minmax"})}
-    assert AWQ.config(Contents(same)) == AWQ.config(Contents({"x": FOUR, "y": FOUR}))
+    assert AWQ.config(ModelScheme(same)) == AWQ.config(ModelScheme({"x": FOUR, "y": FOUR}))
 
 
 def test_a_name_that_would_take_others_with_it_is_refused() -> None:
     """Readers leave out what has the name in it: the router `gate` would take `gate_proj` along."""
     with pytest.raises(BadInput, match=r"layers\.0\.mlp\.gate \(16 bit\) is part of model\.layers\.0\.mlp\.gate_proj"):
-        AWQ.config(Contents(dict.fromkeys(NAMES, FOUR), outside=["model.layers.0.mlp.gate"]))
+        AWQ.config(ModelScheme(dict.fromkeys(NAMES, FOUR), outside=["model.layers.0.mlp.gate"]))
     experts: dict[str, Grid | None] = {f"m.0.mlp.experts.{k}.up_proj": FOUR for k in range(11)}
-    router = AWQ.config(Contents(experts, outside=["m.0.mlp.gate"]))
+    router = AWQ.config(ModelScheme(experts, outside=["m.0.mlp.gate"]))
     assert router["modules_to_not_convert"] == ["m.0.mlp.gate"]
     with pytest.raises(BadInput, match=r"m\.0\.mlp\.experts \(16 bit\) is part of m\.0\.mlp\.experts\.0\.up_proj"):
-        AWQ.config(Contents(experts | {"m.0.mlp.experts.1.up_proj": None}))
-    whole = AWQ.config(Contents(dict.fromkeys(experts) | {"m.0.attn.q": FOUR}))["modules_to_not_convert"]
+        AWQ.config(ModelScheme(experts | {"m.0.mlp.experts.1.up_proj": None}))
+    whole = AWQ.config(ModelScheme(dict.fromkeys(experts) | {"m.0.attn.q": FOUR}))["modules_to_not_convert"]
     assert whole[-1] == "m.0.mlp.experts"  # what a server calls all of them
 
 
 def test_activations_and_caches_have_no_place() -> None:
     with pytest.raises(BadInput, match="weights only"):
-        AWQ.config(Contents({"x": FOUR}, kv_cache="fp8"))
+        AWQ.config(ModelScheme({"x": FOUR}, kv_cache="fp8"))
 
 
 def test_configs_of_other_tools_are_read() -> None:

@@ -19,7 +19,7 @@ from quantpress.artifact.convert import convert
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.eval.measure.divergence import last_hidden
-from quantpress.formats import FORMATS, Contents
+from quantpress.formats import FORMATS, ModelScheme
 from quantpress.models.checkpoint import Checkpoint, write_part
 from quantpress.numbers import activations as activations_module
 from quantpress.numbers.grid import Grid, Inputs
@@ -64,7 +64,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384)])
 def test_the_library_finds_our_weights(grid: Grid, spec: Activations | None, shape: tuple[int, int]) -> None:
     q = record(grid, *shape, spec=spec)
-    scheme = QuantizationConfig.model_validate(CT.config(Contents({"x": grid}, activations=spec))).config_groups[
+    scheme = QuantizationConfig.model_validate(CT.config(ModelScheme({"x": grid}, activations=spec))).config_groups[
         "group_0"
     ]
     compressor: Any = BaseCompressor.get_value_from_registry(scheme.format)
@@ -111,7 +111,7 @@ def test_tensors_of_another_shape_are_refused(grid: Grid, spec: Activations | No
 def test_schemes_are_the_presets_of_the_library(name: str) -> None:
     """What servers know by its values. Observers and zero-point dtypes say how a file was made, not what it holds."""
     grid, spec = PRESETS[name]
-    config = CT.config(Contents({"x": grid}, activations=spec))
+    config = CT.config(ModelScheme({"x": grid}, activations=spec))
     ours = QuantizationConfig.model_validate(config).config_groups["group_0"]
     preset = preset_name_to_scheme(name, ["Linear"])
     made = {"observer": None, "zp_dtype": None}
@@ -182,7 +182,7 @@ def test_layers_of_several_types_and_dense_ones(tmp_path: Path) -> None:
 
 def test_weights_alone_may_go_by_the_name_of_the_plain_layout() -> None:
     """What older versions of the library infer for fp8 weights with 16-bit inputs."""
-    config = CT.config(Contents({"x": Grid(type="fp8")}))
+    config = CT.config(ModelScheme({"x": Grid(type="fp8")}))
     assert config["format"] == "float-quantized"
     config["config_groups"]["group_0"]["format"] = None
     assert CT.grids(config | {"format": "naive-quantized"}, ["x"]) == {"x": Grid(type="fp8")}
@@ -193,7 +193,7 @@ def test_weights_alone_may_go_by_the_name_of_the_plain_layout() -> None:
 def test_several_kinds_with_one_kind_of_inputs_are_read() -> None:
     spec = Activations(type="int8")
     schemes = {"a.x": Grid(bits=8, group_size=-1), "a.y": Grid(group_size=32)}
-    config = CT.config(Contents(dict(schemes), activations=spec))
+    config = CT.config(ModelScheme(dict(schemes), activations=spec))
     assert config["format"] == "int-quantized"
     assert CT.grids(config, list(schemes)) == schemes
     assert CT.activations(config) == spec
@@ -220,7 +220,7 @@ def test_a_quantized_cache_is_announced_and_its_scales_are_not_taken_for_weights
     for file in (tmp_path / "a").glob("model*"):
         file.unlink()
     write_part(tmp_path / "a/model.safetensors", tensors)
-    quantization = CT.config(Contents(schemes, outside=["lm_head"], kv_cache="fp8"))
+    quantization = CT.config(ModelScheme(schemes, outside=["lm_head"], kv_cache="fp8"))
     scheme = quantization["kv_cache_scheme"]
     assert (scheme["num_bits"], scheme["type"], scheme["strategy"]) == (8, "float", "tensor")
     assert (scheme["symmetric"], scheme["dynamic"]) == (True, False)
@@ -230,7 +230,7 @@ def test_a_quantized_cache_is_announced_and_its_scales_are_not_taken_for_weights
     assert 0 < off < 0.1  # keys and values were rounded, and nothing else
     assert CT.kv_cache(quantization) == "fp8"
     with pytest.raises(BadInput, match="kv_cache int8"):
-        CT.config(Contents(schemes, kv_cache="int8"))
+        CT.config(ModelScheme(schemes, kv_cache="int8"))
     with pytest.raises(BadInput, match="gptq holds weights only"):
         convert(tmp_path / "a", tmp_path / "gptq", "gptq")
 

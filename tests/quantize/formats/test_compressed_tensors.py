@@ -8,7 +8,7 @@ from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
 
 from quantpress.core.errors import BadInput
-from quantpress.formats import FORMATS, Contents
+from quantpress.formats import FORMATS, ModelScheme
 from quantpress.numbers.grid import Grid
 
 from .artifacts import linears, load, logits, make, quantization_config, uniform
@@ -21,7 +21,7 @@ CT = FORMATS["compressed-tensors"]
 @pytest.mark.parametrize("shape", [(32, 64), (50, 96), (7, 32)])
 def test_the_library_unpacks_our_weights(grid: Grid, shape: tuple[int, int]) -> None:
     q = record(grid, *shape)
-    scheme = QuantizationConfig.model_validate(CT.config(Contents({"x": grid}))).config_groups["group_0"]
+    scheme = QuantizationConfig.model_validate(CT.config(ModelScheme({"x": grid}))).config_groups["group_0"]
     state = {name.removeprefix("x."): tensor for name, tensor in CT.pack("x", q).items()}
     weight = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
     assert torch.equal(weight, q.dequantize(torch.bfloat16))
@@ -67,14 +67,14 @@ def test_transformers_loads_other_families(family: str, several: bool, tmp_path:
 def test_experts_that_readers_would_mistake_are_refused() -> None:
     four = Grid(group_size=16)
     experts: dict[str, Grid | None] = {f"m.layers.0.mlp.experts.{k}.up_proj": four for k in range(3)}
-    CT.config(Contents(experts))
-    CT.config(Contents(experts | {"m.layers.0.attn.q_proj": Grid(symmetric=False)}))
+    CT.config(ModelScheme(experts))
+    CT.config(ModelScheme(experts | {"m.layers.0.attn.q_proj": Grid(symmetric=False)}))
     with pytest.raises(BadInput, match="the experts have 2 formats"):
-        CT.config(Contents(experts | {"m.layers.0.mlp.experts.2.up_proj": Grid(bits=8)}))
+        CT.config(ModelScheme(experts | {"m.layers.0.mlp.experts.2.up_proj": Grid(bits=8)}))
 
 
 def test_one_kind_targets_every_linear() -> None:
-    config = CT.config(Contents(uniform(Grid(), dense=("down_proj",)), outside=["lm_head"]))
+    config = CT.config(ModelScheme(uniform(Grid(), dense=("down_proj",)), outside=["lm_head"]))
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert config["ignore"] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "lm_head"]
     assert config["format"] == "pack-quantized"
@@ -82,14 +82,14 @@ def test_one_kind_targets_every_linear() -> None:
 
 
 def test_scattered_groups_are_refused() -> None:
-    with pytest.raises(BadInput, match="has no g_idx: scattered groups .* need format gptq"):
+    with pytest.raises(BadInput, match=r"has no g_idx: scattered groups .* need format gptq"):
         CT.check(Grid(), 64, 128, shuffled=True)
     with pytest.raises(BadInput, match="scattered columns"):
         CT.pack("x", record(Grid(group_size=16), 32, 64, shuffled=True))
 
 
 def edited(**changes: object) -> dict[str, object]:
-    config = CT.config(Contents({"x": Grid(group_size=32)}))
+    config = CT.config(ModelScheme({"x": Grid(group_size=32)}))
     weights = config["config_groups"]["group_0"]["weights"]
     weights |= {key: value for key, value in changes.items() if key in weights or key == "actorder"}
     return config | {key: value for key, value in changes.items() if key == "format"}
@@ -111,14 +111,14 @@ def test_what_cannot_be_read_is_refused(changes: dict[str, object], message: str
 
 
 def test_other_layouts_are_refused() -> None:
-    config = CT.config(Contents({"x": Grid(group_size=32)}))
+    config = CT.config(ModelScheme({"x": Grid(group_size=32)}))
     config["config_groups"]["group_0"]["format"] = "float-quantized"
     with pytest.raises(BadInput, match="format 'float-quantized' cannot be read for int4 g32 sym weights"):
         CT.grids(config, ["x"])
 
 
 def test_configs_of_other_tools_are_read() -> None:
-    config = CT.config(Contents({"x": Grid(group_size=32)}))
+    config = CT.config(ModelScheme({"x": Grid(group_size=32)}))
     config |= {"ignore": ["lm_head", "re:.*gate$"], "version": "0.19.0", "sparsity_config": {}, "transform_config": {}}
     first = config["config_groups"]["group_0"]
     first["weights"] |= {"actorder": "static", "observer": "mse"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantpress.core.errors import BadInput
-from quantpress.formats import FORMATS, Contents, detect
+from quantpress.formats import FORMATS, ModelScheme, detect
 from quantpress.numbers.grid import Grid
 from quantpress.recipe import FILE_FORMATS
 
@@ -78,7 +78,7 @@ def mixed() -> dict[str, dict[str, Grid | None]]:
 @pytest.mark.parametrize("case", mixed())
 def test_a_config_says_what_it_was_given(format: str, case: str) -> None:
     schemes = mixed()[case]
-    config = FORMATS[format].config(Contents(schemes, outside=["lm_head"]))
+    config = FORMATS[format].config(ModelScheme(schemes, outside=["lm_head"]))
     assert detect({"quantization_config": config}) == format
     read = FORMATS[format].grids(config, list(schemes))
     assert read == schemes
@@ -89,13 +89,15 @@ def test_a_config_says_what_it_was_given(format: str, case: str) -> None:
 @pytest.mark.parametrize("format", WRITTEN)
 def test_scale_search_is_not_part_of_a_scheme(format: str) -> None:
     schemes: dict[str, Grid | None] = {n: Grid(scale_search="minmax" if "q_proj" in n else "mse") for n in names()}
-    assert FORMATS[format].config(Contents(schemes)) == FORMATS[format].config(Contents(dict.fromkeys(names(), Grid())))
+    assert FORMATS[format].config(ModelScheme(schemes)) == FORMATS[format].config(
+        ModelScheme(dict.fromkeys(names(), Grid()))
+    )
 
 
 @pytest.mark.parametrize("format", WRITTEN)
 def test_nothing_quantized_has_no_config(format: str) -> None:
     with pytest.raises(BadInput, match="no linear is quantized"):
-        FORMATS[format].config(Contents(dict.fromkeys(names())))
+        FORMATS[format].config(ModelScheme(dict.fromkeys(names())))
 
 
 def test_every_name_a_recipe_may_give_is_a_format() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantpress.core.errors import BadInput
-from quantpress.formats import FORMATS, Contents
+from quantpress.formats import FORMATS, ModelScheme
 from quantpress.numbers.grid import Grid
 
 from .records import GRIDS, equal, record
@@ -58,10 +58,10 @@ def test_scattered_groups_come_back() -> None:
 
 def test_a_symmetric_model_is_version_1_and_an_asymmetric_one_version_2() -> None:
     asymmetric = FOUR.model_copy(update={"symmetric": False})
-    assert GPTQ.config(Contents({"x": FOUR}))["checkpoint_format"] == "gptq"
-    assert GPTQ.config(Contents({"x": asymmetric}))["checkpoint_format"] == "gptq_v2"
+    assert GPTQ.config(ModelScheme({"x": FOUR}))["checkpoint_format"] == "gptq"
+    assert GPTQ.config(ModelScheme({"x": asymmetric}))["checkpoint_format"] == "gptq_v2"
     with pytest.raises(BadInput, match="cannot hold symmetric and asymmetric layers in one model"):
-        GPTQ.config(Contents({"x": FOUR, "y": asymmetric}))
+        GPTQ.config(ModelScheme({"x": FOUR, "y": asymmetric}))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -126,7 +126,7 @@ def test_the_config_is_what_readers_expect() -> None:
     schemes: dict[str, Grid | None] = {n: FOUR if "down" in n else FOUR.model_copy(update={"bits": 8}) for n in names}
     schemes |= {f"model.layers.{k}.{p}": FOUR for k in range(2) for p in ("up_proj", "o_proj")}
     schemes["model.layers.0.o_proj"] = None
-    assert GPTQ.config(Contents(schemes, outside=["lm_head", "model.layers.0.gate"], shuffled=True)) == {
+    assert GPTQ.config(ModelScheme(schemes, outside=["lm_head", "model.layers.0.gate"], shuffled=True)) == {
         "quant_method": "gptq",
         "bits": 8,
         "group_size": 32,
@@ -151,7 +151,7 @@ def test_a_server_that_fuses_finds_the_rule() -> None:
     schemes: dict[str, Grid | None] = {n: eight if n[-6] in "qkv" else FOUR for n in names}
     schemes |= {f"a.{k}.down_proj": FOUR for k in range(9)}
     schemes["a.1.up_proj"] = None
-    rules = list(GPTQ.config(Contents(schemes))["dynamic"])
+    rules = list(GPTQ.config(ModelScheme(schemes))["dynamic"])
     assert r"+:^a\.\d+\.qkv_proj$" in rules
     assert not any("gate_up_proj" in rule for rule in rules)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantpress.core.errors import BadInput
-from quantpress.formats import FORMATS, Contents, detect
+from quantpress.formats import FORMATS, ModelScheme, detect
 from quantpress.numbers.grid import Grid, Inputs, QuantizedLinear
 from quantpress.numbers.types import Activations
 
@@ -151,7 +151,9 @@ NAMES = [f"model.layers.{k}.{p}" for k in (0, 1, 11) for p in ("self_attn.q_proj
 @pytest.mark.parametrize("cache", [None, "fp8"])
 def test_a_config_says_what_it_was_given(algorithm: str, cache: str | None) -> None:
     schemes: dict[str, Grid | None] = {n: None if ".1." in n and "down" in n else ALGORITHMS[algorithm] for n in NAMES}
-    config = MODELOPT.config(Contents(schemes, outside=["lm_head"], activations=INPUTS.get(algorithm), kv_cache=cache))
+    config = MODELOPT.config(
+        ModelScheme(schemes, outside=["lm_head"], activations=INPUTS.get(algorithm), kv_cache=cache)
+    )
     assert config["quant_algo"] == algorithm
     assert config["ignore"] == ["model.layers.1.mlp.down_proj", "lm_head"]
     assert detect({"quantization_config": config}) == "modelopt"
@@ -161,14 +163,14 @@ def test_a_config_says_what_it_was_given(algorithm: str, cache: str | None) -> N
 
 
 def test_the_file_beside_the_config() -> None:
-    config = MODELOPT.config(Contents({"x": FOUR, "y": None}, outside=["lm_head"]))
+    config = MODELOPT.config(ModelScheme({"x": FOUR, "y": None}, outside=["lm_head"]))
     file = MODELOPT.extra_files(config)["hf_quant_config.json"]
     assert file["producer"]["name"] == "modelopt"
     assert file["quantization"] == {
         "quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None, "exclude_modules": ["y", "lm_head"], "group_size": 64,
         "has_zero_point": False, "pre_quant_scale": True,
     }  # fmt: skip
-    config = MODELOPT.config(Contents({"x": NVFP4}, activations=INPUTS["NVFP4"], kv_cache="fp8"))
+    config = MODELOPT.config(ModelScheme({"x": NVFP4}, activations=INPUTS["NVFP4"], kv_cache="fp8"))
     assert MODELOPT.extra_files(config)["hf_quant_config.json"]["quantization"] == {
         "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "exclude_modules": [], "group_size": 16,
     }  # fmt: skip
@@ -186,7 +188,7 @@ def test_the_file_beside_the_config() -> None:
 )
 def test_pairs_that_no_reader_takes(grid: Grid, activations: Activations | None, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        MODELOPT.config(Contents({"x": grid}, activations=activations))
+        MODELOPT.config(ModelScheme({"x": grid}, activations=activations))
 
 
 @pytest.mark.parametrize(
@@ -212,13 +214,13 @@ def test_other_things_that_cannot_be_held() -> None:
     with pytest.raises(BadInput, match="out_features 31 is odd"):
         MODELOPT.check(FOUR, 31, 64, False)
     with pytest.raises(BadInput, match="kv_cache int8: modelopt holds fp8 scales for it; use fp8"):
-        MODELOPT.config(Contents({"x": FOUR}, kv_cache="int8"))
+        MODELOPT.config(ModelScheme({"x": FOUR}, kv_cache="int8"))
     with pytest.raises(BadInput, match="one kind of weight for all layers, and these have int4 g64 sym, int8 channel"):
-        MODELOPT.config(Contents({"x": FOUR, "y": EIGHT}))
+        MODELOPT.config(ModelScheme({"x": FOUR, "y": EIGHT}))
     with pytest.raises(BadInput, match=r"m\.gate \(16 bit\) is part of m\.gate_proj"):
-        MODELOPT.config(Contents({"m.gate_proj": FOUR}, outside=["m.gate"]))
+        MODELOPT.config(ModelScheme({"m.gate_proj": FOUR}, outside=["m.gate"]))
     with pytest.raises(BadInput, match="no linear is quantized"):
-        MODELOPT.config(Contents({"x": None}))
+        MODELOPT.config(ModelScheme({"x": None}))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

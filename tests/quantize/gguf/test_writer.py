@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from quantpress.core.errors import BadInput
-from quantpress.gguf.writer import Tensor, sizes, tensor_bytes, write
+from quantpress.gguf.writer import FileTensor, sizes, tensor_bytes, write
 
 METADATA: dict[str, Any] = {
     "general.architecture": "llama", "a.int": 7, "a.float": 0.5, "a.text": "é", "a.flag": True, "a.ints": [1, -2],
@@ -17,13 +17,13 @@ METADATA: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tensors(seed: int = 0) -> list[Tensor]:
+def tensors(seed: int = 0) -> list[FileTensor]:
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (3, 2 * 34), dtype=np.uint8)  # Q8_0: rows of 64
     return [
-        Tensor("f32", Type.F32, (3, 5), lambda: np.arange(15, dtype=np.float32).reshape(3, 5)),
-        Tensor("q8", Type.Q8_0, (3, 64), lambda: blocks),
-        Tensor("f16", Type.F16, (7,), lambda: np.arange(7, dtype=np.float16)),
+        FileTensor("f32", Type.F32, (3, 5), lambda: np.arange(15, dtype=np.float32).reshape(3, 5)),
+        FileTensor("q8", Type.Q8_0, (3, 64), lambda: blocks),
+        FileTensor("f16", Type.F16, (7,), lambda: np.arange(7, dtype=np.float16)),
     ]
 
 
@@ -64,9 +64,9 @@ def test_nothing_is_left_of_a_file_that_failed(tmp_path: Path) -> None:
         raise BadInput("no")
 
     with pytest.raises(BadInput, match="no"):
-        write(tmp_path / "t.gguf", METADATA, [*tensors(), Tensor("x", Type.F32, (2,), broken)])
+        write(tmp_path / "t.gguf", METADATA, [*tensors(), FileTensor("x", Type.F32, (2,), broken)])
     with pytest.raises(ValueError, match="q8: 12 bytes where its type and shape say 204"):
-        write(tmp_path / "t.gguf", METADATA, [Tensor("q8", Type.Q8_0, (3, 64), lambda: np.zeros(3, np.float32))])
+        write(tmp_path / "t.gguf", METADATA, [FileTensor("q8", Type.Q8_0, (3, 64), lambda: np.zeros(3, np.float32))])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,95 @@
+"""The kinds of artifact a run can write, behind one interface: a Hugging Face folder, or a GGUF file.
+
+A backend checks the recipe against the model, says how each linear is rounded and what the run will need, and puts the
+artifact together from what the blocks left. `job.prepare` is the one place that chooses between them.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from ..artifact.manifest import Manifest, Sizes
+from ..calibrate.tokens import Tokens
+from ..gguf.reader import GgufCheckpoint
+from ..models.checkpoint import Checkpoint
+from ..models.rotated import Rotated
+from ..models.skeleton import Linear, Skeleton
+from ..numbers.grid import Grid
+from ..recipe import Recipe
+from .plan import Plan
+from .settings import Settings
+from .sources import Source
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe and the model it is to quantize, opened from its config and shard headers.
+
+    checkpoint: the original. reader: what is quantized, the original or its Hadamard-rotated form.
+    """
+
+    recipe: Recipe
+    source: Source
+    checkpoint: Checkpoint
+    reader: Checkpoint | Rotated
+    skeleton: Skeleton
+    linears: list[Linear]
+
+    def sizes(self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int) -> Sizes:
+        """What the manifest says of the artifact's size; packed_bytes: of its quantized `weights`, scales included."""
+        parameters = sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
+        return Sizes(
+            format=format,
+            bytes=artifact.total_bytes,
+            original_bytes=self.checkpoint.total_bytes,
+            quantized_bits_per_weight=8 * packed_bytes / weights,
+            bits_per_parameter=8 * artifact.total_bytes / parameters,
+            parameters=parameters,
+            files=artifact.file_hashes(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend(ABC):
+    """One kind of artifact, for one Setup.
+
+    schemes: the grid of each linear by its on-disk name; None where the blocks leave it as it is.
+    rounds_blocks: False where the backend quantizes the original as a whole, and the blocks are not run.
+    importance: mean squares [in] of the inputs of each linear, from the user's importance matrix. Where there are any
+    they replace the calibration of the blocks.
+    imatrix_sha256: of the importance matrix that the user gives; None without one.
+    keep_final: what to keep, as tensors in the last block's part, of the states [samples, seq_len, hidden] that leave
+    the last block; None: nothing.
+    """
+
+    setup: Setup
+    schemes: dict[str, Grid | None]
+    rounds_blocks: bool = True
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    imatrix_sha256: str | None = None
+    keep_final: Callable[[Tensor], dict[str, Tensor]] | None = None
+
+    @classmethod
+    @abstractmethod
+    def of(cls, setup: Setup) -> Self:
+        """Raises BadInput for a model or a recipe that cannot be written."""
+
+    @abstractmethod
+    def plan(self) -> Plan:
+        """What the run will need."""
+
+    def settled(self, tokens: Tokens | None, work: Path) -> Self:
+        """The backend with what only the calibration text can decide; `work` keeps that for a resumed run."""
+        return self
+
+    @abstractmethod
+    def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
+        """Write `settings.out`/quantized, whole or not at all, and return its manifest.
+
+        manifest: what is known of the run before. parts: a file for each block, with its tensors in FORMATS' form.
+        """

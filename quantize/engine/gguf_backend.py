@@ -1,0 +1,331 @@
+"""A GGUF file as the artifact: rounded by our own methods block by block, or by llama.cpp as a whole."""
+
+import json
+import math
+import re
+import shutil
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Self, cast
+
+import gguf
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..artifact.manifest import LayerRecord, Manifest, Sizes
+from ..calibrate.tokens import Tokens, open_tokenizer
+from ..core.errors import BadInput
+from ..core.files import file_sha256, move_whole, write_json
+from ..gguf import imatrix
+from ..gguf import llama_cpp_library as llama_cpp
+from ..gguf.conversion import Conversion, FloatType
+from ..gguf.layout import Entry
+from ..gguf.mixes import Choice
+from ..gguf.modelfile import modelfile
+from ..gguf.reader import GgufCheckpoint, GgufTensors, gguf_files
+from ..gguf.rounded_file import RoundedFile
+from ..gguf.tensor_types import Types, fallbacks, own_types, summed_up
+from ..gguf.writer import write
+from ..models.checkpoint import Checkpoint, copy_companions
+from ..models.skeleton import Skeleton
+from ..recipe import LlamaCppQuantizer
+from ..recipe.gguf_file import FLOATS
+from . import sharing
+from .backend import Backend, Setup
+from .gguf_plan import plan_llama_cpp, plan_rounded
+from .plan import Plan
+from .settings import BlockDone, Settings
+
+_IMATRIX = "imatrix.gguf"
+_HEAD = "head.importance"  # in the last block's part: mean squares [hidden] of the head's inputs
+
+
+def _opened(setup: Setup) -> tuple[Conversion, dict[str, imatrix.Array], str | None]:
+    """The model as a GGUF file; the importance matrix that the recipe names, and the sha256 of its file.
+
+    Raises BadInput for a model, a tokenizer, a pattern or an importance matrix that does not fit.
+    """
+    conversion = Conversion(setup.checkpoint, setup.source.path, setup.source.id.rpartition("/")[2])
+    own_types(setup.recipe, conversion.entries)
+    file = setup.recipe.gguf_file.imatrix
+    if not isinstance(file, str):
+        return conversion, {}, None
+    return conversion, imatrix.fitted(imatrix.load(Path(file)), conversion.entries, file), file_sha256(Path(file))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GgufBackend(Backend):
+    """What both ways to the file have in common: the folder around it and the manifest.
+
+    given: mean squares [experts, in] by GGUF tensor, from the importance matrix that the recipe names; empty without.
+    """
+
+    conversion: Conversion
+    given: Mapping[str, imatrix.Array]
+
+    @abstractmethod
+    def _write(self, folder: Path, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Mapping[str, str]:
+        """Write model.gguf into `folder`; the tensors that got another type than they were to, and why."""
+
+    @property
+    def _weighted(self) -> list[Entry]:
+        """The tensors that the user's importance matrix is asked for."""
+        return self.conversion.entries
+
+    def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
+        setup, conversion = self.setup, self.conversion
+        folder = settings.out / "quantized.partial"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        fell_back = self._write(folder, parts, tokens, settings)
+        write_json(folder / "config.json", setup.checkpoint.config)
+        copy_companions(setup.source.path, folder)
+        artifact = GgufCheckpoint(folder)
+        about = self._write_modelfile(artifact.tensors.files, folder)
+        notes = [*conversion.notes, *summed_up(fell_back), *summed_up(self._unweighted(artifact.tensors)), *about]
+        layers = self._layers(artifact.tensors, fell_back)
+        if self.rounds_blocks:  # what was recorded as they were rounded says more than the file does
+            layers = [
+                record.changed(tensor=stored.tensor, note=record.note or stored.note)
+                for record, stored in zip(manifest.layers, layers, strict=True)
+            ]
+        manifest = manifest.changed(
+            layers=tuple(layers),
+            converted=(),
+            fallbacks=(*notes, *manifest.fallbacks),
+            imatrix=self.imatrix_sha256,
+            artifact=self._sizes(artifact),
+        )
+        manifest.write(folder)
+        shutil.rmtree(settings.out / "quantized", ignore_errors=True)  # of a run killed before its manifest was written
+        move_whole(folder, settings.out / "quantized")
+        return manifest
+
+    def _unweighted(self, stored: GgufTensors) -> dict[str, str]:
+        """The quantized tensors that the user's importance matrix does not cover, each with a note.
+
+        The embedding is none of them where the head is a tensor of its own: a lookup multiplies nothing.
+        """
+        file, names = self.setup.recipe.gguf_file.imatrix, {e.name for e in self.conversion.entries}
+        if not isinstance(file, str):
+            return {}
+        return {
+            entry.name: f"nothing in {file}: rounded with all columns alike"
+            for entry in self._weighted
+            if entry.matrix
+            and entry.name not in self.given
+            and stored.stored(entry.name).tensor_type.name not in FLOATS
+            and not (entry.name == "token_embd.weight" and "output.weight" in names)
+        }
+
+    def _write_modelfile(self, files: list[Path], folder: Path) -> list[str]:
+        """Write Ollama's Modelfile; returns what there is to say about it."""
+        if len(files) > 1:
+            return ["no Modelfile: Ollama does not load a file in parts"]
+        conversion, tokenizer = self.conversion, open_tokenizer(self.setup.source.path)
+        add_bos = bool(conversion.metadata["tokenizer.ggml.add_bos_token"])
+        text, note = modelfile(files[0], tokenizer, conversion.config, add_bos)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        return [note] if note else []
+
+    def _layers(self, stored: GgufTensors, notes: Mapping[str, str]) -> list[LayerRecord]:
+        """What the manifest says of each linear, by what is in the file."""
+        of = {name: entry for entry in self.conversion.entries for name in entry.parameters}
+        layers = []
+        for linear in self.setup.linears:
+            tensor = of[f"{linear.name}.weight"].name
+            kind = stored.stored(tensor).tensor_type
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            layers.append(
+                LayerRecord(
+                    name=linear.name,
+                    block=linear.block,
+                    shape=(linear.out_features, linear.in_features),
+                    bits=8 * size / block,
+                    group_size=block,
+                    symmetric=None,
+                    scheme=kind.name,
+                    loss=None,
+                    relative_error=None,
+                    damp=None,
+                    tokens=None,
+                    note=notes.get(tensor),
+                    tensor=tensor,
+                )
+            )
+        return layers
+
+    def _sizes(self, artifact: GgufCheckpoint) -> Sizes:
+        """Bytes of the tensors, and true bits per weight of the linears."""
+        linears = {f"{linear.name}.weight" for linear in self.setup.linears}
+        own = [entry for entry in self.conversion.entries if entry.parameters[0] in linears]
+        weights = sum(math.prod(entry.shape) for entry in own)
+        packed = sum(int(artifact.tensors.stored(entry.name).n_bytes) for entry in own)
+        return self.setup.sizes("gguf", artifact, packed, weights).changed(llama_cpp=llama_cpp.package_version())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnGgufFile(_GgufBackend):
+    """A file that our own methods round, block by block, to the types of llama.cpp's mix or within a budget."""
+
+    file: RoundedFile
+
+    @classmethod
+    def of(cls, setup: Setup) -> Self:
+        """Raises BadInput for what cannot be written, and an importance matrix that would not be used."""
+        conversion, given, sha256 = _opened(setup)
+        recipe, outside = setup.recipe, conversion.outside()
+        if given and recipe.method.calibrated and not any(entry.name in given for entry in outside):
+            raise BadInput(
+                f"gguf.imatrix {recipe.gguf_file.imatrix}: gptq rounds the blocks by their own Hessians, and the file "
+                f"has nothing of what is outside of them ({', '.join(entry.name for entry in outside)}); drop it, or "
+                "make it with llama-imatrix --process-output"
+            )
+        file = RoundedFile.of(recipe, conversion)
+        return cls(
+            setup=setup,
+            schemes=file.schemes(setup.linears),
+            importance=imatrix.of_linears(given, conversion.entries) if not recipe.method.calibrated else {},
+            imatrix_sha256=sha256,
+            keep_final=partial(_head_importance, setup.skeleton) if recipe.gguf_file.calibrated else None,
+            conversion=conversion,
+            given=given,
+            file=file,
+        )
+
+    def plan(self) -> Plan:
+        return plan_rounded(self.setup, self.file)
+
+    def settled(self, tokens: Tokens | None, work: Path) -> Self:
+        """With the types that the recipe's budget allows."""
+        if self.file.allowed_bytes is None:
+            return self
+        assert tokens is not None
+        kept, setup = work / "types.json", self.setup
+        if kept.exists():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            types: Types = {name: None if found[name] is None else Choice(found[name]) for name in self.file.types}
+        else:
+            exact = Skeleton(setup.checkpoint, device=setup.skeleton.device, dtype=torch.float32)
+            types = self.file.within_budget(exact, tokens.ids, work)
+            write_json(kept, {name: None if choice is None else choice.type for name, choice in types.items()})
+        file = replace(self.file, types=types)
+        return replace(self, file=file, schemes=file.schemes(setup.linears))
+
+    @property
+    def _weighted(self) -> list[Entry]:
+        has_hessians = self.setup.recipe.method.calibrated  # of what is in the blocks
+        return self.conversion.outside() if has_hessians else self.conversion.entries
+
+    def _write(self, folder: Path, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Mapping[str, str]:
+        linears, importance = self.setup.linears, dict(self.given)
+        if self.keep_final is not None:
+            head = imatrix.head_of(self.conversion.entries)
+            importance[head] = load_file(parts[-1])[_HEAD][None].numpy()
+        rounded = {f"{x.name}.weight": parts[x.block] for x in linears if self.schemes[x.name] is not None}
+        self.file.save(folder / "model.gguf", rounded, importance)
+        return fallbacks(self.conversion, self.file.types)
+
+
+def _head_importance(skeleton: Skeleton, hidden: Tensor) -> dict[str, Tensor]:
+    return {_HEAD: imatrix.of_head(skeleton, hidden)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaCppFile(_GgufBackend):
+    """A file that llama.cpp's quantizer makes from the model in 16 bit; or one of floats, which needs no quantizer."""
+
+    @classmethod
+    def of(cls, setup: Setup) -> Self:
+        """Raises BadInput for what cannot be written, and where llama.cpp is not installed."""
+        if setup.recipe.gguf_file.type not in FLOATS:
+            llama_cpp.library()
+        conversion, given, sha256 = _opened(setup)
+        return cls(
+            setup=setup,
+            schemes={linear.name: None for linear in setup.linears},
+            rounds_blocks=False,
+            imatrix_sha256=sha256,
+            conversion=conversion,
+            given=given,
+        )
+
+    def plan(self) -> Plan:
+        return plan_llama_cpp(self.setup, self.conversion)
+
+    def _write(self, folder: Path, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Mapping[str, str]:
+        """The importance matrix and the model in 16 bit stay in `settings.work` until the run ends, for a resume."""
+        recipe, conversion = self.setup.recipe, self.conversion
+        wanted, method, tell = recipe.gguf_file, recipe.method, _in_blocks(conversion.skeleton.n_blocks, settings)
+        assert isinstance(method, LlamaCppQuantizer)
+        if wanted.type in FLOATS:
+            kind = cast(FloatType, wanted.type)
+            tensors = conversion.tensors(kind)
+            metadata = conversion.file_type(kind)
+            write(folder / "model.gguf", metadata, tensors, wanted.split, lambda n: tell(n, len(tensors)))
+            return {}
+        importance = self._importance(tokens, settings)
+        if (settings.work / _IMATRIX).exists():
+            shutil.copy2(settings.work / _IMATRIX, folder)
+        floats = self._in_16_bit(settings.work)
+        own = tuple((f"^{re.escape(name)}$", kind) for name, kind in own_types(recipe, conversion.entries).items())
+        asked = llama_cpp.Quantization(wanted.type, own, importance, method.threads, split=len(floats) > 1)
+        # With parts llama.cpp takes the name without its ending, and numbers them itself.
+        target = folder / ("model" if len(floats) > 1 else "model.gguf")
+        wide = llama_cpp.too_wide(llama_cpp.quantize(floats[0], target, asked, tell))
+        if not wide:
+            return {}
+        stored = GgufTensors(gguf_files(folder))
+        return {n: f"{why} -> {stored.stored(n).tensor_type.name}" for n, why in wide.items() if n in stored}
+
+    def _importance(self, tokens: Tokens | None, settings: Settings) -> Mapping[str, imatrix.Array] | None:
+        """Mean squares [experts, in] by GGUF tensor: the user's, or of the calibration text; None without."""
+        setup, entries = self.setup, self.conversion.entries
+        if setup.recipe.gguf_file.imatrix is not True:
+            return self.given or None
+        assert tokens is not None
+        file = settings.work / _IMATRIX
+        if not file.exists():
+            measure = partial(imatrix.measure, setup.skeleton, entries, tokens)
+            found = sharing.importance(settings.share, setup, tokens, measure)
+            imatrix.save(file, found, tokens.source, tokens.ids.shape[1])
+        return imatrix.fitted(imatrix.load(file), entries, "of the calibration text")
+
+    def _in_16_bit(self, work: Path) -> list[Path]:
+        """The model in its checkpoint's float type, one file or parts; those of a killed run where they are whole."""
+        conversion, done = self.conversion, work / "converted.json"
+        if done.exists():
+            before: dict[str, str] = json.loads(done.read_text(encoding="utf-8"))
+            parts = [work / name for name in before]
+            if all(part.exists() and file_sha256(part) == before[part.name] for part in parts):
+                return parts
+            done.unlink()
+        kind, split = _exact_type(self.setup.checkpoint), self.setup.recipe.gguf_file.split
+        parts = write(work / "model.gguf", conversion.file_type(kind), conversion.tensors(kind), split)
+        write_json(done, {part.name: file_sha256(part) for part in parts})
+        return parts
+
+
+def _in_blocks(blocks: int, settings: Settings) -> Callable[[int, int], None]:
+    """Turns tensors done, of so many, into progress counted in blocks."""
+    told = 0
+
+    def tell(done: int, of: int) -> None:
+        nonlocal told
+        if (now := done * blocks // of) > told:
+            told = now
+            settings.on_block(BlockDone(now, blocks, None, 0.0))
+
+    return tell
+
+
+def _exact_type(checkpoint: Checkpoint) -> FloatType:
+    """The float type that holds every tensor of the checkpoint without loss."""
+    dtypes = {checkpoint.dtype(name) for name in checkpoint.names()}
+    if dtypes <= {torch.bfloat16}:
+        return "BF16"
+    return "F16" if dtypes <= {torch.float16} else "F32"

@@ -1,0 +1,101 @@
+"""What a run to a GGUF file will need, from config.json and the shards' headers alone."""
+
+from dataclasses import replace
+from typing import cast
+
+from ..gguf.conversion import Conversion, FloatType
+from ..gguf.rounded_file import RoundedFile
+from ..gguf.tensor_types import expected_types, fallbacks, summed_up
+from ..gguf.writer import sizes
+from ..models.skeleton import Linear, Skeleton
+from ..recipe import Recipe
+from ..recipe.gguf_file import FLOATS
+from .backend import Setup
+from .plan import PROCESS_BYTES, Plan, make_plan
+
+
+def plan_rounded(setup: Setup, file: RoundedFile) -> Plan:
+    """Of a file that our own methods round. Raises BadInput for a budget that even the smallest types exceed."""
+    recipe, conversion, checkpoint = setup.recipe, file.conversion, setup.checkpoint
+    artifact, notes = file.allowed_bytes, conversion.notes
+    plan = make_plan(recipe, setup.skeleton, setup.linears, file.schemes(setup.linears))
+    if artifact is not None:
+        file.check_budget()
+        plan = _with_sensitivity(plan, recipe, setup.skeleton, setup.linears)
+        plan = replace(plan, layers=dict.fromkeys(plan.layers, "within the budget"))
+    else:
+        artifact = sum(file.sizes())
+        notes = (*notes, *summed_up(fallbacks(conversion, file.types)))
+    if recipe.gguf_file.calibrated:  # the head's inputs are measured while the last block is still in memory
+        around = sum(checkpoint.nbytes(name) for entry in conversion.outside() for name in entry.parameters)
+        plan = replace(plan, memory_bytes=max(plan.memory_bytes, _calibration_bytes(setup) + around))
+    return replace(plan, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=notes)
+
+
+def plan_llama_cpp(setup: Setup, conversion: Conversion) -> Plan:
+    """Of a file that llama.cpp quantizes; where it alone decides the tensors' types, a note says it is an estimate."""
+    recipe, checkpoint, linears = setup.recipe, setup.checkpoint, setup.linears
+    wanted, original, notes = recipe.gguf_file, checkpoint.total_bytes, conversion.notes
+    floats = wanted.type in FLOATS
+    if floats:
+        kind = cast(FloatType, wanted.type)
+        tensors, metadata = conversion.tensors(kind), conversion.file_type(kind)
+        layers = {x.name: str(kind) for x in linears}
+    else:
+        kinds, known = expected_types(recipe, conversion)
+        tensors = [*conversion.constants(), *(conversion.tensor(e, kinds[e.name]) for e in conversion.entries)]
+        metadata = conversion.metadata | {"general.file_type": 0, "general.quantization_version": 0}
+        of = {parameter: entry.name for entry in conversion.entries for parameter in entry.parameters}
+        layers = {x.name: kinds[of[f"{x.name}.weight"]].name for x in linears}
+        if not known:
+            notes = (*notes, f"the size is an estimate: which tensors of {wanted.type} get more bits llama.cpp decides")
+    artifact = sum(sizes(metadata, tensors, wanted.split))
+    largest = max(sum(checkpoint.nbytes(name) for name in entry.parameters) for entry in conversion.entries)
+    memory, operations = PROCESS_BYTES + 6 * largest, 0.0
+    if recipe.calibrated:
+        memory = max(memory, _calibration_bytes(setup) + 6 * largest)
+        tokens = recipe.calibration.samples * recipe.calibration.seq_len
+        operations = 2.0 * tokens * sum(x.in_features * x.out_features for x in linears)
+    return Plan(
+        layers=layers,
+        original_bytes=original,
+        artifact_bytes=artifact,
+        memory_bytes=memory,
+        disk_bytes=artifact + (0 if floats else original),
+        operations=operations,
+        seconds=original / (2e8 if floats else 2e7),
+        passes=1 if recipe.calibrated else 0,
+        notes=notes,
+    )
+
+
+def _calibration_bytes(setup: Setup) -> int:
+    """The process with a block and the next one, read ahead, and the hidden states of all tokens."""
+    wanted, skeleton = setup.recipe.calibration, setup.skeleton
+    states = 4 * wanted.samples * wanted.seq_len * int(skeleton.config.hidden_size)
+    return PROCESS_BYTES + 2 * setup.checkpoint.total_bytes // max(1, skeleton.n_blocks) + states
+
+
+def _with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: list[Linear]) -> Plan:
+    """The plan with the pass that measures what errors cost: in float32, forwards, then backwards block by block.
+
+    On disk are the states that enter each block. In memory is a block and the next one, or embedding and head with the
+    logits of one sequence; what one sequence keeps for the gradient; states and gradients of all tokens.
+    """
+    hidden, seq_len = int(skeleton.config.hidden_size), recipe.calibration.seq_len
+    tokens, outside = recipe.calibration.samples * seq_len, int(skeleton.config.vocab_size) * hidden
+    blocks, widths = [0] * skeleton.n_blocks, [0] * skeleton.n_blocks
+    for x in linears:
+        blocks[x.block] += x.in_features * x.out_features
+        widths[x.block] += x.in_features + x.out_features
+    shell = 2 * outside + 4 * seq_len * int(skeleton.config.vocab_size)
+    work = 4 * (max(shell, 2 * max(blocks) + 3 * seq_len * max(widths)) + 3 * tokens * hidden)
+    operations = 2.0 * tokens * (4 * sum(blocks) + 3 * outside)  # each block runs forwards twice, and backwards
+    return replace(
+        plan,
+        memory_bytes=max(plan.memory_bytes, PROCESS_BYTES + work),
+        disk_bytes=max(plan.disk_bytes, 4 * tokens * hidden * skeleton.n_blocks),  # gone before the blocks are rounded
+        operations=plan.operations + operations,
+        seconds=plan.seconds * (1 + operations / plan.operations),
+        passes=plan.passes + 1,
+    )

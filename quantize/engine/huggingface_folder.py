@@ -1,0 +1,120 @@
+"""A Hugging Face folder of packed weights as the artifact, and the same weights in further formats beside it."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..artifact.convert import convert
+from ..artifact.manifest import Manifest, Sizes
+from ..calibrate import kv_cache
+from ..calibrate.tokens import Tokens
+from ..core.errors import BadInput
+from ..core.files import move_whole, write_json
+from ..formats import FORMATS, ModelScheme
+from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from ..models.rotated import Rotated
+from .backend import Backend, Setup
+from .plan import Plan, make_plan
+from .settings import Settings
+from .transforms import BlockTransforms
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceFolder(Backend):
+    """Shards in the recipe's first format; each further format is converted from them."""
+
+    @classmethod
+    def of(cls, setup: Setup) -> Self:
+        """Raises BadInput for a linear or a model that a format cannot hold, and transforms the model does not take."""
+        recipe, skeleton = setup.recipe, setup.skeleton
+        schemes = recipe.schemes({linear.name: linear.in_features for linear in setup.linears})
+        made = cls(setup=setup, schemes=schemes)
+        for format in recipe.formats:
+            made._check_format(format)
+        BlockTransforms(recipe, skeleton)
+        if recipe.kv_cache is not None:
+            kv_cache.attentions(skeleton)
+        return made
+
+    def plan(self) -> Plan:
+        setup = self.setup
+        plan = make_plan(setup.recipe, setup.skeleton, setup.linears, self.schemes)
+        return replace(plan, original_bytes=setup.checkpoint.total_bytes, notes=self._notes)
+
+    def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
+        partial, final = settings.out / "quantized.partial", settings.out / "quantized"
+        manifest = manifest.changed(fallbacks=(*self._notes, *manifest.fallbacks))
+        shutil.rmtree(partial, ignore_errors=True)
+        if not final.exists():
+            partial.mkdir(parents=True)
+            shell = settings.work / "shell.safetensors"
+            write_part(shell, self._shell_tensors())
+            merge_parts([shell, *parts], partial)
+            format = FORMATS[self.setup.recipe.formats[0]]
+            quantization = format.config(self._model_scheme)
+            write_json(partial / "config.json", dict(self.setup.reader.config) | {"quantization_config": quantization})
+            for name, content in format.extra_files(quantization).items():
+                write_json(partial / name, content)
+            copy_companions(self.setup.source.path, partial)
+            manifest = manifest.changed(artifact=self._sizes(partial))
+            manifest.write(partial)
+            move_whole(partial, final)
+        else:  # a run was stopped between here and its own manifest
+            manifest = manifest.changed(artifact=self._sizes(final))
+        for name in self.setup.recipe.formats[1:]:
+            target = settings.out / "converted" / name
+            if not target.exists():
+                convert(final, target, name)
+        return manifest.changed(converted=self.setup.recipe.formats[1:])
+
+    @property
+    def _notes(self) -> tuple[str, ...]:
+        """What is not as the original has it before anything is rounded."""
+        return tuple(self.setup.reader.notes) if isinstance(self.setup.reader, Rotated) else ()
+
+    @property
+    def _model_scheme(self) -> ModelScheme:
+        recipe, outside = self.setup.recipe, self.setup.skeleton.outside()
+        return ModelScheme(self.schemes, outside, recipe.shuffled, recipe.activations, recipe.kv_cache)
+
+    def _check_format(self, format: str) -> None:
+        """Raise BadInput for what `format` cannot hold, linear by linear and as a whole."""
+        for linear in self.setup.linears:
+            grid = self.schemes[linear.name]
+            if grid is None:
+                continue
+            if linear.transposed and not FORMATS[format].holds.conv1d:
+                raise BadInput(
+                    f"{linear.name} is a Conv1D, which readers of {format} leave unquantized without a word; "
+                    "write it with --set formats=[gptq]"
+                )
+            try:
+                FORMATS[format].check(grid, linear.out_features, linear.in_features, self.setup.recipe.shuffled)
+            except BadInput as error:
+                raise BadInput(f"{linear.name}: {error}") from None
+        FORMATS[format].config(self._model_scheme)
+
+    def _shell_tensors(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks; a head that is tied and equal to the embedding is stored once."""
+        skeleton, reader = self.setup.skeleton, self.setup.reader
+        inside = {disk for k in range(skeleton.n_blocks) for disk in skeleton.block_names(k).values()}
+        tensors = {name: reader.read(name) for name in reader.names() if name not in inside}
+        if reader.config.get("tie_word_embeddings", getattr(skeleton.config, "tie_word_embeddings", False)):
+            for head in skeleton.heads():
+                twin = tensors.get(f"{head}.weight")
+                if twin is not None and any(n != f"{head}.weight" and torch.equal(t, twin) for n, t in tensors.items()):
+                    del tensors[f"{head}.weight"]
+        return tensors
+
+    def _sizes(self, folder: Path) -> Sizes:
+        """Bytes on disk and true bits per weight, scales and zeros counted."""
+        artifact, format = Checkpoint(folder), self.setup.recipe.formats[0]
+        quantized = [x for x in self.setup.linears if self.schemes[x.name] is not None]
+        weights = sum(x.out_features * x.in_features for x in quantized)
+        packed = {f"{x.name}.{suffix}" for x in quantized for suffix in FORMATS[format].suffixes}
+        stored = sum(artifact.nbytes(n) for n in artifact.names() if n in packed)
+        return self.setup.sizes(format, artifact, stored, weights)
