@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model: its hyper-parameters, RoPE among them, and what no file can say."""
+"""The hyper-parameters in a GGUF file, from a transformers config, and what such a file cannot express."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ..models.family import GgufForm
 
 
 def form_of(config: Any) -> GgufForm:
-    """How GGUF holds the model of a transformers config; raises BadInput, with the reason, where no file can."""
+    """How GGUF files hold the model of a transformers config; raises BadInput, with the reason, where none can."""
     form = family_of(config.model_type).gguf
     if form is None:
         known = ", ".join(model_type for model_type, family in FAMILIES.items() if family.gguf)
@@ -32,7 +32,7 @@ def form_of(config: Any) -> GgufForm:
 
 
 def hyperparameters(config: Any, form: GgufForm) -> dict[str, Any]:
-    """The metadata that describe the model, by their full keys; RoPE among them."""
+    """The metadata that describes the model, by full keys, RoPE included."""
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -58,7 +58,7 @@ def hyperparameters(config: Any, form: GgufForm) -> dict[str, Any]:
 
 
 def notes(config: Any, form: GgufForm) -> list[str]:
-    """What a GGUF file of this model loses."""
+    """What llama.cpp will compute differently for this model, in one line each."""
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     if not window or "sliding_attention" not in layers or form.sliding_window:
@@ -92,14 +92,14 @@ def _rope(config: Any, form: GgufForm, head_dim: int) -> dict[str, Any]:
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
-    """Those of full attention, where kinds of layers differ."""
+    """The config's RoPE settings; those of full attention where kinds of layers differ."""
     rope: dict[str, Any] = config.rope_parameters
     full: dict[str, Any] = rope.get("full_attention", rope)
     return full
 
 
 def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """YaRN beyond its factor; llama.cpp scales attention by 1 + 0.1 ln(factor) itself, and by attn_factor besides."""
+    """YaRN's other settings; llama.cpp itself scales attention by 1 + 0.1 ln(factor), times attn_factor."""
     if rope.get("mscale") or rope.get("mscale_all_dim") or not rope.get("truncate", True):
         raise BadInput("YaRN with mscale or truncate: false cannot be written as GGUF for this family")
     out: dict[str, Any] = {
@@ -114,7 +114,7 @@ def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention_factor(config: Any, rope: Mapping[str, Any]) -> float:
-    """What LongRoPE multiplies attention by."""
+    """LongRoPE's attention factor of Phi-3 (arXiv:2402.13753): sqrt(1 + ln(scale) / ln(original context))."""
     if (given := rope.get("attention_factor")) is not None:
         return float(given)
     original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
@@ -123,7 +123,7 @@ def _attention_factor(config: Any, rope: Mapping[str, Any]) -> float:
 
 
 def rope_tensors(config: Any, form: GgufForm) -> dict[str, Tensor]:
-    """Factors that frequencies are divided by, float32 [rotated / 2], by their GGUF names."""
+    """RoPE tensors by GGUF name: what each frequency is divided by, float32 [rotated dimensions / 2]."""
     if form.rope == "none":
         return {}
     rope = rope_parameters(config)

@@ -15,7 +15,7 @@ from ..models.family import GgufForm
 
 
 class Metadata(Mapping[str, Any]):
-    """The key-value part of a GGUF file as plain values; `hparam` looks under the architecture's own prefix."""
+    """The key-value part of a GGUF file as plain values; `hparam` looks under the architecture's prefix."""
 
     def __init__(self, reader: gguf.GGUFReader, path: Path):
         self.path = path
@@ -48,13 +48,8 @@ class Metadata(Mapping[str, Any]):
             value = value[0]
         return value
 
-    def per_layer(self, key: str, default: list[Any]) -> list[Any]:
-        """As `hparam`, of a list with a value for each layer."""
-        value: list[Any] = self.get(f"{self.architecture}.{key}", default)
-        return value
-
     def optional(self, key: str, default: Any) -> Any:
-        """`<architecture>.<key>` as it is, or `default`."""
+        """`<architecture>.<key>` as it is stored, a list where layers differ, or `default`."""
         return self.get(f"{self.architecture}.{key}", default)
 
     @property
@@ -79,7 +74,7 @@ class Metadata(Mapping[str, Any]):
 
 
 def _rope(meta: Metadata, head_dim: int, context: int, partial: bool = False) -> dict[str, Any]:
-    """rope_parameters of transformers; a scaling that cannot be told exactly from the file is refused."""
+    """transformers' rope_parameters; raises BadInput for a scaling that the file does not determine exactly."""
     rotary = int(meta.hparam("rope.dimension_count", head_dim))
     if rotary != head_dim and not partial:
         raise BadInput(f"{meta.path}: partial rotary embedding ({rotary} of {head_dim}) is not supported")
@@ -92,7 +87,9 @@ def _rope(meta: Metadata, head_dim: int, context: int, partial: bool = False) ->
     if "rope_factors_long.weight" in meta.tensors:
         return base | _longrope(meta, context)
     if meta.hparam("rope.scale_linear", 1.0) != 1.0:
-        raise BadInput(f"{meta.path}: an old file with rope.scale_linear; convert the original checkpoint again")
+        raise BadInput(
+            f"{meta.path}: rope.scale_linear of old files is not supported; convert the original checkpoint again"
+        )
     if kind == "none":
         return {"rope_type": "default"} | base
     if kind not in ("linear", "yarn"):
@@ -122,7 +119,7 @@ def _longrope(meta: Metadata, context: int) -> dict[str, Any]:
 
 
 def _llama3_scaling(meta: Metadata, theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 rule that gives the file's divisors of each frequency: only they are stored, not the rule."""
+    """The llama3 scaling that explains the file's frequency divisors: they are stored, its parameters are not."""
     divisors = torch.from_numpy(np.array(meta.tensors["rope_freqs.weight"].data, dtype=np.float32))
     factor = round(float(divisors.max()), 3)
     low, high, original = 1.0, 4.0, 8192  # the same in Llama 3.1, 3.2 and 3.3
@@ -166,7 +163,7 @@ def model_config(meta: Metadata) -> Any:
 
 
 def _family_of(meta: Metadata) -> tuple[str, GgufForm]:
-    """The first family that fits: files of several say one architecture, Llama, Mistral and Mixtral \"llama\"."""
+    """Model type and form of the first family that fits: files of Llama, Mistral and Mixtral all say 'llama'."""
     forms = {model_type: family.gguf for model_type, family in FAMILIES.items() if family.gguf is not None}
     named = {model_type: form for model_type, form in forms.items() if form.architecture == meta.architecture}
     if not named:
@@ -179,11 +176,11 @@ def _family_of(meta: Metadata) -> tuple[str, GgufForm]:
         if (family_of(model_type).experts is not None) == (meta.experts > 0):
             return model_type, form
     kind = "mixture-of-experts" if meta.experts else "dense"
-    raise BadInput(f"{meta.path}: a {kind} file of {meta.architecture!r}, which transformers has not got")
+    raise BadInput(f"{meta.path}: a {kind} file of architecture {meta.architecture!r}; transformers has no such model")
 
 
 def _settings(meta: Metadata, form: GgufForm) -> dict[str, Any]:
-    """The config's fields that the family's row reads from the metadata."""
+    """The config fields that the metadata determines, as the family's row says."""
     heads = int(meta.hparam("attention.head_count"))
     per_head = int(meta.hparam("embedding_length")) // heads
     usual = {"attention.head_count_kv": heads, "attention.key_length": per_head}  # files may leave them out

@@ -1,4 +1,4 @@
-"""Parameters of a checkpoint as tensors of a GGUF file and back: their names, and how the numbers change."""
+"""Parameters of a checkpoint as tensors of a GGUF file and back: their names, and how their numbers are arranged."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from ..models.family import GgufForm, TensorChange
 
 
 def names_of(form: GgufForm, blocks: int) -> gguf.TensorNameMap:
-    """The `gguf` package's map from the parameter names of many families to GGUF's."""
+    """The `gguf` package's map from parameter names, of all families that it knows, to tensor names."""
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == form.architecture)
     return gguf.get_tensor_name_map(arch, blocks)
 
 
 def change_of(form: GgufForm, parameter: str) -> TensorChange | None:
-    """What is done to a parameter, by its HF name."""
+    """How a parameter changes on its way into a GGUF file, by its HF name."""
     return next((change for ending, change in form.changes if parameter.endswith(ending)), None)
 
 
 def to_gguf(change: TensorChange | None, weight: Tensor, config: Any) -> Tensor:
-    """An HF parameter the way GGUF has it; `query`, `key` and `by_head` reorder rows, so packed ones too."""
+    """An HF parameter as GGUF has it; `query`, `key` and `by_head` reorder rows, so packed weights may be given too."""
     match change:
         case "query" | "key":  # pairs of ggml's RoPE lie side by side, transformers' half a head apart
             heads = config.num_attention_heads if change == "query" else config.num_key_value_heads

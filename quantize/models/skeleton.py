@@ -1,7 +1,7 @@
-"""The model as a skeleton: built on the meta device, one decoder block materialised at a time.
+"""The model as a skeleton: built on the meta device, with one decoder block materialised at a time.
 
-The blocks are found in the transformers class, not listed by hand. Everything around them (embedding, position
-encoding, masks, final norm, head) runs as the class itself runs it, with the blocks replaced by taps.
+The blocks are found in the transformers class, not listed by hand. Everything around them, the shell (embedding,
+position encoding, masks, final norm, head), runs as the class itself runs it, with the blocks replaced by taps.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +19,11 @@ from ..core.errors import BadInput
 from .arguments import Arguments, check_same
 from .families import UNLISTED, family_of
 
-_EMBEDDED_TOKENS = 4096  # at a time
+_EMBEDDED_TOKENS = 4096  # embedded at a time
 
 
 class Reader(Protocol):
-    """Tensors by their on-disk name: a checkpoint, or an artifact that dequantizes as it reads."""
+    """A source of tensors by on-disk name: a checkpoint, or an artifact that dequantizes as it reads."""
 
     config: dict[str, Any]
 
@@ -44,10 +44,10 @@ class Linear:
 
 
 class Skeleton:
-    """A causal language model without its blocks' weights.
+    """A causal language model whose weights are read block by block.
 
-    Raises BadInput for an architecture transformers does not know, one that is not a stack of decoder blocks, and
-    tensors the checkpoint lacks.
+    Raises BadInput for an architecture that transformers does not know or that is not a stack of decoder blocks, and
+    for tensors missing from the checkpoint.
     """
 
     def __init__(self, reader: Reader, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -70,7 +70,7 @@ class Skeleton:
         return len(self._blocks)
 
     def block(self, k: int) -> nn.Module:
-        """Block `k` as it stands: its weights are on the meta device unless it is the one being run."""
+        """Block `k`; its weights are on the meta device unless `blocks` has materialised it."""
         return self._blocks[k]
 
     def linears(self) -> list[Linear]:
@@ -88,7 +88,7 @@ class Skeleton:
         return found
 
     def round_inputs(self, linear: Linear, how: Callable[[Tensor], Tensor]) -> None:
-        """From now on apply `how` to the inputs of `linear` before its weight is."""
+        """From now on `linear` multiplies its weight with what `how` makes of its inputs [..., in]."""
         module = self._blocks[linear.block].get_submodule(linear.module)
         module.register_forward_pre_hook(lambda _, args: (how(args[0]), *args[1:]))
 
@@ -115,7 +115,10 @@ class Skeleton:
         return {n: self.reader.read(disk).to(self.dtype) for n, disk in self.block_names(k).items()}
 
     def blocks(self, start: int = 0, keep: bool = False, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
-        """Blocks from `start` on, each materialised on the device while the next one is read; then dropped."""
+        """Number and module of each block from `start` on, on the device, while the next one is read from disk.
+
+        A block returns to the meta device when the iteration moves on, unless `keep`.
+        """
         order = list(range(start, self.n_blocks))
         order = order[::-1] if backwards else order
         with ThreadPoolExecutor(1) as pool:
@@ -133,14 +136,14 @@ class Skeleton:
                     block.to("meta")
 
     def whole(self) -> Any:
-        """The model with all its weights at once, for what cannot go block by block; it has to fit in memory."""
+        """The model with all its weights, which must fit in memory: for what cannot run block by block."""
         self.open_shell()
         for _ in self.blocks(keep=True):
             pass
         return self.model
 
     def open_shell(self) -> None:
-        """Materialise what is around the blocks: embeddings, final norm, head."""
+        """Materialise the shell: embeddings, final norm, head."""
         for name, module in self.model.named_modules():
             if not name.startswith(self.blocks_name):
                 _fill_buffers(self.model, module, self.device, recurse=False)
@@ -153,18 +156,18 @@ class Skeleton:
         self.model.requires_grad_(False)
 
     def close_shell(self) -> None:
-        """Drop what `open_shell` read."""
+        """Return the shell to the meta device."""
         for name, module in self.model.named_modules():
             if not name.startswith(self.blocks_name):
                 for key, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def heads(self) -> list[str]:
-        """Names of the linears outside the blocks: the output head."""
+        """On-disk names of the linears outside the blocks: the output head."""
         return [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in self.head_modules()]
 
     def head_modules(self) -> list[str]:
-        """As `heads`, by the model's own names."""
+        """As `heads`, by the names of the transformers class."""
         return [
             name
             for name, module in self.model.named_modules()
@@ -172,7 +175,7 @@ class Skeleton:
         ]
 
     def outside(self) -> list[str]:
-        """Modules a server may take for linears that stay in 16 bit: the output head and the experts' routers."""
+        """On-disk names of modules that stay in 16 bit though a server may take them for linears: head and routers."""
         routers = [
             self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
             for k, block in enumerate(self._blocks)
@@ -183,27 +186,27 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len]."""
+        """The hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len]."""
         out = []
         for rows in torch.split(tokens, max(1, _EMBEDDED_TOKENS // tokens.shape[1])):
             out.append(self.embedding(rows))
         return torch.cat(out)
 
     def embedding(self, tokens: Tensor) -> Tensor:
-        """As `embed`, of few tokens and differentiable."""
+        """As `embed`, differentiable and for few tokens."""
         with self._taps() as taps:
             self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         return taps[0].hidden
 
     @torch.no_grad()
     def block_arguments(self, seq_len: int) -> list[Arguments]:
-        """What the model passes each block beside the hidden states: positions and masks for `seq_len` tokens.
+        """What the model passes each block besides the hidden states: positions and masks for `seq_len` tokens.
 
-        Raises BadInput where that depends on which tokens they are, or on how many sequences.
+        Raises BadInput when they depend on the tokens or on the number of sequences.
         """
-        ids = torch.arange(3, device=self.device)[:, None].repeat(1, seq_len)  # three sequences, each of one token
+        ids = torch.arange(3, device=self.device)[:, None].repeat(1, seq_len)  # 3 sequences of a repeated token
         arguments = self._arguments(ids[:1])
-        if self.family is UNLISTED:  # the rows' own models are known not to
+        if self.family is UNLISTED:  # families with a row are known to be independent of them
             for one, other in zip(arguments, self._arguments(ids[1:]), strict=True):
                 check_same(self.config.model_type, one, other)
         return arguments
@@ -214,7 +217,7 @@ class Skeleton:
         return [(tap.args, tap.kwargs) for tap in taps]
 
     def check_arguments(self) -> None:
-        """Raise BadInput early where `block_arguments` would; reads what is around the blocks unless a row answers."""
+        """Raise BadInput early where `block_arguments` would; reads the shell unless the family has a row."""
         if self.family is UNLISTED:
             self.open_shell()
             self.block_arguments(8)
@@ -222,7 +225,7 @@ class Skeleton:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [tokens, vocab] for hidden states [tokens, hidden] that left the last block."""
+        """Logits [tokens, vocab] for hidden states [tokens, hidden] that leave the last block."""
         return self.head(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -234,7 +237,7 @@ class Skeleton:
 
     @torch.no_grad()
     def normed(self, hidden: Tensor) -> Tensor:
-        """What the head is applied to, [tokens, hidden], for hidden states of that shape that left the last block."""
+        """The head's inputs [tokens, hidden], after the final norm, for hidden states that leave the last block."""
         with self._taps(hidden[None].to(self.device)):
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
             out: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -242,7 +245,7 @@ class Skeleton:
 
     @contextmanager
     def _taps(self, result: Tensor | None = None) -> Iterator[list["_Tap"]]:
-        """The model with its blocks replaced by taps that note their arguments and return `result` or their input."""
+        """The model with its blocks replaced by taps that record their arguments and return `result` or their input."""
         parent, _, attribute = self.blocks_name.rpartition(".")
         owner = self.model.get_submodule(parent)
         taps = [_Tap(block, result) for block in self._blocks]
@@ -253,7 +256,10 @@ class Skeleton:
             setattr(owner, attribute, self._blocks)
 
     def check_shapes(self, shape: Callable[[str], tuple[int, ...] | None]) -> None:
-        """Raise BadInput unless each parameter has on disk the shape the model gives it; None: it is packed there."""
+        """Raise BadInput unless every parameter has the model's shape on disk.
+
+        shape: the shape on disk by on-disk name; None for a packed weight, which is not checked.
+        """
         for k in range(self.n_blocks):
             block = dict(self._blocks[k].named_parameters())
             for name, disk in self.block_names(k).items():
@@ -288,7 +294,7 @@ def run_block(
     device: torch.device,
     batch: int,
 ) -> None:
-    """`block` over hidden [samples, seq_len, hidden] in place, `batch` samples at a time."""
+    """Run `block` over hidden [samples, seq_len, hidden] in place, `batch` samples at a time."""
     args, kwargs = arguments
     with torch.no_grad():
         for start in range(0, hidden.shape[0], batch):
@@ -297,7 +303,7 @@ def run_block(
 
 
 class _Tap(nn.Module):
-    """Stands in for a block: notes what it is called with, gives the hidden states back unchanged."""
+    """Stands in for a block: records its arguments, returns `result` or the hidden states unchanged."""
 
     def __init__(self, block: nn.Module, result: Tensor | None) -> None:
         super().__init__()
@@ -360,7 +366,7 @@ def _unfuse_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -
 
 
 def text_config(config: Mapping[str, Any]) -> Any:
-    """The transformers config object; refused when it is not a text-only causal language model."""
+    """The transformers config of a checkpoint; raises BadInput unless it is a text-only causal language model."""
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     kind = plain.get("model_type")
     try:
@@ -395,9 +401,10 @@ def _find_blocks(model: nn.Module, n: int) -> tuple[str, nn.ModuleList]:
 
 
 def _fill_buffers(model: Any, module: nn.Module, device: torch.device, recurse: bool = True) -> None:
-    """Give buffers that are not in the checkpoint (rotary frequencies, masks) the values the class starts with.
+    """Give buffers that are not in the checkpoint (rotary frequencies, masks) their initial values.
 
-    Before the weights are there: the class's own initialisation would draw real weights anew, on meta it does nothing.
+    Called before the weights are loaded: the class's initialisation does nothing to parameters on the meta device, and
+    would overwrite real ones.
     """
     for part in module.modules() if recurse else (module,):
         empty = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]

@@ -127,7 +127,7 @@ def test_a_missing_shard(artifact: tuple[str, Path], whole: dict[str, Path]) -> 
     format, folder = artifact
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(BadInput, match=f"shard {shard.name} is named in .* and absent"):
+    with pytest.raises(BadInput, match=f"shard {shard.name} is listed in .* but missing"):
         structure(folder)
     assert shard.name in told(folder)
     shutil.copy(whole[format] / "manifest.json", folder)

@@ -131,7 +131,7 @@ def test_a_shard_is_filled_to_the_byte(tmp_path: Path) -> None:
 def test_a_tensor_in_two_parts_is_our_mistake(tmp_path: Path) -> None:
     for name in "ab":
         write_part(tmp_path / name, {"w": torch.ones(2)})
-    with pytest.raises(ValueError, match="tensor w is in an earlier part too"):
+    with pytest.raises(ValueError, match="tensor w is also in an earlier part"):
         merge_parts([tmp_path / "a", tmp_path / "b"], tmp_path)
 
 
@@ -186,7 +186,7 @@ def test_broken_indexes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not a file name"):
         Checkpoint(folder)
     edit_index(folder, "ghost", "model-00009-of-00009.safetensors")
-    with pytest.raises(BadInput, match=r"shard model-00009-of-00009\.safetensors is named in .* and absent"):
+    with pytest.raises(BadInput, match=r"shard model-00009-of-00009\.safetensors is listed in .* but missing"):
         Checkpoint(folder)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}})
     with pytest.raises(BadInput, match="no weight_map"):
@@ -224,11 +224,11 @@ def test_corrupt_files_are_named(raw: bytes, message: str, tmp_path: Path) -> No
         Checkpoint(tmp_path)
 
 
-def test_a_file_cut_after_opening_is_noticed(tmp_path: Path) -> None:
+def test_a_file_truncated_after_opening_is_noticed(tmp_path: Path) -> None:
     checkpoint = Checkpoint(folder_with(tmp_path, {"w": torch.ones(100)}))
     with open(tmp_path / "model.safetensors", "r+b") as file:
         file.truncate(200)
-    with pytest.raises(BadInput, match="ended while it was read"):
+    with pytest.raises(BadInput, match="ended early; it was truncated after it was opened"):
         checkpoint.read("w")
 
 

@@ -252,8 +252,8 @@ def test_a_family_without_a_row_is_refused(tmp_path: Path, monkeypatch: pytest.M
     [
         ("model.layers.1.self_attn.o_proj.weight", "lacks 1 tensors, the first model.layers.1.self_attn.o_proj.weight"),
         ("model.layers.0.input_layernorm.weight", "lacks 1 tensors, the first model.layers.0.input_layernorm.weight"),
-        ("model.norm.weight", "has no tensor norm.weight, which has to be rotated"),
-        ("lm_head.weight", "has no tensor lm_head.weight, which has to be rotated"),
+        ("model.norm.weight", "has no tensor norm.weight, which must be rotated"),
+        ("lm_head.weight", "has no tensor lm_head.weight, which must be rotated"),
     ],
 )
 def test_a_missing_tensor_is_refused(name: str, message: str, tmp_path: Path) -> None:
