@@ -1,8 +1,8 @@
 """The model families, one row each.
 
-A decoder stack whose blocks are one ModuleList of `num_hidden_layers` entries needs no row to be quantized. The
-transforms need one, as they scale or rotate what a module puts out and undo it in the linears that read it; so do GGUF
-files, and checkpoints whose names differ from those of the transformers class.
+A decoder stack whose blocks are one ModuleList of `num_hidden_layers` entries can be quantized without a row. Needed is
+one for the transforms, which scale or rotate the output of a module and undo it in the linears that read it; for GGUF;
+and for checkpoints whose tensor names differ from those of the transformers class.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from typing import Any
 from ..core.errors import BadInput
 from .family import LLAMA_SIZES, Family, Feed, GgufForm, GgufMetadata, TensorChange
 
-_SANDWICHED = "norms after attention and MLP scale, channel by channel, what is added to the residual stream"
-_CENTRED = "LayerNorm subtracts the mean over channels, which a rotation does not keep"
+_SANDWICH = "norms after attention and MLP scale, channel by channel, what is added to the residual stream"
+_LAYER_NORM = "LayerNorm subtracts the mean over channels, which a rotation does not keep"
 
 # ---- what feeds what ---------------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ _PHI3_FEEDS = (
     Feed("mlp.gate_up_proj", ("mlp.down_proj",), last=True),
 )
 _GEMMA_FEEDS = tuple(replace(feed, plus_one=feed.source.endswith("layernorm")) for feed in _LLAMA_FEEDS)
-_SANDWICHED_FEEDS = tuple(
+_SANDWICH_FEEDS = tuple(
     replace(feed, source="pre_feedforward_layernorm") if feed.source == "post_attention_layernorm" else feed
     for feed in _GEMMA_FEEDS
 )
@@ -53,8 +53,8 @@ _MIXTRAL_FEEDS = (
     Feed("post_attention_layernorm", ("mlp.gate", "mlp.experts.*.w1", "mlp.experts.*.w3")),
     Feed("mlp.experts.*.w3", ("mlp.experts.*.w2",)),
 )
-# The fused rows of GPT-NeoX go head by head, (q, k, v) each: the values are not the last ones. A GELU stands before the
-# second linear of the feed-forward, here and in GPT-2: no scale passes it.
+# GPT-NeoX fuses q, k and v head by head, so that the values are not the last rows. Here and in GPT-2 a GELU comes
+# before the second linear of the feed-forward: no scale can be moved through it.
 _GPT_NEOX_FEEDS = (
     Feed("input_layernorm", ("attention.query_key_value",)),
     Feed("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
@@ -73,7 +73,7 @@ _PERMUTED: tuple[tuple[str, TensorChange], ...] = (
 _PLUS_ONE: tuple[tuple[str, TensorChange], ...] = (("norm.weight", "plus_one"),)
 _TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-_EVERY_BLOCK = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # has experts
+_ALL_SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # experts in every block
 _QWEN_MOE_COUNTS = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
@@ -82,8 +82,8 @@ _QWEN_MOE_COUNTS = {
 _GPT_NEOX_SIZES = {k: v for k, v in LLAMA_SIZES.items() if k not in ("num_key_value_heads", "head_dim", "rms_norm_eps")}
 
 
-def _windows(config: Any, blocks_of_27b: int) -> dict[str, Any]:
-    """Gemma's sliding windows and which layers have one: written out, so that no reader's default matters."""
+def _sliding_window_metadata(config: Any, blocks_of_27b: int) -> dict[str, Any]:
+    """Gemma's sliding window and the layers that have it, written out so that no reader falls back on its defaults."""
     wanted = _attention_scalar(config.to_dict(), blocks_of_27b)
     if config.query_pre_attn_scalar != wanted:
         raise BadInput(
@@ -96,8 +96,10 @@ def _windows(config: Any, blocks_of_27b: int) -> dict[str, Any]:
     }
 
 
-def _windows_back(meta: GgufMetadata, settings: Mapping[str, Any], blocks_of_27b: int, every: int) -> dict[str, Any]:
-    """The inverse of `_windows`; where the file does not say, all layers but each `every`-th have a window."""
+def _sliding_window_settings(
+    meta: GgufMetadata, settings: Mapping[str, Any], blocks_of_27b: int, every: int
+) -> dict[str, Any]:
+    """The inverse of `_sliding_window_metadata`; a file without a pattern has no window in every `every`-th layer."""
     blocks = settings["num_hidden_layers"]
     pattern = meta.optional("attention.sliding_window_pattern", [(i + 1) % every != 0 for i in range(blocks)])
     return {
@@ -108,7 +110,7 @@ def _windows_back(meta: GgufMetadata, settings: Mapping[str, Any], blocks_of_27b
 
 
 def _attention_scalar(settings: Mapping[str, Any], blocks_of_27b: int) -> int:
-    """What llama.cpp scales attention scores by: a Gemma of 27B, told by its blocks, by another size than the rest."""
+    """query_pre_attn_scalar in llama.cpp, which has another one for 27B models and knows them by their blocks."""
     if settings["num_hidden_layers"] == blocks_of_27b:
         return int(settings["hidden_size"] // settings["num_attention_heads"])
     return int(settings["head_dim"])
@@ -119,14 +121,14 @@ def _gemma2_metadata(config: Any) -> dict[str, Any]:
         raise BadInput(
             "gemma2 without logit soft-capping: llama.cpp always applies it; no GGUF file can hold this model"
         )
-    return _windows(config, 46) | {
+    return _sliding_window_metadata(config, 46) | {
         "attn_logit_softcapping": float(config.attn_logit_softcapping),
         "final_logit_softcapping": float(config.final_logit_softcapping),
     }
 
 
 def _gemma2_settings(meta: GgufMetadata, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return _windows_back(meta, settings, 46, every=2) | {
+    return _sliding_window_settings(meta, settings, 46, every=2) | {
         "attn_logit_softcapping": float(meta.hparam("attn_logit_softcapping", 50.0)),
         "final_logit_softcapping": float(meta.hparam("final_logit_softcapping", 30.0)),
     }
@@ -136,12 +138,12 @@ def _gemma3_metadata(config: Any) -> dict[str, Any]:
     local = float(config.rope_parameters["sliding_attention"]["rope_theta"])
     final = config.final_logit_softcapping
     capped = {} if final is None else {"final_logit_softcapping": float(final)}
-    return _windows(config, 62) | {"rope.freq_base_swa": local} | capped
+    return _sliding_window_metadata(config, 62) | {"rope.freq_base_swa": local} | capped
 
 
 def _gemma3_settings(meta: GgufMetadata, settings: Mapping[str, Any]) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": float(meta.hparam("rope.freq_base_swa", 10000.0))}
-    return _windows_back(meta, settings, 62, every=6) | {
+    return _sliding_window_settings(meta, settings, 62, every=6) | {
         "final_logit_softcapping": meta.optional("final_logit_softcapping", None),
         "rope_parameters": {"full_attention": settings["rope_parameters"], "sliding_attention": local},
     }
@@ -190,19 +192,19 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file
         _QWEN_MOE,
         gguf=GgufForm(
             "qwen2moe",
-            fixed=_EVERY_BLOCK | {"norm_topk_prob": False},
+            fixed=_ALL_SPARSE | {"norm_topk_prob": False},
             untied=True,
             counts=_QWEN_MOE_COUNTS | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
         ),
     ),
     "qwen3_moe": replace(
         _QWEN_MOE,
-        gguf=GgufForm("qwen3moe", fixed=_EVERY_BLOCK | {"norm_topk_prob": True}, counts=_QWEN_MOE_COUNTS),
+        gguf=GgufForm("qwen3moe", fixed=_ALL_SPARSE | {"norm_topk_prob": True}, counts=_QWEN_MOE_COUNTS),
     ),
     "gemma": Family(feeds=_GEMMA_FEEDS, no_hadamard=None),
     "gemma2": Family(
-        feeds=_SANDWICHED_FEEDS,
-        no_hadamard=_SANDWICHED,
+        feeds=_SANDWICH_FEEDS,
+        no_hadamard=_SANDWICH,
         gguf=GgufForm(
             "gemma2",
             _PLUS_ONE,
@@ -213,8 +215,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file
         ),
     ),
     "gemma3_text": Family(
-        feeds=_SANDWICHED_FEEDS,
-        no_hadamard=_SANDWICHED,
+        feeds=_SANDWICH_FEEDS,
+        no_hadamard=_SANDWICH,
         gguf=GgufForm(
             "gemma3",
             _PLUS_ONE,
@@ -232,7 +234,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file
     ),
     "gpt2": Family(
         feeds=_GPT2_FEEDS,
-        no_hadamard=_CENTRED,
+        no_hadamard=_LAYER_NORM,
         gguf=GgufForm(
             "gpt2",
             tuple((f"{name}.weight", "transposed") for name in ("c_attn", "c_proj", "c_fc")),
@@ -257,7 +259,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file
     "gpt_neox": Family(
         on_disk=(("lm_head.", "embed_out."),),
         feeds=_GPT_NEOX_FEEDS,
-        no_hadamard=_CENTRED,
+        no_hadamard=_LAYER_NORM,
         gguf=GgufForm(
             "gptneox",
             (("query_key_value.weight", "by_head"), ("query_key_value.bias", "by_head")),

@@ -50,20 +50,20 @@ class Feed:
 
 @dataclass(frozen=True)
 class GgufForm:
-    """How GGUF files hold a family, and what llama.cpp takes for granted of it.
+    """How GGUF files hold a family, and what llama.cpp assumes of it; a checkpoint that is otherwise is refused.
 
-    After llama.cpp's converter (its conversion/ folder, as vendored by llama-cpp-python 0.3.36) and the loaders under
-    its src/models/. A checkpoint that differs from what llama.cpp takes for granted is refused.
+    Sources: llama.cpp's converter (its conversion/ folder, as vendored by llama-cpp-python 0.3.36) and the loaders
+    under its src/models/.
 
     architecture: general.architecture in the file. changes: (end of a parameter's name, how its tensor changes). acts:
-    the activation functions llama.cpp has for the family. fixed: config fields that llama.cpp runs with one value,
+    activation functions that llama.cpp has for the family. fixed: config fields for which llama.cpp has one value only,
     whatever the file says. untied: the head is written even when it is tied to the embedding. sliding_window: whether
-    llama.cpp applies the family's. rope: which dimensions of a head the rotary embedding may cover.
+    llama.cpp applies the family's sliding window. rope: how much of a head the rotary embedding may cover.
 
-    What the file says of the model, both ways: sizes and counts (config field -> GGUF key; `sizes` are written alike
-    for all families), switches (config field that is true where the file has this tensor), and for the rest two
-    functions, `metadata` from the config (it raises BadInput for a model that no file can hold) and `settings` of the
-    config from the metadata and what has been read so far.
+    How config fields and the file's metadata give each other: sizes and counts (config field -> GGUF key; `counts` are
+    written as they are, `sizes` by rules common to all families), switches (config field -> the tensor that is in the
+    file when it is true) and, for the rest, two functions: `metadata` of a config, which raises BadInput for a model
+    that no file can hold, and config `settings` of metadata and the settings read so far.
     """
 
     architecture: str
@@ -84,13 +84,13 @@ class GgufForm:
 class Family:
     """What the transformers class of a model type does not say about its blocks; every part may be left out.
 
-    experts: the fused-experts module inside a block, which is split into linears. expert_names: on-disk names of an
-    expert's gate, up and down projections. routers: linears inside a block that weigh experts; servers expect them in
-    16 bit. on_disk: (part of a module name, the same part on disk), replaced in that order.
+    experts: the module inside a block that holds fused experts, to be split into linears. expert_names: on-disk names
+    of an expert's gate, up and down projections. routers: linears inside a block that choose or weigh experts; servers
+    expect them in 16 bit. on_disk: (part of a module's name, the same part on disk), replaced in that order.
 
     feeds: in the order they are reached; awq, smoothquant and hadamard need them. no_hadamard: why rotating a model of
-    this family is not exact; None when it is. It is exact where nothing but an RMSNorm without a mean, feeding only
-    the linears that `feeds` names, reads the residual stream, and only the other linears of `feeds` write to it.
+    this family is not exact; None when it is. It is exact where the only readers of the residual stream are RMSNorms,
+    each the source of a feed, and the only writers are the linears that `feeds` ends in.
 
     gguf: None for a family that cannot be written as GGUF, nor read from it.
     """

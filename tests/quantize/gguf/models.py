@@ -12,7 +12,7 @@ from ..originals import trained
 
 VOCAB = 352  # more rows than the tokenizer has tokens
 # What llama.cpp takes for granted of a family, and what of `tiny` is otherwise.
-_SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2_moe": {"mlp_only_layers": []},
     "qwen3_moe": {"norm_topk_prob": True},
@@ -24,7 +24,7 @@ def build(family: str, folder: Path, pre: str = "gpt-2", dtype: torch.dtype = to
     """Save a tiny random model in `folder`; returns it. Its norms are not ones and its biases not zeros."""
     name, usual = tiny.FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**(usual | {"vocab_size": VOCAB} | _SETTINGS.get(family, {}) | settings))
+    config = getattr(transformers, name)(**(usual | {"vocab_size": VOCAB} | SETTINGS.get(family, {}) | settings))
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
