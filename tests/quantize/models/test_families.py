@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from quantpress.artifact.artifact import open_artifact
+from quantpress.artifact.gguf_floats import write_floats
 from quantpress.core.errors import BadInput
-from quantpress.gguf.conversion import convert
 from quantpress.gguf.reader import GgufCheckpoint
 from quantpress.models.families import FAMILIES, family_of
 from quantpress.models.family import Family, Feed
@@ -89,7 +89,7 @@ def test_a_new_family_is_a_row(toy: Any, tmp_path: Path, monkeypatch: pytest.Mon
     got, rotated = artifact(tmp_path / "hadamard", model, {"name": "hadamard"})
     assert difference(got, want) < 0.04
     assert bool((rotated == 1).all())
-    convert(model, tmp_path / "model.gguf", "F32")
+    write_floats(model, tmp_path / "model.gguf", "F32")
     with Model(tmp_path / "model.gguf", 64, threads=1) as llama:
         assert difference(torch.from_numpy(llama.logits(IDS.tolist())), want) < 3e-3  # its cache is float16
     back = GgufCheckpoint(with_config(tmp_path))
@@ -114,7 +114,7 @@ def test_without_a_row_it_is_refused(toy: Any, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot rotate toy models: where its blocks meet the residual stream is not"):
         make(tmp_path / "run", model, EIGHT_BITS | {"transforms": ["hadamard"]})
     with pytest.raises(BadInput, match=r"architecture 'toy' cannot be written as GGUF; llama, mistral, .* can"):
-        convert(model, tmp_path / "model.gguf", "F32")
+        write_floats(model, tmp_path / "model.gguf", "F32")
     make(tmp_path / "run", model, EIGHT_BITS)  # a decoder stack like others
 
 
