@@ -16,10 +16,11 @@ from quantpress.artifact.gguf_floats import write_floats
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256
 from quantpress.exports.package import export
+from quantpress.exports.servers.llama_cpp import LlamaCpp
+from quantpress.exports.servers.vllm import Vllm
 from quantpress.exports.verify import compared, structure, verify
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.numbers.types import Activations, Grid
-from quantpress.recipe import LlamaCpp, Vllm
 
 from ..quantize.formats.artifacts import make, uniform
 from ..quantize.gguf.models import build
