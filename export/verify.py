@@ -149,24 +149,26 @@ def _linear(artifact: Artifact, name: str, claimed: set[str]) -> Iterator[str]:
     """The stored tensors of a quantized linear are those that its record packs to."""
     assert artifact.format is not None
     record = artifact.linear(name)
-    for what, tensor in (("scales", record.scales), ("global scale", record.global_scale)):
-        if tensor is not None and not _finite(tensor):
-            yield f"{name}: its {what} hold NaN or inf"
-            claimed |= {n for n in artifact.checkpoint.names() if n.startswith(f"{name}.")}
-            return
+    wrong = None
+    if not _finite(record.scales):
+        wrong = "its scales hold NaN or inf"
+    elif record.global_scale is not None and not _positive(record.global_scale):
+        wrong = "its global scale is not a positive number"
+    if wrong is not None:
+        yield f"{name}: {wrong}"
+        claimed |= {n for n in artifact.checkpoint.names() if n.startswith(f"{name}.")}
+        return
     inputs = artifact.inputs(name)
-    if inputs is not None and inputs.scale is not None and not _finite(inputs.scale):
-        yield f"{name}: the scale of its inputs is NaN or inf"
+    if inputs is not None and inputs.scale is not None and not _positive(inputs.scale):
+        yield f"{name}: the scale of its inputs is not a positive number"
     packed = FORMATS[artifact.format].pack(name, _writable(artifact.format, record, inputs))
     claimed |= set(packed)
     for tensor_name, expected in packed.items():
         if tensor_name not in artifact.checkpoint:
             yield f"{tensor_name} is missing"
             continue
-        shape, dtype = artifact.checkpoint.shape(tensor_name), artifact.checkpoint.dtype(tensor_name)
-        if shape != tuple(expected.shape) and expected.numel() != 1:
-            yield f"{tensor_name}: shape {list(shape)} where the config asks for {list(expected.shape)}"
-        elif dtype != expected.dtype and not {dtype, expected.dtype} <= set(_ALIKE):
+        dtype = artifact.checkpoint.dtype(tensor_name)
+        if dtype != expected.dtype and not {dtype, expected.dtype} <= set(_ALIKE):
             yield f"{tensor_name}: {_kind(dtype)} where {_kind(expected.dtype)} is read"
 
 
@@ -209,8 +211,8 @@ def _cache(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Iterato
         except BadInput as error:
             yield str(error)
             continue
-        if not all(_finite(scale) for scale in scales):
-            yield f"{name}: the scales of its cache hold NaN or inf"
+        if not all(map(_positive, scales)):
+            yield f"{name}: the scales of its key-value cache are not positive numbers"
 
 
 def _strangers(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Iterator[str]:
@@ -251,6 +253,11 @@ def _strings(value: Any) -> list[str]:
 
 def _finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(part.float()).all()) for part in torch.split(tensor.reshape(-1), 1 << 20))
+
+
+def _positive(scale: Tensor) -> bool:
+    """Whether a scale [] is a number to divide by."""
+    return bool(torch.isfinite(scale).all()) and bool((scale > 0).all())
 
 
 def _kind(dtype: torch.dtype) -> str:
