@@ -6,6 +6,7 @@ names, shapes and types that are stored; the config is compared with the one tha
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -146,22 +147,18 @@ def _parameters(artifact: Artifact, skeleton: Skeleton) -> Iterator[str]:
 
 
 def _linear(artifact: Artifact, name: str, claimed: set[str]) -> Iterator[str]:
-    """The stored tensors of a quantized linear are those that its record packs to."""
+    """The stored tensors of a quantized linear are those that its record packs to, of the same types.
+
+    Raises BadInput as the format does where it unpacks them: for a wrong shape, for a scale that is one number and not
+    positive.
+    """
     assert artifact.format is not None
     record = artifact.linear(name)
-    wrong = None
     if not _finite(record.scales):
-        wrong = "its scales hold NaN or inf"
-    elif record.global_scale is not None and not _positive(record.global_scale):
-        wrong = "its global scale is not a positive number"
-    if wrong is not None:
-        yield f"{name}: {wrong}"
+        yield f"{name}: its scales hold NaN or inf"
         claimed |= {n for n in artifact.checkpoint.names() if n.startswith(f"{name}.")}
         return
-    inputs = artifact.inputs(name)
-    if inputs is not None and inputs.scale is not None and not _positive(inputs.scale):
-        yield f"{name}: the scale of its inputs is not a positive number"
-    packed = FORMATS[artifact.format].pack(name, _writable(artifact.format, record, inputs))
+    packed = FORMATS[artifact.format].pack(name, _writable(artifact.format, record, artifact.inputs(name)))
     claimed |= set(packed)
     for tensor_name, expected in packed.items():
         if tensor_name not in artifact.checkpoint:
@@ -211,7 +208,7 @@ def _cache(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Iterato
         except BadInput as error:
             yield str(error)
             continue
-        if not all(map(_positive, scales)):
+        if not all(0 < float(scale) < math.inf for scale in scales):
             yield f"{name}: the scales of its key-value cache are not positive numbers"
 
 
@@ -253,11 +250,6 @@ def _strings(value: Any) -> list[str]:
 
 def _finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(part.float()).all()) for part in torch.split(tensor.reshape(-1), 1 << 20))
-
-
-def _positive(scale: Tensor) -> bool:
-    """Whether a scale [] is a number to divide by."""
-    return bool(torch.isfinite(scale).all()) and bool((scale > 0).all())
 
 
 def _kind(dtype: torch.dtype) -> str:
