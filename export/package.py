@@ -5,7 +5,7 @@ import ipaddress
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,22 @@ from quantpress.artifact.manifest import MANIFEST, own_manifest
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, whole_folder, write_json
+from quantpress.engine.plan import size
 from quantpress.formats import FORMATS
 from quantpress.gguf.chat import template_arguments
 from quantpress.gguf.reader import gguf_files
-from quantpress.recipe import READERS, Drafting, Ollama, Target, reader_notes
 
-from . import contracts, resources, speculation
-from .deployment import Deployment, Server, compose, kubernetes, serve_sh
-from .servers import llama_cpp, ollama, sglang, tensorrt_llm, tgi, triton, vllm
+from . import contracts, speculation
+from .launch_files import compose, kubernetes, serve_sh
+from .servers import SERVERS
+from .servers.deployment import EXPORT_RECORD, Deployment, ModelFolder
+from .servers.loader import notes as loader_notes
+from .servers.resources import Resources, of_target
+from .servers.served_model import ServedModel
+from .servers.target_settings import Drafting, ServerSettings
 
 LOOPBACK = "127.0.0.1"
-_RECORD = "export.json"
 _SHARDS = (".safetensors", ".gguf")
-SERVERS: dict[str, Callable[[Any, Deployment], Server]] = {
-    "vllm": vllm.server,
-    "sglang": sglang.server,
-    "tgi": tgi.server,
-    "tensorrt-llm": tensorrt_llm.server,
-    "triton": triton.server,
-    "llama.cpp": llama_cpp.server,
-    "ollama": ollama.server,
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Exported:
 
 
 def export(
-    run: Path, target: Target, out: Path | None = None, *, host: str = LOOPBACK, overwrite: bool = False
+    run: Path, target: ServerSettings, out: Path | None = None, *, host: str = LOOPBACK, overwrite: bool = False
 ) -> Exported:
     """Write the folder of `target`, `run/export/<target>` unless `out` says otherwise.
 
@@ -69,34 +64,43 @@ def export(
     with whole_folder(ready) as new:
         model = new / "model"
         _place(source, model, to)
-        contents = contracts.of_folder(model)
-        needed = resources.of_contents(target, contents, _weights_bytes(model))
-        file = next((gguf.name for gguf in gguf_files(model)), "")
-        told = file and (model / "tokenizer_config.json").is_file()  # a file by itself brings none
-        template = template_arguments(open_tokenizer(model)) if told else {}
-        deployment = Deployment(name, needed, contents.kv_cache, file, template, contents.named_positions)
-        server = SERVERS[target.name](target, deployment)
-        if isinstance(target, Ollama):
-            given = model / "Modelfile"
-            said = given.read_text(encoding="utf-8") if given.exists() else None
-            given.write_text(ollama.modelfile(file, said, target), encoding="utf-8")
-        kinds = reader_notes(target.reader, contents.format, contents.grids, contents.activations)
-        notes = [*server.notes, *(f"{line}." for line in kinds)]
+        served = contracts.of_folder(model)
+        server = SERVERS[target.name]
+        assert server.deploy is not None, f"{target.name} is no target"
+        deployment = server.deploy(target, _model_folder(model, name, target, served))
+        kinds = loader_notes(target.loader, served.format, served.grids, served.activations)
+        notes = [*deployment.notes, *(f"{line}." for line in kinds)]
         converted_from = None if to is None else contracts.of_folder(source).format
-        record = _record(target, server, contents, converted_from, artifact)
+        record = _record(target, deployment, served, converted_from, artifact)
         if isinstance(target, Drafting) and target.draft_for is not None:
             notes += speculation.notes(run, target.draft_for, target.draft_tokens, accepted)
             record["draft"] = speculation.facts(accepted, target.draft_tokens)
-        _write(new, server, host, notes)
-        write_json(new / _RECORD, record)
+        _write(new, deployment, host, notes)
+        write_json(new / EXPORT_RECORD, record)
         _sums(new, {} if to is not None else _known(run, artifact, source))
     if folder.exists():
         shutil.rmtree(folder)
     ready.rename(folder)
-    return Exported(named, contents.format, converted_from)
+    return Exported(named, served.format, converted_from)
 
 
-def check(run: Path, target: Target) -> None:
+def _model_folder(model: Path, name: str, target: ServerSettings, served: ServedModel) -> ModelFolder:
+    """What the launch command has to know about the exported folder `model`."""
+    file = next((gguf.name for gguf in gguf_files(model)), "")
+    has_tokenizer = (model / "tokenizer_config.json").is_file()  # not beside a GGUF file by itself
+    modelfile = model / "Modelfile"
+    return ModelFolder(
+        name,
+        of_target(target, served, _weights_bytes(model)),
+        served.kv_cache,
+        served.named_positions,
+        file,
+        template_arguments(open_tokenizer(model)) if file and has_tokenizer else {},
+        modelfile.read_text(encoding="utf-8") if modelfile.exists() else None,
+    )
+
+
+def check(run: Path, target: ServerSettings) -> None:
     """Raise BadInput for what `export` would refuse of the artifact."""
     _loadable(run, find_artifact(run), target)
 
@@ -117,12 +121,14 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise BadInput(f"{folder} exists; give --out another folder, or --overwrite")
-    if (folder / _RECORD).is_file() or (folder.is_dir() and not any(folder.iterdir())):
+    if (folder / EXPORT_RECORD).is_file() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    raise BadInput(f"{folder} is not the folder of an export (no {_RECORD}) and is kept; give --out another folder")
+    raise BadInput(
+        f"{folder} is not the folder of an export (no {EXPORT_RECORD}) and is kept; give --out another folder"
+    )
 
 
-def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | None]:
+def _loadable(run: Path, artifact: Path, target: ServerSettings) -> tuple[Path, str | None]:
     """A folder that `target` loads, and the format it has to be converted to first, if any.
 
     The artifact as it is comes first, then what the run has converted, then every format that holds the same exactly.
@@ -131,12 +137,12 @@ def _loadable(run: Path, artifact: Path, target: Target) -> tuple[Path, str | No
     refused = contracts.problems(target, contents)
     if not refused:
         return artifact, None
-    readable = READERS[target.reader].formats
-    for other in readable:
+    loadable = target.loader.formats
+    for other in loadable:
         done = run / "converted" / other
         if (done / "config.json").is_file() and not contracts.problems(target, contracts.of_folder(done)):
             return done, None
-    for other in readable:
+    for other in loadable:
         if (
             "gguf" not in (other, contents.format)  # its numbers are its own
             and other in FORMATS
@@ -172,30 +178,31 @@ def link_or_copy(file: Path, there: Path) -> None:
         shutil.copy2(file, there)
 
 
-def _write(folder: Path, server: Server, host: str, notes: Sequence[str]) -> None:
-    files = {"serve.sh": serve_sh(server, host), "compose.yaml": compose(server, host)}
-    if server.clustered:
-        files["kubernetes.yaml"] = kubernetes(server)
-    files["README.md"] = _readme(server, host, notes)
-    for name, text in (files | server.files).items():
+def _write(folder: Path, deployment: Deployment, host: str, notes: Sequence[str]) -> None:
+    files = {"serve.sh": serve_sh(deployment, host), "compose.yaml": compose(deployment, host)}
+    if deployment.clustered:
+        files["kubernetes.yaml"] = kubernetes(deployment)
+    files["README.md"] = _readme(deployment, host, notes)
+    for name, text in (files | deployment.files).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "serve.sh").chmod(0o755)
 
 
-def _readme(server: Server, host: str, notes: Sequence[str]) -> str:
-    rows = "\n".join(f"| {what} | {figure} |" for what, figure in resources.words(server.resources))
+def _readme(deployment: Deployment, host: str, notes: Sequence[str]) -> str:
+    rows = "\n".join(f"| {what} | {figure} |" for what, figure in _resource_rows(deployment.resources))
     cluster = "\n    kubectl apply -f kubernetes.yaml          # after this folder's contents are in the claim"
-    return f"""# {server.name} on {server.title}
+    cluster = cluster if deployment.clustered else ""
+    return f"""# {deployment.name} on {deployment.title}
 
     sha256sum --check SHA256SUMS              # the files are whole
-    ./serve.sh                                # needs {server.needs}
-    docker compose up                         # or in a container: {server.image}{cluster if server.clustered else ""}
+    ./serve.sh                                # needs {deployment.needs}
+    docker compose up                         # or in a container: {deployment.image}{cluster}
 
-It listens on {host}, port {server.port}, without a password: put a proxy that asks for one before it where others
-can reach it. It is ready once `GET {server.health}` answers 200. A request:
+It listens on {host}, port {deployment.port}, without a password: put a proxy that asks for one before it where others
+can reach it. It is ready once `GET {deployment.health}` answers 200. A request:
 
-    {server.probe}
+    {deployment.probe}
 
 | needs | |
 |---|--:|
@@ -205,23 +212,34 @@ Shards are hard links to the artifact's where the file system allows: change nei
 """ + "".join(f"\n{note}\n" for note in notes)
 
 
+def _resource_rows(resources: Resources) -> list[tuple[str, str]]:
+    """The rows of the README's table of what serving takes."""
+    return [
+        ("weights", size(resources.weights_bytes)),
+        ("cache of one token", size(resources.kv_bytes_per_token)),
+        (f"cache of {resources.tokens} tokens", size(resources.kv_bytes_per_token * resources.tokens)),
+        (f"held back on each of {resources.gpus} device(s) (assumed)", size(resources.runtime_bytes)),
+        ("together, at the most", size(resources.memory_bytes)),
+    ]
+
+
 def _record(
-    target: Target, server: Server, contents: contracts.Contents, converted_from: str | None, artifact: Path
+    target: ServerSettings, deployment: Deployment, model: ServedModel, converted_from: str | None, artifact: Path
 ) -> dict[str, Any]:
     """export.json: what a machine wants to know of the folder."""
     manifest = artifact / MANIFEST
     return {
         "schema": 1,
-        "name": server.name,
+        "name": deployment.name,
         "target": target.model_dump(mode="json"),
-        "format": contents.format,
+        "format": model.format,
         "converted_from": converted_from,
-        "image": server.image,
-        "command": server.in_container(),
-        "environment": server.container_env(),
-        "port": server.port,
-        "health": server.health,
-        "resources": server.resources.as_dict(),
+        "image": deployment.image,
+        "command": deployment.in_container(),
+        "environment": deployment.container_env(),
+        "port": deployment.port,
+        "health": deployment.health,
+        "resources": deployment.resources.as_dict(),
         "artifact_manifest_sha256": file_sha256(manifest) if manifest.is_file() else None,
     }
 

@@ -6,6 +6,7 @@ names, shapes and types that are stored; the config is compared with the one tha
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -146,27 +147,25 @@ def _parameters(artifact: Artifact, skeleton: Skeleton) -> Iterator[str]:
 
 
 def _linear(artifact: Artifact, name: str, claimed: set[str]) -> Iterator[str]:
-    """The stored tensors of a quantized linear are those that its record packs to."""
+    """The stored tensors of a quantized linear are those that its record packs to, of the same types.
+
+    Raises BadInput as the format does where it unpacks them: for a wrong shape, for a scale that is one number and not
+    positive.
+    """
     assert artifact.format is not None
     record = artifact.linear(name)
-    for what, tensor in (("scales", record.scales), ("global scale", record.global_scale)):
-        if tensor is not None and not _finite(tensor):
-            yield f"{name}: its {what} hold NaN or inf"
-            claimed |= {n for n in artifact.checkpoint.names() if n.startswith(f"{name}.")}
-            return
-    inputs = artifact.inputs(name)
-    if inputs is not None and inputs.scale is not None and not _finite(inputs.scale):
-        yield f"{name}: the scale of its inputs is NaN or inf"
-    packed = FORMATS[artifact.format].pack(name, _writable(artifact.format, record, inputs))
+    if not _finite(record.scales):
+        yield f"{name}: its scales hold NaN or inf"
+        claimed |= {n for n in artifact.checkpoint.names() if n.startswith(f"{name}.")}
+        return
+    packed = FORMATS[artifact.format].pack(name, _writable(artifact.format, record, artifact.inputs(name)))
     claimed |= set(packed)
     for tensor_name, expected in packed.items():
         if tensor_name not in artifact.checkpoint:
             yield f"{tensor_name} is missing"
             continue
-        shape, dtype = artifact.checkpoint.shape(tensor_name), artifact.checkpoint.dtype(tensor_name)
-        if shape != tuple(expected.shape) and expected.numel() != 1:
-            yield f"{tensor_name}: shape {list(shape)} where the config asks for {list(expected.shape)}"
-        elif dtype != expected.dtype and not {dtype, expected.dtype} <= set(_ALIKE):
+        dtype = artifact.checkpoint.dtype(tensor_name)
+        if dtype != expected.dtype and not {dtype, expected.dtype} <= set(_ALIKE):
             yield f"{tensor_name}: {_kind(dtype)} where {_kind(expected.dtype)} is read"
 
 
@@ -209,8 +208,8 @@ def _cache(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Iterato
         except BadInput as error:
             yield str(error)
             continue
-        if not all(_finite(scale) for scale in scales):
-            yield f"{name}: the scales of its cache hold NaN or inf"
+        if not all(0 < float(scale) < math.inf for scale in scales):
+            yield f"{name}: the scales of its key-value cache are not positive numbers"
 
 
 def _strangers(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Iterator[str]:

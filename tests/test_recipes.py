@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from quantpress.core.errors import BadInput
+from quantpress.exports.servers import LOADERS
+from quantpress.exports.servers.loader import refusal
 from quantpress.formats import FORMATS
 from quantpress.numbers.types import Activations, NumberType
-from quantpress.recipe import Recipe, refusal
+from quantpress.recipe import Recipe
 from quantpress.recipe.loading import load, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -46,7 +48,7 @@ def comment(name: str) -> str:
     return " ".join(line.removeprefix("#").strip() for line in opening)
 
 
-# What a comment says of vLLM, and the readers it says it of.
+# What a comment says of vLLM, and the loaders it says it of.
 WARNINGS: dict[str, set[str]] = {
     r"\bvLLM refuses": {"vllm", "vllm-cpu"},
     r"\bvLLM's CPU backend (refuses|fails)": {"vllm-cpu"},
@@ -55,13 +57,13 @@ WARNINGS: dict[str, set[str]] = {
 
 
 def refused(recipe: Recipe) -> dict[str, str]:
-    """Why those of vLLM's readers that load not all of a recipe's artifacts do not, by the readers' table."""
+    """Why vLLM's loaders do not load all of a recipe's artifacts, by their tables; only those that do not."""
     grids = [("weights", grid) for grid in recipe.schemes(LARGER_MODEL).values() if grid is not None]
     found = {}
-    for reader in ("vllm", "vllm-cpu"):
+    for loader in ("vllm", "vllm-cpu"):
         for format in recipe.formats:
-            why = refusal(reader, format, grids, recipe.activations, scattered=recipe.shuffled)
-            found |= {} if why is None else {reader: why}
+            why = refusal(LOADERS[loader], format, grids, recipe.activations, scattered=recipe.shuffled)
+            found |= {} if why is None else {loader: why}
     return found
 
 
@@ -134,7 +136,7 @@ def test_it_fits_the_default_model_or_says_that_it_does_not(name: str) -> None:
 @pytest.mark.parametrize("name", PACKED)
 def test_it_warns_of_what_vllm_refuses(name: str) -> None:
     """On a GPU, on a CPU or on both, as it is."""
-    warned = {reader for said, of in WARNINGS.items() if re.search(said, comment(name)) for reader in of}
+    warned = {loader for said, of in WARNINGS.items() if re.search(said, comment(name)) for loader in of}
     assert warned == set(refused(load(name))), refused(load(name))
 
 

@@ -14,7 +14,9 @@ from huggingface_hub.utils._validators import validate_repo_id
 from quantpress.core.errors import BadInput
 from quantpress.core.files import whole_file
 from quantpress.exports import contracts
-from quantpress.recipe import READERS, LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Vllm, reader_notes
+from quantpress.exports.servers import SERVERS
+from quantpress.exports.servers.loader import notes as loader_notes
+from quantpress.exports.servers.transformers_serve import experts
 
 from .page import chart, render
 from .runs import Run, open_run
@@ -88,33 +90,24 @@ def servers(run: Run, name: str) -> list[Serving]:
     """Each program that reads the artifact's format, with the reasons of those that will not load this one."""
     contents = contracts.of_folder(run.folder / "quantized")
     out: list[Serving] = []
-    for title, target, command in _SERVERS:
-        reader = target.reader
-        if contents.format not in READERS[reader].formats:
+    offered = [(server.hub_command, target) for server in SERVERS.values() for target in server.variants]
+    for command, target in offered:
+        loader, title = target.loader, target.loader.label
+        if not command or contents.format not in loader.formats:
             continue
         refused = tuple(contracts.problems(target, contents))
         if title == "vLLM on a CPU" and bool(refused) == bool(out[0].refused):
             continue  # no different from the GPU's
-        notes = reader_notes(reader, contents.format, contents.grids, contents.activations)
+        notes = loader_notes(loader, contents.format, contents.grids, contents.activations)
         out.append(Serving(title, command.format(name=name), "bash", refused, tuple(notes)))
     if contents.format != "gguf":
-        merged = tuple(line for line in contracts.experts(contents) if line.startswith("transformers"))
+        merged = tuple(line for line in experts(contents) if line.startswith("transformers"))
         wrong = tuple(line for line in merged if "does not load" in line or "wrongly" in line)
         notes = [line for line in merged if line not in wrong]
         out.append(Serving("transformers", _TRANSFORMERS.format(name=name), "python", wrong, tuple(notes)))
     return out
 
 
-_SERVERS: tuple[tuple[str, Target, str], ...] = (
-    ("vLLM", Vllm(), "vllm serve {name}"),
-    ("vLLM on a CPU", Vllm(device="cpu"), "vllm serve {name}"),
-    ("SGLang", Sglang(), "python3 -m sglang.launch_server --model-path {name}"),
-    ("TGI", Tgi(), "docker run --gpus all --shm-size 1g -p 8080:80 "
-     "ghcr.io/huggingface/text-generation-inference --model-id {name}"),
-    ("TensorRT-LLM", TensorRtLlm(), "trtllm-serve {name}"),
-    ("llama.cpp", LlamaCpp(), "llama-server -hf {name}"),
-    ("Ollama", Ollama(), "ollama run hf.co/{name}"),
-)  # fmt: skip
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")

@@ -1,14 +1,21 @@
 """Ollama: a Modelfile over a GGUF file, and a script that serves and registers it.
 
-Instructions: docs/modelfile.mdx of ollama/ollama; environment: its envconfig/config.go.
+Instructions: docs/modelfile.mdx of ollama/ollama; environment: its envconfig/config.go. What it does differently:
+openai.FromCompleteRequest and server/routes.go.
 """
 
 import re
+from collections.abc import Iterator
+from typing import Literal
 
-from quantpress.recipe import Ollama
+from pydantic import Field
 
-from ..deployment import HOST, MODEL, PORT, Deployment, Server
-from .vllm import completion
+from .deployment import HOST, MODEL, PORT, Deployment, ModelFolder, completion
+from .llama_cpp import GGUF_FILES, parse_gguf
+from .loader import Loader
+from .served_model import ServedModel
+from .server import Server
+from .target_settings import ServerSettings
 
 VERSION = "0.33.3"
 # The server has to run before a model can be registered with it; without its model it is of no use.
@@ -19,35 +26,56 @@ ollama create "$2" --file "$1/Modelfile" || { kill "$server"; exit 1; }
 wait "$server\""""
 
 
-def server(target: Ollama, model: Deployment) -> Server:
-    """How to start it."""
+def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
+    if model.parts > 1:  # ollama/ollama issue 5245
+        yield f"Ollama imports one GGUF file, and this one is split into {model.parts}: write it whole"
+
+
+LOADER = Loader("ollama", "Ollama", GGUF_FILES, _limits, parse_gguf)
+
+
+class Ollama(ServerSettings):
+    """Ollama, from a Modelfile."""
+
+    name: Literal["ollama"] = "ollama"
+    port: int = Field(11434, ge=1, le=65535)
+    max_num_seqs: int = Field(4, ge=1, description="requests answered at one time")
+
+    @property
+    def loader(self) -> Loader:
+        return LOADER
+
+
+def deploy(target: Ollama, folder: ModelFolder) -> Deployment:
+    """How it is started."""
     env = {"OLLAMA_HOST": f"{HOST}:{PORT}", "OLLAMA_NUM_PARALLEL": str(target.max_num_seqs), "OLLAMA_KEEP_ALIVE": "-1"}
     if target.max_model_len is not None:
         env["OLLAMA_CONTEXT_LENGTH"] = str(target.max_model_len)
-    return Server(
-        name=model.name,
+    return Deployment(
+        name=folder.name,
         title=f"Ollama {VERSION}",
         image=f"ollama/ollama:{VERSION}",
         local=("/bin/sh",),
         entrypoint=("/bin/sh",),
-        arguments=("-c", _SERVE, "sh", MODEL, model.name),
+        arguments=("-c", _SERVE, "sh", MODEL, folder.name),
         needs=f"ollama {VERSION} or later",
         port=target.port,
-        health=f"/v1/models/{model.name}",  # / answers before the model is there (server/routes.go)
-        check=("ollama", "show", model.name),
-        probe=completion(model.name, target.port),
-        resources=model.resources,
+        health=f"/v1/models/{folder.name}",  # / answers before the model is there (server/routes.go)
+        check=("ollama", "show", folder.name),
+        probe=completion(folder.name, target.port),
+        resources=folder.resources,
         cuda=False,
         env=env,
+        files={"model/Modelfile": _modelfile(target, folder)},
         clustered=False,
     )
 
 
-def modelfile(file: str, given: str | None, target: Ollama) -> str:
+def _modelfile(target: Ollama, folder: ModelFolder) -> str:
     """The artifact's own Modelfile, on the GGUF beside it, with the target's context."""
-    lines = [f"FROM ./{file}"]
-    if given is not None:
-        lines += [line for line in given.splitlines() if not re.match(r"(?i)\s*from\s", line)]
+    lines = [f"FROM ./{folder.gguf_file}"]
+    if folder.modelfile is not None:
+        lines += [line for line in folder.modelfile.splitlines() if not re.match(r"(?i)\s*from\s", line)]
     if target.max_model_len is not None:
         lines = [line for line in lines if not _sets("num_ctx", line)]
         lines.append(f"PARAMETER num_ctx {target.max_model_len}")
@@ -59,3 +87,16 @@ def modelfile(file: str, given: str | None, target: Ollama) -> str:
 
 def _sets(parameter: str, line: str) -> bool:
     return re.match(rf"(?i)\s*parameter\s+{parameter}\s", line) is not None
+
+
+SERVER = Server(
+    name="ollama",
+    settings=Ollama,
+    deploy=deploy,
+    variants=(Ollama(),),
+    hub_command="ollama run hf.co/{name}",
+    container_lacks={
+        "plain_prompts": "Ollama puts every prompt into the chat template",
+        "context": "Ollama cuts prompts that are too long, and answers",
+    },
+)

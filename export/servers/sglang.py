@@ -1,24 +1,137 @@
 """SGLang: its OpenAI server on the artifact, or on the original with the artifact as its draft.
 
 Flags and health check: the PyPI package sglang 0.5.23, srt/arg_groups/fields and srt/entrypoints/http_server.py; image:
-docs/get-started/install of sgl-project/sglang.
+docs/get-started/install of sgl-project/sglang. What it loads: srt/layers/quantization and srt/models of that package.
 """
 
-from quantpress.recipe import Sglang
+from collections.abc import Iterator
+from typing import Literal
 
-from ..deployment import HOST, MODEL, PORT, PYTHON, Deployment, Server, curl_free_check, drafted
-from .vllm import completion
+from pydantic import Field
+
+from .deployment import (
+    HOST,
+    MODEL,
+    PORT,
+    PYTHON,
+    Deployment,
+    ModelFolder,
+    completion,
+    curl_free_check,
+    drafted,
+)
+from .loader import ANY_SYMMETRY, FP8_INPUTS, MARLIN_GROUPS, SIXTEEN_BIT, Loadable, Loader
+from .served_model import FUSED, ServedModel, is_expert, row_parallel
+from .server import Server
+from .target_settings import Drafting
 
 VERSION = "0.5.23"
 _HEALTH = "/health"  # generates a token each time nothing else does
+_BLACKWELL = "on Blackwell GPUs; on others it leaves the inputs in 16 bit"
+
+_ROWS = (  # srt/layers/quantization of the PyPI package sglang 0.5.23, on CUDA
+    # __init__.py has gptq_marlin alone; gptq/gptq.py: TYPE_MAP has (4, sym) and (8, sym), and g_idx is read.
+    Loadable("gptq", bits=(4, 8), groups=MARLIN_GROUPS, scattered=True),
+    # awq/awq.py: AWQMarlinConfig with zeros; shapes it does not take go to a kernel that wants groups.
+    Loadable("awq", bits=(4,), groups=(32, 64, 128), symmetric=ANY_SYMMETRY),
+    # compressed_tensors/schemes/compressed_tensors_wNa16.py; marlin_utils.py: no 8-bit type with zeros.
+    Loadable("compressed-tensors", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
+    Loadable("compressed-tensors", bits=(8,), groups=MARLIN_GROUPS),
+    # compressed_tensors_w8a8_int8.py: apply_weights scales each token anew: static inputs would be another model's.
+    Loadable("compressed-tensors", bits=(8,), groups=(-1,), inputs=("int8 dynamic",)),
+    # compressed_tensors.py: _is_fp8_w8a8, _is_fp8_w8a16; utils.py: no mxfp4 or mxfp8 among the formats of linears.
+    Loadable("compressed-tensors", ("fp8",), inputs=(SIXTEEN_BIT, *FP8_INPUTS)),
+    Loadable("compressed-tensors", ("fp8-block",), inputs=("fp8 dynamic",)),
+    Loadable("compressed-tensors", ("nvfp4",), inputs=(SIXTEEN_BIT,)),
+    Loadable("compressed-tensors", ("nvfp4",), inputs=("nvfp4",), note=_BLACKWELL),
+    # modelopt_quant.py: ModelOptFp8Config wants quant_algo FP8, ModelOptFp4Config NVFP4 or W4A16_NVFP4.
+    Loadable("modelopt", ("fp8",), groups=(0,), inputs=("fp8 static",)),
+    Loadable("modelopt", ("nvfp4",), inputs=(SIXTEEN_BIT,)),
+    Loadable("modelopt", ("nvfp4",), inputs=("nvfp4",), note=_BLACKWELL),
+)
 
 
-def server(target: Sglang, model: Deployment) -> Server:
-    """How to start it."""
+def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
+    if model.activations is not None and not model.activations.symmetric:
+        yield "SGLang rounds int8 inputs symmetrically whatever the files say: set activations.symmetric: true"
+    if model.activations is not None and model.activations.type == "int8" and model.has_experts:
+        yield "SGLang has no GPU kernel for experts with int8 inputs: set activations: null"
+    yield from _fused_names(model)
+    yield from _marlin(model, gpus)
+
+
+def _fused_names(model: ServedModel) -> Iterator[str]:
+    """Layers are looked up by the name of the fused one (qkv_proj), and only Gemma's classes say, for one format, what
+    it is made of (packed_modules_mapping)."""
+    parts = tuple(f".{part}" for fused in FUSED for part in fused)
+    fused = [name for name in model.shapes if name.endswith(parts) and not is_expert(name)]
+    named = model.format == "compressed-tensors" and str(model.config.get("model_type", "")).startswith("gemma")
+    if not fused or named or model.format not in ("compressed-tensors", "awq"):
+        return
+    dense = next((name for name in fused if model.schemes.get(name) is None), None)
+    if dense is not None:
+        yield (
+            f"SGLang fuses {dense} and does not find it by name among what {model.format} files leave in 16 bit: "
+            "set formats: [gptq], or quantize it"
+        )
+    if len(model.grids) > 1:
+        kinds = ", ".join(map(str, model.grids))
+        yield f"SGLang finds no scheme for fused layers in {model.format} files of {kinds}: drop `overrides`"
+
+
+def _marlin(model: ServedModel, gpus: int) -> Iterator[str]:
+    """SGLang's kernel for weights with 16-bit inputs: kernels/jit/csrc/gemm/marlin/gptq_marlin.cuh, is_valid_config.
+    AWQ files have another kernel for what it does not take; nvfp4 weights are padded."""
+    if model.activations is not None or model.format not in ("compressed-tensors", "gptq"):
+        return
+    narrow = min(gpus, model.kv_heads or gpus)  # GPUs beyond the key-value heads hold copies of them
+    for name, (n_out, n_in) in model.shapes.items():
+        grid = model.schemes.get(name)
+        block, _, part = name.rpartition(".")
+        fused = next((f for f in FUSED if part in f), (part,))
+        if grid is None or grid.type not in ("int", "fp8") or part != fused[0] or is_expert(name):
+            continue
+        names = [f"{block}.{p}" for p in fused if f"{block}.{p}" in model.shapes]
+        rows, columns = n_out, n_in // gpus
+        if not row_parallel(name):
+            shares = (model.shapes[n][0] // (narrow if n.endswith((".k_proj", ".v_proj")) else gpus) for n in names)
+            rows, columns = sum(shares), n_in
+        if (rows % 128 or columns % 64) and (rows % 64 or columns % 128):
+            yield (
+                f"SGLang's kernel for 16-bit inputs takes multiples of 128 x 64 or of 64 x 128, and {', '.join(names)} "
+                f"{'are together' if names[1:] else 'is'} {rows} x {columns} on a GPU: "
+                + (
+                    "set formats: [awq]"
+                    if (grid.type, grid.bits) == ("int", 4)
+                    else "round the inputs (activations) too"
+                )
+            )
+            return
+
+
+LOADER = Loader("sglang", "SGLang", _ROWS, _limits)
+
+
+class Sglang(Drafting):
+    """SGLang's OpenAI server."""
+
+    name: Literal["sglang"] = "sglang"
+    port: int = Field(30000, ge=1, le=65535)
+    memory_fraction: float | None = Field(
+        None, gt=0, lt=1, strict=False, description="of a GPU's memory, for weights and cache; null: SGLang decides"
+    )
+
+    @property
+    def loader(self) -> Loader:
+        return LOADER
+
+
+def deploy(target: Sglang, folder: ModelFolder) -> Deployment:
+    """How it is started."""
     served, mounts, notes = drafted(target.draft_for)
     # `sglang serve` is the shorter name for this, and looks for further backends first.
     module = ("-m", "sglang.launch_server")
-    arguments = ["--model-path", served, "--served-model-name", model.name, "--host", HOST, "--port", PORT]
+    arguments = ["--model-path", served, "--served-model-name", folder.name, "--host", HOST, "--port", PORT]
     arguments += ["--tensor-parallel-size", str(target.tensor_parallel)]
     arguments += ["--max-running-requests", str(target.max_num_seqs)]
     if target.max_model_len is not None:
@@ -34,8 +147,8 @@ def server(target: Sglang, model: Deployment) -> Server:
         arguments += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", MODEL]
         arguments += ["--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1"]
         arguments += ["--speculative-num-draft-tokens", str(steps + 1)]  # the original's own one is counted too
-    return Server(
-        name=model.name,
+    return Deployment(
+        name=folder.name,
         title=f"SGLang {VERSION}",
         image=f"lmsysorg/sglang:v{VERSION}",
         local=(PYTHON, *module),
@@ -45,9 +158,18 @@ def server(target: Sglang, model: Deployment) -> Server:
         port=target.port,
         health=_HEALTH,
         check=curl_free_check(target.port, _HEALTH),
-        probe=completion(model.name, target.port),
-        resources=model.resources,
+        probe=completion(folder.name, target.port),
+        resources=folder.resources,
         env={"HF_HUB_OFFLINE": "1"} if target.draft_for is None or target.draft_for.startswith("/") else {},
         mounts=tuple(mounts),
         notes=tuple(notes),
     )
+
+
+SERVER = Server(
+    name="sglang",
+    settings=Sglang,
+    deploy=deploy,
+    variants=(Sglang(),),
+    hub_command="python3 -m sglang.launch_server --model-path {name}",
+)

@@ -3,18 +3,45 @@
 Options: tensorrt_llm/commands/serve.py of NVIDIA/TensorRT-LLM 1.x; image: nvcr.io/nvidia/tensorrt-llm/release.
 """
 
-from typing import Any
+from typing import Any, Literal
 
-from quantpress.recipe import TensorRtLlm
+from pydantic import Field
 
-from ..deployment import HOST, MODEL, PORT, Deployment, Server, curl_free_check
-from .vllm import completion
+from .deployment import HOST, MODEL, PORT, Deployment, ModelFolder, completion, curl_free_check
+from .loader import FP8_INPUTS, Loadable, Loader
+from .server import Server
+from .target_settings import MultiGpu
 
 VERSION = "1.3.0rc20"
 _HEALTH = "/health"
 
+_ROWS = (  # tensorrt_llm of NVIDIA/TensorRT-LLM, the PyTorch backend of 1.x
+    # _torch/model_config.py, quantization/mode.py: quant_algo FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, W4A16_AWQ, W8A16.
+    Loadable("modelopt", ("fp8",), inputs=FP8_INPUTS),
+    Loadable("modelopt", ("nvfp4",), inputs=("nvfp4",), note="on Blackwell GPUs only"),
+    Loadable("modelopt", bits=(4,), groups=(64, 128)),
+    Loadable("modelopt", bits=(8,), groups=(-1,)),
+    # models/quant_config_utils.py: _quant_config_from_config_group.
+    Loadable("compressed-tensors", ("fp8",), groups=(-1,), inputs=("fp8 dynamic",)),
+    Loadable("compressed-tensors", ("fp8-block",), inputs=("fp8 dynamic",)),
+    Loadable("compressed-tensors", ("nvfp4",), inputs=("nvfp4",), note="on Blackwell GPUs only"),
+)
+LOADER = Loader("tensorrt-llm", "TensorRT-LLM", _ROWS)
 
-def server(target: TensorRtLlm, model: Deployment) -> Server:
+
+class TensorRtLlm(MultiGpu):
+    """TensorRT-LLM's own server, PyTorch backend."""
+
+    name: Literal["tensorrt-llm"] = "tensorrt-llm"
+    chunked_prefill: bool = True
+    free_gpu_memory_fraction: float = Field(0.9, gt=0, le=1, strict=False)
+
+    @property
+    def loader(self) -> Loader:
+        return LOADER
+
+
+def deploy(target: TensorRtLlm, folder: ModelFolder) -> Deployment:
     """How to start it. The type of the cache is in the files: the backend takes it from there."""
     arguments = [MODEL, "--host", HOST, "--port", PORT, "--tp_size", str(target.tensor_parallel)]
     arguments += ["--max_batch_size", str(target.max_num_seqs)]
@@ -22,8 +49,8 @@ def server(target: TensorRtLlm, model: Deployment) -> Server:
         arguments += ["--max_seq_len", str(target.max_model_len)]
     arguments += ["--kv_cache_free_gpu_memory_fraction", f"{target.free_gpu_memory_fraction:g}"]
     arguments += ["--enable_chunked_prefill"] if target.chunked_prefill else []
-    return Server(
-        name=model.name,
+    return Deployment(
+        name=folder.name,
         title=f"TensorRT-LLM {VERSION}",
         image=f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}",
         local=("trtllm-serve", "serve"),
@@ -34,15 +61,24 @@ def server(target: TensorRtLlm, model: Deployment) -> Server:
         health=_HEALTH,
         check=curl_free_check(target.port, _HEALTH),
         probe=completion("model", target.port),  # it calls a model after its folder
-        resources=model.resources,
+        resources=folder.resources,
         env={"HF_HUB_OFFLINE": "1"},
     )
 
 
-def llm_arguments(target: Any, model: str) -> dict[str, Any]:
+def llm_arguments(target: MultiGpu, model: str) -> dict[str, Any]:
     """The same for TensorRT-LLM's LLM class, which other servers call."""
     arguments: dict[str, Any] = {"model": model, "backend": "pytorch", "tensor_parallel_size": target.tensor_parallel}
     arguments["max_batch_size"] = target.max_num_seqs
     if target.max_model_len is not None:
         arguments["max_seq_len"] = target.max_model_len
     return arguments
+
+
+SERVER = Server(
+    name="tensorrt-llm",
+    settings=TensorRtLlm,
+    deploy=deploy,
+    variants=(TensorRtLlm(),),
+    hub_command="trtllm-serve {name}",
+)

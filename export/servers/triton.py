@@ -7,14 +7,18 @@ python/openai/openai_frontend/main.py of triton-inference-server/server, in the 
 """
 
 import json
+from typing import Literal, Self
 
 import yaml
+from pydantic import Field, model_validator
 
-from quantpress.recipe import Triton
-
-from ..deployment import HOST, MODEL, PORT, Deployment, Mount, Server, curl_free_check
+from .deployment import HOST, MODEL, PORT, Deployment, ModelFolder, Mount, completion, curl_free_check
+from .loader import Loader
+from .server import Server
+from .target_settings import MultiGpu
+from .tensorrt_llm import LOADER as TENSORRT_LLM_LOADER
 from .tensorrt_llm import llm_arguments
-from .vllm import completion
+from .vllm import LOADER as VLLM_LOADER
 
 VERSION = "26.03"
 _HEALTH = "/v2/health/ready"
@@ -31,25 +35,54 @@ instance_group [
 """
 
 
-def server(target: Triton, model: Deployment) -> Server:
-    """How to start it."""
+class Triton(MultiGpu):
+    """Triton Inference Server with one of its backends for language models."""
+
+    name: Literal["triton"] = "triton"
+    backend: Literal["vllm", "tensorrt-llm"] = "vllm"
+    frontend: Literal["kserve", "openai"] = Field("kserve", description="Triton's own protocol, or OpenAI's")
+
+    @model_validator(mode="after")
+    def _has_the_frontend(self) -> Self:
+        if self.frontend == "openai" and self.backend == "tensorrt-llm":
+            raise ValueError(
+                "frontend openai is for backend vllm; TensorRT-LLM's own OpenAI server is the target tensorrt-llm"
+            )
+        return self
+
+    @property
+    def loader(self) -> Loader:
+        return VLLM_LOADER if self.backend == "vllm" else TENSORRT_LLM_LOADER
+
+    def smoke_refusal(self) -> str | None:
+        if self.frontend == "openai":
+            return None
+        return (
+            "speaks Triton's own protocol, and the smoke test OpenAI's: export it with --set triton.frontend=openai"
+            + ("" if self.backend == "vllm" else ", which backend vllm has, or for tensorrt-llm")
+        )
+
+
+def deploy(target: Triton, folder: ModelFolder) -> Deployment:
+    """How it is started."""
     vllm = target.backend == "vllm"
-    called = model.name if vllm else "tensorrt_llm"  # the name that the container's repository has
+    called = folder.name if vllm else "tensorrt_llm"  # the name that the container's repository has
     mounts = [Mount("model", "/model"), Mount("repository", "/models", _REPOSITORY)]
     env = {"HF_HUB_OFFLINE": "1"}
     if vllm:
         files = {
-            f"repository/{model.name}/config.pbtxt": _CONFIG,
-            f"repository/{model.name}/1/model.json": json.dumps(_engine(target, model.kv_cache), indent=2) + "\n",
+            f"repository/{folder.name}/config.pbtxt": _CONFIG,
+            f"repository/{folder.name}/1/model.json": json.dumps(_engine(target, folder.kv_cache), indent=2) + "\n",
         }
     else:
-        settings = llm_arguments(target, "/model") | {"triton_config": {"max_batch_size": 0, "decoupled": False}}
+        settings = llm_arguments(target, "/model")
+        settings["triton_config"] = {"max_batch_size": 0, "decoupled": False}
         files = {"repository/model.yaml": yaml.safe_dump(settings, sort_keys=False)}
         env["LLM_CONFIG_PATH"] = "/models/model.yaml"
     repository = _REPOSITORY if vllm else "/app/all_models/llmapi"
     start: tuple[str, ...] = ("tritonserver",)
     if target.frontend == "openai":
-        start, health, probe = ("python3", _FRONTEND), "/health/ready", completion(model.name, target.port)
+        start, health, probe = ("python3", _FRONTEND), "/health/ready", completion(folder.name, target.port)
         arguments = ["--model-repository", repository, "--tokenizer", MODEL, "--host", HOST, "--openai-port", PORT]
     else:
         health = _HEALTH
@@ -58,8 +91,8 @@ def server(target: Triton, model: Deployment) -> Server:
         asked = {"parameters": {"stream": False, "max_tokens": 16}} if vllm else {"max_tokens": 16}
         body = json.dumps({"text_input": "The sea is"} | asked)
         probe = f"curl -fsS http://127.0.0.1:{target.port}/v2/models/{called}/generate -d '{body}'"
-    return Server(
-        name=model.name,
+    return Deployment(
+        name=folder.name,
         title=f"Triton {VERSION}, {'vLLM' if vllm else 'TensorRT-LLM'} backend",
         image=f"nvcr.io/nvidia/tritonserver:{VERSION}-{'vllm' if vllm else 'trtllm'}-python-py3",
         local=start,
@@ -70,7 +103,7 @@ def server(target: Triton, model: Deployment) -> Server:
         health=health,
         check=curl_free_check(target.port, health),
         probe=probe,
-        resources=model.resources,
+        resources=folder.resources,
         env=env,
         mounts=tuple(mounts),
         files=files,
@@ -93,3 +126,6 @@ def _engine(target: Triton, kv_cache: str | None) -> dict[str, object]:
     if kv_cache == "fp8":
         arguments["kv_cache_dtype"] = "fp8"
     return arguments
+
+
+SERVER = Server(name="triton", settings=Triton, deploy=deploy, variants=(Triton(), Triton(backend="tensorrt-llm")))

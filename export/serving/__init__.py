@@ -4,15 +4,13 @@ from .containers import composed, lacking
 from .process import ServerFailed
 from .record import Check, Serving, read
 from .smoke_test import Listener, smoke
-from .starting import SERVERS, Options, Running, Server, installed, reach, serve
+from .starting import Options, Running, installed, reach, serve
 
 __all__ = [
-    "SERVERS",
     "Check",
     "Listener",
     "Options",
     "Running",
-    "Server",
     "ServerFailed",
     "Serving",
     "composed",

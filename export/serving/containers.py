@@ -6,20 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from quantpress.core.errors import BadInput
+from quantpress.recipe.loading import parse_target
 
-from .starting import Launch, Server
+from ..servers import SERVERS
+from ..servers.deployment import EXPORT_RECORD
+from ..servers.server import Launch, Launcher
 
-RECORD = "export.json"
 _DOCKERS = {
     "loopback": "Docker publishes the container's port, where compose.yaml says",
     "memory": "Docker keeps the container's processes, and not this one",
-}
-# What a target's server does otherwise. Ollama: openai.FromCompleteRequest and server/routes.go of ollama/ollama.
-_LACKS: dict[str, dict[str, str]] = {
-    "ollama": {
-        "plain_prompts": "Ollama puts every prompt into the chat template",
-        "context": "Ollama cuts prompts that are too long, and answers",
-    },
 }
 
 
@@ -28,18 +23,13 @@ def lacking(folder: Path) -> dict[str, str]:
 
     Raises BadInput for one that does not speak OpenAI's protocol.
     """
-    target = _record(folder)["target"]
-    if target["name"] == "triton" and target.get("frontend") != "openai":
-        raise BadInput(
-            f"{folder} speaks Triton's own protocol, and the smoke test OpenAI's: export it with "
-            "--set triton.frontend=openai" + (
-                "" if target.get("backend", "vllm") == "vllm" else ", which backend vllm has, or for tensorrt-llm"
-            )
-        )  # fmt: skip
-    return _LACKS.get(target["name"], {})
+    target = parse_target(_record(folder)["target"], str(folder / EXPORT_RECORD))
+    if (refused := target.smoke_refusal()) is not None:
+        raise BadInput(f"{folder} {refused}")
+    return dict(SERVERS[target.name].container_lacks)
 
 
-def composed(folder: Path) -> Server:
+def composed(folder: Path) -> Launcher:
     """The row of an export folder, for `serve`.
 
     Raises BadInput when Docker does not answer, with the command to give where it does, and for a server that does not
@@ -69,12 +59,12 @@ def composed(folder: Path) -> Server:
     def command(launch: Launch) -> list[str]:
         return [*docker, "up", "--no-color", "--abort-on-container-exit"]
 
-    return Server(
+    return Launcher(
         name=target, reads="anything", needs=(), install="", command=command, health=str(record["health"]), model=None,
-        lacks=lacks, version=f"{image} in Docker {version}", port=port, after=(*docker, "down", "--timeout", "10"),
+        lacks=lacks, version=f"{image} in Docker {version}", port=port, cleanup=(*docker, "down", "--timeout", "10"),
     )  # fmt: skip
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads((folder / EXPORT_RECORD).read_text(encoding="utf-8"))
     return document

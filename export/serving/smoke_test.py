@@ -15,13 +15,15 @@ from quantpress.gguf.chat import template_arguments
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import text_config
 
+from ..servers import LAUNCHERS
+from ..servers.server import Launcher
 from . import agreement
 from . import timing as figures
 from .checks import CHECKS, Failed, Skipped, Subject, made, make
 from .client import Client, ServerError
 from .process import ServerFailed
 from .record import Agreement, Check, Serving
-from .starting import DEFAULT_CONTEXT, SERVERS, Options, Running, Server, interpreter, reach, serve
+from .starting import DEFAULT_CONTEXT, Options, Running, interpreter, reach, serve
 
 _SMALLEST_CONTEXT = 64  # tokens; below it the prompts themselves do not fit
 
@@ -46,12 +48,12 @@ class _Served:
 
 
 def smoke(
-    artifact: Path, server: str | Server, out: Path, options: Options, cache: Path, listener: Listener | None = None
+    artifact: Path, server: str | Launcher, out: Path, options: Options, cache: Path, listener: Listener | None = None
 ) -> Serving:
     """The record of a smoke test of `artifact` (a folder or a .gguf file), which is also written into the run folder
     `out`, beside the server's log.
 
-    server: a name of SERVERS or a row of its kind; `url` talks to the one that runs at options.url. A server that does
+    server: a name in LAUNCHERS, a launcher; `url` talks to the one that runs at options.url. A server that does
     not start is a failed check; BadInput is raised for one that is not installed or reads no such artifact.
     """
     listener = listener or Listener()
@@ -92,18 +94,18 @@ class _State:
     peak_rss_bytes: int | None = None
 
 
-def _row(server: str | Server, options: Options) -> Server | None:
+def _row(server: str | Launcher, options: Options) -> Launcher | None:
     """The row of a server that is started here, found to be installed; None for a URL."""
-    if isinstance(server, Server):
+    if isinstance(server, Launcher):
         return server
     if (server == "url") != (options.url is not None):
         raise BadInput("--server url and --url http://host:port go together")
     if server == "url":
         return None
-    if server not in SERVERS:
-        raise BadInput(f"server {server!r} is none of {', '.join(SERVERS)} and url")
-    interpreter(SERVERS[server], options.python)
-    return SERVERS[server]
+    if server not in LAUNCHERS:
+        raise BadInput(f"server {server!r} is none of {', '.join(LAUNCHERS)} and url")
+    interpreter(LAUNCHERS[server], options.python)
+    return LAUNCHERS[server]
 
 
 def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _Served:
@@ -121,7 +123,7 @@ def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _
 
 
 @contextlib.contextmanager
-def _running(row: Server | None, served: _Served, log: Path | None, tell: Callable[[str], None]) -> Iterator[Running]:
+def _running(row: Launcher | None, served: _Served, log: Path | None, tell: Callable[[str], None]) -> Iterator[Running]:
     if row is None or log is None:
         with reach(str(served.options.url), served.options.api_key, served.options.lacks) as found:
             yield found
@@ -137,7 +139,7 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
     if own:
         told.check(Check(name="start", status="pass", reason="healthy", seconds=running.load_seconds or 0))
     with Client(running.url, running.model, key, loopback=own) as client:
-        if running.name not in SERVERS:
+        if running.name not in LAUNCHERS:
             with contextlib.suppress(ServerError):  # the checks will say what is wrong
                 running = replace(running, lacks={**running.lacks, **agreement.refused(client, served.tokenizer)})
         subject = Subject(running, client, served.tokenizer, served.context, served.options.concurrency)
@@ -162,7 +164,7 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
             told.check(Check(name="alive", status="fail", reason=reason, seconds=0))
 
 
-def _agree(row: Server | None, served: _Served, state: _State) -> str:
+def _agree(row: Launcher | None, served: _Served, state: _State) -> str:
     if isinstance(state.answers, ServerError):
         raise state.answers
     if not state.answers:
@@ -175,7 +177,7 @@ def _agree(row: Server | None, served: _Served, state: _State) -> str:
     return line
 
 
-def _record(row: Server | None, served: _Served, state: _State, checks: list[Check], log: Path | None) -> Serving:
+def _record(row: Launcher | None, served: _Served, state: _State, checks: list[Check], log: Path | None) -> Serving:
     running, found = state.running, state.speed
     return Serving(
         schema=1,

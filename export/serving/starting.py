@@ -1,4 +1,4 @@
-"""The servers that can be started here, one row each: the command, its environment, and what it does differently."""
+"""A server on an artifact: started on this machine from its launcher, or reached where it already runs."""
 
 import contextlib
 import functools
@@ -12,59 +12,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import httpx
 
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 
+from ..servers.server import Launch, Launcher
 from .process import Child, ServerFailed, free_port, running, wait_until_healthy
 
-SERVED_NAME = "quantpress"
 DEFAULT_CONTEXT = 1024  # tokens of prompt and answer
 _PROBE = (
     "import importlib.metadata as m, importlib.util as u, json, sys\n"
     "found = [[d, m.version(d)] for d in m.packages_distributions().get(sys.argv[1], [])]\n"
     "print(json.dumps(found if u.find_spec(sys.argv[1]) and all(u.find_spec(n) for n in sys.argv[2:]) else []))"
 )
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a server is started with."""
-
-    python: str
-    artifact: Path  # a folder or a .gguf file, absolute
-    port: int
-    max_model_len: int  # tokens of prompt and answer together
-    concurrency: int  # requests at a time
-    template: Mapping[str, bool] = field(default_factory=dict)  # arguments that the chat template has to be given
-
-
-@dataclass(frozen=True)
-class Server:
-    """A row of the table.
-
-    reads: what it takes an artifact as. needs: modules its interpreter has to have, its own first. model: the name that
-    requests give it, by the artifact. lacks: the checks that cannot be made on it, and the abilities that others make
-    use of where they are, each with the reason. version: where it is known already, and no interpreter is asked.
-    port: the one it always takes. after: a command that ends what the server leaves.
-    """
-
-    name: str
-    reads: Literal["folder", "gguf", "anything"]
-    needs: tuple[str, ...]
-    install: str
-    command: Callable[[Launch], list[str]]
-    environment: Callable[[], Mapping[str, str]] = dict
-    environment_folder: str | None = None  # the virtual environment of its own that is looked into first
-    health: str = "/health"
-    model: Callable[[Path], str] | None = lambda artifact: SERVED_NAME  # None: the server is asked
-    lacks: Mapping[str, str] = field(default_factory=dict)
-    version: str | None = None
-    port: int | None = None
-    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +39,7 @@ class Options:
     max_model_len: int | None = None  # None: 1024, or all that one takes which is not started here
     deadline_s: float = 600  # vLLM compiles as it starts: minutes on a busy CPU
     api_key: str | None = field(default=None, repr=False)
-    lacks: Mapping[str, str] = field(default_factory=dict)  # as Server.lacks, of the server at `url`
+    lacks: Mapping[str, str] = field(default_factory=dict)  # as Launcher.lacks, of the server at `url`
 
 
 @dataclass(frozen=True)
@@ -95,69 +57,9 @@ class Running:
     command: tuple[str, ...] = ()
 
 
-def _vllm(launch: Launch) -> list[str]:
-    return [
-        launch.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(launch.artifact),
-        "--host", "127.0.0.1", "--port", str(launch.port), "--served-model-name", SERVED_NAME,
-        "--max-model-len", str(launch.max_model_len), "--max-num-seqs", str(launch.concurrency),
-    ]  # fmt: skip
-
-
-def _vllm_environment() -> dict[str, str]:
-    """Offline, silent to its makers, and on the loopback interface with its own processes too."""
-    found = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    found["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    if machine.device().type == "cpu":
-        found["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; it takes 4 by itself
-        found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    return found
-
-
-def _llama_cpp(launch: Launch) -> list[str]:
-    script = Path(__file__).with_name("llama_server.py")
-    numbers = (launch.port, launch.max_model_len, launch.concurrency)
-    return [
-        launch.python, str(script), str(launch.artifact), *map(str, numbers), SERVED_NAME,
-        json.dumps(dict(launch.template)),
-    ]  # fmt: skip
-
-
-def _transformers(launch: Launch) -> list[str]:
-    return [
-        launch.python, "-m", "transformers.cli.transformers", "serve", str(launch.artifact),
-        "--host", "127.0.0.1", "--port", str(launch.port),
-    ]  # fmt: skip
-
-
-SERVERS: dict[str, Server] = {
-    row.name: row
-    for row in (
-        Server(
-            "vllm", "folder", ("vllm",), "`make setup-vllm`, or `pip install vllm` on a machine with a GPU into an "
-            "environment of its own that --server-python names", _vllm, _vllm_environment, ".venv-vllm",
-        ),
-        Server("llama.cpp", "gguf", ("xllamacpp",), "`pip install 'quantpress[llamacpp-server]'`", _llama_cpp),
-        Server(
-            "transformers", "folder", ("transformers", "fastapi", "uvicorn", "openai", "accelerate"),
-            "`pip install 'quantpress[transformers-server]'`", _transformers,
-            lambda: {"HF_HUB_OFFLINE": "1"}, model=str,
-            lacks={
-                "models": "transformers serve lists the hub's cache, and not the model it serves",
-                "done": "transformers serve ends its streams without [DONE]",
-                "context": "transformers serve takes prompts of any length",
-                "seed": "transformers serve samples only where the model's own generation_config.json says so",
-                "stop_left_out": "transformers serve leaves the stop sequence in its answer",
-                "token_ids": "transformers serve takes prompts as text only",
-                "logprobs": "transformers serve gives no log-probabilities",
-            },
-        ),
-    )
-}  # fmt: skip
-
-
 @contextlib.contextmanager
 def serve(
-    server: Server,
+    launcher: Launcher,
     artifact: Path,
     log: Path,
     options: Options,
@@ -170,43 +72,44 @@ def serve(
     all it has started. Raises BadInput when it is not installed or cannot take such an artifact, ServerFailed when it
     does not become healthy.
     """
-    if server.reads != "anything" and (server.reads == "gguf") != (artifact.suffix == ".gguf"):
-        kind = "a .gguf file" if server.reads == "gguf" else "a Hugging Face folder"
-        raise BadInput(f"{server.name} reads {kind}, and {artifact} is none")
-    python, version = interpreter(server, options.python)
+    if launcher.reads != "anything" and (launcher.reads == "gguf") != (artifact.suffix == ".gguf"):
+        kind = "a .gguf file" if launcher.reads == "gguf" else "a Hugging Face folder"
+        raise BadInput(f"{launcher.name} reads {kind}, and {artifact} is none")
+    python, version = interpreter(launcher, options.python)
     context = options.max_model_len or DEFAULT_CONTEXT
-    launch = Launch(python, artifact.absolute(), _port(server), context, options.concurrency, template or {})
+    device = machine.device().type
+    launch = Launch(python, artifact.absolute(), _port(launcher), context, options.concurrency, device, template or {})
     url, started = f"http://127.0.0.1:{launch.port}", time.monotonic()
-    command = server.command(launch)
-    with _cleared(server), running(command, server.environment(), log) as child:
-        wait_until_healthy(server.name, child, url + server.health, options.deadline_s, tell)
+    command = launcher.command(launch)
+    with _cleared(launcher), running(command, launcher.environment(launch), log) as child:
+        wait_until_healthy(launcher.name, child, url + launcher.health, options.deadline_s, tell)
         took = time.monotonic() - started
-        name = server.model and server.model(launch.artifact)
-        yield Running(server.name, url, name, version, server.lacks, child, log, took, tuple(command))
+        name = launcher.model and launcher.model(launch.artifact)
+        yield Running(launcher.name, url, name, version, launcher.lacks, child, log, took, tuple(command))
 
 
 @contextlib.contextmanager
-def _cleared(server: Server) -> Iterator[None]:
+def _cleared(launcher: Launcher) -> Iterator[None]:
     """What the server leaves behind is ended after the block."""
     try:
         yield
     finally:
-        if server.after:
+        if launcher.cleanup:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
-                subprocess.run(server.after, capture_output=True, timeout=60, check=False)
+                subprocess.run(launcher.cleanup, capture_output=True, timeout=60, check=False)
 
 
-def _port(server: Server) -> int:
+def _port(launcher: Launcher) -> int:
     """Its own port, found to be free, or any free one."""
-    if server.port is None:
+    if launcher.port is None:
         return free_port()
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was served a moment ago is free
         try:
-            probe.bind(("127.0.0.1", server.port))
+            probe.bind(("127.0.0.1", launcher.port))
         except OSError as error:
-            raise BadInput(f"{server.name}: port {server.port} is taken ({error.strerror})") from None
-    return server.port
+            raise BadInput(f"{launcher.name}: port {launcher.port} is taken ({error.strerror})") from None
+    return launcher.port
 
 
 @contextlib.contextmanager
@@ -223,24 +126,24 @@ def reach(url: str, api_key: str | None = None, lacks: Mapping[str, str] | None 
     yield Running("url", base, None, answer.headers.get("server"), lacks or {})
 
 
-def interpreter(server: Server, given: str | None) -> tuple[str, str]:
+def interpreter(launcher: Launcher, given: str | None) -> tuple[str, str]:
     """The Python that has the server, and the server's version: `given`, else its own environment's, else ours.
 
     A path comes back absolute, since servers are started in another folder, and with its links: those are what tells a
     virtual environment from the Python it was made with.
     Raises BadInput with the command that installs it when there is none.
     """
-    if server.version is not None:
-        return sys.executable, server.version
+    if launcher.version is not None:
+        return sys.executable, launcher.version
     if given and os.path.dirname(given):  # else it is a command, found on PATH
         given = os.path.abspath(given)
-    own = Path(server.environment_folder or "", "bin/python").absolute()
-    candidates = [given] if given else [str(own)] if server.environment_folder and own.is_file() else []
+    own = Path(launcher.venv or "", "bin/python").absolute()
+    candidates = [given] if given else [str(own)] if launcher.venv and own.is_file() else []
     for python in candidates if given else [*candidates, sys.executable]:
-        if version := _version(python, server.needs):
+        if version := _version(python, launcher.needs):
             return python, version
     where = f"{given} has no" if given else "no Python here has"
-    raise BadInput(f"{where} {', '.join(server.needs)}: {server.install}")
+    raise BadInput(f"{where} {', '.join(launcher.needs)}: {launcher.install}")
 
 
 @functools.cache
@@ -257,8 +160,8 @@ def _version(python: str, needs: tuple[str, ...]) -> str | None:
     return " ".join(found[0]) if found else None
 
 
-def installed(name: str, python: str | None = None) -> str | None:
-    """Version of the named server where it can be started here; None where it cannot."""
+def installed(launcher: Launcher, python: str | None = None) -> str | None:
+    """Version of the server where it can be started here; None where it cannot."""
     with contextlib.suppress(BadInput):
-        return interpreter(SERVERS[name], python)[1]
+        return interpreter(launcher, python)[1]
     return None

@@ -40,7 +40,8 @@ def doctor(as_json: JsonOpt = False) -> None:
 def _facts() -> dict[str, Any]:
     """Each thing with its version, or `missing`: how to get it."""
     quiet_libraries()
-    from quantpress.exports.serving import SERVERS, installed
+    from quantpress.exports.servers import LAUNCHERS
+    from quantpress.exports.serving import installed
 
     from ..core import machine
     from ..engine.plan import size
@@ -57,9 +58,9 @@ def _facts() -> dict[str, Any]:
     facts["cache"] = f"{cache}, {size(shutil.disk_usage(there).free)} free"
     for module, (what, how) in _EXTRAS.items():
         facts[what] = {"version": found} if (found := _found(module)) else {"missing": how}
-    for name, server in SERVERS.items():
-        found = installed(name)
-        facts[f"server {name}"] = {"version": found} if found else {"missing": server.install}
+    for name, launcher in LAUNCHERS.items():
+        found = installed(launcher)
+        facts[f"server {name}"] = {"version": found} if found else {"missing": launcher.install}
     return facts
 
 

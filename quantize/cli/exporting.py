@@ -80,7 +80,7 @@ def verify(
 ) -> None:
     """Is it whole? Checksums, then every tensor against config and model. Exit code 1 when something is wrong."""
     quiet_libraries()
-    from quantpress.exports.loading import Answer, will_load
+    from quantpress.exports.load_check import Answer, will_load
     from quantpress.exports.verify import compared
     from quantpress.exports.verify import verify as verify_folder
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from quantpress.exports.servers.target_settings import Drafting
+
 from ..artifact.manifest import read_manifest
 from ..core.errors import BadInput
 from ..core.files import alone_in, file_sha256, write_json
-from ..recipe import Drafting, Recipe, Target
+from ..recipe import Recipe, Target
 from .app import app
 from .measuring import github_summary
 from .options import (
@@ -185,10 +187,11 @@ def _check_server(recipe: Recipe) -> None:
     settings = recipe.smoke
     if settings is None or settings.server == "url":
         return
-    from quantpress.exports.serving.starting import SERVERS, interpreter
+    from quantpress.exports.servers import LAUNCHERS
+    from quantpress.exports.serving.starting import interpreter
 
     try:
-        interpreter(SERVERS[settings.server], settings.python)
+        interpreter(LAUNCHERS[settings.server], settings.python)
     except BadInput as error:
         raise BadInput(f"smoke.server {settings.server}: {error}; or --set smoke=null leaves the test out") from None
 

@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from quantpress.eval.release.ledger import Ledger
+from quantpress.exports.servers import SERVERS
 
 from ..artifact.manifest import MANIFEST, own_manifest
 from ..core.errors import BadInput
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _SIGNS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "skip": "skip"}
 _API_KEY = "QUANTPRESS_API_KEY"
-_IN_CONTAINERS = ("sglang", "tgi", "tensorrt-llm", "triton", "ollama")  # started as they are exported
+_IN_CONTAINERS = tuple(name for name, server in SERVERS.items() if server.launcher is None)  # started as exported
 
 
 @app.command("smoke")

@@ -82,6 +82,8 @@ class CompressedTensors(Format):
             if suffix == "weight_packed" and f"{linear}.weight_shape" in shapes:
                 n_out, n_in = take(f"{linear}.weight_shape", read, (2,)).tolist()
             elif suffix in ("weight", "weight_packed") and f"{linear}.weight_scale" in shapes:
+                if len(shapes[name]) != 2:
+                    raise BadInput(f"{name}: shape {list(shapes[name])} where a matrix is needed")
                 n_out, n_in = shapes[name]
                 n_in *= 2 if suffix == "weight_packed" else 1
             else:

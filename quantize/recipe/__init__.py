@@ -22,22 +22,18 @@ from .methods import (
     Transform,
     Tuned,
 )
-from .readers import READERS, refusal
-from .readers import notes as reader_notes
-from .smoke_test import ServerName, Smoke
-from .targets import Drafting, LlamaCpp, Ollama, Sglang, Target, TensorRtLlm, Tgi, Triton, Vllm
+from .smoke import ServerName, Smoke
+from .targets import Target
 from .text import Bos, Calibration, Text
 
 __all__ = [
     "FILE_FORMATS",
     "GPUS",
-    "READERS",
     "AutoRound",
     "Awq",
     "Bos",
     "Budget",
     "Calibration",
-    "Drafting",
     "EfficiencySettings",
     "EndToEnd",
     "Evaluation",
@@ -47,33 +43,24 @@ __all__ = [
     "Gguf",
     "Gptq",
     "Hadamard",
-    "LlamaCpp",
     "LlamaCppQuantizer",
     "Method",
     "MethodSettings",
     "Objective",
-    "Ollama",
     "Override",
     "Qat",
     "Recipe",
     "Rtn",
     "ServerName",
-    "Sglang",
     "Smoke",
     "SmoothQuant",
     "Strict",
     "Target",
     "Task",
-    "TensorRtLlm",
     "TensorType",
     "Text",
-    "Tgi",
     "Timing",
     "Transform",
-    "Triton",
     "Tuned",
-    "Vllm",
     "matches",
-    "reader_notes",
-    "refusal",
 ]

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from quantpress.exports.servers.loader import refusal
+
 from ..core.errors import BadInput
 from ..core.schema import Pattern, Strict, matches, named
 from ..numbers.types import Activations, Grid, GroupSize, NumberType, ScaleSearch
@@ -14,8 +16,7 @@ from .file_formats import FILE_FORMATS, FormatName
 from .gate_limits import Gates
 from .gguf_file import Gguf
 from .methods import Gptq, Hadamard, LlamaCppQuantizer, Method, MethodSettings, Qat, Transform, Tuned
-from .readers import refusal
-from .smoke_test import Smoke
+from .smoke import Smoke
 from .targets import Target
 from .text import Calibration
 
@@ -170,7 +171,7 @@ class Recipe(Strict):
         """Raise ValueError for weights, each with its recipe key, that a target cannot load."""
         for target in self.targets:
             refused = [
-                refusal(target.reader, format, grids, self.activations, scattered=self.shuffled)
+                refusal(target.loader, format, grids, self.activations, scattered=self.shuffled)
                 for format in self.formats
             ]
             if all(refused):

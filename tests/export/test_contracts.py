@@ -8,9 +8,14 @@ from quantpress.artifact.artifact import Artifact
 from quantpress.core.errors import BadInput
 from quantpress.engine.job import prepare
 from quantpress.engine.sources import resolve
-from quantpress.exports.contracts import Contents, advice, check_job, of_artifact, of_job, problems
+from quantpress.exports.contracts import advice, check_job, of_artifact, of_job, problems
+from quantpress.exports.servers.llama_cpp import LlamaCpp
+from quantpress.exports.servers.served_model import ServedModel
+from quantpress.exports.servers.sglang import Sglang
+from quantpress.exports.servers.tgi import Tgi
+from quantpress.exports.servers.vllm import Vllm
 from quantpress.numbers.types import Activations, Grid
-from quantpress.recipe import LlamaCpp, Sglang, Target, Tgi, Vllm
+from quantpress.recipe import Target
 from quantpress.recipe.loading import parse
 
 from ..quantize.formats.artifacts import make, uniform
@@ -21,14 +26,14 @@ PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
          "mlp.down_proj")  # fmt: skip
 
 
-def contents(grid: Grid | None = W4, format: str = "compressed-tensors", **keys: Any) -> Contents:
+def contents(grid: Grid | None = W4, format: str = "compressed-tensors", **keys: Any) -> ServedModel:
     """One block of a model with hidden size 512, intermediate size 1408, 8 heads and 2 key-value heads."""
     sides = {"q_proj": (512, 512), "k_proj": (128, 512), "v_proj": (128, 512), "o_proj": (512, 512),
              "gate_proj": (1408, 512), "up_proj": (1408, 512), "down_proj": (512, 1408)}  # fmt: skip
     names = {f"model.layers.0.{part}": sides[part.rpartition(".")[2]] for part in PARTS}
     config = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2048}
     schemes = dict.fromkeys(names, grid) | {f"model.layers.0.{k}": v for k, v in keys.pop("schemes", {}).items()}
-    return Contents(format, names, schemes, config=config | keys.pop("config", {}), **keys)
+    return ServedModel(format, names, schemes, config=config | keys.pop("config", {}), **keys)
 
 
 def test_nothing_is_said_of_what_loads() -> None:
@@ -78,7 +83,7 @@ def test_more_gpus_than_key_value_heads_share_them_evenly() -> None:
 
 
 def test_packed_words_are_not_cut() -> None:
-    narrow = Contents("awq", {"model.layers.0.up_proj": (24, 64)}, {"model.layers.0.up_proj": Grid(group_size=32)})
+    narrow = ServedModel("awq", {"model.layers.0.up_proj": (24, 64)}, {"model.layers.0.up_proj": Grid(group_size=32)})
     assert any("cut a packed word of 8" in line for line in problems(Vllm(tensor_parallel=2), narrow))
     assert problems(Vllm(tensor_parallel=3), narrow) == []
 
@@ -139,7 +144,7 @@ def test_sglang_finds_one_scheme_in_compressed_tensors() -> None:
 def test_sglangs_kernel_has_shapes_that_it_takes(
     format: str, grid: Grid, sides: tuple[int, int], gpus: int, said: str | None
 ) -> None:
-    one = Contents(format, {"model.layers.0.fc1": sides}, {"model.layers.0.fc1": grid})
+    one = ServedModel(format, {"model.layers.0.fc1": sides}, {"model.layers.0.fc1": grid})
     found = problems(Sglang(tensor_parallel=gpus), one)
     assert found == [] if said is None else [said in line for line in found] == [True]
 
@@ -150,10 +155,12 @@ def test_sglang_multiplies_fused_layers_as_one() -> None:
     names = {
         f"model.layers.0.self_attn.{part}_proj": (rows, 576) for part, rows in zip("qkv", (576, 192, 192), strict=True)
     }
-    (line,) = problems(Sglang(), Contents("gptq", names, dict.fromkeys(names, W4)))
+    (line,) = problems(Sglang(), ServedModel("gptq", names, dict.fromkeys(names, W4)))
     assert "q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj are together 960 x 576" in line
     wide = {"model.layers.0.self_attn.q_proj": (1024, 64), "model.layers.0.self_attn.k_proj": (128, 64)}
-    two = Contents("gptq", wide, dict.fromkeys(wide, W4), config={"num_attention_heads": 8, "num_key_value_heads": 1})
+    two = ServedModel(
+        "gptq", wide, dict.fromkeys(wide, W4), config={"num_attention_heads": 8, "num_key_value_heads": 1}
+    )
     assert problems(Sglang(tensor_parallel=4), two) == []  # 1024 / 4 and a copy of 128
 
 
@@ -163,7 +170,7 @@ def test_sglang_rounds_inputs_in_its_own_way() -> None:
     assert "set activations.symmetric: true" in line
     names = {"model.layers.0.mlp.experts.0.up_proj": (64, 128)}
     grid = Grid(bits=8, group_size=-1)
-    experts = Contents("compressed-tensors", names, dict.fromkeys(names, grid), Activations(type="int8"))
+    experts = ServedModel("compressed-tensors", names, dict.fromkeys(names, grid), Activations(type="int8"))
     (line,) = problems(Sglang(), experts)
     assert "no GPU kernel for experts with int8 inputs" in line
 
@@ -185,7 +192,7 @@ def test_vllm_wants_one_scheme_for_the_experts_of_a_block(other: dict[str, Grid 
         for i in (0, 1) for part in parts for p in ("gate", "up", "down")
     }  # fmt: skip
     schemes = dict.fromkeys(names, W4) | {f"model.layers.{name}": grid for name, grid in other.items()}
-    found = problems(Vllm(), Contents("compressed-tensors", names, schemes))
+    found = problems(Vllm(), ServedModel("compressed-tensors", names, schemes))
     assert found == [] if said is None else [said in line for line in found] == [True]
 
 
@@ -203,7 +210,7 @@ def test_a_job_with_mixed_experts_is_refused_for_vllm(tmp_path: Any, keys: dict[
 
 
 def test_the_cpu_kernel_wants_multiples_of_32() -> None:
-    odd = Contents("gptq", {"model.layers.0.up_proj": (72, 64)}, {"model.layers.0.up_proj": Grid(group_size=64)})
+    odd = ServedModel("gptq", {"model.layers.0.up_proj": (72, 64)}, {"model.layers.0.up_proj": Grid(group_size=64)})
     assert any("multiples of 32, and it is 72 x 64" in line for line in problems(Vllm(device="cpu"), odd))
     assert problems(Vllm(), odd) == []
 

@@ -13,9 +13,10 @@ import yaml
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, write_json
 from quantpress.exports.package import export
+from quantpress.exports.servers.vllm import Vllm
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.numbers.types import Grid
-from quantpress.recipe import Target, Vllm
+from quantpress.recipe import Target
 
 from ..quantize.formats.artifacts import make, uniform
 

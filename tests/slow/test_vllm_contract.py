@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from quantpress.exports.loading import will_load
+from quantpress.exports.load_check import will_load
 from quantpress.exports.package import export
+from quantpress.exports.servers.vllm import Vllm
 from quantpress.numbers.types import Grid
-from quantpress.recipe import Vllm
 
 from ..quantize.formats.artifacts import make, uniform
 

@@ -5,16 +5,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from quantpress.exports.serving.starting import Launch, Options, Running, Server, serve
+from quantpress.exports.servers.server import Launch, Launcher
+from quantpress.exports.serving.starting import Options, Running, serve
 
 FAKE = Path(__file__).with_name("fake_server.py")
 
 
-def row(fault: str = "") -> Server:
+def row(fault: str = "") -> Launcher:
     def command(launch: Launch) -> list[str]:
         return [launch.python, str(FAKE), str(launch.port), fault]
 
-    return Server("fake", "folder", ("psutil",), "it is always there", command, model=lambda artifact: "fake")
+    return Launcher("fake", "folder", ("psutil",), "it is always there", command, model=lambda artifact: "fake")
 
 
 def fake_server(folder: Path, fault: str = "") -> AbstractContextManager[Running]:

@@ -17,9 +17,10 @@ from quantpress.engine.pipeline import quantize
 from quantpress.engine.settings import Settings
 from quantpress.engine.sources import resolve
 from quantpress.exports.contracts import of_artifact
+from quantpress.exports.servers import LOADERS
+from quantpress.exports.servers.loader import refusal
 from quantpress.gguf import imatrix
 from quantpress.gguf import llama_cpp_library as llama_cpp
-from quantpress.recipe import refusal
 from quantpress.recipe.loading import parse
 
 from ... import tiny
@@ -311,5 +312,5 @@ def test_export_takes_the_artifact_for_what_it_is(tmp_path: Path) -> None:
     artifact, _ = open_artifact(tmp_path / "out" / "quantized", torch.device("cpu"))
     contents = of_artifact(artifact)
     assert contents.format == "gguf"
-    assert refusal("llama.cpp", contents.format, []) is None
-    assert refusal("vllm", contents.format, []) is not None
+    assert refusal(LOADERS["llama.cpp"], contents.format, []) is None
+    assert refusal(LOADERS["vllm"], contents.format, []) is not None

@@ -9,6 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from quantpress.core.errors import BadInput
+from quantpress.exports.servers.llama_cpp import LlamaCpp
+from quantpress.exports.servers.ollama import Ollama
 from quantpress.numbers.types import Grid
 from quantpress.recipe import (
     AutoRound,
@@ -16,9 +18,7 @@ from quantpress.recipe import (
     EndToEnd,
     Gptq,
     Hadamard,
-    LlamaCpp,
     LlamaCppQuantizer,
-    Ollama,
     Override,
     Qat,
     Recipe,

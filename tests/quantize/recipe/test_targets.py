@@ -8,8 +8,12 @@ import pytest
 import yaml
 
 from quantpress.core.errors import BadInput
+from quantpress.exports.servers import LOADERS
+from quantpress.exports.servers.loader import refusal
+from quantpress.exports.servers.triton import Triton
+from quantpress.exports.servers.vllm import Vllm
 from quantpress.numbers.types import Activations, Grid
-from quantpress.recipe import READERS, Recipe, Triton, Vllm, refusal
+from quantpress.recipe import Recipe
 from quantpress.recipe.loading import apply_override, load, parse, shipped
 
 
@@ -98,14 +102,14 @@ INPUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_every_remedy_is_one(reader: str) -> None:
-    """What a refusal says to set is set, and the same reader takes the result."""
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_remedy_is_one(loader: str) -> None:
+    """What a refusal says to set is set, and the same loader takes the result."""
     seen = 0
     for format, grid, inputs, scattered in itertools.product(
         ("compressed-tensors", "gptq", "awq", "modelopt", "gguf"), GRIDS, INPUTS, (False, True)
     ):
-        message = refusal(reader, format, [("weights", grid)], inputs, scattered=scattered)
+        message = refusal(LOADERS[loader], format, [("weights", grid)], inputs, scattered=scattered)
         if message is None:
             continue
         settings = message.partition(": set ")[2].partition(", or formats")[0]
@@ -123,7 +127,8 @@ def test_every_remedy_is_one(reader: str) -> None:
         result = changed["activations"] and Activations.model_validate(changed["activations"])
         again = Grid.model_validate(changed["weights"])
         (format,) = changed["formats"]
-        still = refusal(reader, format, [("weights", again)], result, scattered=not changed["method"]["static_groups"])
+        scattered = not changed["method"]["static_groups"]
+        still = refusal(LOADERS[loader], format, [("weights", again)], result, scattered=scattered)
         assert still is None, (message, still)
         seen += 1
     assert seen > 50
@@ -139,11 +144,12 @@ def test_the_remedy_in_a_message_is_a_recipe_that_loads() -> None:
 
 
 def test_vllm_takes_some_of_the_shipped_recipes_and_not_others() -> None:
-    def taken(name: str, reader: str) -> bool:
+    def taken(name: str, loader: str) -> bool:
         read = load(name)
         grids = [("weights", read.weights)]
         return any(
-            refusal(reader, format, grids, read.activations, scattered=read.shuffled) is None for format in read.formats
+            refusal(LOADERS[loader], format, grids, read.activations, scattered=read.shuffled) is None
+            for format in read.formats
         )
 
     on_gpu = {name for name in shipped() if taken(name, "vllm")}

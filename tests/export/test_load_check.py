@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from quantpress.core.errors import BadInput
-from quantpress.exports import loading
-from quantpress.exports.loading import will_load
+from quantpress.exports import load_check
+from quantpress.exports.load_check import will_load
+from quantpress.exports.servers.llama_cpp import LlamaCpp
+from quantpress.exports.servers.tensorrt_llm import TensorRtLlm
+from quantpress.exports.servers.tgi import Tgi
+from quantpress.exports.servers.triton import Triton
+from quantpress.exports.servers.vllm import Vllm
 from quantpress.exports.serving import Options
 from quantpress.numbers.types import Grid
-from quantpress.recipe import LlamaCpp, TensorRtLlm, Tgi, Triton, Vllm
 
 from ..quantize.formats.artifacts import make, uniform
 from .test_servers import write_gguf
@@ -101,7 +105,7 @@ def test_the_real_server_has_the_last_word(artifact: Path, tmp_path: Path) -> No
 def test_a_server_that_is_too_slow_is_no_answer(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "Options", partial(Options, deadline_s=1.0))
+    monkeypatch.setattr(load_check, "Options", partial(Options, deadline_s=1.0))
     parser = {"version": "0.0.1", "engine": True, "parsed": "Config"}
     python = interpreter(tmp_path, parser=parser, server="import time; time.sleep(60)")
     answer = will_load(artifact, Vllm(device="cpu"), python=python)

@@ -1,0 +1,183 @@
+"""The launch files of a deployment: a script, a compose file and a Kubernetes manifest, all from one record."""
+
+import shlex
+from typing import Any
+
+import yaml
+
+from .servers.deployment import HOST, PORT, PYTHON, Deployment, fill
+from .servers.resources import quantity
+
+_HOST_BYTES = 8 * 2**30  # of host memory beside a GPU's, for the server's processes; assumed, not measured
+_REST = '"$@"'  # further arguments of a script
+_START_SECONDS = 900  # until a server that has not answered counts as failed: large models load for minutes
+
+
+def serve_sh(deployment: Deployment, host: str) -> str:
+    """The launch script: PORT, HOST and further flags can be given from outside."""
+    lines = [
+        "#!/bin/sh",
+        f"# {deployment.title}. Needs {deployment.needs}.",
+        f"# Listens on {host}; HOST and PORT change that, further arguments go to the server.",
+        "set -eu",
+        'here=$(CDPATH=\'\' cd -- "$(dirname -- "$0")" && pwd)',
+    ]
+    if deployment.contained:
+        return "\n".join([*lines, *_docker_run(deployment, host)]) + "\n"
+    blanks = {HOST: f"${{HOST:-{host}}}", PORT: f"${{PORT:-{deployment.port}}}", PYTHON: "${PYTHON:-python3}"}
+    blanks |= {mount.blank: mount.on_host("$here") for mount in deployment.mounts}
+    inside_url = blanks | {HOST: f"${{HOST:-{_bracketed(host)}}}"}  # in the environment it stands before a port
+    lines += [f'export {key}="${{{key}:-{fill(value, inside_url)}}}"' for key, value in deployment.env.items()]
+    words = [_shell_word(part, blanks) for part in (*deployment.local, *deployment.arguments)]
+    lines += ["exec " + _wrapped([*words, _REST])]
+    return "\n".join(lines) + "\n"
+
+
+def _bracketed(host: str) -> str:
+    """An address as it is written before a port."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _shell_word(part: str, blanks: dict[str, str]) -> str:
+    """One word of the command, quoted; what fills its blanks is left to the shell."""
+    if part in blanks:
+        return f'"{blanks[part]}"'
+    word = shlex.quote(part)
+    for blank, variable in blanks.items():
+        word = word.replace(blank, f"'\"{variable}\"'")
+    return word
+
+
+def _wrapped(words: list[str]) -> str:
+    """Words over several lines: a flag begins one, and so does the end of what is given here."""
+    lines: list[str] = []
+    for word in words:
+        if lines and not word.startswith("--") and word != _REST:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return " \\\n  ".join(lines)
+
+
+def _docker_run(deployment: Deployment, host: str) -> list[str]:
+    words = ["docker", "run", "--rm", "--init"]
+    words += ["--gpus", "all"] if deployment.cuda else []
+    words += ["--shm-size", "2g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
+    words += ["--security-opt", "no-new-privileges"]
+    shell = [shlex.quote(word) for word in words]
+    shell += ["--publish", f'"${{HOST:-{_bracketed(host)}}}:${{PORT:-{deployment.port}}}:{deployment.port}"']
+    for mount in deployment.mounts:
+        shell += ["--volume", f'"{mount.on_host("$here")}:{mount.path}:ro"']
+    for key, value in deployment.container_env().items():
+        shell += ["--env", shlex.quote(f"{key}={value}")]
+    entrypoint, *inside = (shlex.quote(word) for word in deployment.in_container())
+    return ["exec " + _wrapped([*shell, "--entrypoint", entrypoint, deployment.image, *inside, _REST])]
+
+
+def compose(deployment: Deployment, host: str) -> str:
+    """compose.yaml: published on `host` alone."""
+    service: dict[str, Any] = {
+        "image": deployment.image,
+        "entrypoint": deployment.in_container()[:1],
+        "command": [_undollared(word) for word in deployment.in_container()[1:]],
+        "ports": [f"{_bracketed(host)}:{deployment.port}:{deployment.port}"],
+        "volumes": [
+            {"type": "bind", "source": m.on_host("."), "target": m.path, "read_only": True} for m in deployment.mounts
+        ],
+        "environment": {key: _undollared(value) for key, value in deployment.container_env().items()},
+        "security_opt": ["no-new-privileges:true"],
+        "shm_size": "2gb",
+        "restart": "unless-stopped",
+        "healthcheck": {
+            "test": ["CMD", *deployment.check],
+            "interval": "30s",
+            "timeout": "10s",
+            "retries": 3,
+            "start_period": f"{_START_SECONDS}s",
+        },
+    }
+    if deployment.cuda:
+        gpus = {"driver": "nvidia", "count": deployment.resources.gpus, "capabilities": ["gpu"]}
+        service["deploy"] = {"resources": {"reservations": {"devices": [gpus]}}}
+    return _document(
+        f"{deployment.title}: docker compose up", {"name": deployment.name, "services": {"server": service}}
+    )
+
+
+def _undollared(word: str) -> str:
+    return word.replace("$", "$$")  # compose fills in variables
+
+
+def kubernetes(deployment: Deployment) -> str:
+    """A deployment and a service that only the cluster reaches. The folder is expected in a volume of that name."""
+    labels = {"app.kubernetes.io/name": deployment.name, "app.kubernetes.io/part-of": "quantpress"}
+    meta = {"name": deployment.name, "labels": labels}
+    # A request and no limit: how much of the host a server takes while it loads has to be seen first.
+    host_bytes = (
+        deployment.resources.weights_bytes + _HOST_BYTES if deployment.cuda else deployment.resources.memory_bytes
+    )
+    needs: dict[str, Any] = {"requests": {"cpu": "4", "memory": quantity(host_bytes)}}
+    if deployment.cuda:
+        needs["limits"] = {"nvidia.com/gpu": deployment.resources.gpus}
+    probe = {"httpGet": {"path": deployment.health, "port": "http"}, "timeoutSeconds": 10}
+    argv = deployment.in_container()
+    container: dict[str, Any] = {
+        "name": "server",
+        "image": deployment.image,
+        "command": argv[:1],
+        "args": [word.replace("$(", "$$(") for word in argv[1:]],
+        "ports": [{"name": "http", "containerPort": deployment.port}],
+        "env": [{"name": key, "value": value} for key, value in deployment.container_env().items()],
+        "resources": needs,
+        "startupProbe": probe | {"periodSeconds": 10, "failureThreshold": _START_SECONDS // 10},
+        "readinessProbe": probe | {"periodSeconds": 10},
+        "livenessProbe": probe | {"periodSeconds": 30, "failureThreshold": 3},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [
+            *({"name": "files", "mountPath": m.path, "subPath": m.inside, "readOnly": True} for m in deployment.mounts),
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+    }
+    spec = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [container],
+        "volumes": [
+            {"name": "files", "persistentVolumeClaim": {"claimName": deployment.name, "readOnly": True}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+        ],
+    }
+    selector = {"app.kubernetes.io/name": deployment.name}
+    workload = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": meta,
+        "spec": {
+            "replicas": 1,
+            "strategy": {"type": "Recreate"},  # a second copy would need as many GPUs again
+            "selector": {"matchLabels": selector},
+            "template": {"metadata": {"labels": labels}, "spec": spec},
+        },
+    }
+    ports = [{"name": "http", "port": deployment.port, "targetPort": "http"}]
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": meta,
+        "spec": {"type": "ClusterIP", "selector": selector, "ports": ports},
+    }
+    heading = f"{deployment.title}: kubectl apply -f. The claim {deployment.name} holds this folder's contents"
+    return _document(heading, workload, service)
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML without anchors: what is said twice is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _document(heading: str, *contents: dict[str, Any]) -> str:
+    written = yaml.dump_all(contents, Dumper=_Plain, sort_keys=False, width=118)
+    return f"# {heading}\n{written}"

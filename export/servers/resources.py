@@ -1,0 +1,68 @@
+"""The memory that serving a model takes, estimated from its config and its files."""
+
+import math
+from dataclasses import asdict, dataclass
+
+from .served_model import ServedModel
+from .target_settings import Drafting, ServerSettings
+
+# Kept free beside weights and cache for activations, the CUDA context, captured graphs. Assumed, not measured.
+_RUNTIME_BYTES = 2_000_000_000
+_TYPICAL_TOKENS = 4096  # of a sequence whose length nobody limits
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Memory that serving takes. All but the weights are estimates from the config.
+
+    kv_bytes_per_token: keys and values of one token over all layers; tokens: the cache's size, over all requests;
+    memory_bytes: weights, cache and `runtime_bytes`, over all GPUs; per_gpu_bytes: the share of one GPU.
+    """
+
+    weights_bytes: int
+    kv_bytes_per_token: int
+    tokens: int
+    runtime_bytes: int
+    gpus: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes_per_token * self.tokens + self.runtime_bytes * self.gpus
+
+    @property
+    def per_gpu_bytes(self) -> int:
+        return math.ceil(self.memory_bytes / self.gpus)
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self) | {"memory_bytes": self.memory_bytes, "per_gpu_bytes": self.per_gpu_bytes}
+
+
+def kv_bytes_per_token(model: ServedModel, cache_bytes: int) -> int:
+    """Bytes of one token's keys and values, `cache_bytes` a number; an upper bound for sliding-window layers."""
+    layers = model.of_config("num_hidden_layers", "n_layer") or 0
+    hidden, heads = model.of_config("hidden_size", "n_embd") or 0, model.heads or 1
+    head_size = model.of_config("head_dim") or hidden // heads
+    return 2 * layers * (model.kv_heads or heads) * head_size * cache_bytes
+
+
+def of_target(target: ServerSettings, model: ServedModel, weights_bytes: int) -> Resources:
+    """For as many concurrent requests as the target allows, each as long as it allows."""
+    asked_for_fp8 = isinstance(target, Drafting) and target.kv_cache_dtype == "fp8"
+    longest = target.max_model_len or min(model.positions or _TYPICAL_TOKENS, _TYPICAL_TOKENS)
+    return Resources(
+        weights_bytes,
+        kv_bytes_per_token(model, 1 if model.kv_cache is not None or asked_for_fp8 else 2),
+        longest * target.max_num_seqs,
+        _RUNTIME_BYTES,
+        target.gpus,
+    )
+
+
+def gibibytes(n: int) -> int:
+    """Whole GiB that hold `n` bytes."""
+    return math.ceil(n / 2**30)
+
+
+def quantity(n: int) -> str:
+    """Bytes as Kubernetes writes them."""
+    return f"{gibibytes(n)}Gi"

@@ -1,0 +1,80 @@
+"""A quantized model as a server's loader sees it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quantpress.numbers.types import Activations, Grid
+
+# Linears that servers fuse into one matrix product. vLLM: packed_modules_mapping of its models.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Linears whose input is split over GPUs (row-parallel); all others split their output.
+_ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "w2")
+
+
+def row_parallel(linear: str) -> bool:
+    """Whether tensor parallelism splits the input of this linear, rather than its output."""
+    return linear.endswith(tuple(f".{part}" for part in _ROW_PARALLEL))
+
+
+def is_expert(linear: str) -> bool:
+    """Whether the linear belongs to an expert of a mixture."""
+    return ".experts." in linear
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a loader finds in a model folder, or will find in the one that a run is about to write.
+
+    shapes {name: (out, in)} and schemes {name: grid; None where it stays in 16 bit}: of the linears in blocks;
+    scattered: groups are scattered columns (desc_act); config: config.json, or GGUF metadata under its keys; parts:
+    files that a GGUF model is split into.
+    """
+
+    format: str
+    shapes: Mapping[str, tuple[int, int]]
+    schemes: Mapping[str, Grid | None]
+    activations: Activations | None = None
+    kv_cache: str | None = None
+    scattered: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    parts: int = 1
+
+    def in_format(self, format: str) -> "ServedModel":
+        """The same model converted to another format."""
+        return replace(self, format=format)
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The distinct grids of the linears, in a fixed order."""
+        return sorted({grid for grid in self.schemes.values() if grid is not None}, key=str)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(is_expert(name) for name in self.shapes)
+
+    def of_config(self, *keys: str) -> int | None:
+        """The value of the first of these keys that the config has; None without any."""
+        found = next((self.config[k] for k in keys if self.config.get(k) is not None), None)
+        if found is None:
+            return None
+        return int(max(found)) if isinstance(found, list) else int(found)  # GGUF may give one value a layer
+
+    @property
+    def heads(self) -> int | None:
+        return self.of_config("num_attention_heads", "n_head")
+
+    @property
+    def kv_heads(self) -> int | None:
+        return self.of_config("num_key_value_heads") or self.heads
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens the model was made for; None where rotary scaling lets a server go beyond them."""
+        scaled = self.config.get("rope_scaling") or (self.config.get("rope_parameters") or {}).get("factor")
+        return None if scaled else self.named_positions
+
+    @property
+    def named_positions(self) -> int | None:
+        """Positions that the config states, whether or not rotary scaling extends them."""
+        return self.of_config("max_position_embeddings", "n_positions")
