@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..calibrate.stages import BATCH_TOKENS
+from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
 from ..formats import FORMATS
