@@ -39,10 +39,10 @@ class SharedInput:
 
     moment: X^T X [in, in] float32, the Hessian without its factor 2; its diagonal [in] where only that was asked for or
     an importance matrix gives it; None where nothing is known. tokens: rows of X. drift: D^T X [in, in], D = X0 - X, X0
-    the same tokens' inputs in the original model; None where the original does not run beside. drift_power, wherever
-    there is a drift: ||D W^T||^2 for each row of the weight W, [out] by linear. unmatched: the original runs beside, but
-    which of its inputs belong to the same tokens is not known. inputs: how X is rounded as the artifact runs, None where
-    it is not; X in the moments is X so rounded.
+    the same tokens' inputs in the original model; None where the original does not run beside. drift_power: ||D W^T||^2
+    for each row of the weight W, [out] by linear; empty without a drift. unmatched: the original runs beside, but which
+    of its inputs belong to the same tokens is not known. inputs: how X is rounded as the artifact runs, None where it is
+    not; X in the moments is X so rounded.
     """
 
     names: Group

@@ -1,5 +1,7 @@
 """The error of a rounded linear, one definition for every method: from sums over the tokens or from the tokens."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,6 +80,12 @@ def layer_error_of_rows(weight: Tensor, rounded: Tensor, x: Tensor, original: Te
     wanted = (x if original is None else original) @ weight.T
     error, power = (x @ rounded.T - wanted).square().sum(0), wanted.square().sum(0)
     return LayerError(error, power, "output_local" if original is None else "output_accumulated")
+
+
+def common_measure(measures: Iterable[str | None]) -> str | None:
+    """The one that most of a run's layers have; None where no error is measured."""
+    found = Counter(measure for measure in measures if measure is not None)
+    return found.most_common(1)[0][0] if found else None
 
 
 def output_power(weight: Tensor, moment: Tensor | None) -> Tensor:

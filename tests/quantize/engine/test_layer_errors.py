@@ -42,8 +42,8 @@ def test_the_error_on_record_is_that_of_the_outputs(
     artifact, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
     original, before = _inputs(tmp_path / "model", tokens)
     rounded, now = _inputs(tmp_path / "model", tokens, {n: artifact.linear(n).dequantize() for n in artifact.linears})
-    for layer in manifest["layers"]:
-        name = layer["name"]
+    for layer in manifest.layers:
+        name = layer.name
         w, q = before[name], now[name]
         if ".experts." in name and measure == "output_accumulated":
             continue  # other tokens reach it in the original: see tests/quantize/calibrate/test_block_pass.py
@@ -52,12 +52,12 @@ def test_the_error_on_record_is_that_of_the_outputs(
         wanted = x0 @ w.T if measure != "weight" else w
         error = ((x @ q.T if measure != "weight" else q) - wanted).square().sum()
         share = float(error / wanted.square().sum())
-        assert layer["error_measure"] == measure
-        assert layer["relative_error"] == pytest.approx(share, rel=2e-3), name
+        assert layer.error_measure == measure
+        assert layer.relative_error == pytest.approx(share, rel=2e-3), name
         if measure != "weight":
-            assert layer["tokens"] == len(x)
-            assert layer["loss"] == pytest.approx(float(error) / len(x), rel=2e-3), name
-    assert manifest["error_measure"] == measure
+            assert layer.tokens == len(x)
+            assert layer.loss == pytest.approx(float(error) / len(x), rel=2e-3), name
+    assert manifest.error_measure == measure
 
 
 def _inputs(
