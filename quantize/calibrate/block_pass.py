@@ -10,24 +10,20 @@ there, token by token, is what its inputs are compared with.
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..methods.layer_error import output_power
-from ..methods.panels import panels
 from ..models.arguments import Arguments
-from ..models.skeleton import Expert, Experts
 from ..numbers.activations import measured, round_inputs
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
+from .batches import Group, PairedBatch, RunnableBlock
+from .moments import Moments
 
-Group = tuple[str, ...]  # names of linears that receive one tensor
 _ROWS = 1024  # tokens in one product of a moment: their float32 copies are the largest tensors beside what waits
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
@@ -41,8 +37,8 @@ class SharedInput:
     an importance matrix gives it; None where nothing is known. tokens: rows of X. drift: D^T X [in, in], D = X0 - X, X0
     the same tokens' inputs in the original model; None where the original does not run beside. drift_power: ||D W^T||^2
     for each row of the weight W, [out] by linear; empty without a drift. unmatched: the original runs beside, but which
-    of its inputs belong to the same tokens is not known. inputs: how X is rounded as the artifact runs, None where it is
-    not; X in the moments is X so rounded.
+    of its inputs belong to the same tokens is not known. inputs: how X is rounded as the artifact runs, None where it
+    is not; X in the moments is X so rounded.
     """
 
     names: Group
@@ -86,11 +82,11 @@ class BlockPass:
         self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
         self._activations, self._diagonal, self._watch, self._begin = activations, diagonal, watch, begin
         self._inputs: dict[str, Inputs] = {}
-        self._original: _Block | None = None
+        self._original: RunnableBlock | None = None
 
     def __iter__(self) -> Generator[SharedInput, None, None]:
         shared = shared_inputs(self._block, self._hidden[:1].to(self._device), self._arguments, self._linears)
-        now = _Block(self._block, self._linears, self._arguments, self._device)
+        now = RunnableBlock(self._block, self._linears, self._arguments, self._device)
         if self._reference is not None:
             # Shares the parameters, which the caller replaces in the block and never writes to.
             original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
@@ -122,7 +118,7 @@ class BlockPass:
         inputs = self._measured(waiting)
         if inputs is not None:
             self._inputs |= dict.fromkeys(names, inputs)
-        sums = _Moments(diagonal=self._diagonal)
+        sums = Moments(diagonal=self._diagonal)
         for batch, x in zip(batches, waiting, strict=True):
             original = batch.original_input(names)
             for start in range(0, x.shape[0], _ROWS):
@@ -136,12 +132,12 @@ class BlockPass:
             batch.let_go(names)
         return SharedInput(names, sums.moment(), sums.tokens, *self._drift(names, sums), sums.unmatched, inputs)
 
-    def _drift(self, names: Group, sums: "_Moments") -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _drift(self, names: Group, sums: "Moments") -> tuple[Tensor | None, dict[str, Tensor]]:
         """The two sums over D that `SharedInput` has."""
         if self._original is None or sums.drift is None or sums.unmatched:
             return None, {}
         squares = sums.drift_moment()
-        weights = {name: matrix(self._original.linears[name]).to(torch.float32) for name in names}
+        weights = {name: _matrix(self._original.linears[name]).to(torch.float32) for name in names}
         return sums.drift, {name: output_power(weight, squares) for name, weight in weights.items()}
 
     def _measured(self, waiting: Iterable[Tensor]) -> Inputs | None:
@@ -172,7 +168,7 @@ def paired_batches(
     are replaced by the outputs of the two blocks. No weight may be replaced meanwhile.
     """
     shared = shared_inputs(block, hidden[:1].to(device), arguments, linears)
-    now = _Block(block, linears, arguments, device)
+    now = RunnableBlock(block, linears, arguments, device)
     before = now.in_the_place_of(original)
     for parts in zip(torch.split(hidden, batch), torch.split(reference, batch), strict=True):
         pair = PairedBatch(now, before, shared, *parts, keep=True, inputs={})
@@ -212,280 +208,7 @@ def shared_inputs(
     return [tuple(names) for _, names in seen]
 
 
-def matrix(linear: nn.Module) -> Tensor:
+def _matrix(linear: nn.Module) -> Tensor:
     """The weight of a linear as [out, in]; Conv1D keeps it the other way."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.T if isinstance(linear, Conv1D) else weight
-
-
-class _Moments:
-    """Second moments of X, of D = X0 - X, and of the two together, summed as rows pass."""
-
-    def __init__(self, *, diagonal: bool) -> None:
-        self._diagonal = diagonal
-        self._moment: Tensor | None = None
-        self._squares: Tensor | None = None  # D^T D [in, in], its upper triangle
-        self.drift: Tensor | None = None
-        self.tokens, self.unmatched = 0, False
-
-    def add(self, seen: Tensor, rows: Tensor, original: Tensor | None) -> None:
-        """Some rows of X [tokens, in] in the model's dtype, the same in float32, and those of X0."""
-        if self._diagonal:
-            squares = rows.square().sum(0)
-            self._moment = squares if self._moment is None else self._moment.add_(squares)
-            return
-        if self._moment is None:
-            self._moment = rows.new_zeros(rows.shape[1], rows.shape[1])
-        with exact_products(seen.dtype):
-            add_second_moment(self._moment, rows)
-        if original is None:
-            return
-        if self.drift is None or self._squares is None:
-            self.drift, self._squares = torch.zeros_like(self._moment), torch.zeros_like(self._moment)
-        # Small as the difference is, the 8 bits that bfloat16 has of it are plenty, at twice the speed.
-        factor = seen if seen.dtype == torch.bfloat16 else rows
-        difference = original - factor
-        self.drift += difference.T @ factor
-        with exact_products(difference.dtype):
-            add_second_moment(self._squares, difference.to(torch.float32))
-
-    def count(self, x: Tensor, *, unmatched: bool) -> None:
-        """A whole batch [tokens, in] has been added."""
-        self.tokens += x.shape[0]
-        self.unmatched |= unmatched
-
-    def moment(self) -> Tensor | None:
-        """X^T X [in, in], or its diagonal [in]; None when no row has passed."""
-        return self._moment if self._moment is None or self._diagonal else _whole(self._moment)
-
-    def drift_moment(self) -> Tensor:
-        """D^T D [in, in]."""
-        assert self._squares is not None
-        return _whole(self._squares)
-
-
-def _whole(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle, in its memory."""
-    return upper.triu_().add_(upper.triu(1).T)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a linear stands that is part of an expert: path of the Experts inside the block, and the expert's index."""
-
-    experts: str
-    index: int
-    expert: Expert
-    last: bool  # whether it is the expert's last linear, its down projection
-
-
-class _Block:
-    """A block with the linears {name: module} to halt at and what it gets beside the hidden states."""
-
-    def __init__(
-        self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: Arguments, device: torch.device
-    ) -> None:
-        self.module, self.linears, self.arguments, self.device = module, linears, arguments, device
-        self.experts = {path: part for path, part in module.named_modules() if isinstance(part, Experts)}
-        names = {linear: name for name, linear in linears.items()}
-        self.places = {
-            names[linear]: _Place(path, e, expert, linear is expert.last)
-            for path, experts in self.experts.items()
-            for e, expert in enumerate(experts)
-            if isinstance(expert, Expert)
-            for linear in expert.modules()
-            if linear in names
-        }
-
-    def in_the_place_of(self, other: nn.Module) -> "_Block":
-        """Another block of the same structure, with the linears that have the same places in it."""
-        paths = {part: path for path, part in self.module.named_modules()}
-        linears = {name: other.get_submodule(paths[linear]) for name, linear in self.linears.items()}
-        return _Block(other, linears, self.arguments, self.device)
-
-
-class PairedBatch:
-    """One batch on its way through a block, and the same batch in the original block where that runs beside.
-
-    The original's half waits where it holds the least. Before attention's output projection a batch also holds its
-    queries, keys and values, and the last linear of the MLP has the widest input of all. The original waits for no
-    rounding: it leaves the former at once for the next linear, and the latter for the end of the block. In a mixture of
-    experts, once weights before the router are rounded, it sends an expert other tokens than the original's does. So
-    the original's half keeps what enters all experts, and X0 is what its expert makes of the tokens that X has.
-    """
-
-    def __init__(
-        self,
-        block: _Block,
-        original: _Block | None,
-        shared: Sequence[Group],
-        hidden: Tensor,
-        reference: Tensor,
-        *,
-        keep: bool,
-        inputs: Mapping[str, Inputs],
-    ) -> None:
-        self._run, self._keep, self._tokens = _Run(block, hidden, inputs), keep, hidden.shape[:2].numel()
-        self._original = None if original is None else _Run(original, reference, {})
-        self._places = {} if original is None else original.places
-        self._stops = [names[0] for names in shared if names[0] not in self._places]
-        self._routed = [names[0] for names in shared if names[0] in self._places]
-        self._ahead: Tensor | None = None  # what the original waits to be asked for at its next stop
-        self._rows = 0
-
-    def advance(self, names: Group) -> Tensor:
-        """Go on until the linears `names` are about to be applied; their input X [tokens, in]."""
-        x = self._run.advance(names[0])
-        self._rows = x.shape[0]
-        return x
-
-    def original_input(self, names: Group) -> Tensor | None:
-        """X0 [tokens, in], once the batch is there; None where there is no original, or its tokens are other ones."""
-        if self._original is None:
-            return None
-        place = self._places.get(names[0])
-        if place is None:
-            x0 = self._original.advance(names[0]) if self._ahead is None else self._ahead
-            self._ahead = None
-            return x0 if x0.shape[0] == self._rows == self._tokens else None
-        if place.experts not in self._original.entered:
-            self._go_on()
-        _, routing = self._run.entered[place.experts]
-        entering, _ = self._original.entered[place.experts]
-        x0 = entering[Experts.tokens_of(place.index, routing)[0]]
-        with torch.no_grad():
-            return place.expert.inner(x0) if place.last else x0
-
-    def let_go(self, names: Group) -> None:
-        """What was sent to `names` is no longer needed."""
-        if self._original is None:
-            return
-        if names[0] in self._routed:
-            self._routed.remove(names[0])
-            if not self._routed:
-                self._run.entered.clear()
-                self._original.entered.clear()
-        else:
-            self._stops.remove(names[0])
-            if len(self._stops) != 1:
-                self._go_on()
-
-    def finish(self) -> None:
-        """Run to the end of the block, whose output replaces the batch's hidden states."""
-        self._run.finish()
-        if self._original is not None:
-            self._original.finish()
-
-    def drop(self) -> None:
-        """Give up where it stands."""
-        self._run.drop()
-        if self._original is not None:
-            self._original.drop()
-
-    def _go_on(self) -> None:
-        """Take the original's half to its next stop; without one to the end, as far as that is needed."""
-        assert self._original is not None
-        if self._stops:
-            self._ahead = self._original.advance(self._stops[0])
-        elif self._keep or self._routed:
-            self._original.finish()
-        else:
-            self._original.drop()
-
-
-class _Run:
-    """One batch on its way through a block; it waits before each of the block's linears until told to go on.
-
-    hidden [samples, seq_len, hidden] is replaced at the end. inputs: how those of a linear are rounded, by its name;
-    filled in by the time it goes on. entered: what the block's Experts got on the way, by path: tokens [tokens, hidden]
-    and the experts chosen for each [tokens, chosen].
-    """
-
-    def __init__(self, block: _Block, hidden: Tensor, inputs: Mapping[str, Inputs]) -> None:
-        self.entered: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def whole_pass() -> None:
-            args, kwargs = block.arguments
-            result = block.module(hidden.to(block.device), *args, **kwargs)
-            hidden.copy_(result[0] if isinstance(result, tuple) else result)
-
-        def halt(name: str, x: Tensor) -> Tensor:
-            if getcurrent() is not self._thread:
-                return x
-            if last and last[0] is not x:
-                last.clear()  # nothing is kept of it while this batch waits
-            main.switch((name, x))
-            if name not in inputs:
-                return x
-            if not last:
-                last.extend((x, round_inputs(x, inputs[name])))
-            return last[1]
-
-        def enter(path: str, hidden: Tensor, chosen: Tensor) -> None:
-            if getcurrent() is self._thread:
-                self.entered[path] = hidden, chosen
-
-        last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
-
-        main, self._thread = getcurrent(), greenlet(whole_pass)
-        self._handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: halt(name, args[0]))
-            for name, module in block.linears.items()
-        ]
-        self._handles += [
-            experts.register_forward_pre_hook(lambda _, args, path=path: enter(path, *args[:2]))
-            for path, experts in block.experts.items()
-        ]
-
-    def advance(self, name: str) -> Tensor:
-        """Go on until linear `name` is about to be applied; returns its input [tokens, in]."""
-        while True:
-            with torch.no_grad():
-                reached = self._thread.switch()
-            if reached is None:
-                raise RuntimeError(f"a batch has run through the block without reaching {name}")
-            at, x = reached
-            if at == name:
-                return x.reshape(-1, x.shape[-1])  # type: ignore[no-any-return]
-
-    def finish(self) -> None:
-        """Run to the end of the block."""
-        while not self._thread.dead:
-            with torch.no_grad():
-                self._thread.switch()
-
-    def drop(self) -> None:
-        """Give up where it stands."""
-        if not self._thread.dead:
-            self._thread.throw(GreenletExit)
-        for handle in self._handles:
-            handle.remove()
-        self.entered.clear()
-
-
-def add_second_moment(total: Tensor, rows: Tensor) -> None:
-    """Add X^T X to the upper triangle of `total` [in, in] for X = rows [tokens, in]; what is below it is undefined."""
-    if rows.device.type != "cpu":
-        total.addmm_(rows.T, rows)
-        return
-    for part in panels(rows.shape[1]):
-        total[part, part.start :].addmm_(rows[:, part].T, rows[:, part.start :])
-
-
-@contextmanager
-def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products of values that came in `dtype` use the faster units that multiply those exactly.
-
-    bfloat16 values are whole in AMX's bfloat16 and in TF32, float16 ones in TF32; sums stay float32.
-    """
-    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    gpu: Any = torch.backends.cuda.matmul
-    before = cpu.fp32_precision, gpu.fp32_precision
-    if dtype == torch.bfloat16:
-        cpu.fp32_precision = "bf16"
-    if dtype in (torch.bfloat16, torch.float16):
-        gpu.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        cpu.fp32_precision, gpu.fp32_precision = before

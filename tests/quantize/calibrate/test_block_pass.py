@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantpress.calibrate.block_pass import BlockPass, add_second_moment, exact_products, paired_batches
+from quantpress.calibrate.block_pass import BlockPass, paired_batches
+from quantpress.calibrate.moments import add_second_moment, exact_products
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 from quantpress.numbers.activations import round_inputs
