@@ -252,5 +252,5 @@ def test_the_plan_counts_training_end_to_end(tmp_path: Path) -> None:
     assert long.operations - short.operations == 20 * 4 * 2 * 4 * 64 * weights
     looks = 5 * 8 * 2 * 64 * weights
     blocks = weights - 64 * 256
-    original, errors = 64 * 2 * 64 * blocks, 3 * 64 * 2 * 64 * blocks
+    original, errors = 64 * 2 * 64 * blocks, 4 * 64 * 2 * 64 * blocks
     assert short.operations - none.operations == 10 * 4 * 2 * 4 * 64 * weights + looks + original + errors
