@@ -149,6 +149,8 @@ def test_errors_on_record_are_those_of_the_trained_scales(
         one(met[0])
     records = {layer.name: layer for layer in manifest.layers}
     for name in artifact.linears:
+        if transforms and name.endswith(("v_proj", "up_proj")):
+            continue  # what they put out is scaled too, and their error is that of the scaled output
         x = inputs["rounded", name]
         before, now = model.get_parameter(f"{name}.weight"), rounded.get_submodule(name).weight
         out, made = (
