@@ -56,9 +56,9 @@ class CalibrationText(Record):
 class LayerRecord(Record):
     """A linear layer, by its name on disk. shape: [out, in]; bits: of a code; scheme: the number type in words.
 
-    relative_error: error over power, see `error_measure`; loss: squared output error a calibration token; damp: the
-    damping that GPTQ's Hessian needed; tokens: that calibration sent through it; tuning: losses before and after.
-    tensor: its name in a GGUF file.
+    relative_error: error over power of what error_measure says (methods/layer_error.py); loss: squared output error a
+    calibration token; damp: the damping that GPTQ's Hessian needed; tokens: that calibration sent through it; tuning:
+    losses before and after. tensor: its name in a GGUF file.
     """
 
     name: str
@@ -70,6 +70,7 @@ class LayerRecord(Record):
     scheme: str
     loss: float | None = None
     relative_error: float | None = None
+    error_measure: str | None = None
     damp: float | None = None
     tokens: int | None = None
     note: str | None = None

@@ -140,6 +140,18 @@ def available_memory_bytes() -> int:
     return available
 
 
+def available_device_bytes(where: torch.device) -> int:
+    """Memory that is free on a CUDA device, bytes."""
+    free, _ = torch.cuda.mem_get_info(where)
+    return free
+
+
+def synchronize(where: torch.device) -> None:
+    """Wait until a CUDA device has done all it was given; CPUs do it at once."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
 def describe(where: torch.device) -> dict[str, Any]:
     """The machine a figure was measured on."""
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..artifact.manifest import BlockRecord, LayerRecord
 from ..calibrate import kv_cache
-from ..calibrate.stages import BATCH_TOKENS, Stage, Stages, shared_inputs
+from ..calibrate.block_pass import BATCH_TOKENS, BlockPass, SharedInput, shared_inputs
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
@@ -26,7 +26,7 @@ from ..recipe import Qat, Tuned
 from .end_to_end import QuantizedModel, train_scales
 from .job import Job
 from .journal import Journal
-from .rounding import lend_input_scales, record, round_stage, weight_of
+from .rounding import lend_input_scales, record, round_linears, weight_of
 from .settings import BlockDone, Settings
 from .transforms import BlockTransforms
 from .tuning import Tuning
@@ -56,13 +56,12 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         if changes.parameters and _trains_end_to_end(job):  # whose errors are measured once more, at the end
             kept = {name: weight_of(block, linear) for name, linear in linears.items()}
             write_part(_transformed(journal, k), kept)
-        tuning = Tuning(method, k, block, linears, hidden["hidden"]) if isinstance(method, Tuned) else None
+        tuning = Tuning(method, k, block, linears, hidden) if isinstance(method, Tuned) else None
         cache = None if caches is None else kv_cache.Largest(*caches[k])
         whole = tuning is not None or cache is not None or not last or keep_final is not None
-        for stage in _stages(job, block, linears.values(), hidden, passing, whole, cache):
-            round_stage(
-                job.recipe.rounder, job.schemes, block, [linears[n] for n in stage.names], stage, rounded, records
-            )
+        for shared in _inputs(job, block, linears.values(), hidden, passing, whole, cache):
+            alike = [linears[name] for name in shared.names]
+            round_linears(job.recipe.rounder, job.schemes, block, alike, shared, rounded, records)
         lend_input_scales(rounded, records)
         if tuning is not None and arguments is not None:
             tuning.run(rounded, records, hidden, arguments[k], skeleton.device)
@@ -107,7 +106,7 @@ def _hidden_states(
     return hidden, arguments
 
 
-def _stages(
+def _inputs(
     job: Job,
     block: nn.Module,
     linears: Iterable[Linear],
@@ -115,7 +114,7 @@ def _stages(
     arguments: Arguments | None,
     whole: bool,
     cache: kv_cache.Largest | None,
-) -> Iterable[Stage]:
+) -> Iterable[SharedInput]:
     wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
     recipe, states = job.recipe, hidden.get("hidden")
     spec = recipe.activations
@@ -129,9 +128,9 @@ def _stages(
         rounded = None if inputs is None else Inputs(*inputs)
         there = job.skeleton.device
         weighed = {name: moment.to(there) for name, moment in job.backend.importance.items() if name in wanted}
-        return [Stage(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
+        return [SharedInput(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
     batch = max(1, BATCH_TOKENS // states.shape[1])
-    return Stages(
+    return BlockPass(
         block, states, arguments, wanted,
         device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"), activations=inputs,
         begin=(lambda: None) if cache is None else cache.start,

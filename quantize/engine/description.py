@@ -6,6 +6,7 @@ from importlib.metadata import version
 from ..artifact.manifest import SCHEMA, BlockRecord, CalibrationText, Manifest, Origin
 from ..calibrate.tokens import Tokens
 from ..core import machine
+from ..methods.layer_error import common_measure
 from ..recipe import Calibration
 from .blocks import Trained
 from .job import Job
@@ -34,7 +35,7 @@ def describe(
         versions={name: version(name) for name in _PACKAGES} | {"python": machine.python_version()},
         calibration=None if tokens is None else _calibration(tokens, job.recipe.calibration),
         seed=job.recipe.calibration.seed,
-        error_measure="output" if tokens is not None else "weight",
+        error_measure=common_measure(layer.error_measure for layer in layers),
         transforms=transforms,
         layers=layers,
         fallbacks=tuple(f"{name}: {note}" for name, note in notes if note),

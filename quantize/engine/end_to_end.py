@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
+from ..calibrate.block_pass import paired_batches
 from ..methods.adam import Direction
 from ..methods.fake_quant import storable
 from ..models.arguments import Arguments
@@ -25,8 +26,8 @@ from ..models.skeleton import Linear, Skeleton, run_block
 from ..numbers.grid import QuantizedLinear
 from ..recipe import Objective, Qat
 from .plan import TUNING_CHECKS, held_out
-from .rounding import weight_of
-from .tuning import batches, output_errors
+from .rounding import weight_of, with_weights
+from .tuning import batches, measured_errors
 
 _WHOLE = (1 << 16) - 1  # in the place of a block's number: the order of the sequences is one of its own
 
@@ -112,19 +113,26 @@ class QuantizedModel:
         transformed: original weights [out, in] of block k that a transform has changed; the others are read again.
         """
         hidden = self._skeleton.embed(self._ids).cpu()
+        reference = hidden.clone()
         found: dict[str, dict[str, Any]] = {}
         for k, original in self._skeleton.blocks():
             block = self._blocks[k]
-            own = [scales[linear.name] for linear in block.linears]
+            stored = self._weights(block, [scales[linear.name] for linear in block.linears])
             changed = transformed(k)
-            weights = {
-                x.name: (changed[x.name].to(self.device) if x.name in changed else weight_of(original, x), now)
-                for x, now in zip(block.linears, self._weights(block, own), strict=True)
-            }
-            with output_errors(block.module, {x.name: x for x in block.linears}, weights) as errors:
-                for i in range(self.samples):
-                    hidden[i : i + 1] = self._run(block, hidden[i : i + 1].to(self.device), *own)
-            found |= errors
+            before = [changed[x.name] if x.name in changed else weight_of(original, x) for x in block.linears]
+            before = [weight.to(self.device, torch.float32) for weight in before]
+            rounded, unrounded = (
+                with_weights(block.module, dict(zip(block.linears, weights, strict=True)))
+                for weights in (stored, before)
+            )
+            names = [x.name for x in block.linears]
+            passing = paired_batches(
+                rounded, unrounded, {x.name: rounded.get_submodule(x.module) for x in block.linears},
+                hidden, reference, block.arguments, device=self.device, batch=1,
+            )  # fmt: skip
+            found |= measured_errors(
+                dict(zip(names, stored, strict=True)), dict(zip(names, before, strict=True)), passing
+            )
         return found
 
     def _weights(self, block: _Block, scales: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..calibrate.stages import BATCH_TOKENS
+from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
 from ..formats import FORMATS
@@ -23,12 +23,17 @@ TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
 PROCESS_BYTES = 465_000_000  # Python, torch, transformers and a small model's run, measured on Linux
 if find_spec("sklearn") is not None:  # transformers imports it where it is installed, and with it pandas and pyarrow
     PROCESS_BYTES += 125_000_000
+_PRODUCTS = 25  # timed to learn how fast a device is: 0.1 s on a slow core
 _TOKENIZER_BYTES = 1000  # of memory for each entry of the vocabulary, measured with SmolLM2's byte-level BPE
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes. memory_bytes is the process's peak; disk_bytes the most that lies under `out` at one time."""
+    """Sizes in bytes, each the largest at one time.
+
+    memory_bytes: resident memory of the process. device_bytes: tensors on `device`, where that is not the CPU; 0 where
+    it is. disk_bytes: under `out`. passes: of calibration through the model, the original's among them.
+    """
 
     layers: dict[str, str]
     original_bytes: int
@@ -38,10 +43,12 @@ class Plan:
     operations: float
     seconds: float
     passes: int
+    device: str = "cpu"
+    device_bytes: int = 0
     notes: tuple[str, ...] = ()  # what is not as the original has it
 
     def check(self, out: Path, *, ignore: bool) -> None:
-        """Raise BadInput when the machine has less memory or disk than the run needs."""
+        """Raise BadInput when the machine has less memory, GPU memory or disk than the run needs."""
         if ignore:
             return
         free_memory = machine.available_memory_bytes()
@@ -49,6 +56,13 @@ class Plan:
             raise BadInput(
                 f"the run needs {size(self.memory_bytes)} of memory and {size(free_memory)} are free; "
                 "lower calibration.samples or seq_len, or pass --ignore-limits"
+            )
+        where = torch.device(self.device)
+        if where.type == "cuda" and self.device_bytes > (free_on_device := machine.available_device_bytes(where)):
+            raise BadInput(
+                f"the run needs {size(self.device_bytes)} of GPU memory and {size(free_on_device)} are free on "
+                f"{self.device}; lower calibration.samples or seq_len, hide the GPU (CUDA_VISIBLE_DEVICES=) to run on "
+                "the CPU, or pass --ignore-limits"
             )
         there = next(p for p in (out, *out.absolute().parents) if p.exists())
         free_disk = shutil.disk_usage(there).free
@@ -90,13 +104,18 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         _largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item, recipe.activations is not None)
     )
     work += _waiting(linears, tokens, item, width, beside=recipe.paired)
+    kept = hidden if isinstance(recipe.method, Tuned) else 0  # what enters the block, both models', is copied
     if isinstance(recipe.method, Tuned):
         batch = recipe.method.batch_size * recipe.calibration.seq_len
         work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
-        work += hidden // streams  # the block's inputs, kept
     # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
     process = PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size)
-    memory = process + max(shell, max(inside) * 3 + work) + hidden
+    there, needed = skeleton.device, max(inside) * 3 + work
+    if there.type == "cpu":
+        memory, on_device = process + max(shell, needed + kept) + hidden, 0
+    else:  # hidden states are kept in the host's memory; all of one model's are on the device as they are embedded
+        memory = process + max(shell, max(inside) * 3 + kept) + hidden
+        on_device = max(shell + hidden // streams, needed)
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
     tried = sum(transform.scales_tried for transform in recipe.transforms)
     operations = _operations(linears, schemes, tokens, streams, calibrated)
@@ -107,7 +126,9 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         trained = 3 * recipe.method.n_steps * batch  # a backward pass is two forward ones
         operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
     if isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None:
-        memory = max(memory, process + _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact))
+        trained = _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact)
+        memory = max(memory, process + trained)
+        on_device = max(on_device, trained - 2 * artifact) if on_device else 0  # the parts on disk are not there
         operations += _end_to_end_operations(recipe, recipe.method, skeleton, linears)
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
@@ -118,6 +139,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
         operations=operations,
         seconds=operations / _speed(skeleton.device) + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
+        device=str(there),
+        device_bytes=on_device,
     )
 
 
@@ -177,7 +200,9 @@ def _operations(
         if schemes[x.name] is not None:
             total += 100.0 * weights  # the search for scales
             if calibrated:
-                total += (2.0 * streams - 1) * tokens * x.in_features**2 + 4.0 * weights * x.in_features
+                # The moment, the drift at twice its work, and the drift's own moment; then the solve and the error.
+                total += (3.0 * streams - 2) * tokens * x.in_features**2
+                total += (3.0 + 3.0 * streams) * weights * x.in_features
     return total
 
 
@@ -217,8 +242,8 @@ def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear],
     config = skeleton.config
     a_token = skeleton.n_blocks * int(config.hidden_size) + 4 * int(config.vocab_size) + 3 * widths
     kept = recipe.calibration.seq_len * a_token
-    # The original's outputs, and the states its linears' errors are measured on.
-    kept += 2 * recipe.calibration.samples * recipe.calibration.seq_len * int(config.hidden_size)
+    # The original's outputs, and the states of both models that the linears' errors are measured on.
+    kept += 3 * recipe.calibration.samples * recipe.calibration.seq_len * int(config.hidden_size)
     return 2 * artifact + 3 * weights + 4 * shell + 4 * (3 * largest + kept)
 
 
@@ -235,16 +260,25 @@ def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, line
     head = int(skeleton.config.hidden_size) * int(skeleton.config.vocab_size)
     blocks = sum(_active(skeleton, linears).values())
     total = sequences * (blocks + head) + (samples * blocks if wanted.objective == "kl" else 0)
-    total += 3 * samples * blocks  # one more pass, and each linear's error in it
+    total += 4 * samples * blocks  # a pass of both models, and each linear's error in it
     return 2.0 * recipe.calibration.seq_len * total
 
 
 def _speed(device: torch.device) -> float:
-    """Operations a second of a float32 product on this device, measured in a moment; halved for what is not one."""
-    a = torch.ones(512, 512, device=device)
-    a @ a
-    started = time.perf_counter()
-    for _ in range(4):
-        a = a @ a * 1e-3
-    a.sum().item()
-    return 4 * 2 * 512**3 / (time.perf_counter() - started) / 2
+    """Operations a second of a float32 product on this device, measured in a moment; halved for what is not one.
+
+    The fastest of many: whatever else the machine does only slows one down, by any factor.
+    """
+    n = 512 if device.type == "cpu" else 4096
+    a = torch.ones(n, n, device=device)
+
+    def seconds() -> float:
+        machine.synchronize(device)
+        started = time.perf_counter()
+        a @ a
+        machine.synchronize(device)
+        return time.perf_counter() - started
+
+    for _ in range(2):  # libraries are loaded, kernels chosen
+        seconds()
+    return 2 * n**3 / min(seconds() for _ in range(_PRODUCTS)) / 2

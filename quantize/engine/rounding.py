@@ -1,7 +1,8 @@
-"""One stage of a block rounded: the linears that share an input, those of one grid solved together."""
+"""The linears of a block that share an input, rounded: those of one grid are solved together."""
 
-import math
+import copy
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,25 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact.manifest import LayerRecord
-from ..calibrate.stages import Stage
+from ..calibrate.block_pass import SharedInput
 from ..core.errors import BadInput
 from ..methods import ROUNDERS, Rounded
+from ..methods.layer_error import LayerError, layer_error
 from ..methods.rtn import column_power
 from ..models.skeleton import Linear
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
 from ..recipe import MethodSettings
 
 
-def round_stage(
+def round_linears(
     method: MethodSettings,
     schemes: dict[str, Grid | None],
     block: nn.Module,
     linears: list[Linear],
-    stage: Stage,
+    shared: SharedInput,
     rounded: dict[str, QuantizedLinear],
     records: dict[str, LayerRecord],
 ) -> None:
-    """Round the linears of one stage, those of one grid together, put the result in place and on record."""
+    """Round linears with one input, those of one grid together, put the result in place and on record."""
     stacks: dict[tuple[Grid, str], list[Linear]] = {}
     for linear in linears:
         grid = schemes[linear.name]
@@ -35,22 +37,20 @@ def round_stage(
         apart = linear.name if grid.type == "fp8-block" else ""  # blocks of rows begin anew in each
         stacks.setdefault((grid, apart), []).append(linear)
     for (grid, _), stack in stacks.items():
-        result, note = _round(method, torch.cat([weight_of(block, linear) for linear in stack]), grid, stage)
+        weight = torch.cat([weight_of(block, linear) for linear in stack])
+        result, note = _round(method, weight, grid, shared)
+        error = _error(weight, result.linear, shared, [linear.name for linear in stack])
         start = 0
         for linear in stack:
             rows = slice(start, start + linear.out_features)
-            one = replace(result.linear.rows(rows.start, rows.stop), inputs=stage.inputs)
+            one = replace(result.linear.rows(rows.start, rows.stop), inputs=shared.inputs)
             rounded[linear.name] = one
             place(block, linear, one)
-            error, power = float(result.error[rows].sum()), float(result.power[rows].sum())
-            if not math.isfinite(error + power):
+            mine = error.rows(rows)
+            if not bool((mine.error + mine.power).isfinite().all()):
                 raise BadInput(f"{linear.name}: its weights or inputs are too large to be rounded in float32")
             records[linear.name] = record(linear, grid).changed(
-                loss=error / stage.tokens if stage.tokens else None,
-                relative_error=error / power if power > 0 else 0.0,
-                damp=result.damp,
-                tokens=stage.tokens,
-                note=note,
+                **mine.record(shared.tokens), damp=result.damp, tokens=shared.tokens, note=note
             )
             start = rows.stop
 
@@ -82,25 +82,35 @@ def _width(inputs: Inputs) -> float:
     return -scale if inputs.spec.type == "nvfp4" else scale
 
 
-def _round(method: MethodSettings, weight: Tensor, grid: Grid, stage: Stage) -> tuple[Rounded, str | None]:
+def _round(method: MethodSettings, weight: Tensor, grid: Grid, shared: SharedInput) -> tuple[Rounded, str | None]:
     """Round one stack; what is done otherwise than asked comes back as a note."""
-    moment = stage.moment
+    moment = shared.moment
     if moment is not None and not bool(column_power(moment).isfinite().all()):
-        raise BadInput(f"{stage.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")
+        raise BadInput(f"{shared.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")
     if not method.calibrated:
         result = ROUNDERS[method.name](weight, grid, method, moment, None)
         return result, result.note
     if moment is None or not bool(column_power(moment).any()):
         return ROUNDERS["rtn"](weight, grid, method, None, None), "no calibration token reached it: rounded to nearest"
     try:
-        result = ROUNDERS[method.name](weight, grid, method, moment, stage.drift)
+        result = ROUNDERS[method.name](weight, grid, method, moment, shared.drift)
     except ValueError as error:
         raise BadInput(
-            f"{stage.names[0]}: {error}; try another calibration text, or leave the layer to `ignore`"
+            f"{shared.names[0]}: {error}; try another calibration text, or leave the layer to `ignore`"
         ) from None
-    few = f"saw {stage.tokens} tokens, fewer than its {weight.shape[1]} inputs"
-    said = (result.note, few if stage.tokens < weight.shape[1] else None)
-    return result, "; ".join(filter(None, said)) or None
+    notes = [result.note]
+    if shared.tokens < weight.shape[1]:
+        notes.append(f"saw {shared.tokens} tokens, fewer than its {weight.shape[1]} inputs")
+    if shared.unmatched and method.paired:
+        notes.append("no error correction: which of the original's inputs are of the same tokens is not known")
+    return result, "; ".join(filter(None, notes)) or None
+
+
+def _error(weight: Tensor, rounded: QuantizedLinear, shared: SharedInput, names: list[str]) -> LayerError:
+    """The error of linears stacked in this order, from what is known of their input."""
+    powers = [shared.drift_power[name] for name in names] if shared.drift is not None else []
+    w, power = weight.to(torch.float32), torch.cat(powers) if powers else None
+    return layer_error(w, rounded.dequantize(), shared.moment, shared.drift, power)
 
 
 def place(block: nn.Module, linear: Linear, rounded: QuantizedLinear) -> None:
@@ -108,6 +118,15 @@ def place(block: nn.Module, linear: Linear, rounded: QuantizedLinear) -> None:
     module: Any = block.get_submodule(linear.module)
     weight = rounded.dequantize(module.weight.dtype)
     module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
+
+
+def with_weights(block: nn.Module, weights: Mapping[Linear, Tensor]) -> nn.Module:
+    """A block like this one with other weights [out, in] for some of its linears; it shares all other parameters."""
+    other = copy.deepcopy(block, {id(p): p for p in block.parameters()})
+    for linear, weight in weights.items():
+        module: Any = other.get_submodule(linear.module)
+        module.weight = nn.Parameter(weight.T if linear.transposed else weight, requires_grad=False)
+    return other
 
 
 def weight_of(block: nn.Module, linear: Linear) -> Tensor:
@@ -118,7 +137,7 @@ def weight_of(block: nn.Module, linear: Linear) -> Tensor:
 
 def record(linear: Linear, grid: Grid | None) -> LayerRecord:
     """What the manifest says of one linear before it is rounded, or when it is left as it is."""
-    nothing_yet = {"loss": None, "relative_error": None, "damp": None, "tokens": None, "note": None}
+    nothing_yet = dict.fromkeys(("loss", "relative_error", "error_measure", "damp", "tokens", "note"))
     return LayerRecord(
         name=linear.name,
         block=linear.block,

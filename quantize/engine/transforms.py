@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..artifact.manifest import TransformRecord
-from ..calibrate.stages import BATCH_TOKENS, Stage, Stages
+from ..calibrate.block_pass import BATCH_TOKENS, BlockPass, SharedInput
 from ..core.errors import BadInput
 from ..methods import TRANSFORMS
 from ..methods.scaling import Observed, Rounding
@@ -75,17 +75,17 @@ class BlockTransforms:
             link.into[0]: link for link in _links(block, self._skeleton.family.feeds) if set(link.into) & set(grids)
         }
         watch = _Watch(stride=max(1, hidden.shape[0] * hidden.shape[1] // _ROWS))
-        looks = Stages(
+        looks = BlockPass(
             block, hidden, arguments, {name: block.get_submodule(name) for name in links},
             device=self._skeleton.device, batch=max(1, BATCH_TOKENS // hidden.shape[1]), keep=False, watch=watch,
             diagonal=self._by_rows,
         )  # fmt: skip
         scales: dict[str, Tensor] = {}
-        for stage in looks:
-            for name in stage.names:
+        for shared in looks:
+            for name in shared.names:
                 source = f"{self._skeleton.blocks_name}.{k}.{links[name].source}.weight"
                 feed = self._skeleton.disk_name(source).removesuffix(".weight")
-                scale, records = self._chosen(block, links[name], grids, stage, watch)
+                scale, records = self._chosen(block, links[name], grids, shared, watch)
                 changes.records += [TransformRecord(block=k, feed=feed, **record) for record in records]
                 if scale is not None:
                     scales[name] = scale
@@ -96,16 +96,16 @@ class BlockTransforms:
         return changes
 
     def _chosen(
-        self, block: nn.Module, link: Link, grids: dict[str, Grid], stage: Stage, watch: "_Watch"
+        self, block: nn.Module, link: Link, grids: dict[str, Grid], shared: SharedInput, watch: "_Watch"
     ) -> tuple[Tensor | None, list[dict[str, Any]]]:
         """The scale [in] that all transforms together give one feed, the second seeing what the first has done."""
         why = unfit(block, link, self._skeleton.config)
-        if why is None and stage.moment is None:
+        if why is None and shared.moment is None:
             why = "no calibration token reached it"
-        if why is not None or stage.moment is None:
+        if why is not None or shared.moment is None:
             names = ", ".join(transform.name for transform in self._wanted)
             return None, [{"note": f"{names} left out: {why}"}]
-        inputs = watch.inputs(stage.moment, _tie(block, link, self._skeleton.config))
+        inputs = watch.inputs(shared.moment, _tie(block, link, self._skeleton.config))
         weights = [(columns(block.get_submodule(name)), grids[name]) for name in link.into if name in grids]
         total, records = torch.ones_like(inputs.peak), []
         for transform in self._wanted:
@@ -249,7 +249,7 @@ def _regex(name: str, star: str) -> str:
 
 
 class _Watch:
-    """The largest inputs, and a sample of them, as those of one stage pass."""
+    """The largest inputs, and a sample of them, as those of one group pass."""
 
     def __init__(self, stride: int) -> None:
         self._stride, self._name = stride, ""

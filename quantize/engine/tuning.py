@@ -5,8 +5,7 @@ of the original model at the same place, so that it also makes up for errors alr
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,25 +14,26 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from ..artifact.manifest import LayerRecord
-from ..calibrate.stages import BATCH_TOKENS
+from ..calibrate.block_pass import BATCH_TOKENS, paired_batches
 from ..core import machine
 from ..methods import TUNERS, Tuner
+from ..methods.layer_error import LayerError, layer_error_of_rows
 from ..models.arguments import Arguments
-from ..models.skeleton import Linear, run_block
+from ..models.skeleton import Linear
 from ..numbers.grid import QuantizedLinear
 from ..recipe import Tuned
 from .plan import TUNING_CHECKS
-from .rounding import place, weight_of
+from .rounding import place, weight_of, with_weights
 
 
 class Tuning:
     """Block `k` on its way: made before the block is rounded, whose inputs and weights it keeps; run after."""
 
     def __init__(
-        self, settings: Tuned, k: int, block: nn.Module, linears: Mapping[str, Linear], hidden: Tensor
+        self, settings: Tuned, k: int, block: nn.Module, linears: Mapping[str, Linear], hidden: dict[str, Tensor]
     ) -> None:
         self._settings, self._k, self._block, self._linears = settings, k, block, linears
-        self._inputs = hidden.clone()  # rounding replaces them by the outputs
+        self._inputs, self._reference = hidden["hidden"].clone(), hidden["reference"].clone()  # rounding replaces both
         self._weights = {name: weight_of(block, linear) for name, linear in linears.items()}
 
     def run(
@@ -56,12 +56,17 @@ class Tuning:
         rounded.update(best)
         for name, one in rounded.items():
             place(self._block, self._linears[name], one)
-        weights = {name: (self._weights[name], one.dequantize()) for name, one in rounded.items()}
-        with output_errors(self._block, self._linears, weights) as errors:
-            batch = max(1, BATCH_TOKENS // self._inputs.shape[1])
-            run_block(self._block, self._inputs, arguments, device=device, batch=batch)
+        original = with_weights(self._block, {self._linears[name]: weight for name, weight in self._weights.items()})
+        passing = paired_batches(
+            self._block, original, {name: self._block.get_submodule(self._linears[name].module) for name in rounded},
+            self._inputs, self._reference, arguments,
+            device=device, batch=max(1, BATCH_TOKENS // self._inputs.shape[1]),
+        )  # fmt: skip
+        now = {name: one.dequantize() for name, one in rounded.items()}
+        before = {name: weight.to(torch.float32) for name, weight in self._weights.items()}
+        errors = measured_errors(now, before, passing)
         for name in rounded:
-            records[name] = records[name].changed(**errors[name], tuning=summary)
+            records[name] = records[name].changed(**errors.get(name, {}), tuning=summary)
         hidden["hidden"] = self._inputs
 
     def _descend(
@@ -151,41 +156,25 @@ class Passes:
         return (output - self._targets[picked].to(self._device, torch.float32)).square().sum()
 
 
-@contextmanager
-def output_errors(
-    block: nn.Module, linears: Mapping[str, Linear], weights: Mapping[str, tuple[Tensor, Tensor]]
-) -> Iterator[dict[str, dict[str, Any]]]:
-    """Measure the linears of `block` on what passes through it inside; what the manifest says of each, once it ends.
+def measured_errors(
+    rounded: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    passing: Iterable[tuple[tuple[str, ...], Tensor, Tensor | None]],
+) -> dict[str, dict[str, Any]]:
+    """What the manifest says of the error of each linear, as its inputs pass (`paired_batches`).
 
-    weights: of each the original one and what stands for it now, [out, in]. relative_error is the squared error over
-    the squared output of the original weight, both for the inputs the linear gets here; loss the former a token.
+    rounded, weights: what stands in the place of each original weight, and that one, [out, in] float32.
     """
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in weights}  # error, output, tokens
-    found: dict[str, dict[str, Any]] = {}
-
-    def watch(name: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        before, now = (weight.to(torch.float32) for weight in weights[name])
-        error, power = ((rows @ w.T).square().sum() for w in (now - before, before))
-        sums[name] += torch.stack([error, power, error.new_tensor(len(rows))]).cpu()
-
-    handles = [
-        block.get_submodule(linears[name].module).register_forward_pre_hook(
-            lambda _, args, name=name: watch(name, args[0])
-        )
-        for name in weights
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, (error, power, tokens) in ((name, total.tolist()) for name, total in sums.items()):
-        found[name] = {
-            "loss": error / tokens if tokens else None,
-            "relative_error": error / power if power > 0 else 0.0,
-            "tokens": int(tokens),
-        }
+    sums: dict[str, LayerError] = {}
+    tokens = dict.fromkeys(weights, 0)
+    for names, x, original in passing:
+        rows = x.to(torch.float32)
+        before = None if original is None else original.to(torch.float32)
+        for name in names:
+            error = layer_error_of_rows(weights[name], rounded[name], rows, before)
+            sums[name] = sums[name] + error if name in sums else error
+            tokens[name] += len(rows)
+    return {name: sums[name].record(tokens[name]) | {"tokens": tokens[name]} for name in sums}
 
 
 def batches(samples: int, size: int, seed: int, k: int) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import nn
 
-from ..calibrate.stages import BATCH_TOKENS
+from ..calibrate.block_pass import BATCH_TOKENS
 from ..calibrate.tokens import Tokens
 from ..core.errors import BadInput
 from ..models.skeleton import Skeleton, run_block

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..calibrate.stages import BATCH_TOKENS
+from ..calibrate.block_pass import BATCH_TOKENS
 from ..models.arguments import Arguments
 from ..models.skeleton import Skeleton, run_block
 

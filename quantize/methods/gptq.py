@@ -10,7 +10,6 @@ from ..numbers.types import Grid
 from ..recipe.methods import Gptq, MethodSettings
 from .fitting import Fitting
 from .rounded import Rounded
-from .rtn import output_power
 from .threads import one_thread
 
 _BLOCK = 32  # columns solved one by one before the next ones are updated in one product
@@ -43,7 +42,6 @@ def gptq(
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
     state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
     importance = variance if settings.weighted_scales else None
-    error = torch.zeros(out_features, device=w.device, dtype=w.dtype)
 
     with one_thread():
         if settings.order == "activation" and settings.static_groups:
@@ -55,7 +53,7 @@ def gptq(
                 fitting.fit(start // columns, weight[:, part], None if natural is None else natural[part])
             group_of = order // columns
             scales, zeros = fitting.scales[group_of], fitting.zeros[group_of]
-            error += state.solve(0, in_features, w, scales, zeros, variance, grid)
+            state.solve(0, in_features, w, scales, zeros, grid)
         else:
             shuffled = settings.order == "activation"
             for start in range(0, in_features, columns):
@@ -69,9 +67,7 @@ def gptq(
                 picked = None if importance is None else importance[start:stop]
                 scale, zero = fitting.fit(g, updated.T, picked)
                 rows = (stop - start, out_features)
-                error += state.solve(
-                    start, stop, updated, scale.expand(rows), zero.expand(rows), variance[start:stop], grid
-                )
+                state.solve(start, stop, updated, scale.expand(rows), zero.expand(rows), grid)
 
     g_idx = None
     if settings.order == "activation" and not settings.static_groups:
@@ -80,9 +76,8 @@ def gptq(
     numbers = torch.empty_like(state.numbers)
     numbers[order] = state.numbers
     linear = replace(fitting.linear(numbers.T), g_idx=g_idx)
-    power = output_power(weight.to(moment.dtype), moment)
     raised = f"singular Hessian: damping raised from {settings.damp:g} to {damp:g}" if damp > settings.damp else None
-    return Rounded(linear, error, power, damp, "; ".join(filter(None, (raised, fitting.clipped))) or None)
+    return Rounded(linear, damp, "; ".join(filter(None, (raised, fitting.clipped))) or None)
 
 
 @dataclass
@@ -98,14 +93,11 @@ class _Solve:
         """Columns [start, stop) after the feedback of every column before `start`."""
         return torch.addmm(self.weight[start:stop], self.feedback[start:stop, :start], self.error[:start])
 
-    def solve(
-        self, start: int, stop: int, updated: Tensor, scales: Tensor, zeros: Tensor, variance: Tensor, grid: Grid
-    ) -> Tensor:
+    def solve(self, start: int, stop: int, updated: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
         """Round columns [start, stop); `updated` holds them after the feedback of every column before `start`.
 
-        scales, zeros [stop - start, out]; variance [stop - start]. Returns the error of each row [out].
+        scales, zeros [stop - start, out].
         """
-        total = torch.zeros_like(updated[0])
         for begin in range(start, stop, _BLOCK):
             end = min(begin + _BLOCK, stop)
             here, count = slice(begin - start, end - start), end - begin
@@ -121,8 +113,6 @@ class _Solve:
                 torch.addcmul(row, number, step, value=-1, out=error)
                 if j + 1 < count:
                     block[j + 1 :].addr_(inside[j, j + 1 :], error)
-            total += variance[here] @ self.error[begin:end].square()
-        return total
 
 
 def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> Tensor:

@@ -8,7 +8,6 @@ from ..numbers.grid import scale_dtype, snap
 from ..numbers.types import BlockGrid, Grid
 from ..recipe.methods import MethodSettings
 from .fitting import Fitting
-from .panels import panels
 from .rounded import Rounded
 from .threads import one_thread
 
@@ -33,7 +32,7 @@ def rtn(
     if weigh is None and not isinstance(grid, BlockGrid) and not grid.shares_rows:
         scales, zeros = fitting.fit_all(w)
         numbers = snap(w.reshape(len(w), -1, columns), scales.T[..., None], zeros.T[..., None], grid)
-        return _rounded(fitting, numbers.flatten(1), w, moment)
+        return Rounded(fitting.linear(numbers.flatten(1)))
     numbers, each, block = torch.empty_like(w), None, None
     with one_thread():
         for start in range(0, in_features, columns):
@@ -51,26 +50,9 @@ def rtn(
                 importance = weigh[part, part]
             scale, zero = fitting.fit(group, w[:, part], importance, block)
             numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
-    return _rounded(fitting, numbers, w, moment)
-
-
-def _rounded(fitting: Fitting, numbers: Tensor, weight: Tensor, moment: Tensor | None) -> Rounded:
-    linear = fitting.linear(numbers)
-    return Rounded(linear, output_power(linear.dequantize() - weight, moment), output_power(weight, moment))
+    return Rounded(fitting.linear(numbers))
 
 
 def column_power(moment: Tensor) -> Tensor:
     """The diagonal [in] of X^T X, which may be all that `moment` is."""
     return moment if moment.dim() == 1 else moment.diagonal()
-
-
-def output_power(weight: Tensor, moment: Tensor | None) -> Tensor:
-    """Squared output of each row of `weight` [out, in] over the tokens in `moment`; its squared norm without one."""
-    if moment is None or moment.dim() == 1:
-        return (weight.square() if moment is None else weight.square().mul_(moment)).sum(1)
-    power = weight.new_zeros(weight.shape[0])
-    for part in panels(weight.shape[1]):  # the moment is symmetric: what is below its diagonal counts twice
-        moved = torch.mm(weight[:, part], moment[part, part])
-        moved.addmm_(weight[:, part.stop :], moment[part.stop :, part], alpha=2)
-        power += moved.mul_(weight[:, part]).sum(1)
-    return power

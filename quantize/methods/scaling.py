@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..numbers.types import Grid
 from ..recipe.methods import Rtn
-from .rtn import output_power, rtn
+from .layer_error import output_power
+from .rtn import rtn
 
 Rounding = Callable[[Tensor], Tensor]  # what the artifact makes of inputs [tokens, in] as it runs
 Weights = Sequence[tuple[Tensor, Grid]]  # linears with a common input: weight [out, in], and what it is rounded to
@@ -89,9 +90,11 @@ def output_error(weights: Weights, inputs: Observed, scale: Tensor, rounding: Ro
     x = None if rounding is None else rounding(moved.rows)
     for weight, grid in weights:
         w = weight.to(torch.float32)
-        nearest = rtn((w * scale).to(weight.dtype), grid, Rtn(), moved.moment)
+        scaled = (w * scale).to(weight.dtype)
+        nearest = rtn(scaled, grid, Rtn(), moved.moment)
         if x is None:
-            total += float(nearest.error.sum())
+            off = nearest.linear.dequantize() - scaled.to(torch.float32)
+            total += float(output_power(off, moved.moment).sum())
         else:
             total += float((x @ nearest.linear.dequantize().T - inputs.rows @ w.T).square().sum())
     return total

@@ -321,7 +321,7 @@ class _Tap(nn.Module):
             return getattr(super().__getattribute__("_block")[0], name)
 
 
-class _Expert(nn.Module):
+class Expert(nn.Module):
     """down(act(gate(x)) * up(x)), the three linears named as the checkpoint names them."""
 
     def __init__(self, hidden: int, intermediate: int, names: tuple[str, str, str], act: nn.Module) -> None:
@@ -332,9 +332,19 @@ class _Expert(nn.Module):
         self.add_module(up, nn.Linear(hidden, intermediate, bias=False))
         self.add_module(down, nn.Linear(intermediate, hidden, bias=False))
 
+    @property
+    def last(self) -> nn.Module:
+        """The down projection."""
+        return self.get_submodule(self._names[2])
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the down projection receives [tokens, intermediate] for x [tokens, hidden]."""
+        gate, up = (self.get_submodule(name) for name in self._names[:2])
+        out: Tensor = self._act[0](gate(x)) * up(x)
+        return out
+
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.get_submodule(name) for name in self._names)
-        out: Tensor = down(self._act[0](gate(x)) * up(x))
+        out: Tensor = self.last(self.inner(x))
         return out
 
 
@@ -347,10 +357,17 @@ class Experts(nn.ModuleList):
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)
         for e, expert in enumerate(self):
-            token, position = torch.where(top_k_index == e)
+            token, position = self.tokens_of(e, top_k_index)
             result = expert(hidden[token]) * top_k_weights[token, position, None]
             out.index_add_(0, token, result.to(out.dtype))
         return out
+
+    @staticmethod
+    def tokens_of(e: int, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of top_k_index [tokens, chosen] that expert `e` is chosen for, in the order it gets them, and the
+        rank it has among those chosen for each."""
+        token, position = torch.where(top_k_index == e)
+        return token, position
 
 
 def _unfuse_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -> None:
@@ -361,7 +378,7 @@ def _unfuse_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -
         return  # some families mix dense and sparse blocks
     n, hidden, intermediate = fused.down_proj.shape
     with torch.device("meta"):
-        experts = [_Expert(hidden, intermediate, names, fused.act_fn) for _ in range(n)]
+        experts = [Expert(hidden, intermediate, names, fused.act_fn) for _ in range(n)]
     setattr(owner, attribute, Experts(experts))
 
 

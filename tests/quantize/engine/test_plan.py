@@ -1,16 +1,26 @@
-"""The plan's memory beside the peak that the kernel counted."""
+"""The plan's memory beside the peak that the kernel counted; its refusals; its measure of a machine's speed."""
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ...tiny import text
+from quantpress.core import machine
+from quantpress.core.errors import BadInput
+from quantpress.engine import plan as planning
+from quantpress.engine.pipeline import prepare
+from quantpress.engine.plan import Plan
+from quantpress.engine.sources import resolve
+from quantpress.recipe.loading import parse
 
-MAKE = Path(__file__).parent.parent / "bench" / "checkpoints.py"
+from ...tiny import build, text
+
+MAKE = Path(__file__).parent.parent.parent / "bench" / "checkpoints.py"
 
 
 @pytest.mark.slow
@@ -29,3 +39,58 @@ def test_memory_is_as_planned(recipe: str, tmp_path: Path) -> None:
     subprocess.run([*command, "quantize", *options, "--out", str(tmp_path / "run")], check=True, capture_output=True)
     timing = json.loads((tmp_path / "run" / "manifest.json").read_text())["timing"]
     assert timing["peak_rss_bytes"] <= planned <= 1.15 * timing["peak_rss_bytes"]
+
+
+def planned(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch, **calibration: Any) -> Plan:
+    """The plan of a run on a device that need not be there."""
+    monkeypatch.setattr(planning, "_speed", lambda device: 1e9)
+    recipe = parse({"calibration": calibration, "weights": {"group_size": 32}})
+    return prepare(recipe, resolve(str(folder), cache=folder.parent), torch.device(device)).plan
+
+
+def test_too_little_gpu_memory_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    plan = planned(tmp_path / "model", "cuda:1", monkeypatch, samples=64, seq_len=64)
+    asked = []
+    monkeypatch.setattr(machine, "available_device_bytes", lambda where: asked.append(where) or plan.device_bytes - 1)
+    with pytest.raises(BadInput) as refused:
+        plan.check(tmp_path / "run", ignore=False)
+    assert asked == [torch.device("cuda:1")]
+    assert "\n" not in str(refused.value)
+    assert "of GPU memory and" in str(refused.value)
+    assert "free on cuda:1; lower calibration.samples or seq_len" in str(refused.value)
+    plan.check(tmp_path / "run", ignore=True)
+    monkeypatch.setattr(machine, "available_device_bytes", lambda where: plan.device_bytes)
+    plan.check(tmp_path / "run", ignore=False)
+
+
+def test_what_lies_on_the_gpu_is_not_counted_as_the_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    few, many = (planned(tmp_path / "model", "cuda", monkeypatch, samples=n, seq_len=64) for n in (64, 512))
+    on_cpu = planned(tmp_path / "model", "cpu", monkeypatch, samples=512, seq_len=64)
+    tokens, hidden = (512 - 64) * 64, 64 * 2
+    assert many.memory_bytes - few.memory_bytes == 2 * tokens * hidden  # two models' hidden states and nothing else
+    assert many.device_bytes - few.device_bytes >= 7 * tokens * hidden  # what every batch holds as it waits
+    assert many.memory_bytes < on_cpu.memory_bytes
+    assert (on_cpu.device, on_cpu.device_bytes) == ("cpu", 0)
+
+
+def test_a_machines_speed_is_taken_once_it_is_warm_and_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of its own: the first products take long, and so does one on the way; one synchronisation each."""
+    clock, waits = [0.0], []
+    took = iter([5.0, 3.0] + [0.5 if i == 7 else 0.01 for i in range(planning._PRODUCTS)])
+
+    def wait(where: torch.device) -> None:
+        waits.append(where)
+        if len(waits) % 2 == 0:  # the product is done only now
+            clock[0] += next(took)
+
+    monkeypatch.setattr(machine, "synchronize", wait)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert planning._speed(torch.device("cpu")) == pytest.approx(512**3 / 0.01)
+    assert len(waits) == 2 * (2 + planning._PRODUCTS)
+
+
+def test_a_machines_speed_is_the_same_from_call_to_call() -> None:
+    found = sorted(planning._speed(torch.device("cpu")) for _ in range(5))
+    assert found[3] < 1.2 * found[1]

@@ -87,7 +87,9 @@ class Scene:
         self.linears = {x.name: x for x in skeleton.linears() if x.block == 0}
         self.targets = reference.clone()
         run_block(self.block, self.targets, self.arguments, device=CPU, batch=8)
-        self.tuning = Tuning(settings, 0, self.block, self.linears, self.inputs)
+        self.reference = reference
+        hidden = {"hidden": self.inputs, "reference": reference}
+        self.tuning = Tuning(settings, 0, self.block, self.linears, hidden)
         self.rounded = {name: self.round(linear) for name, linear in self.linears.items()}
         self.start = dict(self.rounded)
         self.records = {name: LayerRecord(name=name, bits=3, scheme="int3", tokens=8 * 24) for name in self.rounded}
@@ -147,19 +149,25 @@ def test_patience_ends_what_does_not_get_better(tmp_path: Path, monkeypatch: pyt
 
 
 def test_errors_on_record_are_those_of_the_linears(tmp_path: Path) -> None:
+    """Against the original's outputs: its weights on the inputs that the original block gives them."""
     scene = Scene("llama", tmp_path, AutoRound(steps=4))
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {name: [] for name in scene.linears}
     originals = dict(scene.tuning._weights)
     scene.run()
+    tuned = copy.deepcopy(scene.block)
     for name, linear in scene.linears.items():
-        module = scene.block.get_submodule(linear.module)
-        module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].flatten(0, -2)}))
+        module: Any = scene.block.get_submodule(linear.module)
+        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].flatten(0, -2)))
     scene.output(scene.block)
-    for name, x in seen.items():
-        error = (x @ (scene.rounded[name].dequantize() - originals[name]).T).square().sum()
-        power = (x @ originals[name].T).square().sum()
-        assert scene.records[name].relative_error == pytest.approx(float(error / power), rel=1e-4)
+    for name, linear in scene.linears.items():
+        scene.block.get_submodule(linear.module).weight = nn.Parameter(originals[name])
+    run_block(scene.block, scene.reference.clone(), scene.arguments, device=CPU, batch=8)
+    for name, (x, original) in seen.items():
+        wanted = original @ originals[name].T
+        error = (x @ weight_of(tuned, scene.linears[name]).T - wanted).square().sum()
+        assert scene.records[name].relative_error == pytest.approx(float(error / wanted.square().sum()), rel=1e-4)
         assert scene.records[name].loss == pytest.approx(float(error) / (8 * 24), rel=1e-4)
+        assert scene.records[name].error_measure == "output_accumulated"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -244,5 +252,5 @@ def test_the_plan_counts_training_end_to_end(tmp_path: Path) -> None:
     assert long.operations - short.operations == 20 * 4 * 2 * 4 * 64 * weights
     looks = 5 * 8 * 2 * 64 * weights
     blocks = weights - 64 * 256
-    original, errors = 64 * 2 * 64 * blocks, 3 * 64 * 2 * 64 * blocks
+    original, errors = 64 * 2 * 64 * blocks, 4 * 64 * 2 * 64 * blocks
     assert short.operations - none.operations == 10 * 4 * 2 * 4 * 64 * weights + looks + original + errors

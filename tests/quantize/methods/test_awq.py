@@ -118,7 +118,6 @@ def test_activation_search_takes_the_scale_of_least_output_error() -> None:
         grid = GRID.model_copy(update={"scale_search": search})
         rounded = rtn(weight, grid, Rtn(), moment)
         errors[search] = float((x @ (rounded.linear.dequantize() - weight).T).square().sum())
-        assert float(rounded.error.sum()) == pytest.approx(errors[search], rel=1e-3)
     assert errors["activation"] < 0.9 * min(errors["minmax"], errors["mse"])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from quantpress.calibrate.stages import Stages
+from quantpress.calibrate.block_pass import BlockPass
 from quantpress.core.errors import BadInput
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton, run_block
@@ -88,22 +88,22 @@ def test_moments_are_those_of_each_linears_own_input(family: str, tmp_path: Path
         handle.remove()
     expected = hidden.clone()
     run_block(block, expected, arguments[0], device=CPU, batch=2)
-    stages = list(Stages(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=hidden.clone()))
+    passing = list(BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=hidden.clone()))
     torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
-    assert sorted(name for stage in stages for name in stage.names) == sorted(linears)
-    for stage in stages:
-        for name in stage.names:
+    assert sorted(name for shared in passing for name in shared.names) == sorted(linears)
+    for shared in passing:
+        for name in shared.names:
             x = torch.cat(own[name])
-            assert stage.tokens == len(x)
-            assert stage.moment is not None
-            torch.testing.assert_close(stage.moment, x.T @ x, rtol=1e-4, atol=1e-4)
-        routed = ".experts." in stage.names[0]
-        assert (stage.drift is None) if routed else not stage.drift.any()
-    shared = len(linears) - len(stages)
+            assert shared.tokens == len(x)
+            assert shared.moment is not None
+            torch.testing.assert_close(shared.moment, x.T @ x, rtol=1e-4, atol=1e-4)
+        assert shared.drift is not None
+        assert not shared.drift.any()
+    shared = len(linears) - len(passing)
     assert shared == {"llama": 3, "phi3": 0, "gpt_neox": 0, "gpt2": 0, "qwen3_moe": 2 + 4}[family]
 
 
-def test_stages_pass_on_what_was_rounded(tmp_path: Path) -> None:
+def test_a_block_pass_goes_on_with_what_was_rounded(tmp_path: Path) -> None:
     """Weights replaced at a halt are the ones the pass goes on with; the reference keeps the original ones."""
     build("llama", tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
@@ -115,10 +115,10 @@ def test_stages_pass_on_what_was_rounded(tmp_path: Path) -> None:
     original, reference, hidden = start.clone(), start.clone(), start.clone()
     run_block(block, original, arguments[0], device=CPU, batch=2)
     drifted = []
-    for stage in Stages(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=reference):
-        assert stage.drift is not None
-        drifted.append(bool(stage.drift.any()))
-        for name in stage.names:
+    for shared in BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=reference):
+        assert shared.drift is not None
+        drifted.append(bool(shared.drift.any()))
+        for name in shared.names:
             linears[name].weight = torch.nn.Parameter(linears[name].weight * 0.9, requires_grad=False)
     assert drifted == [False, True, True, True]  # q/k/v, o, gate/up, down
     torch.testing.assert_close(reference, original, rtol=0, atol=0)
@@ -128,7 +128,7 @@ def test_stages_pass_on_what_was_rounded(tmp_path: Path) -> None:
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
-def test_stages_given_up_leave_no_trace(tmp_path: Path) -> None:
+def test_a_block_pass_given_up_leave_no_trace(tmp_path: Path) -> None:
     build("llama", tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
@@ -136,9 +136,9 @@ def test_stages_given_up_leave_no_trace(tmp_path: Path) -> None:
     before = hidden.clone()
     _, block = next(skeleton.blocks())
     linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
-    stages = Stages(block, hidden, arguments[0], linears, device=CPU, batch=2).__iter__()
-    next(stages)
-    stages.close()  # what an exception in the caller comes to
+    passing = BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2).__iter__()
+    next(passing)
+    passing.close()  # what an exception in the caller comes to
     assert torch.equal(hidden, before)
     assert not any(module._forward_pre_hooks for module in block.modules())
 

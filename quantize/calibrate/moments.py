@@ -1,0 +1,89 @@
+"""Second moments of what a linear receives, summed as rows pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.panels import panels
+
+
+class Moments:
+    """Second moments of X, of D = X0 - X, and of the two together, summed as rows pass."""
+
+    def __init__(self, *, diagonal: bool) -> None:
+        self._diagonal = diagonal
+        self._moment: Tensor | None = None
+        self._squares: Tensor | None = None  # D^T D [in, in], its upper triangle
+        self.drift: Tensor | None = None
+        self.tokens, self.unmatched = 0, False
+
+    def add(self, seen: Tensor, rows: Tensor, original: Tensor | None) -> None:
+        """Some rows of X [tokens, in] in the model's dtype, the same in float32, and those of X0."""
+        if self._diagonal:
+            squares = rows.square().sum(0)
+            self._moment = squares if self._moment is None else self._moment.add_(squares)
+            return
+        if self._moment is None:
+            self._moment = rows.new_zeros(rows.shape[1], rows.shape[1])
+        with exact_products(seen.dtype):
+            add_second_moment(self._moment, rows)
+        if original is None:
+            return
+        if self.drift is None or self._squares is None:
+            self.drift, self._squares = torch.zeros_like(self._moment), torch.zeros_like(self._moment)
+        # Small as the difference is, the 8 bits that bfloat16 has of it are plenty, at twice the speed.
+        factor = seen if seen.dtype == torch.bfloat16 else rows
+        difference = original - factor
+        self.drift += difference.T @ factor
+        with exact_products(difference.dtype):
+            add_second_moment(self._squares, difference.to(torch.float32))
+
+    def count(self, x: Tensor, *, unmatched: bool) -> None:
+        """A whole batch [tokens, in] has been added."""
+        self.tokens += x.shape[0]
+        self.unmatched |= unmatched
+
+    def moment(self) -> Tensor | None:
+        """X^T X [in, in], or its diagonal [in]; None when no row has passed."""
+        return self._moment if self._moment is None or self._diagonal else _whole(self._moment)
+
+    def drift_moment(self) -> Tensor:
+        """D^T D [in, in]."""
+        assert self._squares is not None
+        return _whole(self._squares)
+
+
+def _whole(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle, in its memory."""
+    return upper.triu_().add_(upper.triu(1).T)
+
+
+def add_second_moment(total: Tensor, rows: Tensor) -> None:
+    """Add X^T X to the upper triangle of `total` [in, in] for X = rows [tokens, in]; what is below it is undefined."""
+    if rows.device.type != "cpu":
+        total.addmm_(rows.T, rows)
+        return
+    for part in panels(rows.shape[1]):
+        total[part, part.start :].addmm_(rows[:, part].T, rows[:, part.start :])
+
+
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products of values that came in `dtype` use the faster units that multiply those exactly.
+
+    bfloat16 values are whole in AMX's bfloat16 and in TF32, float16 ones in TF32; sums stay float32.
+    """
+    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    gpu: Any = torch.backends.cuda.matmul
+    before = cpu.fp32_precision, gpu.fp32_precision
+    if dtype == torch.bfloat16:
+        cpu.fp32_precision = "bf16"
+    if dtype in (torch.bfloat16, torch.float16):
+        gpu.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, gpu.fp32_precision = before
