@@ -233,3 +233,49 @@ def test_a_planted_violation_is_found(path: str, source: str, complaint: str) ->
 )
 def test_an_arrow_that_runs_forward_is_not(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+def circles(files: dict[str, str]) -> set[str]:
+    """The modules {dotted name: source} that need, through any number of others, one that needs them."""
+    needed = {name: _needed(ast.parse(source), name, files.keys()) for name, source in files.items()}
+    while free := {name for name, known in needed.items() if not known & needed.keys()}:
+        needed = {name: known for name, known in needed.items() if name not in free}
+    return set(needed)
+
+
+def _needed(tree: ast.AST, module: str, files: Collection[str]) -> set[str]:
+    """The other modules that `module` imports, those for type checkers only and inside functions included."""
+    is_package = any(other.startswith(f"{module}.") for other in files)
+    package = module if is_package else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in files else base for name in names}
+    return {name for name in found if name in files and name != module}
+
+
+def test_no_circle_of_files() -> None:
+    files = {}
+    for path in sources():
+        top_folder, *inner = path.removesuffix(".py").split("/")
+        if top_folder in PACKAGES:
+            name = ".".join([PACKAGES[top_folder], *inner]).removesuffix(".__init__")
+            files[name] = (ROOT / path).read_text(encoding="utf-8")
+    assert circles(files) == set()
+
+
+def test_a_planted_circle_of_files_is_found() -> None:
+    files = {
+        "q.engine": "",
+        "q.engine.job": "from .sharing import Shared\nfrom ..gguf import reader",
+        "q.engine.sharing": "if TYPE_CHECKING:\n    from .job import Job",
+        "q.gguf": "",
+        "q.gguf.reader": "def f():\n    from . import writer",
+        "q.gguf.writer": "import torch",
+    }
+    assert circles(files) == {"q.engine.job", "q.engine.sharing"}

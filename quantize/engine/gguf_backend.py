@@ -273,7 +273,7 @@ class LlamaCppFile(_GgufBackend):
             shutil.copy2(settings.work / _IMATRIX, folder)
         floats = self._in_16_bit(settings.work)
         own = tuple((f"^{re.escape(name)}$", kind) for name, kind in own_types(recipe, conversion.entries).items())
-        asked = llama_cpp.Quantization(wanted.type, own, importance, method.threads, split=len(floats) > 1)
+        asked = llama_cpp.QuantizeRequest(wanted.type, own, importance, method.threads, split=len(floats) > 1)
         # With parts llama.cpp takes the name without its ending, and numbers them itself.
         target = folder / ("model" if len(floats) > 1 else "model.gguf")
         wide = llama_cpp.too_wide(llama_cpp.quantize(floats[0], target, asked, tell))

@@ -4,19 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
+from gguf import GGMLQuantizationType
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from torch import Tensor
 
 from ..core.errors import BadInput
 from ..methods import ROUNDERS
-from ..numbers.block_types import BLOCK_BYTES
 from ..numbers.types import BlockGrid, GgmlType
 from ..recipe import Rtn
 from .mixes import TensorType
 from .sensitivity import Sensitivity
+from .writer import ALIGNMENT, padded_bytes
 
-ALIGNMENT = 32  # bytes that the data of each tensor is padded to (general.alignment where a file does not say)
 _ROWS = 64  # of a tensor whose error stands for all
 _FEWEST_ROWS = 8  # of an expert
 _F16: TensorType = "F16"
@@ -48,13 +48,9 @@ def candidates(columns: int) -> tuple[TensorType, ...]:
     return fitting or (_F16,)
 
 
-def tensor_bytes(shape: tuple[int, ...], kind: TensorType) -> int:
-    """Bytes of a tensor in the file, the columns last in `shape`, with the padding behind it."""
-    count = 1
-    for n in shape:
-        count *= n
-    size = 2 * count if kind == "F16" else count // BlockGrid(type=kind).span(shape[-1]) * BLOCK_BYTES[kind]
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def bytes_in_file(shape: tuple[int, ...], kind: TensorType) -> int:
+    """Bytes of a tensor of this type, the columns last in `shape`, with the padding behind it."""
+    return padded_bytes(shape, GGMLQuantizationType[kind])
 
 
 def assign(
@@ -65,8 +61,8 @@ def assign(
     An integer program: one type a tensor, one limit. Raises BadInput when the smallest types do not fit.
     """
     options = [(name, kind) for name in costs for kind in costs[name]]
-    sizes = [tensor_bytes(shapes[name], kind) // ALIGNMENT for name, kind in options]
-    smallest = sum(min(tensor_bytes(shapes[name], kind) for kind in costs[name]) for name in costs)
+    sizes = [bytes_in_file(shapes[name], kind) // ALIGNMENT for name, kind in options]
+    smallest = sum(min(bytes_in_file(shapes[name], kind) for kind in costs[name]) for name in costs)
     if smallest > room:
         raise BadInput(
             f"gguf.budget: {room} bytes are left for the tensors and the smallest types take {smallest}; raise it"

@@ -26,7 +26,7 @@ Logger = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Quantization:
+class QuantizeRequest:
     """What llama.cpp's quantizer is asked for.
 
     file_type: such as Q4_K_M. tensor_types: (regular expression, type) for tensors that get another type, the first
@@ -51,7 +51,7 @@ _NOT_MADE = ("GUESSED", "Q4_1_SOME_F16", "MXFP4_MOE", "NVFP4")
 
 
 def quantize(
-    source: Path, target: Path, wanted: Quantization, on_tensor: Callable[[int, int], None] = lambda done, all: None
+    source: Path, target: Path, wanted: QuantizeRequest, on_tensor: Callable[[int, int], None] = lambda done, all: None
 ) -> str:
     """Let llama.cpp quantize the GGUF file `source` into `target`; returns what it said.
 
@@ -113,7 +113,7 @@ def _imatrix(lib: Any, importance: Mapping[str, np.ndarray[Any, Any]], keep: lis
     return array
 
 
-class Model:
+class Loaded:
     """A GGUF file loaded by llama.cpp on the CPU; a context manager. Raises BadInput when it does not load."""
 
     def __init__(self, file: Path, n_tokens: int = 2048, threads: int = 0, vocabulary_only: bool = False) -> None:
@@ -137,7 +137,7 @@ class Model:
             self.close()
             raise BadInput(f"llama.cpp makes no context of {n_tokens} tokens for {file}: {_reason(said)}")
 
-    def __enter__(self) -> "Model":
+    def __enter__(self) -> "Loaded":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Model:
+class Traits:
     """What the rule looks at beside names and shapes, from the file's metadata; experts 0: it has none."""
 
     architecture: str
@@ -58,7 +58,7 @@ class Choice:
 def choose(
     mix: FileType,
     tensors: Mapping[str, tuple[int, ...]],
-    model: Model,
+    model: Traits,
     *,
     imatrix: bool,
     own: Mapping[str, str] | None = None,
@@ -120,7 +120,7 @@ class _Rule:
     """The rule, and how many values and down projections it has met."""
 
     mix: FileType
-    model: Model
+    model: Traits
     imatrix: bool
     tied: bool
     values: int

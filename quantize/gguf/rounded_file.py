@@ -79,7 +79,7 @@ class RoundedFile:
         for entry in self.conversion.entries:
             if self.types[entry.name] is not None and entry.name not in own:
                 kinds = budget.candidates(entry.shape[-1])
-                smallest[entry.name] = Choice(min(kinds, key=lambda kind: budget.tensor_bytes(entry.shape, kind)))
+                smallest[entry.name] = Choice(min(kinds, key=lambda kind: budget.bytes_in_file(entry.shape, kind)))
         least = sum(replace(self, types=smallest).sizes())
         if room is not None and least > room:
             raise BadInput(
@@ -106,7 +106,7 @@ class RoundedFile:
                 of = [uses[parameter.removesuffix(".weight")] for parameter in entry.parameters]
                 prices[entry.name] = budget.costs(weight.unbind() if entry.stacked else [weight], of)
         fixed = sum(self.sizes()) - sum(
-            budget.tensor_bytes(shapes[name], choice.type) for name, choice in self.types.items() if choice is not None
+            budget.bytes_in_file(shapes[name], choice.type) for name, choice in self.types.items() if choice is not None
         )
         found = budget.assign(shapes, prices, (self.allowed_bytes or 0) - fixed)
         return {name: Choice(found[name]) if name in found else None for name in self.types}

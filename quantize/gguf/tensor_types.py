@@ -12,7 +12,7 @@ from ..numbers.types import GgmlType
 from ..recipe import Recipe, matches
 from .conversion import Conversion
 from .layout import Entry, float_type
-from .mixes import Choice, FileType, Model, choose
+from .mixes import Choice, FileType, Traits, choose
 
 Types = dict[str, Choice | None]
 _BASE = {"IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S"}  # the type most tensors of a mix have
@@ -73,11 +73,11 @@ def _of_mix(recipe: Recipe, conversion: Conversion) -> Types:
     return choose(cast(FileType, wanted.type), shapes, model_of(conversion), imatrix=weighted, own=own)
 
 
-def model_of(conversion: Conversion) -> Model:
+def model_of(conversion: Conversion) -> Traits:
     """What the mixes look at of a model."""
     name = str(conversion.metadata["general.architecture"])
     heads = int(conversion.metadata[f"{name}.attention.head_count"])
-    return Model(
+    return Traits(
         architecture=name,
         blocks=int(conversion.metadata[f"{name}.block_count"]),
         heads=heads,

@@ -50,6 +50,11 @@ def tensor_bytes(shape: Sequence[int], kind: GGMLQuantizationType, name: str = "
     return math.prod(shape) // block * size
 
 
+def padded_bytes(shape: Sequence[int], kind: GGMLQuantizationType) -> int:
+    """Bytes of a tensor in the file, with the padding behind it."""
+    return _padded(tensor_bytes(shape, kind))
+
+
 def write(
     path: Path,
     metadata: Mapping[str, Any],

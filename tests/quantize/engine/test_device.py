@@ -15,7 +15,7 @@ from quantpress.recipe.loading import parse
 from ...other_device import DEVICE, run_there
 from ...tiny import build, text
 from ..gguf import models
-from ..gguf.test_rounding import matrix
+from .test_gguf_rounding import matrix
 
 INT4 = {"bits": 4, "group_size": 32, "symmetric": False}
 INT8 = {"weights": {"bits": 8, "group_size": -1, "symmetric": True}}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantpress.core.errors import BadInput
-from quantpress.gguf.budget import assign, candidates, costs, tensor_bytes
+from quantpress.gguf.budget import assign, bytes_in_file, candidates, costs
 from quantpress.gguf.sensitivity import Sensitivity
 from quantpress.methods import ROUNDERS
 from quantpress.numbers.types import BlockGrid, GgmlType
@@ -26,15 +26,15 @@ def test_the_assignment_is_the_best_of_all(seed: int) -> None:
     shapes = {f"t{i}": (draw.randint(1, 9), 256 * draw.randint(1, 3)) for i in range(4)}
     kinds = draw.sample(TYPES, 4)
     prices = {
-        name: {kind: draw.random() / tensor_bytes(shape, kind) for kind in kinds} for name, shape in shapes.items()
+        name: {kind: draw.random() / bytes_in_file(shape, kind) for kind in kinds} for name, shape in shapes.items()
     }
     every = [dict(zip(shapes, choice, strict=True)) for choice in itertools.product(kinds, repeat=4)]
-    sizes = [sum(tensor_bytes(shapes[n], k) for n, k in choice.items()) for choice in every]
+    sizes = [sum(bytes_in_file(shapes[n], k) for n, k in choice.items()) for choice in every]
     for room in (min(sizes), (min(sizes) + max(sizes)) // 2, max(sizes)):
         fits = [choice for choice, size in zip(every, sizes, strict=True) if size <= room]
         best = min(sum(prices[n][k] for n, k in choice.items()) for choice in fits)
         got = assign(shapes, prices, room)
-        assert sum(tensor_bytes(shapes[n], k) for n, k in got.items()) <= room
+        assert sum(bytes_in_file(shapes[n], k) for n, k in got.items()) <= room
         assert sum(prices[n][k] for n, k in got.items()) == pytest.approx(best, rel=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_sizes_are_those_of_a_file(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     start = gguf.GGUFReader(tmp_path / "x.gguf").tensors[0].data_offset
-    predicted = sum(tensor_bytes(shape, picked[name]) for name, shape in shapes.items())  # type: ignore[arg-type]
+    predicted = sum(bytes_in_file(shape, picked[name]) for name, shape in shapes.items())  # type: ignore[arg-type]
     assert (tmp_path / "x.gguf").stat().st_size == start + predicted
 
 

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from quantpress.gguf.mixes import Choice, FileType, Model, choose, default_type, fitting
+from quantpress.gguf.mixes import Choice, FileType, Traits, choose, default_type, fitting
 
 MIXES: tuple[FileType, ...] = get_args(FileType)
 
@@ -34,7 +34,7 @@ def tensors(
     return out
 
 
-def types(mix: FileType, names: dict[str, tuple[int, ...]], model: Model, imatrix: bool = False) -> dict[str, str]:
+def types(mix: FileType, names: dict[str, tuple[int, ...]], model: Traits, imatrix: bool = False) -> dict[str, str]:
     return {name: "kept" if c is None else c.type for name, c in choose(mix, names, model, imatrix=imatrix).items()}
 
 
@@ -47,7 +47,7 @@ def layers(found: dict[str, str], part: str) -> dict[str, list[int]]:
     return out
 
 
-LLAMA_7B = Model("llama", 32, 32, 32)
+LLAMA_7B = Traits("llama", 32, 32, 32)
 EVERY_THIRD = [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]  # as in every Q4_K_M file of a 32-layer Llama
 
 
@@ -99,12 +99,12 @@ def test_tied_embeddings_are_treated_as_the_head() -> None:
 
 
 def test_shared_values_and_experts_get_more() -> None:
-    assert layers(types("Q2_K", tensors(4), Model("llama", 4, 32, 8)), "attn_v") == {"Q4_K": [0, 1, 2, 3]}
-    mixtral = types("Q4_K_M", tensors(4, experts=8), Model("llama", 4, 32, 8, experts=8))
+    assert layers(types("Q2_K", tensors(4), Traits("llama", 4, 32, 8)), "attn_v") == {"Q4_K": [0, 1, 2, 3]}
+    mixtral = types("Q4_K_M", tensors(4, experts=8), Traits("llama", 4, 32, 8, experts=8))
     assert set(layers(mixtral, "attn_v")) == set(layers(mixtral, "attn_k")) == {"Q8_0"}
     assert set(layers(mixtral, "attn_output")) == {"Q5_K"}
     assert set(layers(mixtral, "ffn_gate_inp")) == {"kept"}
-    assert set(layers(types("Q3_K_S", tensors(80), Model("llama", 80, 64, 8)), "attn_v")) == {"Q5_K"}
+    assert set(layers(types("Q3_K_S", tensors(80), Traits("llama", 80, 64, 8)), "attn_v")) == {"Q5_K"}
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,21 @@ def test_rows_that_are_not_whole_blocks_fall_back(wanted: str, columns: int, got
 
 
 MODELS = {
-    "llama 12": (Model("llama", 12, 32, 32), {"blocks": 12}),
-    "llama 33 tied, shared values": (Model("llama", 33, 32, 8), {"blocks": 33, "tied": True}),
-    "llama 80": (Model("llama", 80, 64, 8), {"blocks": 80}),
-    "mixtral": (Model("llama", 9, 32, 8, experts=8), {"blocks": 9, "experts": 8}),
-    "llama with 4 experts": (Model("llama", 17, 32, 8, experts=4), {"blocks": 17, "experts": 4}),
-    "qwen2 with rows of 576": (Model("qwen2", 24, 14, 2), {"blocks": 24, "columns": 576, "inner": 1536, "tied": True}),
-    "qwen2 80": (Model("qwen2", 80, 64, 8), {"blocks": 80}),
-    "gemma2 with rows of 96": (Model("gemma2", 26, 8, 4), {"blocks": 26, "columns": 96, "inner": 80, "tied": True}),
-    "gptneox": (Model("gptneox", 16, 8, 8), {"blocks": 16, "fused": True}),
+    "llama 12": (Traits("llama", 12, 32, 32), {"blocks": 12}),
+    "llama 33 tied, shared values": (Traits("llama", 33, 32, 8), {"blocks": 33, "tied": True}),
+    "llama 80": (Traits("llama", 80, 64, 8), {"blocks": 80}),
+    "mixtral": (Traits("llama", 9, 32, 8, experts=8), {"blocks": 9, "experts": 8}),
+    "llama with 4 experts": (Traits("llama", 17, 32, 8, experts=4), {"blocks": 17, "experts": 4}),
+    "qwen2 with rows of 576": (
+        Traits("qwen2", 24, 14, 2),
+        {"blocks": 24, "columns": 576, "inner": 1536, "tied": True},
+    ),
+    "qwen2 80": (Traits("qwen2", 80, 64, 8), {"blocks": 80}),
+    "gemma2 with rows of 96": (
+        Traits("gemma2", 26, 8, 4),
+        {"blocks": 26, "columns": 96, "inner": 80, "tied": True},
+    ),
+    "gptneox": (Traits("gptneox", 16, 8, 8), {"blocks": 16, "fused": True}),
 }
 
 
@@ -148,7 +154,7 @@ def test_llama_cpp_chooses_the_same(name: str, imatrix: bool, tmp_path: Path) ->
             assert result[tensor] == (ours[tensor] if ours[tensor] != "kept" else "F32"), (mix, tensor)
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], model: Model) -> None:
+def write(path: Path, shapes: dict[str, tuple[int, ...]], model: Traits) -> None:
     writer = gguf.GGUFWriter(path, model.architecture)
     writer.add_block_count(model.blocks)
     writer.add_context_length(64)

@@ -34,10 +34,10 @@ NASTY = [
 
 def compare(folder: Path, file: Path, nfc: bool = False) -> None:
     """Every text's ids, special tokens in it recognised; nfc: of the composed text, which is what transformers sees."""
-    from quantpress.gguf.llama_cpp_library import Model
+    from quantpress.gguf.llama_cpp_library import Loaded
 
     original = AutoTokenizer.from_pretrained(folder)
-    with Model(file, vocabulary_only=True) as llama:
+    with Loaded(file, vocabulary_only=True) as llama:
         for text in NASTY:
             text = unicodedata.normalize("NFC", text) if nfc else text
             assert llama.tokenize(text, special=True) == original(text, add_special_tokens=False).input_ids, text
@@ -136,7 +136,7 @@ def test_real_models_and_the_nasty_corpus(tmp_path: Path) -> None:
 def test_a_real_sentencepiece_vocabulary(name: str, tmp_path: Path) -> None:
     """Mistral's own, as SentencePiece itself reads it: its ids, transformers' and llama.cpp's are one."""
     pytest.importorskip("llama_cpp")
-    from quantpress.gguf.llama_cpp_library import Model
+    from quantpress.gguf.llama_cpp_library import Loaded
 
     try:
         wheel = fetch_wheel(*MISTRAL, default_cache())
@@ -168,7 +168,7 @@ def test_a_real_sentencepiece_vocabulary(name: str, tmp_path: Path) -> None:
     scores = zip(said["tokenizer.ggml.scores"], meta["tokenizer.ggml.scores"], kinds, strict=True)
     assert all(ours == pytest.approx(theirs) for ours, theirs, kind in scores if kind != gguf.TokenType.CONTROL)
     original = AutoTokenizer.from_pretrained(folder)
-    with Model(file, vocabulary_only=True) as llama:
+    with Loaded(file, vocabulary_only=True) as llama:
         for text in NASTY:
             want = real.encode(text)
             assert llama.tokenize(text) == want, text

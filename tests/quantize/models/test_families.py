@@ -78,7 +78,7 @@ def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_a_new_family_is_a_row(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp")
-    from quantpress.gguf.llama_cpp_library import Model
+    from quantpress.gguf.llama_cpp_library import Loaded
 
     monkeypatch.setitem(FAMILIES, "toy", TOY)
     model, want = tmp_path / "model", logits(toy, IDS)
@@ -90,7 +90,7 @@ def test_a_new_family_is_a_row(toy: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert difference(got, want) < 0.04
     assert bool((rotated == 1).all())
     write_floats(model, tmp_path / "model.gguf", "F32")
-    with Model(tmp_path / "model.gguf", 64, threads=1) as llama:
+    with Loaded(tmp_path / "model.gguf", 64, threads=1) as llama:
         assert difference(torch.from_numpy(llama.logits(IDS.tolist())), want) < 3e-3  # its cache is float16
     back = GgufCheckpoint(with_config(tmp_path))
     for name, tensor in load_file(model / "model.safetensors").items():

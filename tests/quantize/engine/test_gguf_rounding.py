@@ -19,7 +19,7 @@ from quantpress.numbers.types import BlockGrid
 from quantpress.recipe import Recipe, Rtn
 
 from ... import tiny
-from .models import build
+from ..gguf.models import build
 
 
 def made(
@@ -65,6 +65,12 @@ def test_types_fall_back_and_say_so(tmp_path: Path) -> None:
     assert types["blk.1.attn_q.weight"] == "Q5_0"  # rows of 64
     assert any("rows of 64 are not whole Q4_K blocks: Q4_K -> Q5_0" in line for line in manifest.fallbacks)
     assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+
+
+def test_what_the_blocks_could_not_do_as_asked_is_reported(tmp_path: Path) -> None:
+    few = {"source": str(tmp_path / "text.txt"), "samples": 1, "seq_len": 16}
+    manifest, _ = made(tmp_path, "mixtral", gguf={"type": "Q8_0"}, calibration=few)
+    assert any("experts" in line and "fewer than its" in line for line in manifest.fallbacks)
 
 
 @pytest.mark.parametrize(("method", "family"), [("gptq", "llama"), ("rtn", "llama"), ("gptq", "mixtral")])

@@ -24,7 +24,7 @@ from quantpress.gguf import llama_cpp_library as llama_cpp
 from quantpress.recipe.loading import parse
 
 from ... import tiny
-from .models import IDS, build, logits
+from ..gguf.models import IDS, build, logits
 
 BASE = {"method": {"name": "llama.cpp"}, "formats": ["gguf"], "evaluation": None}
 
@@ -204,7 +204,10 @@ def test_llama_cpp_quantizes_parts_into_parts(tmp_path: Path) -> None:
     assert len(files) > 1
     parts = {t.name: t.data.tobytes() for file in files for t in gguf.GGUFReader(file).tensors}
     assert parts == {name: tensor.data.tobytes() for name, tensor in stored(tmp_path / "one").items()}
-    with llama_cpp.Model(files[0]) as together, llama_cpp.Model(tmp_path / "one/quantized/model.gguf") as whole:
+    with (
+        llama_cpp.Loaded(files[0]) as together,
+        llama_cpp.Loaded(tmp_path / "one/quantized/model.gguf") as whole,
+    ):
         assert np.array_equal(together.logits(IDS.tolist()), whole.logits(IDS.tolist()))
 
 

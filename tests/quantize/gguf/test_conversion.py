@@ -143,12 +143,12 @@ def test_and_so_it_does_with_scaled_rope_biases_and_ties(tmp_path: Path, family:
 
 def check_logits(folder: Path, family: str, settings: dict[str, Any]) -> None:
     pytest.importorskip("llama_cpp")
-    from quantpress.gguf.llama_cpp_library import Model
+    from quantpress.gguf.llama_cpp_library import Loaded
 
     model = build(family, folder, **settings)
     write_floats(folder, folder / "model.gguf", "F32")
     want = logits(model, IDS)
-    with Model(folder / "model.gguf", 64, threads=1) as llama:
+    with Loaded(folder / "model.gguf", 64, threads=1) as llama:
         got = torch.from_numpy(llama.logits(IDS.tolist()))
     assert float((got - want).abs().max()) < 2e-3  # llama.cpp attends with a cache in float16
     assert float((got.argmax(1) == want.argmax(1)).float().mean()) > 0.95
