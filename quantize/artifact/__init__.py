@@ -1,1 +1,1 @@
-"""An artifact folder, read back as a server would, and converted into another format."""
+"""Artifact folders: read back as a server would, and converted to other formats."""

@@ -1,4 +1,4 @@
-"""An artifact folder read back from disk: what is evaluated is what a server would load."""
+"""Artifact folders read back from disk, so that what is evaluated is what a server would load."""
 
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from .manifest import read_manifest
 
 
 class Artifact:
-    """A quantized checkpoint that looks plain: weights are dequantized as they are read.
+    """A quantized checkpoint read like a plain one: weights are dequantized as they are read.
 
     linears: the grid of each quantized linear by its on-disk name. A plain checkpoint has none.
     Raises BadInput for a quantization this package does not read.
@@ -50,7 +50,7 @@ class Artifact:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the weights are in a GGUF file: dequantized as they are read, they count as none of our formats."""
+        """Whether the weights are in a GGUF file; `format` is None then, since the file describes itself."""
         return isinstance(self.checkpoint, GgufCheckpoint)
 
     def __contains__(self, name: object) -> bool:
@@ -62,11 +62,11 @@ class Artifact:
         return self.checkpoint.total_bytes
 
     def plain_shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor that is stored as the model holds it; None for the weight of a quantized linear."""
+        """The shape of a tensor that is not quantized; None for the weight of a quantized linear."""
         return None if name.removesuffix(".weight") in self.linears else self.checkpoint.shape(name)
 
     def bits_per_weight(self) -> float | None:
-        """Bits on disk of a quantized weight, its scales and zeros counted; None when none is quantized."""
+        """Bits on disk per quantized weight, including scales and zeros; None when nothing is quantized."""
         if isinstance(self.checkpoint, GgufCheckpoint):
             return self.checkpoint.bits_per_weight()
         names = [name for name in self.checkpoint.names() if not name.endswith(".bias")]
@@ -82,7 +82,7 @@ class Artifact:
 
     @property
     def scattered(self) -> bool:
-        """Whether the groups of a linear are scattered columns, by what is stored."""
+        """Whether any linear has groups of scattered columns (desc_act), judging by its stored tensors."""
         if self.format is None:
             return False
         reader, read = FORMATS[self.format], self.checkpoint.read
@@ -111,7 +111,7 @@ class Artifact:
         return scale.reshape(())
 
     def read(self, name: str) -> Tensor:
-        """A tensor as the plain model holds it."""
+        """A tensor as in the unquantized model."""
         linear = name.removesuffix(".weight")
         if linear not in self.linears:
             return self.checkpoint.read(name)
@@ -126,7 +126,7 @@ class Artifact:
 
 
 def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Artifact, Skeleton]:
-    """An artifact and the skeleton of its model, which reads through it and rounds inputs and cache as it says."""
+    """An artifact and the skeleton of its model, which rounds inputs and key-value cache as the artifact says."""
     artifact = Artifact(folder)
     skeleton = Skeleton(artifact, device=device, dtype=dtype)
     skeleton.check_shapes(artifact.plain_shape)
@@ -144,7 +144,7 @@ def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None 
 def verify(out: Path) -> int:
     """Check the files of `out/quantized` against the hashes in its manifest; returns how many there are.
 
-    Raises BadInput naming the first file that differs or is absent.
+    Raises BadInput naming the first file that differs or is missing.
     """
     hashes = read_manifest(out).artifact.files
     for name, what in changed(out / "quantized", hashes):

@@ -1,4 +1,4 @@
-"""The same codes in another format: an artifact folder in, an artifact folder out, nothing rounded on the way."""
+"""Converting an artifact folder to another format: the same codes, without rounding again."""
 
 import shutil
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from ..numbers.types import Grid
 from ..recipe import FILE_FORMATS
 from .manifest import MANIFEST, read_manifest
 
-_PART_BYTES = 500_000_000  # held in memory before it is written
+_PART_BYTES = 500_000_000  # of tensors held in memory before they are written
 
 
 def convert(source: Path, target: Path, to: str) -> None:
     """Write the artifact in `source` to the new folder `target` in format `to`, one linear at a time.
 
-    Raises BadInput, and leaves nothing behind, for a source that is not quantized, formats that are the same, a
-    target that exists, and whatever `to` cannot hold exactly.
+    Raises BadInput, and leaves nothing behind, for a source that is not quantized or has this format already, a target
+    that exists, and anything that `to` cannot hold exactly.
     """
     if gguf_files(source):
         raise BadInput(f"{source} holds a GGUF file, whose numbers no other format has; quantize the original again")
@@ -87,10 +87,10 @@ def convert(source: Path, target: Path, to: str) -> None:
 
 
 def _schemes(checkpoint: Checkpoint, reader: Format, shapes: dict[str, tuple[int, int]]) -> dict[str, Grid | None]:
-    """The grid of each quantized linear, and None for what stays in 16 bit.
+    """The grid of each quantized linear, and None for each linear left in 16 bit.
 
-    That is what the source says so of, and every matrix in the blocks: a source that names its targets is silent on
-    routers and the like, and what is written may have to name them.
+    The latter are those that the source names, and every other matrix in a block: a source that lists only what is
+    quantized does not mention routers, for example, and the config to be written may have to.
     """
     dense = [n.removesuffix(".weight") for n in checkpoint.names() if n.endswith(".weight")]
     dense = [name for name in dense if name not in shapes and len(checkpoint.shape(f"{name}.weight")) == 2]
@@ -112,7 +112,7 @@ def _grid(schemes: dict[str, Grid | None], name: str) -> Grid:
 
 
 def _check_inverse(name: str, q: QuantizedLinear) -> None:
-    """The global scales of nvfp4 are inverted between formats, which only a power of two survives unchanged."""
+    """Raise BadInput for a global scale of nvfp4 that is no power of two: formats store its inverse, inexact then."""
     scales = [q.global_scale] if q.inputs is None else [q.global_scale, q.inputs.scale]
     for scale in scales:
         if q.grid.type == "nvfp4" and scale is not None and float(torch.frexp(scale).mantissa) != 0.5:
@@ -123,12 +123,12 @@ def _check_inverse(name: str, q: QuantizedLinear) -> None:
 
 
 def _heads(checkpoint: Checkpoint) -> list[str]:
-    """The output head, which may not be stored."""
+    """The name of the output head, even where it is tied and not stored."""
     return ["embed_out"] if "embed_out.weight" in checkpoint else ["lm_head"]
 
 
 def _caches(checkpoint: Checkpoint, reader: Format, writer: Format) -> dict[str, str]:
-    """The new name of each scale of the key-value cache."""
+    """The new name of each key-value cache scale."""
     return {
         name: f"{name.removesuffix(old)}{new}"
         for name in checkpoint.names()
@@ -144,7 +144,7 @@ def _write_weights(
     renamed: dict[str, str],
     folder: Path,
 ) -> None:
-    """Write the shards. packed: the linear each of the source's tensors belongs to; repack: its tensors by its name."""
+    """Write the shards. packed: the linear of each packed tensor of the source. repack: a linear's new tensors."""
     parts: list[Path] = []
     held: dict[str, Tensor] = {}
     done: set[str] = set()
@@ -171,18 +171,18 @@ def _write_weights(
 
 
 def _in_model_dtype(q: QuantizedLinear, config: dict[str, Any]) -> QuantizedLinear:
-    """Scales in the model's own dtype when that loses nothing: readers cast them to it anyway."""
+    """Scales in the model's dtype if that is exact, since readers cast them to it anyway."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
     if dtype is None or (q.grid.type != "int" and dtype == torch.float16) or q.scales.element_size() == 1:
-        return q  # scales of fp8 weights have float32's range, E4M3 and E8M0 ones are part of the type
+        return q  # fp8 weights' scales need float32's range; E4M3 and E8M0 scales are part of the number type
     if not torch.equal(q.scales.to(dtype).to(torch.float32), q.scales.to(torch.float32)):
         return q
     return replace(q, scales=q.scales.to(dtype))
 
 
 def _write_manifest(source: Path, folder: Path, origin: str, to: str, shapes: dict[str, tuple[int, int]]) -> None:
-    """The source's manifest, with what has changed."""
+    """Write the source's manifest with the new sizes and the format it was converted from."""
     if not (source / MANIFEST).exists():
         return
     manifest = read_manifest(source)

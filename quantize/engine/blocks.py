@@ -1,4 +1,4 @@
-"""The decoder blocks of a job, one after the other: calibrated, transformed, rounded, tuned, journalled."""
+"""The decoder blocks of a job, one after another: calibrate, transform, round, tune, write to the journal."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -34,7 +34,10 @@ from .tuning import Tuning
 
 @machine.collecting_only_what_is_new()
 def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
-    """Calibrate, round, propagate and write each block that the journal does not hold yet."""
+    """Quantize each block that the journal does not hold yet; its outputs are the next block's inputs.
+
+    tokens: the calibration text; not needed where the user's importance matrix stands in for it.
+    """
     skeleton, first, keep_final = job.skeleton, len(journal.done), job.backend.keep_final
     if first == skeleton.n_blocks:
         return
@@ -53,7 +56,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
         changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
         method = job.recipe.method
-        if changes.parameters and _trains_end_to_end(job):  # whose errors are measured once more, at the end
+        if changes.parameters and _trains_end_to_end(job):  # which measures errors against these weights
             kept = {name: weight_of(block, linear) for name, linear in linears.items()}
             write_part(_transformed(journal, k), kept)
         tuning = Tuning(method, k, block, linears, hidden) if isinstance(method, Tuned) else None
@@ -81,10 +84,10 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
 def _hidden_states(
     job: Job, tokens: Tokens | None, journal: Journal
 ) -> tuple[dict[str, Tensor], list[Arguments] | None]:
-    """The states [samples, seq_len, hidden] that enter the next block, and what each block gets beside them.
+    """The hidden states [samples, seq_len, hidden] that enter the next block, and the further arguments of each block.
 
-    `hidden` is what the rounded blocks made; `reference`, for error correction and tuning, what the original ones did.
-    Without calibration there are none; what blocks get is there when linears with one input have to share a scale.
+    `hidden` comes out of the rounded blocks; `reference`, for error correction and tuning, out of the original ones.
+    Without calibration there are no states, and arguments only where linears with a common input must share a scale.
     """
     shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
     if tokens is None and not shares:
@@ -138,7 +141,7 @@ def _inputs(
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether none of `values`, of a float dtype, is NaN or inf; `torch.isfinite` is twenty times slower."""
+    """Whether no value of a float tensor is NaN or inf; twenty times faster than `torch.isfinite`."""
     return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
@@ -157,7 +160,9 @@ def _block_tensors(
     changed: set[str],
     cache: kv_cache.Largest | None,
 ) -> dict[str, Tensor]:
-    """Everything block `k` has on disk: packed linears, parameters a transform `changed`, cache scales, the rest."""
+    """All tensors of block `k` by on-disk name: packed linears, cache scales, and the other parameters, of which a
+    transform has replaced those in `changed`.
+    """
     format = FORMATS[job.recipe.formats[0]]
     tensors: dict[str, Tensor] = {}
     for name, linear in rounded.items():
@@ -174,7 +179,7 @@ def _block_tensors(
 
 @dataclass(frozen=True)
 class Trained:
-    """The blocks' parts; where scales were trained end to end, the loss of that and the linears' errors after it."""
+    """The blocks' files; after end-to-end training its losses (summary) and the error of each linear (errors)."""
 
     parts: list[Path]
     summary: dict[str, float] | None = None
@@ -182,9 +187,9 @@ class Trained:
 
 
 def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Trained:
-    """The parts of all blocks, their scales trained end to end where the recipe asks for it.
+    """Train the scales of all blocks together where the recipe asks for it; otherwise the blocks' files as they are.
 
-    The journal's parts are left alone: a run killed in here does this step again, and with the same result.
+    The journal's files are not touched, so a run killed during training repeats it with the same result.
     """
     parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
     method, format = job.recipe.method, FORMATS[job.recipe.formats[0]]
@@ -219,5 +224,5 @@ def _trains_end_to_end(job: Job) -> bool:
 
 
 def _transformed(journal: Journal, k: int) -> Path:
-    """Where the weights of block `k` are kept that a transform has changed."""
+    """The file with the transformed weights of block `k`, before rounding."""
     return journal.folder / f"transformed-{k:05d}.safetensors"

@@ -1,10 +1,10 @@
-"""E2E-QP of EfficientQAT (arXiv:2407.11062, 3.3): the scales of a whole quantized model trained together.
+"""E2E-QP of EfficientQAT (arXiv:2407.11062, 3.3): training the scales of a whole quantized model together.
 
-The paper's loss is that of the next token. A model that has not seen much of the calibration text then learns the text,
-and moves away from the original; the divergence from the original's predictions (kl) has no such pull.
+The paper minimises the next-token loss. On a text that is new to the model it then learns the text and drifts away from
+the original; the divergence from the original's predictions (objective kl) does not pull it away.
 
-Codes and zeros stay as the blocks left them. The blocks run one after another in float32; of each only its input is
-kept for the gradient, and the block runs again on the way back.
+Codes and zeros are fixed. Blocks run one after another in float32 with activation checkpointing: only a block's input
+is kept for the gradient, and the block is recomputed in the backward pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +29,14 @@ from .plan import TUNING_CHECKS, held_out
 from .rounding import weight_of, with_weights
 from .tuning import batches, measured_errors
 
-_WHOLE = (1 << 16) - 1  # in the place of a block's number: the order of the sequences is one of its own
+_WHOLE = (1 << 16) - 1  # stands for the block's number in the seed of the sequences' order
 
 Scales = dict[str, Tensor]  # [out, groups] float32 of each quantized linear
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A decoder block without the weights of its quantized linears, and what it gets beside the hidden states."""
+    """A decoder block without the weights of its quantized linears, and its arguments beside the hidden states."""
 
     module: nn.Module
     linears: tuple[Linear, ...]
@@ -44,11 +44,11 @@ class _Block:
 
 
 class QuantizedModel:
-    """The model as it is stored, computing in float32 with scales that are handed in.
+    """The quantized model, computing in float32 with scales that are passed in.
 
-    skeleton: of the original, in float32. parts: the tensors of each block on disk. quantized: their linears.
-    ids [samples, seq_len]: what it is trained on; for objective kl the original model runs over them once, and what
-    leaves its last block is kept.
+    skeleton: of the original, in float32. parts: the on-disk tensors of each block. quantized: their linears, unpacked.
+    ids [samples, seq_len]: the training tokens. For objective kl the original runs over them once, and the states that
+    leave its last block are kept.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class QuantizedModel:
                 module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
             own = deepcopy(block)
             for name, disk in skeleton.block_names(k).items():
-                # A transform may have changed it; quantized linears have packed tensors instead.
+                # Not the original's: a transform may have changed it. Quantized linears are packed and not among them.
                 if disk in parts[k] and disk.removesuffix(".weight") not in quantized:
                     own.get_parameter(name).data.copy_(parts[k][disk])
             self._blocks.append(_Block(own, linears, arguments[k]))
@@ -92,9 +92,9 @@ class QuantizedModel:
         return self._ids.shape[0]
 
     def loss(self, scales: Scales, i: int) -> Tensor:
-        """Of sequence `i`, in nats a token: its next-token loss or the divergence from the original's predictions.
+        """The loss of sequence `i` in nats per token: next token, or divergence from the original's predictions.
 
-        Differentiable by `scales`.
+        Differentiable with respect to `scales`.
         """
         x = self._skeleton.embed(self._ids[i : i + 1])
         for block in self._blocks:
@@ -108,9 +108,10 @@ class QuantizedModel:
 
     @torch.no_grad()
     def errors(self, scales: Scales, transformed: Callable[[int], Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
-        """What the manifest says of the error of each linear with `scales`: over all sequences, one pass of them.
+        """For the manifest, the error of each linear with `scales`, measured in one pass over all sequences.
 
-        transformed: original weights [out, in] of block k that a transform has changed; the others are read again.
+        transformed: the weights [out, in] of block k before rounding where a transform has changed them; the others
+        are read from the original.
         """
         hidden = self._skeleton.embed(self._ids).cpu()
         reference = hidden.clone()
@@ -136,7 +137,7 @@ class QuantizedModel:
         return found
 
     def _weights(self, block: _Block, scales: Sequence[Tensor]) -> list[Tensor]:
-        """The weight [out, in] of each linear of `block`, differentiable by its scales [out, groups]."""
+        """The weight [out, in] of each linear of `block`, differentiable with respect to its scales [out, groups]."""
         return [
             (self._numbers[linear.name].to(torch.float32).view(*scale.shape, -1) * scale[:, :, None]).flatten(1)
             for linear, scale in zip(block.linears, scales, strict=True)
@@ -154,9 +155,9 @@ class QuantizedModel:
 
 
 def train_scales(model: QuantizedModel, settings: Qat) -> tuple[dict[str, QuantizedLinear], dict[str, float]]:
-    """The model's linears with the best scales met, those it has among them; and its loss before and after.
+    """Train the scales; returns the linears with the best ones, at worst those they had, and the loss before and after.
 
-    The last of its sequences are held out, and say which scales are best.
+    The best are those with the least loss on the last sequences, which are not trained on.
     """
     chosen = settings.end_to_end
     assert chosen is not None
@@ -192,7 +193,7 @@ def _loss(model: QuantizedModel, scales: Scales, samples: Sequence[int]) -> floa
 
 
 def _gradients(model: QuantizedModel, scales: Scales, samples: Sequence[int]) -> dict[str, Tensor]:
-    """Of the mean loss over `samples`, a sequence at a time. Linears that no token reached are left out."""
+    """The gradient of the mean loss over `samples` for each linear; linears that no token reached are left out."""
     leaves = {name: scale.detach().requires_grad_() for name, scale in scales.items()}
     with torch.enable_grad():
         for i in samples:

@@ -45,7 +45,7 @@ _HEAD = "head.importance"  # in the last block's part: mean squares [hidden] of 
 
 
 def _opened(setup: Setup) -> tuple[Conversion, dict[str, imatrix.Array], str | None]:
-    """The model as a GGUF file; the importance matrix that the recipe names, and the sha256 of its file.
+    """The model as a GGUF file, the importance matrix that the recipe names, and the sha256 of that matrix's file.
 
     Raises BadInput for a model, a tokenizer, a pattern or an importance matrix that does not fit.
     """
@@ -59,9 +59,9 @@ def _opened(setup: Setup) -> tuple[Conversion, dict[str, imatrix.Array], str | N
 
 @dataclass(frozen=True, kw_only=True)
 class _GgufBackend(Backend):
-    """What both ways to the file have in common: the folder around it and the manifest.
+    """What both backends for GGUF have in common: the folder around the file, and the manifest.
 
-    given: mean squares [experts, in] by GGUF tensor, from the importance matrix that the recipe names; empty without.
+    given: the recipe's importance matrix, mean squares [experts, in] by GGUF tensor; empty without one.
     """
 
     conversion: Conversion
@@ -69,11 +69,11 @@ class _GgufBackend(Backend):
 
     @abstractmethod
     def _write(self, folder: Path, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Mapping[str, str]:
-        """Write model.gguf into `folder`; the tensors that got another type than they were to, and why."""
+        """Write model.gguf into `folder`; returns the tensors that did not get their intended type {name: why}."""
 
     @property
     def _weighted(self) -> list[Entry]:
-        """The tensors that the user's importance matrix is asked for."""
+        """The tensors that the user's importance matrix is used for."""
         return self.conversion.entries
 
     def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
@@ -88,7 +88,7 @@ class _GgufBackend(Backend):
         about = self._write_modelfile(artifact.tensors.files, folder)
         notes = [*conversion.notes, *summed_up(fell_back), *summed_up(self._unweighted(artifact.tensors)), *about]
         layers = self._layers(artifact.tensors, fell_back)
-        if self.rounds_blocks:  # what was recorded as they were rounded says more than the file does
+        if self.rounds_blocks:  # their records have the errors too
             layers = [
                 record.changed(tensor=stored.tensor, note=record.note or stored.note)
                 for record, stored in zip(manifest.layers, layers, strict=True)
@@ -101,14 +101,14 @@ class _GgufBackend(Backend):
             artifact=self._sizes(artifact),
         )
         manifest.write(folder)
-        shutil.rmtree(settings.out / "quantized", ignore_errors=True)  # of a run killed before its manifest was written
+        shutil.rmtree(settings.out / "quantized", ignore_errors=True)  # left by a run killed before its end
         move_whole(folder, settings.out / "quantized")
         return manifest
 
     def _unweighted(self, stored: GgufTensors) -> dict[str, str]:
-        """The quantized tensors that the user's importance matrix does not cover, each with a note.
+        """The quantized tensors that should be in the user's importance matrix and are not, each with a note.
 
-        The embedding is none of them where the head is a tensor of its own: a lookup multiplies nothing.
+        An embedding that is not the head too has no importance: it is looked up, not multiplied.
         """
         file, names = self.setup.recipe.gguf_file.imatrix, {e.name for e in self.conversion.entries}
         if not isinstance(file, str):
@@ -123,7 +123,7 @@ class _GgufBackend(Backend):
         }
 
     def _write_modelfile(self, files: list[Path], folder: Path) -> list[str]:
-        """Write Ollama's Modelfile; returns what there is to say about it."""
+        """Write Ollama's Modelfile; returns notes about it."""
         if len(files) > 1:
             return ["no Modelfile: Ollama does not load a file in parts"]
         conversion, tokenizer = self.conversion, open_tokenizer(self.setup.source.path)
@@ -133,7 +133,7 @@ class _GgufBackend(Backend):
         return [note] if note else []
 
     def _layers(self, stored: GgufTensors, notes: Mapping[str, str]) -> list[LayerRecord]:
-        """What the manifest says of each linear, by what is in the file."""
+        """The manifest's record of each linear, from the types in the file."""
         of = {name: entry for entry in self.conversion.entries for name in entry.parameters}
         layers = []
         for linear in self.setup.linears:
@@ -160,7 +160,7 @@ class _GgufBackend(Backend):
         return layers
 
     def _sizes(self, artifact: GgufCheckpoint) -> Sizes:
-        """Bytes of the tensors, and true bits per weight of the linears."""
+        """Sizes of the file, with the bits that a weight of a linear takes."""
         linears = {f"{linear.name}.weight" for linear in self.setup.linears}
         own = [entry for entry in self.conversion.entries if entry.parameters[0] in linears]
         weights = sum(math.prod(entry.shape) for entry in own)
@@ -237,7 +237,7 @@ def _head_importance(skeleton: Skeleton, hidden: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaCppFile(_GgufBackend):
-    """A file that llama.cpp's quantizer makes from the model in 16 bit; or one of floats, which needs no quantizer."""
+    """A file made by llama.cpp's quantizer from the unquantized model; or one of floats, which needs no quantizer."""
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
@@ -258,7 +258,7 @@ class LlamaCppFile(_GgufBackend):
         return plan_llama_cpp(self.setup, self.conversion)
 
     def _write(self, folder: Path, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Mapping[str, str]:
-        """The importance matrix and the model in 16 bit stay in `settings.work` until the run ends, for a resume."""
+        """Quantize with llama.cpp; importance matrix and unquantized file stay in `settings.work` for a resume."""
         recipe, conversion = self.setup.recipe, self.conversion
         wanted, method, tell = recipe.gguf_file, recipe.method, _in_blocks(conversion.skeleton.n_blocks, settings)
         assert isinstance(method, LlamaCppQuantizer)
@@ -271,16 +271,16 @@ class LlamaCppFile(_GgufBackend):
         importance = self._importance(tokens, settings)
         if (settings.work / _IMATRIX).exists():
             shutil.copy2(settings.work / _IMATRIX, folder)
-        floats = self._in_16_bit(settings.work)
+        floats = self._unquantized(settings.work)
         own = tuple((f"^{re.escape(name)}$", kind) for name, kind in own_types(recipe, conversion.entries).items())
         asked = llama_cpp.QuantizeRequest(wanted.type, own, importance, method.threads, split=len(floats) > 1)
         # With parts llama.cpp takes the name without its ending, and numbers them itself.
         target = folder / ("model" if len(floats) > 1 else "model.gguf")
-        wide = llama_cpp.too_wide(llama_cpp.quantize(floats[0], target, asked, tell))
-        if not wide:
+        reasons = llama_cpp.not_whole_blocks(llama_cpp.quantize(floats[0], target, asked, tell))
+        if not reasons:
             return {}
         stored = GgufTensors(gguf_files(folder))
-        return {n: f"{why} -> {stored.stored(n).tensor_type.name}" for n, why in wide.items() if n in stored}
+        return {n: f"{why} -> {stored.stored(n).tensor_type.name}" for n, why in reasons.items() if n in stored}
 
     def _importance(self, tokens: Tokens | None, settings: Settings) -> Mapping[str, imatrix.Array] | None:
         """Mean squares [experts, in] by GGUF tensor: the user's, or of the calibration text; None without."""
@@ -295,8 +295,8 @@ class LlamaCppFile(_GgufBackend):
             imatrix.save(file, found, tokens.source, tokens.ids.shape[1])
         return imatrix.fitted(imatrix.load(file), entries, "of the calibration text")
 
-    def _in_16_bit(self, work: Path) -> list[Path]:
-        """The model in its checkpoint's float type, one file or parts; those of a killed run where they are whole."""
+    def _unquantized(self, work: Path) -> list[Path]:
+        """The unquantized model as a GGUF file, or its parts; those of a killed run if they are intact."""
         conversion, done = self.conversion, work / "converted.json"
         if done.exists():
             before: dict[str, str] = json.loads(done.read_text(encoding="utf-8"))
@@ -311,7 +311,7 @@ class LlamaCppFile(_GgufBackend):
 
 
 def _in_blocks(blocks: int, settings: Settings) -> Callable[[int, int], None]:
-    """Turns tensors done, of so many, into progress counted in blocks."""
+    """A callback (tensors done, of how many) that reports progress as decoder blocks."""
     told = 0
 
     def tell(done: int, of: int) -> None:

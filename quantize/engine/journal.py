@@ -1,6 +1,6 @@
-"""The journal of a run: which blocks are finished, and everything needed to go on after a kill at any moment.
+"""The journal of a run: which blocks are finished, and what is needed to resume after a kill at any moment.
 
-A block counts once its line is in the journal; its tensors and the hidden states after it were on disk before that.
+A block counts as finished once its line is in the journal; its tensors and the hidden states are written before that.
 """
 
 import json
@@ -21,9 +21,9 @@ from ..models.checkpoint import write_part
 def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = True) -> Manifest:
     """The manifest of the finished run in `out`.
 
-    Raises BadInput, naming the difference, when its recipe, model, calibration text or quantpress is another than
-    `key` says; the text a model generates follows from the others and need not be compared. Which torch and how many
-    threads made it does not matter any more: the manifest has it.
+    Raises BadInput, naming the difference, when its recipe, model, calibration text or quantpress version is not that
+    of `key`. Text that the model generates itself follows from these and need not be compared. The versions of torch
+    and transformers and the number of threads no longer matter once a run is finished; the manifest records them.
     """
     manifest = read_manifest(out)
     before = {
@@ -45,10 +45,12 @@ def finished(out: Path, key: Mapping[str, Any], *, compare_calibration: bool = T
 
 
 class Journal:
-    """`folder` holds key.json (what is being made), journal.jsonl, one part a block, and the live hidden states."""
+    """`folder` holds key.json (what the artifact depends on), journal.jsonl, a file for each block, and the latest
+    hidden states.
+    """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        """Open or start the journal. Raises BadInput when it was made for something else, naming the difference."""
+        """Open the journal or start one. Raises BadInput, naming the difference, when it is another run's."""
         self.folder = folder
         self.done: list[BlockRecord] = []
         if (folder / "key.json").exists():
@@ -73,7 +75,7 @@ class Journal:
         return hidden
 
     def commit(self, tensors: Mapping[str, Tensor], hidden: Mapping[str, Tensor], record: BlockRecord) -> None:
-        """Finish the next block: its tensors, then the hidden states after it, then the line that makes it count."""
+        """Write the next block: its tensors, the hidden states that leave it, then the line that marks it finished."""
         k = len(self.done)
         write_part(self.part(k), tensors)
         if hidden:
@@ -94,14 +96,14 @@ class Journal:
             return []
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        if whole != raw:  # killed in the middle of a line: that block does not count
+        if whole != raw:  # killed while writing a line: that block is not finished
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
         return [BlockRecord.model_validate_json(line) for line in whole.splitlines()]
 
 
 def differences(before: Any, now: Any, place: str = "") -> list[str]:
-    """One line for each value that two JSON documents do not have in common."""
+    """A line for each value in which two JSON documents differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for key in sorted(before.keys() | now.keys()):

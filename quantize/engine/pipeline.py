@@ -33,8 +33,9 @@ _NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "
 def quantize(job: Job, settings: Settings) -> Manifest:
     """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
 
-    Raises BadInput before the work for bad weights, text or an output folder that holds another run. A run that was
-    killed goes on after its last finished block and writes the same bytes; one that is finished is left as it is.
+    Raises BadInput before any work for damaged weights, an unusable calibration text, or an output folder that holds
+    another run. A run that was killed resumes after its last finished block and writes the same bytes; a finished run
+    is left as it is.
     """
     started = time.monotonic()
     _check_room(settings)
@@ -61,7 +62,7 @@ def quantize(job: Job, settings: Settings) -> Manifest:
 def _signed(
     manifest: Manifest, job: Job, settings: Settings, started: float, block_seconds: Sequence[float]
 ) -> Manifest:
-    """The manifest with the machine and the time it took, written: from now on the run is finished."""
+    """Add the machine and the timing to the manifest and write it, which marks the run as finished."""
     timing = Timing(
         seconds=time.monotonic() - started,
         cpu_seconds=machine.cpu_seconds(),
@@ -76,7 +77,7 @@ def _signed(
 
 
 def _check_room(settings: Settings) -> None:
-    """An output folder is new, or holds a run: which one is seen later."""
+    """Raise BadInput for an output folder that is neither new nor a run's; whose run it is, is checked later."""
     out = settings.out
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; --out names a folder")
@@ -88,23 +89,23 @@ def _check_room(settings: Settings) -> None:
 
 
 def _is_finished(settings: Settings) -> bool:
-    """The manifest is the last thing a run writes; what a kill left in .work after it no longer counts."""
+    """Whether `out` holds a finished run: the manifest is written last, so a leftover .work does not matter."""
     out = settings.out
     return not settings.overwrite and (out / "quantized").is_dir() and (out / "manifest.json").is_file()
 
 
 def _finished(job: Job, tokenizer: Any, settings: Settings) -> Manifest:
-    """The manifest of the run that is there, when it is this very run; raises BadInput when it is not, or damaged."""
+    """The manifest of the finished run in `out`. Raises BadInput for another run, or if its files have changed."""
     itself = job.recipe.calibrated and job.recipe.calibration.source == "self"
     key = _key(job, job.checkpoint.file_hashes(), None if itself else _tokens(job, tokenizer, settings))
     manifest = finished(settings.out, key, compare_calibration=not itself)
     verify(settings.out)
     now = job.recipe.model_dump(mode="json")
-    if manifest.recipe != now:  # in what is not of the artifact: gates, targets, evaluation, smoke test
+    if manifest.recipe != now:  # only in keys that do not affect the artifact: gates, targets, evaluation, smoke test
         manifest = manifest.changed(name=job.recipe.name, recipe=now)
         manifest.write(settings.out)
     shutil.rmtree(settings.work, ignore_errors=True)
-    settings.on_note(f"{settings.out / 'quantized'} is this very run, finished before: it is used as it is")
+    settings.on_note(f"{settings.out / 'quantized'} is this run, finished before; it is used as it is")
     return manifest
 
 
@@ -115,7 +116,7 @@ def _make_room(out: Path) -> None:
 
 
 def _check_weights(job: Job) -> None:
-    """NaN and inf are found before the work, by layer; and whether a rotated tensor still fits its number type."""
+    """Raise BadInput for a weight with NaN or inf, in the checkpoint or after rotation, which can overflow float16."""
     for name in job.checkpoint.names():
         if kind := _not_finite(job.checkpoint.read(name)):
             raise BadInput(f"{job.checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
@@ -150,7 +151,7 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
 
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
-    """What makes two runs the same run."""
+    """Everything the artifact depends on: a run resumes only where all of it is unchanged."""
     recipe = job.recipe.model_dump(mode="json", exclude=_NOT_OF_THE_ARTIFACT)
     return {
         "recipe": recipe,

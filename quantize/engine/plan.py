@@ -1,4 +1,4 @@
-"""What a run will need, from config.json and the shards' headers alone: bytes out, memory, disk, time."""
+"""What a run will need, estimated from config.json and the shards' headers: output bytes, memory, disk, time."""
 
 import math
 import shutil
@@ -19,12 +19,12 @@ from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned
 
-TUNING_CHECKS = 4  # times a tuned block's whole loss is looked at
-PROCESS_BYTES = 465_000_000  # Python, torch, transformers and a small model's run, measured on Linux
-if find_spec("sklearn") is not None:  # transformers imports it where it is installed, and with it pandas and pyarrow
+TUNING_CHECKS = 4  # times the loss of a tuned block is measured over all samples
+PROCESS_BYTES = 465_000_000  # Python, torch, transformers and the run of a small model, measured on Linux
+if find_spec("sklearn") is not None:  # transformers imports it if it is installed, and pandas and pyarrow with it
     PROCESS_BYTES += 125_000_000
 _PRODUCTS = 25  # timed to learn how fast a device is: 0.1 s on a slow core
-_TOKENIZER_BYTES = 1000  # of memory for each entry of the vocabulary, measured with SmolLM2's byte-level BPE
+_TOKENIZER_BYTES = 1000  # memory per vocabulary entry, measured with SmolLM2's byte-level BPE
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Plan:
     passes: int
     device: str = "cpu"
     device_bytes: int = 0
-    notes: tuple[str, ...] = ()  # what is not as the original has it
+    notes: tuple[str, ...] = ()  # what will differ from the original
 
     def check(self, out: Path, *, ignore: bool) -> None:
         """Raise BadInput when the machine has less memory, GPU memory or disk than the run needs."""
@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     streams = 2 if recipe.paired else 1
     width = int(skeleton.config.hidden_size)
     hidden = streams * tokens * width * item
-    # One batch passes the block, or one stage is solved; beside either, every batch waits before a linear.
+    # Either one batch runs through the block or one stage is solved; meanwhile all batches wait before a linear.
     work = max(
         _largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item, recipe.activations is not None)
     )
@@ -108,7 +108,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     if isinstance(recipe.method, Tuned):
         batch = recipe.method.batch_size * recipe.calibration.seq_len
         work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
-    # The block, the one read ahead, what is packed from it; or embeddings and head before the first block.
+    # The block, the next one being read, and what is packed; or, before the first block, embeddings and head.
     process = PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size)
     there, needed = skeleton.device, max(inside) * 3 + work
     if there.type == "cpu":
@@ -119,11 +119,11 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
     tried = sum(transform.scales_tried for transform in recipe.transforms)
     operations = _operations(linears, schemes, tokens, streams, calibrated)
-    if tried:  # the block runs once more, to be looked at; that needs no more memory than rounding it afterwards
+    if tried:  # one more pass of each block, to observe its inputs; it needs no more memory than rounding
         operations += _operations(linears, schemes, tokens, 1, calibrated)
         operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
     if isinstance(recipe.method, Tuned):
-        trained = 3 * recipe.method.n_steps * batch  # a backward pass is two forward ones
+        trained = 3 * recipe.method.n_steps * batch  # a backward pass costs two forward ones
         operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
     if isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None:
         trained = _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact)
@@ -145,18 +145,18 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
 
 
 def held_out(samples: int) -> int:
-    """Calibration sequences that training end to end does not see, and is judged by."""
+    """Number of calibration sequences kept out of end-to-end training, to choose the best scales by."""
     return max(1, samples // 8)
 
 
 def size(n: float) -> str:
-    """Bytes in words: 1.2 GB."""
+    """Bytes as text, such as 1.2 GB."""
     power = min(4, int(math.log10(n) // 3)) if n >= 1 else 0
     return f"{n / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calibrated: bool) -> int:
-    """Hessians of one block and the float32 copies of the largest stack of linears that may share one."""
+    """Bytes of one block's Hessians and of the float32 copies of the largest stack of linears that may share one."""
     by_block: dict[int, list[Linear]] = {}
     for linear in linears:
         if schemes[linear.name] is not None:
@@ -174,10 +174,11 @@ def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calib
 
 
 def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside: bool) -> int:
-    """What all tokens hold while their batches wait before a linear.
+    """Bytes that all tokens hold while their batches wait before a linear.
 
-    Before the widest one that is its input, the residual, and the norm of it, and the original `beside` is already
-    through; before attention's output they hold what went into it too, and the original's wait with two.
+    Before the widest linear: its input, the residual and the normalised residual; the original, where it runs `beside`,
+    has finished by then. Before attention's output projection: queries, keys and values too, and two tensors of the
+    original.
     """
     widest = max(x.in_features for x in linears) + 2 * hidden
     attention = (5 + 2 * beside) * hidden
@@ -185,7 +186,7 @@ def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside:
 
 
 def _passing(linears: list[Linear], tokens: int, item: int, rounded: bool) -> int:
-    """The widest tensors of one batch on its way through a block; those to be `rounded` in float32 twice."""
+    """Bytes of the widest tensors of one batch in a block; inputs to be `rounded` exist twice more, in float32."""
     widest = max(max(x.in_features, x.out_features) for x in linears)
     return min(tokens, BATCH_TOKENS) * widest * (4 * item + 1 + 8 * rounded)
 
@@ -207,7 +208,7 @@ def _operations(
 
 
 def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
-    """Weights of each block that a token meets: all of them, but of a router's experts only those it is sent to."""
+    """Weights of each block that one token is multiplied by; of routed experts only those it is sent to."""
     active: dict[int, float] = {}
     for x in linears:
         active[x.block] = active.get(x.block, 0.0) + x.in_features * x.out_features * _share(skeleton, x)
@@ -215,7 +216,7 @@ def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
 
 
 def _share(skeleton: Skeleton, linear: Linear) -> float:
-    """The share of the tokens that a linear meets."""
+    """The share of all tokens that reach a linear."""
     if skeleton.family.experts is None or not linear.module.startswith(f"{skeleton.family.experts}."):
         return 1.0
     experts = getattr(skeleton.config, "num_experts", None) or skeleton.config.num_local_experts
@@ -223,7 +224,7 @@ def _share(skeleton: Skeleton, linear: Linear) -> float:
 
 
 def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, parameters: int) -> int:
-    """A block of `parameters` in float32 twice, what is learned of it, and a batch's tensors kept for the gradient."""
+    """Bytes of a block in float32 twice, its learned values, and a batch's activations kept for the gradient."""
     widths: dict[int, float] = {}
     for x in linears:
         widths[x.block] = widths.get(x.block, 0.0) + (x.in_features + x.out_features) * _share(skeleton, x)
@@ -231,7 +232,7 @@ def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, 
 
 
 def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], shell: int, artifact: int) -> int:
-    """The parts as read and as written, codes in 8 and 16 bit, the rest in float32, and one sequence on its way."""
+    """Bytes of the blocks as read and as written, codes in 8 and 16 bit, the rest in float32, and one sequence."""
     blocks: dict[int, list[int]] = {}
     for x in linears:
         sizes = blocks.setdefault(x.block, [0, 0])
@@ -248,9 +249,10 @@ def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear],
 
 
 def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, linears: list[Linear]) -> float:
-    """Four forward passes a step, for blocks run again on the way back; one for each look at what is held out.
+    """Operations: a step costs four forward passes, since blocks are recomputed for the gradient; each check of the
+    held-out sequences costs one.
 
-    The head is not run again, but for kl the original's is, and its blocks once. The errors are measured at the end.
+    The head is not recomputed, but objective kl runs the original's head too, and its blocks once.
     """
     wanted = method.end_to_end
     assert wanted is not None

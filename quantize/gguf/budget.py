@@ -1,4 +1,4 @@
-"""A type for each tensor of a GGUF file within a number of bytes: those that move the model's predictions least."""
+"""Choosing a type for each tensor of a GGUF file within a byte budget, so that the predictions change least."""
 
 from collections.abc import Mapping, Sequence
 from typing import get_args
@@ -17,15 +17,15 @@ from .mixes import TensorType
 from .sensitivity import Sensitivity
 from .writer import ALIGNMENT, padded_bytes
 
-_ROWS = 64  # of a tensor whose error stands for all
-_FEWEST_ROWS = 8  # of an expert
+_ROWS = 64  # sampled from a tensor to estimate its error
+_FEWEST_ROWS = 8  # sampled from each expert
 _F16: TensorType = "F16"
 
 
 def costs(weights: Sequence[Tensor], uses: Sequence[Sequence[Sensitivity]]) -> dict[TensorType, float]:
-    """The divergence each type a tensor can have would bring, from the errors of a few of its rows.
+    """The KL divergence, in nats per token, that each possible type of a tensor would cause, from a sample of rows.
 
-    weights [out, in]: one, or one for each expert of the tensor; uses: what each is sensitive to.
+    weights [out, in]: one, or one for each expert of the tensor. uses: the sensitivities of each, one per use.
     """
     found: dict[TensorType, float] = dict.fromkeys(candidates(weights[0].shape[1]), 0.0)
     few = max(_FEWEST_ROWS, _ROWS // len(weights))
@@ -43,7 +43,7 @@ def costs(weights: Sequence[Tensor], uses: Sequence[Sequence[Sensitivity]]) -> d
 
 
 def candidates(columns: int) -> tuple[TensorType, ...]:
-    """The types whose blocks fill rows of `columns`; F16 where none do."""
+    """The types whose blocks divide rows of `columns`; F16 where there are none."""
     fitting = tuple(kind for kind in get_args(GgmlType) if columns % BlockGrid(type=kind).span(columns) == 0)
     return fitting or (_F16,)
 
@@ -56,9 +56,9 @@ def bytes_in_file(shape: tuple[int, ...], kind: TensorType) -> int:
 def assign(
     shapes: Mapping[str, tuple[int, ...]], costs: Mapping[str, Mapping[TensorType, float]], room: int
 ) -> dict[str, TensorType]:
-    """The type of each tensor that together cost least and fill at most `room` bytes, padding included.
+    """The types with the least total cost that take at most `room` bytes, padding included.
 
-    An integer program: one type a tensor, one limit. Raises BadInput when the smallest types do not fit.
+    An integer program: one type per tensor, one limit. Raises BadInput when even the smallest types do not fit.
     """
     options = [(name, kind) for name in costs for kind in costs[name]]
     sizes = [bytes_in_file(shapes[name], kind) // ALIGNMENT for name, kind in options]

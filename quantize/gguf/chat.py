@@ -1,4 +1,4 @@
-"""What a chat template has to be told so that llama.cpp's server renders it as everybody else does."""
+"""Arguments that make llama.cpp's server render a chat template as transformers and other servers do."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ _SWITCHES = ("enable_thinking",)
 
 
 def template_arguments(tokenizer: Any) -> dict[str, bool]:
-    """The arguments {name: value} that leave the tokenizer's chat template as it is without any; mostly none.
+    """The arguments {name: value} with which the tokenizer's chat template renders as it does without any; mostly none.
 
-    llama.cpp's server always gives a template `enable_thinking`, and false where it does not recognise from the
-    template's text how the model thinks (server_context and common/chat.cpp). Other servers and transformers leave it
-    undefined, so a template that treats undefined as true makes another prompt there: an answer after an empty thought.
+    llama.cpp's server always passes `enable_thinking`, and passes false where it does not recognise the thinking format
+    in the template's text (server_context and common/chat.cpp). Other servers and transformers leave it undefined. A
+    template that treats undefined as true then gives another prompt in llama.cpp: one with an empty thought.
     """
     if not getattr(tokenizer, "chat_template", None):
         return {}

@@ -49,23 +49,23 @@ class Conversion:
             self._check_left_over(reader)
 
     def tensors(self, kind: FloatType = "F16") -> list[FileTensor]:
-        """What a file of floats of this kind holds, vectors and norms in float32 as llama.cpp wants them."""
+        """The tensors of a file of this float type; vectors and norms are float32, as llama.cpp requires."""
         chosen = GGMLQuantizationType[kind]
         return [*self.constants(), *(self.tensor(entry, float_type(entry, chosen)) for entry in self.entries)]
 
     def constants(self) -> list[FileTensor]:
-        """Tensors that follow from the config: RoPE's factors."""
+        """Tensors that are computed from the config: RoPE's factors."""
         return [
             FileTensor(name, GGMLQuantizationType.F32, tuple(t.shape), t.numpy)
             for name, t in rope_tensors(self.config, self.form).items()
         ]
 
     def tensor(self, entry: Entry, kind: GGMLQuantizationType) -> FileTensor:
-        """An entry as floats, read when its turn comes."""
+        """An entry as floats of this type, read when it is written."""
         return FileTensor(entry.name, kind, entry.shape, lambda: as_floats(self.read(entry), kind, entry.name))
 
     def read(self, entry: Entry) -> torch.Tensor:
-        """The weight behind a tensor of the file, in its shape and the checkpoint's dtype."""
+        """The weight of an entry, in its shape and the checkpoint's dtype. Raises BadInput for another shape."""
         weight = entry.read(self.reader.read, self.config)
         if tuple(weight.shape) != entry.shape:
             raise BadInput(
@@ -75,15 +75,15 @@ class Conversion:
         return weight
 
     def outside(self) -> list[Entry]:
-        """The matrices that are not in a block: the embedding, and the head where it is one of its own."""
+        """The matrices outside the blocks: the embedding, and the head if it is not tied to it."""
         return [entry for entry in self.entries if entry.matrix and not entry.name.startswith("blk.")]
 
     def file_type(self, kind: FloatType) -> dict[str, Any]:
-        """The metadata of a file of floats of this kind."""
+        """The metadata of a file of this float type."""
         return self.metadata | {"general.file_type": int(_FILE_TYPES[kind])}
 
     def _check_left_over(self, checkpoint: Checkpoint) -> None:
-        """Every tensor of the checkpoint is written, or known to carry nothing."""
+        """Raise BadInput for a tensor of the checkpoint that is neither written nor known to be redundant."""
         used = {name for entry in self.entries for name in entry.parameters}
         heads = {f"{head}.weight" for head in self.skeleton.heads()} if self.config.tie_word_embeddings else set()
         nothing = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
@@ -96,7 +96,7 @@ class Conversion:
 
 
 def as_floats(weight: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray[Any, Any]:
-    """A weight as numbers of this float type; raises BadInput where it has none for a value."""
+    """A weight in this float type; raises BadInput for a value that overflows it."""
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
     out = weight.to(dtype).contiguous()
     if not bool(torch.isfinite(out).all()):

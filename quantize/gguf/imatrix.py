@@ -1,7 +1,7 @@
-"""Importance matrices: the mean square of what each column of a weight is multiplied by, and llama.cpp's files of them.
+"""Importance matrices: the mean square of each input of a weight, and llama.cpp's files of them.
 
-Files are GGUF with two tensors a weight, its name with `.in_sum2`, sums of squares [experts, in], and `.counts`, the
-tokens [experts] (llama.cpp's tools/imatrix); before August 2025 they were .dat files of another layout, which are read.
+A file is a GGUF with two tensors per weight: its name with `.in_sum2`, the sums of squares [experts, in], and with
+`.counts`, the token counts [experts] (llama.cpp's tools/imatrix). Older .dat files (before August 2025) are read too.
 """
 
 import struct
@@ -29,14 +29,14 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 @dataclass(frozen=True)
 class Importance:
-    """Of a tensor: sums [experts, in] of squares of the inputs, counts [experts] of tokens; one row without experts."""
+    """Of one tensor: sums [experts, in] of squared inputs and counts [experts] of tokens; one row without experts."""
 
     sums: Array
     counts: Array
 
     @property
     def mean(self) -> Array:
-        """Mean squares [experts, in]; ones for an expert that no token reached, as llama.cpp takes it."""
+        """Mean squares [experts, in]; ones for an expert that no token reached, as in llama.cpp."""
         reached = self.counts[:, None] > 0
         return np.where(reached, self.sums / np.maximum(self.counts[:, None], 1), np.float32(1)).astype(np.float32)
 
@@ -44,9 +44,9 @@ class Importance:
 def measure(
     skeleton: Skeleton, entries: Sequence[Entry], tokens: Tokens, on_block: Callable[[int], None] = lambda done: None
 ) -> dict[str, Importance]:
-    """The importance of every linear's columns for these tokens, by GGUF tensor: one pass, block after block.
+    """The importance matrix of a model on these tokens, by GGUF tensor, in one pass block by block.
 
-    The head's stands under its own name, or under the embedding's where that is the head.
+    The head's entry is named after the embedding where the two are tied.
     """
     device = skeleton.device
     place = {p.removesuffix(".weight"): (entry, i) for entry in entries for i, p in enumerate(entry.parameters)}
@@ -78,7 +78,7 @@ def measure(
 
 
 def of_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
-    """Mean squares [hidden], float32, of the head's inputs, for states [samples, seq_len, hidden] of the last block."""
+    """Mean squares [hidden] float32 of the head's inputs, from the last block's outputs [samples, seq_len, hidden]."""
     skeleton.open_shell()
     head = _Squares(hidden.shape[-1])
     for states in hidden:
@@ -88,12 +88,12 @@ def of_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def head_of(entries: Sequence[Entry]) -> str:
-    """The tensor that is the head: of its own, or the embedding."""
+    """The name of the head's tensor; the embedding's where they are tied."""
     return next(n for n in ("output.weight", "token_embd.weight") if any(entry.name == n for entry in entries))
 
 
 class _Squares:
-    """Sums of squares [in] of what a linear is applied to."""
+    """Sums of squares [in] of a linear's inputs."""
 
     def __init__(self, columns: int) -> None:
         self.total = torch.zeros(columns, dtype=torch.float64)
@@ -103,13 +103,13 @@ class _Squares:
         self.add(args[0].reshape(-1, args[0].shape[-1]))
 
     def add(self, x: torch.Tensor) -> None:
-        """Rows x [tokens, in]."""
+        """Add rows x [tokens, in]."""
         self.total += x.to(torch.float32).square().sum(0, dtype=torch.float64).cpu()
         self.count += len(x)
 
 
 def save(path: Path, importance: Mapping[str, Importance], text: str, chunk: int) -> None:
-    """Write llama.cpp's file; text: what was read, in chunks of so many tokens."""
+    """Write a file in llama.cpp's format; text: name of the calibration text; chunk: tokens per sequence."""
     tensors = []
     for name, found in importance.items():
         for suffix, values in ((_SUMS, found.sums), (_COUNTS, found.counts[:, None])):
@@ -129,7 +129,7 @@ def _tensor(name: str, values: Array) -> FileTensor:
 
 
 def load(path: Path) -> dict[str, Importance]:
-    """llama.cpp's file in either form, by GGUF tensor name. Raises BadInput for a file that is neither, or damaged."""
+    """Read a file of either format, by GGUF tensor name. Raises BadInput for one of neither format, or damaged."""
     try:
         with path.open("rb") as file:
             head = file.read(4)
@@ -158,7 +158,7 @@ def _load_gguf(path: Path) -> dict[str, Importance]:
 
 
 def _load_legacy(path: Path) -> dict[str, Importance]:
-    """int32 n; n times: int32 length, name, int32 calls, int32 values, float32 values that are means times calls."""
+    """int32 n; then n times: int32 length, name, int32 calls, int32 count, float32s (mean squares times calls)."""
     data, at = path.read_bytes(), 0
 
     def take(kind: str, size: int) -> Any:
@@ -181,7 +181,7 @@ def _load_legacy(path: Path) -> dict[str, Importance]:
 
 
 def fitted(importance: Mapping[str, Importance], entries: Sequence[Entry], where: str) -> dict[str, Array]:
-    """Mean squares [experts, in] for the tensors of a file; raises BadInput when the matrix is another model's."""
+    """Mean squares [experts, in] by tensor of the file; raises BadInput when the matrix is of another model."""
     known = {entry.name: entry for entry in entries if entry.matrix}
     out = {}
     for name, found in importance.items():
@@ -198,7 +198,7 @@ def fitted(importance: Mapping[str, Importance], entries: Sequence[Entry], where
 
 
 def of_linears(importance: Mapping[str, Array], entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
-    """Mean squares [in] by the name of the linear on disk, for every parameter that one of `importance` is made of."""
+    """Mean squares [in] by on-disk name of each linear whose tensor is in `importance`."""
     out = {}
     for entry in entries:
         for i, parameter in enumerate(entry.parameters if entry.name in importance else ()):

@@ -1,4 +1,4 @@
-"""Which parameters of a checkpoint make which tensor of a GGUF file, and how."""
+"""Which parameters of a checkpoint make up each tensor of a GGUF file, and how."""
 
 import re
 from collections.abc import Callable
@@ -24,8 +24,8 @@ _FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", 
 class Entry:
     """One tensor of a GGUF file.
 
-    parameters: on-disk HF names of what it is made from: one, or one for each expert, stacked in front. shape: as GGUF
-    has it, the columns last.
+    parameters: on-disk HF names of what it is made of: one, or one per expert, stacked along a new first dimension.
+    shape: in the file, the columns last.
     """
 
     name: str
@@ -35,22 +35,22 @@ class Entry:
 
     @property
     def stacked(self) -> bool:
-        """Whether it holds one matrix an expert."""
+        """Whether it holds one matrix per expert."""
         return EXPERT.search(self.parameters[0]) is not None
 
     @property
     def matrix(self) -> bool:
-        """Whether the file type decides its type; the others are float32, as llama.cpp wants them."""
+        """Whether its type follows from the file type; all other tensors are float32, as llama.cpp requires."""
         return len(self.shape) > 1 and self.name.endswith(".weight") and not self.name.endswith(_FLOAT32)
 
     def read(self, read: Callable[[str], Tensor], config: Any) -> Tensor:
-        """The tensor `shape`, from what `read` gives for each parameter."""
+        """The tensor in its shape; `read` returns a parameter by its name."""
         parts = [to_gguf(self.change, read(name), config) for name in self.parameters]
         return torch.stack(parts) if self.stacked else parts[0]
 
 
 def layout(skeleton: Skeleton) -> list[Entry]:
-    """The tensors a GGUF file of this model has, in the order of the model.
+    """The tensors of a GGUF file of this model, in the model's order.
 
     Raises BadInput for an architecture that cannot be written, and a parameter without a GGUF name.
     """
@@ -76,9 +76,9 @@ def layout(skeleton: Skeleton) -> list[Entry]:
 
 
 def gguf_name(names: gguf.TensorNameMap, parameter: str) -> str:
-    """The GGUF tensor a parameter of the model lies in; raises BadInput when there is none."""
+    """The GGUF tensor that holds a parameter of the model; raises BadInput when there is none."""
     merged = EXPERT.sub(".experts.", parameter)
-    if ".experts.w" in merged:  # Mixtral's, which the map has under the names of its first checkpoints
+    if ".experts.w" in merged:  # Mixtral: the map knows the names of its first checkpoints
         merged = re.sub(r"^model\.(layers\.\d+)\.(mlp|block_sparse_moe)\.", r"\1.feed_forward.", merged)
     found = names.get_name(merged, try_suffixes=(".weight", ".bias"))
     if found is None:
@@ -98,5 +98,5 @@ def _entry(
 
 
 def float_type(entry: Entry, kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type of a tensor in a file of floats of this kind."""
+    """The type of an entry in a file of this float type."""
     return kind if entry.matrix else GGMLQuantizationType.F32

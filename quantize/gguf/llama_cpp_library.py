@@ -1,4 +1,4 @@
-"""llama.cpp itself, through the optional package llama-cpp-python: its quantizer, and what it computes on a file."""
+"""llama.cpp through the optional package llama-cpp-python: its quantizer, and inference on a GGUF file."""
 
 import contextlib
 import ctypes
@@ -27,11 +27,11 @@ Logger = Callable[[str], None]
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What llama.cpp's quantizer is asked for.
+    """Arguments of llama.cpp's quantizer.
 
-    file_type: such as Q4_K_M. tensor_types: (regular expression, type) for tensors that get another type, the first
-    that is found in a tensor's name decides. imatrix: importance of each column by tensor name, float32 [in], or
-    [experts, in]; None: none. threads: 0 for all cores. split: as many files as the source has.
+    file_type: such as Q4_K_M. tensor_types: (regular expression, type) of tensors that get another type; the first that
+    matches part of the name applies. imatrix: importance of the columns by tensor name, float32 [in] or [experts, in].
+    threads: 0 for all cores. split: write as many files as the source has.
     """
 
     file_type: str
@@ -42,7 +42,7 @@ class QuantizeRequest:
 
 
 def file_types() -> dict[str, int]:
-    """The file types llama.cpp's quantizer makes, by name: Q4_K_M, IQ4_XS …"""
+    """The file types of llama.cpp's quantizer, by name (Q4_K_M, IQ4_XS …), with their numbers."""
     names = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): int(kind) for kind in LlamaFileType}
     return {name: number for name, number in names.items() if name not in _NOT_MADE}
 
@@ -53,16 +53,16 @@ _NOT_MADE = ("GUESSED", "Q4_1_SOME_F16", "MXFP4_MOE", "NVFP4")
 def quantize(
     source: Path, target: Path, wanted: QuantizeRequest, on_tensor: Callable[[int, int], None] = lambda done, all: None
 ) -> str:
-    """Let llama.cpp quantize the GGUF file `source` into `target`; returns what it said.
+    """Let llama.cpp quantize the GGUF file `source` into `target`; returns its log.
 
-    `on_tensor(done, all)` is called as tensors are finished. Raises BadInput when it refuses, with its reason.
+    `on_tensor(done, all)` is called after each tensor. Raises BadInput, with llama.cpp's reason, when it refuses.
     """
     lib = library()
     params = lib.llama_model_quantize_default_params()
     params.ftype = file_types()[wanted.file_type]
     params.nthread = wanted.threads
     params.keep_split = wanted.split
-    keep: list[Any] = []  # what C holds pointers to
+    keep: list[Any] = []  # objects that C holds pointers to
     if wanted.imatrix is not None:
         params.imatrix = _imatrix(lib, wanted.imatrix, keep)
     if wanted.tensor_types:
@@ -85,11 +85,11 @@ def quantize(
     return text
 
 
-def too_wide(said: str) -> dict[str, str]:
-    """What llama.cpp's quantizer `said` of tensors whose rows are not whole blocks: {tensor: why, and its type}."""
+def not_whole_blocks(log: str) -> dict[str, str]:
+    """From the quantizer's log, the tensors whose rows are not whole blocks: {name: the reason and intended type}."""
     return {
         name: f"rows of {columns} are not whole blocks of {block}: {kind.upper()}"
-        for name, columns, block, kind in _FELL_BACK.findall(said)
+        for name, columns, block, kind in _FELL_BACK.findall(log)
     }
 
 
@@ -102,7 +102,7 @@ def package_version() -> str | None:
 
 
 def _imatrix(lib: Any, importance: Mapping[str, np.ndarray[Any, Any]], keep: list[Any]) -> Any:
-    """The C array of llama_model_imatrix_data, ended by an empty one."""
+    """A C array of llama_model_imatrix_data, terminated by an empty entry; `keep` gets what it points to."""
     entries = []
     for name, values in importance.items():
         flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
@@ -114,7 +114,7 @@ def _imatrix(lib: Any, importance: Mapping[str, np.ndarray[Any, Any]], keep: lis
 
 
 class Loaded:
-    """A GGUF file loaded by llama.cpp on the CPU; a context manager. Raises BadInput when it does not load."""
+    """A GGUF model loaded by llama.cpp on the CPU; a context manager. Raises BadInput when it does not load."""
 
     def __init__(self, file: Path, n_tokens: int = 2048, threads: int = 0, vocabulary_only: bool = False) -> None:
         self._lib = lib = library()
@@ -144,7 +144,7 @@ class Loaded:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the model."""
         with log(self._lib):
             if self._context:
                 self._lib.llama_free(self._context)
@@ -157,7 +157,7 @@ class Loaded:
         return int(self._lib.llama_vocab_n_tokens(self._vocabulary))
 
     def logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
-        """Logits float32 [tokens, vocabulary] of one sequence from its start."""
+        """Logits float32 [tokens, vocabulary] of one sequence, with an empty cache."""
         lib, n = self._lib, len(ids)
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
         batch = lib.llama_batch_init(n, 0, 1)
@@ -174,7 +174,7 @@ class Loaded:
             lib.llama_batch_free(batch)
 
     def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        """exp of the mean negative log-likelihood of each token after the first of its window."""
+        """exp of the mean negative log-likelihood of all tokens but the first of each window."""
         total, count = 0.0, 0
         for ids in windows:
             logits = self.logits(ids)[:-1].astype(np.float64)
@@ -185,7 +185,7 @@ class Loaded:
         return float(np.exp(total / count))
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """The ids of a text without BOS or EOS; special: control tokens written out in it are recognised."""
+        """The ids of a text without BOS and EOS; special: recognise control tokens that are spelled out in it."""
         data = text.encode()
         room = len(data) + 16
         out = (self._lib.llama_token * room)()
@@ -196,7 +196,7 @@ class Loaded:
 
 
 def library() -> ModuleType:
-    """The llama_cpp C bindings; raises BadInput, saying how to get them, when they are not installed."""
+    """The C bindings of llama.cpp; raises BadInput, with how to install them, when they are missing."""
     try:
         from llama_cpp import llama_cpp
     except ImportError as error:
@@ -214,7 +214,7 @@ _started = False
 
 @contextlib.contextmanager
 def log(lib: Any, on_line: Logger = lambda line: None) -> Iterator[list[str]]:
-    """What llama.cpp says meanwhile, instead of having it on the terminal."""
+    """Collect llama.cpp's log, line by line, instead of letting it write to the terminal."""
     said: list[str] = []
 
     @lib.llama_log_callback  # type: ignore[untyped-decorator]
@@ -227,7 +227,7 @@ def log(lib: Any, on_line: Logger = lambda line: None) -> Iterator[list[str]]:
     try:
         yield said
     finally:
-        _kept.append(take)  # C may still hold it until the next one is set
+        _kept.append(take)  # C holds it until the next callback is set
         lib.llama_log_set(_silent(lib), None)
 
 

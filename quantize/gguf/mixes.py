@@ -1,8 +1,8 @@
-"""llama.cpp's mixes: which type each tensor of a file of type Q4_K_M, Q2_K … gets.
+"""llama.cpp's mixes: the type of each tensor in a file of type Q4_K_M, Q2_K and so on.
 
-The rule of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp (as vendored by llama-cpp-python 0.3.36), for the
-file types whose tensors have the types of `GgmlType`. What it has for the falcon and glm5-next architectures alone is
-left out: they are not converted.
+This restates `llama_tensor_get_type` of llama.cpp's src/llama-quant.cpp (as vendored by llama-cpp-python 0.3.36) for
+the file types made of types in `GgmlType`. Its special cases for falcon and glm5-next are left out, since we do not
+convert those architectures.
 """
 
 import re
@@ -26,7 +26,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Traits:
-    """What the rule looks at beside names and shapes, from the file's metadata; experts 0: it has none."""
+    """What the rule reads from the file's metadata, beside tensor names and shapes; experts: 0 for a dense model."""
 
     architecture: str
     blocks: int
@@ -36,12 +36,12 @@ class Traits:
 
     @property
     def shares_values(self) -> bool:
-        """Whether four heads or more share a value head: its tensor is small, and worth more bits."""
+        """Whether four query heads or more share a value head, whose small tensor then gets more bits."""
         return self.kv_heads > 0 and self.heads // self.kv_heads >= 4
 
     @property
     def is_70b(self) -> bool:
-        """llama.cpp calls these models «70B», and spends more on their values."""
+        """Whether llama.cpp takes the model for a 70B one, whose value projections get more bits."""
         if self.architecture == "llama":
             return self.blocks == 80 and self.heads != self.kv_heads
         return self.architecture in ("qwen2", "olmo", "deci") and self.blocks == 80
@@ -49,7 +49,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Choice:
-    """The type of a tensor; wanted: the one the mix gives it, where rows are not whole blocks of that."""
+    """The type of a tensor. wanted: the mix's type, where that could not be used since it does not divide the rows."""
 
     type: TensorType
     wanted: GgmlType | None = None
@@ -65,10 +65,10 @@ def choose(
 ) -> dict[str, Choice | None]:
     """The type of each tensor {GGUF name: shape, the columns last}; None for those that are not quantized.
 
-    imatrix: whether the file is made with an importance matrix, which moves a few tensors. own: tensors that get a type
-    of their own, which the rule does not meet; one without a grid of ours stands as F16.
+    imatrix: whether the file is made with an importance matrix, which changes the type of a few tensors. own: tensors
+    with a type from the recipe, which the rule does not count; a type that we have no grid for is returned as F16.
     """
-    order = sorted(tensors, key=lambda name: (_layer(name), name))  # the rule counts tensors as it meets them
+    order = sorted(tensors, key=lambda name: (_layer(name), name))  # the rule depends on how many tensors it has seen
     rule = _Rule(mix, model, imatrix, tied="output.weight" not in tensors, values=sum(map(_is_value, tensors)))
     out: dict[str, Choice | None] = dict.fromkeys(tensors)
     for name in order:
@@ -84,13 +84,13 @@ def choose(
 
 
 def quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp quantizes a tensor at all; leading dimensions of 1 do not count."""
+    """Whether llama.cpp quantizes a tensor at all: it needs two dimensions larger than 1."""
     matrix = any(n > 1 for n in shape[:-1])
     return matrix and name.endswith("weight") and not any(part in name for part in _KEPT)
 
 
 def fitting(wanted: GgmlType, columns: int) -> Choice:
-    """The type itself, or the fallback where its blocks do not fill rows of `columns`, or F16 where that's do not."""
+    """The type if its blocks divide rows of `columns`, else its fallback if that one's do, else F16."""
     if columns % BlockGrid(type=wanted).span(columns) == 0:
         return Choice(wanted)
     fallback = _FALLBACK.get(wanted, wanted)
@@ -100,7 +100,7 @@ def fitting(wanted: GgmlType, columns: int) -> Choice:
 
 
 def default_type(mix: FileType) -> GgmlType:
-    """The type most tensors of the mix have."""
+    """The type of most tensors in the mix."""
     name = re.sub(r"_[SML]$", "", mix)
     assert name in get_args(GgmlType)
     return cast(GgmlType, name)
@@ -117,7 +117,7 @@ def _is_value(name: str) -> bool:
 
 @dataclass
 class _Rule:
-    """The rule, and how many values and down projections it has met."""
+    """The rule, with the number of value and down projections it has seen so far."""
 
     mix: FileType
     model: Traits
@@ -191,5 +191,5 @@ class _Rule:
 
 
 def _more_bits(i: int, n: int) -> bool:
-    """The first and the last eighth of the layers, and every third between."""
+    """Whether layer `i` of `n` is in the first or last eighth, or every third in between."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2

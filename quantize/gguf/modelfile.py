@@ -1,8 +1,8 @@
-"""Ollama's Modelfile beside a GGUF file: its chat template as Go, the texts that end an answer, the context.
+"""Ollama's Modelfile for a GGUF file: the chat template in Go, the stop strings, the context length.
 
-The Jinja template is not parsed. It is rendered with marked messages, what stands between the marks becomes a table of
-what goes before and after each role's text, and the table is believed only if it renders further conversations letter
-by letter as the original does. A template that does more than that is refused.
+The Jinja template is not parsed. It is rendered with marked messages; the text between the marks gives the prefix and
+suffix of each role. These are accepted only if they render further conversations exactly as the original template does.
+A template that cannot be expressed so is refused.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 
 from ..core.errors import BadInput
 
-CONTEXT = 8192  # tokens at most: the model's own may need more memory than there is
+CONTEXT = 8192  # tokens at most: the model's full context may need more memory than there is
 Message = dict[str, str]
 _SYSTEM, _USER, _ANSWER, _AGAIN = "\u2460sys\u2460", "\u2461use\u2461", "\u2462ans\u2462", "\u2463aga\u2463"
 _TEXTS = ("What is 2 + 2?", "It's 4.\nIs it not?", "Yes: 四", "Why", "So it is.")
@@ -22,11 +22,11 @@ _TEXTS = ("What is 2 + 2?", "It's 4.\nIs it not?", "Yes: 四", "Why", "So it is.
 
 @dataclass(frozen=True)
 class Turns:
-    """What a chat template puts around the text of each role.
+    """The text that a chat template puts around each role's message.
 
-    user, answer, system: before and after; inside: the system text is put into the first user's turn, between its
-    beginning and its text. start: before everything; prompt: where the answer begins; default: the system text when
-    none is given. system None: a system message is refused.
+    user, answer, system: prefix and suffix; system None: the template refuses system messages. inside: the system text
+    is put into the first user's turn, after its prefix. start: before everything. prompt: where the answer begins.
+    default: the system text when none is given.
     """
 
     start: str
@@ -38,7 +38,7 @@ class Turns:
     default: str | None = None
 
     def render(self, messages: Sequence[Message]) -> str:
-        """What Ollama makes of the Go template, restated."""
+        """What Ollama renders from the Go template, restated in Python."""
         system = messages[0]["content"] if messages[0]["role"] == "system" else self.default
         out, first = self.start, True
         if system is not None and self.system is not None and not self.inside:
@@ -55,7 +55,7 @@ class Turns:
         return out + self.prompt
 
     def go(self) -> str:
-        """The Go template. A system message is the first one, so that the first user's is number 0 or 1."""
+        """The Go template. Only the first message can be a system one, so the first user message is number 0 or 1."""
         lead = ""
         if self.system is not None:
             lead = self.system[0] + "{{ $.System }}" + self.system[1]
@@ -68,9 +68,9 @@ class Turns:
 
 
 def modelfile(file: Path, tokenizer: Any, config: Any, add_bos: bool) -> tuple[str, str | None]:
-    """The Modelfile for GGUF `file`, which lies beside it, and a note when it has no template.
+    """The Modelfile for GGUF `file` in the same folder, and a note when it has no template.
 
-    add_bos: whether llama.cpp puts BOS before the text by itself.
+    add_bos: whether llama.cpp adds BOS itself.
     """
     lines, note, turns = [f"FROM ./{file.name}"], None, None
     if not getattr(tokenizer, "chat_template", None):
@@ -89,7 +89,7 @@ def modelfile(file: Path, tokenizer: Any, config: Any, add_bos: bool) -> tuple[s
 
 
 def translate(tokenizer: Any, add_bos: bool) -> Turns:
-    """The turns of the tokenizer's chat template; raises BadInput when it cannot be said by them."""
+    """The turns of the tokenizer's chat template; raises BadInput when they do not reproduce it."""
     turns = _observed(tokenizer)
     bos = tokenizer.bos_token or ""
     if add_bos and bos:
@@ -109,7 +109,7 @@ def translate(tokenizer: Any, add_bos: bool) -> Turns:
 
 
 def _observed(tokenizer: Any) -> Turns:
-    """The pieces between marked texts."""
+    """The turns, from the text between the marks."""
     user, answer, again = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _AGAIN)
     whole = _rendered(tokenizer, [user, answer, again])
     first, between, second, prompt = _cut(whole, _USER, _ANSWER, _AGAIN)
@@ -122,7 +122,7 @@ def _observed(tokenizer: Any) -> Turns:
         "", (opening, closing), (between.removeprefix(closing), closed), None, False, prompt.removeprefix(closing)
     )
     if not first.endswith(opening):
-        # What the later turns open with may hold BOS as well, and the first one less.
+        # The prefix of later turns may include BOS; then the first turn's is shorter.
         common = next((opening[i:] for i in range(len(opening)) if first.endswith(opening[i:])), "")
         extra = opening.removesuffix(common)
         plain = replace(plain, user=(common, closing), answer=(plain.answer[0], closed + extra))
@@ -143,7 +143,7 @@ def _observed(tokenizer: Any) -> Turns:
 
 
 def _with_default(plain: Turns, before: str, after: str) -> Turns:
-    """System messages in a turn of their own; what comes first without one is the start, or a default system text."""
+    """Turns with system messages of their own; what comes first without one is `start` or the default system text."""
     if before.startswith(plain.start):
         return replace(plain, system=(before.removeprefix(plain.start), after))
     if plain.start.startswith(before) and plain.start.endswith(after):
@@ -153,13 +153,13 @@ def _with_default(plain: Turns, before: str, after: str) -> Turns:
 
 
 def _without_bos(turns: Turns, bos: str) -> Turns:
-    """The turns without the BOS in front, which llama.cpp puts there."""
+    """The turns without the leading BOS, which llama.cpp adds."""
     if turns.start.startswith(bos):
         return replace(turns, start=turns.start.removeprefix(bos))
     if turns.system is not None and not turns.inside and turns.default is not None and turns.system[0].startswith(bos):
         return replace(turns, system=(turns.system[0].removeprefix(bos), turns.system[1]))
     before, after = turns.user
-    if before.startswith(bos):  # before every user's text: after every answer, then, for the first has it already
+    if before.startswith(bos):  # before every user message: moved behind every answer, since llama.cpp adds the first
         answer = turns.answer[0], turns.answer[1] + bos
         return replace(turns, user=(before.removeprefix(bos), after), answer=answer)
     return turns
@@ -187,7 +187,7 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], prompt: bool = True) 
 
 
 def _cut(text: str, *marks: str) -> list[str]:
-    """The pieces around marks that occur once each, in this order."""
+    """The text around the marks, each of which must occur once, in this order."""
     out = []
     for mark in marks:
         if text.count(mark) != 1:
@@ -198,7 +198,7 @@ def _cut(text: str, *marks: str) -> list[str]:
 
 
 def _stops(tokenizer: Any, config: Any, turns: Turns | None) -> list[str]:
-    """Texts that end an answer: EOS, and the special tokens that end it or open the next turn."""
+    """Stop strings: EOS, and the special tokens that end an answer or open the next turn."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     found = [tokenizer.eos_token, *(tokenizer.convert_ids_to_tokens(i) for i in ends if i is not None)]
     if turns is not None:

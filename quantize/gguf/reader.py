@@ -1,4 +1,4 @@
-"""A GGUF file beside its config.json, read as if it were a checkpoint: tensors dequantized, under their HF names."""
+"""A GGUF file with a config.json beside it, read like a checkpoint: dequantized tensors by their HF names."""
 
 import re
 from pathlib import Path
@@ -24,9 +24,9 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """model.gguf in a folder, or its parts in order; none when there is no such file.
+    """The files of model.gguf in a folder: the file itself, its parts in order, or none.
 
-    Raises BadInput for parts that are not complete.
+    Raises BadInput when parts are missing.
     """
     if (folder / _FILE).is_file():
         return [folder / _FILE]
@@ -39,9 +39,9 @@ def gguf_files(folder: Path) -> list[Path]:
 
 
 class GgufTensors:
-    """The tensors of a GGUF file or its parts, as they are stored.
+    """The tensors of a GGUF file, or of its parts, as stored.
 
-    Raises BadInput for a file that is not whole.
+    Raises BadInput for a file that is damaged or incomplete.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -66,16 +66,16 @@ class GgufTensors:
         return self._tensors[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape with the columns last."""
+        """The shape, columns last."""
         return tuple(int(n) for n in reversed(self.stored(name).shape))
 
     def dequantized(self, name: str, part: int | None = None) -> Tensor:
-        """A tensor in float32, or the part of it with this first index."""
+        """A tensor in float32, or its slice `part` along the first dimension."""
         return dequantized(self.stored(name), part, self.files[0])
 
 
 def dequantized(tensor: Any, part: int | None, file: Path) -> Tensor:
-    """A tensor as the `gguf` package has read it from `file`, in float32, or the part of it with this first index."""
+    """A record of the `gguf` package's reader in float32, or its slice `part` along the first dimension."""
     try:
         values = gguf.quants.dequantize(tensor.data if part is None else tensor.data[part], tensor.tensor_type)
     except NotImplementedError as error:
@@ -85,7 +85,7 @@ def dequantized(tensor: Any, part: int | None, file: Path) -> Tensor:
 
 
 def open_gguf(file: Path) -> gguf.GGUFReader:
-    """The `gguf` package's reader; raises BadInput for a file that is not a whole GGUF."""
+    """The `gguf` package's reader; raises BadInput for a file that is not GGUF or is incomplete."""
     try:
         return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError, TypeError, OverflowError) as error:
@@ -93,7 +93,7 @@ def open_gguf(file: Path) -> gguf.GGUFReader:
 
 
 class GgufCheckpoint:
-    """A folder with model.gguf and the config.json of its model, in the place of a checkpoint of safetensors.
+    """A folder with model.gguf and the config.json of its model, used like a safetensors checkpoint.
 
     Raises BadInput for a file that does not hold the tensors of that model.
     """
@@ -119,7 +119,7 @@ class GgufCheckpoint:
         return list(self._where)
 
     def __contains__(self, name: object) -> bool:
-        """Whether a parameter of the model is there, under the name checkpoints on disk have for it."""
+        """Whether the file holds the parameter with this on-disk name."""
         if self._family.disk_name(str(name)) != name:
             return False
         try:
@@ -128,7 +128,7 @@ class GgufCheckpoint:
             return False
 
     def entry(self, name: str) -> Entry:
-        """The tensor of the file a parameter lies in."""
+        """The tensor of the file that holds a parameter."""
         if name not in self._where:
             raise BadInput(f"{self.folder}: no tensor {name}")
         return self._where[name][0]
@@ -139,7 +139,7 @@ class GgufCheckpoint:
         return shape[::-1] if entry.change == "transposed" else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """float32: what is dequantized."""
+        """float32, the dtype of dequantized tensors."""
         self.entry(name)
         return torch.float32
 
@@ -153,11 +153,11 @@ class GgufCheckpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors, header and padding not counted."""
+        """Bytes of all tensors, without header and padding."""
         return sum(int(self.tensors.stored(name).n_bytes) for name in self.tensors.names())
 
     def bits_per_weight(self) -> float | None:
-        """Bits on disk of a weight in the quantized tensors; None when none is."""
+        """Bits on disk per weight of the quantized tensors; None when there are none."""
         entries = [entry for entry in dict.fromkeys(entry for entry, _ in self._where.values()) if entry.matrix]
         stored = [self.tensors.stored(entry.name) for entry in entries]
         packed = [tensor for tensor in stored if tensor.tensor_type.name not in FLOATS]
@@ -165,13 +165,13 @@ class GgufCheckpoint:
         return 8 * sum(int(tensor.n_bytes) for tensor in packed) / count if count else None
 
     def read(self, name: str) -> Tensor:
-        """A parameter as transformers holds it, in float32."""
+        """A parameter in float32, in transformers' layout."""
         entry = self.entry(name)
         weight = self.tensors.dequantized(entry.name, self._where[name][1])
         return from_gguf(entry.change, weight, self._config).contiguous()
 
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of the GGUF files, config.json and what goes with them, by name."""
+        """SHA-256 by name of the GGUF files, config.json, tokenizer and other companions."""
         files = {
             *self.folder.glob("*.gguf"),
             *self.folder.glob("Modelfile"),

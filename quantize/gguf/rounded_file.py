@@ -29,13 +29,13 @@ from .tensor_map import to_gguf
 from .tensor_types import Types, our_types, own_types
 from .writer import FileTensor, sizes, write
 
-_ROWS = 4096  # of an embedding or a head rounded at a time
-_MOSTLY = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # the file type named after a type of tensor
+_ROWS = 4096  # of an embedding or head that are rounded at a time
+_MOSTLY = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # file type by the type of most tensors
 
 
 @dataclass(frozen=True)
 class RoundedFile:
-    """The file of a recipe whose blocks our own methods round.
+    """The GGUF file of a recipe with one of our own methods.
 
     types: of each tensor by its GGUF name, None for one left in float32.
     """
@@ -46,7 +46,7 @@ class RoundedFile:
 
     @classmethod
     def of(cls, recipe: Recipe, conversion: Conversion) -> Self:
-        """With the types of the recipe's mix. Raises BadInput for a type that our methods have no grid for."""
+        """The file with the types of the recipe's mix. Raises BadInput for a type that we have no grid for."""
         return cls(recipe, conversion, our_types(recipe, conversion))
 
     def schemes(self, linears: list[Linear]) -> dict[str, Grid | None]:
@@ -89,8 +89,8 @@ class RoundedFile:
     def within_budget(self, skeleton: Skeleton, tokens: torch.Tensor, work: Path) -> Types:
         """The types that change the predictions least within `gguf.budget`; those of `gguf.tensor_types` stay.
 
-        skeleton: the original in float32. tokens [samples, seq_len]: the text its sensitivity is measured on. work: a
-        folder for hidden states meanwhile. Raises BadInput where the smallest types are too large.
+        skeleton: the original in float32. tokens [samples, seq_len]: the text to measure its sensitivity on. work: a
+        folder for temporary hidden states. Raises BadInput where even the smallest types are too large.
         """
         uses = measure(skeleton, tokens, work)
         shapes = {entry.name: entry.shape for entry in self.conversion.entries}
@@ -101,7 +101,8 @@ class RoundedFile:
             if choice is not None and entry.name in own:
                 prices[entry.name] = {choice.type: 0.0}
             elif choice is not None:
-                plain = replace(entry, change=entry.change if entry.change == "transposed" else None)  # rows as in uses
+                # Rows in the order of `uses`.
+                plain = replace(entry, change=entry.change if entry.change == "transposed" else None)
                 weight = self.conversion.read(plain)
                 of = [uses[parameter.removesuffix(".weight")] for parameter in entry.parameters]
                 prices[entry.name] = budget.costs(weight.unbind() if entry.stacked else [weight], of)
@@ -117,10 +118,10 @@ class RoundedFile:
         return sizes(self._metadata(), self._tensors(nothing), self.recipe.gguf_file.split)
 
     def save(self, target: Path, parts: Mapping[str, Path], importance: Mapping[str, Array]) -> None:
-        """Write the file; what no part holds, the embedding and the head, is rounded to nearest here.
+        """Write the file; quantized tensors outside the blocks are rounded to nearest here.
 
-        parts: the safetensors file of each rounded weight, by its on-disk name. importance: mean squares [1, in] of the
-        inputs of the tensors outside the blocks, by GGUF name, where they are known.
+        parts: the safetensors file that holds each rounded weight, by on-disk name. importance: mean squares [1, in] of
+        the inputs of tensors outside the blocks, by GGUF name, where they are known.
         """
         known = {name: torch.from_numpy(columns[0]) for name, columns in importance.items()}
         bytes_of = {
@@ -158,12 +159,12 @@ def _bytes(
     parts: Mapping[str, Path],
     importance: torch.Tensor | None,
 ) -> Callable[[], np.ndarray[Any, Any]]:
-    """What gives the bytes of a quantized tensor: the part of its block, or rounding to nearest where none holds it."""
+    """A function that makes the bytes of a quantized tensor: from its block's part, or by rounding to nearest."""
 
     def packed(name: str) -> torch.Tensor:
         with safe_open(parts[name], framework="pt") as file:
             rows: torch.Tensor = file.get_tensor(name)
-        # Rows are rounded one by one, so they may be reordered afterwards; columns are in place already.
+        # Each row is rounded by itself, so rows can still be reordered; the columns are already in GGUF's order.
         return rows if entry.change in (None, "transposed") else to_gguf(entry.change, rows, conversion.config)
 
     def from_parts() -> np.ndarray[Any, Any]:

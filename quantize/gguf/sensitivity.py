@@ -1,4 +1,4 @@
-"""What errors in each weight of a model do to its predictions, measured block by block."""
+"""How much errors in each weight change the model's predictions, measured block by block."""
 
 import contextlib
 import tempfile
@@ -20,28 +20,28 @@ _STATES = "states"
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What errors in a weight [out, in] do to the predictions: a KL divergence of sum rows_r columns_c error_rc^2.
+    """Errors e in a weight [out, in] cause a KL divergence of about sum_rc rows_r columns_c e_rc^2 nats per token.
 
-    rows float32 [out], columns float32 [in], in nats a token. It is the second-order term of the divergence with the
-    Fisher information of an output and the second moment of an input taken as independent, and no correlations.
+    rows float32 [out], columns float32 [in]. This is the divergence to second order, with the Fisher information of the
+    outputs and the second moments of the inputs taken as independent and diagonal.
     """
 
     rows: Tensor
     columns: Tensor
 
     def cost(self, error: Tensor, rows: Tensor) -> float:
-        """Of the errors [n, in] of these n rows, if the others are alike."""
+        """The divergence in nats per token, from the errors [n, in] of a sample of `rows` [n]."""
         picked = self.rows[rows]
         return float((error.square() @ self.columns) @ picked) * float(self.rows.sum() / picked.sum().clamp(min=1e-30))
 
 
 def measure(skeleton: Skeleton, tokens: Tensor, folder: Path, seed: int = 0) -> dict[str, list[Sensitivity]]:
-    """The sensitivity of every linear and of the embedding {on-disk name: one for each use}, tokens [samples, seq_len].
+    """The sensitivity of every linear and of the embedding, {on-disk name: one per use}, on tokens [samples, seq_len].
 
-    With g the gradient of the loss of tokens drawn from the model's own predictions, E[g g^T] is the Fisher
-    information, and half of it the curvature of the divergence. Blocks go through memory one by one, forwards and then
-    backwards, where each is run again from the hidden states that entered it; those lie in `folder` meanwhile. A tied
-    head stands under the embedding's name, as its second use.
+    With g the gradient of the loss on tokens drawn from the model's own predictions, E[g g^T] is the Fisher
+    information; half of it is the second-order coefficient of the divergence. Blocks are loaded one at a time, first
+    forwards, then backwards; in the backward pass each is recomputed from its inputs, which are kept in `folder`
+    meanwhile. A tied head is the second use of the embedding.
     """
     count = tokens.numel()
     skeleton.open_shell()
@@ -71,7 +71,7 @@ def measure(skeleton: Skeleton, tokens: Tensor, folder: Path, seed: int = 0) -> 
 
 
 class _Sums:
-    """Over tokens: squared inputs [in] and squared output gradients [out] of a linear, and how many it was given."""
+    """Sums over tokens of a linear's squared inputs [in] and squared output gradients [out], and the token count."""
 
     def __init__(self) -> None:
         self.inputs: Tensor | float = 0.0
@@ -79,7 +79,7 @@ class _Sums:
         self.tokens = 0
 
     def note(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        """As a forward hook; the gradient's squares follow when it is known."""
+        """A forward hook; the gradient is added when the backward pass reaches the output."""
         x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
         self.inputs = self.inputs + x.square().sum(0).cpu()
         self.tokens += len(x)
@@ -89,7 +89,7 @@ class _Sums:
         self.gradients = self.gradients + g.reshape(-1, g.shape[-1]).float().square().sum(0).cpu()
 
     def sensitivity(self, tokens: int) -> Sensitivity:
-        """Of `tokens` in all; what an expert is given is a part of them."""
+        """tokens: of the whole text, of which an expert sees a part."""
         return Sensitivity(
             torch.as_tensor(self.gradients / tokens / 2), torch.as_tensor(self.inputs / max(self.tokens, 1))
         )
@@ -109,7 +109,7 @@ def _observed(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, _Sums]]:
 def _through_head(
     skeleton: Skeleton, tokens: Tensor, hidden: Tensor, seed: int
 ) -> tuple[Tensor, dict[str, Sensitivity]]:
-    """The loss's gradient [samples, seq_len, hidden] as it leaves the last block, and the head's own sensitivity."""
+    """The gradient [samples, seq_len, hidden] at the last block's output, and the sensitivity of the head."""
     skeleton.open_shell()
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.empty_like(hidden)
@@ -129,7 +129,7 @@ def _through_head(
 def _through_block(
     block: nn.Module, hidden: Tensor, gradient: Tensor, arguments: Arguments, device: torch.device
 ) -> None:
-    """Take `gradient` [samples, seq_len, hidden] back through the block, in place; one sequence at a time."""
+    """Propagate `gradient` [samples, seq_len, hidden] back through the block, in place, a sequence at a time."""
     args, kwargs = arguments
     for i in range(len(hidden)):
         states = hidden[i : i + 1].to(device).requires_grad_()
@@ -141,7 +141,7 @@ def _through_block(
 
 
 def _through_embedding(skeleton: Skeleton, tokens: Tensor, gradient: Tensor) -> tuple[str, Sensitivity]:
-    """Name and sensitivity of the embedding: a row counts as often as its token, a column by the gradient it gets."""
+    """Name and sensitivity of the embedding: rows weigh as often as their token occurs, columns by their gradient."""
     skeleton.open_shell()
     module = skeleton.model.get_input_embeddings()
     name = next(n for n, m in skeleton.model.named_modules() if m is module)

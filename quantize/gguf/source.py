@@ -1,7 +1,7 @@
-"""A GGUF file as an ordinary bf16 Hugging Face folder.
+"""Converting a GGUF file to a bf16 Hugging Face folder.
 
-The tensor names come from the `gguf` library's own map, asked for every parameter of the transformers model the file
-describes; a tensor that is missing, left over or of another shape is an error, never a guess.
+Tensor names come from the `gguf` package's map, looked up for every parameter of the transformers model that the file
+describes. A tensor that is missing, left over or of another shape is an error.
 """
 
 import json
@@ -24,11 +24,11 @@ from .source_tokenizer import check_reads_back, save_tokenizer
 from .tensor_map import change_of, from_gguf, names_of
 
 SHARD_BYTES = 1_000_000_000
-_LEFT_OVER = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # config.json has them
+_LEFT_OVER = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # derived from config.json
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write the model in GGUF file `source` into the existing empty `folder` as a bf16 checkpoint with its tokenizer.
+    """Write the model in GGUF file `source` to the empty `folder` as a bf16 checkpoint with its tokenizer.
 
     Raises BadInput for a file that is not a whole GGUF, an architecture, tensor type or tokenizer without support,
     and tensors that do not fit the model.
@@ -49,11 +49,11 @@ def _read(source: Path) -> Metadata:
     return meta
 
 
-Place = tuple[str, int | None]  # a tensor of the file, and which expert's part of it
+Place = tuple[str, int | None]  # a tensor of the file, and the expert whose slice of it is meant
 
 
 def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
-    """Where each parameter of a checkpoint of this model lies in the file, by its on-disk name."""
+    """The place in the file of each parameter of the checkpoint, by its on-disk name."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -82,7 +82,7 @@ def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
 
 
 def _parameters(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checkpoint's tensors by their on-disk names: experts, which transformers fuses, each by itself."""
+    """Shapes of the checkpoint's tensors by on-disk name; experts, which transformers fuses, are separate on disk."""
     family = family_of(config.model_type)
     gate, up, down = family.expert_names
     out: dict[str, tuple[int, ...]] = {}
@@ -123,7 +123,7 @@ def _save_config(meta: Metadata, config: Any, folder: Path) -> None:
 
 
 def _save_weights(meta: Metadata, config: Any, plan: dict[str, Place], folder: Path) -> None:
-    """Shards of about SHARD_BYTES, one tensor dequantized at a time: the peak is one shard and one tensor."""
+    """Write shards of about SHARD_BYTES. Tensors are dequantized one at a time: the peak is a shard and a tensor."""
     shards: list[list[str]] = [[]]
     size = total = 0
     for parameter, (tensor, expert) in plan.items():
@@ -146,7 +146,7 @@ def _save_weights(meta: Metadata, config: Any, plan: dict[str, Place], folder: P
 
 
 def _weight(meta: Metadata, config: Any, parameter: str, place: Place) -> Tensor:
-    """One parameter as transformers holds it, bf16."""
+    """A parameter in bf16, in transformers' layout."""
     tensor, expert = place
     weight = dequantized(meta.tensors[tensor], expert, meta.path)
     return from_gguf(change_of(form_of(config), parameter), weight, config).to(torch.bfloat16).contiguous()

@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file, written as tokenizer.json and tokenizer_config.json.
 
-GGUF stores tokens, merges and token types but names the pre-tokenizer only by a label (`tokenizer.ggml.pre`); PRE
-lists what the labels stand for. A label that is not listed is refused: a guess would split text wrongly and silently.
+GGUF stores tokens, merges and token types, but of the pre-tokenizer only a label (`tokenizer.ggml.pre`); PRE lists
+what the labels stand for. A label that is not listed is refused: with a guess, text could be split wrongly unnoticed.
 """
 
 import difflib
@@ -33,11 +33,11 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class Pre:
-    """Regular expressions that split the text one after the other, and what else goes with the label."""
+    """What a label stands for: regular expressions that split the text one after the other, and further settings."""
 
     splits: tuple[str, ...]
     nfc: bool = False
-    ignore_merges: bool = False  # a piece that is a token as it stands is not merged up to
+    ignore_merges: bool = False  # a piece that is a token is taken whole, without merges
     add_bos: bool = False  # when the file does not say
 
 
@@ -65,7 +65,7 @@ PRE = {
 
 
 def save_tokenizer(meta: Mapping[str, Any], path: Path, folder: Path, model_max_length: int) -> Tokenizer:
-    """Write tokenizer.json, tokenizer_config.json and the chat template into `folder`; return what was written.
+    """Write tokenizer.json, tokenizer_config.json and the chat template into `folder`; returns the tokenizer.
 
     Raises BadInput, naming GGUF file `path`, for a tokenizer that cannot be rebuilt exactly.
     """
@@ -105,9 +105,9 @@ def save_tokenizer(meta: Mapping[str, Any], path: Path, folder: Path, model_max_
 
 
 def check_reads_back(tokenizer: Tokenizer, path: Path, folder: Path) -> None:
-    """Raise BadInput when transformers reads the folder as another tokenizer.
+    """Raise BadInput when transformers loads another tokenizer from the folder than the one written.
 
-    For some model types it puts its own splitting rules in place of those in tokenizer.json.
+    For some model types it replaces the splitting rules of tokenizer.json by its own.
     """
     from transformers import AutoTokenizer
 
@@ -119,7 +119,7 @@ def check_reads_back(tokenizer: Tokenizer, path: Path, folder: Path) -> None:
 
 
 def _name_plain_class(file: Path) -> None:
-    """transformers 5 writes a class name that version 4 and tools built on it do not know; both know this one."""
+    """Name a tokenizer class that both transformers 4 and 5 know; version 5 writes one that 4 does not."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings.pop("backend", None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -138,7 +138,7 @@ def _tokens(meta: Mapping[str, Any], path: Path) -> list[str]:
         if not 0 <= meta.get(f"tokenizer.ggml.{name}_token_id", 0) < len(tokens):
             raise BadInput(f"{path}: {name}_token_id {meta[f'tokenizer.ggml.{name}_token_id']} of {len(tokens)} tokens")
     while types and types[-1] == UNUSED and tokens[-1] == f"[PAD{len(tokens) - 1}]":
-        tokens.pop()  # fillers up to the rows of the embedding, no part of the original tokenizer
+        tokens.pop()  # padding up to the rows of the embedding, not in the original tokenizer
         types.pop()
     if len(set(tokens)) != len(tokens):
         raise BadInput(f"{path}: the token list names one token twice")
@@ -146,7 +146,7 @@ def _tokens(meta: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _byte_level(meta: Mapping[str, Any], path: Path, tokens: list[str]) -> tuple[Tokenizer, bool]:
-    """A GPT-2 style BPE tokenizer, and whether BOS comes first when the file does not say."""
+    """A byte-level BPE tokenizer as of GPT-2, and whether BOS is added if the file does not say."""
     label = meta.get("tokenizer.ggml.pre")
     if label is None:
         raise BadInput(
@@ -168,7 +168,7 @@ def _byte_level(meta: Mapping[str, Any], path: Path, tokens: list[str]) -> tuple
 
 
 def steps_of(pre: Pre) -> list[Any]:
-    """The pre-tokenizers that split text by these rules, the one to write first: there are several ways to say it."""
+    """Equivalent pre-tokenizers that split text by these rules, the one to write first."""
     spelled = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     ways = [pre_tokenizers.Sequence([*spelled, plain])]
@@ -191,7 +191,7 @@ def _merges(meta: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
 
 
 def _sentencepiece(meta: Mapping[str, Any], path: Path, tokens: list[str]) -> Tokenizer:
-    """A SentencePiece BPE tokenizer with byte fallback: merges are the pairs that make a piece, best score first."""
+    """A SentencePiece BPE tokenizer with byte fallback; merges are the pairs that form a token, best score first."""
     from transformers.convert_slow_tokenizer import generate_merges
 
     if "tokenizer.ggml.scores" not in meta:
@@ -219,12 +219,12 @@ def _sentencepiece(meta: Mapping[str, Any], path: Path, tokens: list[str]) -> To
 def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], path: Path, **settings: Any) -> BPE:
     try:
         return BPE(vocab=vocab, merges=merges, **settings)
-    except Exception as error:  # tokenizers raises no narrower type
+    except Exception as error:  # the tokenizers package raises nothing more specific
         raise BadInput(f"{path}: tokens and merges do not fit together: {error}") from error
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Tokens matched in the text before it is split: control tokens (special) and the user-defined ones."""
+    """Add the tokens that are matched before text is split: control tokens (special) and user-defined ones."""
     kinds = zip(tokens, types, strict=False)
     added = [
         AddedToken(token, special=kind == CONTROL, normalized=False)

@@ -1,4 +1,4 @@
-"""The types that a recipe gives the tensors of its GGUF file: the mix's, and those of `gguf.tensor_types`."""
+"""The types of the tensors in a recipe's GGUF file: those of the mix and those of `gguf.tensor_types`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from .layout import Entry, float_type
 from .mixes import Choice, FileType, Traits, choose
 
 Types = dict[str, Choice | None]
-_BASE = {"IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S"}  # the type most tensors of a mix have
+_BASE = {"IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S"}  # the type of most tensors in a mix
 
 
 def own_types(recipe: Recipe, entries: Sequence[Entry]) -> dict[str, str]:
-    """The tensors with a type of their own {name: type}; raises BadInput for a pattern that matches no matrix."""
+    """The tensors in `gguf.tensor_types` {name: type}; raises BadInput for a pattern that matches no matrix."""
     matrices = [entry.name for entry in entries if entry.matrix]
     chosen: dict[str, str] = {}
     for pattern, kind in recipe.gguf_file.tensor_types.items():
@@ -35,9 +35,9 @@ def own_types(recipe: Recipe, entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def our_types(recipe: Recipe, conversion: Conversion) -> Types:
-    """The type of each tensor of the file, None for those left in float32, where our own methods round it.
+    """The type of each tensor where our own methods round the file; None for those left in float32.
 
-    Raises BadInput for a type that they have no grid for.
+    Raises BadInput for a type that we have no grid for.
     """
     wanted = recipe.gguf_file
     if wanted.type not in get_args(FileType) or not set(wanted.tensor_types.values()) <= {*get_args(GgmlType), "F16"}:
@@ -49,7 +49,7 @@ def our_types(recipe: Recipe, conversion: Conversion) -> Types:
 
 
 def expected_types(recipe: Recipe, conversion: Conversion) -> tuple[dict[str, GGMLQuantizationType], bool]:
-    """The types that llama.cpp's quantizer will give the tensors, and whether that is known or an estimate."""
+    """The types that llama.cpp's quantizer will choose, and whether they are certain rather than an estimate."""
     wanted, entries = recipe.gguf_file, conversion.entries
     known = wanted.type in get_args(FileType)
     if known:
@@ -74,7 +74,7 @@ def _of_mix(recipe: Recipe, conversion: Conversion) -> Types:
 
 
 def model_of(conversion: Conversion) -> Traits:
-    """What the mixes look at of a model."""
+    """What the mixes depend on, from the file's metadata."""
     name = str(conversion.metadata["general.architecture"])
     heads = int(conversion.metadata[f"{name}.attention.head_count"])
     return Traits(
@@ -87,7 +87,7 @@ def model_of(conversion: Conversion) -> Traits:
 
 
 def fallbacks(conversion: Conversion, chosen: Types) -> dict[str, str]:
-    """Tensors whose rows are not whole blocks of the type they were to get: why, and what they got."""
+    """The tensors whose rows are not whole blocks of the intended type: {name: reason and the type used}."""
     columns = {entry.name: entry.shape[-1] for entry in conversion.entries}
     return {
         name: f"rows of {columns[name]} are not whole {choice.wanted} blocks: {choice.wanted} -> {choice.type}"
@@ -97,7 +97,7 @@ def fallbacks(conversion: Conversion, chosen: Types) -> dict[str, str]:
 
 
 def summed_up(notes: Mapping[str, str]) -> list[str]:
-    """One line for all the tensors {GGUF name: note} with the same note."""
+    """A line for each distinct note of {GGUF tensor: note}, with the tensors it is about."""
     kinds: dict[str, list[str]] = {}
     for name, note in notes.items():
         kinds.setdefault(note, []).append(re.sub(r"^blk\.\d+", "blk.*", name))
@@ -105,7 +105,7 @@ def summed_up(notes: Mapping[str, str]) -> list[str]:
 
 
 def _usual(file_type: str, entry: Entry) -> GGMLQuantizationType:
-    """The type an entry most likely gets in a file of this type."""
+    """The type that an entry most likely gets in a file of this type."""
     if not entry.matrix:
         return GGMLQuantizationType.F32
     name = _BASE.get(file_type, re.sub(r"_[SML]$", "", file_type) if "_K_" in file_type else file_type)

@@ -1,9 +1,9 @@
 """The tokenizer of a checkpoint folder as GGUF metadata.
 
-GGUF names a BPE pre-tokenizer by a label that llama.cpp has code for. The label is found as llama.cpp's own converter
-finds it, by the hash of the ids of a probe text (pre_tokenizers.json, from its conversion/base.py), or, for a
-vocabulary of another origin, by tokenizer.json splitting text by exactly the rules that a label stands for. Neither:
-it is refused. SentencePiece models come from tokenizer.model, or from the merges of a tokenizer.json where these are a
+GGUF names a BPE pre-tokenizer by a label that llama.cpp implements. As in llama.cpp's converter, the label is found by
+the hash of the ids of a probe text (pre_tokenizers.json, from its conversion/base.py). For an unknown vocabulary it is
+found by comparing the splitting rules in tokenizer.json with those of each label; if none are equal, the tokenizer is
+refused. SentencePiece models are read from tokenizer.model, or from the merges in tokenizer.json if these are a
 SentencePiece model's.
 """
 
@@ -24,12 +24,12 @@ _PROBE = (
     "нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure "
     "I'll make it, 'D you like some tea? We'Ve a'lL"
 )
-_LOOK_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")  # not marked special by their checkpoints
+_LOOK_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")  # which their checkpoints do not mark as special
 _SPACE = "▁"
 
 
 def tokenizer_metadata(folder: Path, config: Any) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer.* keys for the tokenizer in `folder` of a model with this transformers config, and what they lose.
+    """The tokenizer.* metadata for the tokenizer in `folder`, and notes on what it cannot express.
 
     Raises BadInput for a tokenizer that is missing, larger than the model's vocabulary, or one that llama.cpp has no
     rules for.
@@ -60,7 +60,7 @@ def tokenizer_metadata(folder: Path, config: Any) -> tuple[dict[str, Any], list[
 
 
 def _vocabulary(folder: Path, fast: Any, document: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types, filled up with unused ones to the rows of the embedding."""
+    """Tokens and their types, padded with unused tokens to the rows of the embedding."""
     by_id = {i: token for token, i in fast.get_vocab().items()}
     if not by_id or max(by_id) >= rows:
         raise BadInput(
@@ -88,7 +88,7 @@ def _vocabulary(folder: Path, fast: Any, document: dict[str, Any], rows: int) ->
 
 
 def _looks_special(token: str) -> bool:
-    """What llama.cpp's converter takes for a control token although the checkpoint does not say so."""
+    """Whether llama.cpp's converter treats it as a control token although the checkpoint does not mark it."""
     around = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return token in _LOOK_SPECIAL or any(token.startswith(a) and token.endswith(b) for a, b in around)
 
@@ -113,7 +113,7 @@ def _byte_level(
 
 
 def pre_tokenizer(folder: Path, fast: Any, document: dict[str, Any]) -> str:
-    """llama.cpp's label for how a byte-level BPE tokenizer splits text; raises BadInput when it has none."""
+    """llama.cpp's label for the splitting rules of a byte-level BPE tokenizer; raises BadInput when there is none."""
     table = json.loads((resources.files(__package__) / "pre_tokenizers.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(str(fast.encode(_PROBE)).encode()).hexdigest()
     if digest in table:
@@ -140,7 +140,7 @@ def _same_rules(document: dict[str, Any], pre: Pre) -> bool:
 
 
 def _plain(pre: Any) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, without the keys that do not decide about splits."""
+    """The steps of a pre-tokenizer, without the keys that do not affect splitting."""
     steps = pre.get("pretokenizers", [pre]) if isinstance(pre, dict) else []
     return [{k: v for k, v in step.items() if k not in ("trim_offsets",)} for step in steps]
 
@@ -160,14 +160,14 @@ def _sentencepiece(folder: Path, document: dict[str, Any], tokens: list[str], ki
 
 
 def _space_prefix(folder: Path, document: dict[str, Any]) -> bool:
-    """Whether a space goes before the text; raises BadInput where that is not all that happens to it."""
+    """Whether a space is put before the text; raises BadInput when the text is changed in other ways too."""
     normalizer, pre = document["normalizer"] or {}, document["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prepend = {"type": "Prepend", "prepend": _SPACE}
     if pre.get("type") == "Metaspace" and not steps and pre.get("split", True) is False:
         return bool(pre.get("prepend_scheme") in ("first", "always"))
-    whole = not pre or (pre.get("type"), pre.get("pattern")) == ("Split", {"String": " "})  # splits nothing any more
+    whole = not pre or (pre.get("type"), pre.get("pattern")) == ("Split", {"String": " "})  # no longer splits anything
     if whole and steps in ([replace], [prepend, replace]):
         return len(steps) == 2
     raise BadInput(
@@ -176,7 +176,7 @@ def _space_prefix(folder: Path, document: dict[str, Any]) -> bool:
 
 
 def _scores_of_model(folder: Path, tokens: list[str], kinds: list[int]) -> list[float] | None:
-    """The scores in tokenizer.model, and through `kinds` the types it gives; None when there is no such file."""
+    """The scores in tokenizer.model, None if there is no such file; its token types are written into `kinds`."""
     file = folder / "tokenizer.model"
     if not file.is_file():
         return None
@@ -196,10 +196,10 @@ def _scores_of_model(folder: Path, tokens: list[str], kinds: list[int]) -> list[
 
 
 def _scores_of_merges(folder: Path, document: dict[str, Any], tokens: list[str], kinds: list[int]) -> list[float]:
-    """Scores that make SentencePiece's BPE do the merges of tokenizer.json in their order.
+    """Scores with which SentencePiece's BPE does the merges of tokenizer.json in the same order.
 
-    SentencePiece joins any two neighbours that make a token, the best score first; so the merges have to be all pairs
-    that make a token, and those of one token have to come together.
+    SentencePiece joins any two neighbours that form a token, best score first. So the merges must include every pair
+    that forms a token, and all pairs that form the same token must follow each other.
     """
     rank: dict[str, int] = {}
     pairs = set()
@@ -224,7 +224,7 @@ def _scores_of_merges(folder: Path, document: dict[str, Any], tokens: list[str],
 
 
 def _special(fast: Any, config: Any) -> dict[str, Any]:
-    """Special tokens, and whether BOS and EOS are put around a text: what the tokenizer itself does."""
+    """The special tokens' ids, and whether BOS and EOS are added, as the tokenizer itself does."""
     out: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("sep", "seperator"), ("pad", "padding")):
         token = getattr(fast, f"{name}_token_id", None)

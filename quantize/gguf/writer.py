@@ -1,7 +1,7 @@
-"""GGUF files written tensor by tensor, whole or not at all.
+"""Writing GGUF files tensor by tensor, completely or not at all.
 
-The `gguf` package writes the header; the tensors' bytes follow as they are made, so that one is in memory at a time.
-Everything before them is known beforehand, and with it the size of the file to the byte.
+The `gguf` package writes the header; then each tensor is made and written, so that only one is in memory. The header
+follows from names, types and shapes, so the size of a file is known exactly before it is written.
 """
 
 import math
@@ -19,15 +19,15 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from ..core.errors import BadInput
 from ..core.files import fsync
 
-ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes the data of each tensor is padded to
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes to whose multiples each tensor is padded
 ARCHITECTURE = "general.architecture"
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor to be written: its name in the file, its ggml type, its shape with the columns last, and its bytes.
+    """A tensor to be written: its name in the file, ggml type and shape, the columns last.
 
-    data: makes the raw bytes when they are due, an array of any dtype with exactly `nbytes` of them, row after row.
+    data: makes its raw bytes when it is written: an array of any dtype with exactly `nbytes` bytes, row by row.
     """
 
     name: str
@@ -51,7 +51,7 @@ def tensor_bytes(shape: Sequence[int], kind: GGMLQuantizationType, name: str = "
 
 
 def padded_bytes(shape: Sequence[int], kind: GGMLQuantizationType) -> int:
-    """Bytes of a tensor in the file, with the padding behind it."""
+    """Bytes of a tensor with its padding in the file."""
     return _padded(tensor_bytes(shape, kind))
 
 
@@ -64,15 +64,15 @@ def write(
 ) -> list[Path]:
     """Write the GGUF file `path`, or numbered parts of at most `split_bytes` of tensors each; returns their paths.
 
-    metadata: plain values by their full key; int becomes uint32, float float32, a
-    list the array of its items' type, numpy scalars keep theirs. Parts are named as llama.cpp's loader looks for them,
-    model-00001-of-00003.gguf. Files take their names when all are whole and on disk. `on_tensor` is called with the
-    number of tensors written. Raises BadInput where one of the names is a folder's.
+    metadata: plain values by their full key; int is written as uint32, float as float32, a list as an array of its
+    items' type, numpy scalars as their own type. Parts are named as llama.cpp's loader expects,
+    model-00001-of-00003.gguf. Files get their final names once all are complete and on disk. `on_tensor` is called with
+    the number of tensors written so far. Raises BadInput where one of the names is a folder.
     """
     writer = _described(path, metadata, tensors, split_bytes)
     names: list[Path] = writer.format_shard_names(path)
     for name in names:
-        if name.is_dir():  # seen before the work, and not as the file is to take its name
+        if name.is_dir():  # checked before the work, not when the finished file is renamed
             raise BadInput(f"{name} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".quantpress-", dir=path.parent) as scratch:
@@ -97,7 +97,7 @@ def write(
 
 
 def sizes(metadata: Mapping[str, Any], tensors: Sequence[FileTensor], split_bytes: int | None = None) -> list[int]:
-    """The bytes of each file that `write` would make, to the byte."""
+    """The exact size in bytes of each file that `write` would make."""
     writer = _described(Path("model.gguf"), metadata, tensors, split_bytes)
     parts, out = writer.tensors, []
     with tempfile.TemporaryDirectory() as scratch:  # only the headers are written
@@ -119,13 +119,13 @@ def _padded(size: int) -> int:
 def _described(
     path: Path, metadata: Mapping[str, Any], tensors: Sequence[FileTensor], split_bytes: int | None
 ) -> gguf.GGUFWriter:
-    """A writer that knows everything but the tensors' bytes."""
+    """A writer with everything but the tensors' data."""
     writer = gguf.GGUFWriter(path, str(metadata.get(ARCHITECTURE, "")), split_max_size=split_bytes or 0)
     for key, value in metadata.items():
         if key != ARCHITECTURE and value is not None:
             _add(writer, key, value)
     for tensor in tensors:
-        # add_tensor_info takes the shape as it is for anything but uint8, whose columns it reads as bytes.
+        # float32 leaves the shape as it is; with uint8, add_tensor_info would take the columns for bytes.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
     return writer
 
