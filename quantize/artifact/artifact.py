@@ -101,7 +101,7 @@ class Artifact:
         keys, values = (f"{attention}.{suffix}" for suffix in FORMATS[self.format].cache_suffixes)
         for name in (keys, values):
             if name not in self.checkpoint:
-                raise BadInput(f"the config speaks of a quantized key-value cache, and there is no {name}")
+                raise BadInput(f"the config says that the key-value cache is quantized, and there is no {name}")
         return self._scalar(keys), self._scalar(values)
 
     def _scalar(self, name: str) -> Tensor:

@@ -114,7 +114,7 @@ class _GgufBackend(Backend):
         if not isinstance(file, str):
             return {}
         return {
-            entry.name: f"nothing in {file}: rounded with all columns alike"
+            entry.name: f"not in {file}: rounded with equal weight for all columns"
             for entry in self._weighted
             if entry.matrix
             and entry.name not in self.given

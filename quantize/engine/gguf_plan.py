@@ -48,7 +48,7 @@ def plan_llama_cpp(setup: Setup, conversion: Conversion) -> Plan:
         of = {parameter: entry.name for entry in conversion.entries for parameter in entry.parameters}
         layers = {x.name: kinds[of[f"{x.name}.weight"]].name for x in linears}
         if not known:
-            notes = (*notes, f"the size is an estimate: which tensors of {wanted.type} get more bits llama.cpp decides")
+            notes = (*notes, f"the size is an estimate: llama.cpp decides which tensors of {wanted.type} get more bits")
     artifact = sum(sizes(metadata, tensors, wanted.split))
     largest = max(sum(checkpoint.nbytes(name) for name in entry.parameters) for entry in conversion.entries)
     memory, operations = PROCESS_BYTES + 6 * largest, 0.0

@@ -89,7 +89,7 @@ class HuggingFaceFolder(Backend):
                 continue
             if linear.transposed and not FORMATS[format].holds.conv1d:
                 raise BadInput(
-                    f"{linear.name} is a Conv1D, which readers of {format} leave unquantized without a word; "
+                    f"{linear.name} is a Conv1D, which readers of {format} silently leave unquantized; "
                     "write it with --set formats=[gptq]"
                 )
             try:

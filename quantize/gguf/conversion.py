@@ -101,5 +101,5 @@ def as_floats(weight: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np
     out = weight.to(dtype).contiguous()
     if not bool(torch.isfinite(out).all()):
         largest = float(weight.abs().max())
-        raise BadInput(f"{name}: {kind.name} has no number for {largest:g}; write BF16 or F32")
+        raise BadInput(f"{name}: {kind.name} cannot hold {largest:g}; write BF16 or F32")
     return (out.view(torch.int16) if kind.name == "BF16" else out).numpy()

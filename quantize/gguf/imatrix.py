@@ -138,7 +138,7 @@ def load(path: Path) -> dict[str, Importance]:
     found = _load_gguf(path) if head == b"GGUF" else _load_legacy(path)
     for name, importance in found.items():
         if not (np.isfinite(importance.sums).all() and (importance.sums >= 0).all()):
-            raise BadInput(f"imatrix {path}: {name} holds a value that is no mean of squares")
+            raise BadInput(f"imatrix {path}: {name} holds a negative, infinite or NaN value")
     return found
 
 
@@ -193,7 +193,7 @@ def fitted(importance: Mapping[str, Importance], entries: Sequence[Entry], where
             raise BadInput(f"imatrix {where}: {name} has {mean.size} values and the model {wanted}: another model's")
         out[name] = mean.reshape(-1, entry.shape[-1])
     if not out:
-        raise BadInput(f"imatrix {where}: not one of its tensors is in the model")
+        raise BadInput(f"imatrix {where}: none of its tensors is in the model")
     return out
 
 

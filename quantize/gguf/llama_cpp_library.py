@@ -135,7 +135,7 @@ class Loaded:
             self._context = lib.llama_init_from_model(self._model, context)
         if not self._context:
             self.close()
-            raise BadInput(f"llama.cpp makes no context of {n_tokens} tokens for {file}: {_reason(said)}")
+            raise BadInput(f"llama.cpp cannot create a context of {n_tokens} tokens for {file}: {_reason(said)}")
 
     def __enter__(self) -> "Loaded":
         return self

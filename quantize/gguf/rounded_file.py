@@ -83,7 +83,7 @@ class RoundedFile:
         least = sum(replace(self, types=smallest).sizes())
         if room is not None and least > room:
             raise BadInput(
-                f"gguf.budget: {room} bytes for the file, and with the smallest types it takes {least}; raise it"
+                f"gguf.budget allows {room} bytes, and with the smallest types the file takes {least}; raise it"
             )
 
     def within_budget(self, skeleton: Skeleton, tokens: torch.Tensor, work: Path) -> Types:

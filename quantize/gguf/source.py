@@ -27,7 +27,7 @@ SHARD_BYTES = 1_000_000_000
 _LEFT_OVER = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # derived from config.json
 
 
-def convert(source: Path, folder: Path) -> None:
+def write_checkpoint(source: Path, folder: Path) -> None:
     """Write the model in GGUF file `source` to the empty `folder` as a bf16 checkpoint with its tokenizer.
 
     Raises BadInput for a file that is not a whole GGUF, an architecture, tensor type or tokenizer without support,

@@ -26,7 +26,7 @@ def own_types(recipe: Recipe, entries: Sequence[Entry]) -> dict[str, str]:
         found = [name for name in matrices if matches(pattern, name)]
         if not found:
             raise BadInput(
-                f"gguf.tensor_types: {pattern!r} matches no matrix of the file; names are such as "
+                f"gguf.tensor_types: {pattern!r} matches no matrix of the file; names are, for example, "
                 f"{', '.join(matrices[:3])}"
             )
         for name in found:

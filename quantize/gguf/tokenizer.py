@@ -124,7 +124,7 @@ def pre_tokenizer(folder: Path, fast: Any, document: dict[str, Any]) -> str:
     rules = json.dumps(document["pre_tokenizer"])
     raise BadInput(
         f"{folder}: unknown pre-tokenizer: the probe text's hash {digest[:16]}… is not one of llama.cpp's, and its "
-        f"rules ({rules if len(rules) < 200 else rules[:200] + '…'}) are none that a label stands for; a guess would "
+        f"rules ({rules if len(rules) < 200 else rules[:200] + '…'}) match no label; a guess could "
         "split text wrongly"
     )
 

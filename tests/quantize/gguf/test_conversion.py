@@ -219,7 +219,7 @@ def test_unknown_architecture_leftover_tensor_and_overflow(tmp_path: Path) -> No
     large = state["model.layers.0.mlp.up_proj.weight"].clone()
     large[0, 0] = 1e6
     save_file(state | {"model.layers.0.mlp.up_proj.weight": large}, tmp_path / "model.safetensors", {"format": "pt"})
-    refuse(tmp_path, "F16 has no number for 1e\\+06; write BF16 or F32")
+    refuse(tmp_path, "F16 cannot hold 1e\\+06; write BF16 or F32")
     document = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(document | {"model_type": "olmo"}))
     refuse(tmp_path, "architecture 'olmo' cannot be written as GGUF")

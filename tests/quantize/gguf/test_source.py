@@ -106,7 +106,7 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = write_gguf(tmp_path / "tiny.gguf", tiny("Qwen2"), "qwen2")
     first = resolve(str(file), cache=tmp_path / "cache")
     assert first.revision == files.file_sha256(file)
-    monkeypatch.setattr("quantpress.gguf.source.convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("quantpress.gguf.source.write_checkpoint", lambda *_: pytest.fail("converted again"))
     assert resolve(str(shutil.copy(file, tmp_path / "b.gguf")), cache=tmp_path / "cache").path == first.path
     assert [p.name for p in first.path.parent.iterdir()] == [first.path.name]
 
