@@ -16,7 +16,7 @@ from quantpress.engine.sources import resolve
 
 from ..originals import ORIGINALS, refused, tiny, write_gguf
 from .models import FAMILIES, IDS, build, logits
-from .test_convert import SCALED
+from .test_conversion import SCALED
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
