@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes
     streams = 2 if recipe.paired else 1
     width = int(skeleton.config.hidden_size)
     hidden = streams * tokens * width * item
-    # Either one batch runs through the block or one stage is solved; meanwhile all batches wait before a linear.
+    # Either a batch runs through the block or linears of one input are solved; meanwhile all batches wait.
     work = max(
         _largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item, recipe.activations is not None)
     )

@@ -264,5 +264,5 @@ class _Watch:
         self._rows.append(rows[:: self._stride].clone())
 
     def inputs(self, moment: Tensor, tie: Tensor) -> Observed:
-        """What was observed of the stage, with its second moments and `tie`."""
+        """What was observed of the group, with its second moments and `tie`."""
         return Observed(moment, self._peak, torch.cat(self._rows), tie)
