@@ -30,7 +30,7 @@ _LENGTH = 1024  # tokens a server is started for where the target says nothing
 
 
 @dataclass(frozen=True)
-class Answer:
+class LoadAnswer:
     """loads: whether the target will load the artifact. way: what said so, `by` in words; reason: why not.
 
     passed_over: the stronger ways that could not be used, each with its reason.
@@ -50,7 +50,7 @@ def will_load(
     python: str | None = None,
     way: Way | None = None,
     tell: Callable[[str], None] = lambda line: None,
-) -> Answer:
+) -> LoadAnswer:
     """Ask in the strongest way that can be used here, or in `way`.
 
     where: a run or an artifact folder; python: the interpreter that has the server. What the contract refuses is
@@ -72,10 +72,10 @@ def will_load(
             passed_over.append(f"{name}: {why}")
             continue
         if name == "server" or reason or not refused:
-            return Answer(not reason, "server" if name == "server" else "parser", by, reason, tuple(passed_over))
+            return LoadAnswer(not reason, "server" if name == "server" else "parser", by, reason, tuple(passed_over))
         passed_over.append(f"{by} has no objection")
     by = f"the contract of {label}, restated"
-    return Answer(not refused, "contract", by, contracts.sentence(refused) if refused else "", tuple(passed_over))
+    return LoadAnswer(not refused, "contract", by, contracts.sentence(refused) if refused else "", tuple(passed_over))
 
 
 def _by_server(

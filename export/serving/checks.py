@@ -37,7 +37,7 @@ class Skipped(Exception):
 
 
 @dataclass(frozen=True)
-class Subject:
+class CheckedServer:
     """What the checks are made on. tokenizer: the artifact's own; max_model_len: tokens of prompt and answer."""
 
     running: Running
@@ -47,7 +47,7 @@ class Subject:
     concurrency: int
 
 
-def make(subject: Subject, tell: Callable[[Check], None] = lambda check: None) -> list[Check]:
+def make(subject: CheckedServer, tell: Callable[[Check], None] = lambda check: None) -> list[Check]:
     """Every check, in order; those that the server lacks are skipped with the reason."""
     found: list[Check] = []
     for name, check in CHECKS.items():
@@ -72,14 +72,14 @@ def made(name: str, check: Callable[[], str], lacks: Mapping[str, str]) -> Check
     )
 
 
-def _models(on: Subject) -> str:
+def _models(on: CheckedServer) -> str:
     names = [str(model["id"]) for model in on.client.models()]
     if on.client.model not in names:
         raise Failed(f"the list holds {', '.join(names) or 'nothing'}, and not {on.client.model}")
     return f"lists {on.client.model}"
 
 
-def _completion(on: Subject) -> str:
+def _completion(on: CheckedServer) -> str:
     answer = on.client.complete(_PROMPTS[0], _TOKENS)
     _says_something(answer)
     if answer.completion_tokens is not None and answer.completion_tokens > _TOKENS:
@@ -96,7 +96,7 @@ def _says_something(answer: Answer) -> None:
         raise Failed("the answer is empty")
 
 
-def _chat(on: Subject) -> str:
+def _chat(on: CheckedServer) -> str:
     """The chat endpoint is a completion of what the artifact's own template makes of the messages."""
     if not getattr(on.tokenizer, "chat_template", None):
         raise Skipped("the artifact has no chat template")
@@ -114,7 +114,7 @@ def _chat(on: Subject) -> str:
     return f"as the artifact's template completed: {_quoted(answer.text)}"
 
 
-def _streaming(on: Subject) -> str:
+def _streaming(on: CheckedServer) -> str:
     """Chunks arrive as they are made, and say together what the unstreamed answer says."""
     for tokens in _STREAM_TOKENS:
         whole = on.client.complete(_PROMPTS[2], min(tokens, on.max_model_len // 2))
@@ -132,13 +132,13 @@ def _streaming(on: Subject) -> str:
     raise Failed(f"{len(stream.times)} chunks came at once, at the end: the answer is not streamed")
 
 
-def _done(on: Subject) -> str:
+def _done(on: CheckedServer) -> str:
     if not on.client.stream(_PROMPTS[2], 2).done:
         raise Failed("the stream ends without [DONE]")
     return "the stream ends with [DONE]"
 
 
-def _stop(on: Subject) -> str:
+def _stop(on: CheckedServer) -> str:
     whole = on.client.complete(_PROMPTS[2], _TOKENS).text
     stops = [whole[i : i + 3] for i in range(len(whole) // 2, len(whole) - 2)]
     stop = next((s for s in stops if "\ufffd" not in s), None)  # what is shown for half a character is not text
@@ -156,7 +156,7 @@ def _stop(on: Subject) -> str:
     return f"ends before {_quoted(stop)}"
 
 
-def _context(on: Subject) -> str:
+def _context(on: CheckedServer) -> str:
     """A prompt that does not fit is refused with a word about why, and the server goes on."""
     prompt = "word " * (2 * max(on.max_model_len, on.client.max_model_len() or 0))
     try:
@@ -176,7 +176,7 @@ def _context(on: Subject) -> str:
     return f"{said}; and it goes on"
 
 
-def _unicode(on: Subject) -> str:
+def _unicode(on: CheckedServer) -> str:
     whole = on.client.complete(_UNICODE, _TOKENS)
     _counts_alike(on, _UNICODE, whole.prompt_tokens)
     stream = on.client.stream(_UNICODE, _TOKENS)
@@ -185,7 +185,7 @@ def _unicode(on: Subject) -> str:
     return f"the prompt arrives whole, and is continued {_quoted(whole.text)}"
 
 
-def _concurrent(on: Subject) -> str:
+def _concurrent(on: CheckedServer) -> str:
     """Answers at the same time go to who asked; their rounding may differ from that of an answer made alone."""
     prompts = [_PROMPTS[i % len(_PROMPTS)] + "," * (i // len(_PROMPTS)) for i in range(max(2, on.concurrency))]
     alone = [on.client.complete(prompt, _TOKENS).text for prompt in prompts]
@@ -201,14 +201,14 @@ def _concurrent(on: Subject) -> str:
     return f"{len(prompts)} at a time are answered, {same} to the letter as when asked alone"
 
 
-def _greedy(on: Subject) -> str:
+def _greedy(on: CheckedServer) -> str:
     first, second = (on.client.complete(_PROMPTS[1], _TOKENS).text for _ in range(2))
     if first != second:
         raise Failed(f"the same greedy request gives {_quoted(first)} and {_quoted(second)}")
     return "the same request, the same answer"
 
 
-def _seed(on: Subject) -> str:
+def _seed(on: CheckedServer) -> str:
     def sampled(seed: int) -> str:
         answer = on.client.complete(_PROMPTS[1], _TOKENS, temperature=1.0, seed=seed)
         _says_something(answer)
@@ -222,7 +222,7 @@ def _seed(on: Subject) -> str:
     return "the same seed, the same answer; another seed, another answer"
 
 
-def _loopback(on: Subject) -> str:
+def _loopback(on: CheckedServer) -> str:
     child = on.running.child
     if child is None:
         raise Skipped("somebody else runs this server")
@@ -236,7 +236,7 @@ def _loopback(on: Subject) -> str:
     return f"listens on {', '.join(f'{ip}:{port}' for ip, port in found)}"
 
 
-CHECKS: dict[str, Callable[[Subject], str]] = {
+CHECKS: dict[str, Callable[[CheckedServer], str]] = {
     "models": _models,
     "completion": _completion,
     "chat": _chat,
@@ -257,7 +257,7 @@ def settled(text: str) -> str:
     return text.rstrip("\ufffd")
 
 
-def _counts_alike(on: Subject, text: str, counted: int | None) -> None:
+def _counts_alike(on: CheckedServer, text: str, counted: int | None) -> None:
     ours = len(prompt_ids(on.tokenizer, text, on.running.lacks))
     if counted is not None and counted != ours:
         raise Failed(f"the server counts {counted} tokens in {_quoted(text)}, the artifact's tokenizer {ours}")

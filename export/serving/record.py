@@ -12,13 +12,13 @@ from quantpress.core.files import write_json
 FILE = Path("eval") / "serving.json"
 
 
-class Record(BaseModel):
+class RecordPart(BaseModel):
     """A part of the document; keys that are not shown here are left alone."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class Check(Record):
+class Check(RecordPart):
     """One check. reason: what was seen, or why it failed or could not be made."""
 
     name: str
@@ -27,7 +27,7 @@ class Check(Record):
     seconds: float
 
 
-class Tolerance(Record):
+class Tolerance(RecordPart):
     """What a kernel may be off in log-probability, absolute: on average, and for one token."""
 
     kernel: str
@@ -35,7 +35,7 @@ class Tolerance(Record):
     largest: float
 
 
-class Agreement(Record):
+class Agreement(RecordPart):
     """The server's greedy answers against our own forward over the same tokens of the same artifact.
 
     equal_tokens: greedy tokens equal to ours, counted up to each answer's first difference; behind: how far in
@@ -54,7 +54,7 @@ class Agreement(Record):
     tolerance: Tolerance
 
 
-class Percentiles(Record):
+class Percentiles(RecordPart):
     """Milliseconds."""
 
     p50: float
@@ -62,7 +62,7 @@ class Percentiles(Record):
     p99: float
 
 
-class Serving(Record):
+class Serving(RecordPart):
     """eval/serving.json: a server on an artifact. Times of the answers are of `requests` streamed ones, one at a time.
 
     ttft_ms: time to first token, the median; itl_ms: between chunks with text; tokens_per_second: generated, by how

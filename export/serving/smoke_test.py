@@ -19,7 +19,7 @@ from ..servers import LAUNCHERS
 from ..servers.server import Launcher
 from . import agreement
 from . import timing as figures
-from .checks import CHECKS, Failed, Skipped, Subject, made, make
+from .checks import CHECKS, CheckedServer, Failed, Skipped, made, make
 from .client import Client, ServerError
 from .process import ServerFailed
 from .record import Agreement, Check, Serving
@@ -142,7 +142,7 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
         if running.name not in LAUNCHERS:
             with contextlib.suppress(ServerError):  # the checks will say what is wrong
                 running = replace(running, lacks={**running.lacks, **agreement.refused(client, served.tokenizer)})
-        subject = Subject(running, client, served.tokenizer, served.context, served.options.concurrency)
+        subject = CheckedServer(running, client, served.tokenizer, served.context, served.options.concurrency)
         make(subject, told.check)
         lacks = running.lacks
         try:
