@@ -1,1 +1,1 @@
-"""Artifacts made ready for servers, and tried on them."""
+"""Exports artifacts for servers, and tests them there."""

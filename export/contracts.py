@@ -1,6 +1,7 @@
-"""What a server's loader refuses, said before the work: the readers' table, and the limits that need a model's shapes.
+"""Whether a target will load a model, checked before the work: its loader's table, its own limits, and those of all.
 
-Read from the servers' sources and, for vLLM 0.32 on a CPU, measured.
+The limits that all servers share are here: fused linears, tensor parallelism, positions. The models are read off a job,
+an artifact folder or a GGUF file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from .servers.transformers_serve import experts
 from .servers.vllm import LOADER as VLLM_LOADER
 from .servers.vllm import Vllm
 
-_GGUF = {  # keys of config.json, and of GGUF's metadata after the architecture's name
+_GGUF = {  # keys of config.json: those of GGUF metadata, after the architecture's name
     "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
     "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
@@ -29,7 +30,7 @@ _BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
 
 
 def of_job(job: Job, format: str) -> ServedModel:
-    """What a run will write in `format`."""
+    """The model that a run will write in `format`."""
     return ServedModel(
         format,
         {x.name: (x.out_features, x.in_features) for x in job.linears},
@@ -42,14 +43,14 @@ def of_job(job: Job, format: str) -> ServedModel:
 
 
 def of_artifact(artifact: Artifact) -> ServedModel:
-    """What an artifact folder holds; its 16-bit linears are the matrices in blocks that are not quantized."""
+    """The model in an artifact folder; its 16-bit linears are the matrices in blocks that are not quantized."""
     format = "gguf" if artifact.is_gguf else artifact.format
     if format is None:
         raise BadInput(f"{artifact.checkpoint.folder} is not quantized: there is no contract to check")
     read = artifact.checkpoint
     dense = [n.removesuffix(".weight") for n in read.names() if n.endswith(".weight") and len(read.shape(n)) == 2]
     dense = [n for n in dense if n not in artifact.linears and any(part.isdigit() for part in n.split("."))]
-    dense = [n for n in dense if not n.endswith((".gate", ".router"))]  # routers are no linears to quantize
+    dense = [n for n in dense if not n.endswith((".gate", ".router"))]  # routers are never quantized
     shapes = dict(artifact.shapes) | {n: (read.shape(f"{n}.weight")[0], read.shape(f"{n}.weight")[1]) for n in dense}
     return ServedModel(
         "gptq" if format.startswith("gptq") else format,
@@ -63,17 +64,17 @@ def of_artifact(artifact: Artifact) -> ServedModel:
 
 
 def of_folder(folder: Path) -> ServedModel:
-    """What an artifact folder holds, in whatever format. Raises BadInput for a GGUF file that is not whole."""
+    """The model in an artifact folder of any format. Raises BadInput for a truncated GGUF file."""
     files = gguf_files(folder)
     if not files:
         return of_artifact(Artifact(folder))
-    for part in files[1:]:  # they say nothing of the model, and have to be whole all the same
+    for part in files[1:]:  # the metadata is in the first; the others only have to be whole
         open_gguf(part)
     return replace(of_gguf(files[0]), parts=len(files))
 
 
 def of_gguf(file: Path) -> ServedModel:
-    """A GGUF file, or the first part of one, by its metadata under the names that config.json has for it."""
+    """The model in a GGUF file (the first part of a split one), its metadata under the keys of config.json."""
     fields = open_gguf(file).fields
     try:
         family = fields["general.architecture"].contents()
@@ -88,7 +89,7 @@ def of_gguf(file: Path) -> ServedModel:
 
 
 def problems(target: ServerSettings, model: ServedModel) -> list[str]:
-    """One line for each thing that keeps `target` from loading the model; none when it will."""
+    """One line for each reason why `target` would not load the model; empty when it would."""
     loader, label = target.loader, target.loader.label
     grids = [("weights", grid) for grid in model.grids]
     refused = refusal(loader, model.format, grids, model.activations, scattered=model.scattered)
@@ -103,9 +104,9 @@ def problems(target: ServerSettings, model: ServedModel) -> list[str]:
 
 
 def check_job(job: Job) -> dict[str, str]:
-    """The format each target of the recipe will load, of those that the run writes.
+    """For each target of the recipe, the format it will load among those that the run writes.
 
-    Raises BadInput when a target could load none of them.
+    Raises BadInput when a target can load none of them.
     """
     taken: dict[str, str] = {}
     for target in job.recipe.targets:
@@ -118,8 +119,8 @@ def check_job(job: Job) -> dict[str, str]:
 
 
 def advice(job: Job) -> list[str]:
-    """What is worth knowing and refuses nothing: for a recipe without targets, what vLLM would say, on GPUs and on a
-    CPU; what loads on some GPUs only; how far the model can be split; what transformers makes of experts."""
+    """Notes that refuse nothing: what loads on some GPUs only, the largest tensor parallelism, how transformers loads
+    experts; for a recipe without targets also why vLLM would not load the artifact, on GPUs or on a CPU."""
     found: list[str] = []
     for format in job.recipe.formats:
         model = of_job(job, format)
@@ -136,14 +137,15 @@ def advice(job: Job) -> list[str]:
 
 
 def sentence(found: Sequence[str]) -> str:
-    """Problems on one line."""
+    """All problems on one line."""
     more = len(found) - 1
     return found[0] + (f" (and {more} more: {'; '.join(found[1:])})" if more else "")
 
 
 def _fused(model: ServedModel) -> Iterator[str]:
+    """Linears of unlike schemes that servers fuse into one."""
     if model.format == "gguf":
-        return  # its readers keep each tensor's type
+        return  # ggml keeps each tensor's own type
     for fused in FUSED:
         for name in model.shapes:
             if not name.endswith(f".{fused[0]}"):
@@ -154,8 +156,9 @@ def _fused(model: ServedModel) -> Iterator[str]:
 
 
 def _parallel(model: ServedModel, n: int) -> Iterator[str]:
-    """What `n` GPUs cannot share: heads (vLLM: ModelConfig.verify_with_parallel_config, LlamaAttention), scale groups
-    (distributed/utils.py: verify_group_size_divides_partition), blocks (fp8_utils.py: validate_fp8_block_shape)."""
+    """What cannot be split evenly over `n` GPUs, by vLLM's rules: heads (ModelConfig.verify_with_parallel_config,
+    LlamaAttention), scale groups (distributed/utils.py: verify_group_size_divides_partition), blocks (fp8_utils.py:
+    validate_fp8_block_shape)."""
     if n == 1:
         return
     heads, kv_heads = model.heads, model.kv_heads
@@ -169,7 +172,7 @@ def _parallel(model: ServedModel, n: int) -> Iterator[str]:
             continue
         if row_parallel(name):
             side, unit, what = n_in, 1 if grid.group_size in (-1, 0) else grid.columns(n_in), "scale group"
-        else:  # codes of neighbouring rows share a word in these formats
+        else:  # gptq and awq pack the codes of neighbouring rows into one word
             side, unit, what = n_out, 32 // grid.bits if model.format in ("gptq", "awq") else 1, "packed word"
         if grid.type == "fp8-block":
             unit, what = _BLOCK, "block"

@@ -8,13 +8,13 @@ import yaml
 from .servers.deployment import HOST, PORT, PYTHON, Deployment, fill
 from .servers.resources import quantity
 
-_HOST_BYTES = 8 * 2**30  # of host memory beside a GPU's, for the server's processes; assumed, not measured
-_REST = '"$@"'  # further arguments of a script
-_START_SECONDS = 900  # until a server that has not answered counts as failed: large models load for minutes
+_HOST_BYTES = 8 * 2**30  # of host memory for a GPU server's processes, beside the weights; assumed, not measured
+_REST = '"$@"'  # the script's own arguments, passed on
+_START_SECONDS = 900  # before a server without an answer counts as failed: large models take minutes to load
 
 
 def serve_sh(deployment: Deployment, host: str) -> str:
-    """The launch script: PORT, HOST and further flags can be given from outside."""
+    """The launch script. The environment may set HOST and PORT; arguments are passed to the server."""
     lines = [
         "#!/bin/sh",
         f"# {deployment.title}. Needs {deployment.needs}.",
@@ -26,7 +26,7 @@ def serve_sh(deployment: Deployment, host: str) -> str:
         return "\n".join([*lines, *_docker_run(deployment, host)]) + "\n"
     blanks = {HOST: f"${{HOST:-{host}}}", PORT: f"${{PORT:-{deployment.port}}}", PYTHON: "${PYTHON:-python3}"}
     blanks |= {mount.blank: mount.on_host("$here") for mount in deployment.mounts}
-    inside_url = blanks | {HOST: f"${{HOST:-{_bracketed(host)}}}"}  # in the environment it stands before a port
+    inside_url = blanks | {HOST: f"${{HOST:-{_bracketed(host)}}}"}  # there it is followed by a port
     lines += [f'export {key}="${{{key}:-{fill(value, inside_url)}}}"' for key, value in deployment.env.items()]
     words = [_shell_word(part, blanks) for part in (*deployment.local, *deployment.arguments)]
     lines += ["exec " + _wrapped([*words, _REST])]
@@ -34,12 +34,12 @@ def serve_sh(deployment: Deployment, host: str) -> str:
 
 
 def _bracketed(host: str) -> str:
-    """An address as it is written before a port."""
+    """An address as it is written in front of a port."""
     return f"[{host}]" if ":" in host else host
 
 
 def _shell_word(part: str, blanks: dict[str, str]) -> str:
-    """One word of the command, quoted; what fills its blanks is left to the shell."""
+    """One word of the command, quoted; the shell expands what fills its blanks."""
     if part in blanks:
         return f'"{blanks[part]}"'
     word = shlex.quote(part)
@@ -49,7 +49,7 @@ def _shell_word(part: str, blanks: dict[str, str]) -> str:
 
 
 def _wrapped(words: list[str]) -> str:
-    """Words over several lines: a flag begins one, and so does the end of what is given here."""
+    """The words on several lines, a new one for each flag and for the script's arguments."""
     lines: list[str] = []
     for word in words:
         if lines and not word.startswith("--") and word != _REST:
@@ -75,7 +75,7 @@ def _docker_run(deployment: Deployment, host: str) -> list[str]:
 
 
 def compose(deployment: Deployment, host: str) -> str:
-    """compose.yaml: published on `host` alone."""
+    """compose.yaml; the port is published on `host` alone."""
     service: dict[str, Any] = {
         "image": deployment.image,
         "entrypoint": deployment.in_container()[:1],
@@ -105,14 +105,14 @@ def compose(deployment: Deployment, host: str) -> str:
 
 
 def _undollared(word: str) -> str:
-    return word.replace("$", "$$")  # compose fills in variables
+    return word.replace("$", "$$")  # compose substitutes variables
 
 
 def kubernetes(deployment: Deployment) -> str:
-    """A deployment and a service that only the cluster reaches. The folder is expected in a volume of that name."""
+    """A Deployment and a Service inside the cluster. The exported folder is expected in a volume claim of that name."""
     labels = {"app.kubernetes.io/name": deployment.name, "app.kubernetes.io/part-of": "quantpress"}
     meta = {"name": deployment.name, "labels": labels}
-    # A request and no limit: how much of the host a server takes while it loads has to be seen first.
+    # A request without a limit: the peak of host memory while loading is not known.
     host_bytes = (
         deployment.resources.weights_bytes + _HOST_BYTES if deployment.cuda else deployment.resources.memory_bytes
     )
@@ -155,7 +155,7 @@ def kubernetes(deployment: Deployment) -> str:
         "metadata": meta,
         "spec": {
             "replicas": 1,
-            "strategy": {"type": "Recreate"},  # a second copy would need as many GPUs again
+            "strategy": {"type": "Recreate"},  # a rolling update would need twice the GPUs
             "selector": {"matchLabels": selector},
             "template": {"metadata": {"labels": labels}, "spec": spec},
         },
@@ -172,7 +172,7 @@ def kubernetes(deployment: Deployment) -> str:
 
 
 class _Plain(yaml.SafeDumper):
-    """YAML without anchors: what is said twice is written twice."""
+    """YAML without anchors and aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Will it load? By the real server where it is here, else by the target's own parser, else by the contract."""
+"""Will a target load the artifact? Answered by the real server, else by its own parser, else by the contract."""
 
 import json
 import os
@@ -26,14 +26,14 @@ from .serving.starting import interpreter
 
 Way = Literal["server", "parser", "contract"]
 _PARSER_SECONDS = 600
-_LENGTH = 1024  # tokens a server is started for where the target says nothing
+_LENGTH = 1024  # tokens of prompt and answer, where the target does not set them
 
 
 @dataclass(frozen=True)
-class Answer:
-    """loads: whether the target will load the artifact. way: what said so, `by` in words; reason: why not.
+class LoadAnswer:
+    """loads: whether the target will load the artifact. way: what answered, `by`: the same in words; reason: why not.
 
-    passed_over: the stronger ways that could not be used, each with its reason.
+    passed_over: stronger ways that could not be used, each with the reason.
     """
 
     loads: bool
@@ -50,11 +50,11 @@ def will_load(
     python: str | None = None,
     way: Way | None = None,
     tell: Callable[[str], None] = lambda line: None,
-) -> Answer:
-    """Ask in the strongest way that can be used here, or in `way`.
+) -> LoadAnswer:
+    """Ask in the strongest way available here, or in `way`.
 
-    where: a run or an artifact folder; python: the interpreter that has the server. What the contract refuses is
-    refused, unless the real server takes it. Raises BadInput when `way` cannot be used.
+    where: a run or an artifact folder; python: the interpreter that has the server. What the contract refuses counts as
+    refused unless the real server loads it. Raises BadInput when `way` cannot be used.
     """
     folder = find_artifact(where)
     model = contracts.of_folder(folder)
@@ -72,16 +72,16 @@ def will_load(
             passed_over.append(f"{name}: {why}")
             continue
         if name == "server" or reason or not refused:
-            return Answer(not reason, "server" if name == "server" else "parser", by, reason, tuple(passed_over))
+            return LoadAnswer(not reason, "server" if name == "server" else "parser", by, reason, tuple(passed_over))
         passed_over.append(f"{by} has no objection")
-    by = f"the contract of {label}, restated"
-    return Answer(not refused, "contract", by, contracts.sentence(refused) if refused else "", tuple(passed_over))
+    by = f"quantpress's table of what {label} loads"
+    return LoadAnswer(not refused, "contract", by, contracts.sentence(refused) if refused else "", tuple(passed_over))
 
 
 def _by_server(
     folder: Path, target: ServerSettings, model: ServedModel, python: str | None, tell: Callable[[str], None]
 ) -> tuple[str, str]:
-    """Start it. Returns what was asked, and why it did not load ("" when it did)."""
+    """Start the server. Returns what was asked, and why it did not load ("" when it did)."""
     launcher, device = LAUNCHERS.get(target.name), machine.device().type
     if launcher is None:
         raise CannotAsk(f"{target.loader.label} is not a server that is started here")
@@ -93,7 +93,7 @@ def _by_server(
         raise CannotAsk(f"{launcher.name} is not installed; {launcher.install}")
     gguf = gguf_files(folder)
     if (launcher.reads == "gguf") != bool(gguf):
-        raise CannotAsk(f"{launcher.name} reads {launcher.reads} artifacts, and this is another")
+        raise CannotAsk(f"{launcher.name} reads {launcher.reads} artifacts, and this is not one")
     length = min(target.max_model_len or _LENGTH, model.positions or _LENGTH)
     options = Options(python, None, min(target.max_num_seqs, 4), length)
     with tempfile.TemporaryDirectory() as scratch:

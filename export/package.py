@@ -1,4 +1,4 @@
-"""A target's folder: the artifact in a format that the target loads, and the files that an operator starts it with."""
+"""Exports an artifact for a target: the model in a format that it loads, launch files, a README and checksums."""
 
 import hashlib
 import ipaddress
@@ -35,7 +35,7 @@ _SHARDS = (".safetensors", ".gguf")
 
 @dataclass(frozen=True)
 class Exported:
-    """folder: what was written; format: of the model in it; converted_from: None for the artifact as it is."""
+    """folder: what was written; format: of its model; converted_from: None where the artifact was not converted."""
 
     folder: Path
     format: str
@@ -48,18 +48,18 @@ def export(
     """Write the folder of `target`, `run/export/<target>` unless `out` says otherwise.
 
     run: a run folder or an artifact folder; host: the address to listen on. Shards are hard links to the artifact's
-    where the file system allows. Raises BadInput, before a byte is written, for an artifact that the target cannot
-    load, a folder that is there, or with `overwrite` one that no export has made, and a host that is no address.
+    where the file system allows. Raises BadInput, before anything is written, for an artifact that the target cannot
+    load, for a folder that exists (with `overwrite`: unless an export made it), and for a host that is no IP address.
     """
     host = _address(host)
     named = out or run / "export" / target.name
     _check_replaceable(named, overwrite)
-    folder = named.resolve()  # one called `.` has no name to put another beside, and a link is not to be replaced
+    folder = named.resolve()  # `.` has no name to write another beside; a link itself is kept
     artifact = find_artifact(run)
     source, to = _loadable(run, artifact, target)
     name = _name(run, artifact)
     accepted = speculation.measured(run, artifact)
-    ready = folder.with_name(f".{folder.name}.new")  # what is there stays until its successor is whole
+    ready = folder.with_name(f".{folder.name}.new")  # an older export stays until the new one is complete
     shutil.rmtree(ready, ignore_errors=True)
     with whole_folder(ready) as new:
         model = new / "model"
@@ -87,7 +87,7 @@ def export(
 def _model_folder(model: Path, name: str, target: ServerSettings, served: ServedModel) -> ModelFolder:
     """What the launch command has to know about the exported folder `model`."""
     file = next((gguf.name for gguf in gguf_files(model)), "")
-    has_tokenizer = (model / "tokenizer_config.json").is_file()  # not beside a GGUF file by itself
+    has_tokenizer = (model / "tokenizer_config.json").is_file()  # a GGUF file alone has none beside it
     modelfile = model / "Modelfile"
     return ModelFolder(
         name,
@@ -101,12 +101,12 @@ def _model_folder(model: Path, name: str, target: ServerSettings, served: Served
 
 
 def check(run: Path, target: ServerSettings) -> None:
-    """Raise BadInput for what `export` would refuse of the artifact."""
+    """Raise BadInput where `export` would refuse the artifact."""
     _loadable(run, find_artifact(run), target)
 
 
 def find_artifact(run: Path) -> Path:
-    """The artifact folder of a run, or the folder itself; raises BadInput for one that is neither."""
+    """The artifact folder of a run, or the given folder where it is one; raises BadInput where it is neither."""
     if not run.is_dir():
         raise BadInput(f"{run}: no such folder")
     for folder in (run / "quantized", run):
@@ -116,7 +116,7 @@ def find_artifact(run: Path) -> Path:
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:
-    """Raise BadInput for what is there and may not be removed."""
+    """Raise BadInput for an existing folder that may not be replaced."""
     if not folder.exists():
         return
     if not overwrite:
@@ -129,9 +129,10 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
 
 
 def _loadable(run: Path, artifact: Path, target: ServerSettings) -> tuple[Path, str | None]:
-    """A folder that `target` loads, and the format it has to be converted to first, if any.
+    """The folder to export for `target`, and the format to convert it to; None where it loads as it is.
 
-    The artifact as it is comes first, then what the run has converted, then every format that holds the same exactly.
+    Preferred in this order: the artifact itself, what the run has converted, any format that holds it exactly. Raises
+    BadInput when the target can load none of them.
     """
     contents = contracts.of_folder(artifact)
     refused = contracts.problems(target, contents)
@@ -144,7 +145,7 @@ def _loadable(run: Path, artifact: Path, target: ServerSettings) -> tuple[Path, 
             return done, None
     for other in loadable:
         if (
-            "gguf" not in (other, contents.format)  # its numbers are its own
+            "gguf" not in (other, contents.format)  # GGUF has number types of its own
             and other in FORMATS
             and contents.format in FORMATS
             and other != contents.format
@@ -155,7 +156,7 @@ def _loadable(run: Path, artifact: Path, target: ServerSettings) -> tuple[Path, 
 
 
 def _place(source: Path, model: Path, to: str | None) -> None:
-    """The model's files in `model`: converted, or shards linked and the rest copied."""
+    """Put the model's files into `model`: converted, or shards linked and the rest copied."""
     if to is not None:
         convert(source, model, to)
         return
@@ -171,7 +172,7 @@ def _place(source: Path, model: Path, to: str | None) -> None:
 
 
 def link_or_copy(file: Path, there: Path) -> None:
-    """A hard link where both lie on one file system that has them, else a copy."""
+    """Make a hard link where the file system allows, else a copy."""
     try:
         os.link(file, there)
     except OSError:
@@ -191,16 +192,16 @@ def _write(folder: Path, deployment: Deployment, host: str, notes: Sequence[str]
 
 def _readme(deployment: Deployment, host: str, notes: Sequence[str]) -> str:
     rows = "\n".join(f"| {what} | {figure} |" for what, figure in _resource_rows(deployment.resources))
-    cluster = "\n    kubectl apply -f kubernetes.yaml          # after this folder's contents are in the claim"
+    cluster = "\n    kubectl apply -f kubernetes.yaml          # once this folder's contents are in the volume claim"
     cluster = cluster if deployment.clustered else ""
     return f"""# {deployment.name} on {deployment.title}
 
-    sha256sum --check SHA256SUMS              # the files are whole
+    sha256sum --check SHA256SUMS              # the files are intact
     ./serve.sh                                # needs {deployment.needs}
     docker compose up                         # or in a container: {deployment.image}{cluster}
 
-It listens on {host}, port {deployment.port}, without a password: put a proxy that asks for one before it where others
-can reach it. It is ready once `GET {deployment.health}` answers 200. A request:
+It listens on {host}, port {deployment.port}, without authentication: where others can reach it, put a proxy that asks
+for a password in front of it. It is ready once `GET {deployment.health}` answers 200. A request:
 
     {deployment.probe}
 
@@ -208,7 +209,7 @@ can reach it. It is ready once `GET {deployment.health}` answers 200. A request:
 |---|--:|
 {rows}
 
-Shards are hard links to the artifact's where the file system allows: change neither in place.
+Shards are hard links to the artifact's where the file system allows: modify neither in place.
 """ + "".join(f"\n{note}\n" for note in notes)
 
 
@@ -218,15 +219,15 @@ def _resource_rows(resources: Resources) -> list[tuple[str, str]]:
         ("weights", size(resources.weights_bytes)),
         ("cache of one token", size(resources.kv_bytes_per_token)),
         (f"cache of {resources.tokens} tokens", size(resources.kv_bytes_per_token * resources.tokens)),
-        (f"held back on each of {resources.gpus} device(s) (assumed)", size(resources.runtime_bytes)),
-        ("together, at the most", size(resources.memory_bytes)),
+        (f"reserved on each of {resources.gpus} device(s) (assumed)", size(resources.runtime_bytes)),
+        ("total, at most", size(resources.memory_bytes)),
     ]
 
 
 def _record(
     target: ServerSettings, deployment: Deployment, model: ServedModel, converted_from: str | None, artifact: Path
 ) -> dict[str, Any]:
-    """export.json: what a machine wants to know of the folder."""
+    """export.json: the exported folder in machine-readable form."""
     manifest = artifact / MANIFEST
     return {
         "schema": 1,
@@ -245,14 +246,14 @@ def _record(
 
 
 def _known(run: Path, artifact: Path, source: Path) -> dict[str, str]:
-    """The sha256 of shards that are the artifact's own, from its manifest: every target need not read them again."""
+    """The sha256 of shards that are the artifact's own, from its manifest, so that no export reads them again."""
     manifest = own_manifest(run) or own_manifest(artifact)
     files = {} if manifest is None else manifest.artifact.files
     return {f"model/{n}": d for n, d in files.items() if source == artifact and n.endswith(_SHARDS)}
 
 
 def _sums(folder: Path, known: Mapping[str, str]) -> None:
-    """SHA256SUMS, as sha256sum --check reads it; known: of files that need not be read for it."""
+    """Write SHA256SUMS for `sha256sum --check`; known: sha256 of files that are not read for it."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names]
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
@@ -263,7 +264,7 @@ def _weights_bytes(model: Path) -> int:
 
 
 def _name(run: Path, artifact: Path) -> str:
-    """What the served model is called: a DNS label of the model's and the recipe's name."""
+    """The name the model is served under: a DNS label made of the model's and the recipe's names."""
     manifest = own_manifest(artifact)
     words = [run.resolve().name]
     if manifest is not None:

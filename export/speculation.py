@@ -1,6 +1,6 @@
-"""The artifact as the draft of its original: what `quantpress eval RUN --draft` measured, in an operator's words.
+"""The artifact as the draft model of its original: what `quantpress eval RUN --draft` measured, for an export's README.
 
-Speculative decoding (Leviathan et al., arXiv:2211.17192) changes how fast the original answers and never what.
+Speculative decoding (Leviathan et al., arXiv:2211.17192) changes the original's speed and never its answers.
 """
 
 import json
@@ -13,15 +13,15 @@ from quantpress.artifact.artifact import Artifact
 from quantpress.artifact.manifest import own_manifest
 from quantpress.core.errors import BadInput
 
-RECORD = Path("eval") / "draft.json"  # written by eval/draft.py
+RECORD = Path("eval") / "draft.json"  # written by eval/measure/draft.py
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """How often `original` accepts the artifact's tokens: `sampled` at temperature 1, with its standard error, `greedy`
-    at 0.
+    """The share of the artifact's tokens that `original` accepts: `sampled` at temperature 1, with its standard error,
+    and `greedy` at temperature 0.
 
-    tokens: that the original writes a pass at temperature 1, its own one included, by how many are drafted for it.
+    tokens {drafted: generated}: expected tokens of one pass of the original at temperature 1, its own token included.
     cost: bytes of the artifact's weights over those of the original's.
     """
 
@@ -33,20 +33,20 @@ class Acceptance:
     original: str
 
     def speedup(self, drafted: int) -> float:
-        """How many times faster than the original alone, their Theorem 3.8 with measured tokens a pass.
+        """Speed relative to the original alone: Theorem 3.8 with the measured tokens a pass.
 
-        Reading weights is taken to be all that a pass costs, as when few requests are decoded: an upper bound.
+        An upper bound: it takes reading the weights to be the only cost of a pass, as with few concurrent requests.
         """
         return self.tokens[drafted] / (1 + drafted * self.cost)
 
     @property
     def best(self) -> int:
-        """How many tokens to draft for the most of it."""
+        """The number of drafted tokens with the largest speedup."""
         return max(self.tokens, key=self.speedup)
 
 
 def measured(run: Path, artifact: Path) -> Acceptance | None:
-    """What was measured in the run folder `run`; None when nothing was, or on weights of another size."""
+    """The measurement in the run folder `run`; None without one, or when the artifact has changed size since."""
     if not (run / RECORD).is_file():
         return None
     try:
@@ -64,7 +64,7 @@ def measured(run: Path, artifact: Path) -> Acceptance | None:
 
 
 def notes(run: Path, draft_for: str, drafted: int, found: Acceptance | None) -> list[str]:
-    """For the README of an export that drafts `drafted` tokens for `draft_for`."""
+    """Paragraphs for the README of an export that drafts `drafted` tokens at a time for `draft_for`."""
     again = f"`quantpress eval {run} --draft` measures it; export again after that"
     if found is None:
         return [f"How often {draft_for} accepts what the artifact drafts has not been measured: {again}."]
@@ -73,9 +73,9 @@ def notes(run: Path, draft_for: str, drafted: int, found: Acceptance | None) -> 
     table = ["| tokens drafted | tokens a pass | times as fast, at most |", "|--:|--:|--:|", *rows]
     lines = [
         f"Measured: {found.original} accepts {found.sampled:.1%} (± {found.stderr:.1%}) of the tokens the artifact "
-        f"drafts at temperature 1, and {found.greedy:.1%} at 0{own}. What that brings at temperature 1, where reading "
-        f"weights (the draft's are {found.cost:.0%} of the original's) is all that a pass costs, as with few requests "
-        "at one time; with many, drafting may cost more than it brings:",
+        f"drafts at temperature 1, and {found.greedy:.1%} at 0{own}. The gain at temperature 1, where reading weights "
+        f"(the draft's are {found.cost:.0%} of the original's) is the whole cost of a pass, as with few concurrent "
+        "requests; with many, drafting may cost more than it gains:",
         "\n".join(table),
     ]
     if found.speedup(found.best) <= 1:
@@ -86,7 +86,7 @@ def notes(run: Path, draft_for: str, drafted: int, found: Acceptance | None) -> 
 
 
 def facts(found: Acceptance | None, drafted: int) -> dict[str, Any] | None:
-    """For export.json."""
+    """The measurement for export.json."""
     if found is None:
         return None
     return {

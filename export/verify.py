@@ -1,7 +1,7 @@
-"""Whether an artifact is whole: its files against the manifest, and its tensors against its config and its model.
+"""Whether an artifact is intact: its files against the manifest, its tensors against its config and its model.
 
-A check by what the formats themselves say: each linear is unpacked, and packed again it has to give tensors of the
-names, shapes and types that are stored; the config is compared with the one that would be written for what is there.
+Each linear is unpacked by its format, which checks the shapes, and packed again: the names and types have to be those
+on disk. The config's list of excluded layers is compared with the layers that are in 16 bit.
 """
 
 import difflib
@@ -30,13 +30,13 @@ from .contracts import of_folder
 from .package import find_artifact
 
 _SUMS = "SHA256SUMS"
-_ALIKE = (torch.float16, torch.bfloat16, torch.float32)  # readers cast scales of one to another
+_ALIKE = (torch.float16, torch.bfloat16, torch.float32)  # loaders cast scales between these
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
-_LEFT_BY_OLD_TOOLS = (".rotary_emb.inv_freq",)  # computed by every reader
+_LEFT_BY_OLD_TOOLS = (".rotary_emb.inv_freq",)  # every loader computes it
 
 
 def verify(where: Path) -> tuple[int, list[str]]:
-    """How many files were compared with a list of checksums, and one line for each thing that is wrong.
+    """The number of files compared with a list of checksums, and one line for each problem.
 
     where: a run folder, an artifact folder or an exported one. Raises BadInput when it is none of them.
     """
@@ -46,13 +46,13 @@ def verify(where: Path) -> tuple[int, list[str]]:
     try:
         found += structure(artifact)
     except BadInput as error:
-        if not found:  # else it is the damage that the checksums have told of
+        if not found:  # else the checksums have told of the damage
             found.append(str(error))
     return len(listed), found
 
 
 def compared(where: Path) -> str:
-    """What of the tensors `verify` has found to be so, in words: a GGUF file by itself tells of no model to hold."""
+    """What `verify` compared the tensors with, in words: a GGUF file without a config.json has nothing to compare."""
     artifact = _artifact(where)
     if gguf_files(artifact) and not (artifact / "config.json").is_file():
         return "the GGUF file is whole; without a config.json beside it its tensors were compared with no model"
@@ -60,11 +60,11 @@ def compared(where: Path) -> str:
 
 
 def structure(folder: Path) -> list[str]:
-    """One line for each thing in an artifact that its own config, or its model, does not have so."""
+    """One line for each way in which an artifact contradicts its config or its model."""
     if gguf_files(folder):
-        of_folder(folder)  # every part can be read, and its metadata
+        of_folder(folder)  # raises BadInput unless every part can be read
         if (folder / "config.json").is_file():
-            GgufCheckpoint(folder)  # raises BadInput for a tensor that the model wants and the file does not have so
+            GgufCheckpoint(folder)  # raises BadInput for a tensor that is missing or has another shape
         return []
     artifact = Artifact(folder)
     if artifact.format is None:
@@ -82,7 +82,7 @@ def structure(folder: Path) -> list[str]:
             found += _linear(artifact, name, claimed)
         except BadInput as error:
             found.append(str(error))
-    if not found:  # what is listed on disk is judged by a config that fits it
+    if not found:  # with a config that does not fit the tensors the list says nothing
         found += _left_out(artifact, skeleton, linears)
     found += _cache(artifact, skeleton, claimed)
     found += _strangers(artifact, skeleton, claimed)
@@ -91,12 +91,12 @@ def structure(folder: Path) -> list[str]:
 
 
 def _artifact(where: Path) -> Path:
-    """The artifact folder of what `verify` is given."""
+    """The artifact folder in a run folder, an artifact folder or an exported one."""
     return find_artifact(where / "model" if (where / _SUMS).is_file() else where)
 
 
 def _listed(where: Path, artifact: Path) -> tuple[Path, dict[str, str]]:
-    """The sha256 of each file that a list beside the artifact names, and the folder that the names are of."""
+    """The folder that the listed file names are relative to, and the sha256 of each listed file."""
     if (where / _SUMS).is_file():
         lines = (where / _SUMS).read_text(encoding="utf-8").splitlines()
         return where, {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -105,7 +105,7 @@ def _listed(where: Path, artifact: Path) -> tuple[Path, dict[str, str]]:
 
 
 def _companions(folder: Path) -> Iterator[str]:
-    """Tokenizer, chat template and what else goes with the weights: the original's, unchanged."""
+    """Tokenizer, chat template and the other files beside the weights are the original's, unchanged."""
     manifest = own_manifest(folder)
     if manifest is None:
         if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):
@@ -118,7 +118,7 @@ def _companions(folder: Path) -> Iterator[str]:
 
 
 def _shapes(artifact: Artifact, linears: list[Linear]) -> Iterator[tuple[str, str]]:
-    """What is wrong with the shape of a quantized linear, by its name."""
+    """(linear, problem) of each quantized linear whose shape is not the model's."""
     for x in linears:
         shape = artifact.shapes.get(x.name)
         if shape is not None and shape != (x.out_features, x.in_features):
@@ -126,7 +126,7 @@ def _shapes(artifact: Artifact, linears: list[Linear]) -> Iterator[tuple[str, st
 
 
 def _parameters(artifact: Artifact, skeleton: Skeleton) -> Iterator[str]:
-    """Every parameter that is not quantized is there, has the model's shape and is finite."""
+    """Every parameter that is not quantized exists, has the model's shape and is finite."""
     tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
     heads = {f"{head}.weight" for head in skeleton.heads()}
     for name, parameter in skeleton.model.named_parameters():
@@ -170,18 +170,18 @@ def _linear(artifact: Artifact, name: str, claimed: set[str]) -> Iterator[str]:
 
 
 def _writable(format: str, record: QuantizedLinear, inputs: Any) -> QuantizedLinear:
-    """The record as `pack` takes it; only names, shapes and types of what comes out are looked at."""
+    """The record in a form that `pack` accepts; only the names and types of its result are used."""
     grid = record.grid
     if format == "gptq-v1-asymmetric":
         grid = grid.model_copy(update={"symmetric": True})
     scales = record.scales
     if grid.type == "int" and scales.dtype == torch.float32:
-        scales = torch.ones_like(scales)  # a scale that another type cannot hold is not what is looked for here
+        scales = torch.ones_like(scales)  # whether float16 can hold the scales is not the question here
     return replace(record, grid=grid, scales=scales, inputs=inputs)
 
 
 def _left_out(artifact: Artifact, skeleton: Skeleton, linears: list[Linear]) -> Iterator[str]:
-    """The list of layers left in 16 bit says of each what is so on disk, by the names that readers compare."""
+    """The config leaves out exactly the layers that are in 16 bit on disk, under the names that loaders compare."""
     assert artifact.format is not None
     stated = artifact.config["quantization_config"]
     format = FORMATS["gptq" if artifact.format.startswith("gptq") else artifact.format]
@@ -213,7 +213,7 @@ def _cache(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Iterato
 
 
 def _strangers(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Iterator[str]:
-    """Tensors that belong to nothing: servers stop at them."""
+    """Tensors that belong to no layer: servers refuse to load them."""
     own = {skeleton.disk_name(name) for name, _ in skeleton.model.named_parameters()}
     own |= {skeleton.disk_name(name) for name, _ in skeleton.model.named_buffers()}
     own |= {f"{head}.weight" for head in skeleton.heads()}
@@ -227,16 +227,16 @@ def _strangers(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Ite
 
 
 def _twins(folder: Path, artifact: Artifact) -> Iterator[str]:
-    """The files that say again what config.json says, where this package has written them."""
+    """The format's other config files say the same as config.json; only checked where this package wrote them."""
     assert artifact.format is not None
     if own_manifest(folder) is None:
         return
     wanted = FORMATS[artifact.format].extra_files(artifact.config["quantization_config"])
     for name, content in wanted.items():
         if not (folder / name).is_file():
-            yield f"{folder}: {name} is lost"
+            yield f"{folder}: {name} is missing"
         elif json.loads((folder / name).read_text(encoding="utf-8")) != content:
-            yield f"{folder}: {name} and config.json say different things of the quantization"
+            yield f"{folder}: {name} and config.json disagree about the quantization"
 
 
 def _strings(value: Any) -> list[str]:

@@ -11,8 +11,9 @@ EXPORT_RECORD = "export.json"  # in every exported folder
 MODEL, ORIGINAL, HOST, PORT, PYTHON = "{model}", "{original}", "{host}", "{port}", "{python}"
 _ANYWHERE = "0.0.0.0"
 _DRAFT = (
-    "The artifact is the draft of the model it was made from: the figures are the draft's, the other's weights and "
-    "cache come on top. In a Kubernetes volume a local original is expected beside model/, as original/."
+    "The artifact is the draft of the model it was made from: the figures here are the draft's alone, and the weights "
+    "and cache of the original come on top. In a Kubernetes volume a local original is expected as original/, beside "
+    "model/."
 )
 
 
@@ -36,7 +37,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class Mount:
-    """A folder, beside the files or absolute; where the container sees it; and the blank it fills in."""
+    """A mounted folder: its path, relative to the exported folder or absolute; its path in the container; its blank."""
 
     folder: str
     path: str
@@ -44,7 +45,7 @@ class Mount:
 
     @property
     def inside(self) -> str:
-        """Its name in a volume that holds everything."""
+        """Its path in a volume that holds all the folders."""
         return self.path.lstrip("/") if self.folder.startswith("/") else self.folder
 
     def on_host(self, here: str) -> str:
@@ -118,6 +119,6 @@ def curl_free_check(port: int, path: str) -> tuple[str, ...]:
 
 
 def completion(name: str, port: int) -> str:
-    """A request to any server with OpenAI's interface."""
+    """A completion request to any OpenAI-compatible server, as a shell command."""
     body = json.dumps({"model": name, "prompt": "The sea is", "max_tokens": 16, "temperature": 0})
     return f"curl -fsS http://127.0.0.1:{port}/v1/completions -H 'Content-Type: application/json' -d '{body}'"

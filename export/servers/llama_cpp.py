@@ -21,11 +21,11 @@ _HEALTH = "/health"
 _ALL_LAYERS = "999"  # more than any model has
 _SCRIPT = Path(__file__).with_name("llama_server.py")
 
-GGUF_FILES = (Loadable("gguf", types=(), symmetric=ANY_SYMMETRY),)  # ggml loads every type that its own files may hold
+GGUF_FILES = (Loadable("gguf", types=(), symmetric=ANY_SYMMETRY),)  # ggml loads every type that a GGUF file may have
 
 
 def parse_gguf(question: ParserQuestion) -> tuple[str, str]:
-    """llama.cpp's own reader: it has read the file for what the question says of the model."""
+    """llama.cpp's own reader, which has already read the file to describe the model."""
     if question.model.format != "gguf":
         raise CannotAsk("llama.cpp's own reader is for GGUF files")
     return f"llama.cpp's own reader (gguf {version('gguf')})", ""
@@ -51,11 +51,11 @@ class LlamaCpp(ServerSettings):
 
 
 def deploy(target: LlamaCpp, folder: ModelFolder) -> Deployment:
-    """How it is started."""
+    """How llama-server is started on the model in `folder`."""
     cuda = target.device == "cuda"
     arguments = ["--model", f"{MODEL}/{folder.gguf_file}", "--alias", folder.name, "--host", HOST, "--port", PORT]
     arguments += ["--parallel", str(target.max_num_seqs)]
-    # Shared by the slots, and taken when it starts: as much as the folder says it needs.
+    # Shared by the slots and allocated at the start: as much as the README says.
     arguments += ["--ctx-size", str(folder.resources.tokens)]
     arguments += ["--n-gpu-layers", _ALL_LAYERS] if cuda else []
     if folder.template_arguments:

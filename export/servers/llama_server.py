@@ -1,19 +1,20 @@
-"""llama.cpp's own HTTP server out of the package xllamacpp.
+"""llama.cpp's own HTTP server, from the package xllamacpp: a script for whichever Python has that package.
 
-`python llama_server.py MODEL PORT CONTEXT SLOTS NAME TEMPLATE`, TEMPLATE a JSON object: the chat template's arguments.
+    python llama_server.py MODEL PORT CONTEXT SLOTS NAME TEMPLATE
 
-A script for whichever interpreter has the package: it imports nothing else, and ends when it is told to.
+TEMPLATE is a JSON object with the chat template's arguments. SIGTERM ends it.
 """
 
 import json
 import signal
 import sys
-
-import xllamacpp
+from pathlib import Path
 
 
 def main(model: str, port: int, context: int, slots: int, name: str, template: dict[str, bool]) -> None:
     """Serve `slots` requests at a time, each with `context` tokens; returns on SIGTERM."""
+    import xllamacpp
+
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])  # for every thread of the server
     params = xllamacpp.CommonParams()
     params.model.path = model
@@ -28,4 +29,6 @@ def main(model: str, port: int, context: int, slots: int, name: str, template: d
 
 
 if __name__ == "__main__":
+    here = str(Path(__file__).parent)  # vllm.py, triton.py and others, which must not be taken for packages
+    sys.path[:] = [folder for folder in sys.path if folder != here]
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], json.loads(sys.argv[6]))

@@ -18,7 +18,7 @@ from .server import Server
 from .target_settings import ServerSettings
 
 VERSION = "0.33.3"
-# The server has to run before a model can be registered with it; without its model it is of no use.
+# A model can only be registered with a running server; without its model the server is useless and is ended.
 _SERVE = """ollama serve & server=$!
 trap 'kill "$server"' INT TERM
 until ollama list > /dev/null 2>&1; do kill -0 "$server" || exit 1; sleep 1; done
@@ -47,7 +47,7 @@ class Ollama(ServerSettings):
 
 
 def deploy(target: Ollama, folder: ModelFolder) -> Deployment:
-    """How it is started."""
+    """How Ollama is started on the model in `folder`."""
     env = {"OLLAMA_HOST": f"{HOST}:{PORT}", "OLLAMA_NUM_PARALLEL": str(target.max_num_seqs), "OLLAMA_KEEP_ALIVE": "-1"}
     if target.max_model_len is not None:
         env["OLLAMA_CONTEXT_LENGTH"] = str(target.max_model_len)
@@ -72,14 +72,14 @@ def deploy(target: Ollama, folder: ModelFolder) -> Deployment:
 
 
 def _modelfile(target: Ollama, folder: ModelFolder) -> str:
-    """The artifact's own Modelfile, on the GGUF beside it, with the target's context."""
+    """The artifact's Modelfile, pointed at the GGUF file beside it, with the target's context length."""
     lines = [f"FROM ./{folder.gguf_file}"]
     if folder.modelfile is not None:
         lines += [line for line in folder.modelfile.splitlines() if not re.match(r"(?i)\s*from\s", line)]
     if target.max_model_len is not None:
         lines = [line for line in lines if not _sets("num_ctx", line)]
         lines.append(f"PARAMETER num_ctx {target.max_model_len}")
-    # Up to the summer of 2026 it punished repeated tokens unless told not to (ollama/ollama pull request 17679).
+    # Until mid-2026 Ollama penalized repeated tokens by default (ollama/ollama pull request 17679).
     if not any(_sets("repeat_penalty", line) for line in lines):
         lines.append("PARAMETER repeat_penalty 1")
     return "\n".join(lines) + "\n"

@@ -30,14 +30,14 @@ _HEALTH = "/health"  # generates a token each time nothing else does
 _BLACKWELL = "on Blackwell GPUs; on others it leaves the inputs in 16 bit"
 
 _ROWS = (  # srt/layers/quantization of the PyPI package sglang 0.5.23, on CUDA
-    # __init__.py has gptq_marlin alone; gptq/gptq.py: TYPE_MAP has (4, sym) and (8, sym), and g_idx is read.
+    # __init__.py has gptq_marlin only; gptq/gptq.py: TYPE_MAP has (4, sym) and (8, sym), and g_idx is read.
     Loadable("gptq", bits=(4, 8), groups=MARLIN_GROUPS, scattered=True),
-    # awq/awq.py: AWQMarlinConfig with zeros; shapes it does not take go to a kernel that wants groups.
+    # awq/awq.py: AWQMarlinConfig with zeros; shapes it does not take go to a kernel that needs groups.
     Loadable("awq", bits=(4,), groups=(32, 64, 128), symmetric=ANY_SYMMETRY),
     # compressed_tensors/schemes/compressed_tensors_wNa16.py; marlin_utils.py: no 8-bit type with zeros.
     Loadable("compressed-tensors", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
     Loadable("compressed-tensors", bits=(8,), groups=MARLIN_GROUPS),
-    # compressed_tensors_w8a8_int8.py: apply_weights scales each token anew: static inputs would be another model's.
+    # compressed_tensors_w8a8_int8.py: apply_weights scales each token; static scales would be ignored.
     Loadable("compressed-tensors", bits=(8,), groups=(-1,), inputs=("int8 dynamic",)),
     # compressed_tensors.py: _is_fp8_w8a8, _is_fp8_w8a16; utils.py: no mxfp4 or mxfp8 among the formats of linears.
     Loadable("compressed-tensors", ("fp8",), inputs=(SIXTEEN_BIT, *FP8_INPUTS)),
@@ -61,8 +61,8 @@ def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
 
 
 def _fused_names(model: ServedModel) -> Iterator[str]:
-    """Layers are looked up by the name of the fused one (qkv_proj), and only Gemma's classes say, for one format, what
-    it is made of (packed_modules_mapping)."""
+    """SGLang looks schemes up by the fused layer's name (qkv_proj). Only Gemma's classes say which layers it is made of
+    (packed_modules_mapping), and only for compressed-tensors."""
     parts = tuple(f".{part}" for fused in FUSED for part in fused)
     fused = [name for name in model.shapes if name.endswith(parts) and not is_expert(name)]
     named = model.format == "compressed-tensors" and str(model.config.get("model_type", "")).startswith("gemma")
@@ -80,8 +80,8 @@ def _fused_names(model: ServedModel) -> Iterator[str]:
 
 
 def _marlin(model: ServedModel, gpus: int) -> Iterator[str]:
-    """SGLang's kernel for weights with 16-bit inputs: kernels/jit/csrc/gemm/marlin/gptq_marlin.cuh, is_valid_config.
-    AWQ files have another kernel for what it does not take; nvfp4 weights are padded."""
+    """Shapes that SGLang's Marlin kernel, for weights with 16-bit inputs, refuses: is_valid_config of
+    kernels/jit/csrc/gemm/marlin/gptq_marlin.cuh. AWQ files have a second kernel for them; nvfp4 weights are padded."""
     if model.activations is not None or model.format not in ("compressed-tensors", "gptq"):
         return
     narrow = min(gpus, model.kv_heads or gpus)  # GPUs beyond the key-value heads hold copies of them
@@ -127,7 +127,7 @@ class Sglang(Drafting):
 
 
 def deploy(target: Sglang, folder: ModelFolder) -> Deployment:
-    """How it is started."""
+    """How SGLang is started on the model in `folder`."""
     served, mounts, notes = drafted(target.draft_for)
     # `sglang serve` is the shorter name for this, and looks for further backends first.
     module = ("-m", "sglang.launch_server")
@@ -138,7 +138,7 @@ def deploy(target: Sglang, folder: ModelFolder) -> Deployment:
         arguments += ["--context-length", str(target.max_model_len)]
     if target.memory_fraction is not None:
         arguments += ["--mem-fraction-static", f"{target.memory_fraction:g}"]
-    # auto takes what the files have scales for, and a draft's scales are not the other's
+    # auto uses the scales in the files; a draft's scales are not those of the served model
     arguments += ["--kv-cache-dtype", "fp8_e4m3" if target.kv_cache_dtype == "fp8" else "auto"]
     arguments += [] if target.prefix_caching else ["--disable-radix-cache"]
     arguments += [] if target.chunked_prefill else ["--chunked-prefill-size", "-1"]
@@ -146,7 +146,7 @@ def deploy(target: Sglang, folder: ModelFolder) -> Deployment:
         steps = target.draft_tokens
         arguments += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", MODEL]
         arguments += ["--speculative-num-steps", str(steps), "--speculative-eagle-topk", "1"]
-        arguments += ["--speculative-num-draft-tokens", str(steps + 1)]  # the original's own one is counted too
+        arguments += ["--speculative-num-draft-tokens", str(steps + 1)]  # the count includes the original's own token
     return Deployment(
         name=folder.name,
         title=f"SGLang {VERSION}",

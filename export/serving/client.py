@@ -1,4 +1,4 @@
-"""Talking to an OpenAI-compatible server, with the time each chunk of a stream arrived."""
+"""A client of OpenAI-compatible servers that records when each chunk of a stream arrives."""
 
 import json
 import threading
@@ -12,17 +12,17 @@ from httpx_sse import SSEError, connect_sse
 
 _TIMEOUT_S = 300.0  # for one answer; a CPU is slow
 _QUOTED = 300
-# Servers close connections that are idle, or that have answered so many requests; one reused as it is being closed
-# would look like a server gone. So each request has its own, and its time includes connecting.
+# Servers close connections that are idle or have served many requests, and a request sent at that moment would fail as
+# if the server were gone. So each request opens its own connection, and its time includes connecting.
 _LIMITS = httpx.Limits(max_keepalive_connections=0)
 
 
 class ServerError(Exception):
-    """The server did not answer as asked: one line that says how."""
+    """The server did not answer as it should; the message is one line."""
 
 
 class Refused(ServerError):
-    """An HTTP status that is not 200, with what the server said."""
+    """An HTTP status other than 200, with the server's message."""
 
     def __init__(self, status: int, said: str) -> None:
         super().__init__(f"status {status}: {' '.join(_message(said).split())[:_QUOTED]}")
@@ -46,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer. Counts are of tokens, as the server says; None where it does not."""
+    """An unstreamed answer. Token counts are the server's; None where it gives none."""
 
     text: str
     finish_reason: str | None
@@ -55,13 +55,13 @@ class Answer:
     choice: dict[str, Any] = field(repr=False)
 
     def steps(self) -> list[Step]:
-        """The generated tokens by id; empty when the server gives no log-probabilities or no ids."""
+        """The generated tokens; empty when the server gives no log-probabilities or no token ids."""
         return _steps(self.choice.get("logprobs") or {})
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A streamed answer. times: when each chunk with text arrived, seconds from the request; seconds: the whole."""
+    """A streamed answer. times: arrival of each chunk with text, in seconds from the request; seconds: in total."""
 
     text: str
     times: tuple[float, ...]
@@ -74,9 +74,9 @@ class Stream:
 
 
 def at_once(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """`work` on all items at the same time; raises the first of their errors.
+    """`work` on all items concurrently; raises the first error.
 
-    Threads that nobody waits for when we are interrupted: a server that hangs would hold us up with it.
+    The threads are daemons, so that a server that hangs does not keep an interrupted process alive.
     """
     results: dict[int, _Result] = {}
     errors: list[Exception] = []
@@ -105,7 +105,7 @@ class Client:
         timeout_s: float = _TIMEOUT_S,
     ) -> None:  # fmt: skip
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # A proxy of the environment is for the world outside, not for a server on this machine.
+        # A proxy set in the environment is not meant for a server on this machine.
         self._http = httpx.Client(
             base_url=url, headers=headers, timeout=timeout_s, trust_env=not loopback, limits=_LIMITS
         )
@@ -120,7 +120,7 @@ class Client:
 
     @property
     def model(self) -> str:
-        """The name requests give the model: the first the server lists when none was given."""
+        """The model's name in requests: the given one, else the first that the server lists."""
         if self._model is None:
             listed = self.models()
             if not listed:
@@ -129,14 +129,14 @@ class Client:
         return self._model
 
     def models(self) -> list[dict[str, Any]]:
-        """What GET /v1/models lists."""
+        """The models listed by GET /v1/models."""
         listed = self._checked(lambda: self._http.get("/v1/models")).get("data")
         if not isinstance(listed, list) or not all(isinstance(m, dict) and "id" in m for m in listed):
             raise ServerError(f"/v1/models: no list of models with ids in `data`: {str(listed)[:_QUOTED]}")
         return listed
 
     def max_model_len(self) -> int | None:
-        """Tokens of prompt and answer that the server says it takes, as vLLM lists it; None where it does not say."""
+        """Tokens of prompt and answer that the server takes, as vLLM lists them; None where it lists nothing."""
         told = [model.get("max_model_len") for model in self.models() if model["id"] == self.model]
         return told[0] if told and isinstance(told[0], int) else None
 
@@ -149,17 +149,17 @@ class Client:
         return True
 
     def complete(self, prompt: Prompt, max_tokens: int, **more: Any) -> Answer:
-        """POST /v1/completions; greedy unless `more` says otherwise."""
+        """POST /v1/completions; greedy unless `more` overrides the temperature."""
         body = self._body(max_tokens, more) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
         return _answer(self._checked(lambda: self._http.post("/v1/completions", json=body)))
 
     def chat(self, messages: Messages, max_tokens: int, **more: Any) -> Answer:
-        """POST /v1/chat/completions; greedy unless `more` says otherwise."""
+        """POST /v1/chat/completions; greedy unless `more` overrides the temperature."""
         body = self._body(max_tokens, more) | {"messages": list(messages)}
         return _answer(self._checked(lambda: self._http.post("/v1/chat/completions", json=body)))
 
     def stream(self, prompt: Prompt, max_tokens: int, **more: Any) -> Stream:
-        """POST /v1/completions with `stream`; raises ServerError when the stream breaks off or is none."""
+        """POST /v1/completions with `stream`; raises ServerError when the stream breaks off or is not one."""
         body = self._body(max_tokens, more) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         texts: list[str] = []
@@ -201,7 +201,7 @@ class Client:
         return {"model": self.model, "max_tokens": max_tokens, "temperature": 0} | more
 
     def _check_patience(self) -> None:
-        """One answer that does not come is waited for; the server is not asked again."""
+        """Raise ServerError after a request has timed out: a server that hangs is waited for once only."""
         if self._hangs:
             raise ServerError(
                 f"not asked: the server hangs, an answer did not come within {self._timeout_s:g} s before"
@@ -225,7 +225,7 @@ class Client:
 
 
 def _message(said: str) -> str:
-    """What an error says in words: {"error": {"message": …}}, {"message": …}, {"detail": …} or plain text."""
+    """The text of an error: {"error": {"message": …}}, {"message": …}, {"detail": …} or plain text."""
     try:
         document = json.loads(said)
     except ValueError:
@@ -259,7 +259,7 @@ def _answer(document: dict[str, Any]) -> Answer:
 
 
 def _steps(found: dict[str, Any]) -> list[Step]:
-    """llama.cpp lists `content` with ids; vLLM gives parallel lists with tokens named `token_id:7` when asked to."""
+    """llama.cpp lists `content` with ids; vLLM gives parallel lists, with tokens as `token_id:7` on request."""
     if "content" in found:
         rows = found["content"] or []
         if any("id" not in row for row in rows):

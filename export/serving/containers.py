@@ -1,4 +1,4 @@
-"""The server of an export folder in its container, started as an operator would: with the folder's compose.yaml."""
+"""The server of an exported folder, started in its container with the folder's compose.yaml, as an operator would."""
 
 import json
 import subprocess
@@ -13,15 +13,15 @@ from ..servers.deployment import EXPORT_RECORD
 from ..servers.server import Launch, Launcher
 
 _DOCKERS = {
-    "loopback": "Docker publishes the container's port, where compose.yaml says",
-    "memory": "Docker keeps the container's processes, and not this one",
+    "loopback": "Docker publishes the container's port, at the address in compose.yaml",
+    "memory": "the container's processes are Docker's, not this one's",
 }
 
 
 def lacking(folder: Path) -> dict[str, str]:
-    """The checks and abilities that the server of an export folder lacks by its nature, each with the reason.
+    """The checks and abilities that the server of an exported folder lacks by its nature, each with the reason.
 
-    Raises BadInput for one that does not speak OpenAI's protocol.
+    Raises BadInput for a server that does not speak OpenAI's protocol.
     """
     target = parse_target(_record(folder)["target"], str(folder / EXPORT_RECORD))
     if (refused := target.smoke_refusal()) is not None:
@@ -30,10 +30,10 @@ def lacking(folder: Path) -> dict[str, str]:
 
 
 def composed(folder: Path) -> Launcher:
-    """The row of an export folder, for `serve`.
+    """The launcher of an exported folder's container, for `serve`.
 
-    Raises BadInput when Docker does not answer, with the command to give where it does, and for a server that does not
-    speak OpenAI's protocol.
+    Raises BadInput when Docker does not answer (with the command for a machine where it does), and for a server that
+    does not speak OpenAI's protocol.
     """
     record, lacks = _record(folder), lacking(folder) | _DOCKERS
     target, image, port = record["target"]["name"], str(record["image"]), int(record["port"])

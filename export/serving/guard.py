@@ -1,8 +1,8 @@
-"""Runs a server so that nothing of it outlives us: `python guard.py GRACE COMMAND…`, a process of its own.
+"""Runs a server such that none of its processes outlives us: `python guard.py GRACE COMMAND…`.
 
-Its stdin is a pipe that the parent holds open. When the parent closes the pipe or is gone, however it went, the guard
-ends the server and every process the server started. A signal that only the parent's death sends would reach the
-server alone and leave its engine running; and it exists on Linux only.
+Its stdin is a pipe that the parent holds open. When the parent closes the pipe or dies, in whatever way, the guard ends
+the server and every process it has started. (Linux's parent-death signal would reach the server alone and leave its
+engine processes running.)
 """
 
 import contextlib
@@ -21,9 +21,9 @@ _NOT_STARTED = 127
 
 
 def main(grace_s: float, command: list[str]) -> int:
-    """Run `command` until it ends or the pipe does; returns its status, as a shell gives it.
+    """Run `command` until it ends or the pipe closes; returns its exit status as a shell gives it.
 
-    grace_s: between asking the server to end and making it.
+    grace_s: seconds between SIGTERM and SIGKILL.
     """
     stopped = False
 
@@ -33,7 +33,7 @@ def main(grace_s: float, command: list[str]) -> int:
 
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, stop)
-    if sys.platform == "linux":  # what the server's dead children leave behind becomes ours, and is found
+    if sys.platform == "linux":  # orphans of the server become our children, so that we can find them
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -49,7 +49,7 @@ def main(grace_s: float, command: list[str]) -> int:
 
 
 def end_descendants(grace_s: float) -> None:
-    """End every process below this one: asked first, then made to."""
+    """End every descendant of this process: SIGTERM first, SIGKILL after `grace_s` seconds."""
     asked = psutil.Process().children(recursive=True)
     for process in asked:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""A server as a child process: started, waited for, watched, and ended with all it has started."""
+"""A server as a child process: started, watched, and ended together with every process it has started."""
 
 import contextlib
 import ipaddress
@@ -16,23 +16,23 @@ import httpx
 import psutil
 
 _GUARD = Path(__file__).with_name("guard.py")
-_GRACE_S = 10.0  # between asking a server to end and making it
+_GRACE_S = 10.0  # between SIGTERM and SIGKILL
 _QUOTED_LINES = 12
 _POLL_S = 0.2
 _TELL_AFTER_S, _TELL_AT_LEAST_EVERY_S = 5.0, 40.0
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # nothing is fetched: no server needs them
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # servers load local files and need no tokens
 
 
 class ServerFailed(Exception):
-    """The server did not start, or is gone; the message ends with the last lines of its log."""
+    """The server did not start or has died; the message ends with the last lines of its log."""
 
 
 class ServerTooSlow(ServerFailed):
-    """The server lives and was not healthy in time: which says nothing of the artifact."""
+    """The server runs but was not healthy in time, which says nothing about the artifact."""
 
 
 class Child:
-    """A running server below its guard, with its log."""
+    """A running server under its guard process, with its log."""
 
     def __init__(self, guard: subprocess.Popen[bytes], log: Path, grace_s: float) -> None:
         self._guard, self.log, self._grace_s = guard, log, grace_s
@@ -44,9 +44,9 @@ class Child:
         return self._guard.poll()
 
     def ended(self) -> int | None:
-        """Exit status of a server that has ended by itself; None for one that lives."""
+        """Exit status of a server that has ended by itself; None while it runs."""
         if not self.processes():
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the guard is about to say
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the guard is about to exit with it
                 self._guard.wait(2 * self._grace_s)
         return self.status
 
@@ -57,7 +57,7 @@ class Child:
         return "\n".join(f"  | {line[:300]}" for line in said) or "  | (it wrote nothing)"
 
     def processes(self) -> list[psutil.Process]:
-        """The server and all it has started, as far as they live."""
+        """The server and all the processes it has started that still run."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self._guard.pid).children(recursive=True):
@@ -77,11 +77,11 @@ class Child:
         return found
 
     def exposed(self) -> list[str]:
-        """Those of them that other machines can reach."""
+        """Listening addresses that other machines can reach."""
         return sorted(f"{ip}:{port}" for ip, port in self.listening() if not ipaddress.ip_address(ip).is_loopback)
 
     def watch_memory(self, until: threading.Event) -> None:
-        """Keep the largest resident memory of all its processes together; pages they share count for each."""
+        """Track the peak resident memory of all its processes together; shared pages count once for each."""
         while not until.wait(_POLL_S):
             total = 0
             for process in self.processes():
@@ -90,7 +90,7 @@ class Child:
             self.peak_rss_bytes = max(self.peak_rss_bytes, total)
 
     def end(self) -> None:
-        """End the server and everything it has started; returns when they are gone."""
+        """End the server and every process it has started; returns when they are gone."""
         if self._guard.stdin is not None:
             self._guard.stdin.close()
         try:
@@ -108,9 +108,9 @@ class Child:
 def running(
     command: Sequence[str], environment: Mapping[str, str], log: Path, grace_s: float = _GRACE_S
 ) -> Iterator[Child]:
-    """`command` with additions to the environment, its output in `log`; ended with the block, whatever ends that.
+    """Run `command` with additions to the environment, its output in `log`; it ends with the block, however that ends.
 
-    The child has a session of its own: Ctrl-C reaches us, and we end it. Tokens of the hub are kept from it.
+    The child has a session of its own: Ctrl-C reaches us, and we end it. Hub tokens are removed from its environment.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def wait_until_healthy(
 
 
 def free_port() -> int:
-    """A TCP port of the loopback address that is free now."""
+    """A TCP port of the loopback address that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What a smoke test writes: eval/serving.json (schema 1), read back and checked."""
+"""The record of a smoke test, eval/serving.json (schema 1): written, and read back with validation."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from quantpress.core.files import write_json
 FILE = Path("eval") / "serving.json"
 
 
-class Record(BaseModel):
-    """A part of the document; keys that are not shown here are left alone."""
+class RecordPart(BaseModel):
+    """A part of the document; unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class Check(Record):
-    """One check. reason: what was seen, or why it failed or could not be made."""
+class Check(RecordPart):
+    """One check. reason: what was seen, or why it failed or was skipped."""
 
     name: str
     status: Literal["pass", "fail", "skip"]
@@ -27,20 +27,20 @@ class Check(Record):
     seconds: float
 
 
-class Tolerance(Record):
-    """What a kernel may be off in log-probability, absolute: on average, and for one token."""
+class Tolerance(RecordPart):
+    """Largest allowed absolute difference of a kernel in log-probability: mean, and for one token."""
 
     kernel: str
     mean: float
     largest: float
 
 
-class Agreement(Record):
-    """The server's greedy answers against our own forward over the same tokens of the same artifact.
+class Agreement(RecordPart):
+    """The server's greedy answers against our own forward of the same artifact over the same tokens.
 
-    equal_tokens: greedy tokens equal to ours, counted up to each answer's first difference; behind: how far in
-    log-probability the server's tokens lie behind the ones we would choose, at most; logprob_mean and _largest:
-    absolute differences over the likeliest tokens of every position, None where the server gives none.
+    equal_tokens: greedy tokens equal to ours, up to each answer's first difference; behind: the largest gap in
+    log-probability between the token we would choose and the server's; logprob_mean, logprob_largest: absolute
+    differences over the likeliest tokens of every position, None where the server gives no log-probabilities.
     """
 
     answers: int
@@ -50,11 +50,11 @@ class Agreement(Record):
     logprobs: int  # how many were compared
     logprob_mean: float | None
     logprob_largest: float | None
-    tokens_from: Literal["ids", "text"]  # text: tokenised again from the answer
+    tokens_from: Literal["ids", "text"]  # text: the answer was tokenized again
     tolerance: Tolerance
 
 
-class Percentiles(Record):
+class Percentiles(RecordPart):
     """Milliseconds."""
 
     p50: float
@@ -62,11 +62,11 @@ class Percentiles(Record):
     p99: float
 
 
-class Serving(Record):
-    """eval/serving.json: a server on an artifact. Times of the answers are of `requests` streamed ones, one at a time.
+class Serving(RecordPart):
+    """eval/serving.json: an artifact on a server. Latencies are of `requests` streamed answers, one at a time.
 
-    ttft_ms: time to first token, the median; itl_ms: between chunks with text; tokens_per_second: generated, by how
-    many requests at a time, the time to first token included; peak_rss_bytes: of all the server's processes together.
+    ttft_ms: median time to first token; itl_ms: time between chunks with text; tokens_per_second {concurrent requests:
+    rate}: generated tokens over the whole time, first tokens included; peak_rss_bytes: of all the server's processes.
     """
 
     schema_: Literal[1] = Field(1, alias="schema")
@@ -89,7 +89,7 @@ class Serving(Record):
     log: str | None  # relative to the run folder
 
     def write(self, folder: Path) -> Path:
-        """Write it into a run folder; returns the file."""
+        """Write the record into a run folder; returns the file."""
         path = folder / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.model_dump(mode="json", by_alias=True))

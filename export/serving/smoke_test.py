@@ -1,4 +1,4 @@
-"""The smoke test: a real server started on an artifact, talked to, compared with our own forward, timed, and ended."""
+"""The smoke test of one artifact on one server, from start to record."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from ..servers import LAUNCHERS
 from ..servers.server import Launcher
 from . import agreement
 from . import timing as figures
-from .checks import CHECKS, Failed, Skipped, Subject, made, make
+from .checks import CHECKS, CheckedServer, Failed, Skipped, made, make
 from .client import Client, ServerError
 from .process import ServerFailed
 from .record import Agreement, Check, Serving
@@ -30,7 +30,7 @@ _SMALLEST_CONTEXT = 64  # tokens; below it the prompts themselves do not fit
 
 @dataclass(frozen=True)
 class Listener:
-    """What is told while the test goes on: a line of progress, and each check as it is made."""
+    """Callbacks during the test: a line of progress, and each check as it is made."""
 
     line: Callable[[str], None] = lambda text: None
     check: Callable[[Check], None] = lambda check: None
@@ -38,7 +38,7 @@ class Listener:
 
 @dataclass(frozen=True)
 class _Served:
-    """An artifact as the test sees it: what the server reads, and the folder that our own forward reads."""
+    """The artifact under test: what the server loads (`artifact`), and the folder that our own forward reads."""
 
     artifact: Path
     folder: Path
@@ -50,11 +50,11 @@ class _Served:
 def smoke(
     artifact: Path, server: str | Launcher, out: Path, options: Options, cache: Path, listener: Listener | None = None
 ) -> Serving:
-    """The record of a smoke test of `artifact` (a folder or a .gguf file), which is also written into the run folder
-    `out`, beside the server's log.
+    """Test `artifact` (a folder or a .gguf file); returns the record, which is also written to the run folder `out`.
 
-    server: a name in LAUNCHERS, a launcher; `url` talks to the one that runs at options.url. A server that does
-    not start is a failed check; BadInput is raised for one that is not installed or reads no such artifact.
+    server: a name in LAUNCHERS, a launcher, or `url` for the server that runs at options.url. The server's log goes to
+    out/eval. A server that does not start is a failed check. Raises BadInput for one that is not installed or does not
+    load such an artifact.
     """
     listener = listener or Listener()
     row = _row(server, options)
@@ -85,7 +85,7 @@ def smoke(
 
 @dataclass
 class _State:
-    """What is known so far."""
+    """What the test has found so far."""
 
     running: Running | None = None
     answers: list[agreement.Continuation] | ServerError | None = None
@@ -95,7 +95,7 @@ class _State:
 
 
 def _row(server: str | Launcher, options: Options) -> Launcher | None:
-    """The row of a server that is started here, found to be installed; None for a URL."""
+    """The launcher of a server that is started here and is installed; None for a URL."""
     if isinstance(server, Launcher):
         return server
     if (server == "url") != (options.url is not None):
@@ -109,7 +109,7 @@ def _row(server: str | Launcher, options: Options) -> Launcher | None:
 
 
 def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _Served:
-    """The artifact opened, and the context no longer than its model's; started: whether we say how long it is."""
+    """Open the artifact and choose the context, at most its model's; started: whether the server is started with it."""
     if not artifact.exists():
         raise BadInput(f"{artifact}: no such artifact")
     folder = resolve(str(artifact), cache=cache).path if artifact.suffix == ".gguf" else artifact
@@ -134,15 +134,15 @@ def _running(row: Launcher | None, served: _Served, log: Path | None, tell: Call
 
 
 def _talk(running: Running, served: _Served, told: Listener, state: _State) -> None:
-    """All that needs the server: checks, answers to compare, figures; a server that goes away fails what is left."""
+    """Everything that needs the server: checks, answers to compare, speed. If the server dies, the rest fails."""
     key, own = served.options.api_key, running.child is not None
     if own:
         told.check(Check(name="start", status="pass", reason="healthy", seconds=running.load_seconds or 0))
     with Client(running.url, running.model, key, loopback=own) as client:
         if running.name not in LAUNCHERS:
-            with contextlib.suppress(ServerError):  # the checks will say what is wrong
+            with contextlib.suppress(ServerError):  # the checks report what is wrong
                 running = replace(running, lacks={**running.lacks, **agreement.refused(client, served.tokenizer)})
-        subject = Subject(running, client, served.tokenizer, served.context, served.options.concurrency)
+        subject = CheckedServer(running, client, served.tokenizer, served.context, served.options.concurrency)
         make(subject, told.check)
         lacks = running.lacks
         try:

@@ -31,12 +31,12 @@ _PROBE = (
 
 @dataclass(frozen=True)
 class Options:
-    """What the recipe or the command line says about serving."""
+    """What the recipe or the command line sets for the smoke test."""
 
     python: str | None = None
     url: str | None = None
     concurrency: int = 4
-    max_model_len: int | None = None  # None: 1024, or all that one takes which is not started here
+    max_model_len: int | None = None  # None: 1024, or the maximum of a server that is not started here
     deadline_s: float = 600  # vLLM compiles as it starts: minutes on a busy CPU
     api_key: str | None = field(default=None, repr=False)
     lacks: Mapping[str, str] = field(default_factory=dict)  # as Launcher.lacks, of the server at `url`
@@ -44,7 +44,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Running:
-    """A healthy server. `child` and `log` are None for one that somebody else runs."""
+    """A healthy server. `child` and `log` are None for one that was not started here."""
 
     name: str
     url: str
@@ -66,15 +66,15 @@ def serve(
     tell: Callable[[str], None] = lambda line: None,
     template: Mapping[str, bool] | None = None,
 ) -> Iterator[Running]:
-    """`server` on the artifact folder or .gguf file, healthy, on a free port of the loopback address.
+    """Start a server on an artifact folder or .gguf file, on a free loopback port; yields it once it is healthy.
 
-    template: what llama.cpp has to tell the chat template (`template_arguments`). The server ends with the block, and
-    all it has started. Raises BadInput when it is not installed or cannot take such an artifact, ServerFailed when it
-    does not become healthy.
+    template: arguments that llama.cpp has to give the chat template (`template_arguments`). The server and all the
+    processes it has started end with the block. Raises BadInput when it is not installed or does not load such an
+    artifact, ServerFailed when it does not become healthy.
     """
     if launcher.reads != "anything" and (launcher.reads == "gguf") != (artifact.suffix == ".gguf"):
         kind = "a .gguf file" if launcher.reads == "gguf" else "a Hugging Face folder"
-        raise BadInput(f"{launcher.name} reads {kind}, and {artifact} is none")
+        raise BadInput(f"{launcher.name} reads {kind}, and {artifact} is not one")
     python, version = interpreter(launcher, options.python)
     context = options.max_model_len or DEFAULT_CONTEXT
     device = machine.device().type
@@ -90,7 +90,7 @@ def serve(
 
 @contextlib.contextmanager
 def _cleared(launcher: Launcher) -> Iterator[None]:
-    """What the server leaves behind is ended after the block."""
+    """Run the launcher's cleanup command after the block."""
     try:
         yield
     finally:
@@ -100,11 +100,13 @@ def _cleared(launcher: Launcher) -> Iterator[None]:
 
 
 def _port(launcher: Launcher) -> int:
-    """Its own port, found to be free, or any free one."""
+    """The launcher's fixed port, after checking that it is free, or any free one."""
     if launcher.port is None:
         return free_port()
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was served a moment ago is free
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # a port that was in use a moment ago counts as free
         try:
             probe.bind(("127.0.0.1", launcher.port))
         except OSError as error:
@@ -114,7 +116,7 @@ def _port(launcher: Launcher) -> int:
 
 @contextlib.contextmanager
 def reach(url: str, api_key: str | None = None, lacks: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """A server that somebody else runs at `url`, with or without /v1. Raises ServerFailed when none answers."""
+    """The server already running at `url`, with or without /v1. Raises ServerFailed when none answers."""
     base = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
@@ -122,20 +124,21 @@ def reach(url: str, api_key: str | None = None, lacks: Mapping[str, str] | None 
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise ServerFailed(f"no server answers at {base}: {error}") from error
     if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        raise ServerFailed(f"{base} answers {answer.status_code}: it wants a key (environment QUANTPRESS_API_KEY)")
+        raise ServerFailed(
+            f"{base} answers {answer.status_code}: it asks for a key: set QUANTPRESS_API_KEY in the environment"
+        )
     yield Running("url", base, None, answer.headers.get("server"), lacks or {})
 
 
 def interpreter(launcher: Launcher, given: str | None) -> tuple[str, str]:
     """The Python that has the server, and the server's version: `given`, else its own environment's, else ours.
 
-    A path comes back absolute, since servers are started in another folder, and with its links: those are what tells a
-    virtual environment from the Python it was made with.
-    Raises BadInput with the command that installs it when there is none.
+    A path is made absolute, since servers start in another folder, but symlinks are kept: they tell a virtual
+    environment from the Python it was made with. Raises BadInput with the install command when none has the server.
     """
     if launcher.version is not None:
         return sys.executable, launcher.version
-    if given and os.path.dirname(given):  # else it is a command, found on PATH
+    if given and os.path.dirname(given):  # otherwise a command on PATH
         given = os.path.abspath(given)
     own = Path(launcher.venv or "", "bin/python").absolute()
     candidates = [given] if given else [str(own)] if launcher.venv and own.is_file() else []
@@ -148,7 +151,7 @@ def interpreter(launcher: Launcher, given: str | None) -> tuple[str, str]:
 
 @functools.cache
 def _version(python: str, needs: tuple[str, ...]) -> str | None:
-    """`distribution version` of the first module, where all are installed; nothing is imported for it."""
+    """`distribution version` of the first module if all are installed, else None. Imports none of them."""
     try:
         done = subprocess.run(
             [python, "-c", _PROBE, *needs],
@@ -161,7 +164,7 @@ def _version(python: str, needs: tuple[str, ...]) -> str | None:
 
 
 def installed(launcher: Launcher, python: str | None = None) -> str | None:
-    """Version of the server where it can be started here; None where it cannot."""
+    """The server's version; None where it cannot be started here."""
     with contextlib.suppress(BadInput):
         return interpreter(launcher, python)[1]
     return None

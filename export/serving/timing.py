@@ -1,4 +1,4 @@
-"""How fast a server answers: time to first token, time between tokens, tokens a second."""
+"""Serving speed: time to first token, time between tokens, tokens per second."""
 
 import itertools
 import time
@@ -19,7 +19,7 @@ _WORDS = "the river carries water from the mountains to the sea and the towns on
 
 @dataclass(frozen=True)
 class Figures:
-    """See records.Serving."""
+    """The fields of `record.Serving` of the same names."""
 
     requests: int
     prompt_tokens: int | None
@@ -29,8 +29,8 @@ class Figures:
 
 
 def measure(client: Client, concurrency: int) -> Figures:
-    """One request that does not count, then REQUESTS one after another, then rounds of `concurrency` at a time; on a
-    slow server fewer of both."""
+    """One warm-up request, then REQUESTS one after another, then rounds of `concurrency` concurrent ones; fewer of both
+    on a slow server."""
     prompts = map(_prompt, itertools.count())
     client.stream(next(prompts), _TOKENS)
     alone: list[Stream] = []
@@ -54,12 +54,12 @@ def measure(client: Client, concurrency: int) -> Figures:
 
 
 def _prompt(number: int) -> str:
-    """About 50 words of which the first differs, so that no request finds another's prefix cached."""
+    """About 40 words, the first of them unique, so that no request finds another's prefix in the cache."""
     return f"{number}: {_WORDS * 2}"
 
 
 def _tokens(streams: Sequence[Stream]) -> int:
-    """Generated tokens; a server that does not count them sends about one a chunk."""
+    """Generated tokens; where the server does not count them, chunks: about one token each."""
     return sum(s.completion_tokens if s.completion_tokens is not None else len(s.times) for s in streams)
 
 

@@ -80,7 +80,7 @@ def verify(
 ) -> None:
     """Is it whole? Checksums, then every tensor against config and model. Exit code 1 when something is wrong."""
     quiet_libraries()
-    from quantpress.exports.load_check import Answer, will_load
+    from quantpress.exports.load_check import LoadAnswer, will_load
     from quantpress.exports.verify import compared
     from quantpress.exports.verify import verify as verify_folder
 
@@ -96,7 +96,7 @@ def verify(
         err_console.print(line, markup=False, soft_wrap=True)
 
     folder = where / "model" if (where / "SHA256SUMS").is_file() else where
-    answers: dict[str, Answer] = {}
+    answers: dict[str, LoadAnswer] = {}
     for chosen in () if found else targets:  # what is damaged is not asked about
         answers[chosen.name] = will_load(folder, chosen, python=server_python, way=way, tell=say)  # type: ignore[arg-type]
     if as_json:

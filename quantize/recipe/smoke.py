@@ -1,4 +1,4 @@
-"""The smoke test of a recipe: which server the artifact is put on in the end, and how."""
+"""The smoke test of a recipe: the server that the finished artifact is tested on, and how."""
 
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -15,7 +15,7 @@ else:  # url: one that already runs
 
 
 class Smoke(Strict):
-    """The artifact on a real server: started, talked to, compared with our own forward, timed, ended."""
+    """The artifact on a real server: started, queried, compared with our own forward, timed, stopped."""
 
     server: ServerName = "vllm"
     python: str | None = Field(None, description="the interpreter that has the server; default: .venv-vllm's, or ours")
@@ -24,7 +24,7 @@ class Smoke(Strict):
     max_model_len: int | None = Field(
         None,
         ge=64,
-        description="tokens of prompt and answer; null: 1024, or all that a server takes which runs already",
+        description="tokens of prompt and answer; null: 1024, or the maximum of a server that already runs",
     )
     deadline_s: float = Field(600, gt=0, strict=False, description="seconds the server has to become healthy")
 

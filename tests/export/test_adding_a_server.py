@@ -109,7 +109,7 @@ def test_its_contract_is_checked_before_the_work(found: dict[str, Any]) -> None:
     assert "Toy wants every linear quantized, and model.layers.0.mlp.down_proj is not" in found["left out"]
     assert "Toy split over 2 GPUs would cut a scale group of 32" in found["two GPUs"]
     assert found["answer"] == [
-        True, "contract", "the contract of Toy, restated", "server: toy is not installed; `pip install toy`",
+        True, "contract", "quantpress's table of what Toy loads", "server: toy is not installed; `pip install toy`",
         "parser: Toy has no parser that runs here",
     ]  # fmt: skip
 

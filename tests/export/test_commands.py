@@ -126,7 +126,7 @@ def test_verify_says_whether_a_target_would_load_it(call: Any, run: Path) -> Non
     code, out, _ = call("verify", run, *asked)
     assert code == 1
     assert "tgi: loads, by the library that TGI parses such configs with" in out
-    assert "tensorrt-llm: does not load, by the contract of TensorRT-LLM, restated" in out
+    assert "tensorrt-llm: does not load, by quantpress's table of what TensorRT-LLM loads" in out
     code, out, _ = call("verify", run, "--target", "tgi", "--way", "contract", "--json")
     assert code == 0
     assert json.loads(out)["loads"]["tgi"]["way"] == "contract"

@@ -337,9 +337,9 @@ def test_a_twin_of_the_config_that_says_something_else(format: str, whole: dict[
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert verify(folder)[1] == []
     twin.write_text(json.dumps(json.loads(twin.read_text()) | {"bits": 5}))
-    assert f"{twin.name} and config.json say different things" in told(folder)
+    assert f"{twin.name} and config.json disagree about the quantization" in told(folder)
     twin.unlink()
-    assert f"{twin.name} is lost" in told(folder)
+    assert f"{twin.name} is missing" in told(folder)
 
 
 def test_an_exported_folder_by_its_checksums(whole: dict[str, Path], tmp_path: Path) -> None:

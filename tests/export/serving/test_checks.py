@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantpress.exports.serving.checks import CHECKS, Subject, made, make
+from quantpress.exports.serving.checks import CHECKS, CheckedServer, made, make
 from quantpress.exports.serving.client import Client, ServerError, at_once
 from quantpress.exports.serving.record import Check
 from quantpress.exports.serving.starting import Running
@@ -25,12 +25,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield found
 
 
-def subject(server: Running, fault: str = "") -> Subject:
+def subject(server: Running, fault: str = "") -> CheckedServer:
     model = f"fake:{fault}" if fault else "fake"
-    return Subject(server, Client(server.url, model), Bytes(), 512, 4)
+    return CheckedServer(server, Client(server.url, model), Bytes(), 512, 4)
 
 
-def check(name: str, on: Subject) -> Check:
+def check(name: str, on: CheckedServer) -> Check:
     return made(name, lambda: CHECKS[name](on), on.running.lacks)
 
 

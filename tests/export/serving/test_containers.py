@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from quantpress.cli import main
 from quantpress.core.errors import BadInput
 from quantpress.exports.serving import Options, Serving, composed, lacking, read, serve
-from quantpress.exports.serving.checks import CHECKS, Subject, make
+from quantpress.exports.serving.checks import CHECKS, CheckedServer, make
 from quantpress.exports.serving.client import Client
 from quantpress.exports.serving.process import free_port
 
@@ -56,7 +56,7 @@ def test_the_container_is_started_checked_and_taken_down(
     with serve(row, folder / "model", tmp_path / "log", Options(deadline_s=30)) as running:
         assert running.url == f"http://127.0.0.1:{port}"
         assert running.version == "ghcr.io/tgi:3 in Docker 28.2.2"
-        found = make(Subject(running, Client(running.url, running.model), Bytes(), 512, 2))
+        found = make(CheckedServer(running, Client(running.url, running.model), Bytes(), 512, 2))
     assert {c.name: c.status for c in found} == {name: "skip" if name == "loopback" else "pass" for name in CHECKS}
     said = calls.read_text().splitlines()
     where = f"compose --project-name quantpress-smoke-tgi --file {folder / 'compose.yaml'}"
