@@ -1,4 +1,4 @@
-"""One batch of the calibration set on its way through a block, halted before each linear, as a coroutine."""
+"""One batch of the calibration set passing through a block: a coroutine that halts before each linear."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ Group = tuple[str, ...]  # names of linears that receive one tensor
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a linear stands that is part of an expert: path of the Experts inside the block, and the expert's index."""
+    """The place of a linear in a mixture of experts. experts: the path of the Experts module inside the block."""
 
     experts: str
     index: int
     expert: Expert
-    last: bool  # whether it is the expert's last linear, its down projection
+    last: bool  # whether it is the expert's down projection
 
 
 class RunnableBlock:
-    """A block with the linears {name: module} to halt at and what it gets beside the hidden states."""
+    """A block, the linears {name: module} to halt at, and the arguments it takes besides the hidden states."""
 
     def __init__(
         self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: Arguments, device: torch.device
@@ -43,21 +43,23 @@ class RunnableBlock:
             if linear in names
         }
 
-    def in_the_place_of(self, other: nn.Module) -> "RunnableBlock":
-        """Another block of the same structure, with the linears that have the same places in it."""
+    def with_module(self, other: nn.Module) -> "RunnableBlock":
+        """The same for another block of this structure."""
         paths = {part: path for path, part in self.module.named_modules()}
         linears = {name: other.get_submodule(paths[linear]) for name, linear in self.linears.items()}
         return RunnableBlock(other, linears, self.arguments, self.device)
 
 
 class PairedBatch:
-    """One batch on its way through a block, and the same batch in the original block where that runs beside.
+    """One batch in the block that is being rounded and, where `original` is given, in the original block beside it.
 
-    The original's half waits where it holds the least. Before attention's output projection a batch also holds its
-    queries, keys and values, and the last linear of the MLP has the widest input of all. The original waits for no
-    rounding: it leaves the former at once for the next linear, and the latter for the end of the block. In a mixture of
-    experts, once weights before the router are rounded, it sends an expert other tokens than the original's does. So
-    the original's half keeps what enters all experts, and X0 is what its expert makes of the tokens that X has.
+    The run through the original pauses where it holds least memory. At attention's output projection a batch also holds
+    its queries, keys and values, and the MLP's last linear has the widest input. The original has no rounding to wait
+    for: it leaves the former as soon as it has been read, and goes on to the latter only when that is asked for.
+
+    Once weights before a router are rounded, it sends an expert other tokens than the original's router does, so that
+    rows of an expert's inputs do not correspond. The original's run therefore keeps what enters its experts, for all
+    tokens, and its expert computes X0 from that for the tokens that are routed to the rounded one.
     """
 
     def __init__(
@@ -71,22 +73,27 @@ class PairedBatch:
         keep: bool,
         inputs: Mapping[str, Inputs],
     ) -> None:
-        self._run, self._keep, self._tokens = _Run(block, hidden, inputs), keep, hidden.shape[:2].numel()
-        self._original = None if original is None else _Run(original, reference, {})
+        self._keep, self._tokens = keep, hidden.shape[:2].numel()
         self._places = {} if original is None else original.places
-        self._stops = [names[0] for names in shared if names[0] not in self._places]
         self._routed = [names[0] for names in shared if names[0] in self._places]
-        self._ahead: Tensor | None = None  # what the original waits to be asked for at its next stop
+        self._stops = [names[0] for names in shared if names[0] not in self._places]
+        routed = bool(self._routed)
+        self._run = _Run(block, hidden, inputs, routed=routed)
+        self._original = None if original is None else _Run(original, reference, {}, routed=routed)
+        self._ahead: Tensor | None = None  # the original's input of the next of `stops`, once it has got there
         self._rows = 0
 
     def advance(self, names: Group) -> Tensor:
-        """Go on until the linears `names` are about to be applied; their input X [tokens, in]."""
+        """Continue until the linears `names` are about to be applied; returns their input X [tokens, in]."""
         x = self._run.advance(names[0])
         self._rows = x.shape[0]
         return x
 
     def original_input(self, names: Group) -> Tensor | None:
-        """X0 [tokens, in], once the batch is there; None where there is no original, or its tokens are other ones."""
+        """The same tokens' inputs X0 [tokens, in] in the original, once the batch has been advanced to `names`.
+
+        None without an original, and where only some tokens reach the linears by a routing that is not known here.
+        """
         if self._original is None:
             return None
         place = self._places.get(names[0])
@@ -103,7 +110,7 @@ class PairedBatch:
             return place.expert.inner(x0) if place.last else x0
 
     def let_go(self, names: Group) -> None:
-        """What was sent to `names` is no longer needed."""
+        """The inputs of `names` are no longer needed."""
         if self._original is None:
             return
         if names[0] in self._routed:
@@ -117,19 +124,19 @@ class PairedBatch:
                 self._go_on()
 
     def finish(self) -> None:
-        """Run to the end of the block, whose output replaces the batch's hidden states."""
+        """Run both blocks to their end; their outputs replace the hidden states."""
         self._run.finish()
         if self._original is not None:
             self._original.finish()
 
     def drop(self) -> None:
-        """Give up where it stands."""
+        """Abandon the batch and remove its hooks."""
         self._run.drop()
         if self._original is not None:
             self._original.drop()
 
     def _go_on(self) -> None:
-        """Take the original's half to its next stop; without one to the end, as far as that is needed."""
+        """Continue in the original to the next stop; after the last, to the end where its output or experts matter."""
         assert self._original is not None
         if self._stops:
             self._ahead = self._original.advance(self._stops[0])
@@ -140,14 +147,14 @@ class PairedBatch:
 
 
 class _Run:
-    """One batch on its way through a block; it waits before each of the block's linears until told to go on.
+    """One batch in one block, as a coroutine: it halts before each of the block's linears until told to continue.
 
-    hidden [samples, seq_len, hidden] is replaced at the end. inputs: how those of a linear are rounded, by its name;
-    filled in by the time it goes on. entered: what the block's Experts got on the way, by path: tokens [tokens, hidden]
-    and the experts chosen for each [tokens, chosen].
+    hidden [samples, seq_len, hidden] is replaced at the end. inputs: how the inputs of a linear are rounded, by its
+    name, read when the run continues. entered, if `routed`: what the block's Experts modules have received, by path:
+    hidden states [tokens, hidden] and the indices of the experts chosen for each token [tokens, top_k].
     """
 
-    def __init__(self, block: RunnableBlock, hidden: Tensor, inputs: Mapping[str, Inputs]) -> None:
+    def __init__(self, block: RunnableBlock, hidden: Tensor, inputs: Mapping[str, Inputs], *, routed: bool) -> None:
         self.entered: dict[str, tuple[Tensor, Tensor]] = {}
 
         def whole_pass() -> None:
@@ -159,7 +166,7 @@ class _Run:
             if getcurrent() is not self._thread:
                 return x
             if last and last[0] is not x:
-                last.clear()  # nothing is kept of it while this batch waits
+                last.clear()  # so that it is freed while this batch waits
             main.switch((name, x))
             if name not in inputs:
                 return x
@@ -180,11 +187,11 @@ class _Run:
         ]
         self._handles += [
             experts.register_forward_pre_hook(lambda _, args, path=path: enter(path, *args[:2]))
-            for path, experts in block.experts.items()
+            for path, experts in (block.experts.items() if routed else ())
         ]
 
     def advance(self, name: str) -> Tensor:
-        """Go on until linear `name` is about to be applied; returns its input [tokens, in]."""
+        """Continue until linear `name` is about to be applied; returns its input [tokens, in]."""
         while True:
             with torch.no_grad():
                 reached = self._thread.switch()
@@ -201,7 +208,7 @@ class _Run:
                 self._thread.switch()
 
     def drop(self) -> None:
-        """Give up where it stands."""
+        """Abandon the run and remove its hooks."""
         if not self._thread.dead:
             self._thread.throw(GreenletExit)
         for handle in self._handles:

@@ -4,8 +4,8 @@ Every batch is a coroutine. All of them run up to the first linear and wait; the
 complete, the caller rounds it, and they go on with the rounded weight. So a block runs once, not once to calibrate and
 once to propagate, and each linear is rounded for the inputs it will really get, with the errors of those before it.
 
-Where the original model runs beside, each batch has a second coroutine in the original block: what a linear receives
-there, token by token, is what its inputs are compared with.
+Where the original model runs beside the rounded one, each batch has a second coroutine, in the original block: a
+linear's inputs are compared with those it receives there, token by token.
 """
 
 import copy
@@ -24,7 +24,9 @@ from ..numbers.types import Activations
 from .batches import Group, PairedBatch, RunnableBlock
 from .moments import Moments
 
-_ROWS = 1024  # tokens in one product of a moment: their float32 copies are the largest tensors beside what waits
+_ROWS = (
+    1024  # tokens in one product of a moment; their float32 copies are the largest tensors besides the waiting batches
+)
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 
@@ -51,15 +53,15 @@ class SharedInput:
 
 
 class BlockPass:
-    """Iterate over the shared inputs of `block`; the weights of their linears are to be replaced before the next one.
+    """Iterate over the shared inputs of `block`; the caller replaces the weights of their linears before the next one.
 
-    hidden [samples, seq_len, hidden] is replaced by what the block makes of it, `batch` samples at a time, unless
-    `keep` is false: then the rest of the block after the last linear is not run. linears {name: module} are the ones
-    to halt at. reference: the original model's hidden states, likewise replaced by what the block's weights as they
-    are now make of them. activations: how the inputs of the linears are rounded, and how many columns share a dynamic
-    scale. watch: called with the first name of a group and some rows of X [tokens, in] float32, until all of X has
-    passed. diagonal: of the moments only the diagonal [in] is wanted. begin: called when the pass begins; the block has
-    run before that on one sample, to see the order of its linears.
+    hidden [samples, seq_len, hidden]: replaced by the block's output, `batch` samples at a time; if `keep` is false it
+    is left alone, and the block is not run beyond its last linear. linears {name: module}: where to halt. reference:
+    the original model's hidden states, replaced by the output of the block with the weights it has at the start.
+    activations: how the linears' inputs are rounded, and how many columns share a dynamic scale. diagonal: sum up only
+    the moments' diagonal [in]. watch: called with a group's first name and rows of X [tokens, in] float32, until all
+    of X has passed. begin: called once, before the first batch but after the block has run on one sample, which shows
+    the order of its linears.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class BlockPass:
         if self._reference is not None:
             # Shares the parameters, which the caller replaces in the block and never writes to.
             original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
-            self._original = now.in_the_place_of(original)
+            self._original = now.with_module(original)
         hidden = torch.split(self._hidden, self._batch)
         reference = hidden if self._reference is None else torch.split(self._reference, self._batch)
         batches = [
@@ -110,8 +112,8 @@ class BlockPass:
             for batch in batches:
                 batch.drop()
 
-    def _shared_input(self, names: Group, batches: Sequence["PairedBatch"]) -> SharedInput:
-        """Take every batch to the linears `names` and sum up what they are about to receive."""
+    def _shared_input(self, names: Group, batches: Sequence[PairedBatch]) -> SharedInput:
+        """Advance every batch to the linears `names` and sum up what they are about to receive."""
         waiting: Iterable[Tensor] = (batch.advance(names) for batch in batches)
         if self._activations is not None and self._activations[0].calibrated:
             waiting = list(waiting)
@@ -132,8 +134,8 @@ class BlockPass:
             batch.let_go(names)
         return SharedInput(names, sums.moment(), sums.tokens, *self._drift(names, sums), sums.unmatched, inputs)
 
-    def _drift(self, names: Group, sums: "Moments") -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The two sums over D that `SharedInput` has."""
+    def _drift(self, names: Group, sums: Moments) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """`drift` and `drift_power` of the shared input."""
         if self._original is None or sums.drift is None or sums.unmatched:
             return None, {}
         squares = sums.drift_moment()
@@ -141,7 +143,7 @@ class BlockPass:
         return sums.drift, {name: output_power(weight, squares) for name, weight in weights.items()}
 
     def _measured(self, waiting: Iterable[Tensor]) -> Inputs | None:
-        """How what is `waiting` before a linear, [tokens, in] a batch, will be rounded; taken only if calibrated."""
+        """How a linear's inputs, `waiting` [tokens, in] by batch, will be rounded; read only for a static range."""
         if self._activations is None:
             return None
         spec, columns = self._activations
@@ -161,15 +163,15 @@ def paired_batches(
     device: torch.device,
     batch: int,
 ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
-    """Run a block and its original over their hidden states, `batch` samples at a time: (names, X, X0).
+    """Run a block and its original side by side, `batch` samples at a time, and yield (names, X, X0).
 
-    One for each batch and each group of linears of `block` that share an input: X [tokens, in], and X0, the inputs of
-    the same tokens in `original`; None where they cannot be matched. hidden and reference [samples, seq_len, hidden]
-    are replaced by the outputs of the two blocks. No weight may be replaced meanwhile.
+    Once for each batch and each group of linears of `block` that share an input: X [tokens, in] and X0, the same
+    tokens' inputs in `original`, None where they cannot be matched. hidden and reference [samples, seq_len, hidden] are
+    replaced by the outputs of the two blocks. Weights must not be replaced meanwhile.
     """
     shared = shared_inputs(block, hidden[:1].to(device), arguments, linears)
     now = RunnableBlock(block, linears, arguments, device)
-    before = now.in_the_place_of(original)
+    before = now.with_module(original)
     for parts in zip(torch.split(hidden, batch), torch.split(reference, batch), strict=True):
         pair = PairedBatch(now, before, shared, *parts, keep=True, inputs={})
         try:
@@ -184,7 +186,7 @@ def paired_batches(
 def shared_inputs(
     block: nn.Module, hidden: Tensor, arguments: Arguments, linears: Mapping[str, nn.Module]
 ) -> list[Group]:
-    """The linears in the order `block` reaches them, those that receive one tensor together: observed on `hidden`."""
+    """The linears in the order `block` reaches them on `hidden`, those that receive the same tensor grouped."""
     seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none is freed and its memory reused
 
     def note(name: str, x: Tensor) -> None:
@@ -209,6 +211,6 @@ def shared_inputs(
 
 
 def _matrix(linear: nn.Module) -> Tensor:
-    """The weight of a linear as [out, in]; Conv1D keeps it the other way."""
+    """The weight of a linear as [out, in]; Conv1D stores its transpose."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.T if isinstance(linear, Conv1D) else weight

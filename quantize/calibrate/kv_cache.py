@@ -1,7 +1,7 @@
-"""A key-value cache of 8 bits: its scales, measured in calibration, and its rounding, done as a server does it.
+"""An 8-bit key-value cache: its scales, measured in calibration, and its rounding, as servers do it.
 
-One static scale for the keys of a layer and one for its values, amax / 448 (E4M3) or amax / 127 (int8). Keys count as
-they are cached, after the rotary embedding; so both are caught on their way into transformers' attention function.
+Each layer has one static scale for its keys and one for its values, amax / 448 (E4M3) or amax / 127 (int8). Keys are
+cached after the rotary embedding, so both are intercepted as they enter transformers' attention function.
 """
 
 import sys
@@ -19,31 +19,33 @@ from ..core.errors import BadInput
 from ..models.skeleton import Skeleton
 from ..numbers.grid import E4M3_MAX, Grid, round_numbers_
 
-Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of keys and values [batch, kv_heads, tokens, head_dim]
+# Maps keys and values [batch, kv_heads, tokens, head_dim] to the ones that attention computes with.
+CacheFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _LARGEST = {"fp8": E4M3_MAX, "int8": 127.0}
 _E4M3 = Grid(type="fp8")
 _SMALLEST = 1e-10
-_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"  # what a transformers module looks its attention function up in
+_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"  # where a transformers module looks up its attention function
 _PREFIX = "quantpress_"
-_taps: WeakKeyDictionary[nn.Module, Change] = WeakKeyDictionary()  # by module, so that a block's copy is not meant too
+# By module, so that the copy of a block, the original run beside, is not tapped.
+_taps: WeakKeyDictionary[nn.Module, CacheFunction] = WeakKeyDictionary()
 
 
 def attentions(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
-    """The attention of each block with its on-disk name, made ready for `tap`.
+    """The on-disk name and the attention module of each block, prepared for `tap`.
 
-    Raises BadInput for a model that caches something else than one tensor of keys and one of values a block.
+    Raises BadInput for a model that caches anything but one tensor of keys and one of values in each block.
     """
     family = skeleton.config.model_type
     if getattr(skeleton.config, "kv_lora_rank", None) is not None:
-        raise BadInput(f"{family} caches latents and no keys and values: leave kv_cache out")
+        raise BadInput(f"{family} caches latents, not keys and values; leave kv_cache out")
     out = []
     for k in range(skeleton.n_blocks):
         found = [(name, module) for name, module in skeleton.block(k).named_modules() if _is_attention(module)]
         if len(found) != 1:
             raise BadInput(
                 f"{family}: block {k} has {len(found)} attentions that call transformers' attention function, and "
-                "kv_cache scales are for one; leave kv_cache out"
+                "kv_cache needs exactly one; leave kv_cache out"
             )
         (path, module), names = found[0], skeleton.block_names(k)
         inside = next(name for name, _ in module.named_parameters())
@@ -55,13 +57,13 @@ def attentions(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
     return out
 
 
-def tap(attention: nn.Module, change: Change) -> None:
-    """From now on `attention` computes with what `change` makes of its keys and values."""
-    _taps[attention] = change
+def tap(attention: nn.Module, function: CacheFunction) -> None:
+    """Apply `function` to the keys and values of `attention` from now on."""
+    _taps[attention] = function
 
 
 class Largest:
-    """Notes the largest |k| and |v| that enter `attention`, from `start` on."""
+    """The largest |k| and |v| that enter `attention` after `start`."""
 
     def __init__(self, name: str, attention: nn.Module) -> None:
         self.name, self._attention = name, attention
@@ -71,10 +73,13 @@ class Largest:
         tap(self._attention, self._note)
 
     def scales(self, kind: str) -> tuple[Tensor, Tensor]:
-        """The scales of a cache of `kind` for keys and values, float32 []; `start` has to be called anew afterwards."""
+        """The key and value scales of a cache of `kind`, float32 []. Ends the measurement.
+
+        Raises BadInput when all keys or all values were 0.
+        """
         _taps.pop(self._attention, None)
         if not self._keys or not self._values:
-            raise BadInput(f"{self.name}: no key or value but 0 has passed in calibration; leave kv_cache out")
+            raise BadInput(f"{self.name}: all keys or all values were 0 in calibration; leave kv_cache out")
         largest = _LARGEST[kind]
         return torch.tensor(self._keys / largest), torch.tensor(self._values / largest)
 
@@ -84,8 +89,8 @@ class Largest:
         return keys, values
 
 
-def rounding(kind: str, key_scale: Tensor, value_scale: Tensor) -> Change:
-    """Keys and values as they come back out of a cache of `kind`; scales float32 []."""
+def rounding(kind: str, key_scale: Tensor, value_scale: Tensor) -> CacheFunction:
+    """What keys and values become when written to a cache of `kind` and read back; scales float32 []."""
 
     def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return _through(keys, kind, key_scale), _through(values, kind, value_scale)
@@ -94,7 +99,7 @@ def rounding(kind: str, key_scale: Tensor, value_scale: Tensor) -> Change:
 
 
 def _through(x: Tensor, kind: str, scale: Tensor) -> Tensor:
-    """x in units of `scale`, rounded, and back, in x's dtype; what lies outside saturates."""
+    """x rounded to multiples of `scale`, in x's dtype; values out of range saturate."""
     scale = scale.to(x.device).clamp(min=_SMALLEST)
     numbers = x.to(torch.float32) / scale
     rounded = round_numbers_(numbers, _E4M3) if kind == "fp8" else numbers.round_().clamp_(-128, 127)
@@ -106,12 +111,12 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _home(module: nn.Module) -> dict[str, Any]:
-    """The namespace of the file that defines a module's class."""
+    """The namespace of the Python module that defines this module's class."""
     return vars(sys.modules[type(module).__module__])
 
 
 def _intercept(config: Any) -> None:
-    """Have the model with this config call its attention function through `_attend`."""
+    """Make the model with this config call its attention function through `_attend`."""
     base = config._attn_implementation
     if base.startswith(_PREFIX):
         return
@@ -121,7 +126,7 @@ def _intercept(config: Any) -> None:
 
 
 def _attend(base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The attention function called `base`, with the keys and values that the module's tap gives."""
+    """Call the attention function named `base` on the tapped keys and values."""
     if module in _taps:
         key, value = _taps[module](key, value)
     home = _home(module)

@@ -1,4 +1,4 @@
-"""Second moments of what a linear receives, summed as rows pass."""
+"""The second moments of a linear's inputs, summed over rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from ..methods.panels import panels
 
 
 class Moments:
-    """Second moments of X, of D = X0 - X, and of the two together, summed as rows pass."""
+    """Sums over rows of a linear's inputs X and of D = X0 - X: X^T X, D^T X (the drift) and D^T D."""
 
     def __init__(self, *, diagonal: bool) -> None:
         self._diagonal = diagonal
@@ -21,7 +21,7 @@ class Moments:
         self.tokens, self.unmatched = 0, False
 
     def add(self, seen: Tensor, rows: Tensor, original: Tensor | None) -> None:
-        """Some rows of X [tokens, in] in the model's dtype, the same in float32, and those of X0."""
+        """Add rows of X [tokens, in], `seen` in the model's dtype and `rows` in float32, and the same rows of X0."""
         if self._diagonal:
             squares = rows.square().sum(0)
             self._moment = squares if self._moment is None else self._moment.add_(squares)
@@ -34,7 +34,7 @@ class Moments:
             return
         if self.drift is None or self._squares is None:
             self.drift, self._squares = torch.zeros_like(self._moment), torch.zeros_like(self._moment)
-        # Small as the difference is, the 8 bits that bfloat16 has of it are plenty, at twice the speed.
+        # The difference is small: bfloat16's 8 bits of it are enough, at twice the speed.
         factor = seen if seen.dtype == torch.bfloat16 else rows
         difference = original - factor
         self.drift += difference.T @ factor
@@ -42,7 +42,7 @@ class Moments:
             add_second_moment(self._squares, difference.to(torch.float32))
 
     def count(self, x: Tensor, *, unmatched: bool) -> None:
-        """A whole batch [tokens, in] has been added."""
+        """Count a batch x [tokens, in] whose rows have been added."""
         self.tokens += x.shape[0]
         self.unmatched |= unmatched
 
@@ -57,12 +57,12 @@ class Moments:
 
 
 def _whole(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle, in its memory."""
+    """The symmetric matrix with this upper triangle; made in place."""
     return upper.triu_().add_(upper.triu(1).T)
 
 
 def add_second_moment(total: Tensor, rows: Tensor) -> None:
-    """Add X^T X to the upper triangle of `total` [in, in] for X = rows [tokens, in]; what is below it is undefined."""
+    """Add X^T X to the upper triangle of `total` [in, in] for X = rows [tokens, in]; below it, undefined."""
     if rows.device.type != "cpu":
         total.addmm_(rows.T, rows)
         return
@@ -72,9 +72,9 @@ def add_second_moment(total: Tensor, rows: Tensor) -> None:
 
 @contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products of values that came in `dtype` use the faster units that multiply those exactly.
+    """Let products of float32 matrices whose values came from `dtype` use faster units that multiply them exactly.
 
-    bfloat16 values are whole in AMX's bfloat16 and in TF32, float16 ones in TF32; sums stay float32.
+    AMX's bfloat16 and TF32 represent bfloat16 values exactly, TF32 also float16 values; sums stay float32.
     """
     cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     gpu: Any = torch.backends.cuda.matmul

@@ -1,6 +1,6 @@
 """Text to calibrate on and text to evaluate on, from the embedded default, a local file or a hub dataset.
 
-Every source either gives exactly the text it names or fails: there is no second choice when a download does.
+A source gives exactly the text it names or fails; a failed download is never replaced by another text.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _WIKI_DOCUMENT = re.compile(r"^<doc [^>\n]*>\n(.*?)\n</doc>$", re.MULTILINE | re
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in their order; source says in words what they are; sha256 is of the texts, whatever they came in."""
+    """Texts in order. source: a description of where they came from; sha256: of the texts, not of their file."""
 
     documents: tuple[str, ...]
     source: str
@@ -34,13 +34,13 @@ class Documents:
 
 
 def load_documents(text: Text, *, cache: Path, role: Role) -> Documents:
-    """The documents of `text`, none of them empty.
+    """The documents of `text`, without empty ones.
 
-    `default` is C4 for calibration and Wikipedia for evaluation. A .txt file is one document, a JSONL line or a
-    dataset row one each; the paragraphs of WikiText are joined by blank lines into one, as is usual for it. Raises
-    BadInput for text that is missing, empty, cannot be fetched, or lacks the column asked for.
+    `default` is C4 for calibration and Wikipedia for evaluation. A .txt file is one document, as is each line of a
+    JSONL file and each row of a dataset; WikiText's paragraphs are joined by blank lines into one, as is customary.
+    Raises BadInput for text that is missing, empty or cannot be fetched, and for a column that is not there.
     """
-    assert text.source != "self", "text the model writes is made by the calibration, which has the model"
+    assert text.source != "self", "the model's own text comes from generated_tokens"
     path = Path(text.source).expanduser()
     if text.source == "default":
         documents, source = _default(role, cache)
@@ -49,7 +49,7 @@ def load_documents(text: Text, *, cache: Path, role: Role) -> Documents:
     elif path.suffix.lower() == ".jsonl":
         documents, source = _jsonl(path, text.column), path.name
     elif path.exists():
-        raise BadInput(f"{role} text {path}: a .txt or .jsonl file, or a hub dataset id, is needed")
+        raise BadInput(f"{role} text {path}: give a .txt or .jsonl file, or the id of a hub dataset")
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text.source) and not text.source.startswith("."):
         documents, source = _dataset(text, role)
     else:
@@ -70,7 +70,7 @@ def _default(role: Role, cache: Path) -> tuple[list[str], str]:
 
 
 def _read(path: Path) -> str:
-    """UTF-8 text with \\n line ends, whatever the platform."""
+    """UTF-8 text with \\n line endings on every platform."""
     if not path.is_file():
         raise BadInput(f"text {path}: no such file{near(path)}")
     try:
@@ -89,7 +89,7 @@ def _jsonl(path: Path, column: str) -> list[str]:
         except ValueError as error:
             raise BadInput(f"text {path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise BadInput(f"text {path}, line {number}: an object is needed, not {type(row).__name__}")
+            raise BadInput(f"text {path}, line {number}: expected an object, found {type(row).__name__}")
         if column not in row:
             raise BadInput(f"text {path}, line {number}: no column {column!r}; there are {', '.join(row) or 'none'}")
         documents.append(_string(row[column], f"text {path}, line {number}: column {column!r}"))
@@ -97,7 +97,7 @@ def _jsonl(path: Path, column: str) -> list[str]:
 
 
 def _dataset(text: Text, role: Role) -> tuple[list[str], str]:
-    """A hub dataset at one commit."""
+    """The documents of a hub dataset and its description with the commit they were read at."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -126,7 +126,7 @@ def _string(value: object, place: str) -> str:
 
 
 def _sha256(documents: Sequence[str]) -> str:
-    """Of the documents and where each ends: ["ab"] and ["a", "b"] differ."""
+    """Of the documents with their lengths: ["ab"] and ["a", "b"] differ."""
     digest = hashlib.sha256()
     for document in documents:
         data = document.encode()

@@ -1,4 +1,4 @@
-"""The token sequences a model is calibrated on, and how text becomes tokens."""
+"""The token sequences a model is calibrated on, and how text is tokenized."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..core.errors import BadInput
 from ..recipe import Bos, Calibration
 
-_CHARACTERS_A_TOKEN = 6  # generous for English; where it is too few, twice as many are tried
-_MARGIN = 64  # tokens before a cut in the text that are not trusted
+_CHARACTERS_A_TOKEN = 6  # a first guess, generous for English; doubled until the text read is long enough
+_MARGIN = 64  # tokens before a cut in the text, discarded because the cut may have changed them
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,8 @@ class Tokens:
 def calibration_tokens(tokenizer: Any, documents: Sequence[str], source: str, wanted: Calibration) -> Tokens:
     """`samples` sequences of `seq_len` tokens.
 
-    The documents (in an order drawn from the seed when there are several) are tokenised one after another and cut
-    into windows. Seed 0 takes the first windows, any other seed draws windows without replacement.
-    Raises BadInput when the text is shorter than asked.
+    The documents, in an order drawn with the seed, are tokenized one after another and cut into windows. Seed 0 takes
+    the first windows, any other seed draws windows without replacement. Raises BadInput when the text is too short.
     """
     generator = torch.Generator().manual_seed(wanted.seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
@@ -62,9 +61,9 @@ def calibration_tokens(tokenizer: Any, documents: Sequence[str], source: str, wa
 
 
 def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration) -> Tokens:
-    """`samples` sequences the model itself writes from BOS, sampled at temperature 1 (LLM-QAT, arXiv:2305.17888, 3.1).
+    """`samples` sequences that the model generates from BOS at temperature 1 (LLM-QAT, arXiv:2305.17888, 3.1).
 
-    The whole model is loaded for this, the one step of a run that does not go block by block.
+    This loads the whole model; every other step of a run goes block by block.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -92,16 +91,18 @@ def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration) -> Token
 
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint folder; raises BadInput when there is none that can be read."""
+    """The tokenizer of a checkpoint folder. Raises BadInput when there is no readable one."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         said = " ".join(str(error).split())[:160]
-        raise BadInput(f"{folder}: no tokenizer that can be read ({said}); put the original's files there") from error
+        raise BadInput(
+            f"{folder}: no tokenizer that can be read ({said}); copy the original's tokenizer files there"
+        ) from error
 
 
 def encode(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
-    """Token ids of one text, without BOS or EOS."""
+    """Token ids of one text, without BOS and EOS; `chat` wraps it in the chat template as a user's message."""
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise BadInput("calibration.chat_template: this model's tokenizer has no chat template; set it to false")
@@ -111,18 +112,18 @@ def encode(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
-    """At least the first `count` token ids of `text`, or all there are, without tokenising a long text to its end."""
+    """At least the first `count` token ids of `text`, or all of them, without tokenizing the whole of a long text."""
     length = _CHARACTERS_A_TOKEN * (count + _MARGIN)
     while length < len(text):
         ids = encode(tokenizer, text[:length])
         if len(ids) >= count + _MARGIN:
-            return ids[:-_MARGIN]  # the cut may have changed the last ones
+            return ids[:-_MARGIN]
         length *= 2
     return encode(tokenizer, text)
 
 
 def bos_id(tokenizer: Any, wanted: Bos) -> int | None:
-    """The BOS token to put before each sequence, or None: `auto` asks whether the tokenizer itself puts one."""
+    """The BOS token to put before each sequence, or None; `auto` follows what the tokenizer itself does."""
     if wanted == "never":
         return None
     token: int | None = tokenizer.bos_token_id
@@ -134,13 +135,13 @@ def bos_id(tokenizer: Any, wanted: Bos) -> int | None:
 
 
 def cut(stream: Sequence[int], body: int, stride: int) -> Tensor:
-    """Whole windows [n, body] of a token stream, one every `stride` tokens."""
+    """Full windows [n, body] of a token stream, starting every `stride` tokens."""
     ids = torch.tensor(stream, dtype=torch.int64)
     return ids.unfold(0, body, stride) if len(ids) >= body else ids.new_empty(0, body)
 
 
 def with_bos(windows: Tensor, bos: int | None) -> Tensor:
-    """The windows with BOS in front of each."""
+    """The windows [n, body] with BOS prepended to each; as they are without one."""
     if bos is None:
         return windows.contiguous()
     return torch.cat([torch.full((len(windows), 1), bos, dtype=torch.int64), windows], dim=1)

@@ -1,4 +1,4 @@
-"""The linears of a block that share an input, rounded: those of one grid are solved together."""
+"""Rounding of the linears of a block that share an input; those with the same grid are solved together."""
 
 import copy
 import re
@@ -29,12 +29,12 @@ def round_linears(
     rounded: dict[str, QuantizedLinear],
     records: dict[str, LayerRecord],
 ) -> None:
-    """Round linears with one input, those of one grid together, put the result in place and on record."""
+    """Round linears that share an input: fills `rounded` and `records`, and puts the new weights into the block."""
     stacks: dict[tuple[Grid, str], list[Linear]] = {}
     for linear in linears:
         grid = schemes[linear.name]
         assert grid is not None
-        apart = linear.name if grid.type == "fp8-block" else ""  # blocks of rows begin anew in each
+        apart = linear.name if grid.type == "fp8-block" else ""  # its blocks of rows must not span two linears
         stacks.setdefault((grid, apart), []).append(linear)
     for (grid, _), stack in stacks.items():
         weight = torch.cat([weight_of(block, linear) for linear in stack])
@@ -56,9 +56,9 @@ def round_linears(
 
 
 def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, LayerRecord]) -> None:
-    """Give experts that no calibration token reached the widest static input scale of the other experts, and note it.
+    """Give experts that no calibration token reached the widest static input scale of the other experts, with a note.
 
-    Without rows there is nothing to measure, and a scale of nothing would round all that is served to zero.
+    There was nothing to measure their scale on, and without one every input would be rounded to zero when served.
     """
     reached = {name: q.inputs for name, q in rounded.items() if records[name].tokens and q.inputs is not None}
     for name, linear in rounded.items():
@@ -67,7 +67,7 @@ def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, La
         alike = [inputs for other, inputs in reached.items() if _any_expert(other) == _any_expert(name)]
         if alike:
             rounded[name] = replace(linear, inputs=max(alike, key=_width))
-            lent = "the scale of its inputs is the widest of the other experts'"
+            lent = "static input scale taken from the other experts: the widest"
             records[name] = records[name].changed(note="; ".join(filter(None, (records[name].note, lent))))
 
 
@@ -76,14 +76,14 @@ def _any_expert(name: str) -> str:
 
 
 def _width(inputs: Inputs) -> float:
-    """Grows with the range that a static scale was measured for; nvfp4's is what values are multiplied by."""
+    """A number that grows with the range behind a static scale; nvfp4 stores the reciprocal of the others' scales."""
     assert inputs.scale is not None
     scale = float(inputs.scale)
     return -scale if inputs.spec.type == "nvfp4" else scale
 
 
 def _round(method: MethodSettings, weight: Tensor, grid: Grid, shared: SharedInput) -> tuple[Rounded, str | None]:
-    """Round one stack; what is done otherwise than asked comes back as a note."""
+    """Round stacked weights [out, in]; the note says what was not done as asked, None if all was."""
     moment = shared.moment
     if moment is not None and not bool(column_power(moment).isfinite().all()):
         raise BadInput(f"{shared.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")
@@ -102,26 +102,26 @@ def _round(method: MethodSettings, weight: Tensor, grid: Grid, shared: SharedInp
     if shared.tokens < weight.shape[1]:
         notes.append(f"saw {shared.tokens} tokens, fewer than its {weight.shape[1]} inputs")
     if shared.unmatched and method.paired:
-        notes.append("no error correction: which of the original's inputs are of the same tokens is not known")
+        notes.append("no error correction: its inputs cannot be matched with the original model's token by token")
     return result, "; ".join(filter(None, notes)) or None
 
 
 def _error(weight: Tensor, rounded: QuantizedLinear, shared: SharedInput, names: list[str]) -> LayerError:
-    """The error of linears stacked in this order, from what is known of their input."""
+    """The error of the linears `names`, stacked in this order."""
     powers = [shared.drift_power[name] for name in names] if shared.drift is not None else []
     w, power = weight.to(torch.float32), torch.cat(powers) if powers else None
     return layer_error(w, rounded.dequantize(), shared.moment, shared.drift, power)
 
 
 def place(block: nn.Module, linear: Linear, rounded: QuantizedLinear) -> None:
-    """Let the block compute with the rounded weight."""
+    """Put the rounded weight into the block."""
     module: Any = block.get_submodule(linear.module)
     weight = rounded.dequantize(module.weight.dtype)
     module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
 
 
 def with_weights(block: nn.Module, weights: Mapping[Linear, Tensor]) -> nn.Module:
-    """A block like this one with other weights [out, in] for some of its linears; it shares all other parameters."""
+    """A copy of the block with other weights [out, in] in some linears; all other parameters are shared."""
     other = copy.deepcopy(block, {id(p): p for p in block.parameters()})
     for linear, weight in weights.items():
         module: Any = other.get_submodule(linear.module)
@@ -130,13 +130,13 @@ def with_weights(block: nn.Module, weights: Mapping[Linear, Tensor]) -> nn.Modul
 
 
 def weight_of(block: nn.Module, linear: Linear) -> Tensor:
-    """The weight [out, in] that is in place."""
+    """The weight [out, in] that the block now has for a linear."""
     weight: Tensor = block.get_submodule(linear.module).weight  # type: ignore[assignment]
     return weight.T if linear.transposed else weight
 
 
 def record(linear: Linear, grid: Grid | None) -> LayerRecord:
-    """What the manifest says of one linear before it is rounded, or when it is left as it is."""
+    """The manifest's record of a linear that is not rounded (yet)."""
     nothing_yet = dict.fromkeys(("loss", "relative_error", "error_measure", "damp", "tokens", "note"))
     return LayerRecord(
         name=linear.name,

@@ -123,7 +123,7 @@ def test_a_model_without_taps_computes_the_same(family: str, tmp_path: Path) -> 
     ("name", "settings", "message"),
     [
         ("BloomConfig", {"n_layer": 2}, "bloom: block 0 has 0 attentions that call transformers' attention function"),
-        ("DeepseekV3Config", {"num_hidden_layers": 2, "n_routed_experts": 4}, "caches latents and no keys and values"),
+        ("DeepseekV3Config", {"num_hidden_layers": 2, "n_routed_experts": 4}, "caches latents, not keys and values"),
     ],
 )
 def test_models_that_cache_something_else_are_refused(name: str, settings: dict[str, int], message: str) -> None:
@@ -169,7 +169,7 @@ def test_every_batch_counts_and_a_copy_does_not() -> None:
     assert [s.item() for s in largest.scales("fp8")] == pytest.approx([6 / 448, 3 / 448])
     assert module not in kv_cache._taps
     assert [s.item() for s in largest.scales("int8")] == pytest.approx([6 / 127, 3 / 127])
-    with pytest.raises(BadInput, match="b: no key or value but 0 has passed"):
+    with pytest.raises(BadInput, match="b: all keys or all values were 0"):
         kv_cache.Largest("b", module).scales("fp8")
 
 

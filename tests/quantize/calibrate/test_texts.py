@@ -65,7 +65,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     for content, words in {
         '{"text": "x"}\n{"body": "y", "title": "z"}': "line 2: no column 'text'; there are body, title",
         '{"text": "x"': "line 1: not JSON",
-        '["x"]': "line 1: an object is needed, not list",
+        '["x"]': "line 1: expected an object, found list",
         '{"text": 3}': "column 'text' holds int, not text",
         "": "empty",
     }.items():

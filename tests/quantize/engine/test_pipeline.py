@@ -291,7 +291,7 @@ def test_an_expert_that_saw_no_token_has_another_ones_input_scale(method: str, t
         widest = max(float(artifact.read(f"{other}.input_scale")) for other in alike)
         assert float(artifact.read(f"{name}.input_scale")) == widest > 1e-6
         note = next(x.note for x in layers if x.name == name)
-        assert note.endswith("the scale of its inputs is the widest of the other experts'")
+        assert note.endswith("static input scale taken from the other experts: the widest")
 
 
 def test_a_singular_hessian_is_damped_more_and_reported(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""The linears of one input rounded: what the record of each says of what was and was not done."""
+
+import torch
+from torch import nn
+
+from quantpress.artifact.manifest import LayerRecord
+from quantpress.calibrate.block_pass import SharedInput
+from quantpress.engine.rounding import round_linears
+from quantpress.models.skeleton import Linear
+from quantpress.numbers.grid import Grid, QuantizedLinear
+from quantpress.recipe import Gptq
+
+LINEARS = [Linear("a", "0", 0, 16, 32, False), Linear("b", "1", 0, 8, 32, False)]
+GRID = Grid(bits=3, group_size=16)
+
+
+def on_record(shared: SharedInput, method: Gptq) -> dict[str, LayerRecord]:
+    torch.manual_seed(0)
+    block = nn.Sequential(*(nn.Linear(x.in_features, x.out_features) for x in LINEARS)).requires_grad_(False)
+    rounded: dict[str, QuantizedLinear] = {}
+    records: dict[str, LayerRecord] = {}
+    round_linears(method, {x.name: GRID for x in LINEARS}, block, LINEARS, shared, rounded, records)
+    return records
+
+
+def test_error_correction_that_could_not_be_done_is_noted() -> None:
+    x = torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
+    shared = SharedInput(("a", "b"), x.T @ x, 100, unmatched=True)
+    for record in on_record(shared, Gptq()).values():
+        assert record.note == (
+            "no error correction: its inputs cannot be matched with the original model's token by token"
+        )
+        assert record.error_measure == "output_local"
+    assert all(record.note is None for record in on_record(shared, Gptq(error_correction=0)).values())
+
+
+def test_each_of_stacked_linears_has_its_own_error() -> None:
+    """Its own rows of the error and its own power of the drift."""
+    make = torch.Generator().manual_seed(1)
+    x, x0 = torch.randn(2, 100, 32, generator=make).cumsum(0)
+    torch.manual_seed(0)
+    block = nn.Sequential(*(nn.Linear(x.in_features, x.out_features) for x in LINEARS)).requires_grad_(False)
+    weights = {"a": block[0].weight.clone(), "b": block[1].weight.clone()}
+    power = {name: ((x0 - x) @ w.T).square().sum(0) for name, w in weights.items()}
+    shared = SharedInput(("a", "b"), x.T @ x, 100, (x0 - x).T @ x, power)
+    rounded: dict[str, QuantizedLinear] = {}
+    records: dict[str, LayerRecord] = {}
+    round_linears(Gptq(), {x.name: GRID for x in LINEARS}, block, LINEARS, shared, rounded, records)
+    for name, w in weights.items():
+        wanted = x0 @ w.T
+        error = (x @ rounded[name].dequantize().T - wanted).square().sum() / wanted.square().sum()
+        assert records[name].error_measure == "output_accumulated"
+        torch.testing.assert_close(torch.tensor(records[name].relative_error), error, rtol=1e-3, atol=0)
+
+
+def test_an_expert_without_tokens_is_rounded_to_nearest_and_says_so() -> None:
+    for record in on_record(SharedInput(("a", "b")), Gptq()).values():
+        assert record.note == "no calibration token reached it: rounded to nearest"
+        assert (record.error_measure, record.loss, record.tokens) == ("weight", None, 0)
