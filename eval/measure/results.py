@@ -164,7 +164,7 @@ class Runtime(Record):
     speed: tuple[Speed, ...] = ()
 
 
-class Cache(Record):
+class KvCache(Record):
     """The key-value cache of one sequence, from the config; layers with a sliding window stop growing at it."""
 
     dtype: str
@@ -203,7 +203,7 @@ class Efficiency(Record):
     bits_per_weight: float | None = None  # a quantized weight with its scales and zeros
     runtime: Runtime | None = None
     original_runtime: Runtime | None = None
-    cache: Cache | None = None
+    cache: KvCache | None = None
     fits: tuple[Fit, ...] = ()
     cost: Cost | None = None
 
@@ -221,7 +221,7 @@ class Generation(Record):
     shared_characters: int
 
 
-class Check(Record):
+class GateCheck(Record):
     """One gate of the recipe. INCONCLUSIVE: the interval holds the limit, the noise is larger than the margin."""
 
     name: str  # min_recovery.<task> for a task
@@ -241,7 +241,7 @@ class GateReport(Record):
     verdict: Verdict = "NONE"
     reason: str = "the recipe sets no gates"
     strict: bool = False
-    checks: tuple[Check, ...] = ()
+    checks: tuple[GateCheck, ...] = ()
 
     @property
     def missed(self) -> bool:

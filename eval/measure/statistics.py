@@ -10,17 +10,13 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from .results import Interval
 
-Z95 = 1.959964
 _RUNS = 16  # about as many as a text is cut into: longer ones would be too few to say how much they differ
 _SHORTEST = 16  # tokens of a run
 _RESAMPLES = 400
-_T95 = (  # of 2, 3, … 30 values
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
-)  # fmt: skip
 
 Array = NDArray[np.float64]
 
@@ -49,13 +45,20 @@ def standard_error(values: Array, run: NDArray[np.int64] | None = None) -> float
 
 
 def around(value: float, stderr: float, n: int | None = None) -> Interval | None:
-    """The interval of a mean with that standard error; None when the error is not known. `n`: of how few values, where
-    they are so few that their own spread is not well known (Student's t).
+    """The interval of a mean with that standard error; None when the error is not known.
+
+    n: how many values the standard error was estimated from, where they are few: Student's t then takes the place of
+    the normal distribution.
     """
     if not math.isfinite(stderr):
         return None
-    wide = Z95 if n is None or n - 2 >= len(_T95) else _T95[n - 2]
-    return value - wide * stderr, value + wide * stderr
+    half = half_width(stderr, n)
+    return value - half, value + half
+
+
+def half_width(stderr: float, n: int | None = None) -> float:
+    """Half the width of the interval around an estimate with that standard error; n as in `around`."""
+    return stderr * float(ndtri(0.975) if n is None else stdtrit(n - 1, 0.975))
 
 
 def quantile_interval(values: Array, q: float, run: NDArray[np.int64]) -> Interval | None:

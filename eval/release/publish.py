@@ -12,7 +12,7 @@ from quantpress.artifact.artifact import verify
 from quantpress.core.errors import BadInput
 
 from ..report.card import write_card
-from ..report.runs import Run, open_run
+from ..report.measured_run import MeasuredRun, open_run
 
 _NEVER = (".partial", ".log", ".env")  # suffixes of what has no business in an artifact
 _LARGE = ("tokenizer.json", "vocab.json")  # a model's words, not ours
@@ -92,7 +92,7 @@ def upload(what: Upload, endpoint: str | None = None) -> str:
     return commit.commit_url
 
 
-def _warnings(run: Run, folder: Path) -> list[str]:
+def _warnings(run: MeasuredRun, folder: Path) -> list[str]:
     """Files in which a reader of the repository would see where things lie on this machine."""
     recipe, home = run.manifest.recipe, os.path.expanduser("~")
     named = [recipe.get("model"), *((recipe.get(key) or {}).get("source") for key in ("calibration", "evaluation"))]

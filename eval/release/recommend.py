@@ -11,9 +11,10 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from quantpress.core.errors import BadInput
 from quantpress.core.schema import Fraction
 
-from ..measure.results import Cache, Results, TaskResult
-from ..report.runs import Run, comparable, labelled, open_runs
-from ..report.wording import interval, number, share, size
+from ..measure.formatting import interval, number, share, size
+from ..measure.results import KvCache, Results, TaskResult
+from ..measure.statistics import half_width
+from ..report.measured_run import MeasuredRun, comparable, labelled, open_runs
 
 Preference = Literal["quality", "smallest", "fastest"]
 
@@ -61,7 +62,7 @@ class Recovery:
 class Candidate:
     """One run held against the wish: bytes of the whole cache, and why it cannot be taken."""
 
-    run: Run
+    run: MeasuredRun
     cache_bytes: int | None
     recovery: Recovery
     misses: tuple[str, ...]
@@ -102,7 +103,7 @@ def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:
     return Recommendation(best, tuple(_why(best, len(fit), wish)), tuple(others))
 
 
-def cache_bytes(cache: Cache, context: int) -> int:
+def cache_bytes(cache: KvCache, context: int) -> int:
     """Of one sequence of `context` tokens; layers with a sliding window hold no more than that."""
     if cache.sliding_window is None or cache.bytes_per_token_past_window is None or context <= cache.sliding_window:
         return cache.bytes_per_token * context
@@ -110,7 +111,7 @@ def cache_bytes(cache: Cache, context: int) -> int:
     return cache.bytes_per_token * cache.sliding_window + cache.bytes_per_token_past_window * past
 
 
-def _judge(runs: Sequence[Run]) -> Callable[[Results], Recovery]:
+def _judge(runs: Sequence[MeasuredRun]) -> Callable[[Results], Recovery]:
     """One measure for all runs: the tasks they have in common, or else perplexity."""
     keys = [{_key(task) for task in one_metric(run.results.tasks)} for run in runs]
     common = set.intersection(*keys)
@@ -139,7 +140,7 @@ def task_recovery(tasks: Iterable[TaskResult], only: set[tuple[str, str, int, st
     errors = [task.difference_stderr for task in chosen]
     spread = None
     if all(error is not None for error in errors):
-        half = 1.96 * math.sqrt(sum(error**2 for error in errors if error is not None)) / before
+        half = half_width(math.sqrt(sum(error**2 for error in errors if error is not None))) / before
         spread = (after / before - half, after / before + half)
     names = ", ".join(task.task for task in chosen)
     return Recovery(after / before, spread, f"mean score of {names}")
@@ -156,7 +157,7 @@ def perplexity_recovery(results: Results) -> Recovery:
     )
 
 
-def _candidate(run: Run, wish: Wish, judge: Callable[[Results], Recovery]) -> Candidate:
+def _candidate(run: MeasuredRun, wish: Wish, judge: Callable[[Results], Recovery]) -> Candidate:
     efficiency, recovery = run.results.efficiency, judge(run.results)
     cache = None if efficiency is None else efficiency.cache
     whole = None if cache is None else wish.concurrency * cache_bytes(cache, wish.context)
@@ -198,7 +199,7 @@ def _why(best: Candidate, fit: int, wish: Wish) -> Iterable[str]:
     yield "the only run that qualifies" if fit == 1 else f"{reason} of the {fit} runs that qualify"
 
 
-def _sum(run: Run, whole: int, wish: Wish) -> str:
+def _sum(run: MeasuredRun, whole: int, wish: Wish) -> str:
     return f"{size(run.size)} of weights + {size(whole)} of cache + {size(wish.kept)} of margin"
 
 

@@ -18,7 +18,7 @@ from quantpress.recipe.loading import parse
 
 
 @dataclass(frozen=True)
-class Original:
+class RecordedRun:
     """What a manifest says was made, and `folder`, where that artifact lies; None when only the manifest is at hand."""
 
     manifest: Manifest
@@ -39,14 +39,19 @@ class Original:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """files: how many came out equal. first: the first difference; causes: what was not as it had been."""
+    """What came of a reproduction.
 
+    out: its run folder. files: how many came out equal. first: the first difference, None if all are equal.
+    causes: what was not as it had been.
+    """
+
+    out: Path
     files: int
     first: str | None
     causes: tuple[str, ...]
 
 
-def open_original(path: Path) -> Original:
+def open_recorded(path: Path) -> RecordedRun:
     """The run behind a manifest.json, or behind the folder that holds one; raises BadInput when there is none."""
     folder = path if path.is_dir() else path.parent
     manifest = read_manifest(path)
@@ -54,10 +59,10 @@ def open_original(path: Path) -> Original:
         if key not in manifest.model_fields_set:
             raise BadInput(f"{path}: no {key!r} in it; this is not the manifest of a quantpress run")
     quantized = next((f for f in (folder / "quantized", folder) if (f / "config.json").is_file()), None)
-    return Original(manifest, quantized)
+    return RecordedRun(manifest, quantized)
 
 
-def reproduce(original: Original, job: Job, settings: Settings) -> Reproduction:
+def make_again(original: RecordedRun, job: Job, settings: Settings) -> Reproduction:
     """Make the artifact again in `settings.out` and hold it against the hashes of the manifest.
 
     The number of threads is set to what it was, for sums depend on it. Raises BadInput before the work when the model
@@ -82,12 +87,12 @@ def reproduce(original: Original, job: Job, settings: Settings) -> Reproduction:
     named = {*wanted, *FORMAT_FILES}  # which manifests of earlier versions leave out
     unlike += sorted(name for name in manifest.artifact.files if name not in named)
     if not unlike:
-        return Reproduction(len(wanted), None, ())
+        return Reproduction(settings.out, len(wanted), None, ())
     first = _first_difference(original, manifest, made, unlike)
-    return Reproduction(len(wanted) - len(unlike), first, tuple(_causes(original.manifest, manifest)))
+    return Reproduction(settings.out, len(wanted) - len(unlike), first, tuple(_causes(original.manifest, manifest)))
 
 
-def _first_difference(original: Original, manifest: Manifest, made: Path, unlike: list[str]) -> str:
+def _first_difference(original: RecordedRun, manifest: Manifest, made: Path, unlike: list[str]) -> str:
     """The first layer whose error came out otherwise, else the first tensor, else the first file."""
     before = {layer.name: layer.document() for layer in original.manifest.layers}
     for layer in manifest.layers:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .wording import byte_unit, shorten
+from ..measure.formatting import byte_unit
+from .page_text import shorten
 
 FONT = 12  # px
 _EM = 0.6  # mean width of a character over the font size, on the wide side of common fonts

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import BadInput
-from .options import out_console, say
+from .printing import out_console, say
 
 _ORDER = (  # of the help: as the work goes
     "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quantpress.eval.measure.judge import judge
+from quantpress.eval.measure.gates import judge
 from quantpress.eval.measure.results import Results
 from quantpress.recipe import Gates
 

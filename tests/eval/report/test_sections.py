@@ -12,10 +12,10 @@ import pytest
 
 from quantpress.core.files import write_json
 from quantpress.eval.measure.results import TaskResult
-from quantpress.eval.report.page import write_comparison, write_report, write_sweep
-from quantpress.eval.report.png import recovery_axis
+from quantpress.eval.report.figures import recovery_axis
+from quantpress.eval.report.page import FailedRun, write_comparison, write_report, write_sweep
+from quantpress.eval.report.page_text import squeezed
 from quantpress.eval.report.tradeoff import Point, pareto, tradeoff
-from quantpress.eval.report.wording import squeezed
 
 from ..release.test_recommend import SERVING, task
 from .test_report import BROWSER, CHILDLESS, Page, fake_manifest, fake_results, in_browser, write_run
@@ -114,9 +114,8 @@ def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
                                          ("beaten", 120_000_000, 18.5, 40.0)):  # fmt: skip
         folders.append(write_run(tmp_path / name, fake_manifest(name, size=size, blocks=2), full_results(perplexity)))
         write_json(folders[-1] / "eval" / "serving.json", SERVING | {"tokens_per_second": {"1": rate}})
-    failed = {"name": "odd", "status": "failed", "reason": "group_size 96 <does not divide>", "key": "k"}
-    write_json(tmp_path / "sweep.json", {"schema": 1, "runs": [failed]})
-    page = write_sweep(tmp_path, folders)
+    failed = [FailedRun("odd", "group_size 96 <does not divide>")]
+    page = write_sweep(tmp_path, folders, failed)
     assert page is not None
     text = words(page.parent)
     assert "Recipes that failed (1)" in text

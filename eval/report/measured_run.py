@@ -11,13 +11,15 @@ from quantpress.core.errors import BadInput
 from quantpress.exports.serving.record import Serving
 from quantpress.exports.serving.record import read as read_serving
 
-from ..measure.results import Check, Divergence, EvaluationText, Quality, Results, read_results
-from .heat import Heat, heat
-from .wording import change, gate, gate_name, interval, number, points, program, sentence, share, size
+from ..measure.formatting import change, interval, number, points, share, size
+from ..measure.metrics import Metric, MetricValue, gated, measured
+from ..measure.results import Divergence, EvaluationText, GateCheck, Quality, Results, read_results
+from .heatmap import Heat, heat
+from .page_text import program, sentence
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """One run folder; `label` is what charts and tables call it, `serving` the smoke test's eval/serving.json."""
 
     folder: Path
@@ -90,8 +92,16 @@ class Run:
         """
         return None if self.serving is None else max(self.serving.tokens_per_second.values(), default=None)
 
+    @cached_property
+    def metrics(self) -> list[tuple[Metric, MetricValue]]:
+        """Every metric that was measured, with its value."""
+        return measured(self.results)
+
+    def value(self, metric: Metric) -> MetricValue | None:
+        return metric.read(self.results)
+
     @property
-    def failed(self) -> list[Check]:
+    def failed(self) -> list[GateCheck]:
         return [check for check in self.results.gates.checks if check.verdict == "REGRESSION"]
 
     @cached_property
@@ -105,7 +115,7 @@ class Run:
             return f"Accepted: {how_many} passed."
         if self.results.gates.verdict == "INCONCLUSIVE":
             return f"Inconclusive: {self.results.gates.reason}."
-        reasons = "; ".join(f"{gate_name(c.name)} {gate(c.value, c.name)}, limit {gate(c.limit, c.name)}"
+        reasons = "; ".join(f"{gate_name(c.name)} {gate_value(c.value, c.name)}, limit {gate_value(c.limit, c.name)}"
                             for c in self.failed)  # fmt: skip
         return f"Regression: {len(self.failed)} of {count} gates failed ({reasons})."
 
@@ -168,16 +178,29 @@ class Run:
         return out
 
 
-def open_run(folder: Path) -> Run:
+def gate_name(limit: str) -> str:
+    """A limit of the recipe in words: `max_perplexity_increase` is «perplexity increase»."""
+    _, _, task = limit.partition("min_recovery.")
+    return f"recovery of {task}" if task else gated(limit).limited
+
+
+def gate_value(value: float | None, limit: str) -> str:
+    """A limit, or the value held against it, in the metric's own unit."""
+    if value is None:
+        return "not measured"
+    return share(value) if limit.startswith("min_recovery.") else gated(limit).show_limited(value)
+
+
+def open_run(folder: Path) -> MeasuredRun:
     """Raises BadInput, one line, when the folder holds no run, or one without an evaluation against its original."""
     manifest, results = read_run_manifest(folder), read_results(folder)
     measured = (results.text, results.original, results.artifact, results.divergence)
     if any(part is None for part in measured):
         raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")
-    return Run(folder, manifest, results, manifest.name, read_serving(folder))
+    return MeasuredRun(folder, manifest, results, manifest.name, read_serving(folder))
 
 
-def open_runs(folders: Sequence[Path]) -> list[Run]:
+def open_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
     """The runs in `folders`: run folders, or folders that hold run folders, such as a sweep's. Each once."""
     found: dict[Path, Path] = {}
     for folder in folders:
@@ -192,7 +215,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
     return [open_run(folder) for folder in found.values()]
 
 
-def comparable(a: Run, b: Run) -> None:
+def comparable(a: MeasuredRun, b: MeasuredRun) -> None:
     """Raise BadInput, naming the difference, unless both runs judged one original on one text."""
     for key in ("sha256", "tokens", "windows", "window", "stride", "bos"):
         one, two = getattr(a.text, key), getattr(b.text, key)
@@ -208,7 +231,7 @@ def comparable(a: Run, b: Run) -> None:
         )
 
 
-def labelled(runs: Sequence[Run]) -> list[Run]:
+def labelled(runs: Sequence[MeasuredRun]) -> list[MeasuredRun]:
     """Runs that share a name are told apart by their folders."""
     names = [run.manifest.name for run in runs]
     folders = [run.folder.resolve() for run in runs]

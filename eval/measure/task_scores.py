@@ -28,13 +28,13 @@ from .results import Score, TaskResult
 from .statistics import paired_difference, recovery, standard_error
 
 if TYPE_CHECKING:
-    from .lm import Adapter
+    from .lm_eval_model import LmEvalModel
 
 _SEED = 1234  # of the few-shot examples, lm-eval's own
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskScores:
     """One model's scores in one metric of a task, by document; `few_shot` examples were shown."""
 
     task: str
@@ -70,11 +70,11 @@ class Tasks:
         specs = [(task.model_dump(), spec, _data_of(spec)) for task, spec in self._specs]
         return json.dumps([version("lm-eval"), specs], default=_code)
 
-    def run(self, model: "Adapter") -> list[Outcome]:
+    def run(self, model: "LmEvalModel") -> list[TaskScores]:
         """Every task's outcomes, in the recipe's order."""
         import lm_eval
 
-        out: list[Outcome] = []
+        out: list[TaskScores] = []
         for task, spec in self._specs:
             with _quiet(), _task_errors(task):
                 found = lm_eval.evaluate(
@@ -104,11 +104,11 @@ class Tasks:
         return loaded
 
 
-def kept(folder: Path, tasks: Tasks, what: Sequence[Any], run: Callable[[], list[Outcome]]) -> list[Outcome]:
+def kept(folder: Path, tasks: Tasks, what: Sequence[Any], run: Callable[[], list[TaskScores]]) -> list[TaskScores]:
     """The outcomes of `run` from the cache `folder`, or run and kept there; `what` identifies the model."""
     path = folder / f"{hashlib.sha256(json.dumps([tasks.identity(), *what]).encode()).hexdigest()[:32]}.json"
     if path.is_file():
-        return [Outcome(**row) for row in json.loads(path.read_text("utf-8"))]
+        return [TaskScores(**row) for row in json.loads(path.read_text("utf-8"))]
     outcomes = run()
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
@@ -189,7 +189,7 @@ def _beside(folder: Path, files: Any) -> Any:
     return str(local) if local.is_file() else files
 
 
-def _outcomes(task: Task, found: dict[str, Any]) -> list[Outcome]:
+def _outcomes(task: Task, found: dict[str, Any]) -> list[TaskScores]:
     """One outcome a metric; a group's documents are put together."""
     scores: dict[str, dict[str, float]] = {}
     better: dict[str, bool] = {}
@@ -214,7 +214,7 @@ def _outcomes(task: Task, found: dict[str, Any]) -> list[Outcome]:
         scores = {task.metric: scores[task.metric]}
     if not scores:
         raise BadInput(f"task {task.label}: it has no metric that is a mean over documents, and no other is compared")
-    return [Outcome(task.label, name, better[name], shots, values) for name, values in scores.items()]
+    return [TaskScores(task.label, name, better[name], shots, values) for name, values in scores.items()]
 
 
 def _identity(sample: dict[str, Any]) -> str:
@@ -231,7 +231,7 @@ def _is_mean(found: dict[str, Any], leaf: str, metric: str, scores: dict[str, fl
     return isinstance(said, int | float) and math.isclose(said, float(np.mean(own)), rel_tol=1e-9, abs_tol=1e-12)
 
 
-def compare_tasks(artifact: list[Outcome], original: list[Outcome] | None) -> tuple[TaskResult, ...]:
+def compare_tasks(artifact: list[TaskScores], original: list[TaskScores] | None) -> tuple[TaskResult, ...]:
     """Results of the artifact, beside the original's where there are any."""
     before = {(o.task, o.metric): o for o in original or ()}
     out = []

@@ -14,10 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ..measure.formatting import confidence, share, small
 from ..measure.results import Divergence, TaskResult
-from .heat import LEVELS, LIGHT, Cell, Heat, HeatScale
+from .heatmap import LEVELS, LIGHT, Cell, Heat, HeatScale
+from .page_text import shorten
 from .tradeoff import FONT, Box, Plot
-from .wording import confidence, share, shorten, small
 
 _SERIES = ("#2459c4", "#cd6049", "#2f8f6b", "#8a5bb0", "#b58a1b", "#5b6470")
 _INK, _MUTED, _LINE, _ACCENT = "#1b1f24", "#5b6470", "#d9dde2", "#2459c4"
