@@ -91,3 +91,13 @@ def test_recovery_is_the_share_that_is_left() -> None:
     assert interval is not None
     assert interval[0] < 0.875 < interval[1] < 1.0
     assert recovery(np.zeros(3), np.ones(3)) == (None, None)
+
+
+def test_the_interval_of_a_recovery_is_that_of_the_difference_over_the_base() -> None:
+    """By hand, of an original that scores far from 1: dividing nothing, or by the wrong score, shows at once."""
+    before = np.array([0.2, 0.1, 0.3, 0.2])  # mean 0.2
+    after = np.array([0.1, 0.1, 0.2, 0.2])  # mean 0.15
+    left, interval = recovery(before, after)
+    error = math.sqrt(np.var(after - before, ddof=1) / 4)
+    assert left == pytest.approx(0.75)
+    assert interval == pytest.approx((1 + (-0.05 - 1.959964 * error) / 0.2, 1 + (-0.05 + 1.959964 * error) / 0.2))
