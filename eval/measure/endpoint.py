@@ -1,7 +1,7 @@
 """A model behind an OpenAI-compatible completions endpoint: log-probabilities of given tokens, and greedy text.
 
-Prompts go as token ids, so that no server adds a BOS of its own or tokenizes otherwise than the original. What a
-prompt's tokens were worth comes from `echo` with `logprobs`, which vLLM has; a server without them is refused.
+Prompts are sent as token ids, so that the server cannot add a BOS token or tokenize differently from the original. The
+log-probabilities of a prompt's tokens come from `echo` with `logprobs`, which vLLM has; a server without is refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,8 +37,8 @@ class Endpoint:
 class ServedModel:
     """The model at an endpoint, asked for log-probabilities and text.
 
-    positions: of the original, by its config. room: within what the server says it takes (vLLM's max_model_len) and the
-    original has, less the one token that a server generates for every request.
+    positions: of the original, by its config. room: the smaller of that and what the server says it takes (vLLM's
+    max_model_len), less the one token that a server generates for every request.
     Raises BadInput, one line, when nothing answers there or the model is not served.
     """
 
@@ -62,7 +62,7 @@ class ServedModel:
             )
 
     def token_log_probs(self, ids: Sequence[int]) -> tuple[Array, list[bool]]:
-        """log p of each of `ids` but the first given those before it, and whether it was the server's favourite."""
+        """log p of each of `ids` but the first, given those before it, and whether it was the most likely token."""
         body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         choice = self._completion(body)
         given = choice.get("logprobs") or {}
@@ -79,7 +79,7 @@ class ServedModel:
         return np.array(values[1 : len(ids)], dtype=np.float64), likely
 
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """log p(continuation | context) in nats, and whether each of its tokens is the model's favourite."""
+        """log p(continuation | context) in nats, and whether greedy decoding would give exactly this continuation."""
 
         def one(pair: Pair) -> tuple[float, bool]:
             values, likely = self.token_log_probs(self.room.pair(pair))
@@ -111,7 +111,9 @@ class ServedModel:
         try:
             answer = self._client.request(method, where, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise BadInput(f"{where}: no answer ({str(error) or type(error).__name__}); is the server up?") from None
+            raise BadInput(
+                f"{where}: no answer ({str(error) or type(error).__name__}); is the server running?"
+            ) from None
         if answer.status_code != 200:
             said = " ".join(answer.text.split())[:200]
             raise BadInput(f"{where}: the server answers {answer.status_code}: {said}")

@@ -1,9 +1,9 @@
-"""Means, quantiles and differences with their uncertainty. All intervals are of 95%.
+"""Means, quantiles and differences with their uncertainty. All intervals are 95 % confidence intervals.
 
-Tokens that follow each other are not independent, so what is said of their mean comes from long runs of them: the
-cluster-robust standard error of a mean (Liang & Zeger 1986; for evaluations Miller, arXiv:2411.00640, 2.2). Long, since
-a text stays easy or hard for pages: over 24 windows of 1024 tokens of WikiText-2 the standard error of the mean KL of a
-4-bit model is 0.0042 as if tokens were independent, 0.0061 from runs of 64, 0.0074 of 256, 0.0085 of 512 and of 1024.
+Neighbouring tokens are not independent, so standard errors are cluster-robust, with runs of consecutive tokens as the
+clusters (Liang & Zeger 1986; for evaluations Miller, arXiv:2411.00640, section 2.2). Runs are long because a text stays
+easy or hard for pages: over 24 windows of 1024 tokens of WikiText-2, the standard error of a 4-bit model's mean KL is
+0.0042 as if tokens were independent, 0.0061 with runs of 64 tokens, 0.0074 with 256, 0.0085 with 512 and with 1024.
 """
 
 import math
@@ -14,25 +14,25 @@ from scipy.special import ndtri, stdtrit
 
 from .results import Interval
 
-_RUNS = 16  # about as many as a text is cut into: longer ones would be too few to say how much they differ
-_SHORTEST = 16  # tokens of a run
+_RUNS = 16  # roughly as many per text; fewer would be too few to estimate their spread
+_SHORTEST = 16  # tokens in a run
 _RESAMPLES = 400
 
 Array = NDArray[np.float64]
 
 
 def runs(tokens: int) -> NDArray[np.int64]:
-    """The run that each of `tokens` tokens, in the order of the text, is in."""
+    """The index of the run that each of `tokens` consecutive tokens belongs to, int64 [tokens]."""
     return np.arange(tokens, dtype=np.int64) // max(_SHORTEST, tokens // _RUNS)
 
 
 def groups_of(run: NDArray[np.int64]) -> int:
-    """How many runs there are."""
+    """The number of runs."""
     return int(run.max()) + 1
 
 
 def standard_error(values: Array, run: NDArray[np.int64] | None = None) -> float:
-    """Of the mean of `values` [n]: over runs that may depend on each other, or of independent values without."""
+    """Standard error of the mean of `values` [n], clustered by `run` [n]; without it, of independent values."""
     if not np.isfinite(values).all():
         return math.nan
     if run is None:
@@ -62,7 +62,7 @@ def half_width(stderr: float, n: int | None = None) -> float:
 
 
 def quantile_interval(values: Array, q: float, run: NDArray[np.int64]) -> Interval | None:
-    """The interval of a quantile: runs drawn with replacement, the same draws each time."""
+    """Bootstrap interval of a quantile of `values` [n], resampling whole runs; the same draws each time."""
     groups = int(run.max()) + 1
     if groups < 2 or not np.isfinite(values).all():
         return None
@@ -80,8 +80,8 @@ def quantile_interval(values: Array, q: float, run: NDArray[np.int64]) -> Interv
 def paired_difference(before: Array, after: Array) -> tuple[float, float, Interval | None]:
     """Mean, standard error and interval of `after - before` [n], two scores of the same documents.
 
-    Of scores that are 0 or 1 the interval is that of Agresti & Min (Statistics in Medicine 24, 2005): half a document
-    is added to each of the four outcomes, so that few documents without a difference do not pass for certainty.
+    For scores of 0 and 1 the interval is that of Agresti & Min (Statistics in Medicine 24, 2005): half a document is
+    added to each of the four outcomes, so that a few documents without a difference do not look like certainty.
     """
     difference = after - before
     n, mean, error = len(difference), float(difference.mean()), standard_error(difference)
@@ -94,8 +94,9 @@ def paired_difference(before: Array, after: Array) -> tuple[float, float, Interv
 
 
 def recovery(before: Array, after: Array) -> tuple[float | None, Interval | None]:
-    """mean(after) / mean(before) and its interval, from the interval of the paired difference: the original's score
-    taken as it was measured. None when that is 0.
+    """mean(after) / mean(before) and its interval; None when mean(before) is 0.
+
+    The interval is that of the paired difference over mean(before), which is taken as exact.
     """
     base = float(before.mean())
     if base <= 0:

@@ -1,9 +1,9 @@
-"""Many recipes on one model: each is a `quantpress run` of its own, here one after another or over a Ray cluster.
+"""Many recipes on one model: each is a `quantpress run` of its own, one after another or on a Ray cluster.
 
-A process of its own for each run: peak memory and CPU seconds are that run's, and one that is killed takes no other
-with it. What does not depend on the recipe is computed by the first run and read by the rest: in the cache the model at
-one commit, the texts, and the original's evaluation (its last hidden states, task scores, continuations); in a folder
-that goes when the sweep ends, what engine/sharing.py keeps.
+Every run is a separate process, so peak memory and CPU seconds are its own, and one that is killed does not affect the
+others. What does not depend on the recipe is computed once: the cache holds the model at one commit, the texts, and the
+original's evaluation (hidden states, task scores, continuations); a folder that is deleted after the sweep holds the
+calibration tokens and the importance matrix.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _GATE_MISSED = 3
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run: its command, its folder, and the key that says whether a finished one is this very run."""
+    """One run: its command, its folder, and a key that identifies it, by which a finished run is recognised."""
 
     name: str
     command: tuple[str, ...]
@@ -51,9 +51,9 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended: `done`, `gate` (done, and a gate of its recipe was missed) or `failed`, with the reason.
+    """How a run ended. status: `done`, `gate` (done, but a gate was missed) or `failed`, with the reason.
 
-    reused: it was finished before, and not done again.
+    reused: it was finished before and not run again.
     """
 
     name: str
@@ -119,16 +119,15 @@ def plan_runs(
     command: Sequence[str] = _COMMAND,
     cache: Path | None = None,
 ) -> list[SweepRun]:
-    """A task for each recipe, in `out`/<name of the recipe>.
+    """A run for each recipe, in `out`/<name of the recipe>.
 
-    model: as for --model, the same bytes each time; identity: what changes when the model does; options: further ones
-    of `quantpress run`, for all.
-    Raises BadInput for two recipes of one name and for one that measures nothing.
+    model: as for --model. identity: changes when the model's files do. options: further options of `quantpress run`.
+    Raises BadInput for two recipes of one name, and for one without an evaluation.
     """
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
-            raise BadInput(f"sweep: two recipes are called {name}; give each a `name` of its own")
+            raise BadInput(f"sweep: two recipes are called {name}; give each its own `name`")
     if without := [recipe.name for recipe in recipes if recipe.evaluation is None]:
         raise BadInput(f"sweep: {', '.join(without)} has `evaluation: null`, so there is nothing to compare it by")
     if out.exists() and not (out / ".recipes").is_dir() and (not out.is_dir() or any(out.iterdir())):
@@ -148,7 +147,7 @@ def plan_runs(
 
 
 def _texts(recipe: Recipe) -> list[str]:
-    """The sha256 of the recipe's texts that are files here."""
+    """The sha256 of those texts of the recipe that are local files."""
     sources = [Path(text.source).expanduser() for text in (recipe.calibration, recipe.evaluation) if text is not None]
     return [file_sha256(file) for file in sources if file.is_file()]
 
@@ -156,9 +155,10 @@ def _texts(recipe: Recipe) -> list[str]:
 def run_all(
     tasks: Sequence[SweepRun], out: Path, fan: Runner, on_outcome: Callable[[RunOutcome], None]
 ) -> list[RunOutcome]:
-    """Do what is not done yet; the outcomes in the order of `tasks`. `out`/sweep.json knows each as soon as it ends.
+    """Run what is not finished; returns the outcomes in the order of `tasks`.
 
-    A run that failed is tried again the next time; one that was stopped goes on after its last finished block.
+    Each outcome is written to `out`/sweep.json as soon as it is known. A run that failed is repeated the next time; one
+    that was stopped goes on after its last finished block.
     """
     before = _finished(out)
     ended = {task.name: RunOutcome(task.name, before[task.key]["status"], before[task.key]["reason"], reused=True)
@@ -175,7 +175,7 @@ def run_all(
 
 
 def in_turn(on_start: Callable[[SweepRun], None] = lambda task: None) -> Runner:
-    """One run after another on this machine; what each says on the way goes to <name>.log."""
+    """One run after another on this machine; the messages of each go to <name>.log."""
 
     def fan(tasks: Sequence[SweepRun]) -> Iterator[RunOutcome]:
         for task in tasks:
@@ -186,9 +186,9 @@ def in_turn(on_start: Callable[[SweepRun], None] = lambda task: None) -> Runner:
 
 
 def over_ray(address: str, cpus: int, gpus: float) -> Runner:
-    """The runs spread over the Ray cluster at `address` (`local` starts one here), each on so many cores and GPUs.
+    """Runs on the Ray cluster at `address` (`local` starts one here), each with this many cores and GPUs.
 
-    Every node needs this version of quantpress and sees the same model, recipes and output folder.
+    Every node needs this version of quantpress and has to see the same model, recipes and output folder.
     Raises BadInput when Ray is not installed or the cluster cannot be reached.
     """
     try:
@@ -214,7 +214,7 @@ def over_ray(address: str, cpus: int, gpus: float) -> Runner:
 
 
 def run_one(task: SweepRun) -> RunOutcome:
-    """One run to its end, whatever end that is."""
+    """Run one recipe to its end, whether that is success or failure."""
     task.out.parent.mkdir(parents=True, exist_ok=True)
     log = task.log
     with log.open("wb") as errors:
@@ -227,11 +227,11 @@ def run_one(task: SweepRun) -> RunOutcome:
 
 
 def _seen(task: SweepRun, ready: Any, ray: Any) -> RunOutcome:
-    """The outcome of a remote run, which only counts when its folder can be seen from here."""
+    """The outcome of a remote run; its folder has to be visible from here."""
     try:
         outcome: RunOutcome = ray.get(ready)
     except ray.exceptions.RayError as error:
-        return RunOutcome(task.name, "failed", f"Ray lost it: {' '.join(str(error).split())[:200]}")
+        return RunOutcome(task.name, "failed", f"Ray lost the run: {' '.join(str(error).split())[:200]}")
     if outcome.status != "failed" and not (task.out / "eval" / "results.json").is_file():
         return RunOutcome(
             task.name, "failed", f"{task.out} is not on storage that this machine shares with the cluster"
@@ -240,7 +240,7 @@ def _seen(task: SweepRun, ready: Any, ray: Any) -> RunOutcome:
 
 
 def _why(log: Path, code: int) -> str:
-    """The last line that says something, without our name before it; or how the process was ended."""
+    """The last line of the log, without our name before it; or the signal that ended the process."""
     if code < 0:
         hint = " (out of memory?)" if code == -9 else ""
         return f"ended by signal {-code}{hint}; see {log}"
@@ -250,7 +250,7 @@ def _why(log: Path, code: int) -> str:
 
 
 def _gates(printed: bytes) -> str:
-    """The gates' reason out of the document that `run --json` prints."""
+    """The reason of the gates, from what `run --json` prints."""
     try:
         return str(json.loads(printed)["results"]["gates"]["reason"])
     except (ValueError, KeyError, TypeError):
@@ -258,7 +258,7 @@ def _gates(printed: bytes) -> str:
 
 
 def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    """By key, the runs of an earlier sweep in `out` that ended well."""
+    """The runs of an earlier sweep in `out` that did not fail, by key."""
     path = out / STATE
     if not path.is_file():
         return {}

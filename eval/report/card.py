@@ -1,4 +1,4 @@
-"""The model card: README.md of an artifact in the hub's format, out of what was measured and nothing else."""
+"""The model card: README.md of an artifact in the hub's format, from measurements only."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import whole_file
@@ -30,7 +30,7 @@ _KEPT = ("license", "license_name", "license_link", "language")
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """How one program loads the artifact; `refused`: why it cannot, one line a reason. notes: what to know."""
+    """How one program serves the artifact. refused: why it cannot, one line per reason; notes: what to know."""
 
     title: str
     command: str
@@ -42,7 +42,7 @@ class ServeCommand:
 def write_card(folder: Path, base_model: str | None = None, license: str | None = None, repo: str = "org/name") -> Path:
     """Write FOLDER/quantized/README.md and its chart for a run folder that has been evaluated; the path of README.md.
 
-    base_model: the original's hub id, where it was quantized from a folder; license: where the original names none;
+    base_model: the original's hub id, where it was quantized from a folder. license: where the original names none.
     repo: the id it will have on the hub, for the commands that serve it.
     Raises BadInput for a base_model that is no hub id.
     """
@@ -60,7 +60,7 @@ def write_card(folder: Path, base_model: str | None = None, license: str | None 
 
 
 def metadata(run: MeasuredRun, base_model: str | None = None, license: str | None = None) -> ModelCardData:
-    """The card's YAML block: what the hub lists, filters and links the artifact by."""
+    """The card's YAML block, by which the hub lists, filters and links the artifact."""
     known, known_license = _EMBEDDED.get(run.manifest.model.id, (None, None))
     base = base_model or known or _hub_id(run)
     if base is not None:
@@ -87,7 +87,7 @@ def metadata(run: MeasuredRun, base_model: str | None = None, license: str | Non
 
 
 def servers(run: MeasuredRun, name: str) -> list[ServeCommand]:
-    """Each program that reads the artifact's format, with the reasons of those that will not load this one."""
+    """Each program that reads the artifact's format, with the reasons why it would not load this artifact, if any."""
     contents = contracts.of_folder(run.folder / "quantized")
     out: list[ServeCommand] = []
     offered = [(server.hub_command, target) for server in SERVERS.values() for target in server.variants]
@@ -97,7 +97,7 @@ def servers(run: MeasuredRun, name: str) -> list[ServeCommand]:
             continue
         refused = tuple(contracts.problems(target, contents))
         if title == "vLLM on a CPU" and bool(refused) == bool(out[0].refused):
-            continue  # no different from the GPU's
+            continue  # the same as on a GPU
         notes = loader_notes(loader, contents.format, contents.grids, contents.activations)
         out.append(ServeCommand(title, command.format(name=name), "bash", refused, tuple(notes)))
     if contents.format != "gguf":
@@ -117,7 +117,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 
 
 def _shown(run: MeasuredRun) -> dict[str, Any]:
-    """The recipe without the folders of the machine it ran on, and without what goes without saying."""
+    """The recipe without defaults and without paths of the machine it ran on."""
 
     def named(section: dict[str, Any], key: str) -> dict[str, Any]:
         return section | ({key: Path(section[key]).name} if Path(str(section.get(key, ""))).is_absolute() else {})
@@ -158,7 +158,7 @@ def _original_card(run: MeasuredRun) -> dict[str, Any]:
 
 
 def _bit_tags(run: MeasuredRun) -> list[str]:
-    """4-bit and the like, of the numbers that most quantized weights have."""
+    """A tag such as `4-bit`, for the bits that most quantized layers have."""
     bits = [layer.bits for layer in run.manifest.layers if layer.bits < 16]
     return [f"{max(dict.fromkeys(bits), key=bits.count):g}-bit"] if bits else []
 

@@ -1,4 +1,4 @@
-"""The verdict for a CI: JUnit XML, a test case a gate, and a few lines of Markdown."""
+"""The verdict for a CI: JUnit XML with a test case per gate, and a Markdown summary."""
 
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,8 +14,9 @@ _SIGNS = {"ACCEPT": "✅", "REGRESSION": "❌", "INCONCLUSIVE": "❔", "NONE": "
 
 
 def write_junit(path: Path, name: str, results: Results) -> None:
-    """A suite called quantpress.gates with a case for each gate: a miss fails, an inconclusive one is skipped with its
-    reason, or fails too where the recipe is strict.
+    """Write the suite quantpress.gates with a case per gate.
+
+    A missed gate fails; an inconclusive one is skipped with its reason, or fails too where the recipe is strict.
     """
     gates = results.gates
     suite = ElementTree.Element("testsuite", name="quantpress.gates", tests=str(len(gates.checks)))
@@ -38,12 +39,12 @@ def write_junit(path: Path, name: str, results: Results) -> None:
 
 
 def fails(check: GateCheck, gates: GateReport) -> bool:
-    """Whether the check is one that ends the command with exit code 3."""
+    """Whether the check fails the run."""
     return check.verdict == "REGRESSION" or (gates.strict and check.verdict == "INCONCLUSIVE")
 
 
 def step_summary(name: str, results: Results) -> str:
-    """Markdown for $GITHUB_STEP_SUMMARY: the verdict, what was measured, each gate with its reason."""
+    """Markdown for $GITHUB_STEP_SUMMARY: the verdict, the metrics, each gate with its reason."""
     gates = results.gates
     lines = [f"### {_SIGNS[gates.verdict]} quantpress: {cell(name)} {gates.verdict}".replace("###  ", "### "), ""]
     lines += [cell(gates.reason), "", "| metric | value |", "|---|---:|"]
@@ -55,7 +56,7 @@ def step_summary(name: str, results: Results) -> str:
 
 
 def _rows(results: Results) -> list[tuple[str, str]]:
-    """What was measured, a row each: its name and its values."""
+    """A row (name, values) per metric and task."""
     out = []
     for metric, value in measured(results):
         before = "" if value.original is None else f"{metric.show(value.original)} → "
@@ -68,5 +69,5 @@ def _rows(results: Results) -> list[tuple[str, str]]:
 
 
 def _clean(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
+    """Without the control characters that XML does not allow."""
     return "".join(c for c in text if c.isprintable())

@@ -1,6 +1,6 @@
-"""The report of a run, and several runs side by side: one page a stakeholder reads in a minute, an engineer in ten.
+"""The report of a run, and of several runs side by side, as one HTML page with charts and summaries.
 
-Everything comes from `manifest.json` and `eval/results.json`; the same input gives the same bytes.
+Everything on it comes from `manifest.json` and `eval/results.json`; the same input gives the same bytes.
 """
 
 import json
@@ -40,7 +40,7 @@ from .measured_run import MeasuredRun, comparable, gate_name, gate_value, labell
 from .page_text import cell, first_word, program, sentence, shorten, squeezed, without_defaults
 from .tradeoff import Plot, Point, pareto, tradeoff
 
-_WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
+_WIDE, _NARROW = (940, 400), (350, 340)  # px; the page shows one of them, depending on the window's width
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FailedRun:
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report: index.html, each chart as PNG and SVG, summary.md, summary.json; the path of index.html.
+    """Write RUN/report: index.html, each chart as PNG and SVG, summary.md, summary.json; returns index.html.
 
     Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
     """
@@ -68,7 +68,7 @@ def write_report(run: Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write the same files for several runs (or a folder of them) of one model on one text; the path of index.html.
+    """Write the same files for several runs (or a folder of them) of one model; returns the path of index.html.
 
     Raises BadInput for fewer than two runs, and for runs whose evaluation text, windows or original differ.
     """
@@ -103,7 +103,7 @@ def chart(run: MeasuredRun) -> bytes:
 
 
 def render(template: str, **context: Any) -> str:
-    """A Markdown template with the page's number formats."""
+    """A rendered Markdown template, with the number formats of the page."""
     return _environment().get_template(template).render(context)
 
 
@@ -115,7 +115,7 @@ def _points(runs: Sequence[MeasuredRun]) -> list[Point]:
 
 
 def _rates(runs: Sequence[MeasuredRun]) -> list[Point]:
-    """Tokens a second in place of bytes, as one and the same server gave them; none where a run was not served."""
+    """Points by tokens per second; none unless one server, the same for all runs, was measured."""
     servers = {run.serving and (run.serving.server, run.serving.version, run.serving.device) for run in runs}
     if len(runs) < 2 or len(servers) != 1 or any(run.tokens_per_second is None for run in runs):
         return []
@@ -123,13 +123,13 @@ def _rates(runs: Sequence[MeasuredRun]) -> list[Point]:
 
 
 def _front(runs: Sequence[MeasuredRun]) -> set[str]:
-    """Labels of the runs that neither another run nor the original beats in size and perplexity."""
+    """Labels of the Pareto-optimal runs in size and perplexity, the original included."""
     points = _points(runs)
     return {points[i].label for i in pareto(points) if i}
 
 
 def _figures(run: MeasuredRun) -> dict[str, Any]:
-    """What summary.json says about one run; shares are fractions, sizes bytes."""
+    """One run in summary.json; shares are fractions, sizes bytes."""
     return {
         "name": run.manifest.name,
         "model": run.manifest.model.model_dump(exclude={"files"}),
@@ -155,7 +155,7 @@ def _columns(runs: Sequence[MeasuredRun]) -> list[Metric]:
 
 
 def _differences(runs: Sequence[MeasuredRun]) -> dict[str, list[str]]:
-    """The recipe keys, dotted, whose values differ between runs, with each run's value; not how it is tried out."""
+    """The recipe keys, dotted, whose values differ between runs, with each run's value; without the smoke test."""
     left_out = ("name", "description", "smoke")
     flat = [_flatten({k: v for k, v in run.manifest.recipe.items() if k not in left_out}) for run in runs]
     keys = list(dict.fromkeys(k for f in flat for k in f))
@@ -164,7 +164,7 @@ def _differences(runs: Sequence[MeasuredRun]) -> dict[str, list[str]]:
 
 
 def _by_task(runs: Sequence[MeasuredRun]) -> list[tuple[tuple[str, str], list[TaskResult | None]]]:
-    """For each task and metric, every run's result."""
+    """For each task and metric, the result of every run."""
     found = [{(task.task, task.metric): task for task in run.results.tasks} for run in runs]
     return [(key, [of.get(key) for of in found]) for key in dict.fromkeys(key for of in found for key in of)]
 
@@ -223,7 +223,7 @@ def _write(
         raise BadInput(f"{folder}: cannot write the report there: {error.strerror}") from None
     for name in (f"{chart}.{kind}" for chart in ("speed", "divergence", "tasks") for kind in ("png", "svg")):
         if name not in files:
-            (folder / name).unlink(missing_ok=True)  # of what an earlier report showed, and this one does not
+            (folder / name).unlink(missing_ok=True)  # left by an earlier report
     for name, content in files.items():
         beside = folder / f".{name}.{os.getpid()}.tmp"
         try:
@@ -247,7 +247,7 @@ def _plots(runs: Sequence[MeasuredRun], points: Sequence[Point], *, rate: bool) 
 
 
 def _hover(runs: Sequence[MeasuredRun], rate: bool = False) -> Callable[[Point], str]:
-    """What hovers over a mark: the recipe in a few words, and both figures."""
+    """The tooltip of a mark: the scheme and both values."""
     schemes = {run.label: f" ({run.scheme})" for run in runs if run.scheme}
 
     def title(point: Point) -> str:
@@ -271,7 +271,7 @@ def _changed(metric: Metric, value: MetricValue) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

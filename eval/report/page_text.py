@@ -1,4 +1,4 @@
-"""Words of the page: names, sentences, and text that is safe inside Markdown."""
+"""Text of the page: names, shortened text, and text that is safe inside Markdown."""
 
 import re
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from quantpress.recipe import Recipe
 
 
 def sentence(text: str) -> str:
-    """With a capital at its start; a name such as vLLM stays as it is."""
+    """Capitalised; a name such as vLLM stays as it is."""
     return text if text[1:2].isupper() else text[:1].upper() + text[1:]
 
 
 def program(name: str) -> str:
-    """What a server of the smoke test is called."""
+    """The name of a server of the smoke test, as users know it."""
     return {"vllm": "vLLM", "transformers": "transformers serve", "url": "a running server"}.get(name, name)
 
 
@@ -24,7 +24,7 @@ def without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beyond(value: Any, default: Any) -> Any:
-    """`value` without what `default` has too, and without nulls where that says nothing; another method stays whole."""
+    """`value` without the keys that equal those of `default`; another method stays whole."""
     if isinstance(value, list):
         return [_beyond(item, None) for item in value]
     if not isinstance(value, dict):
@@ -35,29 +35,29 @@ def _beyond(value: Any, default: Any) -> Any:
 
 
 def _is_another(value: Any, default: Any) -> bool:
-    """Whether `value` is another method than the default one, so that equal keys need not mean the same."""
+    """Whether `value` is another method than the default, whose keys cannot be compared."""
     both = isinstance(value, dict) and isinstance(default, dict) and "name" in default
     return both and value.get("name") != default["name"]
 
 
 def cell(text: str) -> str:
-    """Text that stays inside one cell of a Markdown table and is not taken for markup."""
+    """Text escaped for one cell of a Markdown table."""
     for mark in "\\`*_[]<>|":
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())
 
 
 def first_word(text: str) -> str:
-    """The first word of a text with the space before it; only space where there is no word."""
+    """The first word of a text with the space before it; only the space where there is no word."""
     found = re.match(r"\s*\S+|\s+", text)
     return found.group() if found else ""
 
 
 def squeezed(text: str) -> str:
-    """At most one blank line in a row, and no line of spaces alone: a broken model writes hundreds."""
+    """Collapse blank lines to at most one in a row: a broken model writes hundreds."""
     return re.sub(r"\n[ \t]*(?:\n\s*)+\n", "\n\n", text)
 
 
 def shorten(text: str, most: int = 30) -> str:
-    """At most `most` characters, the last an ellipsis when some are missing."""
+    """At most `most` characters, ending with an ellipsis when the text was cut."""
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,4 +1,4 @@
-"""The command that looks at the machine: what is installed, what is missing, and how to get it."""
+"""The command doctor: what is installed, what is missing, and how to get it."""
 
 import importlib.util
 import platform
@@ -14,15 +14,15 @@ from .printing import out_console, print_json
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf", "tokenizers")
 _EXTRAS = {  # module: what it is for, and how to get it
-    "lm_eval": ("tasks in an evaluation", "pip install 'quantpress[tasks]'"),
-    "llama_cpp": ("llama.cpp's own quantizer and logits", "pip install 'quantpress[llamacpp]' (built from source)"),
-    "ray": ("a sweep over a cluster", "pip install 'quantpress[ray]'"),
+    "lm_eval": ("evaluation tasks", "pip install 'quantpress[tasks]'"),
+    "llama_cpp": ("llama.cpp's quantizer and logits", "pip install 'quantpress[llamacpp]' (built from source)"),
+    "ray": ("sweeps on a cluster", "pip install 'quantpress[ray]'"),
 }
 
 
 @app.command()
 def doctor(as_json: JsonOpt = False) -> None:
-    """What is installed here, what is missing, and how to get it. Nothing is fetched."""
+    """Show what is installed, what is missing and how to get it. Nothing is downloaded."""
     facts = _facts()
     if as_json:
         print_json(facts)

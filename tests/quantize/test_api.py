@@ -99,8 +99,8 @@ def test_a_recipe_may_be_an_object_a_name_a_path_or_a_mapping(place: Path) -> No
     chosen = quantpress.load_recipe(file)
     schemes = {quantpress.plan(r, options=options).linears for r in (chosen, file, Path(file), recipe(place))}
     assert len(schemes) == 1
-    named = quantpress.plan("w4a16-gptq", str(place / "model"), options)
-    assert all(scheme.startswith("int4") for _, _, scheme in named.linears)
+    named = quantpress.plan("fp8-dynamic", str(place / "model"), options)
+    assert all(scheme.startswith("fp8") for _, _, scheme in named.linears)
     with pytest.raises(BadInput, match="no such file and no shipped recipe; did you mean"):
         quantpress.plan("w4a16-gtpq")
     with pytest.raises(BadInput, match="methud: unknown key, did you mean 'method'"):

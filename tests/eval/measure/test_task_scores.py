@@ -135,7 +135,7 @@ def test_only_means_over_documents_are_kept(files: Path, model: tuple[Path, Any]
     (outcome,) = ask(model[0], [Task(file=str(files / "last_word.yaml"), limit=4)])
     assert outcome.metric == "acc"
     with pytest.raises(
-        BadInput, match="task last_word: no metric 'perplexity' that is a mean over documents; there are acc"
+        BadInput, match="task last_word: no metric 'perplexity' that is a mean over documents; it has acc"
     ):
         ask(model[0], [Task(file=str(files / "last_word.yaml"), limit=4, metric="perplexity")])
 
@@ -162,7 +162,7 @@ def test_two_models_are_compared_document_by_document(files: Path, model: tuple[
     assert alone.original is None
     assert alone.recovery is None
     fewer = [TaskScores("choices", "acc", True, 0, dict(list(before[0].scores.items())[:3]))]
-    with pytest.raises(BadInput, match="asked different documents"):
+    with pytest.raises(BadInput, match="given different documents"):
         compare_tasks(after, fewer)
 
 

@@ -216,7 +216,7 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     stray = made / "quantized" / "secrets.env"
     stray.write_text("TOKEN=1")
     try:
-        with pytest.raises(BadInput, match=r"secrets.env, which is no part"):
+        with pytest.raises(BadInput, match=r"secrets.env, which does not belong"):
             prepare_upload(made, "org/name", private=True)
     finally:
         stray.unlink()
@@ -230,7 +230,7 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     finally:
         results.write_text(before)
     what = prepare_upload(made, "org/name", private=True)
-    assert what.warnings == ("manifest.json names a folder of this machine",)  # the recipe's model; not the card
+    assert what.warnings == ("manifest.json contains a path of this machine",)  # the recipe's model; not the card
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("quantpress.eval.release.publish.get_token", lambda: None)
     with pytest.raises(BadInput, match="needs a hub login"):

@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     document["efficiency"] = None
     path.write_text(json.dumps(document))
-    assert "was not measured" in dict(recommend([folder], wish()).others)["int4"]
+    assert "is not known" in dict(recommend([folder], wish()).others)["int4"]
     (folder / "int4" / "eval" / "serving.json").unlink()
     with pytest.raises(BadInput, match="the speed of int4 was not measured"):
         recommend([folder], wish(prefer="fastest"))

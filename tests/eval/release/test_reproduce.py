@@ -45,7 +45,7 @@ def test_the_same_bytes_come_out_of_a_manifest(run: Path) -> None:
 
 def test_a_run_that_is_there_already_proves_nothing(run: Path) -> None:
     again(run, run.parent / "again")
-    with pytest.raises(BadInput, match="holds a finished run, which proves nothing; give another --out"):
+    with pytest.raises(BadInput, match="holds a finished run, which would prove nothing; give another --out"):
         again(run, run.parent / "again")
     for manifest in (run, run / "quantized"):
         with pytest.raises(BadInput, match="is the run that is to be reproduced; give another --out"):

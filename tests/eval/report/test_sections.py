@@ -79,7 +79,7 @@ def test_what_was_measured_has_its_section(full: Path) -> None:
     for title in SECTIONS:
         assert title in text, title
     for shown in ("−3.0 −5.0 to +1.0", "95.0 %", "0 to 10 %", "0.0800 ± 0.0046", "1,535 / 40.0",
-                  "647 MB", "214", "23.0 kB a token", "112 ms", "✓ answers", "– skipped: tools",
+                  "647 MB", "214", "23.0 kB per token", "112 ms", "✓ answers", "– skipped: tools",
                   "+7.9 % +5.0 to +11.0 %",
                   "The capital <b>", "from token 3", "all 1 tokens alike", "2 an hour"):  # fmt: skip
         assert shown in text, shown
@@ -95,7 +95,7 @@ def test_what_was_not_is_absent(tmp_path: Path) -> None:
 
 def test_the_first_token_that_differs_is_marked(full: Path) -> None:
     page = (full / "index.html").read_text(encoding="utf-8")
-    assert 'of France<mark><span class="unseen">from here different: </span> was</mark> Lyon' in page
+    assert 'of France<mark><span class="unseen">different from here: </span> was</mark> Lyon' in page
     assert "<b>" not in page
 
 
@@ -120,7 +120,7 @@ def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
     text = words(page.parent)
     assert "Recipes that failed (1)" in text
     assert "group_size 96 <does not divide>" in text
-    assert "Tokens a second from a server" in text
+    assert "Tokens per second from a server" in text
     assert (page.parent / "speed.svg").is_file()
     markdown = (page.parent / "summary.md").read_text(encoding="utf-8")
     assert "- odd: group\\_size 96 \\<does not divide\\>" in markdown
@@ -128,7 +128,7 @@ def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
     assert write_sweep(tmp_path, []) is None
     (folders[0] / "eval" / "serving.json").unlink()  # no axis of speeds that were not all measured
     assert write_sweep(tmp_path, folders) == page
-    assert "Tokens a second from a server" not in words(page.parent)
+    assert "Tokens per second from a server" not in words(page.parent)
     assert not (page.parent / "speed.svg").exists()
 
 
@@ -171,7 +171,7 @@ def test_headings_go_down_one_step_at_a_time_and_controls_have_names(full: Path)
 
 
 def test_the_verdict_names_what_tasks_and_server_say(full: Path, tmp_path: Path) -> None:
-    said = "None of the 2 task scores is worse than the original's for certain (95 % intervals)."
+    said = "None of the 2 task scores is significantly worse than the original's (95 % CI)."
     assert said in words(full)
     assert said in (full / "summary.md").read_text(encoding="utf-8").replace("\\", "").replace("\u00a0", " ")
     results = full_results()
@@ -180,7 +180,7 @@ def test_the_verdict_names_what_tasks_and_server_say(full: Path, tmp_path: Path)
     run = write_run(tmp_path / "run", fake_manifest(blocks=2), results)
     write_json(run / "eval" / "serving.json", SERVING | {"verdict": "FAILED", "checks": failed})
     text = words(write_report(run).parent)
-    assert "Worse than the original for certain (95 %): arc_easy (acc_norm) by −5.0 to −1.0 points." in text
+    assert "Significantly worse than the original (95 % CI): arc_easy (acc_norm) by −5.0 to −1.0 points." in text
     assert re.search(r"vLLM( \(.*?\))? failed answers\.", text)
     assert "✗ failed: answers<none>" in text
 
