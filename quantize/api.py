@@ -21,7 +21,15 @@ from quantpress.eval.release.callbacks import Callbacks, Options
 from quantpress.eval.release.recommend import recommend
 from quantpress.eval.release.reproduce import Reproduction, make_again, open_recorded
 from quantpress.eval.release.run import Release, make_release
-from quantpress.eval.release.session import evaluation_inputs, make_artifact, make_job, open_source, settings
+from quantpress.eval.release.session import (
+    TargetLike,
+    choose_targets,
+    evaluation_inputs,
+    make_artifact,
+    make_job,
+    open_source,
+    settings,
+)
 from quantpress.eval.release.smoke_run import find_subject, run_smoke
 from quantpress.eval.release.sweep import Runner, RunOutcome, Sweep, in_turn, make_sweep
 from quantpress.eval.report.card import write_card
@@ -38,16 +46,13 @@ from quantpress.exports.verify import verify as verify_files
 from .artifact.artifact import open_artifact
 from .artifact.convert import convert as convert_artifact
 from .artifact.gguf_floats import write_floats
-from .artifact.manifest import own_manifest
 from .core import machine
 from .core.errors import BadInput
 from .core.files import alone_in
 from .engine.plan import Plan
-from .recipe import Recipe, Smoke, Target
+from .recipe import Recipe, Smoke
 from .recipe.gguf_file import FloatFile
-from .recipe.loading import apply_override, load, parse, parse_target
-
-own_recipe, output_folder = subjects.own_recipe, subjects.output_folder
+from .recipe.loading import load, parse
 
 __all__ = [
     "Callbacks", "Endpoint", "Forecast", "Options", "Verification", "card", "compare", "convert", "draft", "evaluate",
@@ -56,7 +61,6 @@ __all__ = [
 ]  # fmt: skip
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
-TargetLike = Target | str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -377,29 +381,6 @@ def run_folder(recipe: Recipe) -> Path:
     """The default run folder, artifacts/<model>/<recipe>."""
     name = Path(recipe.model).name.removesuffix(".gguf").replace("@", "-") or "model"
     return Path("artifacts") / name / recipe.name
-
-
-def choose_targets(
-    folder: Path, targets: Sequence[TargetLike] = (), overrides: Sequence[str] = ()
-) -> tuple[Target, ...]:
-    """The targets as objects, or those of the recipe of the run in `folder`; overrides: `target.key=value` each."""
-    documents: dict[str, Any] = {}
-    for target in targets:
-        document = {"name": target} if isinstance(target, str) else target
-        document = dict(document) if isinstance(document, Mapping) else document.model_dump(mode="json")
-        documents[str(document.get("name"))] = document
-    if not documents:
-        manifest = own_manifest(folder)
-        own = () if manifest is None else manifest.recipe.get("targets", ())
-        documents = {target["name"]: dict(target) for target in own}
-        if not documents:
-            raise BadInput(f"{folder}: the recipe names no targets; give --target, such as --target vllm")
-    for override in overrides:
-        name = next((n for n in documents if override.startswith(f"{n}.")), None)
-        if name is None:
-            raise BadInput(f"--set {override!r}: write target.key=value, with one of {', '.join(documents)}")
-        apply_override(documents[name], override.removeprefix(f"{name}."))
-    return tuple(parse_target(document, "--target") for document in documents.values())
 
 
 def _recipe(recipe: RecipeLike, model: str | None = None) -> Recipe:

@@ -275,7 +275,7 @@ class _Evaluation:
         def on_block() -> None:
             nonlocal done
             done += 1
-            self._watch.step("text", done, total)
+            self._watch.step("text, both models", done, total)
 
         return on_block
 

@@ -3,22 +3,27 @@
 Nothing here takes the lock of a run folder: the functions of the API do, once each.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from quantpress.artifact.manifest import Manifest
+from quantpress.artifact.manifest import Manifest, own_manifest
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.engine.pipeline import Job, Settings, prepare, quantize
 from quantpress.engine.sources import Source, resolve
 from quantpress.exports.contracts import check_job
-from quantpress.recipe import Recipe
+from quantpress.recipe import Recipe, Target
+from quantpress.recipe.loading import apply_override, parse_target
 
 from ..measure.evaluate import Prepared, Watch, evaluate
 from ..measure.evaluate import prepare as prepare_evaluation
 from ..measure.results import Results, Subject
 from ..report.junit import write_junit
 from .callbacks import Callbacks, Options
+
+TargetLike = Target | str | Mapping[str, Any]
 
 
 def open_source(model: str, options: Options) -> Source:
@@ -93,3 +98,26 @@ def saved(out: Path, name: str, callbacks: Callbacks) -> Watch:
         write_junit(out / "eval" / "junit.xml", name, results)
 
     return Watch(lambda section, done, total: callbacks.on_step(f"evaluating {section}", done, total, ""), save)
+
+
+def choose_targets(
+    folder: Path, targets: Sequence[TargetLike] = (), overrides: Sequence[str] = ()
+) -> tuple[Target, ...]:
+    """The targets as objects, or those of the recipe of the run in `folder`; overrides: `target.key=value` each."""
+    documents: dict[str, Any] = {}
+    for target in targets:
+        document = {"name": target} if isinstance(target, str) else target
+        document = dict(document) if isinstance(document, Mapping) else document.model_dump(mode="json")
+        documents[str(document.get("name"))] = document
+    if not documents:
+        manifest = own_manifest(folder)
+        own = () if manifest is None else manifest.recipe.get("targets", ())
+        documents = {target["name"]: dict(target) for target in own}
+        if not documents:
+            raise BadInput(f"{folder}: the recipe names no targets; give --target, such as --target vllm")
+    for override in overrides:
+        name = next((n for n in documents if override.startswith(f"{n}.")), None)
+        if name is None:
+            raise BadInput(f"--set {override!r}: write target.key=value, with one of {', '.join(documents)}")
+        apply_override(documents[name], override.removeprefix(f"{name}."))
+    return tuple(parse_target(document, "--target") for document in documents.values())

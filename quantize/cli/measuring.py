@@ -54,12 +54,14 @@ def evaluate(
         raise BadInput("eval: --draft is measured on a folder; a server shows too little of its distributions")
     chosen = None if recipe is None else recipes.load(recipe, sets)
     quiet_libraries()
+    from quantpress.eval.release.subjects import output_folder, own_recipe
+
     from .. import api
 
     what = subject or api.Endpoint(url or "", model or "", options.api_key)
     if chosen is None:
-        chosen = api.own_recipe(subject, sets)
-    into = out or api.output_folder(what)
+        chosen = own_recipe(subject, sets)
+    into = out or output_folder(what)
     with followed() as callbacks:
         if draft and subject is not None:
             found = api.draft(subject, original, chosen, into, options, callbacks)

@@ -28,9 +28,11 @@ def export(
     as_json: JsonOpt = False,
 ) -> None:
     """Write folders that servers start from: the model in a format they load, launch files, checksums."""
+    from quantpress.eval.release.session import choose_targets
+
     from .. import api
 
-    targets = api.choose_targets(run_folder, names(target), sets)
+    targets = choose_targets(run_folder, names(target), sets)
     done = api.export(run_folder, targets, out, host=host, overwrite=overwrite)
     if as_json:
         print_json({
@@ -62,9 +64,11 @@ def verify(
     if idle and not target:
         raise BadInput(f"{', '.join(idle)}: of a target, and none is given; add --target, such as --target vllm")
     quiet_libraries()
+    from quantpress.eval.release.session import choose_targets
+
     from .. import api
 
-    targets = api.choose_targets(where, names(target), sets) if target else ()
+    targets = choose_targets(where, names(target), sets) if target else ()
     with followed() as callbacks:
         found = api.verify(
             where, targets, python=server_python, way=cast(Literal["server", "parser", "contract"] | None, way),
@@ -103,7 +107,9 @@ def smoke(
     ],
     server: Annotated[
         str | None,
-        typer.Option("--server", help="vllm, llama.cpp, transformers, url; in Docker sglang, tgi, tensorrt-llm, …"),
+        typer.Option(
+            "--server", help="vllm, llama.cpp, transformers or url; any other target starts in Docker, from its export"
+        ),
     ] = None,
     url: Annotated[str | None, typer.Option("--url", help="a server that already runs: http://host:port")] = None,
     server_python: ServerPythonOpt = None,

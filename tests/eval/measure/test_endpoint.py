@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure.divergence import compare, last_hidden, windows
 from quantpress.eval.measure.endpoint import Endpoint, ServedModel, served_nll
+from quantpress.eval.measure.evaluate import evaluate_served, prepare
 from quantpress.eval.measure.likelihood import Scorer
+from quantpress.eval.measure.task_scores import TaskScores
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
-from quantpress.recipe import Evaluation
+from quantpress.recipe import Evaluation, Gates
 
 from ...tiny import build, text, tokenizer
 
@@ -155,3 +158,31 @@ def test_windows_that_the_server_would_refuse_are_refused_before_the_work(served
     model.check_window(63)
     with pytest.raises(BadInput, match=r"evaluation.window 64: .* at most 63 tokens, .*--set evaluation.window=63 "):
         model.check_window(64)
+
+
+class LongTask:
+    """A task whose one document is longer than the server takes."""
+
+    def identity(self) -> str:
+        return "long"
+
+    def run(self, model: Any) -> list[TaskScores]:
+        ((value, _),) = model._answers.log_likelihoods([([i % 250 + 2 for i in range(200)], [3, 4])])
+        return [TaskScores("long", "log-likelihood", True, 0, {"document": value})]
+
+
+def test_the_original_is_cut_as_the_server_cuts(served: tuple[str, Path], tmp_path: Path) -> None:
+    """A model that is served by a server with a shorter context differs from itself in nothing."""
+    pytest.importorskip("lm_eval")
+    url, folder = served
+    Completions.length = 64
+    wanted = Evaluation(source=str(tmp_path / "text.txt"), windows=2, window=63, prompts=())
+    (tmp_path / "text.txt").write_text(text())
+    prepared = replace(prepare(folder, wanted, tmp_path), tasks=LongTask())  # type: ignore[arg-type]
+    results = evaluate_served(folder, ServedModel(Endpoint(url, "tiny"), 128), prepared, Gates())
+    assert results.perplexity_increase == pytest.approx(0, abs=1e-4)
+    (row,) = results.tasks
+    assert row.difference == pytest.approx(0, abs=1e-3)
+    longer = replace(prepared, wanted=wanted.model_copy(update={"window": 64}))
+    with pytest.raises(BadInput, match=r"evaluation.window 64: .* at most 63 tokens"):
+        evaluate_served(folder, ServedModel(Endpoint(url, "tiny"), 128), longer, Gates())
