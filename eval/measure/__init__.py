@@ -1,1 +1,1 @@
-"""The figures: the artifact on disk beside its original."""
+"""Measurements of an artifact on disk against its original."""

@@ -1,7 +1,7 @@
-"""Perplexity and divergence from the original, streamed: one block of weights and a few rows of logits at a time.
+"""Perplexity and KL divergence from the original, streamed: one block of weights and a few rows of logits at a time.
 
-Both models run block by block over the same windows; only their last hidden states are kept. Logits exist for a few
-hundred tokens at a time and are never held whole.
+Both models run block by block over the same windows; only their last hidden states are kept. Logits are computed for a
+few hundred tokens at a time, never for all.
 """
 
 import math
@@ -25,9 +25,9 @@ from .results import Bucket, Divergence, EvaluationText, Interval, NoiseFloor, Q
 from .statistics import Array, around, groups_of, quantile_interval, runs, standard_error
 
 _ROWS = 256  # tokens whose logits are in memory at a time
-_TILE = 400_000  # logits of them that a CPU compares at once: what it works on stays in its cache
+_TILE = 400_000  # logits that one CPU thread compares at a time, so that they stay in its cache
 BATCH_TOKENS = 4096
-_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the original's confidence
+_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the buckets by the original's confidence
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Windows:
 
     @property
     def runs(self) -> NDArray[np.int64]:
-        """The run of neighbours each scored token belongs to, for their statistics: with 16 windows, the window."""
+        """The run of neighbouring tokens that each scored token belongs to; see statistics.runs. int64 [tokens]."""
         return runs(int(self.scored.sum()))
 
     def record(self) -> EvaluationText:
@@ -59,20 +59,20 @@ class Windows:
 
 @dataclass(frozen=True)
 class Scores:
-    """What two models make of each scored token: float64 [tokens], but `same` bool and `runs` int64."""
+    """Both models on each scored token: float64 [tokens], but `same` bool and `runs` int64."""
 
     original_nll: Array
     artifact_nll: Array
-    kl: Array  # of the artifact's next-token distribution from the original's, nats
-    same: NDArray[np.bool_]  # whether both find the same token the most likely
-    confidence: Array  # the probability the original gives its favourite
+    kl: Array  # KL(original || artifact) of the next-token distributions, nats
+    same: NDArray[np.bool_]  # whether both rank the same token first
+    confidence: Array  # the probability of the original's most likely token
     runs: NDArray[np.int64]
 
 
 def windows(tokenizer: Any, text: str, source: str, wanted: Evaluation) -> Windows:
-    """The first `windows` windows of the text, each scored on the tokens the one before has not scored.
+    """The first `windows` windows of the text, each scored on the tokens that the one before has not scored.
 
-    Raises BadInput when the text holds fewer.
+    Raises BadInput for a text with fewer windows.
     """
     bos = bos_id(tokenizer, wanted.bos)
     body = wanted.window - (bos is not None)
@@ -92,7 +92,7 @@ def windows(tokenizer: Any, text: str, source: str, wanted: Evaluation) -> Windo
 
 
 def last_hidden(skeleton: Skeleton, tokens: Tensor, on_block: Callable[[], None]) -> Tensor:
-    """Hidden states [windows, window, hidden] that leave the last block; leaves the shell open for `logits`."""
+    """Hidden states [windows, window, hidden] after the last block; leaves the shell open for `logits`."""
     skeleton.open_shell()
     hidden = skeleton.embed(tokens).cpu()
     arguments = skeleton.block_arguments(tokens.shape[1])
@@ -104,9 +104,9 @@ def last_hidden(skeleton: Skeleton, tokens: Tensor, on_block: Callable[[], None]
 
 
 def compare(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], text: Windows) -> Scores:
-    """The scores of the original and the artifact from what left their last blocks, hidden [windows, window, hidden].
+    """Scores of the original and the artifact from their last hidden states, [windows, window, hidden] each.
 
-    The logits of both are made anew from it, `_ROWS` tokens at a time; their shells have to be open.
+    The logits of both are computed from them, `_ROWS` tokens at a time; both shells have to be open.
     """
     ids = text.tokens.ids
     columns: list[list[Tensor]] = [[] for _ in range(5)]
@@ -124,8 +124,8 @@ def compare(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], te
 
 
 def _tiles(pool: Executor, original: Tensor, artifact: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """`_compare` over logits [tokens, vocab]; on a CPU in tiles, each by one thread of `pool`, which is several times
-    faster than one large operation after another, each by all threads.
+    """`_compare` over logits [tokens, vocab]; on a CPU in tiles, one per thread of `pool`, which is several times
+    faster than large operations that each use all threads.
     """
     if original.device.type != "cpu":
         return _compare(original, artifact, target)
@@ -135,7 +135,7 @@ def _tiles(pool: Executor, original: Tensor, artifact: Tensor, target: Tensor) -
 
 
 def _compare(original: Tensor, artifact: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Both models' nll of the target [tokens], KL, the original's largest probability, and whether favourites agree."""
+    """Both models' NLL of the target [tokens], KL, the original's largest probability, and if the top token agrees."""
     p, q = (torch.log_softmax(logits.float(), -1) for logits in (original, artifact))
     nll = [-log_probs.gather(1, target[:, None])[:, 0] for log_probs in (p, q)]
     (top, favourite), other = p.max(-1), q.argmax(-1)
@@ -143,13 +143,13 @@ def _compare(original: Tensor, artifact: Tensor, target: Tensor) -> tuple[Tensor
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats for each row of log-probabilities [tokens, vocab]; rounding never makes it negative."""
+    """KL(p || q) in nats of each row of log-probabilities [tokens, vocab], clamped at 0 against rounding."""
     kl: Tensor = torch.linalg.vecdot(p.exp(), p - q)
     return kl.clamp_(min=0)
 
 
 def quality(nll: Array, text: Windows, size: int) -> Quality:
-    """One model's perplexity from its nll [tokens]; `size`: bytes of its weights."""
+    """One model's perplexity from its NLL [tokens]; size: bytes of its weights."""
     mean, bits = float(nll.mean()), float(nll.sum()) / math.log(2) / max(1, text.bytes)
     return Quality(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
@@ -162,7 +162,7 @@ def quality(nll: Array, text: Windows, size: int) -> Quality:
 
 
 def perplexity_increase(before: Array, after: Array, text: Windows) -> tuple[float, Interval | None]:
-    """As a fraction, with its interval: both models' nll [tokens] of the same tokens."""
+    """Relative increase of the perplexity and its interval, from both models' NLL [tokens] of the same tokens."""
     difference = after - before
     mean = float(difference.mean())
     ends = around(mean, standard_error(difference, text.runs), groups_of(text.runs))
@@ -174,7 +174,7 @@ def _growth(nats: float) -> float:
 
 
 def divergence(scores: Scores, noise: NoiseFloor | None = None) -> Divergence:
-    """The divergence over all tokens and by how sure the original was."""
+    """The divergence over all tokens, and by the original's confidence."""
     kl, same, groups = scores.kl, scores.same.astype(np.float64), groups_of(scores.runs)
     kl_stderr, top1_stderr = (standard_error(values, scores.runs) for values in (kl, same))
     median, p90, p99 = np.quantile(kl, [0.5, 0.9, 0.99]).tolist()

@@ -1,4 +1,4 @@
-"""The evaluation of one artifact against its original: section by section, each written as soon as it is measured."""
+"""The evaluation of one artifact against its original, section by section; each is saved as soon as it is measured."""
 
 import time
 from collections.abc import Callable
@@ -21,19 +21,19 @@ from quantpress.recipe import Evaluation, Gates
 
 from . import capacity
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase, quality, windows
+from .endpoint import ServedModel, served_nll
+from .gates import judge
 from .generations import remembered, side_by_side
-from .judge import judge
-from .likelihood import Scorer
+from .likelihood import Room, Scorer
 from .reference import reference
 from .results import Efficiency, Results, Subject
-from .served import Server, served_nll
 from .speed import time_model
-from .tasks import Outcome, Tasks, compare_tasks, kept
+from .task_scores import Tasks, TaskScores, compare_tasks, kept
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an evaluation reads beside the two models, all of it found and checked before they run."""
+    """Everything an evaluation reads apart from the two models, found and checked before they run."""
 
     wanted: Evaluation
     text: Windows
@@ -48,8 +48,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who follows an evaluation: `step(section, done, total)` as it goes on (total 0: not known), `save(results)` after
-    each section, with `complete` false until the last.
+    """Callbacks of an evaluation.
+
+    step(section, done, total): progress; total is 0 where it is not known. save(results): after each section, with
+    `complete` false until the last.
     """
 
     step: Callable[[str, int, int], None] = lambda section, done, total: None
@@ -57,7 +59,7 @@ class Watch:
 
 
 def positions_of(model: Path) -> int | None:
-    """Tokens that the model in this folder takes at most, by its config; None where that does not say."""
+    """The longest context of the model in this folder, in tokens, by its config; None where that does not say."""
     config = read_json(model / "config.json")
     return config.get("max_position_embeddings") or config.get("n_positions")
 
@@ -65,8 +67,8 @@ def positions_of(model: Path) -> int | None:
 def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: bool = False) -> Prepared:
     """Read the text, the tokenizer and the tasks.
 
-    Raises BadInput for text that is missing or too short, windows longer than the model takes, no tokenizer, tasks that
-    are not known or have no data.
+    Raises BadInput for text that is missing or too short, windows longer than the model's context, a missing tokenizer,
+    and tasks that are unknown or have no data.
     """
     positions = positions_of(original)
     if positions is not None and wanted.window > positions:
@@ -90,28 +92,32 @@ def evaluate(
     watch: Watch = Watch(),
     subject: Subject | None = None,
 ) -> Results:
-    """All that the recipe wants to know of the artifact (a folder, or what open_artifact reads) against the original's
-    folder. What could not be measured is in `notes`, with the reason.
+    """Everything that the recipe asks for, of the artifact (a folder or a .gguf file) against the original's folder.
 
-    Raises BadInput when the two are not the same model.
+    What could not be measured is in `notes`, with the reason. Raises BadInput when the two are not the same model.
     """
     return _Evaluation(original, prepared, gates, watch).of_folder(artifact, subject)
 
 
 def evaluate_served(
     original: Path,
-    server: Server,
+    server: ServedModel,
     prepared: Prepared,
     gates: Gates,
     watch: Watch = Watch(),
     subject: Subject | None = None,
 ) -> Results:
-    """Perplexity and tasks of a served model against the original's folder; a server shows too little for the rest."""
+    """Perplexity and tasks of a served model against the original's folder; a server exposes too little for the rest.
+
+    Both models see the same tokens: what does not fit the server is cut for the original too. Raises BadInput for
+    windows that the server would refuse.
+    """
+    server.check_window(prepared.wanted.window)
     return _Evaluation(original, prepared, gates, watch).of_server(server, subject)
 
 
 class _Evaluation:
-    """One evaluation on its way: the sections so far."""
+    """One evaluation in progress, with the sections measured so far."""
 
     def __init__(self, original: Path, prepared: Prepared, gates: Gates, watch: Watch) -> None:
         self._folder, self._prepared, self._gates, self._watch = original, prepared, gates, watch
@@ -125,7 +131,7 @@ class _Evaluation:
         _, plain = self._original()
         reader, quantized = open_artifact(artifact, self._device, plain.dtype)
         self._same_model(plain, quantized, artifact)
-        if subject is not None and subject.kind != "run":  # only what reads it can say what it is
+        if subject is not None and subject.kind != "run":  # known once it is opened
             kind = "checkpoint" if reader.format is None else "artifact"
             subject = subject.model_copy(update={"kind": kind, "format": reader.format})
         self._add(subject=subject)
@@ -136,7 +142,7 @@ class _Evaluation:
         self._timing(artifact)
         return self._add(complete=True)
 
-    def of_server(self, server: Server, subject: Subject | None) -> Results:
+    def of_server(self, server: ServedModel, subject: Subject | None) -> Results:
         self._add(subject=subject)
         text = self._prepared.text
         reader, plain = self._original()
@@ -144,7 +150,7 @@ class _Evaluation:
         before = compare((plain, plain), (hidden, hidden), text).original_nll
         after = served_nll(server, text, lambda done, total: self._watch.step("served text", done, total))
         self._quality(before, after, reader.total_bytes, 0)
-        self._tasks(lambda: server)
+        self._tasks(lambda: server, server.room)
         return self._add(complete=True)
 
     def _text(self, reader: Artifact, quantized: Skeleton) -> None:
@@ -164,7 +170,7 @@ class _Evaluation:
             if not np.isfinite(nll).all():
                 raise BadInput(
                     f"the {who}'s probabilities of the text hold NaN or inf in {self._results.dtype}; "
-                    "its weights or activations are too large for that"
+                    "its weights or activations are too large for that type"
                 )
         increase, interval = perplexity_increase(before, after, text)
         self._add(
@@ -188,20 +194,22 @@ class _Evaluation:
             )
         )
 
-    def _tasks(self, answers: Callable[[], Any]) -> None:
+    def _tasks(self, answers: Callable[[], Any], room: Room | None = None) -> None:
+        """room: that of the artifact, where it has less than the original."""
         tasks = self._prepared.tasks
         if tasks is None:
             return
-        from .lm import Adapter
+        from .lm_eval_model import LmEvalModel
 
-        def ask(answers: Any) -> list[Outcome]:
-            return tasks.run(Adapter(answers, self._prepared.tokenizer, self._prepared.bos))
+        def ask(answers: Any) -> list[TaskScores]:
+            return tasks.run(LmEvalModel(answers, self._prepared.tokenizer, self._prepared.bos))
 
-        def ask_original() -> list[Outcome]:
-            return ask(Scorer(self._original()[1], self._prepared.tokenizer, self._steps("tasks, original")))
+        def ask_original() -> list[TaskScores]:
+            return ask(Scorer(self._original()[1], self._prepared.tokenizer, self._steps("tasks, original"), room))
 
         model = [fingerprint(self._folder), self._results.dtype, self._results.device]
         what = [machine.libraries(), *model, self._prepared.bos]
+        what += [] if room is None else [room.scored, room.written]
         before = kept(self._prepared.cache / "tasks", tasks, what, ask_original)
         self._add(tasks=compare_tasks(ask(answers()), before))
 
@@ -211,7 +219,7 @@ class _Evaluation:
             return
 
         def write(folder: Path, name: str) -> Callable[..., list[list[int]]]:
-            # Opened when it is its turn, and dropped after it: never two whole models at once.
+            # Opened in its turn and dropped after it, so that two whole models are never in memory at once.
             return lambda prompts, new_tokens: Scorer(
                 self._open(folder), tokenizer, self._steps(f"continuations, {name}")
             ).write(prompts, new_tokens)
@@ -261,18 +269,18 @@ class _Evaluation:
         return lambda done, total: self._watch.step(section, done, total)
 
     def _blocks(self, total: int) -> Callable[[], None]:
-        """Counts the blocks of the text's section."""
+        """A callback that counts the blocks of the section `text`."""
         done = 0
 
         def on_block() -> None:
             nonlocal done
             done += 1
-            self._watch.step("text", done, total)
+            self._watch.step("text, both models", done, total)
 
         return on_block
 
     def _same_model(self, plain: Skeleton, quantized: Skeleton, artifact: Path) -> None:
         if quantized.n_blocks != plain.n_blocks or quantized.config.vocab_size != plain.config.vocab_size:
             raise BadInput(
-                f"{artifact} is not a version of {self._folder}: their blocks or vocabularies differ in number"
+                f"{artifact} is not a version of {self._folder}: they differ in the number of blocks or the vocabulary"
             )

@@ -10,13 +10,13 @@ from quantpress.core.files import whole_file
 
 from .results import Generation
 
-Write = Callable[[Sequence[list[int]], int], list[list[int]]]  # prompts, most new tokens -> what follows each
+Write = Callable[[Sequence[list[int]], int], list[list[int]]]  # prompts, most new tokens -> continuations
 
 
 def side_by_side(
     original: Write, artifact: Write, tokenizer: Any, bos: int | None, prompts: Sequence[str], new_tokens: int
 ) -> tuple[Generation, ...]:
-    """Greedy continuations of `prompts`, with BOS (if there is one) before each, and where they part."""
+    """Greedy continuations of `prompts`, each with BOS (if given) before it, and where the two differ first."""
     front = [] if bos is None else [bos]
     given = [front + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     written = [write(given, new_tokens) for write in (original, artifact)]
@@ -40,7 +40,7 @@ def side_by_side(
 
 
 def remembered(folder: Path, what: Sequence[Any], write: Write) -> Write:
-    """`write`, with its answers kept in the cache `folder`; `what` identifies the model and all that it computes by."""
+    """`write` with its answers cached in `folder`; what: everything that identifies the model and how it computes."""
 
     def answer(prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
         key = hashlib.sha256(json.dumps([*what, list(prompts), new_tokens]).encode()).hexdigest()[:32]
@@ -57,7 +57,7 @@ def remembered(folder: Path, what: Sequence[Any], write: Write) -> Write:
 
 
 def _alike(first: str, second: str) -> int:
-    """Characters at the front that two texts have in common; a token that is half a character ends before it."""
+    """How many leading characters two texts share."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )

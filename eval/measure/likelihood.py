@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations and greedy continuations, of any model that a skeleton reads.
+"""Log-likelihoods and greedy generation of any model that a skeleton reads.
 
-Log-likelihoods go block by block, all requests through one block before the next is read, so that the model never has
-to fit in memory. Writing needs the whole model, for its key-value cache.
+Log-likelihoods are computed block by block, all requests through one block before the next is read, so the model need
+not fit in memory. Generation needs the whole model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,36 +19,70 @@ from quantpress.models.skeleton import Skeleton, run_block
 from .divergence import BATCH_TOKENS
 
 _ROWS = 256  # tokens whose logits are in memory at a time
-_MULTIPLE = 16  # lengths are rounded up to it, so that a batch and its mask serve several
-_SHARE = 8  # of the free memory, one in this many is for hidden states
+_MULTIPLE = 16  # lengths are rounded up to a multiple of it, so that requests share batches and masks
+_SHARE = 8  # hidden states take at most one part in this many of the free memory
 _WRITTEN_AT_ONCE = 16  # prompts continued in one batch
 
-Pair = tuple[list[int], list[int]]  # token ids of a context and of what may follow it
+Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Requests of about one length; ids [requests, tokens], short ones filled up on the right, where no mask looks."""
+    """Requests of similar length; ids [requests, tokens], padded on the right, which causal attention never sees."""
 
     requests: list[int]
     ids: Tensor
 
 
+@dataclass(frozen=True)
+class Room:
+    """How many tokens a model has room for.
+
+    scored: of a context and its continuation together, when log-probabilities are asked for. written: of a prompt and
+    what is generated after it.
+    """
+
+    scored: int
+    written: int
+
+    def pair(self, pair: Pair) -> list[int]:
+        """Context and continuation as one sequence; a context that is too long loses its beginning.
+
+        Raises BadInput for a continuation that leaves no room for a token of context.
+        """
+        context, continuation = pair
+        if len(continuation) >= self.scored:
+            most = self.scored - 1
+            raise BadInput(f"a continuation of {len(continuation)} tokens: the model takes {most} at most")
+        return (context + continuation)[-self.scored :]
+
+    def prompt(self, ids: list[int], new_tokens: int) -> list[int]:
+        """The prompt, cut at its beginning so that `new_tokens` fit after it; raises BadInput where no prompt would."""
+        if new_tokens >= self.written:
+            raise BadInput(f"{new_tokens} new tokens leave no room for a prompt in {self.written} positions")
+        return ids[-(self.written - new_tokens) :]
+
+
 class Scorer:
     """A model that answers lm-eval's requests in this process.
 
-    limit: the longest input in tokens; longer contexts lose their beginning. on_block(done, total) is called as blocks
-    finish, on_block(0, 0) before something without a number of steps.
+    room: by default all that the model has; the last token of a continuation is predicted, not read, and needs none.
+    on_block(done, total) is called as blocks finish, on_block(0, 0) before something without a number of steps.
     """
 
     def __init__(
-        self, skeleton: Skeleton, tokenizer: Any, on_block: Callable[[int, int], None] = lambda done, total: None
+        self,
+        skeleton: Skeleton,
+        tokenizer: Any,
+        on_block: Callable[[int, int], None] = lambda done, total: None,
+        room: Room | None = None,
     ) -> None:
         self._skeleton, self._tokenizer, self._on_block = skeleton, tokenizer, on_block
-        self.limit = int(getattr(skeleton.config, "max_position_embeddings", None) or 2048)
+        self._positions = int(getattr(skeleton.config, "max_position_embeddings", None) or 2048)
+        self.room = room or Room(self._positions + 1, self._positions)
 
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """log p(continuation | context) in nats, and whether each of its tokens is the model's favourite."""
+        """log p(continuation | context) in nats, and whether greedy decoding would give exactly this continuation."""
         out: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         self._skeleton.open_shell()
         chunks = list(self._chunks(pairs))
@@ -64,7 +98,7 @@ class Scorer:
                 self._on_block(done, total)
             for batch, states in zip(chunk, hidden, strict=True):
                 for row, request in enumerate(batch.requests):
-                    length = min(len(pairs[request][0]) + len(pairs[request][1]) - 1, self.limit)
+                    length = len(self.room.pair(pairs[request])) - 1
                     out[request] = self._score(states[row, :length], pairs[request][1])
         return out
 
@@ -79,7 +113,7 @@ class Scorer:
         return total, greedy
 
     def _chunks(self, pairs: Sequence[Pair]) -> Iterator[list[_Batch]]:
-        """All requests, longest first, in batches; in a chunk as many as memory has room for."""
+        """All requests, longest first, in batches, grouped into chunks that fit in memory."""
         width = self._skeleton.config.hidden_size * self._skeleton.dtype.itemsize
         room = max(psutil.virtual_memory().available // _SHARE, BATCH_TOKENS * width)
         chunk: list[_Batch] = []
@@ -94,15 +128,11 @@ class Scorer:
             yield chunk
 
     def _batches(self, pairs: Sequence[Pair]) -> Iterator[_Batch]:
-        inputs = []
-        for context, continuation in pairs:
-            if len(continuation) > self.limit:
-                raise BadInput(f"a continuation of {len(continuation)} tokens: the model takes {self.limit} at most")
-            inputs.append((context + continuation)[-(self.limit + 1) :][:-1])
+        inputs = [self.room.pair(pair)[:-1] for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -len(inputs[i]))
         while order:
             longest = len(inputs[order[0]])
-            width = min(-(-longest // _MULTIPLE) * _MULTIPLE, max(longest, self.limit))
+            width = min(-(-longest // _MULTIPLE) * _MULTIPLE, max(longest, self._positions))
             count = max(1, BATCH_TOKENS // width)
             now, order = order[:count], order[count:]
             ids = torch.zeros(len(now), width, dtype=torch.int64)
@@ -119,7 +149,7 @@ class Scorer:
         self._on_block(0, 0)
         model = self._skeleton.whole()
         end = self._tokenizer.eos_token_id
-        pad = end or 0  # its place is masked; only that there is one counts
+        pad = end or 0  # masked; any id will do
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=new_tokens,
@@ -131,7 +161,7 @@ class Scorer:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), _WRITTEN_AT_ONCE):
             now = order[start : start + _WRITTEN_AT_ONCE]
-            given = [prompts[i][-(self.limit - new_tokens) :] for i in now]
+            given = [self.room.prompt(prompts[i], new_tokens) for i in now]
             width = max(map(len, given))
             ids = torch.full((len(now), width), pad, dtype=torch.int64)
             mask = torch.zeros_like(ids)
@@ -148,20 +178,20 @@ class Scorer:
         return out
 
     def continue_text(self, prompts: Sequence[list[int]], new_tokens: int, stop: Sequence[str]) -> list[str]:
-        """`write` as text."""
+        """As `write`, decoded to text."""
         written = self.write(prompts, new_tokens, stop)
         return [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
 
 
 def fits_or_fails(skeleton: Skeleton) -> None:
-    """Raise BadInput when the whole model is larger than the memory that is free."""
+    """Raise BadInput when the whole model does not fit in free memory."""
     needed = whole_bytes(skeleton)
     if skeleton.device.type == "cuda":
         free = torch.cuda.mem_get_info(skeleton.device)[0]
     else:
         free = psutil.virtual_memory().available
     if needed * 1.1 > free:
-        raise BadInput(f"the whole model takes {needed / 1e9:.1f} GB to write with, and {free / 1e9:.1f} GB are free")
+        raise BadInput(f"generating needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
 def whole_bytes(skeleton: Skeleton) -> int:

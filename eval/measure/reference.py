@@ -1,8 +1,8 @@
-"""The original over the evaluation windows, computed once and kept in the cache for every artifact after it.
+"""The original's hidden states over the evaluation windows, computed once and cached for every artifact compared.
 
-Kept is what leaves the last block, in the model's own dtype, from which the head makes the logits again bit for bit:
-exact, and for a vocabulary of 49152 and a hidden size of 576 a hundred and seventieth of float32 logits. It is mapped
-into memory, not read; logits exist for a few hundred tokens at a time.
+The cache holds the output of the last block in the model's own dtype. From it the head gives the same logits, bit for
+bit; for a vocabulary of 49152 and a hidden size of 576 it takes 1/170 of the space of float32 logits. The file is
+mapped into memory, and logits are computed for a few hundred tokens at a time.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ from quantpress.models.skeleton import Skeleton
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase
 from .results import NoiseFloor
 
-_LAYOUT = "1"  # raise when what is computed or how it is kept changes
-_KEPT = 16  # references; the ones used longest ago go
+_LAYOUT = "1"  # raise when what is computed, or how it is stored, changes
+_KEPT = 16  # cached originals; the least recently used are deleted
 _NOISE_WINDOWS = 4
 
 
 def reference(
     original: Skeleton, folder: Path, text: Windows, cache: Path, on_block: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, NoiseFloor]:
-    """Hidden states [windows, window, hidden] of the original in `folder` and its noise floor; opens its shell.
+    """Hidden states [windows, window, hidden] of the original in `folder`, and its noise floor; opens its shell.
 
-    Taken from the cache when the same weights met the same windows before, in the same dtype, with the same torch and
-    transformers on the same kind of device; `on_block` is called as often as there are blocks either way.
+    From the cache when the same weights were run over the same windows before, in the same dtype, with the same
+    versions of torch and transformers, on the same kind of device. on_block is called once per block in either case.
     """
     place = cache / "reference" / _key(original, folder, text)
     if place.is_dir():
@@ -61,7 +61,7 @@ def reference(
 
 
 def _noise(original: Skeleton, folder: Path, hidden: Tensor, text: Windows) -> NoiseFloor:
-    """The original in its own dtype against itself in float32; one that is float32, against itself in other batches."""
+    """The original in its own dtype against itself in float32; a float32 model against itself in other batches."""
     n = min(_NOISE_WINDOWS, len(text.scored))
     ids = text.tokens.ids[:n]
     few = replace(text, tokens=Tokens(ids, text.tokens.source, text.tokens.bos), scored=text.scored[:n])
@@ -85,7 +85,7 @@ def _noise(original: Skeleton, folder: Path, hidden: Tensor, text: Windows) -> N
 
 
 def _key(original: Skeleton, folder: Path, text: Windows) -> str:
-    """Of all that the hidden states depend on."""
+    """Hash of everything that the hidden states depend on."""
     scored = text.scored.tolist()
     libraries = machine.libraries()
     parts = (_LAYOUT, libraries, str(original.dtype), original.device.type, text.tokens.sha256, scored)

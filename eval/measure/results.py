@@ -15,13 +15,13 @@ Number = Annotated[
     BeforeValidator(lambda value: math.nan if value is None else value),
     PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
 ]
-Interval = tuple[Number, Number]  # where the true value lies with 95% confidence, if nothing but chance is at work
+Interval = tuple[Number, Number]  # 95 % confidence interval, from sampling error alone
 Verdict = Literal["ACCEPT", "REGRESSION", "INCONCLUSIVE", "NONE"]
 RESULTS_SCHEMA = 2
 
 
 class Record(BaseModel):
-    """A part of what a run wrote; keys that are not shown here are left alone."""
+    """A part of a JSON document; unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,18 +33,20 @@ class Subject(Record):
     name: str
     format: str | None = None  # of its weights; None for a plain checkpoint, and where a server does not say
     original: str | None = None
-    server: str | None = None  # what a served model's server says it is
+    server: str | None = None  # the address of a served model
 
 
 class EvaluationText(Record):
-    """The text both models were judged on: the last `stride` targets of each of `windows` windows of `window` tokens
-    (of the first window all). `bos`: whether each window opens with the BOS token.
+    """The text that both models were evaluated on: `windows` windows of `window` tokens.
+
+    The last `stride` targets of each window are scored (all targets of the first). bos: whether each window starts with
+    the BOS token.
     """
 
     source: str
     sha256: str
     tokens: int  # scored
-    bytes: int = 0  # of UTF-8 that the scored tokens stand for
+    bytes: int = 0  # UTF-8 length of the scored tokens
     windows: int
     window: int
     stride: int | None
@@ -52,13 +54,13 @@ class EvaluationText(Record):
 
 
 class Quality(Record):
-    """One model on that text."""
+    """The quality of one model on that text."""
 
-    perplexity: Number  # a token
-    nll: Number = math.nan  # nats a token
-    nll_stderr: Number  # of the mean over the tokens, which are not independent: from runs of tokens
+    perplexity: Number  # per token
+    nll: Number = math.nan  # nats per token
+    nll_stderr: Number  # cluster-robust, as tokens are not independent; see statistics.py
     bits_per_byte: Number
-    byte_perplexity: Number = math.nan  # 2 to the bits a byte: does not depend on the tokenizer
+    byte_perplexity: Number = math.nan  # 2 ** bits_per_byte: does not depend on the tokenizer
     bytes: int  # weights on disk; 0 when served
 
     @property
@@ -68,7 +70,7 @@ class Quality(Record):
 
 
 class Bucket(Record):
-    """The tokens for whose next token the original gave its favourite a probability in [low, high)."""
+    """The tokens at which the original's most likely next token had a probability in [low, high)."""
 
     low: float
     high: float
@@ -79,7 +81,7 @@ class Bucket(Record):
 
 
 class NoiseFloor(Record):
-    """The original against itself computed another way: a divergence this small says nothing about an artifact."""
+    """The original against itself, computed differently: a divergence this small says nothing about an artifact."""
 
     what: str
     kl_mean: Number
@@ -89,7 +91,7 @@ class NoiseFloor(Record):
 
 
 class Divergence(Record):
-    """KL divergence from the original's next-token distribution, nats a token, and how often the top token agrees."""
+    """KL divergence from the original's next-token distribution, nats per token, and how often the top token agrees."""
 
     kl_mean: Number
     kl_stderr: Number
@@ -114,10 +116,10 @@ class Score(Record):
 
 
 class TaskResult(Record):
-    """One metric of one task. What compares the two is paired: both answered the same `n` documents.
+    """One metric of one task. Differences are paired: both models answered the same `n` documents.
 
-    difference: artifact less original, with its standard error and interval; recovery: the artifact's score as a
-    fraction of the original's. None without an original, or when the original scores 0.
+    difference: artifact minus original, with its standard error and interval. recovery: the artifact's score as a
+    fraction of the original's; None without an original, or when that scores 0.
     """
 
     task: str
@@ -125,7 +127,7 @@ class TaskResult(Record):
     higher_is_better: bool
     few_shot: int
     n: int
-    sha256: str  # of the documents, their prompts and few-shot examples included
+    sha256: str  # of the documents with their prompts, including few-shot examples
     artifact: Score
     original: Score | None = None
     difference: Number | None = None
@@ -136,10 +138,10 @@ class TaskResult(Record):
 
 
 class Speed(Record):
-    """Tokens a second at one batch size and context, over all sequences; *_stderr over `repeats` repeats."""
+    """Tokens per second at one batch size and context, all sequences together; *_stderr over `repeats` repeats."""
 
     batch: int
-    context: int  # tokens a sequence before the first new one
+    context: int  # prompt tokens per sequence
     repeats: int
     prefill_tokens_per_second: Number
     prefill_stderr: Number
@@ -148,10 +150,9 @@ class Speed(Record):
 
 
 class Runtime(Record):
-    """What one model took to load and run. `what` says which program ran it: figures hold for that one only.
+    """What it took to load and run one model. what: the program that ran it, for which alone the figures hold.
 
-    peak_rss_bytes is the largest resident memory while loading and running, peak_vram_bytes the largest allocation on
-    a GPU.
+    peak_rss_bytes: largest resident memory while loading and running; peak_vram_bytes: largest allocation on a GPU.
     """
 
     what: str
@@ -164,19 +165,19 @@ class Runtime(Record):
     speed: tuple[Speed, ...] = ()
 
 
-class Cache(Record):
-    """The key-value cache of one sequence, from the config; layers with a sliding window stop growing at it."""
+class KvCache(Record):
+    """The key-value cache of one sequence, from the config; layers with a sliding window stop growing there."""
 
     dtype: str
-    bytes_per_token: int  # while every layer still grows
-    bytes_per_token_past_window: int | None = None  # once the windowed layers are full; None without windows
+    bytes_per_token: int  # within the sliding window
+    bytes_per_token_past_window: int | None = None  # None without sliding windows
     sliding_window: int | None = None
     context: int  # tokens
     bytes_at_context: int
 
 
 class Fit(Record):
-    """How many sequences of `context` tokens fit a GPU beside the weights; 0: not one."""
+    """How many sequences of `context` tokens fit a GPU beside the weights; 0: none."""
 
     gpu: str
     memory_bytes: int
@@ -185,7 +186,7 @@ class Fit(Record):
 
 
 class Cost(Record):
-    """What a million tokens cost on hardware at `per_hour`; `formula` has the figures put in."""
+    """What a million tokens cost on hardware at `per_hour`; formula: the calculation with its numbers."""
 
     per_hour: float
     per_million_decoded: Number
@@ -194,35 +195,37 @@ class Cost(Record):
 
 
 class Efficiency(Record):
-    """What the artifact costs to hold and run."""
+    """Size, memory and speed of the artifact."""
 
     bytes: int  # weights on disk
     original_bytes: int | None = None
     parameters: int
-    bits_per_parameter: float  # the whole model, with what stays in 16 bit
-    bits_per_weight: float | None = None  # a quantized weight with its scales and zeros
+    bits_per_parameter: float  # the whole model, including what stays in 16 bit
+    bits_per_weight: float | None = None  # per quantized weight, including its scales and zero points
     runtime: Runtime | None = None
     original_runtime: Runtime | None = None
-    cache: Cache | None = None
+    cache: KvCache | None = None
     fits: tuple[Fit, ...] = ()
     cost: Cost | None = None
 
 
 class Generation(Record):
-    """Greedy continuations of one prompt. `first_difference` counts new tokens from 0 and is None where all agree;
-    `shared_characters` of both texts come from the tokens before it.
+    """Greedy continuations of one prompt by both models.
+
+    first_difference: index of the first new token that differs, None if all agree. shared_characters: length of the
+    text before it.
     """
 
     prompt: str
     original: str
     artifact: str
-    tokens: int  # most new tokens
+    tokens: int  # limit on new tokens
     first_difference: int | None
     shared_characters: int
 
 
-class Check(Record):
-    """One gate of the recipe. INCONCLUSIVE: the interval holds the limit, the noise is larger than the margin."""
+class GateCheck(Record):
+    """One gate of the recipe. INCONCLUSIVE: the limit lies within the interval, so the noise exceeds the margin."""
 
     name: str  # min_recovery.<task> for a task
     limit: float
@@ -233,25 +236,24 @@ class Check(Record):
 
 
 class GateReport(Record):
-    """All gates; the verdict is NONE when the recipe sets none, else the worst of the checks.
-
-    strict: whether INCONCLUSIVE fails the run too.
-    """
+    """All gates. verdict: the worst of the checks, NONE without gates. strict: INCONCLUSIVE fails the run too."""
 
     verdict: Verdict = "NONE"
     reason: str = "the recipe sets no gates"
     strict: bool = False
-    checks: tuple[Check, ...] = ()
+    checks: tuple[GateCheck, ...] = ()
 
     @property
     def missed(self) -> bool:
-        """Whether the command ends with exit code 3."""
+        """Whether the gates fail the run (exit code 3)."""
         return self.verdict == "REGRESSION" or (self.strict and self.verdict == "INCONCLUSIVE")
 
 
 class Results(Record):
-    """eval/results.json, schema 2. A section that was not measured is None or empty; an evaluation that was stopped
-    leaves those it had finished and `complete` false. `perplexity_increase` is a fraction.
+    """eval/results.json, schema 2. perplexity_increase: a fraction.
+
+    A section that was not measured is None or empty. An interrupted evaluation keeps the sections it finished, with
+    `complete` false.
     """
 
     schema_: Literal[2] = Field(2, alias="schema")
@@ -269,11 +271,11 @@ class Results(Record):
     efficiency: Efficiency | None = None
     generations: tuple[Generation, ...] = ()
     gates: GateReport = GateReport()
-    notes: tuple[str, ...] = ()  # what was asked for and not measured, and why
+    notes: tuple[str, ...] = ()  # what was asked for and could not be measured, with the reason
     seconds: float
 
     def document(self) -> dict[str, Any]:
-        """As it is written: plain JSON values."""
+        """The JSON values that are written."""
         return self.model_dump(mode="json", by_alias=True)
 
 

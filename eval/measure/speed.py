@@ -1,8 +1,7 @@
-"""How fast a model loads and runs here, and in how much memory: dequantized, in transformers, in a process of its own.
+"""Load time, memory and speed of a model on this machine: dequantized, in transformers, in a process of its own.
 
-A process of its own, so that its peak of memory is the model's and not that of what was measured before. The weights
-are dequantized as they are read, so these figures compare machines and say what an evaluation takes; the kernels that
-a server has for the packed weights are timed by the smoke test on a server.
+A separate process, so that its peak memory is the model's alone. The weights are dequantized as they are read, so these
+figures compare machines, not formats; a server's kernels for packed weights are timed by the smoke test.
 """
 
 import json
@@ -30,7 +29,7 @@ _SECONDS = 3600
 def time_model(folder: Path, timing: Timing, dtype: str | None = None) -> Runtime:
     """Load time, peak memory and tokens a second of the model in `folder`, measured in a new process.
 
-    Raises BadInput with what that process said last when it fails, as it does where the model does not fit in memory.
+    Raises BadInput with that process's last line when it fails, for instance because the model does not fit in memory.
     """
     order = {"folder": str(folder), "timing": timing.model_dump(mode="json"), "dtype": dtype}
     command = [sys.executable, "-m", "quantpress.eval.measure.speed"]
@@ -47,7 +46,7 @@ def time_model(folder: Path, timing: Timing, dtype: str | None = None) -> Runtim
 
 
 def measure(folder: Path, timing: Timing, dtype: str | None = None) -> Runtime:
-    """The same, in this process."""
+    """As `time_model`, in this process."""
     device = machine.device()
     started = time.monotonic()
     _, skeleton = open_artifact(folder, device, None if dtype is None else getattr(torch, dtype))
@@ -76,7 +75,7 @@ def measure(folder: Path, timing: Timing, dtype: str | None = None) -> Runtime:
 
 
 def _speed(model: Any, vocabulary: int, batch: int, context: int, timing: Timing, device: torch.device) -> Speed:
-    """One batch size and context, the first of the repeats left out: it warms up."""
+    """One batch size and context; the first pass is a warm-up and not counted."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
     prefill, decode = [], []
@@ -94,7 +93,7 @@ def _speed(model: Any, vocabulary: int, batch: int, context: int, timing: Timing
 
 @torch.no_grad()
 def _pass(model: Any, ids: torch.Tensor, new_tokens: int, wait: Callable[[], None]) -> tuple[float, float]:
-    """Seconds until the first new token of ids [batch, context], and from there to the last."""
+    """Seconds to the first new token after ids [batch, context], and from there to the last."""
     wait()
     started = time.perf_counter()
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -113,7 +112,7 @@ def _stderr(values: list[float]) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until the GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,42 +1,38 @@
-"""Means, quantiles and differences with their uncertainty. All intervals are of 95%.
+"""Means, quantiles and differences with their uncertainty. All intervals are 95 % confidence intervals.
 
-Tokens that follow each other are not independent, so what is said of their mean comes from long runs of them: the
-cluster-robust standard error of a mean (Liang & Zeger 1986; for evaluations Miller, arXiv:2411.00640, 2.2). Long, since
-a text stays easy or hard for pages: over 24 windows of 1024 tokens of WikiText-2 the standard error of the mean KL of a
-4-bit model is 0.0042 as if tokens were independent, 0.0061 from runs of 64, 0.0074 of 256, 0.0085 of 512 and of 1024.
+Neighbouring tokens are not independent, so standard errors are cluster-robust, with runs of consecutive tokens as the
+clusters (Liang & Zeger 1986; for evaluations Miller, arXiv:2411.00640, section 2.2). Runs are long because a text stays
+easy or hard for pages: over 24 windows of 1024 tokens of WikiText-2, the standard error of a 4-bit model's mean KL is
+0.0042 as if tokens were independent, 0.0061 with runs of 64 tokens, 0.0074 with 256, 0.0085 with 512 and with 1024.
 """
 
 import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from .results import Interval
 
-Z95 = 1.959964
-_RUNS = 16  # about as many as a text is cut into: longer ones would be too few to say how much they differ
-_SHORTEST = 16  # tokens of a run
+_RUNS = 16  # roughly as many per text; fewer would be too few to estimate their spread
+_SHORTEST = 16  # tokens in a run
 _RESAMPLES = 400
-_T95 = (  # of 2, 3, … 30 values
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
-)  # fmt: skip
 
 Array = NDArray[np.float64]
 
 
 def runs(tokens: int) -> NDArray[np.int64]:
-    """The run that each of `tokens` tokens, in the order of the text, is in."""
+    """The index of the run that each of `tokens` consecutive tokens belongs to, int64 [tokens]."""
     return np.arange(tokens, dtype=np.int64) // max(_SHORTEST, tokens // _RUNS)
 
 
 def groups_of(run: NDArray[np.int64]) -> int:
-    """How many runs there are."""
+    """The number of runs."""
     return int(run.max()) + 1
 
 
 def standard_error(values: Array, run: NDArray[np.int64] | None = None) -> float:
-    """Of the mean of `values` [n]: over runs that may depend on each other, or of independent values without."""
+    """Standard error of the mean of `values` [n], clustered by `run` [n]; without it, of independent values."""
     if not np.isfinite(values).all():
         return math.nan
     if run is None:
@@ -49,17 +45,24 @@ def standard_error(values: Array, run: NDArray[np.int64] | None = None) -> float
 
 
 def around(value: float, stderr: float, n: int | None = None) -> Interval | None:
-    """The interval of a mean with that standard error; None when the error is not known. `n`: of how few values, where
-    they are so few that their own spread is not well known (Student's t).
+    """The interval of a mean with that standard error; None when the error is not known.
+
+    n: how many values the standard error was estimated from, where they are few: Student's t then takes the place of
+    the normal distribution.
     """
     if not math.isfinite(stderr):
         return None
-    wide = Z95 if n is None or n - 2 >= len(_T95) else _T95[n - 2]
-    return value - wide * stderr, value + wide * stderr
+    half = half_width(stderr, n)
+    return value - half, value + half
+
+
+def half_width(stderr: float, n: int | None = None) -> float:
+    """Half the width of the interval around an estimate with that standard error; n as in `around`."""
+    return stderr * float(ndtri(0.975) if n is None else stdtrit(n - 1, 0.975))
 
 
 def quantile_interval(values: Array, q: float, run: NDArray[np.int64]) -> Interval | None:
-    """The interval of a quantile: runs drawn with replacement, the same draws each time."""
+    """Bootstrap interval of a quantile of `values` [n], resampling whole runs; the same draws each time."""
     groups = int(run.max()) + 1
     if groups < 2 or not np.isfinite(values).all():
         return None
@@ -77,8 +80,8 @@ def quantile_interval(values: Array, q: float, run: NDArray[np.int64]) -> Interv
 def paired_difference(before: Array, after: Array) -> tuple[float, float, Interval | None]:
     """Mean, standard error and interval of `after - before` [n], two scores of the same documents.
 
-    Of scores that are 0 or 1 the interval is that of Agresti & Min (Statistics in Medicine 24, 2005): half a document
-    is added to each of the four outcomes, so that few documents without a difference do not pass for certainty.
+    For scores of 0 and 1 the interval is that of Agresti & Min (Statistics in Medicine 24, 2005): half a document is
+    added to each of the four outcomes, so that a few documents without a difference do not look like certainty.
     """
     difference = after - before
     n, mean, error = len(difference), float(difference.mean()), standard_error(difference)
@@ -91,8 +94,9 @@ def paired_difference(before: Array, after: Array) -> tuple[float, float, Interv
 
 
 def recovery(before: Array, after: Array) -> tuple[float | None, Interval | None]:
-    """mean(after) / mean(before) and its interval, from the interval of the paired difference: the original's score
-    taken as it was measured. None when that is 0.
+    """mean(after) / mean(before) and its interval; None when mean(before) is 0.
+
+    The interval is that of the paired difference over mean(before), which is taken as exact.
     """
     base = float(before.mean())
     if base <= 0:

@@ -1,1 +1,1 @@
-"""Runs as releases: stages done once, sweeps, the run to take, publishing, reproducing."""
+"""Whole releases: runs, sweeps, the recommendation, publishing and reproducing."""

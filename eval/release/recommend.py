@@ -1,4 +1,4 @@
-"""The run to take: which of the measured ones fit a memory and keep the quality, which is best of those, and why."""
+"""Recommend one of several measured runs: which fit the memory and keep the quality, which is best, and why."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -11,30 +11,33 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from quantpress.core.errors import BadInput
 from quantpress.core.schema import Fraction
 
-from ..measure.results import Cache, Results, TaskResult
-from ..report.runs import Run, comparable, labelled, open_runs
-from ..report.wording import interval, number, share, size
+from ..measure.formatting import interval, number, share, size
+from ..measure.results import KvCache, Results, TaskResult
+from ..measure.statistics import half_width
+from ..report.measured_run import MeasuredRun, comparable, labelled, open_runs
 
 Preference = Literal["quality", "smallest", "fastest"]
 
 
 class Wish(BaseModel):
-    """What the run is for. The margin is what a server keeps for itself and for activations: by default a tenth of the
-    memory (vLLM's gpu_memory_utilization of 0.9) and 1 GiB, as in the concurrency of the results' `fits`.
+    """What the run has to serve.
+
+    margin: memory that a server needs for itself and for activations; by default a tenth of the memory (vLLM's
+    gpu_memory_utilization of 0.9) and 1 GiB, as for `fits` in the results.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     memory: ByteSize = Field(gt=0)
-    context: int = Field(ge=1)  # tokens a sequence
-    concurrency: int = Field(1, ge=1)  # sequences at one time
+    context: int = Field(ge=1)  # tokens per sequence
+    concurrency: int = Field(1, ge=1)  # sequences at a time
     min_recovery: Fraction | None = Field(None, ge=0, le=1)
     prefer: Preference = "quality"
     margin: ByteSize | None = None
 
     @classmethod
     def parse(cls, **given: object) -> "Wish":
-        """Raises BadInput, naming the option, for a value that cannot be read."""
+        """The wish from option values; raises BadInput, naming the option, for one that cannot be read."""
         try:
             return cls.model_validate({key: value for key, value in given.items() if value is not None})
         except ValidationError as error:
@@ -44,13 +47,13 @@ class Wish(BaseModel):
 
     @property
     def kept(self) -> int:
-        """Bytes of the memory that are not for weights and cache."""
+        """Bytes that are left for neither weights nor cache."""
         return self.memory // 10 + (1 << 30) if self.margin is None else int(self.margin)
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """How much of the original's quality is left, 1 all of it; `basis` says in what."""
+    """How much of the original's quality is left, as a fraction; basis: what it is measured by."""
 
     value: float
     interval: tuple[float, float] | None
@@ -59,9 +62,9 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One run held against the wish: bytes of the whole cache, and why it cannot be taken."""
+    """One run against the wish. cache_bytes: of all sequences; misses: why it does not qualify."""
 
-    run: Run
+    run: MeasuredRun
     cache_bytes: int | None
     recovery: Recovery
     misses: tuple[str, ...]
@@ -74,7 +77,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The run to take, or None; `why` is about it, `others` [label, reason] about the rest."""
+    """The recommended run, or None; why: reasons for it; others: (label, reason) of the rest."""
 
     choice: Candidate | None
     why: tuple[str, ...]
@@ -84,15 +87,17 @@ class Recommendation:
 def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:
     """Pick among run folders, or folders that hold run folders (a sweep's).
 
-    Raises BadInput when there is no measured run, when they are not of one model and text, and for `fastest` when a
-    run's speed was not measured.
+    Raises BadInput without measured runs, for runs of several models or texts, and for `fastest` when the speed of a
+    run was not measured.
     """
     runs = open_runs(folders)
     for other in runs[1:]:
         comparable(runs[0], other)
     candidates = [_candidate(run, wish, _judge(runs)) for run in labelled(runs)]
     if wish.prefer == "fastest" and (slow := [c.run.label for c in candidates if c.run.tokens_per_second is None]):
-        raise BadInput(f"--prefer fastest: the speed of {', '.join(slow)} was not measured: `quantpress smoke` does it")
+        raise BadInput(
+            f"--prefer fastest: the speed of {', '.join(slow)} was not measured; `quantpress smoke` measures it"
+        )
     candidates.sort(key=_order(wish.prefer))
     fit = [c for c in candidates if not c.misses]
     if not fit:
@@ -102,23 +107,23 @@ def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:
     return Recommendation(best, tuple(_why(best, len(fit), wish)), tuple(others))
 
 
-def cache_bytes(cache: Cache, context: int) -> int:
-    """Of one sequence of `context` tokens; layers with a sliding window hold no more than that."""
+def cache_bytes(cache: KvCache, context: int) -> int:
+    """Cache bytes of one sequence of `context` tokens; layers with a sliding window hold at most the window."""
     if cache.sliding_window is None or cache.bytes_per_token_past_window is None or context <= cache.sliding_window:
         return cache.bytes_per_token * context
     past = context - cache.sliding_window
     return cache.bytes_per_token * cache.sliding_window + cache.bytes_per_token_past_window * past
 
 
-def _judge(runs: Sequence[Run]) -> Callable[[Results], Recovery]:
-    """One measure for all runs: the tasks they have in common, or else perplexity."""
+def _judge(runs: Sequence[MeasuredRun]) -> Callable[[Results], Recovery]:
+    """One measure of recovery for all runs: the tasks they have in common, else perplexity."""
     keys = [{_key(task) for task in one_metric(run.results.tasks)} for run in runs]
     common = set.intersection(*keys)
     return (lambda results: task_recovery(results.tasks, common)) if common else perplexity_recovery
 
 
 def one_metric(tasks: Iterable[TaskResult]) -> list[TaskResult]:
-    """Of each task that has an original to compare with, the metric it is known by: acc_norm, else its first."""
+    """One metric per task that has an original to compare with: acc_norm, else its first."""
     out: dict[str, TaskResult] = {}
     for task in tasks:
         usable = task.original is not None and task.original.value > 0 and task.higher_is_better
@@ -132,21 +137,21 @@ def _key(task: TaskResult) -> tuple[str, str, int, str]:
 
 
 def task_recovery(tasks: Iterable[TaskResult], only: set[tuple[str, str, int, str]] | None = None) -> Recovery:
-    """The mean score over the original's; the interval from the tasks' paired differences, taken as independent."""
+    """Mean score over the original's; the interval comes from the tasks' paired differences, taken as independent."""
     chosen = [task for task in one_metric(tasks) if only is None or _key(task) in only]
     before = sum(task.original.value for task in chosen if task.original)
     after = sum(task.artifact.value for task in chosen)
     errors = [task.difference_stderr for task in chosen]
     spread = None
     if all(error is not None for error in errors):
-        half = 1.96 * math.sqrt(sum(error**2 for error in errors if error is not None)) / before
+        half = half_width(math.sqrt(sum(error**2 for error in errors if error is not None))) / before
         spread = (after / before - half, after / before + half)
     names = ", ".join(task.task for task in chosen)
     return Recovery(after / before, spread, f"mean score of {names}")
 
 
 def perplexity_recovery(results: Results) -> Recovery:
-    """The original's perplexity over the artifact's; 0 when that is not finite."""
+    """The original's perplexity over the artifact's; 0 when the latter is not finite."""
     increase = results.perplexity_increase
     if increase is None or not math.isfinite(increase):
         return Recovery(0.0, None, "perplexity")
@@ -156,13 +161,13 @@ def perplexity_recovery(results: Results) -> Recovery:
     )
 
 
-def _candidate(run: Run, wish: Wish, judge: Callable[[Results], Recovery]) -> Candidate:
+def _candidate(run: MeasuredRun, wish: Wish, judge: Callable[[Results], Recovery]) -> Candidate:
     efficiency, recovery = run.results.efficiency, judge(run.results)
     cache = None if efficiency is None else efficiency.cache
     whole = None if cache is None else wish.concurrency * cache_bytes(cache, wish.context)
     misses = []
     if whole is None:
-        misses.append(f"its key-value cache was not measured: quantpress eval {run.folder}")
+        misses.append(f"the size of its key-value cache is not known; `quantpress eval {run.folder}` measures it")
     elif (excess := run.size + whole + wish.kept - wish.memory) > 0:
         misses.append(f"does not fit: {_sum(run, whole, wish)}, {size(excess)} too much")
     if wish.min_recovery is not None and recovery.value < wish.min_recovery:
@@ -187,18 +192,18 @@ def _why(best: Candidate, fit: int, wish: Wish) -> Iterable[str]:
     if cache is not None:
         yield (
             f"cache: {wish.concurrency} × {wish.context:,} tokens in {cache.dtype}, "
-            f"{size(cache_bytes(cache, wish.context))} a sequence"
+            f"{size(cache_bytes(cache, wish.context))} per sequence"
         )
     floor = "" if wish.min_recovery is None else f", at least {share(wish.min_recovery)} asked for"
     yield f"recovery {_shown(best.recovery)}, by {best.recovery.basis}{floor}"
     low = best.recovery.interval[0] if best.recovery.interval else None
     if wish.min_recovery is not None and low is not None and low < wish.min_recovery:
-        yield "the interval reaches below what is asked for: measure more before you rely on it"
+        yield "the interval extends below what is asked for: measure more before relying on it"
     reason = {"quality": "best quality", "smallest": "smallest", "fastest": "fastest"}[wish.prefer]
     yield "the only run that qualifies" if fit == 1 else f"{reason} of the {fit} runs that qualify"
 
 
-def _sum(run: Run, whole: int, wish: Wish) -> str:
+def _sum(run: MeasuredRun, whole: int, wish: Wish) -> str:
     return f"{size(run.size)} of weights + {size(whole)} of cache + {size(wish.kept)} of margin"
 
 

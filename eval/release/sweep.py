@@ -1,13 +1,14 @@
-"""Many recipes on one model: each is a `quantpress run` of its own, here one after another or over a Ray cluster.
+"""Many recipes on one model: each is a `quantpress run` of its own, one after another or on a Ray cluster.
 
-A process of its own for each run: peak memory and CPU seconds are that run's, and one that is killed takes no other
-with it. What does not depend on the recipe is computed by the first run and read by the rest: in the cache the model at
-one commit, the texts, and the original's evaluation (its last hidden states, task scores, continuations); in a folder
-that goes when the sweep ends, what engine/sharing.py keeps.
+Every run is a separate process, so peak memory and CPU seconds are its own, and one that is killed does not affect the
+others. What does not depend on the recipe is computed once: the cache holds the model at one commit, the texts, and the
+original's evaluation (hidden states, task scores, continuations); a folder that is deleted after the sweep holds the
+calibration tokens and the importance matrix.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,13 @@ from typing import Any
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, write_json
+from quantpress.engine.sources import default_cache
+from quantpress.models.checkpoint import Checkpoint
 from quantpress.recipe import Recipe
+
+from ..report.page import FailedRun, write_sweep
+from .callbacks import Options
+from .session import open_source
 
 STATE = "sweep.json"
 _SHARED = ".shared"
@@ -28,13 +35,14 @@ _GATE_MISSED = 3
 
 
 @dataclass(frozen=True)
-class Task:
-    """One run: its command, its folder, and the key that says whether a finished one is this very run."""
+class SweepRun:
+    """One run: its command, its folder, and a key that identifies it, by which a finished run is recognised."""
 
     name: str
     command: tuple[str, ...]
     out: Path
     key: str
+    cache: Path | None = None  # in place of the default one
 
     @property
     def log(self) -> Path:
@@ -42,10 +50,10 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended: `done`, `gate` (done, and a gate of its recipe was missed) or `failed`, with the reason.
+class RunOutcome:
+    """How a run ended. status: `done`, `gate` (done, but a gate was missed) or `failed`, with the reason.
 
-    reused: it was finished before, and not done again.
+    reused: it was finished before and not run again.
     """
 
     name: str
@@ -54,27 +62,72 @@ class Outcome:
     reused: bool = False
 
 
-Fan = Callable[[Sequence[Task]], Iterable[Outcome]]
+Runner = Callable[[Sequence[SweepRun]], Iterable[RunOutcome]]
 
 
-def plan(
+@dataclass(frozen=True)
+class Sweep:
+    """How each run of a sweep ended, and the page that compares those that finished; None when none did."""
+
+    outcomes: tuple[RunOutcome, ...]
+    report: Path | None
+
+
+def make_sweep(
+    recipes: Sequence[Recipe],
+    out: Path,
+    options: Options,
+    runner: Runner,
+    on_outcome: Callable[[RunOutcome], None] = lambda outcome: None,
+) -> Sweep:
+    """Run every recipe in a folder of its own under `out`, and write `out`/report; what is finished is not run again.
+
+    Raises BadInput, before the first run, for recipes of several models, of one name, or without an evaluation.
+    """
+    models = dict.fromkeys(recipe.model for recipe in recipes)
+    if len(models) > 1:
+        raise BadInput(f"a sweep is of one model, and the recipes name {', '.join(models)}; give one with --model")
+    source = open_source(recipes[0].model, options)
+    model = f"{source.id}@{source.revision}" if source.kind == "hub" else _absolute(recipes[0].model)
+    identity = json.dumps(Checkpoint(source.path).file_hashes(), sort_keys=True)
+    flags = {
+        "--ignore-limits": options.ignore_limits,
+        "--allow-pickle": options.allow_pickle,
+        "--trust-remote-code": options.trust_remote_code,
+    }
+    chosen = [flag for flag, on in flags.items() if on]
+    cache = None if options.cache == default_cache() else options.cache
+    planned = plan_runs(recipes, model, identity, out, chosen, cache=cache)
+    ended = run_all(planned, out, runner, on_outcome)
+    finished = [run.out for run, outcome in zip(planned, ended, strict=True) if outcome.status != "failed"]
+    failed = [FailedRun(outcome.name, outcome.reason) for outcome in ended if outcome.status == "failed"]
+    return Sweep(tuple(ended), write_sweep(out, finished, failed))
+
+
+def _absolute(model: str) -> str:
+    """A local model by a path that holds from any folder; a hub id as it is."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if path.exists() else model
+
+
+def plan_runs(
     recipes: Sequence[Recipe],
     model: str,
     identity: str,
     out: Path,
     options: Sequence[str] = (),
     command: Sequence[str] = _COMMAND,
-) -> list[Task]:
-    """A task for each recipe, in `out`/<name of the recipe>.
+    cache: Path | None = None,
+) -> list[SweepRun]:
+    """A run for each recipe, in `out`/<name of the recipe>.
 
-    model: as for --model, the same bytes each time; identity: what changes when the model does; options: further ones
-    of `quantpress run`, for all.
-    Raises BadInput for two recipes of one name and for one that measures nothing.
+    model: as for --model. identity: changes when the model's files do. options: further options of `quantpress run`.
+    Raises BadInput for two recipes of one name, and for one without an evaluation.
     """
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
-            raise BadInput(f"sweep: two recipes are called {name}; give each a `name` of its own")
+            raise BadInput(f"sweep: two recipes are called {name}; give each its own `name`")
     if without := [recipe.name for recipe in recipes if recipe.evaluation is None]:
         raise BadInput(f"sweep: {', '.join(without)} has `evaluation: null`, so there is nothing to compare it by")
     if out.exists() and not (out / ".recipes").is_dir() and (not out.is_dir() or any(out.iterdir())):
@@ -89,23 +142,26 @@ def plan(
         arguments += ("--share", str((out / _SHARED).absolute()))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, document)
-        tasks.append(Task(recipe.name, (*command, *arguments), where, key))
+        tasks.append(SweepRun(recipe.name, (*command, *arguments), where, key, cache))
     return tasks
 
 
 def _texts(recipe: Recipe) -> list[str]:
-    """The sha256 of the recipe's texts that are files here."""
+    """The sha256 of those texts of the recipe that are local files."""
     sources = [Path(text.source).expanduser() for text in (recipe.calibration, recipe.evaluation) if text is not None]
     return [file_sha256(file) for file in sources if file.is_file()]
 
 
-def sweep(tasks: Sequence[Task], out: Path, fan: Fan, on_outcome: Callable[[Outcome], None]) -> list[Outcome]:
-    """Do what is not done yet; the outcomes in the order of `tasks`. `out`/sweep.json knows each as soon as it ends.
+def run_all(
+    tasks: Sequence[SweepRun], out: Path, fan: Runner, on_outcome: Callable[[RunOutcome], None]
+) -> list[RunOutcome]:
+    """Run what is not finished; returns the outcomes in the order of `tasks`.
 
-    A run that failed is tried again the next time; one that was stopped goes on after its last finished block.
+    Each outcome is written to `out`/sweep.json as soon as it is known. A run that failed is repeated the next time; one
+    that was stopped goes on after its last finished block.
     """
     before = _finished(out)
-    ended = {task.name: Outcome(task.name, before[task.key]["status"], before[task.key]["reason"], reused=True)
+    ended = {task.name: RunOutcome(task.name, before[task.key]["status"], before[task.key]["reason"], reused=True)
              for task in tasks if task.key in before and (task.out / "eval" / "results.json").is_file()}  # fmt: skip
     for outcome in ended.values():
         on_outcome(outcome)
@@ -118,21 +174,21 @@ def sweep(tasks: Sequence[Task], out: Path, fan: Fan, on_outcome: Callable[[Outc
     return [ended[task.name] for task in tasks]
 
 
-def in_turn(on_start: Callable[[Task], None] = lambda task: None) -> Fan:
-    """One run after another on this machine; what each says on the way goes to <name>.log."""
+def in_turn(on_start: Callable[[SweepRun], None] = lambda task: None) -> Runner:
+    """One run after another on this machine; the messages of each go to <name>.log."""
 
-    def fan(tasks: Sequence[Task]) -> Iterator[Outcome]:
+    def fan(tasks: Sequence[SweepRun]) -> Iterator[RunOutcome]:
         for task in tasks:
             on_start(task)
-            yield run(task)
+            yield run_one(task)
 
     return fan
 
 
-def over_ray(address: str, cpus: int, gpus: float) -> Fan:
-    """The runs spread over the Ray cluster at `address` (`local` starts one here), each on so many cores and GPUs.
+def over_ray(address: str, cpus: int, gpus: float) -> Runner:
+    """Runs on the Ray cluster at `address` (`local` starts one here), each with this many cores and GPUs.
 
-    Every node needs this version of quantpress and sees the same model, recipes and output folder.
+    Every node needs this version of quantpress and has to see the same model, recipes and output folder.
     Raises BadInput when Ray is not installed or the cluster cannot be reached.
     """
     try:
@@ -140,13 +196,13 @@ def over_ray(address: str, cpus: int, gpus: float) -> Fan:
     except ImportError:
         raise BadInput("--ray needs Ray: pip install 'quantpress[ray]'") from None
 
-    def fan(tasks: Sequence[Task]) -> Iterator[Outcome]:
+    def fan(tasks: Sequence[SweepRun]) -> Iterator[RunOutcome]:
         try:
             ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise BadInput(f"--ray {address}: {' '.join(str(error).split())[:200]}") from None
         try:
-            remote = ray.remote(run).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
+            remote = ray.remote(run_one).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
             waiting = {remote.remote(task): task for task in tasks}
             while waiting:
                 (ready,), _ = ray.wait(list(waiting), num_returns=1)
@@ -157,40 +213,34 @@ def over_ray(address: str, cpus: int, gpus: float) -> Fan:
     return fan
 
 
-def run(task: Task) -> Outcome:
-    """One run to its end, whatever end that is."""
+def run_one(task: SweepRun) -> RunOutcome:
+    """Run one recipe to its end, whether that is success or failure."""
     task.out.parent.mkdir(parents=True, exist_ok=True)
     log = task.log
     with log.open("wb") as errors:
-        done = subprocess.run(task.command, stdout=subprocess.PIPE, stderr=errors, check=False)
+        environment = os.environ | ({} if task.cache is None else {"QUANTPRESS_CACHE": str(task.cache)})
+        done = subprocess.run(task.command, stdout=subprocess.PIPE, stderr=errors, check=False, env=environment)
     if done.returncode in (0, _GATE_MISSED):
         missed = done.returncode == _GATE_MISSED
-        return Outcome(task.name, "gate" if missed else "done", _gates(done.stdout) if missed else "")
-    return Outcome(task.name, "failed", _why(log, done.returncode))
+        return RunOutcome(task.name, "gate" if missed else "done", _gates(done.stdout) if missed else "")
+    return RunOutcome(task.name, "failed", _why(log, done.returncode))
 
 
-def failures(out: Path) -> list[Outcome]:
-    """The runs of a sweep's folder that failed, as its report shows them; none when `out` is no sweep's."""
-    path = out / STATE
-    if not path.is_file():
-        return []
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    return [Outcome(one["name"], one["status"], one["reason"]) for one in runs if one["status"] == "failed"]
-
-
-def _seen(task: Task, ready: Any, ray: Any) -> Outcome:
-    """The outcome of a remote run, which only counts when its folder can be seen from here."""
+def _seen(task: SweepRun, ready: Any, ray: Any) -> RunOutcome:
+    """The outcome of a remote run; its folder has to be visible from here."""
     try:
-        outcome: Outcome = ray.get(ready)
+        outcome: RunOutcome = ray.get(ready)
     except ray.exceptions.RayError as error:
-        return Outcome(task.name, "failed", f"Ray lost it: {' '.join(str(error).split())[:200]}")
+        return RunOutcome(task.name, "failed", f"Ray lost the run: {' '.join(str(error).split())[:200]}")
     if outcome.status != "failed" and not (task.out / "eval" / "results.json").is_file():
-        return Outcome(task.name, "failed", f"{task.out} is not on storage that this machine shares with the cluster")
+        return RunOutcome(
+            task.name, "failed", f"{task.out} is not on storage that this machine shares with the cluster"
+        )
     return outcome
 
 
 def _why(log: Path, code: int) -> str:
-    """The last line that says something, without our name before it; or how the process was ended."""
+    """The last line of the log, without our name before it; or the signal that ended the process."""
     if code < 0:
         hint = " (out of memory?)" if code == -9 else ""
         return f"ended by signal {-code}{hint}; see {log}"
@@ -200,7 +250,7 @@ def _why(log: Path, code: int) -> str:
 
 
 def _gates(printed: bytes) -> str:
-    """The gates' reason out of the document that `run --json` prints."""
+    """The reason of the gates, from what `run --json` prints."""
     try:
         return str(json.loads(printed)["results"]["gates"]["reason"])
     except (ValueError, KeyError, TypeError):
@@ -208,7 +258,7 @@ def _gates(printed: bytes) -> str:
 
 
 def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    """By key, the runs of an earlier sweep in `out` that ended well."""
+    """The runs of an earlier sweep in `out` that did not fail, by key."""
     path = out / STATE
     if not path.is_file():
         return {}
@@ -219,7 +269,7 @@ def _finished(out: Path) -> dict[str, dict[str, Any]]:
         raise BadInput(f"{path}: cannot be read ({' '.join(str(error).split())}); delete it to start over") from None
 
 
-def _record(tasks: Sequence[Task], ended: dict[str, Outcome], out: Path) -> None:
+def _record(tasks: Sequence[SweepRun], ended: dict[str, RunOutcome], out: Path) -> None:
     keys = {task.name: task.key for task in tasks}
     runs = [{k: v for k, v in asdict(ended[name]).items() if k != "reused"} | {"key": key}
             for name, key in keys.items() if name in ended]  # fmt: skip

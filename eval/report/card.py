@@ -1,4 +1,4 @@
-"""The model card: README.md of an artifact in the hub's format, out of what was measured and nothing else."""
+"""The model card: README.md of an artifact in the hub's format, from measurements only."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import whole_file
@@ -18,9 +18,9 @@ from quantpress.exports.servers import SERVERS
 from quantpress.exports.servers.loader import notes as loader_notes
 from quantpress.exports.servers.transformers_serve import experts
 
+from .measured_run import MeasuredRun, open_run
 from .page import chart, render
-from .runs import Run, open_run
-from .wording import given
+from .page_text import without_defaults
 
 CHART = "quality.png"
 # What the embedded model is called on the hub, and its licence there.
@@ -29,8 +29,8 @@ _KEPT = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True)
-class Serving:
-    """How one program loads the artifact; `refused`: why it cannot, one line a reason. notes: what to know."""
+class ServeCommand:
+    """How one program serves the artifact. refused: why it cannot, one line per reason; notes: what to know."""
 
     title: str
     command: str
@@ -42,7 +42,7 @@ class Serving:
 def write_card(folder: Path, base_model: str | None = None, license: str | None = None, repo: str = "org/name") -> Path:
     """Write FOLDER/quantized/README.md and its chart for a run folder that has been evaluated; the path of README.md.
 
-    base_model: the original's hub id, where it was quantized from a folder; license: where the original names none;
+    base_model: the original's hub id, where it was quantized from a folder. license: where the original names none.
     repo: the id it will have on the hub, for the commands that serve it.
     Raises BadInput for a base_model that is no hub id.
     """
@@ -59,8 +59,8 @@ def write_card(folder: Path, base_model: str | None = None, license: str | None 
     return card
 
 
-def metadata(run: Run, base_model: str | None = None, license: str | None = None) -> ModelCardData:
-    """The card's YAML block: what the hub lists, filters and links the artifact by."""
+def metadata(run: MeasuredRun, base_model: str | None = None, license: str | None = None) -> ModelCardData:
+    """The card's YAML block, by which the hub lists, filters and links the artifact."""
     known, known_license = _EMBEDDED.get(run.manifest.model.id, (None, None))
     base = base_model or known or _hub_id(run)
     if base is not None:
@@ -86,10 +86,10 @@ def metadata(run: Run, base_model: str | None = None, license: str | None = None
     )
 
 
-def servers(run: Run, name: str) -> list[Serving]:
-    """Each program that reads the artifact's format, with the reasons of those that will not load this one."""
+def servers(run: MeasuredRun, name: str) -> list[ServeCommand]:
+    """Each program that reads the artifact's format, with the reasons why it would not load this artifact, if any."""
     contents = contracts.of_folder(run.folder / "quantized")
-    out: list[Serving] = []
+    out: list[ServeCommand] = []
     offered = [(server.hub_command, target) for server in SERVERS.values() for target in server.variants]
     for command, target in offered:
         loader, title = target.loader, target.loader.label
@@ -97,14 +97,14 @@ def servers(run: Run, name: str) -> list[Serving]:
             continue
         refused = tuple(contracts.problems(target, contents))
         if title == "vLLM on a CPU" and bool(refused) == bool(out[0].refused):
-            continue  # no different from the GPU's
+            continue  # the same as on a GPU
         notes = loader_notes(loader, contents.format, contents.grids, contents.activations)
-        out.append(Serving(title, command.format(name=name), "bash", refused, tuple(notes)))
+        out.append(ServeCommand(title, command.format(name=name), "bash", refused, tuple(notes)))
     if contents.format != "gguf":
         merged = tuple(line for line in experts(contents) if line.startswith("transformers"))
         wrong = tuple(line for line in merged if "does not load" in line or "wrongly" in line)
         notes = [line for line in merged if line not in wrong]
-        out.append(Serving("transformers", _TRANSFORMERS.format(name=name), "python", wrong, tuple(notes)))
+        out.append(ServeCommand("transformers", _TRANSFORMERS.format(name=name), "python", wrong, tuple(notes)))
     return out
 
 
@@ -116,13 +116,13 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 
 
-def _shown(run: Run) -> dict[str, Any]:
-    """The recipe without the folders of the machine it ran on, and without what goes without saying."""
+def _shown(run: MeasuredRun) -> dict[str, Any]:
+    """The recipe without defaults and without paths of the machine it ran on."""
 
     def named(section: dict[str, Any], key: str) -> dict[str, Any]:
         return section | ({key: Path(section[key]).name} if Path(str(section.get(key, ""))).is_absolute() else {})
 
-    recipe = given(run.manifest.recipe) | {"model": run.manifest.model.id}
+    recipe = without_defaults(run.manifest.recipe) | {"model": run.manifest.model.id}
     for key in ("calibration", "evaluation"):
         if isinstance(recipe.get(key), dict):
             recipe[key] = named(recipe[key], "source")
@@ -131,7 +131,7 @@ def _shown(run: Run) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key != "smoke"}
 
 
-def _hub_id(run: Run) -> str | None:
+def _hub_id(run: MeasuredRun) -> str | None:
     """The original's id on the hub: the source itself, or what the config says it was loaded from."""
     if run.manifest.model.kind == "hub":
         return run.manifest.model.id
@@ -140,11 +140,11 @@ def _hub_id(run: Run) -> str | None:
     return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
-def _short(run: Run) -> str:
+def _short(run: MeasuredRun) -> str:
     return run.manifest.model.id.split("/")[-1]
 
 
-def _original_card(run: Run) -> dict[str, Any]:
+def _original_card(run: MeasuredRun) -> dict[str, Any]:
     """Licence and languages from the original's own card, where its folder holds one."""
     source = Path(str(run.manifest.recipe.get("model", ""))).expanduser()
     readme = source / "README.md"
@@ -157,13 +157,13 @@ def _original_card(run: Run) -> dict[str, Any]:
     return {key: data[key] for key in _KEPT if data.get(key)}
 
 
-def _bit_tags(run: Run) -> list[str]:
-    """4-bit and the like, of the numbers that most quantized weights have."""
+def _bit_tags(run: MeasuredRun) -> list[str]:
+    """A tag such as `4-bit`, for the bits that most quantized layers have."""
     bits = [layer.bits for layer in run.manifest.layers if layer.bits < 16]
     return [f"{max(dict.fromkeys(bits), key=bits.count):g}-bit"] if bits else []
 
 
-def _eval_results(run: Run) -> list[EvalResult]:
+def _eval_results(run: MeasuredRun) -> list[EvalResult]:
     """The artifact's own scores for the hub's `model-index`; the original's are in the card's table."""
     text, out = run.text, []
     quality: Sequence[tuple[str, str, float]] = [

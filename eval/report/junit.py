@@ -1,19 +1,22 @@
-"""The verdict for a CI: JUnit XML, a test case a gate, and a few lines of Markdown."""
+"""The verdict for a CI: JUnit XML with a test case per gate, and a Markdown summary."""
 
 from pathlib import Path
 from xml.etree import ElementTree
 
 from quantpress.core.files import whole_file
 
-from ..measure.results import Check, GateReport, Results
-from .wording import NBSP, cell, change, number, share, size, small
+from ..measure.formatting import NBSP, share
+from ..measure.metrics import measured
+from ..measure.results import GateCheck, GateReport, Results
+from .page_text import cell
 
 _SIGNS = {"ACCEPT": "✅", "REGRESSION": "❌", "INCONCLUSIVE": "❔", "NONE": ""}
 
 
 def write_junit(path: Path, name: str, results: Results) -> None:
-    """A suite called quantpress.gates with a case for each gate: a miss fails, an inconclusive one is skipped with its
-    reason, or fails too where the recipe is strict.
+    """Write the suite quantpress.gates with a case per gate.
+
+    A missed gate fails; an inconclusive one is skipped with its reason, or fails too where the recipe is strict.
     """
     gates = results.gates
     suite = ElementTree.Element("testsuite", name="quantpress.gates", tests=str(len(gates.checks)))
@@ -35,39 +38,36 @@ def write_junit(path: Path, name: str, results: Results) -> None:
         file.write(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
 
 
-def fails(check: Check, gates: GateReport) -> bool:
-    """Whether the check is one that ends the command with exit code 3."""
+def fails(check: GateCheck, gates: GateReport) -> bool:
+    """Whether the check fails the run."""
     return check.verdict == "REGRESSION" or (gates.strict and check.verdict == "INCONCLUSIVE")
 
 
 def step_summary(name: str, results: Results) -> str:
-    """Markdown for $GITHUB_STEP_SUMMARY: the verdict, what was measured, each gate with its reason."""
+    """Markdown for $GITHUB_STEP_SUMMARY: the verdict, the metrics, each gate with its reason."""
     gates = results.gates
     lines = [f"### {_SIGNS[gates.verdict]} quantpress: {cell(name)} {gates.verdict}".replace("###  ", "### "), ""]
-    lines += [cell(gates.reason), "", "| measure | value |", "|---|---:|"]
-    lines += [f"| {what} | {value} |" for what, value in _figures(results)]
+    lines += [cell(gates.reason), "", "| metric | value |", "|---|---:|"]
+    lines += [f"| {cell(name)} | {value} |" for name, value in _rows(results)]
     if gates.checks:
         lines += ["", "| gate | | reason |", "|---|---|---|"]
         lines += [f"| {cell(c.name)} | {_SIGNS[c.verdict]} {c.verdict} | {cell(c.reason)} |" for c in gates.checks]
     return "\n".join(lines).replace(NBSP, " ") + "\n"
 
 
-def _figures(results: Results) -> list[tuple[str, str]]:
+def _rows(results: Results) -> list[tuple[str, str]]:
+    """A row (name, values) per metric and task."""
     out = []
-    if results.original and results.artifact and results.perplexity_increase is not None:
-        before, after = number(results.original.perplexity), number(results.artifact.perplexity)
-        out.append(("Perplexity", f"{before} → {after} ({change(results.perplexity_increase)})"))
-    if results.divergence:
-        out.append(("KL divergence, nats a token", f"{small(results.divergence.kl_mean)}"))
-        out.append(("Same next token", share(results.divergence.top1_agreement)))
-    if results.efficiency:
-        out.append(("Weights on disk", size(results.efficiency.bytes)))
+    for metric, value in measured(results):
+        before = "" if value.original is None else f"{metric.show(value.original)} → "
+        change = f" ({text})" if (text := metric.show_change(value)) else ""
+        out.append((metric.heading, f"{before}{metric.show(value.artifact)}{change}"))
     for task in results.tasks:
         left = "" if task.recovery is None else f" ({share(task.recovery)} of the original)"
-        out.append((f"{cell(task.task)} {cell(task.metric)}", f"{share(task.artifact.value)}{left}"))
+        out.append((f"{task.task} {task.metric}", f"{share(task.artifact.value)}{left}"))
     return out
 
 
 def _clean(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
+    """Without the control characters that XML does not allow."""
     return "".join(c for c in text if c.isprintable())

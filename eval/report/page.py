@@ -1,12 +1,13 @@
-"""The report of a run, and several runs side by side: one page a stakeholder reads in a minute, an engineer in ten.
+"""The report of a run, and of several runs side by side, as one HTML page with charts and summaries.
 
-Everything comes from `manifest.json` and `eval/results.json`; the same input gives the same bytes.
+Everything on it comes from `manifest.json` and `eval/results.json`; the same input gives the same bytes.
 """
 
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,42 +17,42 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from quantpress.core.errors import BadInput
 
-from ..measure.results import TaskResult
-from ..release.sweep import Outcome, failures
-from .heat import DARK, LIGHT, HeatScale
-from .png import divergence_figure, layers_figure, png, recovery_axis, tasks_figure, tradeoff_figure
-from .png import files as figure_files
-from .runs import Run, comparable, labelled, open_run, open_runs
-from .tradeoff import Plot, Point, pareto, tradeoff
-from .wording import (
+from ..measure.formatting import (
     NBSP,
-    cell,
     change,
     confidence,
-    first_word,
-    gate,
-    gate_name,
-    given,
     interval,
     number,
     points,
-    program,
     score,
     seconds,
-    sentence,
     share,
-    shorten,
     size,
     small,
     spread,
-    squeezed,
 )
+from ..measure.metrics import METRICS, Metric, MetricValue
+from ..measure.results import TaskResult
+from .figures import divergence_figure, layers_figure, png, recovery_axis, tasks_figure, tradeoff_figure
+from .figures import files as figure_files
+from .heatmap import DARK, LIGHT, HeatScale
+from .measured_run import MeasuredRun, comparable, gate_name, gate_value, labelled, open_run, open_runs
+from .page_text import cell, first_word, program, sentence, shorten, squeezed, without_defaults
+from .tradeoff import Plot, Point, pareto, tradeoff
 
-_WIDE, _NARROW = (940, 400), (350, 340)  # px: the page shows one of them, by the width of the window
+_WIDE, _NARROW = (940, 400), (350, 340)  # px; the page shows one of them, depending on the window's width
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    """A recipe of a sweep that could not be run, with the reason in one line."""
+
+    name: str
+    reason: str
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report: index.html, each chart as PNG and SVG, summary.md, summary.json; the path of index.html.
+    """Write RUN/report: index.html, each chart as PNG and SVG, summary.md, summary.json; returns index.html.
 
     Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
     """
@@ -67,7 +68,7 @@ def write_report(run: Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write the same files for several runs (or a folder of them) of one model on one text; the path of index.html.
+    """Write the same files for several runs (or a folder of them) of one model; returns the path of index.html.
 
     Raises BadInput for fewer than two runs, and for runs whose evaluation text, windows or original differ.
     """
@@ -77,7 +78,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     return _write_several(several, out, [])
 
 
-def _write_several(several: Sequence[Run], out: Path, failed: Sequence[Outcome]) -> Path:
+def _write_several(several: Sequence[MeasuredRun], out: Path, failed: Sequence[FailedRun]) -> Path:
     for other in several[1:]:
         comparable(several[0], other)
     several = labelled(sorted(several, key=lambda r: (r.size, r.artifact.perplexity, r.manifest.name)))
@@ -88,48 +89,47 @@ def _write_several(several: Sequence[Run], out: Path, failed: Sequence[Outcome])
     return _write(out, template, several, "Size against quality", document, failed)
 
 
-def write_sweep(out: Path, runs: Sequence[Path]) -> Path | None:
-    """Write OUT/report for the runs of a sweep, with those that failed and why; None when there is not one to show."""
+def write_sweep(out: Path, runs: Sequence[Path], failed: Sequence[FailedRun] = ()) -> Path | None:
+    """Write OUT/report for the finished runs of a sweep and those that failed; None when no run finished."""
     if not runs:
         return None
-    several = [open_run(folder) for folder in runs]
-    return _write_several(several, out / "report", failures(out))
+    return _write_several([open_run(folder) for folder in runs], out / "report", failed)
 
 
-def chart(run: Run) -> bytes:
+def chart(run: MeasuredRun) -> bytes:
     """The trade-off chart of one run as PNG."""
     plot = tradeoff(_points([run]), _WIDE, _hover([run]))
     return png(tradeoff_figure(plot, f"{run.label}: size against quality", run.manifest.model.caveat or ""))
 
 
 def render(template: str, **context: Any) -> str:
-    """A Markdown template with the page's number formats."""
+    """A rendered Markdown template, with the number formats of the page."""
     return _environment().get_template(template).render(context)
 
 
-def _points(runs: Sequence[Run]) -> list[Point]:
+def _points(runs: Sequence[MeasuredRun]) -> list[Point]:
     first = runs[0]
     original = Point("original", first.manifest.artifact.original_bytes, first.original.perplexity,
                      first.original.stderr, original=True)  # fmt: skip
     return [original, *(Point(r.label, r.size, r.artifact.perplexity, r.artifact.stderr) for r in runs)]
 
 
-def _rates(runs: Sequence[Run]) -> list[Point]:
-    """Tokens a second in place of bytes, as one and the same server gave them; none where a run was not served."""
+def _rates(runs: Sequence[MeasuredRun]) -> list[Point]:
+    """Points by tokens per second; none unless one server, the same for all runs, was measured."""
     servers = {run.serving and (run.serving.server, run.serving.version, run.serving.device) for run in runs}
     if len(runs) < 2 or len(servers) != 1 or any(run.tokens_per_second is None for run in runs):
         return []
     return [Point(r.label, r.tokens_per_second or 0.0, r.artifact.perplexity, r.artifact.stderr) for r in runs]
 
 
-def _front(runs: Sequence[Run]) -> set[str]:
-    """Labels of the runs that neither another run nor the original beats in size and perplexity."""
+def _front(runs: Sequence[MeasuredRun]) -> set[str]:
+    """Labels of the Pareto-optimal runs in size and perplexity, the original included."""
     points = _points(runs)
     return {points[i].label for i in pareto(points) if i}
 
 
-def _figures(run: Run) -> dict[str, Any]:
-    """What summary.json says about one run; shares are fractions, sizes bytes."""
+def _figures(run: MeasuredRun) -> dict[str, Any]:
+    """One run in summary.json; shares are fractions, sizes bytes."""
     return {
         "name": run.manifest.name,
         "model": run.manifest.model.model_dump(exclude={"files"}),
@@ -139,12 +139,23 @@ def _figures(run: Run) -> dict[str, Any]:
         "perplexity_increase": run.increase,
         **run.results.model_dump(include={"text", "original", "artifact", "divergence", "gates"}),
         "timing": run.manifest.timing.model_dump(exclude={"per_block_seconds"}),
+        "metrics": {metric.name: asdict(value) for metric, value in run.metrics},
         "warnings": run.warnings,
     }
 
 
-def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The recipe keys, dotted, whose values differ between runs, with each run's value; not how it is tried out."""
+def _glossary(runs: Sequence[MeasuredRun]) -> list[Metric]:
+    """The metrics that any of the runs has."""
+    return [metric for metric in METRICS if any(run.value(metric) is not None for run in runs)]
+
+
+def _columns(runs: Sequence[MeasuredRun]) -> list[Metric]:
+    """The metrics that a comparison of the runs shows."""
+    return [metric for metric in _glossary(runs) if metric.compared]
+
+
+def _differences(runs: Sequence[MeasuredRun]) -> dict[str, list[str]]:
+    """The recipe keys, dotted, whose values differ between runs, with each run's value; without the smoke test."""
     left_out = ("name", "description", "smoke")
     flat = [_flatten({k: v for k, v in run.manifest.recipe.items() if k not in left_out}) for run in runs]
     keys = list(dict.fromkeys(k for f in flat for k in f))
@@ -152,8 +163,8 @@ def _differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
-def _by_task(runs: Sequence[Run]) -> list[tuple[tuple[str, str], list[TaskResult | None]]]:
-    """For each task and metric, every run's result."""
+def _by_task(runs: Sequence[MeasuredRun]) -> list[tuple[tuple[str, str], list[TaskResult | None]]]:
+    """For each task and metric, the result of every run."""
     found = [{(task.task, task.metric): task for task in run.results.tasks} for run in runs]
     return [(key, [of.get(key) for of in found]) for key in dict.fromkeys(key for of in found for key in of)]
 
@@ -172,14 +183,20 @@ def _yaml(value: Any, flow: bool = False) -> str:
 
 
 def _write(
-    folder: Path, template: str, runs: list[Run], heading: str, summary: dict[str, Any], failed: Sequence[Outcome] = ()
+    folder: Path,
+    template: str,
+    runs: list[MeasuredRun],
+    heading: str,
+    summary: dict[str, Any],
+    failed: Sequence[FailedRun] = (),
 ) -> Path:
     caveat, model = runs[0].manifest.model.caveat, runs[0].manifest.model.id
     scale = HeatScale.of([run.heat for run in runs])
     plots, speeds = _plots(runs, _points(runs), rate=False), _plots(runs, _rates(runs), rate=True)
     context = {
         "runs": runs, "run": runs[0], "front": _front(runs), "plots": plots, "speeds": speeds, "scale": scale,
-        "differences": _differences(runs), "colors": list(zip(LIGHT, DARK, strict=True)), "failed": failed,
+        "differences": _differences(runs), "columns": _columns(runs), "glossary": _glossary(runs),
+        "colors": list(zip(LIGHT, DARK, strict=True)), "failed": failed,
     }  # fmt: skip
     footer = f"{model}: {caveat}" if caveat else model
     heats = {run.label: run.heat for run in runs}
@@ -206,7 +223,7 @@ def _write(
         raise BadInput(f"{folder}: cannot write the report there: {error.strerror}") from None
     for name in (f"{chart}.{kind}" for chart in ("speed", "divergence", "tasks") for kind in ("png", "svg")):
         if name not in files:
-            (folder / name).unlink(missing_ok=True)  # of what an earlier report showed, and this one does not
+            (folder / name).unlink(missing_ok=True)  # left by an earlier report
     for name, content in files.items():
         beside = folder / f".{name}.{os.getpid()}.tmp"
         try:
@@ -220,7 +237,7 @@ def _write(
     return folder / "index.html"
 
 
-def _plots(runs: Sequence[Run], points: Sequence[Point], *, rate: bool) -> list[Plot]:
+def _plots(runs: Sequence[MeasuredRun], points: Sequence[Point], *, rate: bool) -> list[Plot]:
     """The chart for wide and for narrow windows; none without points."""
     return [
         tradeoff(points, size, _hover(runs, rate), len(runs) > 1 and (size is _NARROW or len(runs) > 12), rate)
@@ -229,8 +246,8 @@ def _plots(runs: Sequence[Run], points: Sequence[Point], *, rate: bool) -> list[
     ]
 
 
-def _hover(runs: Sequence[Run], rate: bool = False) -> Callable[[Point], str]:
-    """What hovers over a mark: the recipe in a few words, and both figures."""
+def _hover(runs: Sequence[MeasuredRun], rate: bool = False) -> Callable[[Point], str]:
+    """The tooltip of a mark: the scheme and both values."""
     schemes = {run.label: f" ({run.scheme})" for run in runs if run.scheme}
 
     def title(point: Point) -> str:
@@ -240,8 +257,21 @@ def _hover(runs: Sequence[Run], rate: bool = False) -> Callable[[Point], str]:
     return title
 
 
+def _estimate(metric: Metric, value: float | None, error: float | None) -> str:
+    """A value of the metric with its standard error; empty where there is no value."""
+    if value is None:
+        return ""
+    return metric.show(value) + ("" if error is None else f" ± {metric.show_error(error)}")
+
+
+def _changed(metric: Metric, value: MetricValue) -> str:
+    """The artifact against the original, with the interval of the change where there is one."""
+    told = metric.show_change(value)
+    return f"{told} ({interval(value.interval, change)})" if metric.limits_change and value.interval else told
+
+
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -258,9 +288,10 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis, "points": points}
     environment.filters |= {
-        "size": size, "number": number, "change": change, "share": share, "gate": gate, "gate_name": gate_name,
+        "size": size, "number": number, "change": change, "share": share, "gate": gate_value, "gate_name": gate_name,
         "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds, "interval": interval, "score": score,
         "first_word": first_word, "spread": spread, "sentence": sentence, "points": points, "program": program,
-        "given": given, "shorten": shorten, "squeezed": squeezed, "by_task": _by_task,
+        "without_defaults": without_defaults, "shorten": shorten, "squeezed": squeezed, "estimate": _estimate,
+        "changed": _changed, "by_task": _by_task,
     }  # fmt: skip
     return environment

@@ -1,25 +1,24 @@
-"""The chart of size against perplexity as geometry: one layout in pixels, painted as SVG by the page's template and as
-PNG by `png`.
-"""
+"""The layout of the size-against-perplexity chart in pixels; the page's template and `figures` draw it."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .wording import byte_unit, shorten
+from ..measure.formatting import byte_unit
+from ..measure.metrics import METRICS
+from .page_text import shorten
 
+_QUALITY, _SIZE = (next(m for m in METRICS if m.name == name) for name in ("perplexity", "bytes"))
 FONT = 12  # px
-_EM = 0.6  # mean width of a character over the font size, on the wide side of common fonts
+_EM = 0.6  # assumed mean width of a character over the font size, wide for common fonts
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in px
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model on the trade-off chart: `size` in bytes of weights on disk (or a rate, tokens a second), perplexity and
-    its standard error.
-    """
+    """One model on the chart. size: bytes on disk, or a rate in tokens per second; stderr: of the perplexity."""
 
     label: str
     size: float
@@ -30,24 +29,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Label:
-    """The name beside a mark; `anchor` says which end of the text stands at x."""
+    """The name beside a mark; anchor: which end of the text is at x."""
 
     x: float
     y: float  # baseline
     anchor: str  # start, middle or end
     text: str
     box: Box
-    leader: tuple[float, float] | None  # where a line to the mark starts, when the label is far from it
+    leader: tuple[float, float] | None  # start of a line to the mark, for a label far from it
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point as drawn; `title` hovers over it."""
+    """A point as drawn; title: its tooltip."""
 
     x: float
     y: float
     role: str  # original, front or dominated
-    whisker: tuple[float, float] | None  # y of both ends of the standard error
+    whisker: tuple[float, float] | None  # y of value ± standard error
     off_axis: bool
     label: Label
     title: str
@@ -55,7 +54,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """A laid-out trade-off chart, all positions in px from the top left."""
+    """A laid-out chart, all positions in px from the top left."""
 
     width: int
     height: int
@@ -81,7 +80,7 @@ class _Axis:
         return self.start + (value - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self, about: int) -> list[float]:
-        """Round values inside the axis, roughly `about` of them."""
+        """About `about` round values inside the axis."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1, 2, 5), (1, 3), (1,)):
@@ -98,8 +97,9 @@ class _Axis:
 
 
 def pareto(points: Sequence[Point], rate: bool = False) -> list[int]:
-    """Indices, by size, of the points that no other point beats in size and perplexity; non-finite never. Of sizes the
-    smaller is better, of a `rate` the larger.
+    """Indices, by size, of the Pareto-optimal points in size and perplexity; non-finite points never are.
+
+    A smaller size is better, or with `rate` a larger one.
     """
     sign = -1 if rate else 1
     finite = [i for i, p in enumerate(points) if math.isfinite(p.perplexity)]
@@ -122,11 +122,11 @@ def tradeoff(
     number_only: bool = False,
     rate: bool = False,
 ) -> Plot:
-    """Lay out `points` (the original first) in `size` px; `title` is the text that hovers over a mark.
+    """Lay out `points` (the original first) in `size` px; title: the tooltip of a mark.
 
-    With several artifacts an original much larger than all of them is drawn at the right edge, off the axis, so that
-    the artifacts keep the room. `number_only` labels artifacts 1, 2, … where names do not fit. `rate`: the horizontal
-    axis is tokens a second, not bytes.
+    With several artifacts, an original much larger than all of them is drawn at the right edge, off the axis, so that
+    the artifacts have room. number_only: label artifacts 1, 2, … where names do not fit. rate: the horizontal axis is
+    tokens per second, not bytes.
     """
     width, height = size
     frame = (58.0, 34.0, width - 22.0, height - 50.0)
@@ -150,12 +150,12 @@ def tradeoff(
         whisker = None if several or p.stderr <= 0 else (y(p.perplexity + p.stderr), y(p.perplexity - p.stderr))
         marks.append(Mark(*spot, role, whisker, far and p.original, label, title(p)))
     unit, name = (1.0, "") if rate else byte_unit(x.high)
-    x_title = "Tokens a second from a server (higher is better)" if rate else f"Weights on disk, {name}"
+    x_title = "Tokens per second from a server (higher is better)" if rate else f"{_SIZE.title}, {name}"
     return Plot(
         width, height, frame,
         [(x(t), f"{t / unit:g}") for t in x.ticks(max(3, width // 130))],
         [(y(t), f"{t:,.10g}") for t in y.ticks(5)],
-        x_title, "Perplexity (lower is better)" + (", log scale" if y.log else ""),
+        x_title, f"{_QUALITY.title} ({_QUALITY.better} is better)" + (", log scale" if y.log else ""),
         marks, steps,
     )  # fmt: skip
 
@@ -183,7 +183,7 @@ def _y_axis(points: list[Point], several: bool, frame: Box) -> _Axis:
 
 
 def _staircase(spots: list[tuple[float, float]], rate: bool) -> list[tuple[float, float]]:
-    """What the front reaches: right at one perplexity, then down to the next; of a rate up first, then right."""
+    """The Pareto front as a staircase: right, then down to the next point; with a rate up first, then right."""
     out = spots[:1]
     for (x0, y0), (x1, y1) in pairwise(spots):
         out += [(x0, y1) if rate else (x1, y0), (x1, y1)]
@@ -201,7 +201,7 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def _place(spots: list[tuple[float, float]], texts: list[str], frame: Box, obstacles: list[Box]) -> list[Label]:
-    """A label a spot, where it covers no other label and as few marks and lines as can be."""
+    """A label per spot, placed so that it covers no other label and as few marks and lines as possible."""
     marks = [_pad((x, y, x, y), 7) for x, y in spots]
     placed: dict[int, Label] = {}
     for i in sorted(range(len(spots)), key=lambda i: spots[i]):

@@ -3,21 +3,9 @@
 import sys
 
 try:
-    from . import (  # noqa: F401
-        comparing,
-        doctor,
-        exporting,
-        making,
-        measuring,
-        publishing,
-        reports,
-        reproducing,
-        running,
-        smoking,
-        to_gguf,
-    )
-    from .app import main  # the others add their commands to it
-except KeyboardInterrupt:  # while libraries were imported, before `main` could say it
+    from . import doctor, making, measuring, releasing, serving  # noqa: F401  each adds its commands to the app
+    from .app import main
+except KeyboardInterrupt:  # while libraries were imported, before `main` could report it
     print("quantpress: stopped", file=sys.stderr)  # noqa: T201
     sys.exit(130)
 

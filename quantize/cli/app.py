@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, one line on error. Exit codes: 0 fine, 1 failed, 2 bad input, 3 gate."""
+"""The application: order of the commands, errors in one line. Exit codes: 0 fine, 1 failed, 2 bad input, 3 gate."""
 
 import errno
 import gc
@@ -11,9 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import BadInput
-from .options import out_console, say
+from .printing import out_console, say
 
-_ORDER = (  # of the help: as the work goes
+_ORDER = (  # of the commands in the help
     "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",
     "card", "publish", "convert", "gguf", "reproduce", "recipes", "schema", "doctor",
 )  # fmt: skip
@@ -29,16 +29,22 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="One validated recipe from a Hugging Face checkpoint to a quantized, measured artifact.",
+    help="Turn a Hugging Face model into a quantized, measured, servable release, by one YAML recipe.",
 )
 _INTERRUPTED = 130
-_RESUMED = ("run", "quantize", "sweep")  # commands that go on where they were ended
-_OF_THE_MACHINE = {  # errors whose cause is the machine, not a mistake of ours: one line says all
+_RESUMED = ("run", "quantize", "sweep")  # commands that continue where they were interrupted
+_OF_THE_MACHINE = {  # errors of the machine, not mistakes of ours: no traceback
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "ESTALE", "ENXIO")
     if hasattr(errno, name)
 }
-_OF_THE_PATH = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}  # errors of a path given
+_OF_THE_PATH = {
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}  # errors of a path that was given
 
 
 def _tell_version(wanted: bool) -> None:
@@ -50,22 +56,22 @@ def _tell_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     told: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="the version installed")
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print the installed version")
     ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Run the command line; every mistake of the user's is one line and exit code 2."""
-    # Before torch is there: its threads are not to spin while they wait, which on a busy machine costs more than work,
-    # and large tensors are to come in huge pages, where the system has them on request.
+    """Run the command line; a mistake of the user is one line on stderr and exit code 2."""
+    # Before torch is imported: its threads must not spin while they wait, which slows a busy machine down, and large
+    # tensors shall use huge pages where the system gives them on request.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    gc.set_threshold(100_000, 20, 100)  # importing makes objects by the million and hardly any garbage
+    gc.set_threshold(100_000, 20, 100)  # imports create millions of objects and hardly any garbage
     try:
         status = app(standalone_mode=False)
-        if status == _INTERRUPTED:  # typer turns Ctrl-C into this status, without a word
+        if status == _INTERRUPTED:  # typer turns Ctrl-C into this status
             raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
     except BadInput as error:
@@ -74,7 +80,7 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -83,20 +89,20 @@ def main() -> None:
         if error.errno not in _OF_THE_MACHINE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror}; once that is mended, {_goes_on(sys.argv[1:])}", 1)
+        _fail(f"{where}{error.strerror}; once that is fixed, {_goes_on(sys.argv[1:])}", 1)
     except Exception as error:
         if _was_interrupted(error):
             _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
         if isinstance(error, _usage_error()):
             said = error.format_message()  # type: ignore[attr-defined]
-            if not said:  # no command: the help has been shown
+            if not said:  # no command: the help was shown
                 sys.exit(2)
             _fail(f"{said} (see quantpress --help)", 2)
         raise
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind it: transformers makes a missing module of one that ends an import."""
+    """Whether Ctrl-C caused it: transformers reports an interrupted import as a missing module."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -104,20 +110,20 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 def _stopped(arguments: list[str]) -> str:
     if arguments[:1] == ["eval"]:
-        return "stopped; what was measured until then is written (eval/results.json, complete: false)"
+        return "stopped; what was measured until then is in eval/results.json (complete: false)"
     return f"stopped; {_goes_on(arguments)}" if arguments[:1] and arguments[0] in _RESUMED else "stopped"
 
 
 def _goes_on(arguments: list[str]) -> str:
-    """How the command is taken up again."""
+    """How the command is resumed."""
     if not arguments or arguments[0] not in _RESUMED:
-        return "give the command again"
+        return "run the command again"
     same = "the same command without --overwrite" if "--overwrite" in arguments else "the same command"
-    return f"{same} goes on from what is finished"
+    return f"{same} continues from what is finished"
 
 
 def _usage_error() -> type[Exception]:
-    from typer._click.exceptions import ClickException  # typer 0.2x carries its own click
+    from typer._click.exceptions import ClickException  # typer 0.2x vendors click
 
     return ClickException
 

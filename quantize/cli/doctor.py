@@ -1,7 +1,6 @@
-"""The command that looks at the machine: what is installed, what is missing, and how to get it."""
+"""The command doctor: what is installed, what is missing, and how to get it."""
 
 import importlib.util
-import json
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -10,27 +9,28 @@ from typing import Any
 from rich.table import Table
 
 from .app import app
-from .options import JsonOpt, cache_folder, out_console, quiet_libraries
+from .options import JsonOpt, make_options, quiet_libraries
+from .printing import out_console, print_json
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf", "tokenizers")
 _EXTRAS = {  # module: what it is for, and how to get it
-    "lm_eval": ("tasks in an evaluation", "pip install 'quantpress[tasks]'"),
-    "llama_cpp": ("llama.cpp's own quantizer and logits", "pip install 'quantpress[llamacpp]' (built from source)"),
-    "ray": ("a sweep over a cluster", "pip install 'quantpress[ray]'"),
+    "lm_eval": ("evaluation tasks", "pip install 'quantpress[tasks]'"),
+    "llama_cpp": ("llama.cpp's quantizer and logits", "pip install 'quantpress[llamacpp]' (built from source)"),
+    "ray": ("sweeps on a cluster", "pip install 'quantpress[ray]'"),
 }
 
 
 @app.command()
 def doctor(as_json: JsonOpt = False) -> None:
-    """What is installed here, what is missing, and how to get it. Nothing is fetched."""
+    """Show what is installed, what is missing and how to get it. Nothing is downloaded."""
     facts = _facts()
     if as_json:
-        print(json.dumps(facts))  # noqa: T201
+        print_json(facts)
         return
     table = Table.grid(padding=(0, 2))
     for name, found in facts.items():
         if isinstance(found, dict):
-            text = "not here: " + found["missing"] if "missing" in found else ", ".join(map(str, found.values()))
+            text = "missing: " + found["missing"] if "missing" in found else ", ".join(map(str, found.values()))
         else:
             text = str(found)
         table.add_row(name, text)
@@ -53,7 +53,7 @@ def _facts() -> dict[str, Any]:
     facts["device"] = str(here["device"])
     facts["cpu"] = f"{here['cpu']}, {here['cores']} cores, {'with' if machine.has_amx() else 'without'} AMX"
     facts["memory"] = f"{size(machine.available_memory_bytes())} free of {size(here['memory_bytes'])}"
-    cache = cache_folder()
+    cache = make_options().cache
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     facts["cache"] = f"{cache}, {size(shutil.disk_usage(there).free)} free"
     for module, (what, how) in _EXTRAS.items():

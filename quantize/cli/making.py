@@ -1,92 +1,84 @@
-"""The commands around an artifact: quantize, plan, convert; and those about recipes."""
+"""The commands around an artifact: plan, quantize, convert and gguf; and those about recipes."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 from rich.table import Table
 
-from ..core.files import alone_in
+from quantpress.eval.release.callbacks import Options
+
+from ..core.errors import BadInput
 from ..recipe import Recipe
 from ..recipe import loading as recipes
+from ..recipe.gguf_file import FloatFile
 from .app import app
 from .options import (
+    DEFAULT_RECIPE,
     JsonOpt,
-    LimitsOpt,
     ModelOpt,
     OutOpt,
-    OverwriteOpt,
-    PickleOpt,
     RecipeArg,
     SetOpt,
-    TrustOpt,
     chosen_recipe,
-    default_out,
-    open_source,
-    out_console,
+    quiet_libraries,
+    with_options,
 )
-from .work import quantize_model
+from .printing import followed, out_console, print_json, show
 
 
 @app.command()
+@with_options("overwrite", "ignore_limits", "allow_pickle", "trust_remote_code")
 def quantize(
-    recipe: RecipeArg = "w4a16-gptq",
+    options: Options,
+    recipe: RecipeArg = DEFAULT_RECIPE,
     model: ModelOpt = None,
     out: OutOpt = None,
     sets: SetOpt = [],  # noqa: B006
-    overwrite: OverwriteOpt = False,
-    ignore_limits: LimitsOpt = False,
-    allow_pickle: PickleOpt = False,
-    trust_remote_code: TrustOpt = False,
 ) -> None:
-    """Only the artifact: no evaluation, no report."""
+    """Make the artifact only: no evaluation, no report."""
     chosen = chosen_recipe(recipe, model, sets)
-    where = out or default_out(chosen)
-    with alone_in(where):
-        quantize_model(chosen, where, overwrite, ignore_limits, allow_pickle, trust_remote_code)
-    out_console.print(f"artifact: {where / 'quantized'}")
+    quiet_libraries()
+    from .. import api
+
+    with followed() as callbacks:
+        artifact = api.quantize(chosen, out=out, options=options, callbacks=callbacks)
+    show(f"artifact: {artifact}")
 
 
 @app.command()
+@with_options("allow_pickle", "trust_remote_code")
 def plan(
-    recipe: RecipeArg = "w4a16-gptq",
+    options: Options,
+    recipe: RecipeArg = DEFAULT_RECIPE,
     model: ModelOpt = None,
     sets: SetOpt = [],  # noqa: B006
-    allow_pickle: PickleOpt = False,
-    trust_remote_code: TrustOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """What a run would need and make: schemes, bytes, memory, disk, time; and which servers would take it."""
-    from quantpress.exports.contracts import advice, check_job
-
-    from ..engine.pipeline import prepare
+    """Show what a run would need and make: schemes, bytes, memory, disk, time; and which servers would load it."""
+    chosen = chosen_recipe(recipe, model, sets)
+    quiet_libraries()
+    from .. import api
     from ..engine.plan import size
 
-    chosen = chosen_recipe(recipe, model, sets)
-    job = prepare(chosen, open_source(chosen, allow_pickle, trust_remote_code))
-    targets = check_job(job)
-    lints = advice(job)
+    found = api.plan(chosen, options=options)
     if as_json:
-        print(json.dumps(job.plan.as_dict() | {"targets": targets, "servability": lints}))  # noqa: T201
+        print_json(found.plan.as_dict() | {"targets": found.targets, "servability": found.servability})
         return
     table = Table("linears", "number", "scheme", box=None, pad_edge=False)
-    kinds: dict[tuple[str, str], int] = {}
-    for linear in job.linears:
-        key = (linear.module, job.plan.layers[linear.name])
-        kinds[key] = kinds.get(key, 0) + 1
-    for (module, scheme), number in kinds.items():
+    for module, number, scheme in found.linears:
         table.add_row(module, str(number), scheme)
     out_console.print(table)
-    p = job.plan
-    out_console.print(
+    p = found.plan
+    show(
         f"artifact {size(p.artifact_bytes)} (original {size(p.original_bytes)}), memory up to {size(p.memory_bytes)}, "
         f"disk up to {size(p.disk_bytes)}, about {max(1, round(p.seconds / 60))} min on this machine"
     )
-    for name, format in targets.items():
-        out_console.print(f"target {name}: will load the {format} files", markup=False)
-    for line in (*p.notes, *lints):
-        out_console.print(f"note: {line}", markup=False)
+    for name, format in found.targets.items():
+        show(f"target {name}: will load the {format} files")
+    for line in (*p.notes, *found.servability):
+        show(f"note: {line}")
 
 
 @app.command()
@@ -95,23 +87,44 @@ def convert(
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq or modelopt")],
 ) -> None:
-    """The same codes in another format, without loss; refused where that cannot be."""
-    from ..artifact.convert import convert as convert_folder
+    """Write the same codes in another format, without loss; refused where the format cannot hold them."""
+    from .. import api
 
-    inside = artifact / "quantized"
-    convert_folder(inside if inside.is_dir() else artifact, out, to)
-    out_console.print(f"artifact: {out}")
+    show(f"artifact: {api.convert(artifact, out, to)}")
+
+
+@app.command()
+@with_options("allow_pickle")
+def gguf(
+    options: Options,
+    source: Annotated[str, typer.Argument(help="a checkpoint or artifact folder, hub id or smollm2-135m")],
+    out: Annotated[Path, typer.Argument(help="the .gguf file to write")],
+    kind: Annotated[str, typer.Option("--type", help="F32, F16 or BF16")] = "F16",
+    split: Annotated[int | None, typer.Option("--split", help="most bytes of tensors in one file")] = None,
+) -> None:
+    """Write a GGUF file of floats; an artifact is dequantized. To quantize, run a recipe such as gguf-q4_k_m."""
+    if kind not in get_args(FloatFile):
+        raise BadInput(f"--type {kind}: {', '.join(get_args(FloatFile))}; to quantize run a recipe such as gguf-q4_k_m")
+    if out.suffix != ".gguf":
+        raise BadInput(f"{out}: give a name that ends in .gguf")
+    quiet_libraries()
+    from .. import api
+
+    with followed() as callbacks:
+        files = api.write_gguf(source, out, cast(FloatFile, kind), split, options, callbacks)
+    for file in files:
+        show(f"written: {file}")
 
 
 @app.command()
 def schema() -> None:
-    """The JSON Schema of a recipe, for editors."""
+    """Print the JSON Schema of a recipe, for editors."""
     print(json.dumps(Recipe.model_json_schema(), indent=2))  # noqa: T201
 
 
 @app.command("recipes")
 def list_recipes() -> None:
-    """The recipes that ship with quantpress."""
+    """List the recipes that ship with quantpress."""
     table = Table("recipe", "what for", box=None, pad_edge=False)
     for name in recipes.shipped():
         table.add_row(name, recipes.load(name).description)

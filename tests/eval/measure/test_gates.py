@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quantpress.eval.measure.judge import judge
+from quantpress.eval.measure.gates import judge
 from quantpress.eval.measure.results import Results
 from quantpress.recipe import Gates
 
@@ -100,6 +100,29 @@ def test_the_size_of_a_served_model_is_not_known() -> None:
     document = results().document()
     document["artifact"]["bytes"] = 0
     assert judge(Gates(max_bytes=1), Results.model_validate(document)).verdict == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize(
+    ("limit", "verdict"),
+    [
+        (40.0 - 4.303 * 2 - 0.01, "ACCEPT"),  # Student's t of three repeats: 4.303 standard errors to either side
+        (40.0 - 4.303 * 2 + 0.01, "INCONCLUSIVE"),
+        (40.0, "INCONCLUSIVE"),
+        (40.0 + 4.303 * 2 - 0.01, "INCONCLUSIVE"),
+        (40.0 + 4.303 * 2 + 0.01, "REGRESSION"),
+    ],
+)
+def test_a_speed_is_judged_with_the_interval_of_its_few_repeats(limit: float, verdict: str) -> None:
+    speed = {"batch": 1, "context": 128, "repeats": 3, "prefill_tokens_per_second": 900, "prefill_stderr": 5,
+             "decode_tokens_per_second": 40.0, "decode_stderr": 2.0}  # fmt: skip
+    other = speed | {"batch": 8, "decode_tokens_per_second": 400.0}  # the gate is about the first
+    runtime = {"what": "", "device": "cpu", "dtype": "float32", "threads": 1, "load_seconds": 1, "peak_rss_bytes": 1}
+    efficiency = {
+        "bytes": 1000, "parameters": 1, "bits_per_parameter": 1, "runtime": runtime | {"speed": [speed, other]}
+    }  # fmt: skip
+    report = judge(Gates(min_tokens_per_second=limit), results(efficiency=efficiency))
+    assert report.verdict == verdict
+    assert report.checks[0].interval == pytest.approx((40 - 4.3027 * 2, 40 + 4.3027 * 2), abs=1e-3)
 
 
 def test_what_was_not_measured_is_neither_kept_nor_missed() -> None:

@@ -60,6 +60,28 @@ def test_likelihoods_equal_a_plain_forward_pass(
     assert found[-1][1]
 
 
+def test_a_long_continuation_is_greedy_only_if_every_part_of_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits come a few rows at a time: a miss in any of the parts counts, and so does none."""
+    monkeypatch.setattr(likelihood, "_ROWS", 8)
+    model, context = build("llama", tmp_path), [5, 6, 7]
+    ids = list(context)
+    with torch.no_grad():
+        for _ in range(24):  # three parts of eight
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    favourite = ids[3:]
+    pairs: list[Pair] = [(context, favourite)]
+    for wrong in (0, 7, 8, 23):  # the first and last token of the first part, the first of the second, the very last
+        other = [*favourite[:wrong], (favourite[wrong] + 1) % 250, *favourite[wrong + 1 :]]
+        pairs.append((context, other))
+    found = scorer(tmp_path).log_likelihoods(pairs)
+    assert [greedy for _, greedy in found] == [True, False, False, False, False]
+    for (value, greedy), pair in zip(found, pairs, strict=True):
+        expected, favoured = plainly(model, pair)
+        assert (value, greedy) == (pytest.approx(expected, abs=2e-3), favoured)
+
+
 def test_a_continuation_longer_than_the_model_is_refused(tmp_path: Path) -> None:
     build("llama", tmp_path)
     with pytest.raises(BadInput, match="a continuation of 129 tokens: the model takes 128 at most"):
@@ -83,7 +105,7 @@ def test_greedy_text_is_what_the_forward_pass_prefers(family: str, tmp_path: Pat
 def test_a_model_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("llama", tmp_path)
     monkeypatch.setattr(likelihood, "whole_bytes", lambda skeleton: 10**15)
-    with pytest.raises(BadInput, match=r"the whole model takes 1000000\.0 GB to write with, and .* GB are free"):
+    with pytest.raises(BadInput, match=r"the whole model, 1000000\.0 GB, and .* GB are free"):
         scorer(tmp_path).write([[1]], 2)
 
 

@@ -24,8 +24,8 @@ def test_a_text_is_cut_into_about_sixteen_runs(tokens: int, length: int) -> None
 
 def test_few_values_know_their_spread_badly() -> None:
     low, high = around(1.0, 0.1, 3) or (0, 0)
-    assert (low, high) == pytest.approx((1 - 0.4303, 1 + 0.4303))
-    assert around(1.0, 0.1, 31) == around(1.0, 0.1)
+    assert (low, high) == pytest.approx((1 - 0.4302652730, 1 + 0.4302652730))  # Student's t, 2 degrees of freedom
+    assert around(1.0, 0.1, 10**6) == pytest.approx(around(1.0, 0.1))
     assert around(1.0, math.nan, 3) is None
 
 
@@ -91,3 +91,13 @@ def test_recovery_is_the_share_that_is_left() -> None:
     assert interval is not None
     assert interval[0] < 0.875 < interval[1] < 1.0
     assert recovery(np.zeros(3), np.ones(3)) == (None, None)
+
+
+def test_the_interval_of_a_recovery_is_that_of_the_difference_over_the_base() -> None:
+    """By hand, of an original that scores far from 1: dividing nothing, or by the wrong score, shows at once."""
+    before = np.array([0.2, 0.1, 0.3, 0.2])  # mean 0.2
+    after = np.array([0.1, 0.1, 0.2, 0.2])  # mean 0.15
+    left, interval = recovery(before, after)
+    error = math.sqrt(np.var(after - before, ddof=1) / 4)
+    assert left == pytest.approx(0.75)
+    assert interval == pytest.approx((1 + (-0.05 - 1.959964 * error) / 0.2, 1 + (-0.05 + 1.959964 * error) / 0.2))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quantpress.core.files import write_json
-from quantpress.eval.release.ledger import Ledger, Stage
+from quantpress.eval.release.ledger import Ledger, ReleaseStage
 
 
 class Bench:
@@ -26,7 +26,7 @@ class Bench:
             (self.out / "result.json").write_text("{}")
             return {"times": self.done}
 
-        return Ledger(self.out, self.notes.append).run(Stage("eval", inputs, ("result.json",), work))
+        return Ledger(self.out, self.notes.append).run(ReleaseStage("eval", inputs, ("result.json",), work))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_lost_output_is_made_again(bench: Bench) -> None:
     bench.run({})
     (bench.out / "result.json").unlink()
     assert bench.run({}) == {"times": 2}
-    assert bench.notes == ["eval: again, because result.json is not there any more"]
+    assert bench.notes == ["eval: again, because result.json no longer exists"]
 
 
 def test_a_stage_that_fails_is_not_remembered_as_done(bench: Bench) -> None:
@@ -64,7 +64,9 @@ def test_a_stage_that_fails_is_not_remembered_as_done(bench: Bench) -> None:
 
 
 def test_an_outcome_that_failed_is_not_kept(bench: Bench) -> None:
-    stage = Stage("smoke", {}, (), lambda: {"verdict": "FAILED"}, failed=lambda said: said["verdict"] == "FAILED")
+    stage = ReleaseStage(
+        "smoke", {}, (), lambda: {"verdict": "FAILED"}, failed=lambda said: said["verdict"] == "FAILED"
+    )
     for _ in range(2):
         Ledger(bench.out, bench.notes.append).run(stage)
     assert bench.notes == ["smoke: again, because it failed"]

@@ -21,7 +21,7 @@ from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
 from quantpress.eval.release.publish import Upload, prepare_upload, upload
 from quantpress.eval.report.card import metadata, servers, write_card
-from quantpress.eval.report.runs import open_run
+from quantpress.eval.report.measured_run import open_run
 from quantpress.recipe.loading import parse
 
 from ... import tiny
@@ -68,7 +68,7 @@ def test_the_hub_reads_the_card(made: Path) -> None:
     assert "model-index" in data
     assert "![Size against quality](quality.png)" in card.text
     assert (path.parent / "quality.png").read_bytes()[:4] == b"\x89PNG"
-    assert "Perplexity | 17.05 | 18.40 | +7.9\u00a0%" in card.text
+    assert "Perplexity | 17.05 ± 0.36 | 18.40 ± 0.40 | +7.9\u00a0%" in card.text
     assert "recovers 95.0" in card.text
     rows = [line for line in card.text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {5}
@@ -216,7 +216,7 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     stray = made / "quantized" / "secrets.env"
     stray.write_text("TOKEN=1")
     try:
-        with pytest.raises(BadInput, match=r"secrets.env, which is no part"):
+        with pytest.raises(BadInput, match=r"secrets.env, which does not belong"):
             prepare_upload(made, "org/name", private=True)
     finally:
         stray.unlink()
@@ -230,7 +230,7 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     finally:
         results.write_text(before)
     what = prepare_upload(made, "org/name", private=True)
-    assert what.warnings == ("manifest.json names a folder of this machine",)  # the recipe's model; not the card
+    assert what.warnings == ("manifest.json contains a path of this machine",)  # the recipe's model; not the card
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("quantpress.eval.release.publish.get_token", lambda: None)
     with pytest.raises(BadInput, match="needs a hub login"):

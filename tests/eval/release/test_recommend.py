@@ -8,7 +8,7 @@ import pytest
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
-from quantpress.eval.measure.results import Cache, Results, TaskResult
+from quantpress.eval.measure.results import KvCache, Results, TaskResult
 from quantpress.eval.release.recommend import Wish, cache_bytes, perplexity_recovery, recommend, task_recovery
 
 from ..report.test_report import fake_manifest, fake_results, write_run
@@ -116,7 +116,7 @@ def test_a_broken_model_recovers_nothing() -> None:
 
 
 def test_a_windowed_cache_stops_growing() -> None:
-    cache = Cache(dtype="bfloat16", bytes_per_token=10, bytes_per_token_past_window=4, sliding_window=100, context=1,
+    cache = KvCache(dtype="bfloat16", bytes_per_token=10, bytes_per_token_past_window=4, sliding_window=100, context=1,
                   bytes_at_context=10)  # fmt: skip
     assert cache_bytes(cache, 80) == 800
     assert cache_bytes(cache, 150) == 100 * 10 + 50 * 4
@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     document["efficiency"] = None
     path.write_text(json.dumps(document))
-    assert "was not measured" in dict(recommend([folder], wish()).others)["int4"]
+    assert "is not known" in dict(recommend([folder], wish()).others)["int4"]
     (folder / "int4" / "eval" / "serving.json").unlink()
     with pytest.raises(BadInput, match="the speed of int4 was not measured"):
         recommend([folder], wish(prefer="fastest"))

@@ -15,17 +15,17 @@ from quantpress.cli.app import app
 from quantpress.core.errors import BadInput
 from quantpress.engine.pipeline import Settings, prepare
 from quantpress.engine.sources import resolve
-from quantpress.eval.release.reproduce import Reproduction, open_original, reproduce
+from quantpress.eval.release.reproduce import Reproduction, make_again, open_recorded
 
 from ...quantize.engine.test_pipeline import make
 from ...tiny import build
 
 
 def again(manifest: Path, out: Path, model: Path | None = None, **changes: Any) -> Reproduction:
-    original = open_original(manifest)
+    original = open_recorded(manifest)
     recipe = original.recipe.model_copy(update={"model": str(model) if model else original.model} | changes)
     cache = out.parent / "cache"
-    return reproduce(original, prepare(recipe, resolve(recipe.model, cache=cache)), Settings(out, cache))
+    return make_again(original, prepare(recipe, resolve(recipe.model, cache=cache)), Settings(out, cache))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_same_bytes_come_out_of_a_manifest(run: Path) -> None:
     files = len(list((run / "quantized").iterdir())) - 1  # the manifest is not in its own list
-    assert again(run, run.parent / "again") == Reproduction(files, None, ())
+    assert again(run, run.parent / "again") == Reproduction(run.parent / "again", files, None, ())
     alone = run.parent / "alone.json"
     alone.write_bytes((run / "manifest.json").read_bytes())
     assert again(alone, run.parent / "once more").first is None
@@ -45,7 +45,7 @@ def test_the_same_bytes_come_out_of_a_manifest(run: Path) -> None:
 
 def test_a_run_that_is_there_already_proves_nothing(run: Path) -> None:
     again(run, run.parent / "again")
-    with pytest.raises(BadInput, match="holds a finished run, which proves nothing; give another --out"):
+    with pytest.raises(BadInput, match="holds a finished run, which would prove nothing; give another --out"):
         again(run, run.parent / "again")
     for manifest in (run, run / "quantized"):
         with pytest.raises(BadInput, match="is the run that is to be reproduced; give another --out"):
@@ -101,7 +101,7 @@ def test_another_model_is_refused_before_the_work(run: Path) -> None:
 
 
 def test_a_hub_model_is_pinned_to_its_revision(run: Path) -> None:
-    original = open_original(run)
+    original = open_recorded(run)
     model = original.manifest.model.changed(kind="hub", id="org/name@main", revision="abc")
     original = replace(original, manifest=original.manifest.changed(model=model))
     assert original.model == "org/name@abc"
@@ -115,7 +115,7 @@ def test_what_is_no_manifest_is_refused(content: str | None, complaint: str, tmp
     if content is not None:
         (tmp_path / "m.json").write_text(content)
     with pytest.raises(BadInput, match=complaint):
-        open_original(tmp_path / "m.json")
+        open_recorded(tmp_path / "m.json")
 
 
 def test_the_command(run: Path) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from quantpress.cli.app import app
 from quantpress.core.errors import BadInput
-from quantpress.eval.release.sweep import STATE, Outcome, Task, in_turn, over_ray, plan, sweep
+from quantpress.eval.release.sweep import STATE, RunOutcome, SweepRun, in_turn, over_ray, plan_runs, run_all
 from quantpress.eval.report.page import write_sweep
 from quantpress.recipe.loading import parse
 
@@ -38,9 +38,9 @@ sys.exit(3 if recipe["name"] == "strict" else 0)
 """
 
 
-def tasks(out: Path, *names: str, identity: str = "weights", model: str = "a") -> list[Task]:
+def tasks(out: Path, *names: str, identity: str = "weights", model: str = "a") -> list[SweepRun]:
     recipes = [parse({"name": name}) for name in names]
-    return plan(recipes, model, identity, out, ["--ignore-limits"], command=(sys.executable, "-c", RUN))
+    return plan_runs(recipes, model, identity, out, ["--ignore-limits"], command=(sys.executable, "-c", RUN))
 
 
 def calls(out: Path) -> list[str]:
@@ -48,8 +48,10 @@ def calls(out: Path) -> list[str]:
 
 
 def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
-    told: list[Outcome] = []
-    ended = sweep(tasks(tmp_path / "s", "refused", "killed", "fine", "strict"), tmp_path / "s", in_turn(), told.append)
+    told: list[RunOutcome] = []
+    ended = run_all(
+        tasks(tmp_path / "s", "refused", "killed", "fine", "strict"), tmp_path / "s", in_turn(), told.append
+    )
     assert [(one.name, one.status) for one in ended] == [
         ("refused", "failed"), ("killed", "failed"), ("fine", "done"), ("strict", "gate")
     ]  # fmt: skip
@@ -62,9 +64,9 @@ def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path: Path) -> None:
 def test_what_is_finished_is_not_done_again_and_what_failed_is(tmp_path: Path) -> None:
     out = tmp_path / "s"
     names = ("refused", "fine", "strict")
-    sweep(tasks(out, *names), out, in_turn(), lambda one: None)
+    run_all(tasks(out, *names), out, in_turn(), lambda one: None)
     (out / "mended").touch()
-    again = sweep(tasks(out, *names), out, in_turn(), lambda one: None)
+    again = run_all(tasks(out, *names), out, in_turn(), lambda one: None)
     assert calls(out) == ["refused", "fine", "strict", "refused"]
     assert [(one.status, one.reused) for one in again] == [("done", False), ("done", True), ("gate", True)]
     assert again[2].reason == "max_kl: too much"
@@ -73,21 +75,21 @@ def test_what_is_finished_is_not_done_again_and_what_failed_is(tmp_path: Path) -
 @pytest.mark.parametrize("change", ["model", "recipe", "results"])
 def test_a_finished_run_of_something_else_does_not_count(tmp_path: Path, change: str) -> None:
     out = tmp_path / "s"
-    sweep(tasks(out, "fine"), out, in_turn(), lambda one: None)
+    run_all(tasks(out, "fine"), out, in_turn(), lambda one: None)
     others = tasks(out, "fine", identity="other weights" if change == "model" else "weights")
     if change == "recipe":
         recipe = parse({"name": "fine", "method": {"name": "rtn"}})
-        others = plan([recipe], "a", "weights", out, ["--ignore-limits"], command=(sys.executable, "-c", RUN))
+        others = plan_runs([recipe], "a", "weights", out, ["--ignore-limits"], command=(sys.executable, "-c", RUN))
     if change == "results":
         (out / "fine" / "eval" / "results.json").unlink()
-    (one,) = sweep(others, out, in_turn(), lambda one: None)
+    (one,) = run_all(others, out, in_turn(), lambda one: None)
     assert not one.reused
     assert calls(out) == ["fine", "fine"]
 
 
 def test_what_was_done_is_on_record_after_each_run(tmp_path: Path) -> None:
     out, seen = tmp_path / "s", []
-    sweep(tasks(out, "fine", "strict"), out, in_turn(),
+    run_all(tasks(out, "fine", "strict"), out, in_turn(),
           lambda one: seen.append(len(json.loads((out / STATE).read_text())["runs"])))  # fmt: skip
     assert seen == [1, 2]
 
@@ -95,10 +97,10 @@ def test_what_was_done_is_on_record_after_each_run(tmp_path: Path) -> None:
 def test_another_text_in_the_same_file_is_another_run(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one")
     recipe = parse({"name": "a", "evaluation": {"source": str(tmp_path / "text.txt")}})
-    before = plan([recipe], "m", "w", tmp_path / "s")[0].key
-    assert plan([recipe], "m", "w", tmp_path / "s")[0].key == before
+    before = plan_runs([recipe], "m", "w", tmp_path / "s")[0].key
+    assert plan_runs([recipe], "m", "w", tmp_path / "s")[0].key == before
     (tmp_path / "text.txt").write_text("two")
-    assert plan([recipe], "m", "w", tmp_path / "s")[0].key != before
+    assert plan_runs([recipe], "m", "w", tmp_path / "s")[0].key != before
 
 
 def test_recipes_of_several_models_are_refused(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_mistakes_are_found_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="two recipes are called fine"):
         tasks(tmp_path / "s", "fine", "fine")
     with pytest.raises(BadInput, match="nothing to compare it by"):
-        plan([parse({"name": "blind", "evaluation": None})], "a", "w", tmp_path / "s")
+        plan_runs([parse({"name": "blind", "evaluation": None})], "a", "w", tmp_path / "s")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(BadInput, match="holds no sweep"):
@@ -126,10 +128,10 @@ def test_mistakes_are_found_before_the_work(tmp_path: Path) -> None:
 def test_a_ray_cluster_does_the_same_work(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
     out = tmp_path / "s"
-    ended = sweep(tasks(out, "refused", "fine", "strict"), out, over_ray("local", 1, 0), lambda one: None)
+    ended = run_all(tasks(out, "refused", "fine", "strict"), out, over_ray("local", 1, 0), lambda one: None)
     assert [one.status for one in ended] == ["failed", "done", "gate"]
     assert sorted(calls(out)) == ["fine", "refused", "strict"]
-    again = sweep(tasks(out, "fine"), out, over_ray("local", 1, 0), lambda one: None)
+    again = run_all(tasks(out, "fine"), out, over_ray("local", 1, 0), lambda one: None)
     assert again[0].reused
 
 
@@ -149,9 +151,9 @@ def test_real_runs_over_ray_write_what_runs_in_turn_write(tmp_path: Path, monkey
     monkeypatch.setenv("QUANTPRESS_CACHE", str(tmp_path / "cache"))
     artifacts, shared = [], []
     for out, fan in ((tmp_path / "in-turn", in_turn()), (tmp_path / "over-ray", over_ray("local", 1, 0))):
-        planned = plan(recipes, document["model"], "weights", out, ["--ignore-limits"])
+        planned = plan_runs(recipes, document["model"], "weights", out, ["--ignore-limits"])
         kept = out / ".shared" / "tokens"
-        ended = sweep(planned, out, fan, lambda one, kept=kept: shared.append(any(kept.rglob("tokens.safetensors"))))
+        ended = run_all(planned, out, fan, lambda one, kept=kept: shared.append(any(kept.rglob("tokens.safetensors"))))
         assert [(one.status, one.reason) for one in ended] == [("done", ""), ("done", "")]
         artifacts.append({
             str(file.relative_to(out)): file.read_bytes()

@@ -104,6 +104,10 @@ def fake_results(perplexity: float = 18.4, verdict: str = "REGRESSION") -> dict[
 
 
 def write_run(folder: Path, manifest: dict[str, Any], results: dict[str, Any]) -> Path:
+    """A run folder; the sizes in its results are those of its manifest, as in a real one."""
+    sizes = {key: manifest["artifact"][key] for key in ("bytes", "original_bytes", "parameters", "bits_per_parameter")}
+    sizes["bits_per_weight"] = manifest["artifact"]["quantized_bits_per_weight"]
+    results = results | {"efficiency": results.get("efficiency", {}) | sizes}
     (folder / "eval").mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     (folder / "eval" / "results.json").write_text(json.dumps(results), encoding="utf-8")

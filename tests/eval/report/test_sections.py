@@ -12,10 +12,10 @@ import pytest
 
 from quantpress.core.files import write_json
 from quantpress.eval.measure.results import TaskResult
-from quantpress.eval.report.page import write_comparison, write_report, write_sweep
-from quantpress.eval.report.png import recovery_axis
+from quantpress.eval.report.figures import recovery_axis
+from quantpress.eval.report.page import FailedRun, write_comparison, write_report, write_sweep
+from quantpress.eval.report.page_text import squeezed
 from quantpress.eval.report.tradeoff import Point, pareto, tradeoff
-from quantpress.eval.report.wording import squeezed
 
 from ..release.test_recommend import SERVING, task
 from .test_report import BROWSER, CHILDLESS, Page, fake_manifest, fake_results, in_browser, write_run
@@ -79,7 +79,7 @@ def test_what_was_measured_has_its_section(full: Path) -> None:
     for title in SECTIONS:
         assert title in text, title
     for shown in ("−3.0 −5.0 to +1.0", "95.0 %", "0 to 10 %", "0.0800 ± 0.0046", "1,535 / 40.0",
-                  "647 MB", "214", "23.0 kB a token", "112 ms", "✓ answers", "– skipped: tools",
+                  "647 MB", "214", "23.0 kB per token", "112 ms", "✓ answers", "– skipped: tools",
                   "+7.9 % +5.0 to +11.0 %",
                   "The capital <b>", "from token 3", "all 1 tokens alike", "2 an hour"):  # fmt: skip
         assert shown in text, shown
@@ -95,7 +95,7 @@ def test_what_was_not_is_absent(tmp_path: Path) -> None:
 
 def test_the_first_token_that_differs_is_marked(full: Path) -> None:
     page = (full / "index.html").read_text(encoding="utf-8")
-    assert 'of France<mark><span class="unseen">from here different: </span> was</mark> Lyon' in page
+    assert 'of France<mark><span class="unseen">different from here: </span> was</mark> Lyon' in page
     assert "<b>" not in page
 
 
@@ -114,14 +114,13 @@ def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
                                          ("beaten", 120_000_000, 18.5, 40.0)):  # fmt: skip
         folders.append(write_run(tmp_path / name, fake_manifest(name, size=size, blocks=2), full_results(perplexity)))
         write_json(folders[-1] / "eval" / "serving.json", SERVING | {"tokens_per_second": {"1": rate}})
-    failed = {"name": "odd", "status": "failed", "reason": "group_size 96 <does not divide>", "key": "k"}
-    write_json(tmp_path / "sweep.json", {"schema": 1, "runs": [failed]})
-    page = write_sweep(tmp_path, folders)
+    failed = [FailedRun("odd", "group_size 96 <does not divide>")]
+    page = write_sweep(tmp_path, folders, failed)
     assert page is not None
     text = words(page.parent)
     assert "Recipes that failed (1)" in text
     assert "group_size 96 <does not divide>" in text
-    assert "Tokens a second from a server" in text
+    assert "Tokens per second from a server" in text
     assert (page.parent / "speed.svg").is_file()
     markdown = (page.parent / "summary.md").read_text(encoding="utf-8")
     assert "- odd: group\\_size 96 \\<does not divide\\>" in markdown
@@ -129,7 +128,7 @@ def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
     assert write_sweep(tmp_path, []) is None
     (folders[0] / "eval" / "serving.json").unlink()  # no axis of speeds that were not all measured
     assert write_sweep(tmp_path, folders) == page
-    assert "Tokens a second from a server" not in words(page.parent)
+    assert "Tokens per second from a server" not in words(page.parent)
     assert not (page.parent / "speed.svg").exists()
 
 
@@ -172,7 +171,7 @@ def test_headings_go_down_one_step_at_a_time_and_controls_have_names(full: Path)
 
 
 def test_the_verdict_names_what_tasks_and_server_say(full: Path, tmp_path: Path) -> None:
-    said = "None of the 2 task scores is worse than the original's for certain (95 % intervals)."
+    said = "None of the 2 task scores is significantly worse than the original's (95 % CI)."
     assert said in words(full)
     assert said in (full / "summary.md").read_text(encoding="utf-8").replace("\\", "").replace("\u00a0", " ")
     results = full_results()
@@ -181,7 +180,7 @@ def test_the_verdict_names_what_tasks_and_server_say(full: Path, tmp_path: Path)
     run = write_run(tmp_path / "run", fake_manifest(blocks=2), results)
     write_json(run / "eval" / "serving.json", SERVING | {"verdict": "FAILED", "checks": failed})
     text = words(write_report(run).parent)
-    assert "Worse than the original for certain (95 %): arc_easy (acc_norm) by −5.0 to −1.0 points." in text
+    assert "Significantly worse than the original (95 % CI): arc_easy (acc_norm) by −5.0 to −1.0 points." in text
     assert re.search(r"vLLM( \(.*?\))? failed answers\.", text)
     assert "✗ failed: answers<none>" in text
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from quantpress.eval.report.png import png, tradeoff_figure
+from quantpress.eval.report.figures import png, tradeoff_figure
 from quantpress.eval.report.tradeoff import Point, overlap, pareto, tradeoff
 
 

@@ -17,7 +17,7 @@ def test_it_names_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) 
     assert facts["a thing"] == {"missing": "pip install thing"}
     assert {"server vllm", "server llama.cpp", "server transformers"} <= set(facts)
     lines = CliRunner().invoke(app, ["doctor"]).output
-    assert "not here: pip install thing" in lines
+    assert "missing: pip install thing" in lines
 
 
 def test_the_command_says_its_version_and_without_arguments_its_help(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from quantpress.cli import options as shared
+from quantpress.cli.printing import progress_bar
 from quantpress.core import machine
 
 
@@ -15,12 +15,12 @@ def test_a_line_every_fifth_and_every_minute(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    with shared.progress_bar("quantizing", 100) as advance:
+    with progress_bar("quantizing", 100) as advance:
         for done in range(41, 101):  # a run that goes on after block 40
             clock[0] += 25.0 if done <= 46 else 1.0
             advance(done, "error 1.00%")
     lines = capsys.readouterr().err.splitlines()
-    told = [int(re.match(r"quantizing block (\d+)/100 error 1.00% [\d.]+ [MG]B", line)[1]) for line in lines]  # type: ignore[index]
+    told = [int(re.match(r"quantizing block (\d+)/100 error 1.00% memory [\d.]+ [MG]B", line)[1]) for line in lines]  # type: ignore[index]
     assert told == [41, 44, 56, 60, 80, 100]
     assert lines[1].endswith(" 1400 s left")  # 4 blocks in 100 s, 56 to come
     assert lines[-1].endswith("B")

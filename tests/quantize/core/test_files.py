@@ -96,8 +96,8 @@ def test_a_full_disk_is_one_line_that_names_the_file(
         cli.main()
     assert stopped.value.code == 1
     assert capsys.readouterr().err == (
-        f"quantpress: {tmp_path / 'out.json'}: No space left on device; once that is mended, "
-        "the same command without --overwrite goes on from what is finished\n"
+        f"quantpress: {tmp_path / 'out.json'}: No space left on device; once that is fixed, "
+        "the same command without --overwrite continues from what is finished\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -149,4 +149,4 @@ def test_ctrl_c_that_a_library_made_an_error_of_is_still_ctrl_c(
         cli.main()
     assert stopped.value.code == 130
     said = capsys.readouterr().err
-    assert said == "quantpress: stopped; the same command goes on from what is finished\n"
+    assert said == "quantpress: stopped; the same command continues from what is finished\n"

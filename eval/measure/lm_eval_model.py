@@ -1,4 +1,4 @@
-"""Our models as lm-eval sees them. Imported only where lm-eval is there: it is an extra."""
+"""Our models as lm-eval sees them. Imported only when tasks are asked for: lm-eval is an extra."""
 
 import contextlib
 import sys
@@ -10,25 +10,26 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from quantpress.core.errors import BadInput
 
-from .likelihood import Pair
+from .likelihood import Pair, Room
 
 
 class Answers(Protocol):
-    """What answers: a model in this process or behind a server. limit: the longest input in tokens."""
+    """A model that answers requests, in this process or behind a server."""
 
-    limit: int
+    @property
+    def room(self) -> Room: ...
 
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]: ...
     def continue_text(self, prompts: Sequence[list[int]], new_tokens: int, stop: Sequence[str]) -> list[str]: ...
 
 
-class Adapter(TemplateLM):  # type: ignore[misc]  # the library is not typed
-    """Tokenizes what lm-eval asks, with BOS before every prompt when there is a `bos`, and has `answers` answer it."""
+class LmEvalModel(TemplateLM):  # type: ignore[misc]  # the library is not typed
+    """Tokenizes lm-eval's requests, with `bos` (if given) before every prompt, and passes them on to `answers`."""
 
     def __init__(self, answers: Answers, tokenizer: Any, bos: int | None) -> None:
         super().__init__()
         self.tokenizer, self._answers, self._bos = tokenizer, answers, bos
-        self._stderr = sys.stderr  # for our own progress, where the library's is held back
+        self._stderr = sys.stderr  # for our own progress, while the library's is suppressed
 
     @property
     def eot_token_id(self) -> int:
@@ -52,7 +53,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the library is not typed
         owners: list[int] = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            windows = get_rolling_token_windows(ids, self.prefix_token_id, self._answers.limit, 1)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self._answers.room.scored - 1, 1)
             pairs += [make_disjoint_window(window) for window in windows]
             owners += [number] * (len(pairs) - len(owners))
         out = [0.0] * len(requests)
@@ -63,14 +64,12 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # the library is not typed
         return out
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Greedy text, requests of the same settings together."""
+        """Greedy generation; requests with the same settings go together."""
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for number, request in enumerate(requests):
             settings = request.args[1]
             if settings.get("do_sample") or settings.get("temperature", 0):
-                raise BadInput(
-                    f"task {request.task_name} samples its answers; only greedy ones compare with an original"
-                )
+                raise BadInput(f"task {request.task_name} samples its answers; only greedy decoding can be compared")
             stop = settings.get("until") or []
             stop = (stop,) if isinstance(stop, str) else tuple(stop)
             groups.setdefault((int(settings.get("max_gen_toks", 256)), stop), []).append(number)

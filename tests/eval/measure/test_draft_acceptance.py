@@ -9,7 +9,7 @@ import torch
 
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure.divergence import last_hidden, windows
-from quantpress.eval.measure.draft import DRAFTED, measure_draft, rates, tokens_a_pass
+from quantpress.eval.measure.draft_acceptance import DRAFTED, measure_draft, rates, tokens_a_pass
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation

@@ -1,7 +1,7 @@
 """How well an artifact drafts for its original: speculative decoding, Leviathan et al., arXiv:2211.17192.
 
-A draft model writes a few tokens, the original checks them in one pass and keeps those up to the first it rejects,
-then adds one of its own. What is drafted changes the speed and never what is written.
+A draft model proposes a few tokens; the original checks them in one forward pass, keeps those before the first it
+rejects, and adds one of its own. The draft changes the speed, never the text.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,10 @@ _ROWS = 128  # tokens whose logits are in memory at a time
 
 
 class Accepted(Record):
-    """How often the original accepts a drafted token; tokens_a_pass: how many it then writes a pass, by how many are
-    drafted, its own one included."""
+    """How often the original accepts a drafted token.
+
+    tokens_a_pass: tokens written per pass of the original, its own one included, by how many are drafted.
+    """
 
     rate: Number
     stderr: Number
@@ -38,8 +40,11 @@ class Accepted(Record):
 
 
 class Draft(Record):
-    """eval/draft.json. sampled: at temperature 1; greedy: at temperature 0. Both on the given text, every token of it
-    in its place: what the models would write themselves is as a rule easier to guess."""
+    """eval/draft.json. sampled: at temperature 1; greedy: at temperature 0.
+
+    Both are measured with the tokens of the given text as context. Text that the models generate themselves is usually
+    easier to predict, so acceptance in use is usually higher.
+    """
 
     schema_: Literal[1] = Field(1, alias="schema")
     text: EvaluationText
@@ -52,9 +57,9 @@ class Draft(Record):
 def measure_draft(
     original: Path, artifact: Path, text: Windows, cache: Path, on_block: Callable[[int], None] = lambda blocks: None
 ) -> Draft:
-    """Acceptance of the artifact's folder as the draft of the original's; `on_block(total)` as blocks of either run.
+    """How often the model in `original` accepts what the one in `artifact` drafts; on_block(total) after each block.
 
-    Raises BadInput when the two do not share their vocabulary.
+    Raises BadInput when their vocabularies differ in size.
     """
     device = machine.device()
     source, plain = open_artifact(original, device)
@@ -78,12 +83,12 @@ def measure_draft(
 def rates(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], text: Windows) -> tuple[Array, Array]:
     """The probability [tokens] that the first model accepts what the second drafts for each scored token.
 
-    Sampled: sum over the vocabulary of min(p, q), their Theorem 3.5; greedy: 1 where both like the same token best.
-    hidden [windows, window, hidden]; the shells of both have to be open.
+    Sampled: sum over the vocabulary of min(p, q), their Theorem 3.5; greedy: 1 where both rank the same token first.
+    hidden: [windows, window, hidden] of each model; both shells have to be open.
     """
     sampled: list[Tensor] = []
     greedy: list[Tensor] = []
-    last = text.tokens.ids.shape[1] - 1  # what follows the last token is not known
+    last = text.tokens.ids.shape[1] - 1  # the token after the last one is not known
     for window, scored in enumerate(text.scored.tolist()):
         for start in range(last - scored, last, _ROWS):
             rows = slice(start, min(start + _ROWS, last))
@@ -94,10 +99,11 @@ def rates(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], text
 
 
 def tokens_a_pass(rate: Array, runs: list[int], drafted: int) -> float:
-    """Tokens the original writes a pass when `drafted` are drafted from each place of `runs` neighbours in turn.
+    """Tokens written per pass of the original when `drafted` tokens are drafted each time.
 
-    1 + sum over k of the product of the next k rates, averaged over the places with as many after them. With one rate
-    everywhere this is their equation 1, (1 - rate^(drafted + 1)) / (1 - rate); hard places lie together, though.
+    rate: probability of acceptance [tokens]; runs: lengths of the consecutive stretches it is made of. The mean, over
+    all positions with `drafted` tokens after them, of 1 + sum over k of the product of the next k rates. With one rate
+    everywhere this is their equation 1, (1 - rate^(drafted + 1)) / (1 - rate); but hard tokens come in clusters.
     """
     found: list[Array] = []
     first = 0

@@ -12,8 +12,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is an extra: pip install 'quantpr
 
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure.likelihood import Scorer
-from quantpress.eval.measure.lm import Adapter
-from quantpress.eval.measure.tasks import Outcome, Tasks, _shipped, compare_tasks, kept
+from quantpress.eval.measure.lm_eval_model import LmEvalModel
+from quantpress.eval.measure.task_scores import Tasks, TaskScores, _shipped, compare_tasks, kept
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Task
@@ -93,9 +93,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
     assert datasets is not None
 
 
-def ask(folder: Path, wanted: list[Task], bos: int | None = 0) -> list[Outcome]:
+def ask(folder: Path, wanted: list[Task], bos: int | None = 0) -> list[TaskScores]:
     scorer = Scorer(Skeleton(Checkpoint(folder), device=torch.device("cpu")), tokenizer())
-    return Tasks(wanted).run(Adapter(scorer, tokenizer(), bos))
+    return Tasks(wanted).run(LmEvalModel(scorer, tokenizer(), bos))
 
 
 @pytest.mark.parametrize("bos", [None, 0])
@@ -135,7 +135,7 @@ def test_only_means_over_documents_are_kept(files: Path, model: tuple[Path, Any]
     (outcome,) = ask(model[0], [Task(file=str(files / "last_word.yaml"), limit=4)])
     assert outcome.metric == "acc"
     with pytest.raises(
-        BadInput, match="task last_word: no metric 'perplexity' that is a mean over documents; there are acc"
+        BadInput, match="task last_word: no metric 'perplexity' that is a mean over documents; it has acc"
     ):
         ask(model[0], [Task(file=str(files / "last_word.yaml"), limit=4, metric="perplexity")])
 
@@ -161,16 +161,16 @@ def test_two_models_are_compared_document_by_document(files: Path, model: tuple[
     (alone,) = compare_tasks(after, None)
     assert alone.original is None
     assert alone.recovery is None
-    fewer = [Outcome("choices", "acc", True, 0, dict(list(before[0].scores.items())[:3]))]
-    with pytest.raises(BadInput, match="asked different documents"):
+    fewer = [TaskScores("choices", "acc", True, 0, dict(list(before[0].scores.items())[:3]))]
+    with pytest.raises(BadInput, match="given different documents"):
         compare_tasks(after, fewer)
 
 
 def test_the_originals_answers_are_kept_until_something_changes(files: Path, tmp_path: Path) -> None:
-    outcomes = [Outcome("choices", "acc", True, 0, {"a": 1.0})]
+    outcomes = [TaskScores("choices", "acc", True, 0, {"a": 1.0})]
     asked: list[int] = []
 
-    def run() -> list[Outcome]:
+    def run() -> list[TaskScores]:
         asked.append(1)
         return outcomes
 
@@ -219,7 +219,7 @@ def test_a_task_that_cannot_be_used_is_refused_before_any_model_runs(files: Path
 
 
 def test_without_the_library_the_command_to_get_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantpress.eval.measure.tasks.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("quantpress.eval.measure.task_scores.importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install 'quantpress\[tasks\]'"):
         Tasks([Task(name="arc_easy")])
 
@@ -236,7 +236,7 @@ def test_rolling_likelihoods_are_those_of_windows_one_after_another(model: tuple
     folder, plain = model
     text = "one two three " * 20  # 280 bytes: three windows of 128
     scorer = Scorer(Skeleton(Checkpoint(folder), device=torch.device("cpu")), tokenizer())
-    (value,) = Adapter(scorer, tokenizer(), 0).loglikelihood_rolling(
+    (value,) = LmEvalModel(scorer, tokenizer(), 0).loglikelihood_rolling(
         [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1))]
     )
     ids = tokenizer()(text, add_special_tokens=False)["input_ids"]

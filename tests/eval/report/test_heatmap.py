@@ -3,7 +3,7 @@
 import pytest
 
 from quantpress.artifact.manifest import LayerRecord
-from quantpress.eval.report.heat import LEVELS, HeatScale, heat
+from quantpress.eval.report.heatmap import LEVELS, HeatScale, heat
 
 
 def test_linears_are_grouped_by_kind_and_block() -> None:

@@ -1,6 +1,6 @@
-"""The charts as PNG (two pixels a px) and SVG, always light, for places that show no page: chats, pull requests.
+"""The charts as PNG (two pixels per px) and SVG, in light colours, for places that cannot show the page.
 
-Each function draws one figure; `files` writes it in both formats, the same bytes each time.
+Each function draws one figure; `files` gives it in both formats, the same bytes every time.
 """
 
 import io
@@ -14,17 +14,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ..measure.formatting import confidence, share, small
 from ..measure.results import Divergence, TaskResult
-from .heat import LEVELS, LIGHT, Cell, Heat, HeatScale
+from .heatmap import LEVELS, LIGHT, Cell, Heat, HeatScale
+from .page_text import shorten
 from .tradeoff import FONT, Box, Plot
-from .wording import confidence, share, shorten, small
 
 _SERIES = ("#2459c4", "#cd6049", "#2f8f6b", "#8a5bb0", "#b58a1b", "#5b6470")
 _INK, _MUTED, _LINE, _ACCENT = "#1b1f24", "#5b6470", "#d9dde2", "#2459c4"
 
 
 def tradeoff_figure(plot: Plot, heading: str, footer: str) -> Figure:
-    """The trade-off chart; `footer` carries the caveat that must not get lost."""
+    """The trade-off chart; footer: the model and its caveat."""
     lines = textwrap.wrap(footer, plot.width // 6)
     top, bottom = 34, 12 + 14 * len(lines)
     figure, axes = _canvas(plot.width, plot.height + top + bottom, -top)
@@ -57,7 +58,7 @@ def tradeoff_figure(plot: Plot, heading: str, footer: str) -> Figure:
 
 
 def layers_figure(heats: Mapping[str, Heat], scale: HeatScale | None, footer: str) -> Figure:
-    """One heat strip a run, on one colour scale."""
+    """One heatmap per run, on a common colour scale."""
     cell, left, width = 17, 150, 860
     heights = [len(h.kinds) * cell + 62 for h in heats.values()]
     lines = textwrap.wrap(footer, width // 6)
@@ -111,7 +112,7 @@ def _canvas(width: int, height: int, top: int) -> tuple[Figure, Any]:
 
 
 def _text(axes: Any, x: float, y: float, text: str, size: float = FONT, color: str = _INK, **style: Any) -> None:
-    # A font size in px is 0.72 of it in points, and a dollar sign in a name is not mathematics.
+    # 1 px is 0.72 points; a dollar sign in a name does not start a formula
     axes.text(x, y, text, fontsize=0.72 * size, color=color, family="DejaVu Sans", parse_math=False, **style)
 
 
@@ -127,7 +128,7 @@ def png(figure: Figure) -> bytes:
 
 
 def files(name: str, figure: Figure) -> dict[str, bytes]:
-    """NAME.png and NAME.svg; text stays text in the latter."""
+    """NAME.png and NAME.svg, with text kept as text."""
     out = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "quantpress"}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
@@ -135,7 +136,7 @@ def files(name: str, figure: Figure) -> dict[str, bytes]:
 
 
 def divergence_figure(away: Mapping[str, Divergence], footer: str) -> Figure:
-    """Mean KL divergence by how sure the original was: a group of bars a bucket, a bar a run."""
+    """Mean KL divergence by the original's confidence: a group of bars per bucket, a bar per run."""
     width, left, top = 860, 150, 52
     buckets = len(next(iter(away.values())).confidence)
     bar = 13 if len(away) > 1 else 18
@@ -143,7 +144,7 @@ def divergence_figure(away: Mapping[str, Divergence], footer: str) -> Figure:
     lines = textwrap.wrap(footer, width // 6)
     base = top + group * buckets
     figure, axes = _canvas(width, base + 62 + 16 * len(away) * (len(away) > 1) + 14 * len(lines), 0)
-    _text(axes, 14, 24, "KL divergence by the original's confidence in its favourite token", size=14, weight="bold")
+    _text(axes, 14, 24, "KL divergence by the original's confidence in its most likely token", size=14, weight="bold")
     values = [b.kl_mean for d in away.values() for b in d.confidence if math.isfinite(b.kl_mean)]
     most = max(values, default=1.0) or 1.0
     for k in range(buckets):
@@ -164,7 +165,7 @@ def divergence_figure(away: Mapping[str, Divergence], footer: str) -> Figure:
 
 
 def tasks_figure(tasks: Mapping[str, Sequence[TaskResult]], footer: str) -> Figure:
-    """Each task's recovery with its 95% interval, around all of the original's score."""
+    """Each task's recovery with its 95 % interval, around the line at 100 %."""
     width, left, row = 860, 250, 22
     rows = [(task, name, one) for task in tasks for name, one in ((t.metric, t) for t in tasks[task])]
     lines = textwrap.wrap(footer, width // 6)
@@ -185,7 +186,7 @@ def tasks_figure(tasks: Mapping[str, Sequence[TaskResult]], footer: str) -> Figu
 
 
 def recovery_axis(tasks: Sequence[TaskResult], start: float, stop: float) -> Callable[[float], float]:
-    """Positions for recoveries: every interval and 100 % have room, and values beyond are held at the ends."""
+    """A linear axis for recoveries that covers every interval and 100 %; values beyond are clamped to its ends."""
     ends = [end for task in tasks for end in (*(task.recovery_interval or ()), task.recovery or 1.0, 1.0)]
     finite = [end for end in ends if math.isfinite(end)]
     low, high = min(finite, default=0.9), max(finite, default=1.1)

@@ -1,4 +1,4 @@
-"""The layers' output errors by kind and block, and the colours they are shown in."""
+"""The output errors of the layers by kind and block, and the colours that stand for them."""
 
 import math
 import statistics
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Heat:
-    """Cells by kind (rows) and block (columns); `outside` are linears that belong to no block."""
+    """Cells by kind (rows) and block (columns); outside: linears that belong to no block."""
 
     kinds: tuple[str, ...]
     blocks: tuple[int, ...]
@@ -78,7 +78,7 @@ class HeatScale:
         return cls(10 ** (low - spare), 10 ** (high + spare))
 
     def level(self, error: float) -> int:
-        """The index in LIGHT and DARK of an error's colour."""
+        """The index of an error's colour in LIGHT and DARK."""
         if not error > 0:
             return 0
         step = math.log(error / self.low) / math.log(self.high / self.low) * LEVELS if error < math.inf else LEVELS
@@ -90,7 +90,7 @@ class HeatScale:
 
 
 def heat(linears: Sequence[LayerRecord]) -> Heat:
-    """Group linears by kind and block; numbers inside a name (experts) fall together."""
+    """Group linears by kind and block; the experts of a block share a cell."""
     paths: dict[tuple[str, int], list[LayerRecord]] = {}
     for linear in linears:
         if linear.block is not None and linear.block >= 0:
@@ -112,7 +112,7 @@ def _path(name: str, block: int) -> str:
 
 
 def _short_names(paths: list[str]) -> dict[str, str]:
-    """The shortest tail of each path that no other path shares, without `_proj` where the rest is a known kind."""
+    """The shortest unique suffix of each path, without `_proj` where the rest is a known kind."""
     out: dict[str, str] = {}
     for path in paths:
         parts = path.split(".")

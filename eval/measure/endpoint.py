@@ -1,11 +1,12 @@
 """A model behind an OpenAI-compatible completions endpoint: log-probabilities of given tokens, and greedy text.
 
-Prompts go as token ids, so that no server adds a BOS of its own or tokenizes otherwise than the original. What a
-prompt's tokens were worth comes from `echo` with `logprobs`, which vLLM has; a server without them is refused.
+Prompts are sent as token ids, so that the server cannot add a BOS token or tokenize differently from the original. The
+log-probabilities of a prompt's tokens come from `echo` with `logprobs`, which vLLM has; a server without is refused.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -14,30 +15,54 @@ import numpy as np
 from quantpress.core.errors import BadInput
 
 from .divergence import Windows
-from .likelihood import Pair
+from .likelihood import Pair, Room
 from .statistics import Array
 
 _AT_ONCE = 4  # requests
 _SECONDS = 600.0
 
 
-class Server:
-    """The completions endpoint at `url` (as far as /v1) for `model`; a key is sent as a bearer token.
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is served: the address of an OpenAI-compatible server, up to /v1, and the model's name there.
 
+    api_key: sent as a bearer token.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+
+
+class ServedModel:
+    """The model at an endpoint, asked for log-probabilities and text.
+
+    positions: of the original, by its config. room: the smaller of that and what the server says it takes (vLLM's
+    max_model_len), less the one token that a server generates for every request.
     Raises BadInput, one line, when nothing answers there or the model is not served.
     """
 
-    def __init__(self, url: str, model: str, limit: int, key: str | None = None) -> None:
-        self.url, self.model, self.limit = url.rstrip("/"), model, limit
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+    def __init__(self, endpoint: Endpoint, positions: int) -> None:
+        self.url, self.model = endpoint.url.rstrip("/"), endpoint.model
+        headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(_SECONDS, connect=10.0))
-        served = [entry.get("id") for entry in self._json("GET", "/models", None).get("data", [])]
-        if model not in served:
+        served = {entry.get("id"): entry for entry in self._json("GET", "/models", None).get("data", [])}
+        if self.model not in served:
             there = ", ".join(map(str, served)) or "none"
-            raise BadInput(f"{url}: no model {model!r} is served there; there are {there} (--model)")
+            raise BadInput(f"{self.url}: no model {self.model!r} is served there; there are {there} (--model)")
+        length = min(positions, served[self.model].get("max_model_len") or positions)
+        self.room = Room(length - 1, length)
+
+    def check_window(self, window: int) -> None:
+        """Raise BadInput for evaluation windows that the server would refuse."""
+        if window > self.room.scored:
+            raise BadInput(
+                f"evaluation.window {window}: {self.url} takes prompts of at most {self.room.scored} tokens, its "
+                f"context less the token it generates; --set evaluation.window={self.room.scored} measures within them"
+            )
 
     def token_log_probs(self, ids: Sequence[int]) -> tuple[Array, list[bool]]:
-        """log p of each of `ids` but the first given those before it, and whether it was the server's favourite."""
+        """log p of each of `ids` but the first, given those before it, and whether it was the most likely token."""
         body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         choice = self._completion(body)
         given = choice.get("logprobs") or {}
@@ -54,12 +79,11 @@ class Server:
         return np.array(values[1 : len(ids)], dtype=np.float64), likely
 
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """log p(continuation | context) in nats, and whether each of its tokens is the model's favourite."""
+        """log p(continuation | context) in nats, and whether greedy decoding would give exactly this continuation."""
 
         def one(pair: Pair) -> tuple[float, bool]:
-            context, continuation = pair
-            values, likely = self.token_log_probs((context + continuation)[-self.limit :])
-            count = len(continuation)
+            values, likely = self.token_log_probs(self.room.pair(pair))
+            count = len(pair[1])
             return float(values[len(values) - count :].sum()), all(likely[len(likely) - count :])
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -69,7 +93,7 @@ class Server:
         """The greedy continuation of each prompt."""
 
         def one(ids: list[int]) -> str:
-            body = {"prompt": ids[-(self.limit - new_tokens) :], "max_tokens": new_tokens, "temperature": 0}
+            body = {"prompt": self.room.prompt(ids, new_tokens), "max_tokens": new_tokens, "temperature": 0}
             return str(self._completion(body | ({"stop": list(stop)[:4]} if stop else {})).get("text", ""))
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -87,7 +111,9 @@ class Server:
         try:
             answer = self._client.request(method, where, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise BadInput(f"{where}: no answer ({str(error) or type(error).__name__}); is the server up?") from None
+            raise BadInput(
+                f"{where}: no answer ({str(error) or type(error).__name__}); is the server running?"
+            ) from None
         if answer.status_code != 200:
             said = " ".join(answer.text.split())[:200]
             raise BadInput(f"{where}: the server answers {answer.status_code}: {said}")
@@ -100,7 +126,7 @@ class Server:
         return document
 
 
-def served_nll(server: Server, text: Windows, on_window: Callable[[int, int], None]) -> Array:
+def served_nll(server: ServedModel, text: Windows, on_window: Callable[[int, int], None]) -> Array:
     """-log p of every scored token [tokens] in nats."""
     done = 0
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure.divergence import compare, last_hidden, windows
+from quantpress.eval.measure.endpoint import Endpoint, ServedModel, served_nll
+from quantpress.eval.measure.evaluate import evaluate_served, prepare
 from quantpress.eval.measure.likelihood import Scorer
-from quantpress.eval.measure.served import Server, served_nll
+from quantpress.eval.measure.task_scores import TaskScores
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
-from quantpress.recipe import Evaluation
+from quantpress.recipe import Evaluation, Gates
 
 from ...tiny import build, text, tokenizer
 
@@ -28,9 +31,10 @@ class Completions(BaseHTTPRequestHandler):
     model: Any = None
     faults: set[str] = set()  # noqa: RUF012  set by a test
     keys: list[str | None] = []  # noqa: RUF012
+    length = 128  # tokens of prompt and answer
 
     def do_GET(self) -> None:
-        self._answer({"data": [{"id": "tiny"}]})
+        self._answer({"data": [{"id": "tiny", "max_model_len": self.length}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -38,6 +42,8 @@ class Completions(BaseHTTPRequestHandler):
         if "error" in self.faults:
             return self._answer({"error": "the model is tired"}, 503)
         ids = body["prompt"]
+        if len(ids) + body["max_tokens"] > self.length:  # as vLLM does
+            return self._answer({"error": f"maximum context length is {self.length}"}, 400)
         with torch.no_grad():
             log_probs = torch.log_softmax(self.model(torch.tensor([ids])).logits[0].float(), -1)
         if not body.get("echo"):
@@ -75,6 +81,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 def _sound() -> None:
     Completions.faults.clear()
     Completions.keys.clear()
+    Completions.length = 128
 
 
 def skeleton(folder: Path) -> Skeleton:
@@ -87,7 +94,7 @@ def test_served_perplexity_is_that_of_the_model_behind_it(served: tuple[str, Pat
     plain = skeleton(folder)
     hidden = last_hidden(plain, cut.tokens.ids, lambda: None)
     steps: list[tuple[int, int]] = []
-    found = served_nll(Server(url, "tiny", 128, key="secret"), cut, lambda *step: steps.append(step))
+    found = served_nll(ServedModel(Endpoint(url, "tiny", "secret"), 128), cut, lambda *step: steps.append(step))
     np.testing.assert_allclose(found, compare((plain, plain), (hidden, hidden), cut).original_nll, atol=1e-4)
     assert steps == [(1, 3), (2, 3), (3, 3)]
     assert set(Completions.keys) == {"Bearer secret"}
@@ -96,15 +103,15 @@ def test_served_perplexity_is_that_of_the_model_behind_it(served: tuple[str, Pat
 def test_served_likelihoods_equal_those_in_process(served: tuple[str, Path]) -> None:
     url, folder = served
     pairs = [([5, 6, 7], [8, 9]), ([0], [44]), (list(range(2, 140)), [3, 4])]
-    own = Scorer(skeleton(folder), tokenizer())
-    # A server takes prompt and continuation within its limit, our own forward needs no place for the last token.
-    theirs = Server(url, "tiny", 128).log_likelihoods(pairs)
-    for (value, greedy), (other, favoured) in zip(own.log_likelihoods(pairs)[:2], theirs, strict=False):
-        assert value == pytest.approx(other, abs=1e-3)
+    model = ServedModel(Endpoint(url, "tiny"), 128)
+    own = Scorer(skeleton(folder), tokenizer(), room=model.room)
+    theirs = model.log_likelihoods(pairs)
+    for (value, greedy), (other, favoured) in zip(own.log_likelihoods(pairs), theirs, strict=True):
+        assert value == pytest.approx(other, abs=1e-4)
         assert greedy is favoured
     favourite = own.write([[5, 6, 7]], 1)[0]
-    assert Server(url, "tiny", 128).log_likelihoods([([5, 6, 7], favourite)])[0][1] is True
-    assert Server(url, "tiny", 128).continue_text([[5, 6, 7]], 4) == [f"token {favourite[0]} of 4"]
+    assert ServedModel(Endpoint(url, "tiny"), 128).log_likelihoods([([5, 6, 7], favourite)])[0][1] is True
+    assert ServedModel(Endpoint(url, "tiny"), 128).continue_text([[5, 6, 7]], 4) == [f"token {favourite[0]} of 4"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ def test_served_likelihoods_equal_those_in_process(served: tuple[str, Path]) -> 
     ],
 )
 def test_a_server_that_falls_short_is_refused_in_one_line(served: tuple[str, Path], fault: str, said: str) -> None:
-    server = Server(served[0], "tiny", 128)
+    server = ServedModel(Endpoint(served[0], "tiny"), 128)
     Completions.faults.add(fault)
     with pytest.raises(BadInput, match=said):
         server.log_likelihoods([([5, 6], [7])])
@@ -123,6 +130,59 @@ def test_a_server_that_falls_short_is_refused_in_one_line(served: tuple[str, Pat
 
 def test_what_is_not_served_is_refused(served: tuple[str, Path]) -> None:
     with pytest.raises(BadInput, match="no model 'small' is served there; there are tiny"):
-        Server(served[0], "small", 128)
+        ServedModel(Endpoint(served[0], "small"), 128)
     with pytest.raises(BadInput, match="no answer"):
-        Server("http://127.0.0.1:9/v1", "tiny", 128)
+        ServedModel(Endpoint("http://127.0.0.1:9/v1", "tiny"), 128)
+
+
+@pytest.mark.parametrize(("length", "cut"), [(128, 127), (64, 63), (4096, 127)])
+def test_long_requests_are_cut_alike_and_fit_the_server(served: tuple[str, Path], length: int, cut: int) -> None:
+    """The fake server refuses what vLLM refuses: a prompt without room for one new token."""
+    url, folder = served
+    Completions.length = length
+    model = ServedModel(Endpoint(url, "tiny"), 128)
+    assert (model.room.scored, model.room.written) == (cut, cut + 1)
+    long = [i % 250 + 2 for i in range(300)]
+    pairs = [(long, [3, 4, 5]), (long[: cut - 3], [3, 4, 5]), (long[: cut - 2], [3, 4, 5])]
+    own = Scorer(skeleton(folder), tokenizer(), room=model.room)
+    for (value, _), (other, _) in zip(own.log_likelihoods(pairs), model.log_likelihoods(pairs), strict=True):
+        assert value == pytest.approx(other, abs=1e-4)
+    assert model.continue_text([long], 8)[0].endswith(" of 8")
+    with pytest.raises(BadInput, match="new tokens leave no room for a prompt"):
+        model.continue_text([long], cut + 1)
+
+
+def test_windows_that_the_server_would_refuse_are_refused_before_the_work(served: tuple[str, Path]) -> None:
+    Completions.length = 64
+    model = ServedModel(Endpoint(served[0], "tiny"), 128)
+    model.check_window(63)
+    with pytest.raises(BadInput, match=r"evaluation.window 64: .* at most 63 tokens, .*--set evaluation.window=63 "):
+        model.check_window(64)
+
+
+class LongTask:
+    """A task whose one document is longer than the server takes."""
+
+    def identity(self) -> str:
+        return "long"
+
+    def run(self, model: Any) -> list[TaskScores]:
+        ((value, _),) = model._answers.log_likelihoods([([i % 250 + 2 for i in range(200)], [3, 4])])
+        return [TaskScores("long", "log-likelihood", True, 0, {"document": value})]
+
+
+def test_the_original_is_cut_as_the_server_cuts(served: tuple[str, Path], tmp_path: Path) -> None:
+    """A model that is served by a server with a shorter context differs from itself in nothing."""
+    pytest.importorskip("lm_eval")
+    url, folder = served
+    Completions.length = 64
+    wanted = Evaluation(source=str(tmp_path / "text.txt"), windows=2, window=63, prompts=())
+    (tmp_path / "text.txt").write_text(text())
+    prepared = replace(prepare(folder, wanted, tmp_path), tasks=LongTask())  # type: ignore[arg-type]
+    results = evaluate_served(folder, ServedModel(Endpoint(url, "tiny"), 128), prepared, Gates())
+    assert results.perplexity_increase == pytest.approx(0, abs=1e-4)
+    (row,) = results.tasks
+    assert row.difference == pytest.approx(0, abs=1e-3)
+    longer = replace(prepared, wanted=wanted.model_copy(update={"window": 64}))
+    with pytest.raises(BadInput, match=r"evaluation.window 64: .* at most 63 tokens"):
+        evaluate_served(folder, ServedModel(Endpoint(url, "tiny"), 128), longer, Gates())

@@ -9,12 +9,12 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
+from quantpress import api
 from quantpress.artifact.manifest import StageRecord, read_manifest
-from quantpress.cli import running as command
-from quantpress.cli import smoking as smoke_command
 from quantpress.cli.app import app
 from quantpress.core.errors import BadInput
 from quantpress.core.files import alone_in
+from quantpress.eval.release.smoke_run import Subject
 from quantpress.exports.serving import Serving
 
 from ...tiny import build, text
@@ -118,10 +118,10 @@ def test_another_smoke_test_is_not_taken_for_its_own(project: Project, monkeypat
     smoke = StageRecord(inputs={}, summary={"verdict": "PASSED"}, seconds=1)
     manifest.changed(stages=manifest.stages | {"smoke": smoke}).write(project.out)
 
-    def stage(*_: Any, **__: Any) -> Any:
+    def stopped(*_: Any) -> Any:
         raise BadInput("stopped")
 
-    monkeypatch.setattr(smoke_command, "smoke_stage", stage)
+    monkeypatch.setattr(api, "run_smoke", stopped)
     assert CliRunner().invoke(app, ["smoke", str(project.out)]).exit_code != 0
     assert set(project.stages) == {"export vllm", "eval"}
 
@@ -166,10 +166,10 @@ def test_a_failed_smoke_test_fails_the_run_and_is_made_again(project: Project, m
     verdicts: list[Literal["FAILED", "PASSED"]] = ["FAILED", "PASSED"]
     served: list[Path] = []
 
-    def stage(artifact: Path, out: Path, *_: Any) -> Any:
-        served.append(artifact)
+    def test(subject: Subject, out: Path, *_: Any) -> Any:
+        served.append(subject.artifact)
         record = Serving(
-            schema=1, server="url", version=None, artifact=str(artifact), device="cpu", command=(),
+            schema=1, server="url", version=None, artifact=str(subject.artifact), device="cpu", command=(),
             verdict=verdicts[len(served) - 1], checks=(), agreement=None, max_model_len=64, load_seconds=None,
             requests=0, prompt_tokens=None, ttft_ms=None, itl_ms=None, tokens_per_second={}, peak_rss_bytes=None,
             log=None,
@@ -177,7 +177,7 @@ def test_a_failed_smoke_test_fails_the_run_and_is_made_again(project: Project, m
         record.write(out)
         return record
 
-    monkeypatch.setattr(command, "smoke_stage", stage)
+    monkeypatch.setattr("quantpress.eval.release.run.run_smoke", test)
     smoke = {"server": "url", "url": "http://127.0.0.1:9"}
     assert project.run(smoke=smoke).exit_code == 1
     done = project.run()

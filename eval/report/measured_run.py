@@ -1,4 +1,4 @@
-"""Run folders as the report, the card and the recommendation see them: what was measured, and what can be compared."""
+"""Evaluated run folders, as the report, the model card and the recommendation read them."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,16 @@ from quantpress.core.errors import BadInput
 from quantpress.exports.serving.record import Serving
 from quantpress.exports.serving.record import read as read_serving
 
-from ..measure.results import Check, Divergence, EvaluationText, Quality, Results, read_results
-from .heat import Heat, heat
-from .wording import change, gate, gate_name, interval, number, points, program, sentence, share, size
+from ..measure.formatting import change, interval, number, points, share, size
+from ..measure.metrics import Metric, MetricValue, gated, measured
+from ..measure.results import Divergence, EvaluationText, GateCheck, Quality, Results, read_results
+from .heatmap import Heat, heat
+from .page_text import program, sentence
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run folder; `label` is what charts and tables call it, `serving` the smoke test's eval/serving.json."""
+class MeasuredRun:
+    """An evaluated run folder. label: its name in charts and tables; serving: the record of its smoke test, if any."""
 
     folder: Path
     manifest: RunManifest
@@ -28,7 +30,7 @@ class Run:
 
     @property
     def text(self) -> EvaluationText:
-        assert self.results.text is not None  # as open_run saw to, here and below
+        assert self.results.text is not None  # checked by open_run, here and below
         return self.results.text
 
     @property
@@ -48,7 +50,7 @@ class Run:
 
     @property
     def increase(self) -> float:
-        """Of the perplexity, as a fraction."""
+        """Increase of the perplexity, as a fraction."""
         return math.nan if self.results.perplexity_increase is None else self.results.perplexity_increase
 
     @property
@@ -58,7 +60,7 @@ class Run:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than the original the weights are on disk."""
+        """Size of the original on disk over that of the artifact."""
         return self.manifest.artifact.original_bytes / max(1, self.size)
 
     @property
@@ -75,7 +77,7 @@ class Run:
 
     @property
     def scheme(self) -> str:
-        """How most of its quantized weights are stored, and by which method."""
+        """The most common scheme of its quantized layers, and the method."""
         schemes = [layer.scheme for layer in self.manifest.layers if layer.bits < 16]
         method = self.manifest.recipe.get("method") or {}
         name = method.get("name") if isinstance(method, dict) else None
@@ -84,19 +86,27 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The most tokens a second that the smoke test's server gave; None when it was not served.
+        """The highest rate that the smoke test measured on a server; None without a smoke test.
 
-        Not the results' own timing: that is of the dequantized model, for which every format is equally fast.
+        Not the timing in the results: that is of the dequantized model, which is equally fast for every format.
         """
         return None if self.serving is None else max(self.serving.tokens_per_second.values(), default=None)
 
+    @cached_property
+    def metrics(self) -> list[tuple[Metric, MetricValue]]:
+        """Every metric that was measured, with its value."""
+        return measured(self.results)
+
+    def value(self, metric: Metric) -> MetricValue | None:
+        return metric.read(self.results)
+
     @property
-    def failed(self) -> list[Check]:
+    def failed(self) -> list[GateCheck]:
         return [check for check in self.results.gates.checks if check.verdict == "REGRESSION"]
 
     @cached_property
     def verdict(self) -> str:
-        """The gates' answer in plain words."""
+        """The verdict of the gates, in words."""
         count = len(self.results.gates.checks)
         if self.results.gates.verdict == "NONE":
             return "Not judged: the recipe sets no gates."
@@ -105,7 +115,7 @@ class Run:
             return f"Accepted: {how_many} passed."
         if self.results.gates.verdict == "INCONCLUSIVE":
             return f"Inconclusive: {self.results.gates.reason}."
-        reasons = "; ".join(f"{gate_name(c.name)} {gate(c.value, c.name)}, limit {gate(c.limit, c.name)}"
+        reasons = "; ".join(f"{gate_name(c.name)} {gate_value(c.value, c.name)}, limit {gate_value(c.limit, c.name)}"
                             for c in self.failed)  # fmt: skip
         return f"Regression: {len(self.failed)} of {count} gates failed ({reasons})."
 
@@ -121,7 +131,7 @@ class Run:
 
     @property
     def served(self) -> str:
-        """What the smoke test's server made of the artifact; empty when it was not served."""
+        """The outcome of the smoke test in a sentence; empty without one."""
         if self.serving is None:
             return ""
         made = [check for check in self.serving.checks if check.status != "skip"]
@@ -129,17 +139,17 @@ class Run:
         who = sentence(program(self.serving.server)) + (f" ({self.serving.version})" if self.serving.version else "")
         if self.serving.verdict == "FAILED":
             return f"{who} failed {', '.join(wrong) or 'the smoke test'}."
-        agrees = "; its answers agree with our own forward over these files" if self.serving.agreement else ""
-        return f"{who} loads it and passes the {len(made)} checks made{agrees}."
+        agrees = "; its answers agree with our own forward pass over these files" if self.serving.agreement else ""
+        return f"{who} loads it and passes the {len(made)} checks that apply{agrees}."
 
     @property
     def findings(self) -> list[str]:
-        """What tasks and server say, a sentence each; empty without them."""
+        """A sentence each about tasks and server, where there are any."""
         return [line for line in (self._scores, self.served) if line]
 
     @property
     def _scores(self) -> str:
-        """Of the tasks: those that are lower for certain, which is what would change a decision."""
+        """The tasks with a significantly worse score, or that there are none."""
         paired = [task for task in self.results.tasks if task.difference_interval and task.difference is not None]
         if not paired:
             return ""
@@ -150,35 +160,48 @@ class Run:
             if worse:
                 lower.append(f"{task.task} ({task.metric}) by {interval((low, high), points)} points")
         if lower:
-            return f"Worse than the original for certain (95 %): {', '.join(lower)}."
-        scores = "The one task score is" if len(paired) == 1 else f"None of the {len(paired)} task scores is"
-        return f"{scores} {'not ' if len(paired) == 1 else ''}worse than the original's for certain (95 % intervals)."
+            return f"Significantly worse than the original (95 % CI): {', '.join(lower)}."
+        scores = "The task score is not" if len(paired) == 1 else f"None of the {len(paired)} task scores is"
+        return f"{scores} significantly worse than the original's (95 % CI)."
 
     @property
     def warnings(self) -> list[str]:
-        """What has to be known before the figures are used, the worst first."""
+        """What a reader has to know before using the numbers, the worst first."""
         out = list(self.manifest.fallbacks)
         if not math.isfinite(self.artifact.perplexity):
             out.insert(0, "The artifact's perplexity is not a finite number: it does not work as a language model.")
         if not self.results.complete:
-            out.insert(0, "The evaluation was stopped before its end: sections are missing.")
+            out.insert(0, "The evaluation was interrupted: sections are missing.")
         calibration = self.manifest.calibration
         if calibration and calibration.sha256 == self.text.sha256:
-            out.append("Calibrated on the text it is evaluated on: the quality shown flatters the artifact.")
+            out.append("Calibrated on the text it is evaluated on: the quality shown is too good.")
         return out
 
 
-def open_run(folder: Path) -> Run:
-    """Raises BadInput, one line, when the folder holds no run, or one without an evaluation against its original."""
+def gate_name(limit: str) -> str:
+    """A limit of the recipe in words: `max_perplexity_increase` is «perplexity increase»."""
+    _, _, task = limit.partition("min_recovery.")
+    return f"recovery of {task}" if task else gated(limit).limited
+
+
+def gate_value(value: float | None, limit: str) -> str:
+    """A limit, or the value held against it, in the metric's own unit."""
+    if value is None:
+        return "not measured"
+    return share(value) if limit.startswith("min_recovery.") else gated(limit).show_limited(value)
+
+
+def open_run(folder: Path) -> MeasuredRun:
+    """The run in `folder`; raises BadInput when there is none, or it was not evaluated against its original."""
     manifest, results = read_run_manifest(folder), read_results(folder)
     measured = (results.text, results.original, results.artifact, results.divergence)
     if any(part is None for part in measured):
         raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")
-    return Run(folder, manifest, results, manifest.name, read_serving(folder))
+    return MeasuredRun(folder, manifest, results, manifest.name, read_serving(folder))
 
 
-def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in `folders`: run folders, or folders that hold run folders, such as a sweep's. Each once."""
+def open_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
+    """The runs in `folders`, each once: run folders, or folders that hold run folders, such as a sweep's."""
     found: dict[Path, Path] = {}
     for folder in folders:
         inside = [folder] if (folder / "manifest.json").is_file() else sorted(folder.glob("*/eval/results.json"))
@@ -192,8 +215,8 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
     return [open_run(folder) for folder in found.values()]
 
 
-def comparable(a: Run, b: Run) -> None:
-    """Raise BadInput, naming the difference, unless both runs judged one original on one text."""
+def comparable(a: MeasuredRun, b: MeasuredRun) -> None:
+    """Raise BadInput, naming the difference, unless both runs have the same original and evaluation text."""
     for key in ("sha256", "tokens", "windows", "window", "stride", "bos"):
         one, two = getattr(a.text, key), getattr(b.text, key)
         if one != two:
@@ -208,8 +231,8 @@ def comparable(a: Run, b: Run) -> None:
         )
 
 
-def labelled(runs: Sequence[Run]) -> list[Run]:
-    """Runs that share a name are told apart by their folders."""
+def labelled(runs: Sequence[MeasuredRun]) -> list[MeasuredRun]:
+    """The runs with labels; runs that share a name are told apart by their folders."""
     names = [run.manifest.name for run in runs]
     folders = [run.folder.resolve() for run in runs]
     out = []

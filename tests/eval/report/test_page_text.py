@@ -3,20 +3,9 @@
 import pytest
 import yaml
 
-from quantpress.eval.report.wording import (  # fmt: skip
-    change,
-    gate,
-    gate_name,
-    given,
-    number,
-    points,
-    program,
-    seconds,
-    sentence,
-    share,
-    size,
-    small,
-)
+from quantpress.eval.measure.formatting import change, number, points, seconds, share, size, small
+from quantpress.eval.report.measured_run import gate_name, gate_value
+from quantpress.eval.report.page_text import program, sentence, without_defaults
 from quantpress.recipe import loading as recipes
 
 
@@ -33,7 +22,7 @@ from quantpress.recipe import loading as recipes
         (share(1.0), "100 %"), (share(0.99999), "99.99 %"),
         (share(0.0083), "0.830 %"), (share(0.0), "0.00 %"), (small(0.03127), "0.0313"),
         (seconds(95.2), "95 s"), (seconds(600), "10.0 min"), (seconds(9000), "2.5 h"),
-        (gate(1e8, "max_bytes"), "100 MB"), (gate(0.05, "max_kl"), "0.0500"),
+        (gate_value(1e8, "max_bytes"), "100 MB"), (gate_value(0.05, "max_kl"), "0.0500"),
     ],
 )  # fmt: skip
 def test_numbers_read_well(said: str, expected: str) -> None:
@@ -41,8 +30,8 @@ def test_numbers_read_well(said: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("name", recipes.shipped())
-def test_a_recipe_without_what_goes_without_saying_is_the_same_recipe(name: str) -> None:
+def test_a_recipe_without_its_defaults_is_the_same_recipe(name: str) -> None:
     whole = recipes.load(name)
-    short = given(whole.model_dump(mode="json"))
+    short = without_defaults(whole.model_dump(mode="json"))
     assert recipes.parse(short) == whole
     assert "null" not in yaml.safe_dump({k: v for k, v in short.items() if k != "method"})

@@ -1,7 +1,7 @@
 """lm-eval's tasks on two models, compared document by document.
 
-The library runs its own tasks, prompts and metrics; kept are each document's scores, from which the difference between
-the two models is paired. Only metrics that are a mean over documents can be.
+The library runs its own tasks, prompts and metrics. We keep the score of every document, so that the two models can be
+compared pairwise; that needs metrics that are a mean over documents.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from .results import Score, TaskResult
 from .statistics import paired_difference, recovery, standard_error
 
 if TYPE_CHECKING:
-    from .lm import Adapter
+    from .lm_eval_model import LmEvalModel
 
-_SEED = 1234  # of the few-shot examples, lm-eval's own
+_SEED = 1234  # of the few-shot examples: lm-eval's default
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One model's scores in one metric of a task, by document; `few_shot` examples were shown."""
+class TaskScores:
+    """One model's scores on one metric of a task, by document, with `few_shot` examples in the prompt."""
 
     task: str
     metric: str
@@ -45,9 +45,9 @@ class Outcome:
 
 
 class Tasks:
-    """The tasks of a recipe, found and read before any model runs.
+    """The tasks of a recipe, found and loaded before any model runs.
 
-    Raises BadInput when lm-eval is not installed, a task is not known, its file cannot be read or its data not be had.
+    Raises BadInput when lm-eval is not installed, or when a task is unknown or its file or data cannot be read.
     """
 
     def __init__(self, wanted: Sequence[Task]) -> None:
@@ -57,24 +57,24 @@ class Tasks:
             from lm_eval.tasks import TaskManager
 
             found = {task.name: _shipped(task.name) for task in wanted if task.name is not None}
-            # Groups, tags and tasks in Python need the index of all, for which the library parses thousands of files.
+            # Groups, tags and tasks in Python need the full index, for which the library parses thousands of files.
             self._manager = TaskManager(include_defaults=None in found.values())
             self._specs = [(task, self._spec(task, found)) for task in wanted]
             for task, spec in self._specs:
                 self._load(task, spec)
 
     def identity(self) -> str:
-        """Of the tasks, their files and the library: what outcomes depend on beside the model."""
+        """Everything that scores depend on apart from the model: the tasks, their files and the library, as JSON."""
         from importlib.metadata import version
 
         specs = [(task.model_dump(), spec, _data_of(spec)) for task, spec in self._specs]
         return json.dumps([version("lm-eval"), specs], default=_code)
 
-    def run(self, model: "Adapter") -> list[Outcome]:
-        """Every task's outcomes, in the recipe's order."""
+    def run(self, model: "LmEvalModel") -> list[TaskScores]:
+        """The scores on every task, in the recipe's order."""
         import lm_eval
 
-        out: list[Outcome] = []
+        out: list[TaskScores] = []
         for task, spec in self._specs:
             with _quiet(), _task_errors(task):
                 found = lm_eval.evaluate(
@@ -94,7 +94,7 @@ class Tasks:
         return _read_file(Path(task.file).expanduser())
 
     def _load(self, task: Task, spec: str | dict[str, Any]) -> Any:
-        """The library's own task objects, with their data; the same few-shot examples each time."""
+        """The library's task objects with their data, set to the same few-shot examples each time."""
         with _task_errors(task):
             loaded = self._manager.load([spec])
             for leaf in loaded["tasks"].values():
@@ -104,11 +104,11 @@ class Tasks:
         return loaded
 
 
-def kept(folder: Path, tasks: Tasks, what: Sequence[Any], run: Callable[[], list[Outcome]]) -> list[Outcome]:
-    """The outcomes of `run` from the cache `folder`, or run and kept there; `what` identifies the model."""
+def kept(folder: Path, tasks: Tasks, what: Sequence[Any], run: Callable[[], list[TaskScores]]) -> list[TaskScores]:
+    """The scores that `run` gives, cached in `folder`; what: everything that identifies the model."""
     path = folder / f"{hashlib.sha256(json.dumps([tasks.identity(), *what]).encode()).hexdigest()[:32]}.json"
     if path.is_file():
-        return [Outcome(**row) for row in json.loads(path.read_text("utf-8"))]
+        return [TaskScores(**row) for row in json.loads(path.read_text("utf-8"))]
     outcomes = run()
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
@@ -117,8 +117,9 @@ def kept(folder: Path, tasks: Tasks, what: Sequence[Any], run: Callable[[], list
 
 
 def _shipped(name: str) -> str | None:
-    """The YAML file of the library's task of that name, the first one in the order of its own index; None for a group,
-    a tag, a task in Python, and a name it does not know.
+    """The YAML file of the library's task of that name, the first in the order of its own index.
+
+    None for a group, a tag, a task in Python and an unknown name.
     """
     package = importlib.util.find_spec("lm_eval")
     assert package is not None
@@ -144,7 +145,7 @@ def _shipped(name: str) -> str | None:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """A task's YAML file, its data files found beside it."""
+    """A local task's YAML file; data files are looked up in its folder."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not path.is_file():
@@ -162,7 +163,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _data_of(spec: str | dict[str, Any]) -> list[tuple[str, int, int]]:
-    """The local data files of a task, by path, size and time of change."""
+    """The local data files of a task, by path, size and modification time."""
     files = (spec.get("dataset_kwargs") or {}).get("data_files", []) if isinstance(spec, dict) else []
     groups = files.values() if isinstance(files, dict) else [files]
     paths = [Path(str(f)) for group in groups for f in (group if isinstance(group, list) else [group])]
@@ -170,9 +171,7 @@ def _data_of(spec: str | dict[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def _code(value: Any) -> Any:
-    """For JSON, what a task has from its `!function`s: their names and the content of their files, as the address that
-    Python shows says nothing.
-    """
+    """A task's `!function` as JSON: its name and the hash of its file (its repr is only an address)."""
     try:
         source = inspect.getsourcefile(value)
     except TypeError:
@@ -189,8 +188,8 @@ def _beside(folder: Path, files: Any) -> Any:
     return str(local) if local.is_file() else files
 
 
-def _outcomes(task: Task, found: dict[str, Any]) -> list[Outcome]:
-    """One outcome a metric; a group's documents are put together."""
+def _outcomes(task: Task, found: dict[str, Any]) -> list[TaskScores]:
+    """The scores on each metric; the documents of a group are pooled."""
     scores: dict[str, dict[str, float]] = {}
     better: dict[str, bool] = {}
     shots = 0
@@ -209,30 +208,32 @@ def _outcomes(task: Task, found: dict[str, Any]) -> list[Outcome]:
         if task.metric not in scores:
             there = ", ".join(scores) or "none"
             raise BadInput(
-                f"task {task.label}: no metric {task.metric!r} that is a mean over documents; there are {there}"
+                f"task {task.label}: no metric {task.metric!r} that is a mean over documents; it has {there}"
             )
         scores = {task.metric: scores[task.metric]}
     if not scores:
-        raise BadInput(f"task {task.label}: it has no metric that is a mean over documents, and no other is compared")
-    return [Outcome(task.label, name, better[name], shots, values) for name, values in scores.items()]
+        raise BadInput(
+            f"task {task.label}: it has no metric that is a mean over documents, so models cannot be compared on it"
+        )
+    return [TaskScores(task.label, name, better[name], shots, values) for name, values in scores.items()]
 
 
 def _identity(sample: dict[str, Any]) -> str:
-    """Of the document, its prompt and its answer."""
+    """Hash of a document, its prompt and its answer."""
     return hashlib.sha256((sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"]).encode()).hexdigest()[
         :16
     ]
 
 
 def _is_mean(found: dict[str, Any], leaf: str, metric: str, scores: dict[str, float]) -> bool:
-    """Whether lm-eval's own figure for the metric is the mean of what the documents got."""
+    """Whether lm-eval's own value of the metric is the mean over the documents."""
     said = found["results"][leaf].get(metric if "," in metric else f"{metric},none")
     own = [value for document, value in scores.items() if document.startswith(f"{leaf}:")]
     return isinstance(said, int | float) and math.isclose(said, float(np.mean(own)), rel_tol=1e-9, abs_tol=1e-12)
 
 
-def compare_tasks(artifact: list[Outcome], original: list[Outcome] | None) -> tuple[TaskResult, ...]:
-    """Results of the artifact, beside the original's where there are any."""
+def compare_tasks(artifact: list[TaskScores], original: list[TaskScores] | None) -> tuple[TaskResult, ...]:
+    """Results of the artifact, compared with the original's where there are any."""
     before = {(o.task, o.metric): o for o in original or ()}
     out = []
     for outcome in artifact:
@@ -246,7 +247,7 @@ def compare_tasks(artifact: list[Outcome], original: list[Outcome] | None) -> tu
         first = before.get((outcome.task, outcome.metric))
         if first is not None:
             if first.scores.keys() != outcome.scores.keys():
-                raise BadInput(f"task {outcome.task}: the two models were asked different documents")
+                raise BadInput(f"task {outcome.task}: the two models were given different documents")
             base = np.array([first.scores[name] for name in names])
             mean, error, interval = paired_difference(base, after)
             left, ends = recovery(base, after) if outcome.higher_is_better else (None, None)
@@ -264,7 +265,7 @@ def _score(values: Any) -> Score:
 
 @contextlib.contextmanager
 def _task_errors(task: Task) -> Any:
-    """Whatever a task's own code, templates or data raise, as one line about the task."""
+    """Turn whatever a task's own code, templates or data raise into one line about the task."""
     try:
         yield
     except BadInput:
@@ -276,7 +277,7 @@ def _task_errors(task: Task) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """The library logs and draws progress bars of its own; ours are the ones to read."""
+    """Silence the library's logs and progress bars: ours are the ones to read."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,0 +1,156 @@
+"""A whole release in one run folder: every stage of a recipe, and again only those whose inputs have changed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quantpress.artifact.manifest import read_manifest
+from quantpress.core.errors import BadInput
+from quantpress.core.files import file_sha256, write_json
+from quantpress.exports.package import export
+from quantpress.exports.servers.target_settings import Drafting
+from quantpress.exports.serving import Serving
+from quantpress.exports.serving import read as read_serving
+from quantpress.exports.verify import structure
+from quantpress.recipe import Recipe, Target
+
+from ..measure.evaluate import Prepared
+from ..measure.gates import judge
+from ..measure.results import Results, read_results
+from ..report.card import write_card
+from ..report.junit import write_junit
+from ..report.page import write_report
+from .callbacks import Callbacks, Options
+from .ledger import Ledger, ReleaseStage
+from .session import evaluation_inputs, make_artifact, measure_run
+from .smoke_run import Subject, check_server, run_smoke, served_file
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a run made, and how it was judged.
+
+    results: None when the recipe has no evaluation; then there is no report and no model card either. serving: the
+    record of the smoke test, None without one. stages: what each stage says of itself, by name.
+    """
+
+    out: Path
+    results: Results | None
+    serving: Serving | None
+    report: Path | None
+    card: Path | None
+    stages: Mapping[str, Any]
+
+    @property
+    def artifact(self) -> Path:
+        return self.out / "quantized"
+
+    @property
+    def exports(self) -> list[Path]:
+        """The folder of every target."""
+        return sorted((self.out / "export").glob("*/"))
+
+
+def make_release(recipe: Recipe, out: Path, options: Options, callbacks: Callbacks) -> Release:
+    """Quantize, export, verify, evaluate, smoke test, report and card, in `out`; what is done already is kept.
+
+    Raises BadInput, before the work where it can be known, for whatever one of the stages refuses.
+    """
+    # Read before the work, so that a missing text or server does not cost a run.
+    inputs = None if recipe.evaluation is None else evaluation_inputs(recipe, options)
+    check_server(recipe)
+    make_artifact(recipe, out, options, callbacks)
+    stages = _Stages(recipe, out, options, callbacks)
+    for target in recipe.targets:
+        stages.export(target)
+    stages.verify()
+    results = None if inputs is None else stages.evaluate(inputs)
+    serving = stages.smoke()
+    report, card = (None, None) if results is None else (write_report(out), write_card(out))
+    done = {name: stage.summary for name, stage in read_manifest(out).stages.items()}
+    return Release(out, results, serving, report, card, done)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages that follow once the artifact is in the run folder `out`."""
+
+    recipe: Recipe
+    out: Path
+    options: Options
+    callbacks: Callbacks
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(self.out, self.callbacks.on_note)
+
+    @property
+    def _artifact(self) -> dict[str, str]:
+        """What every stage depends on: the artifact's bytes, and the version of quantpress that reads them."""
+        manifest = read_manifest(self.out)
+        digest = hashlib.sha256(json.dumps(manifest.artifact.files, sort_keys=True).encode()).hexdigest()
+        return {"artifact": digest, "quantpress": manifest.quantpress or ""}
+
+    def export(self, target: Target) -> None:
+        def work() -> dict[str, Any]:
+            made = export(self.out, target, overwrite=True)
+            return {"folder": f"export/{target.name}", "format": made.format, "converted_from": made.converted_from}
+
+        inputs = self._artifact | {"target": target.model_dump(mode="json")}
+        drafted = self.out / "eval" / "draft.json"
+        if isinstance(target, Drafting) and target.draft_for is not None and drafted.is_file():
+            inputs["draft"] = file_sha256(drafted)
+        self._ledger.run(ReleaseStage(f"export {target.name}", inputs, (f"export/{target.name}/SHA256SUMS",), work))
+
+    def verify(self) -> None:
+        """Every tensor against config and model: cheap beside the rest, so it is done every time. The checksums need no
+        second look: the files were just written, or hashed as those of a finished run.
+        """
+        wrong = structure(self.out / "quantized")
+        if wrong:
+            more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
+            raise BadInput(
+                f"{wrong[0]}{more}; `quantpress verify {self.out}` lists everything, --overwrite makes the run anew"
+            )
+
+    def evaluate(self, prepared: Prepared) -> Results:
+        """What was measured, judged by the gates that the recipe has now."""
+
+        def work() -> dict[str, Any]:
+            found = measure_run(self.recipe, self.out, prepared, self.options, self.callbacks)
+            return {"seconds": found.seconds, "device": found.device}
+
+        wanted = prepared.wanted.model_dump(mode="json")
+        tasks = None if prepared.tasks is None else hashlib.sha256(prepared.tasks.identity().encode()).hexdigest()
+        text = prepared.text.tokens.sha256
+        inputs = self._artifact | {"evaluation": wanted, "text": text, "tasks and their data": tasks}
+        self._ledger.run(ReleaseStage("eval", inputs, ("eval/results.json",), work))
+        results = read_results(self.out)
+        judged = results.model_copy(update={"gates": judge(self.recipe.gates, results)})
+        if judged != results:
+            write_json(self.out / "eval" / "results.json", judged.document())
+            write_junit(self.out / "eval" / "junit.xml", self.recipe.name, judged)
+        return judged
+
+    def smoke(self) -> Serving | None:
+        """The record of the smoke test, None without one. A test that failed is repeated every time."""
+        settings = self.recipe.smoke
+        if settings is None:
+            return None
+
+        def work() -> dict[str, Any]:
+            record = run_smoke(
+                Subject(served_file(self.out / "quantized"), settings), self.out, self.options, self.callbacks
+            )
+            return {"verdict": record.verdict, "server": record.server, "version": record.version}
+
+        inputs = self._artifact | {"smoke": settings.model_dump(mode="json")}
+        stage = ReleaseStage(
+            "smoke", inputs, ("eval/serving.json",), work, failed=lambda said: said["verdict"] == "FAILED"
+        )
+        self._ledger.run(stage)
+        return read_serving(self.out)

@@ -1,0 +1,63 @@
+"""Text of the page: names, shortened text, and text that is safe inside Markdown."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from quantpress.recipe import Recipe
+
+
+def sentence(text: str) -> str:
+    """Capitalised; a name such as vLLM stays as it is."""
+    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
+
+
+def program(name: str) -> str:
+    """The name of a server of the smoke test, as users know it."""
+    return {"vllm": "vLLM", "transformers": "transformers serve", "url": "a running server"}.get(name, name)
+
+
+def without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe that differ from the defaults; parsed again, they give the same recipe."""
+    out: dict[str, Any] = _beyond(dict(recipe), Recipe().model_dump(mode="json"))
+    return out
+
+
+def _beyond(value: Any, default: Any) -> Any:
+    """`value` without the keys that equal those of `default`; another method stays whole."""
+    if isinstance(value, list):
+        return [_beyond(item, None) for item in value]
+    if not isinstance(value, dict):
+        return value
+    known = default if isinstance(default, dict) else {}
+    said = {k: v for k, v in value.items() if v != known.get(k) or (k == "name" and v is not None)}
+    return {k: v if _is_another(v, known.get(k)) else _beyond(v, known.get(k)) for k, v in said.items()}
+
+
+def _is_another(value: Any, default: Any) -> bool:
+    """Whether `value` is another method than the default, whose keys cannot be compared."""
+    both = isinstance(value, dict) and isinstance(default, dict) and "name" in default
+    return both and value.get("name") != default["name"]
+
+
+def cell(text: str) -> str:
+    """Text escaped for one cell of a Markdown table."""
+    for mark in "\\`*_[]<>|":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
+
+
+def first_word(text: str) -> str:
+    """The first word of a text with the space before it; only the space where there is no word."""
+    found = re.match(r"\s*\S+|\s+", text)
+    return found.group() if found else ""
+
+
+def squeezed(text: str) -> str:
+    """Collapse blank lines to at most one in a row: a broken model writes hundreds."""
+    return re.sub(r"\n[ \t]*(?:\n\s*)+\n", "\n\n", text)
+
+
+def shorten(text: str, most: int = 30) -> str:
+    """At most `most` characters, ending with an ellipsis when the text was cut."""
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,403 @@
+"""The public API: what the command line does, as functions. `quantpress` re-exports all of it.
+
+Each function that writes locks the folder it writes to, checks recipe, model and targets before the work, and sets the
+process up (denormals flushed, freed memory returned), as the command line does. Progress and notes go to `Callbacks`;
+nothing is printed. A mistake of the caller is a `BadInput`, one line that says what is wrong and what to do.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantpress.eval.measure.draft_acceptance import Draft
+from quantpress.eval.measure.endpoint import Endpoint
+from quantpress.eval.measure.results import Results
+from quantpress.eval.release import subjects
+from quantpress.eval.release.callbacks import Callbacks, Options
+from quantpress.eval.release.recommend import recommend
+from quantpress.eval.release.reproduce import Reproduction, make_again, open_recorded
+from quantpress.eval.release.run import Release, make_release
+from quantpress.eval.release.session import (
+    TargetLike,
+    choose_targets,
+    evaluation_inputs,
+    make_artifact,
+    make_job,
+    open_source,
+    settings,
+)
+from quantpress.eval.release.smoke_run import find_subject, run_smoke
+from quantpress.eval.release.sweep import Runner, RunOutcome, Sweep, in_turn, make_sweep
+from quantpress.eval.report.card import write_card
+from quantpress.eval.report.page import write_comparison, write_report
+from quantpress.exports.contracts import advice
+from quantpress.exports.load_check import LoadAnswer, Way, will_load
+from quantpress.exports.package import LOOPBACK, Exported
+from quantpress.exports.package import check as check_export
+from quantpress.exports.package import export as export_target
+from quantpress.exports.serving import Serving
+from quantpress.exports.verify import compared
+from quantpress.exports.verify import verify as verify_files
+
+from .artifact.artifact import open_artifact
+from .artifact.convert import convert as convert_artifact
+from .artifact.gguf_floats import write_floats
+from .core import machine
+from .core.errors import BadInput
+from .core.files import alone_in
+from .engine.plan import Plan
+from .recipe import Recipe, Smoke
+from .recipe.gguf_file import FloatFile
+from .recipe.loading import load, parse
+
+__all__ = [
+    "Callbacks", "Endpoint", "Forecast", "Options", "Verification", "card", "compare", "convert", "draft", "evaluate",
+    "export", "load_model", "plan", "quantize", "recommend", "report", "reproduce", "run", "run_folder", "smoke",
+    "sweep", "verify",
+]  # fmt: skip
+
+RecipeLike = Recipe | str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would need and make.
+
+    linears: (kind, how many, scheme) of the linear layers. targets: the format that each target will load.
+    servability: what servers would make of it.
+    """
+
+    plan: Plan
+    linears: tuple[tuple[str, int, str], ...]
+    targets: Mapping[str, str]
+    servability: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether an artifact is whole.
+
+    files: how many were compared with a list of checksums. problems: a line for each thing that is wrong.
+    compared: what of the tensors was checked, in words. loads: the answer of each target that was asked, by its name.
+    """
+
+    files: int
+    problems: tuple[str, ...]
+    compared: str
+    loads: Mapping[str, LoadAnswer]
+
+    @property
+    def sound(self) -> bool:
+        """Nothing is wrong, and every target that was asked loads it."""
+        return not self.problems and all(answer.loads for answer in self.loads.values())
+
+
+def plan(recipe: RecipeLike, model: str | None = None, options: Options = Options()) -> Forecast:
+    """Schemes, bytes, peak memory, disk and time of a run, and what servers would say, from the model's config alone.
+
+    recipe: an object, the name of a shipped recipe, a file, or a mapping of keys. model: in place of the recipe's.
+    Raises BadInput for what cannot run.
+
+        plan("w4a16-gptq", "smollm2-135m").plan.memory_bytes
+    """
+    job, targets = make_job(_recipe(recipe, model), options)
+    kinds: dict[tuple[str, str], int] = {}
+    for linear in job.linears:
+        key = (linear.module, job.plan.layers[linear.name])
+        kinds[key] = kinds.get(key, 0) + 1
+    linears = tuple((module, count, scheme) for (module, scheme), count in kinds.items())
+    return Forecast(job.plan, linears, targets, tuple(advice(job)))
+
+
+def quantize(
+    recipe: RecipeLike,
+    model: str | None = None,
+    out: Path | None = None,
+    options: Options = Options(),
+    callbacks: Callbacks = Callbacks(),
+) -> Path:
+    """Make the artifact only; returns its folder, `out`/quantized. The manifest is `out`/manifest.json.
+
+    recipe, model: as for `plan`. out: the run folder, by default `run_folder(recipe)`. A run that was killed goes on
+    after its last finished block. Raises BadInput for what cannot run, and for a folder that holds something else.
+
+        quantize("w4a16-rtn", "smollm2-135m", Path("out"))
+    """
+    chosen = _recipe(recipe, model)
+    where = out or run_folder(chosen)
+    with alone_in(where):
+        make_artifact(chosen, where, options, callbacks)
+    return where / "quantized"
+
+
+def run(
+    recipe: RecipeLike,
+    model: str | None = None,
+    out: Path | None = None,
+    options: Options = Options(),
+    callbacks: Callbacks = Callbacks(),
+) -> Release:
+    """The whole recipe: quantize, export, verify, evaluate, smoke test, report, model card.
+
+    Arguments as for `quantize`. A second call does again only what has changed. A missed gate or a failed smoke test is
+    no exception: see `Release.results.gates` and `Release.serving`.
+
+        release = run({"method": "rtn", "gates": {"max_kl": 0.1}}, "smollm2-135m")
+        release.results.gates.verdict
+    """
+    chosen = _recipe(recipe, model)
+    where = out or run_folder(chosen)
+    with alone_in(where):
+        return make_release(chosen, where, options, callbacks)
+
+
+def evaluate(
+    subject: Path | str | Endpoint,
+    original: str | None = None,
+    recipe: RecipeLike | None = None,
+    out: Path | None = None,
+    options: Options = Options(),
+    callbacks: Callbacks = Callbacks(),
+) -> Results:
+    """Measure a model against its original, and judge it by the recipe's gates; writes eval/results.json and junit.xml.
+
+    subject: a run folder, an artifact in any format, a plain checkpoint, or an `Endpoint`. original: what it was made
+    from; a run knows its own. recipe: whose evaluation and gates count, by default a run's own or the defaults. out: by
+    default the run, else artifacts/<name>-eval. Raises BadInput for what cannot be measured.
+
+        evaluate("artifacts/smollm2-135m/w4a16-rtn").perplexity_increase
+    """
+    what, chosen, where = _subject(subject, original, recipe, out)
+    inputs = evaluation_inputs(chosen, options)
+    with alone_in(where):
+        return subjects.evaluate_subject(what, chosen, where, inputs, options, callbacks)
+
+
+def draft(
+    subject: Path | str,
+    original: str | None = None,
+    recipe: RecipeLike | None = None,
+    out: Path | None = None,
+    options: Options = Options(),
+    callbacks: Callbacks = Callbacks(),
+) -> Draft:
+    """How often the original accepts the tokens that the subject drafts (speculative decoding); writes eval/draft.json.
+
+    Arguments as for `evaluate`. Raises BadInput when the two do not share their vocabulary.
+
+        draft("artifacts/smollm2-135m/w4a16-rtn").greedy.rate
+    """
+    what, chosen, where = _subject(Path(subject), original, recipe, out)
+    assert isinstance(what, Path)
+    inputs = evaluation_inputs(chosen, options)
+    with alone_in(where):
+        return subjects.measure_drafting(what, chosen, where, inputs, options, callbacks)
+
+
+def export(
+    folder: Path | str,
+    targets: Sequence[TargetLike] = (),
+    out: Path | None = None,
+    *,
+    host: str = LOOPBACK,
+    overwrite: bool = False,
+) -> dict[str, Exported]:
+    """Write a folder for each target: the model in a format it loads, launch files, checksums.
+
+    folder: a run folder or an artifact folder. targets: by name, mapping or object; by default those of the run's
+    recipe. out: the folder of a single target, by default `folder`/export/<target>. host: the address to listen on.
+    Raises BadInput, before anything is written, for an artifact that a target cannot load.
+
+        export("artifacts/smollm2-135m/w4a16-rtn", ["vllm", {"name": "tgi", "tensor_parallel": 2}])
+    """
+    chosen = choose_targets(Path(folder), targets)
+    if out is not None and len(chosen) > 1:
+        raise BadInput(f"--out is the folder of one target, and these are {len(chosen)}; leave it out")
+    with alone_in(Path(folder)) if out is None else nullcontext():
+        for target in chosen:  # all of them before the first is written
+            check_export(Path(folder), target)
+        return {
+            target.name: export_target(Path(folder), target, out, host=host, overwrite=overwrite) for target in chosen
+        }
+
+
+def verify(
+    folder: Path | str,
+    targets: Sequence[TargetLike] = (),
+    *,
+    python: str | None = None,
+    way: Way | None = None,
+    callbacks: Callbacks = Callbacks(),
+) -> Verification:
+    """Check the checksums, then every tensor against config and model; then whether each of `targets` would load it.
+
+    folder: a run folder, an artifact folder or an exported one. python: the interpreter that has the server. way: how
+    targets are asked, by default the strongest way that works here. Raises BadInput for a folder that is none of these.
+
+        verify("artifacts/smollm2-135m/w4a16-rtn", ["vllm"]).sound
+    """
+    where = Path(folder)
+    chosen = choose_targets(where, targets) if targets else ()
+    files, problems = verify_files(where)
+    model = where / "model" if (where / "SHA256SUMS").is_file() else where
+    loads: dict[str, LoadAnswer] = {}
+    if not problems:  # what is damaged is not asked about
+        for target in chosen:
+            loads[target.name] = will_load(model, target, python=python, way=way, tell=callbacks.on_line)
+    return Verification(files, tuple(problems), "" if problems else compared(where), loads)
+
+
+def smoke(
+    path: Path | str,
+    changes: Mapping[str, Any] | Smoke | None = None,
+    out: Path | None = None,
+    options: Options = Options(),
+    callbacks: Callbacks = Callbacks(),
+) -> Serving:
+    """Start a real server on an artifact, check it, compare it with our own forward pass, time it, end it.
+
+    path: a run folder, an artifact folder, a .gguf file or RUN/export/<target>. changes: keys of the recipe's `smoke`
+    section in place of the run's own. out: where eval/serving.json and the log go, by default the run. A server that
+    fails is a failed check; BadInput is raised for one that is not installed.
+
+        smoke("artifacts/smollm2-135m/w4a16-rtn", {"server": "vllm"}).verdict
+    """
+    given = changes.model_dump(exclude_unset=True) if isinstance(changes, Smoke) else dict(changes or {})
+    subject = find_subject(Path(path), given)
+    where = out or subject.run or Path("artifacts") / subject.artifact.stem / "smoke"
+    with alone_in(where):
+        subjects.forget(where, "smoke")
+        return run_smoke(subject, where, options, callbacks)
+
+
+def load_model(folder: Path | str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model of an artifact in any format we write, or of a plain checkpoint, ready for generate().
+
+    Weights are dequantized, exactly as an evaluation reads them; inputs and key-value cache are rounded where the
+    artifact says so. folder: a run folder, an artifact folder or a .gguf file. device: by default the GPU if there is
+    one. dtype: by default the checkpoint's own. The whole model has to fit in memory.
+
+        model = load_model("artifacts/smollm2-135m/w4a16-rtn")
+    """
+    machine.flush_denormals()
+    machine.set_up_memory()
+    subjects.check_subject(Path(folder))
+    _, skeleton = open_artifact(subjects.model_folder(Path(folder)), device or machine.device(), dtype)
+    return skeleton.whole().eval()
+
+
+def convert(artifact: Path | str, out: Path, to: str) -> Path:
+    """The same codes in another format, without loss; returns `out`.
+
+    artifact: a run folder or an artifact folder. to: compressed-tensors, gptq, awq or modelopt. Raises BadInput where
+    the format cannot hold the artifact exactly.
+    """
+    convert_artifact(subjects.model_folder(Path(artifact)), out, to)
+    return out
+
+
+def write_gguf(
+    model: str,
+    out: Path,
+    kind: FloatFile = "F16",
+    split: int | None = None,
+    options: Options = Options(),
+    callbacks: Callbacks = Callbacks(),
+) -> list[Path]:
+    """Write a checkpoint, or an artifact dequantized, as a GGUF file of floats; returns the files written.
+
+    model: as for --model. kind: F32, F16 or BF16. split: most bytes of tensors in one file.
+    """
+    return write_floats(open_source(model, options).path, out, kind, split, callbacks.on_note)
+
+
+def report(folder: Path | str) -> Path:
+    """Write the report of an evaluated run again; returns its index.html."""
+    with alone_in(Path(folder)):
+        return write_report(Path(folder))
+
+
+def compare(folders: Sequence[Path | str], out: Path) -> Path:
+    """One page about several runs of one model, evaluated on the same text; returns its index.html."""
+    return write_comparison([Path(folder) for folder in folders], out)
+
+
+def card(folder: Path | str, base_model: str | None = None, license: str | None = None) -> Path:
+    """Write the model card, quantized/README.md, of an evaluated run; returns its path.
+
+    base_model: the original's hub id, where it was quantized from a folder. license: where the original names none.
+    """
+    with alone_in(Path(folder)):
+        return write_card(Path(folder), base_model, license)
+
+
+def sweep(
+    recipes: Sequence[RecipeLike],
+    model: str | None = None,
+    out: Path = Path("artifacts/sweep"),
+    options: Options = Options(),
+    runner: Runner | None = None,
+    on_outcome: Callable[[RunOutcome], None] = lambda outcome: None,
+) -> Sweep:
+    """Run several recipes on one model, each in a process of its own, and compare them on one page.
+
+    A run that fails does not stop the others; the same call again runs only what is not finished. runner: by default
+    one after the other here; `over_ray` spreads them over a cluster. Raises BadInput for recipes of several models.
+
+        sweep(["w4a16-rtn", "w4a16-gptq"], "smollm2-135m").report
+    """
+    chosen = [_recipe(recipe, model) for recipe in recipes]
+    with alone_in(out):
+        return make_sweep(chosen, out, options, runner or in_turn(), on_outcome)
+
+
+def reproduce(
+    manifest: Path | str,
+    model: str | None = None,
+    out: Path | None = None,
+    options: Options = Options(),
+    callbacks: Callbacks = Callbacks(),
+) -> Reproduction:
+    """Make an artifact again from its manifest and compare the hashes.
+
+    manifest: a manifest.json, or the run folder that holds one. model: where the original lies now. out: by default
+    artifacts/<model>/<recipe>-reproduced. Raises BadInput when the model is another one.
+
+        reproduce("artifacts/smollm2-135m/w4a16-rtn").first is None
+    """
+    recorded = open_recorded(Path(manifest))
+    recipe = recorded.recipe.model_copy(update={"model": model or recorded.model})
+    where = out or run_folder(recipe).with_name(f"{recipe.name}-reproduced")
+    job, _ = make_job(recipe, options)
+    with alone_in(where):
+        return make_again(recorded, job, settings(where, options, callbacks))
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """The default run folder, artifacts/<model>/<recipe>."""
+    name = Path(recipe.model).name.removesuffix(".gguf").replace("@", "-") or "model"
+    return Path("artifacts") / name / recipe.name
+
+
+def _recipe(recipe: RecipeLike, model: str | None = None) -> Recipe:
+    if isinstance(recipe, Mapping):
+        recipe = parse({"name": "recipe", **recipe})
+    elif not isinstance(recipe, Recipe):
+        recipe = load(str(recipe))
+    return recipe if model is None else recipe.model_copy(update={"model": model})
+
+
+def _subject(
+    subject: Path | str | Endpoint, original: str | None, recipe: RecipeLike | None, out: Path | None
+) -> tuple[Path | Endpoint, Recipe, Path]:
+    """What is measured, the recipe whose model is the original, and where the results go."""
+    what = subject if isinstance(subject, Endpoint) else Path(subject)
+    folder = None if isinstance(what, Endpoint) else what
+    if folder is not None:
+        subjects.check_subject(folder)
+    chosen = subjects.own_recipe(folder) if recipe is None else _recipe(recipe)
+    return what, subjects.against(folder, chosen, original), out or subjects.output_folder(what)

@@ -1,0 +1,195 @@
+"""What the commands print: results on stdout, everything beside them (progress, notes) on stderr."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from quantpress.eval.release.callbacks import Callbacks
+
+if TYPE_CHECKING:
+    from quantpress.eval.measure.results import Results
+    from quantpress.exports.serving import Check, Serving
+
+_SILENCE_SECONDS = 60  # longest without a line where there is no bar, once a block is finished
+_SIGNS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "skip": "skip"}
+_VERDICTS = {"ACCEPT": "ok  ", "REGRESSION": "MISS", "INCONCLUSIVE": "?   "}
+
+out_console, err_console = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+
+
+def show(line: str) -> None:
+    """A line of the result, on stdout; nothing in it is taken for markup."""
+    out_console.print(line, markup=False)
+
+
+def say(line: str) -> None:
+    """A line beside the result, on stderr; nothing in it is taken for markup or wrapped."""
+    err_console.print(line, markup=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """The result for a program: one line of JSON on stdout."""
+    print(json.dumps(document))  # noqa: T201
+
+
+@contextmanager
+def followed(quiet: bool = False) -> Iterator[Callbacks]:
+    """Callbacks that show a bar at a time and print notes; quiet: no checks of a smoke test, which go to stdout."""
+    with ExitStack() as bars:
+        shown: str | None = None
+        advance: Callable[..., None] = print
+
+        def step(what: str, done: int, total: int, remark: str) -> None:
+            nonlocal shown, advance
+            if what != shown:
+                bars.close()
+                shown, advance = what, bars.enter_context(progress_bar(what, total))
+            if total:
+                advance(done, remark, total)
+
+        def line(text: str) -> None:
+            bars.close()
+            say(text)
+
+        yield Callbacks(step, lambda text: say(f"note: {text}"), line, (lambda check: None) if quiet else _print_check)
+
+
+@contextmanager
+def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
+    """Progress with the time left and this process's memory; on a terminal a bar, elsewhere a line for every fifth of
+    the way and at least every minute.
+    """
+    from ..core.machine import rss_bytes
+    from ..engine.plan import size
+
+    if not err_console.is_terminal:
+        told, before = 0, -1  # what was last printed; what was done at the start, which a resumed run skips
+        started = said = time.monotonic()
+
+        def plain(done: int, remark: str, total: int = blocks) -> None:
+            nonlocal told, before, said
+            before, now = done - 1 if before < 0 else before, time.monotonic()
+            if done * 5 // total > told * 5 // total or done == total or now - said >= _SILENCE_SECONDS:
+                left = (now - started) / max(1, done - before) * (total - done)
+                memory, rest = f"memory {size(rss_bytes())}", f"{left:.0f} s left" if left else ""
+                say(" ".join(part for part in (f"{what} block {done}/{total}", remark, memory, rest) if part))
+                said = now
+            told = done
+
+        yield plain
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("block {task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+                  TextColumn("{task.fields[remark]}"), console=err_console, transient=True) as progress:  # fmt: skip
+        task = progress.add_task(what, total=blocks or None, remark="")
+
+        def advance(done: int, remark: str, total: int = blocks) -> None:
+            progress.update(task, completed=done, total=total, remark=f"{remark} memory {size(rss_bytes())}")
+
+        yield advance
+
+
+def print_results(results: "Results") -> None:
+    """What was measured, a line each, then the gates."""
+    for line in _figures(results):
+        show(line)
+    for note in results.notes:
+        say(f"note: not measured: {note}")
+    for check in results.gates.checks:
+        show(f"gate {_VERDICTS[check.verdict]}   {check.name} {check.reason}")
+    if results.gates.verdict == "INCONCLUSIVE":
+        how = "which gates.strict fails" if results.gates.strict else "which does not fail without gates.strict"
+        say(f"note: a gate is inconclusive, {how}")
+
+
+def _figures(results: "Results") -> Iterator[str]:
+    from quantpress.eval.measure.formatting import NBSP, change, interval
+    from quantpress.eval.measure.metrics import measured
+
+    for metric, value in measured(results):
+        before = "" if value.original is None else f"{metric.show(value.original)} -> "
+        error = value.stderr is not None and math.isfinite(value.stderr) and value.change is None
+        spread = f" ± {metric.show_error(value.stderr or 0.0)}" if error else ""
+        told = metric.show_change(value)
+        if metric.limits_change and value.interval:
+            told += f", 95 %: {interval(value.interval, change)}"
+        line = f"{metric.heading:<32} {before}{metric.show(value.artifact)}{spread}" + (f" ({told})" if told else "")
+        yield line.replace(NBSP, " ")
+    if results.divergence is not None and results.divergence.noise is not None:
+        yield f"{'noise floor of the divergence':<32} {results.divergence.noise.kl_mean:.5f}"
+    yield from _tasks(results)
+    yield from _efficiency(results)
+    for generation in results.generations:
+        where = (
+            "all tokens alike" if generation.first_difference is None else f"from token {generation.first_difference}"
+        )
+        yield f"continuing  {generation.prompt!r}: {where}"
+
+
+def _tasks(results: "Results") -> Iterator[str]:
+    for task in results.tasks:
+        line = f"{task.task} {task.metric} {task.artifact.value:.4f} ± {task.artifact.stderr:.4f}"
+        if task.original is not None and task.difference_interval is not None:
+            low, high = task.difference_interval
+            line += (
+                f", original {task.original.value:.4f}, difference {task.difference:+.4f} ({low:+.4f} to {high:+.4f})"
+            )
+        if task.recovery is not None:
+            line += f", recovery {task.recovery:.1%}"
+        yield f"task        {line}"
+
+
+def _efficiency(results: "Results") -> Iterator[str]:
+    from ..engine.plan import size
+
+    held = results.efficiency
+    if held is None:
+        return
+    if held.cache is not None:
+        fits = ", ".join(f"{fit.gpu} {fit.concurrency}" for fit in held.fits)
+        yield (
+            f"cache       {size(held.cache.bytes_per_token)} per token ({held.cache.dtype}); sequences of "
+            f"{held.cache.context} tokens that fit: {fits or 'no GPU asked'}"
+        )
+    for who, runtime in (("artifact", held.runtime), ("original", held.original_runtime)):
+        for speed in () if runtime is None else runtime.speed:
+            yield (
+                f"speed       {who}, batch {speed.batch}, context {speed.context}: prefill "
+                f"{speed.prefill_tokens_per_second:.0f}, decode {speed.decode_tokens_per_second:.1f} tokens/s"
+            )
+    if held.runtime is not None:
+        yield f"            timed with {held.runtime.what}"
+    if held.cost is not None:
+        yield f"cost        {held.cost.formula}"
+
+
+def _print_check(check: "Check") -> None:
+    out_console.print(f"{_SIGNS[check.status]}  {check.name:<11} {check.seconds:6.1f} s  {escape(check.reason)}")
+
+
+def print_serving(record: "Serving", file: str) -> None:
+    """What a smoke test measured; file: where its record is."""
+    from ..engine.plan import size
+
+    first, between = record.ttft_ms, record.itl_ms
+    rows = {
+        "server": f"{record.server} {record.version or ''}",
+        "loaded in": None if record.load_seconds is None else f"{record.load_seconds:.1f} s",
+        "first token": None if first is None else f"{first:.0f} ms after {record.prompt_tokens} tokens",
+        "next tokens": None if between is None else
+        f"{between.p50:.1f} ms; p95 {between.p95:.1f}, p99 {between.p99:.1f}",
+        "tokens/s": ", ".join(f"{rate:.1f} at {n}" for n, rate in record.tokens_per_second.items()) or None,
+        "peak memory": None if record.peak_rss_bytes is None else size(record.peak_rss_bytes),
+        "record": file,
+        "verdict": record.verdict,
+    }  # fmt: skip
+    for name, value in rows.items():
+        if value is not None:
+            show(f"{name:<12} {value}")

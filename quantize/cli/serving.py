@@ -1,0 +1,139 @@
+"""The commands that hand an artifact to a server: export, verify (would it load?) and smoke (does it work?)."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from ..core.errors import BadInput
+from .app import app
+from .options import JsonOpt, OverwriteOpt, ServerPythonOpt, SetOpt, TargetOpt, make_options, names, quiet_libraries
+from .printing import followed, print_json, print_serving, say, show
+
+if TYPE_CHECKING:
+    from ..api import Verification
+
+_SHOWN = 8  # problems printed: a config that was edited is wrong about every layer
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="a run folder, or an artifact folder")],
+    target: TargetOpt = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option("--out", help="where; default: RUN/export/<target>")] = None,
+    host: Annotated[str, typer.Option("--host", help="the address to listen on")] = "127.0.0.1",
+    sets: SetOpt = [],  # noqa: B006
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write folders that servers start from: the model in a format they load, launch files, checksums."""
+    from quantpress.eval.release.session import choose_targets
+
+    from .. import api
+
+    targets = choose_targets(run_folder, names(target), sets)
+    done = api.export(run_folder, targets, out, host=host, overwrite=overwrite)
+    if as_json:
+        print_json({
+            name: {"folder": str(made.folder), "format": made.format, "converted_from": made.converted_from}
+            for name, made in done.items()
+        })  # fmt: skip
+        return
+    for name, made in done.items():
+        how = f"converted from {made.converted_from}" if made.converted_from else "as it is"
+        show(f"{name}: {made.folder} ({made.format}, {how})")
+
+
+@app.command()
+def verify(
+    where: Annotated[Path, typer.Argument(help="a run folder, an artifact folder or an exported one")],
+    target: TargetOpt = [],  # noqa: B006
+    sets: SetOpt = [],  # noqa: B006
+    server_python: ServerPythonOpt = None,
+    way: Annotated[str | None, typer.Option(help="server, parser or contract; default: the strongest there is")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Check checksums, then every tensor against config and model; with --target also whether a server would load it.
+
+    Exit code 1 when something is wrong.
+    """
+    if way not in (None, "server", "parser", "contract"):
+        raise BadInput(f"--way {way!r}: server, parser or contract")
+    idle = [name for name, given in (("--set", sets), ("--way", way), ("--server-python", server_python)) if given]
+    if idle and not target:
+        raise BadInput(f"{', '.join(idle)}: of a target, and none is given; add --target, such as --target vllm")
+    quiet_libraries()
+    from quantpress.eval.release.session import choose_targets
+
+    from .. import api
+
+    targets = choose_targets(where, names(target), sets) if target else ()
+    with followed() as callbacks:
+        found = api.verify(
+            where, targets, python=server_python, way=cast(Literal["server", "parser", "contract"] | None, way),
+            callbacks=callbacks,
+        )  # fmt: skip
+    if as_json:
+        loads = {name: asdict(answer) for name, answer in found.loads.items()}
+        print_json({"files": found.files, "problems": found.problems, "loads": loads})
+    else:
+        _print_verified(found)
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+def _print_verified(found: "Verification") -> None:
+    for line in found.problems[:_SHOWN]:
+        say(f"wrong: {line}")
+    if found.problems[_SHOWN:]:
+        say(f"wrong: and {len(found.problems) - _SHOWN} more, which --json lists")
+    if not found.problems:
+        sums = f"{found.files} files are as listed" if found.files else "no checksums to compare with"
+        show(f"verified: {sums}; {found.compared}")
+    for name, answer in found.loads.items():
+        show(f"{name}: {'loads' if answer.loads else 'does not load'}, by {answer.by}")
+        if answer.reason:
+            show(f"  {answer.reason}")
+        for line in answer.passed_over:
+            show(f"  (passed over: {line})")
+
+
+@app.command()
+def smoke(
+    artifact: Annotated[
+        Path,
+        typer.Argument(help="a run folder, a quantized folder, a .gguf file, or RUN/export/<target>: its container"),
+    ],
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server", help="vllm, llama.cpp, transformers or url; any other target starts in Docker, from its export"
+        ),
+    ] = None,
+    url: Annotated[str | None, typer.Option("--url", help="a server that already runs: http://host:port")] = None,
+    server_python: ServerPythonOpt = None,
+    concurrency: Annotated[int | None, typer.Option(help="requests at a time; default: 4")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="tokens of prompt and answer")] = None,
+    deadline: Annotated[float | None, typer.Option(help="seconds to become healthy; default: 600")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="run folder for eval/serving.json and the log")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Start a real server on the artifact, check it, compare it with our own forward pass, time it, end it.
+
+    What is not given is as the run's recipe has it. Exit code 0 when every check passed, 1 when one failed.
+    """
+    changes: dict[str, Any] = {"server": server, "url": url, "python": server_python, "concurrency": concurrency,
+                               "max_model_len": max_model_len, "deadline_s": deadline}  # fmt: skip
+    changes = {key: value for key, value in changes.items() if value is not None}
+    quiet_libraries()
+    from .. import api
+
+    with followed(quiet=as_json) as callbacks:
+        record = api.smoke(artifact, changes, out, make_options(), callbacks)
+    if as_json:
+        print_json(record.model_dump(mode="json", by_alias=True))
+    else:
+        print_serving(record, "eval/serving.json")
+    if record.verdict == "FAILED":
+        raise typer.Exit(1)
