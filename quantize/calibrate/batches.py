@@ -7,8 +7,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from ..models.arguments import Arguments
-from ..models.skeleton import Expert, Experts
+from ..models.block_arguments import BlockArguments
+from ..models.experts import Expert, SplitExperts
 from ..numbers.activations import round_inputs
 from ..numbers.grid import Inputs
 
@@ -17,7 +17,7 @@ Group = tuple[str, ...]  # names of linears that receive one tensor
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a linear stands that is part of an expert: path of the Experts inside the block, and the expert's index."""
+    """The expert that a linear is part of: the path of `SplitExperts` inside the block, and the expert's index."""
 
     experts: str
     index: int
@@ -29,10 +29,10 @@ class RunnableBlock:
     """A block with the linears {name: module} to halt at and what it gets beside the hidden states."""
 
     def __init__(
-        self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: Arguments, device: torch.device
+        self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: BlockArguments, device: torch.device
     ) -> None:
         self.module, self.linears, self.arguments, self.device = module, linears, arguments, device
-        self.experts = {path: part for path, part in module.named_modules() if isinstance(part, Experts)}
+        self.experts = {path: part for path, part in module.named_modules() if isinstance(part, SplitExperts)}
         names = {linear: name for name, linear in linears.items()}
         self.places = {
             names[linear]: _Place(path, e, expert, linear is expert.last)
@@ -98,7 +98,7 @@ class PairedBatch:
             self._go_on()
         _, routing = self._run.entered[place.experts]
         entering, _ = self._original.entered[place.experts]
-        x0 = entering[Experts.tokens_of(place.index, routing)[0]]
+        x0 = entering[SplitExperts.tokens_of(place.index, routing)[0]]
         with torch.no_grad():
             return place.expert.inner(x0) if place.last else x0
 
@@ -143,8 +143,8 @@ class _Run:
     """One batch on its way through a block; it waits before each of the block's linears until told to go on.
 
     hidden [samples, seq_len, hidden] is replaced at the end. inputs: how those of a linear are rounded, by its name;
-    filled in by the time it goes on. entered: what the block's Experts got on the way, by path: tokens [tokens, hidden]
-    and the experts chosen for each [tokens, chosen].
+    filled in by the time it goes on. entered: what the block's `SplitExperts` got on the way, by path: tokens
+    [tokens, hidden] and the experts chosen for each [tokens, chosen].
     """
 
     def __init__(self, block: RunnableBlock, hidden: Tensor, inputs: Mapping[str, Inputs]) -> None:

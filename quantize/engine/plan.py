@@ -14,7 +14,7 @@ from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
 from ..formats import FORMATS
-from ..models.skeleton import Linear, Skeleton
+from ..models.skeleton import LinearLayer, Skeleton
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned
@@ -76,7 +76,7 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes: dict[str, Grid | None]) -> Plan:
+def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], schemes: dict[str, Grid | None]) -> Plan:
     """The plan of quantizing `linears` by `schemes`."""
     reader: Any = skeleton.reader
     format = FORMATS[recipe.formats[0]]
@@ -155,9 +155,9 @@ def size(n: float) -> str:
     return f"{n / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calibrated: bool) -> int:
+def _largest_solve(linears: list[LinearLayer], schemes: dict[str, Grid | None], calibrated: bool) -> int:
     """Hessians of one block and the float32 copies of the largest stack of linears that may share one."""
-    by_block: dict[int, list[Linear]] = {}
+    by_block: dict[int, list[LinearLayer]] = {}
     for linear in linears:
         if schemes[linear.name] is not None:
             by_block.setdefault(linear.block, []).append(linear)
@@ -173,7 +173,7 @@ def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calib
     return most
 
 
-def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside: bool) -> int:
+def _waiting(linears: list[LinearLayer], tokens: int, item: int, hidden: int, beside: bool) -> int:
     """What all tokens hold while their batches wait before a linear.
 
     Before the widest one that is its input, the residual, and the norm of it, and the original `beside` is already
@@ -184,14 +184,14 @@ def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside:
     return tokens * max(widest, attention) * item
 
 
-def _passing(linears: list[Linear], tokens: int, item: int, rounded: bool) -> int:
+def _passing(linears: list[LinearLayer], tokens: int, item: int, rounded: bool) -> int:
     """The widest tensors of one batch on its way through a block; those to be `rounded` in float32 twice."""
     widest = max(max(x.in_features, x.out_features) for x in linears)
     return min(tokens, BATCH_TOKENS) * widest * (4 * item + 1 + 8 * rounded)
 
 
 def _operations(
-    linears: list[Linear], schemes: dict[str, Grid | None], tokens: int, streams: int, calibrated: bool
+    linears: list[LinearLayer], schemes: dict[str, Grid | None], tokens: int, streams: int, calibrated: bool
 ) -> float:
     total = 0.0
     for x in linears:
@@ -206,7 +206,7 @@ def _operations(
     return total
 
 
-def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
+def _active(skeleton: Skeleton, linears: list[LinearLayer]) -> dict[int, float]:
     """Weights of each block that a token meets: all of them, but of a router's experts only those it is sent to."""
     active: dict[int, float] = {}
     for x in linears:
@@ -214,7 +214,7 @@ def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
     return active
 
 
-def _share(skeleton: Skeleton, linear: Linear) -> float:
+def _share(skeleton: Skeleton, linear: LinearLayer) -> float:
     """The share of the tokens that a linear meets."""
     if skeleton.family.experts is None or not linear.module.startswith(f"{skeleton.family.experts}."):
         return 1.0
@@ -222,7 +222,7 @@ def _share(skeleton: Skeleton, linear: Linear) -> float:
     return float(skeleton.config.num_experts_per_tok / experts)
 
 
-def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, parameters: int) -> int:
+def _tuning_bytes(skeleton: Skeleton, linears: list[LinearLayer], batch_tokens: int, parameters: int) -> int:
     """A block of `parameters` in float32 twice, what is learned of it, and a batch's tensors kept for the gradient."""
     widths: dict[int, float] = {}
     for x in linears:
@@ -230,7 +230,7 @@ def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, 
     return 64 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
 
 
-def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], shell: int, artifact: int) -> int:
+def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], shell: int, artifact: int) -> int:
     """The parts as read and as written, codes in 8 and 16 bit, the rest in float32, and one sequence on its way."""
     blocks: dict[int, list[int]] = {}
     for x in linears:
@@ -247,7 +247,7 @@ def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear],
     return 2 * artifact + 3 * weights + 4 * shell + 4 * (3 * largest + kept)
 
 
-def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, linears: list[Linear]) -> float:
+def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, linears: list[LinearLayer]) -> float:
     """Four forward passes a step, for blocks run again on the way back; one for each look at what is held out.
 
     The head is not run again, but for kl the original's is, and its blocks once. The errors are measured at the end.
