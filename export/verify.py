@@ -23,7 +23,7 @@ from quantpress.core.files import changed
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.gguf.reader import GgufCheckpoint, gguf_files
 from quantpress.models.checkpoint import INDEX
-from quantpress.models.skeleton import Linear, Skeleton
+from quantpress.models.skeleton import LinearLayer, Skeleton
 from quantpress.numbers.grid import QuantizedLinear
 
 from .contracts import of_folder
@@ -117,7 +117,7 @@ def _companions(folder: Path) -> Iterator[str]:
         yield f"{folder}: {name}, which the original has, {what}"
 
 
-def _shapes(artifact: Artifact, linears: list[Linear]) -> Iterator[tuple[str, str]]:
+def _shapes(artifact: Artifact, linears: list[LinearLayer]) -> Iterator[tuple[str, str]]:
     """(linear, problem) of each quantized linear whose shape is not the model's."""
     for x in linears:
         shape = artifact.shapes.get(x.name)
@@ -128,7 +128,7 @@ def _shapes(artifact: Artifact, linears: list[Linear]) -> Iterator[tuple[str, st
 def _parameters(artifact: Artifact, skeleton: Skeleton) -> Iterator[str]:
     """Every parameter that is not quantized exists, has the model's shape and is finite."""
     tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
-    heads = {f"{head}.weight" for head in skeleton.heads()}
+    heads = {f"{head}.weight" for head in skeleton.head_names()}
     for name, parameter in skeleton.model.named_parameters():
         disk = skeleton.disk_name(name)
         if disk.removesuffix(".weight") in artifact.linears:
@@ -180,13 +180,13 @@ def _writable(format: str, record: QuantizedLinear, inputs: Any) -> QuantizedLin
     return replace(record, grid=grid, scales=scales, inputs=inputs)
 
 
-def _left_out(artifact: Artifact, skeleton: Skeleton, linears: list[Linear]) -> Iterator[str]:
+def _left_out(artifact: Artifact, skeleton: Skeleton, linears: list[LinearLayer]) -> Iterator[str]:
     """The config leaves out exactly the layers that are in 16 bit on disk, under the names that loaders compare."""
     assert artifact.format is not None
     stated = artifact.config["quantization_config"]
     format = FORMATS["gptq" if artifact.format.startswith("gptq") else artifact.format]
     schemes = {x.name: artifact.linears.get(x.name) for x in linears}
-    outside = [name for name in skeleton.outside() if name not in artifact.linears]
+    outside = [name for name in skeleton.unquantized_modules() if name not in artifact.linears]
     spec = ModelScheme(schemes, outside, artifact.scattered, artifact.activations, artifact.kv_cache)
     names = [*schemes, *outside]
     wanted, said = format.grids(format.config(spec), names), format.grids(stated, names)
@@ -216,7 +216,7 @@ def _strangers(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Ite
     """Tensors that belong to no layer: servers refuse to load them."""
     own = {skeleton.disk_name(name) for name, _ in skeleton.model.named_parameters()}
     own |= {skeleton.disk_name(name) for name, _ in skeleton.model.named_buffers()}
-    own |= {f"{head}.weight" for head in skeleton.heads()}
+    own |= {f"{head}.weight" for head in skeleton.head_names()}
     broken = {name for name in artifact.linears if not any(c.startswith(f"{name}.") for c in claimed)}
     for name in artifact.checkpoint.names():
         linear = name.rpartition(".")[0]

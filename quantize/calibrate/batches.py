@@ -7,8 +7,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from ..models.arguments import Arguments
-from ..models.skeleton import Expert, Experts
+from ..models.block_arguments import BlockArguments
+from ..models.experts import Expert, SplitExperts
 from ..numbers.activations import round_inputs
 from ..numbers.grid import Inputs
 
@@ -17,7 +17,7 @@ Group = tuple[str, ...]  # names of linears that receive one tensor
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a linear in a mixture of experts. experts: the path of the Experts module inside the block."""
+    """The place of a linear in a mixture of experts. experts: the path of the SplitExperts module inside the block."""
 
     experts: str
     index: int
@@ -29,10 +29,10 @@ class RunnableBlock:
     """A block, the linears {name: module} to halt at, and the arguments it takes besides the hidden states."""
 
     def __init__(
-        self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: Arguments, device: torch.device
+        self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: BlockArguments, device: torch.device
     ) -> None:
         self.module, self.linears, self.arguments, self.device = module, linears, arguments, device
-        self.experts = {path: part for path, part in module.named_modules() if isinstance(part, Experts)}
+        self.experts = {path: part for path, part in module.named_modules() if isinstance(part, SplitExperts)}
         names = {linear: name for name, linear in linears.items()}
         self.places = {
             names[linear]: _Place(path, e, expert, linear is expert.last)
@@ -105,7 +105,7 @@ class PairedBatch:
             self._go_on()
         _, routing = self._run.entered[place.experts]
         entering, _ = self._original.entered[place.experts]
-        x0 = entering[Experts.tokens_of(place.index, routing)[0]]
+        x0 = entering[SplitExperts.tokens_of(place.index, routing)[0]]
         with torch.no_grad():
             return place.expert.inner(x0) if place.last else x0
 
@@ -150,8 +150,8 @@ class _Run:
     """One batch in one block, as a coroutine: it halts before each of the block's linears until told to continue.
 
     hidden [samples, seq_len, hidden] is replaced at the end. inputs: how the inputs of a linear are rounded, by its
-    name, read when the run continues. entered, if `routed`: what the block's Experts modules have received, by path:
-    hidden states [tokens, hidden] and the indices of the experts chosen for each token [tokens, top_k].
+    name, read when the run continues. entered, if `routed`: what the block's SplitExperts modules have received, by
+    path: hidden states [tokens, hidden] and the indices of the experts chosen for each token [tokens, top_k].
     """
 
     def __init__(self, block: RunnableBlock, hidden: Tensor, inputs: Mapping[str, Inputs], *, routed: bool) -> None:

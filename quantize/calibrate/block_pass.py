@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..methods.layer_error import output_power
-from ..models.arguments import Arguments
+from ..models.block_arguments import BlockArguments
 from ..numbers.activations import measured, round_inputs
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
@@ -68,7 +68,7 @@ class BlockPass:
         self,
         block: nn.Module,
         hidden: Tensor,
-        arguments: Arguments,
+        arguments: BlockArguments,
         linears: Mapping[str, nn.Module],
         *,
         device: torch.device,
@@ -158,7 +158,7 @@ def paired_batches(
     linears: Mapping[str, nn.Module],
     hidden: Tensor,
     reference: Tensor,
-    arguments: Arguments,
+    arguments: BlockArguments,
     *,
     device: torch.device,
     batch: int,
@@ -184,7 +184,7 @@ def paired_batches(
 
 
 def shared_inputs(
-    block: nn.Module, hidden: Tensor, arguments: Arguments, linears: Mapping[str, nn.Module]
+    block: nn.Module, hidden: Tensor, arguments: BlockArguments, linears: Mapping[str, nn.Module]
 ) -> list[Group]:
     """The linears in the order `block` reaches them on `hidden`, those that receive the same tensor grouped."""
     seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none is freed and its memory reused

@@ -17,8 +17,8 @@ from ..artifact.manifest import Manifest, Sizes
 from ..calibrate.tokens import Tokens
 from ..gguf.reader import GgufCheckpoint
 from ..models.checkpoint import Checkpoint
-from ..models.rotated import Rotated
-from ..models.skeleton import Linear, Skeleton
+from ..models.rotated_checkpoint import RotatedCheckpoint
+from ..models.skeleton import LinearLayer, Skeleton
 from ..numbers.grid import Grid
 from ..recipe import Recipe
 from .plan import Plan
@@ -36,9 +36,9 @@ class Setup:
     recipe: Recipe
     source: Source
     checkpoint: Checkpoint
-    reader: Checkpoint | Rotated
+    reader: Checkpoint | RotatedCheckpoint
     skeleton: Skeleton
-    linears: list[Linear]
+    linears: list[LinearLayer]
 
     def sizes(self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int) -> Sizes:
         """What the manifest says of the artifact's size; packed_bytes: of its quantized `weights`, scales included."""

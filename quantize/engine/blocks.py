@@ -17,9 +17,9 @@ from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
 from ..formats import FORMATS
-from ..models.arguments import Arguments
+from ..models.block_arguments import BlockArguments
 from ..models.checkpoint import write_part
-from ..models.skeleton import Linear, Skeleton
+from ..models.skeleton import LinearLayer, Skeleton
 from ..numbers.activations import columns_of
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..recipe import Qat, Tuned
@@ -83,7 +83,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
 
 def _hidden_states(
     job: Job, tokens: Tokens | None, journal: Journal
-) -> tuple[dict[str, Tensor], list[Arguments] | None]:
+) -> tuple[dict[str, Tensor], list[BlockArguments] | None]:
     """The hidden states [samples, seq_len, hidden] that enter the next block, and the further arguments of each block.
 
     `hidden` comes out of the rounded blocks; `reference`, for error correction and tuning, out of the original ones.
@@ -112,9 +112,9 @@ def _hidden_states(
 def _inputs(
     job: Job,
     block: nn.Module,
-    linears: Iterable[Linear],
+    linears: Iterable[LinearLayer],
     hidden: dict[str, Tensor],
-    arguments: Arguments | None,
+    arguments: BlockArguments | None,
     whole: bool,
     cache: kv_cache.Largest | None,
 ) -> Iterable[SharedInput]:

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from ..calibrate.block_pass import paired_batches
 from ..methods.adam import Direction
 from ..methods.fake_quant import storable
-from ..models.arguments import Arguments
-from ..models.skeleton import Linear, Skeleton, run_block
+from ..models.block_arguments import BlockArguments
+from ..models.skeleton import LinearLayer, Skeleton, run_block
 from ..numbers.grid import QuantizedLinear
 from ..recipe import Objective, Qat
 from .plan import TUNING_CHECKS, held_out
@@ -39,8 +39,8 @@ class _Block:
     """A decoder block without the weights of its quantized linears, and its arguments beside the hidden states."""
 
     module: nn.Module
-    linears: tuple[Linear, ...]
-    arguments: Arguments
+    linears: tuple[LinearLayer, ...]
+    arguments: BlockArguments
 
 
 class QuantizedModel:

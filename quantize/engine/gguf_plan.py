@@ -7,7 +7,7 @@ from ..gguf.conversion import Conversion, FloatType
 from ..gguf.rounded_file import RoundedFile
 from ..gguf.tensor_types import expected_types, fallbacks, summed_up
 from ..gguf.writer import sizes
-from ..models.skeleton import Linear, Skeleton
+from ..models.skeleton import LinearLayer, Skeleton
 from ..recipe import Recipe
 from ..recipe.gguf_file import FLOATS
 from .backend import Setup
@@ -76,7 +76,7 @@ def _calibration_bytes(setup: Setup) -> int:
     return PROCESS_BYTES + 2 * setup.checkpoint.total_bytes // max(1, skeleton.n_blocks) + states
 
 
-def _with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: list[Linear]) -> Plan:
+def _with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer]) -> Plan:
     """The plan with the pass that measures what errors cost: in float32, forwards, then backwards block by block.
 
     On disk are the states that enter each block. In memory is a block and the next one, or embedding and head with the

@@ -16,7 +16,7 @@ from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, ModelScheme
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
-from ..models.rotated import Rotated
+from ..models.rotated_checkpoint import RotatedCheckpoint
 from .backend import Backend, Setup
 from .plan import Plan, make_plan
 from .settings import Settings
@@ -74,11 +74,11 @@ class HuggingFaceFolder(Backend):
     @property
     def _notes(self) -> tuple[str, ...]:
         """What is not as the original has it before anything is rounded."""
-        return tuple(self.setup.reader.notes) if isinstance(self.setup.reader, Rotated) else ()
+        return tuple(self.setup.reader.notes) if isinstance(self.setup.reader, RotatedCheckpoint) else ()
 
     @property
     def _model_scheme(self) -> ModelScheme:
-        recipe, outside = self.setup.recipe, self.setup.skeleton.outside()
+        recipe, outside = self.setup.recipe, self.setup.skeleton.unquantized_modules()
         return ModelScheme(self.schemes, outside, recipe.shuffled, recipe.activations, recipe.kv_cache)
 
     def _check_format(self, format: str) -> None:
@@ -104,7 +104,7 @@ class HuggingFaceFolder(Backend):
         inside = {disk for k in range(skeleton.n_blocks) for disk in skeleton.block_names(k).values()}
         tensors = {name: reader.read(name) for name in reader.names() if name not in inside}
         if reader.config.get("tie_word_embeddings", getattr(skeleton.config, "tie_word_embeddings", False)):
-            for head in skeleton.heads():
+            for head in skeleton.head_names():
                 twin = tensors.get(f"{head}.weight")
                 if twin is not None and any(n != f"{head}.weight" and torch.equal(t, twin) for n, t in tensors.items()):
                     del tensors[f"{head}.weight"]

@@ -9,7 +9,7 @@ from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
 from ..models.checkpoint import Checkpoint
-from ..models.rotated import Rotated
+from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.skeleton import Skeleton
 from ..numbers.grid import Grid
 from ..recipe import Hadamard, LlamaCppQuantizer, Recipe
@@ -45,7 +45,7 @@ def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) 
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise BadInput(f"{source.id} is already quantized ({method}); give the original checkpoint")
     first = recipe.transforms[0] if recipe.transforms else None
-    reader = Rotated(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
+    reader = RotatedCheckpoint(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
     skeleton = Skeleton(reader, device=device or machine.device())
     skeleton.check_shapes(reader.shape)
     setup = Setup(recipe, source, checkpoint, reader, skeleton, skeleton.linears())

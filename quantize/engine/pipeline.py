@@ -16,7 +16,7 @@ from ..calibrate.texts import load_documents
 from ..calibrate.tokens import Tokens, calibration_tokens, generated_tokens, open_tokenizer
 from ..core import machine
 from ..core.errors import BadInput
-from ..models.rotated import Rotated
+from ..models.rotated_checkpoint import RotatedCheckpoint
 from . import sharing
 from .blocks import Trained, all_finite, run_blocks, train_end_to_end
 from .description import describe
@@ -120,7 +120,7 @@ def _check_weights(job: Job) -> None:
     for name in job.checkpoint.names():
         if kind := _not_finite(job.checkpoint.read(name)):
             raise BadInput(f"{job.checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
-    if isinstance(job.reader, Rotated):
+    if isinstance(job.reader, RotatedCheckpoint):
         for name in job.reader.names():
             if kind := _not_finite(job.reader.read(name)):
                 dtype = str(job.reader.dtype(name)).removeprefix("torch.")

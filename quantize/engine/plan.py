@@ -14,7 +14,7 @@ from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
 from ..formats import FORMATS
-from ..models.skeleton import Linear, Skeleton
+from ..models.skeleton import LinearLayer, Skeleton
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned
@@ -76,7 +76,7 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], schemes: dict[str, Grid | None]) -> Plan:
+def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], schemes: dict[str, Grid | None]) -> Plan:
     """The plan of quantizing `linears` by `schemes`."""
     reader: Any = skeleton.reader
     format = FORMATS[recipe.formats[0]]
@@ -155,9 +155,9 @@ def size(n: float) -> str:
     return f"{n / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calibrated: bool) -> int:
+def _largest_solve(linears: list[LinearLayer], schemes: dict[str, Grid | None], calibrated: bool) -> int:
     """Bytes of one block's Hessians and of the float32 copies of the largest stack of linears that may share one."""
-    by_block: dict[int, list[Linear]] = {}
+    by_block: dict[int, list[LinearLayer]] = {}
     for linear in linears:
         if schemes[linear.name] is not None:
             by_block.setdefault(linear.block, []).append(linear)
@@ -173,7 +173,7 @@ def _largest_solve(linears: list[Linear], schemes: dict[str, Grid | None], calib
     return most
 
 
-def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside: bool) -> int:
+def _waiting(linears: list[LinearLayer], tokens: int, item: int, hidden: int, beside: bool) -> int:
     """Bytes that all tokens hold while their batches wait before a linear.
 
     Before the widest linear: its input, the residual and the normalised residual; the original, where it runs `beside`,
@@ -185,14 +185,14 @@ def _waiting(linears: list[Linear], tokens: int, item: int, hidden: int, beside:
     return tokens * max(widest, attention) * item
 
 
-def _passing(linears: list[Linear], tokens: int, item: int, rounded: bool) -> int:
+def _passing(linears: list[LinearLayer], tokens: int, item: int, rounded: bool) -> int:
     """Bytes of the widest tensors of one batch in a block; inputs to be `rounded` exist twice more, in float32."""
     widest = max(max(x.in_features, x.out_features) for x in linears)
     return min(tokens, BATCH_TOKENS) * widest * (4 * item + 1 + 8 * rounded)
 
 
 def _operations(
-    linears: list[Linear], schemes: dict[str, Grid | None], tokens: int, streams: int, calibrated: bool
+    linears: list[LinearLayer], schemes: dict[str, Grid | None], tokens: int, streams: int, calibrated: bool
 ) -> float:
     total = 0.0
     for x in linears:
@@ -207,7 +207,7 @@ def _operations(
     return total
 
 
-def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
+def _active(skeleton: Skeleton, linears: list[LinearLayer]) -> dict[int, float]:
     """Weights of each block that one token is multiplied by; of routed experts only those it is sent to."""
     active: dict[int, float] = {}
     for x in linears:
@@ -215,7 +215,7 @@ def _active(skeleton: Skeleton, linears: list[Linear]) -> dict[int, float]:
     return active
 
 
-def _share(skeleton: Skeleton, linear: Linear) -> float:
+def _share(skeleton: Skeleton, linear: LinearLayer) -> float:
     """The share of all tokens that reach a linear."""
     if skeleton.family.experts is None or not linear.module.startswith(f"{skeleton.family.experts}."):
         return 1.0
@@ -223,7 +223,7 @@ def _share(skeleton: Skeleton, linear: Linear) -> float:
     return float(skeleton.config.num_experts_per_tok / experts)
 
 
-def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, parameters: int) -> int:
+def _tuning_bytes(skeleton: Skeleton, linears: list[LinearLayer], batch_tokens: int, parameters: int) -> int:
     """Bytes of a block in float32 twice, its learned values, and a batch's activations kept for the gradient."""
     widths: dict[int, float] = {}
     for x in linears:
@@ -231,7 +231,7 @@ def _tuning_bytes(skeleton: Skeleton, linears: list[Linear], batch_tokens: int, 
     return 64 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
 
 
-def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear], shell: int, artifact: int) -> int:
+def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], shell: int, artifact: int) -> int:
     """Bytes of the blocks as read and as written, codes in 8 and 16 bit, the rest in float32, and one sequence."""
     blocks: dict[int, list[int]] = {}
     for x in linears:
@@ -248,7 +248,7 @@ def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[Linear],
     return 2 * artifact + 3 * weights + 4 * shell + 4 * (3 * largest + kept)
 
 
-def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, linears: list[Linear]) -> float:
+def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, linears: list[LinearLayer]) -> float:
     """Operations: a step costs four forward passes, since blocks are recomputed for the gradient; each check of the
     held-out sequences costs one.
 

@@ -15,7 +15,7 @@ from ..core.errors import BadInput
 from ..methods import ROUNDERS, Rounded
 from ..methods.layer_error import LayerError, layer_error
 from ..methods.rtn import column_power
-from ..models.skeleton import Linear
+from ..models.skeleton import LinearLayer
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
 from ..recipe import MethodSettings
 
@@ -24,13 +24,13 @@ def round_linears(
     method: MethodSettings,
     schemes: dict[str, Grid | None],
     block: nn.Module,
-    linears: list[Linear],
+    linears: list[LinearLayer],
     shared: SharedInput,
     rounded: dict[str, QuantizedLinear],
     records: dict[str, LayerRecord],
 ) -> None:
     """Round linears that share an input: fills `rounded` and `records`, and puts the new weights into the block."""
-    stacks: dict[tuple[Grid, str], list[Linear]] = {}
+    stacks: dict[tuple[Grid, str], list[LinearLayer]] = {}
     for linear in linears:
         grid = schemes[linear.name]
         assert grid is not None
@@ -113,14 +113,14 @@ def _error(weight: Tensor, rounded: QuantizedLinear, shared: SharedInput, names:
     return layer_error(w, rounded.dequantize(), shared.moment, shared.drift, power)
 
 
-def place(block: nn.Module, linear: Linear, rounded: QuantizedLinear) -> None:
+def place(block: nn.Module, linear: LinearLayer, rounded: QuantizedLinear) -> None:
     """Put the rounded weight into the block."""
     module: Any = block.get_submodule(linear.module)
     weight = rounded.dequantize(module.weight.dtype)
     module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
 
 
-def with_weights(block: nn.Module, weights: Mapping[Linear, Tensor]) -> nn.Module:
+def with_weights(block: nn.Module, weights: Mapping[LinearLayer, Tensor]) -> nn.Module:
     """A copy of the block with other weights [out, in] in some linears; all other parameters are shared."""
     other = copy.deepcopy(block, {id(p): p for p in block.parameters()})
     for linear, weight in weights.items():
@@ -129,13 +129,13 @@ def with_weights(block: nn.Module, weights: Mapping[Linear, Tensor]) -> nn.Modul
     return other
 
 
-def weight_of(block: nn.Module, linear: Linear) -> Tensor:
+def weight_of(block: nn.Module, linear: LinearLayer) -> Tensor:
     """The weight [out, in] that the block now has for a linear."""
     weight: Tensor = block.get_submodule(linear.module).weight  # type: ignore[assignment]
     return weight.T if linear.transposed else weight
 
 
-def record(linear: Linear, grid: Grid | None) -> LayerRecord:
+def record(linear: LinearLayer, grid: Grid | None) -> LayerRecord:
     """The manifest's record of a linear that is not rounded (yet)."""
     nothing_yet = dict.fromkeys(("loss", "relative_error", "error_measure", "damp", "tokens", "note"))
     return LayerRecord(

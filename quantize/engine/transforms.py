@@ -17,7 +17,7 @@ from ..calibrate.block_pass import BATCH_TOKENS, BlockPass, SharedInput
 from ..core.errors import BadInput
 from ..methods import TRANSFORMS
 from ..methods.scaling import Observed, Rounding
-from ..models.arguments import Arguments
+from ..models.block_arguments import BlockArguments
 from ..models.family import Feed
 from ..models.skeleton import Skeleton
 from ..numbers.activations import columns_of, measured, round_inputs
@@ -62,7 +62,7 @@ class BlockTransforms:
             )
 
     def apply(
-        self, k: int, block: nn.Module, grids: dict[str, Grid], hidden: Tensor | None, arguments: Arguments | None
+        self, k: int, block: nn.Module, grids: dict[str, Grid], hidden: Tensor | None, arguments: BlockArguments | None
     ) -> Changes:
         """Transform block `k` in place; its inputs hidden [samples, seq_len, hidden] are not changed.
 

@@ -18,8 +18,8 @@ from ..calibrate.block_pass import BATCH_TOKENS, paired_batches
 from ..core import machine
 from ..methods import TUNERS, Tuner
 from ..methods.layer_error import LayerError, layer_error_of_rows
-from ..models.arguments import Arguments
-from ..models.skeleton import Linear
+from ..models.block_arguments import BlockArguments
+from ..models.skeleton import LinearLayer
 from ..numbers.grid import QuantizedLinear
 from ..recipe import Tuned
 from .plan import TUNING_CHECKS
@@ -30,7 +30,7 @@ class Tuning:
     """Tuning of block `k`. Made before the block is rounded, to keep its inputs and weights; run afterwards."""
 
     def __init__(
-        self, settings: Tuned, k: int, block: nn.Module, linears: Mapping[str, Linear], hidden: dict[str, Tensor]
+        self, settings: Tuned, k: int, block: nn.Module, linears: Mapping[str, LinearLayer], hidden: dict[str, Tensor]
     ) -> None:
         self._settings, self._k, self._block, self._linears = settings, k, block, linears
         self._inputs, self._reference = hidden["hidden"].clone(), hidden["reference"].clone()  # rounding replaces both
@@ -41,7 +41,7 @@ class Tuning:
         rounded: dict[str, QuantizedLinear],
         records: dict[str, LayerRecord],
         hidden: dict[str, Tensor],
-        arguments: Arguments,
+        arguments: BlockArguments,
         device: torch.device,
     ) -> None:
         """Tune the block; replaces its linears, here and in `rounded`, their records and hidden["hidden"].
@@ -115,13 +115,13 @@ class Passes:
     """
 
     def __init__(
-        self, block: nn.Module, inputs: Tensor, targets: Tensor, arguments: Arguments, device: torch.device
+        self, block: nn.Module, inputs: Tensor, targets: Tensor, arguments: BlockArguments, device: torch.device
     ) -> None:
         native = all(p.dtype == torch.bfloat16 for p in block.parameters()) and machine.multiplies_bfloat16(device)
         self._products = torch.autocast(device.type, torch.bfloat16, enabled=native)
         self._block = copy.deepcopy(block).to(torch.float32)
         self._inputs, self._targets, self._device = inputs, targets, device
-        self._arguments: Arguments = tree_map_only(
+        self._arguments: BlockArguments = tree_map_only(
             Tensor, lambda x: x.to(torch.float32) if x.is_floating_point() else x, arguments
         )
         self._batch = max(1, BATCH_TOKENS // inputs.shape[1])

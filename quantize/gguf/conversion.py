@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 
 from ..core.errors import BadInput
 from ..models.checkpoint import Checkpoint
-from ..models.skeleton import Reader, Skeleton
+from ..models.skeleton import Skeleton, TensorReader
 from .hyperparameters import form_of, hyperparameters, notes, rope_tensors
 from .layout import Entry, float_type, layout
 from .tokenizer import tokenizer_metadata
@@ -30,7 +30,7 @@ class Conversion:
     no place in the file.
     """
 
-    def __init__(self, reader: Reader, folder: Path, name: str | None = None) -> None:
+    def __init__(self, reader: TensorReader, folder: Path, name: str | None = None) -> None:
         self.reader = reader
         self.skeleton = Skeleton(reader, device=torch.device("cpu"))
         self.config: Any = self.skeleton.config
@@ -85,7 +85,7 @@ class Conversion:
     def _check_left_over(self, checkpoint: Checkpoint) -> None:
         """Raise BadInput for a tensor of the checkpoint that is neither written nor known to be redundant."""
         used = {name for entry in self.entries for name in entry.parameters}
-        heads = {f"{head}.weight" for head in self.skeleton.heads()} if self.config.tie_word_embeddings else set()
+        heads = {f"{head}.weight" for head in self.skeleton.head_names()} if self.config.tie_word_embeddings else set()
         nothing = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
         spare = [n for n in checkpoint.names() if n not in used | heads and not n.endswith(nothing)]
         if spare:

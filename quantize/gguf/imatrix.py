@@ -82,7 +82,7 @@ def of_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
     skeleton.open_shell()
     head = _Squares(hidden.shape[-1])
     for states in hidden:
-        head.add(skeleton.normed(states))
+        head.add(skeleton.final_norm(states))
     skeleton.close_shell()
     return (head.total / max(head.count, 1)).float()
 

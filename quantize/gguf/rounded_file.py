@@ -15,7 +15,7 @@ from safetensors import safe_open
 from ..core.errors import BadInput
 from ..formats import ggml_blocks as ggml
 from ..methods import ROUNDERS
-from ..models.skeleton import Linear, Skeleton
+from ..models.skeleton import LinearLayer, Skeleton
 from ..numbers.grid import Grid
 from ..numbers.types import BlockGrid, GgmlType, ScaleSearch
 from ..recipe import Recipe, Rtn
@@ -49,7 +49,7 @@ class RoundedFile:
         """The file with the types of the recipe's mix. Raises BadInput for a type that we have no grid for."""
         return cls(recipe, conversion, our_types(recipe, conversion))
 
-    def schemes(self, linears: list[Linear]) -> dict[str, Grid | None]:
+    def schemes(self, linears: list[LinearLayer]) -> dict[str, Grid | None]:
         """The grid of each linear by its on-disk name, None where its tensor is not quantized."""
         tensor = {name: entry.name for entry in self.conversion.entries for name in entry.parameters}
         recipe = self.recipe

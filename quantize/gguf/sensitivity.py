@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..calibrate.block_pass import BATCH_TOKENS
-from ..models.arguments import Arguments
+from ..models.block_arguments import BlockArguments
 from ..models.skeleton import Skeleton, run_block
 
 _STATES = "states"
@@ -127,7 +127,7 @@ def _through_head(
 
 
 def _through_block(
-    block: nn.Module, hidden: Tensor, gradient: Tensor, arguments: Arguments, device: torch.device
+    block: nn.Module, hidden: Tensor, gradient: Tensor, arguments: BlockArguments, device: torch.device
 ) -> None:
     """Propagate `gradient` [samples, seq_len, hidden] back through the block, in place, a sequence at a time."""
     args, kwargs = arguments

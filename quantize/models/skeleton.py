@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import BadInput
-from .arguments import Arguments, check_same
+from .block_arguments import BlockArguments, check_same
+from .experts import split_experts
 from .families import UNLISTED, family_of
 
 _EMBEDDED_TOKENS = 4096  # embedded at a time
 
 
-class Reader(Protocol):
+class TensorReader(Protocol):
     """A source of tensors by on-disk name: a checkpoint, or an artifact that dequantizes as it reads."""
 
     config: dict[str, Any]
@@ -32,7 +33,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearLayer:
     """A linear layer the recipe may quantize."""
 
     name: str  # on disk, without .weight
@@ -50,7 +51,7 @@ class Skeleton:
     for tensors missing from the checkpoint.
     """
 
-    def __init__(self, reader: Reader, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, reader: TensorReader, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.reader, self.device = reader, device
         self.config = text_config(reader.config)
         self.family = family_of(self.config.model_type)
@@ -61,7 +62,7 @@ class Skeleton:
         self.blocks_name, self._blocks = _find_blocks(self.model, self.config.num_hidden_layers)
         if self.family.experts is not None:
             for block in self._blocks:
-                _unfuse_experts(block, self.family.experts, self.family.expert_names)
+                split_experts(block, self.family.experts, self.family.expert_names)
         self._shell_names = [n for n, _ in self.model.named_parameters() if not n.startswith(self.blocks_name + ".")]
         self._check_names()
 
@@ -73,7 +74,7 @@ class Skeleton:
         """Block `k`; its weights are on the meta device unless `blocks` has materialised it."""
         return self._blocks[k]
 
-    def linears(self) -> list[Linear]:
+    def linears(self) -> list[LinearLayer]:
         """Every linear inside the blocks, in order. Embeddings, head and routers are not among them."""
         found = []
         for k, block in enumerate(self._blocks):
@@ -82,12 +83,12 @@ class Skeleton:
                     disk = self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
                     first, second = module.weight.shape
                     if isinstance(module, Conv1D):
-                        found.append(Linear(disk, name, k, second, first, True))
+                        found.append(LinearLayer(disk, name, k, second, first, True))
                     else:
-                        found.append(Linear(disk, name, k, first, second, False))
+                        found.append(LinearLayer(disk, name, k, first, second, False))
         return found
 
-    def round_inputs(self, linear: Linear, how: Callable[[Tensor], Tensor]) -> None:
+    def round_inputs(self, linear: LinearLayer, how: Callable[[Tensor], Tensor]) -> None:
         """From now on `linear` multiplies its weight with what `how` makes of its inputs [..., in]."""
         module = self._blocks[linear.block].get_submodule(linear.module)
         module.register_forward_pre_hook(lambda _, args: (how(args[0]), *args[1:]))
@@ -162,19 +163,19 @@ class Skeleton:
                 for key, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
-    def heads(self) -> list[str]:
+    def head_names(self) -> list[str]:
         """On-disk names of the linears outside the blocks: the output head."""
         return [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in self.head_modules()]
 
     def head_modules(self) -> list[str]:
-        """As `heads`, by the names of the transformers class."""
+        """As `head_names`, by the names of the transformers class."""
         return [
             name
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and not name.startswith(f"{self.blocks_name}.")
         ]
 
-    def outside(self) -> list[str]:
+    def unquantized_modules(self) -> list[str]:
         """On-disk names of modules that stay in 16 bit though a server may take them for linears: head and routers."""
         routers = [
             self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
@@ -182,7 +183,7 @@ class Skeleton:
             for name, module in block.named_modules()
             if name in self.family.routers or ("Router" in type(module).__name__ and hasattr(module, "weight"))
         ]
-        return [*self.heads(), *routers]
+        return [*self.head_names(), *routers]
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ class Skeleton:
         return taps[0].hidden
 
     @torch.no_grad()
-    def block_arguments(self, seq_len: int) -> list[Arguments]:
+    def block_arguments(self, seq_len: int) -> list[BlockArguments]:
         """What the model passes each block besides the hidden states: positions and masks for `seq_len` tokens.
 
         Raises BadInput when they depend on the tokens or on the number of sequences.
@@ -211,7 +212,7 @@ class Skeleton:
                 check_same(self.config.model_type, one, other)
         return arguments
 
-    def _arguments(self, tokens: Tensor) -> list[Arguments]:
+    def _arguments(self, tokens: Tensor) -> list[BlockArguments]:
         with self._taps() as taps:
             self.model.base_model(input_ids=tokens, use_cache=False)
         return [(tap.args, tap.kwargs) for tap in taps]
@@ -236,7 +237,7 @@ class Skeleton:
         return logits
 
     @torch.no_grad()
-    def normed(self, hidden: Tensor) -> Tensor:
+    def final_norm(self, hidden: Tensor) -> Tensor:
         """The head's inputs [tokens, hidden], after the final norm, for hidden states that leave the last block."""
         with self._taps(hidden[None].to(self.device)):
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
@@ -289,7 +290,7 @@ def _same_shape(name: str, stored: tuple[int, ...] | None, parameter: Tensor) ->
 def run_block(
     block: nn.Module,
     hidden: Tensor,
-    arguments: Arguments,
+    arguments: BlockArguments,
     *,
     device: torch.device,
     batch: int,
@@ -319,67 +320,6 @@ class _Tap(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattribute__("_block")[0], name)
-
-
-class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)), the three linears named as the checkpoint names them."""
-
-    def __init__(self, hidden: int, intermediate: int, names: tuple[str, str, str], act: nn.Module) -> None:
-        super().__init__()
-        self._names, self._act = names, (act,)
-        gate, up, down = names
-        self.add_module(gate, nn.Linear(hidden, intermediate, bias=False))
-        self.add_module(up, nn.Linear(hidden, intermediate, bias=False))
-        self.add_module(down, nn.Linear(intermediate, hidden, bias=False))
-
-    @property
-    def last(self) -> nn.Module:
-        """The down projection."""
-        return self.get_submodule(self._names[2])
-
-    def inner(self, x: Tensor) -> Tensor:
-        """What the down projection receives [tokens, intermediate] for x [tokens, hidden]."""
-        gate, up = (self.get_submodule(name) for name in self._names[:2])
-        out: Tensor = self._act[0](gate(x)) * up(x)
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(self.inner(x))
-        return out
-
-
-class Experts(nn.ModuleList):
-    """Experts as linears of their own, so that each is calibrated and rounded on the tokens routed to it.
-
-    Each is called, if with no token at all: whatever the routing, every pass reaches the same linears in one order.
-    """
-
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden)
-        for e, expert in enumerate(self):
-            token, position = self.tokens_of(e, top_k_index)
-            result = expert(hidden[token]) * top_k_weights[token, position, None]
-            out.index_add_(0, token, result.to(out.dtype))
-        return out
-
-    @staticmethod
-    def tokens_of(e: int, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of top_k_index [tokens, chosen] that expert `e` is chosen for, in the order it gets them, and the
-        rank it has among those chosen for each."""
-        token, position = torch.where(top_k_index == e)
-        return token, position
-
-
-def _unfuse_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -> None:
-    parent, _, attribute = where.rpartition(".")
-    owner = block.get_submodule(parent)
-    fused: Any = getattr(owner, attribute, None)
-    if not hasattr(fused, "gate_up_proj"):
-        return  # some families mix dense and sparse blocks
-    n, hidden, intermediate = fused.down_proj.shape
-    with torch.device("meta"):
-        experts = [Expert(hidden, intermediate, names, fused.act_fn) for _ in range(n)]
-    setattr(owner, attribute, Experts(experts))
 
 
 def text_config(config: Mapping[str, Any]) -> Any:

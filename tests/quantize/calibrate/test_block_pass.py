@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from quantpress.calibrate.block_pass import BlockPass, paired_batches
 from quantpress.calibrate.moments import add_second_moment, exact_products
 from quantpress.models.checkpoint import Checkpoint
-from quantpress.models.skeleton import Skeleton
+from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.numbers.activations import round_inputs
 from quantpress.numbers.grid import Inputs
 from quantpress.numbers.types import Activations
 
 from ... import tiny
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -39,7 +41,7 @@ def test_products_of_sixteen_bit_values_lose_nothing(dtype: torch.dtype, n: int)
 def test_a_shared_input_is_what_a_plain_pass_would_see(family: str, keep: bool, tmp_path: Path) -> None:
     """Every sum over every input, each linear changed before the next; batches of more tokens than one product."""
     tiny.build(family, tmp_path)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=torch.device("cpu"))
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
     hidden = skeleton.embed(torch.arange(36 * 64).reshape(36, 64) * 7 % tiny.VOCAB)
     reference = hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
@@ -49,9 +51,7 @@ def test_a_shared_input_is_what_a_plain_pass_would_see(family: str, keep: bool, 
     modules = {x.name: x.module for x in skeleton.linears() if x.block == 0}
     original = copy.deepcopy(block)
     arriving, wanted = (hidden.clone(), reference.clone()), _outputs(original, reference, arguments)
-    passing = BlockPass(
-        block, hidden, arguments, linears, device=torch.device("cpu"), batch=20, keep=keep, reference=reference
-    )
+    passing = BlockPass(block, hidden, arguments, linears, device=CPU, batch=20, keep=keep, reference=reference)
     seen: list[str] = []
     elsewhere = 0
     for shared in passing:
@@ -89,16 +89,14 @@ def test_the_original_waits_where_it_holds_the_least(tmp_path: Path) -> None:
     done_at = {}
     for family in ("llama", "mixtral"):
         tiny.build(family, tmp_path / family)
-        skeleton = Skeleton(Checkpoint(tmp_path / family), device=torch.device("cpu"))
+        skeleton = Skeleton(Checkpoint(tmp_path / family), device=CPU)
         skeleton.open_shell()
         hidden = skeleton.embed(torch.arange(4 * 16).reshape(4, 16))
         reference, arguments = hidden + 0.1, skeleton.block_arguments(16)[0]
         _, block = next(skeleton.blocks(0))
         linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
         wanted = _outputs(block, reference, arguments)
-        for shared in BlockPass(
-            block, hidden, arguments, linears, device=torch.device("cpu"), batch=20, reference=reference
-        ):
+        for shared in BlockPass(block, hidden, arguments, linears, device=CPU, batch=20, reference=reference):
             if torch.equal(reference, wanted):
                 done_at.setdefault(family, shared.names[0])
     assert done_at == {"llama": "mlp.down_proj", "mixtral": "self_attn.o_proj"}
@@ -127,7 +125,7 @@ def test_tokens_that_cannot_be_matched_are_not_compared() -> None:
     linears = {"first": block.first, "some": block.some}
     reference = torch.randn(6, 10, 8)
     first, some = BlockPass(
-        block, hidden, ((), {}), linears, device=torch.device("cpu"), batch=2, reference=reference
+        block, hidden, ((), {}), linears, device=CPU, batch=2, reference=reference
     )  # fmt: skip
     assert first.drift is not None
     assert not first.unmatched
@@ -141,7 +139,7 @@ def test_a_static_range_is_the_largest_over_all_batches() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
     hidden = torch.full((4, 8, 4), 0.5)
     hidden[1, 3, 2], hidden[2, 5, 1] = 9.0, -7.0
-    common: dict[str, Any] = {"device": torch.device("cpu"), "batch": 1}
+    common: dict[str, Any] = {"device": CPU, "batch": 1}
     for symmetric, wanted in ((True, 9 / 127), (False, 16 / 255)):
         spec = Activations(type="int8", dynamic=False, symmetric=symmetric)
         shared, _ = BlockPass(
@@ -155,7 +153,7 @@ def test_a_static_range_is_the_largest_over_all_batches() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_paired_batches_are_what_two_plain_passes_see(family: str, tmp_path: Path) -> None:
     tiny.build(family, tmp_path)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=torch.device("cpu"))
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
     hidden = skeleton.embed(torch.arange(6 * 16).reshape(6, 16))
     reference, arguments = hidden + 0.1 * torch.randn(hidden.shape), skeleton.block_arguments(16)[0]
@@ -166,7 +164,7 @@ def test_paired_batches_are_what_two_plain_passes_see(family: str, tmp_path: Pat
         module.weight = nn.Parameter(module.weight * 1.3, requires_grad=False)  # type: ignore[union-attr]
     arriving = hidden.clone(), reference.clone()
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    common: dict[str, Any] = {"device": torch.device("cpu"), "batch": 4}
+    common: dict[str, Any] = {"device": CPU, "batch": 4}
     for names, x, x0 in paired_batches(block, original, linears, hidden, reference, arguments, **common):
         assert x0 is not None
         for name in names:
@@ -189,7 +187,7 @@ def test_what_moves_a_bfloat16_model_is_summed_to_its_precision() -> None:
     reference = (hidden + 0.05 * torch.randn(hidden.shape, generator=g)).bfloat16()
     x, x0 = hidden.double().flatten(0, 1), reference.double().flatten(0, 1)
     block = nn.Sequential(nn.Linear(96, 96, dtype=torch.bfloat16))
-    common: dict[str, Any] = {"device": torch.device("cpu"), "batch": 20, "reference": reference}
+    common: dict[str, Any] = {"device": CPU, "batch": 20, "reference": reference}
     (shared,) = BlockPass(block, hidden, ((), {}), {"0": block[0]}, **common)
     assert shared.moment is not None
     assert shared.drift is not None
@@ -200,13 +198,13 @@ def test_what_moves_a_bfloat16_model_is_summed_to_its_precision() -> None:
 
 def test_a_pass_for_diagonals_and_one_with_rounded_inputs_see_the_same_as_a_plain_one(tmp_path: Path) -> None:
     tiny.build("llama", tmp_path)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=torch.device("cpu"))
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
     hidden = skeleton.embed(torch.arange(24 * 64).reshape(24, 64) * 7 % tiny.VOCAB)
     arguments = skeleton.block_arguments(64)[0]
     _, block = next(skeleton.blocks(0))
     linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-    common: dict[str, Any] = {"device": torch.device("cpu"), "batch": 20}
+    common: dict[str, Any] = {"device": CPU, "batch": 20}
     for shared in BlockPass(block, hidden.clone(), arguments, linears, keep=False, diagonal=True, **common):
         x = _inputs(block, shared.names[0], hidden, arguments)
         assert shared.moment is not None
@@ -222,6 +220,80 @@ def test_a_pass_for_diagonals_and_one_with_rounded_inputs_see_the_same_as_a_plai
         assert shared.moment is not None
         torch.testing.assert_close(shared.moment, x.T @ x, rtol=1e-4, atol=1e-3)
     assert torch.equal(made, _outputs(rounded, hidden, arguments))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gpt2", "qwen3_moe"])
+def test_moments_are_those_of_each_linears_own_input(family: str, tmp_path: Path) -> None:
+    tiny.build(family, tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    tokens = torch.randint(tiny.VOCAB, (4, 16), generator=torch.Generator().manual_seed(0))
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(16)
+    _, block = next(skeleton.blocks())
+    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
+    own: dict[str, list[torch.Tensor]] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda _, a, n=n: own.setdefault(n, []).append(a[0].reshape(-1, a[0].shape[-1])))
+        for n, m in linears.items()
+    ]
+    run_block(block, hidden.clone(), arguments[0], device=CPU, batch=2)
+    for handle in handles:
+        handle.remove()
+    expected = hidden.clone()
+    run_block(block, expected, arguments[0], device=CPU, batch=2)
+    passing = list(BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=hidden.clone()))
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
+    assert sorted(name for shared in passing for name in shared.names) == sorted(linears)
+    for shared in passing:
+        for name in shared.names:
+            x = torch.cat(own[name])
+            assert shared.tokens == len(x)
+            assert shared.moment is not None
+            torch.testing.assert_close(shared.moment, x.T @ x, rtol=1e-4, atol=1e-4)
+        assert shared.drift is not None
+        assert not shared.drift.any()
+    shared = len(linears) - len(passing)
+    assert shared == {"llama": 3, "phi3": 0, "gpt_neox": 0, "gpt2": 0, "qwen3_moe": 2 + 4}[family]
+
+
+def test_a_block_pass_goes_on_with_what_was_rounded(tmp_path: Path) -> None:
+    """Weights replaced at a halt are the ones the pass goes on with; the reference keeps the original ones."""
+    tiny.build("llama", tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    tokens = torch.randint(tiny.VOCAB, (5, 16), generator=torch.Generator().manual_seed(0))
+    start, arguments = skeleton.embed(tokens), skeleton.block_arguments(16)
+    _, block = next(skeleton.blocks())
+    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
+    original, reference, hidden = start.clone(), start.clone(), start.clone()
+    run_block(block, original, arguments[0], device=CPU, batch=2)
+    drifted = []
+    for shared in BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=reference):
+        assert shared.drift is not None
+        drifted.append(bool(shared.drift.any()))
+        for name in shared.names:
+            linears[name].weight = torch.nn.Parameter(linears[name].weight * 0.9, requires_grad=False)
+    assert drifted == [False, True, True, True]  # q/k/v, o, gate/up, down
+    torch.testing.assert_close(reference, original, rtol=0, atol=0)
+    propagated = start.clone()
+    run_block(block, propagated, arguments[0], device=CPU, batch=2)
+    torch.testing.assert_close(hidden, propagated, rtol=0, atol=0)
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_a_block_pass_given_up_leaves_no_trace(tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    hidden, arguments = skeleton.embed(torch.zeros(3, 8, dtype=torch.int64)), skeleton.block_arguments(8)
+    before = hidden.clone()
+    _, block = next(skeleton.blocks())
+    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
+    passing = BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2).__iter__()
+    next(passing)
+    passing.close()  # what an exception in the caller comes to
+    assert torch.equal(hidden, before)
+    assert not any(module._forward_pre_hooks for module in block.modules())
 
 
 def _outputs(block: nn.Module, hidden: Tensor, arguments: Any) -> Tensor:

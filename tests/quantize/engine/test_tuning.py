@@ -17,9 +17,9 @@ from quantpress.engine.rounding import place, weight_of
 from quantpress.engine.sources import resolve
 from quantpress.engine.tuning import Passes, Tuning, batches
 from quantpress.methods.rtn import rtn
-from quantpress.models.arguments import Arguments
+from quantpress.models.block_arguments import BlockArguments
 from quantpress.models.checkpoint import Checkpoint
-from quantpress.models.skeleton import Linear, Skeleton, run_block
+from quantpress.models.skeleton import LinearLayer, Skeleton, run_block
 from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.recipe import AutoRound, Qat, Rtn
 from quantpress.recipe.loading import parse
@@ -80,7 +80,7 @@ class Scene:
         skeleton.open_shell()
         g = torch.Generator().manual_seed(0)
         reference = skeleton.embed(torch.randint(2, 256, (8, 24), generator=g))
-        self.arguments: Arguments = skeleton.block_arguments(24)[0]
+        self.arguments: BlockArguments = skeleton.block_arguments(24)[0]
         self.inputs = reference + 0.02 * reference.std() * torch.randn(reference.shape, generator=g).to(dtype)
         block = next(iter(skeleton.blocks()))[1]
         self.block = copy.deepcopy(block)
@@ -94,7 +94,7 @@ class Scene:
         self.start = dict(self.rounded)
         self.records = {name: LayerRecord(name=name, bits=3, scheme="int3", tokens=8 * 24) for name in self.rounded}
 
-    def round(self, linear: Linear) -> QuantizedLinear:
+    def round(self, linear: LinearLayer) -> QuantizedLinear:
         one = rtn(weight_of(self.block, linear), Grid(bits=3, group_size=16, symmetric=False), Rtn()).linear
         place(self.block, linear, one)
         return one

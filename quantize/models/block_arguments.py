@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def check_same(kind: str, one: Arguments, other: Arguments) -> None:
+def check_same(kind: str, one: BlockArguments, other: BlockArguments) -> None:
     """Raise BadInput unless `one`, which a block got for one sequence, also serves the sequences that got `other`."""
     named = [(f"argument {i + 2}", pair) for i, pair in enumerate(zip(one[0], other[0], strict=True))]
     named += [(name, (value, other[1].get(name))) for name, value in one[1].items()]

@@ -17,10 +17,10 @@ from quantpress.engine.pipeline import prepare
 from quantpress.engine.sources import resolve
 from quantpress.eval.measure.evaluate import evaluate
 from quantpress.eval.measure.evaluate import prepare as prepare_evaluation
-from quantpress.methods.hadamard import Rotation, hadamard_factors
+from quantpress.methods.hadamard import Rotation
 from quantpress.models.checkpoint import Checkpoint, write_part
 from quantpress.models.families import FAMILIES
-from quantpress.models.rotated import Rotated
+from quantpress.models.rotated_checkpoint import RotatedCheckpoint
 from quantpress.recipe import Evaluation, Gates
 from quantpress.recipe.loading import parse
 
@@ -46,55 +46,10 @@ def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
 SUPPORTED = [*(kind for kind, family in FAMILIES.items() if family.no_hadamard is None), "llama-biases", "llama-100"]
 
 
-# ---- the matrices -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "n",
-    [1, 2, 12, 16, 20, 28, 36, 64, 80, 96, 128, 192, 256, 512, 576, 640, 896, 960, 1408, 1536, 2048, 2304, 4096],
-)
-def test_hadamard_matrices_are_orthogonal_and_flat(n: int) -> None:
-    R = Rotation(n, seed=3)(torch.eye(n, dtype=torch.float64))
-    torch.testing.assert_close(R @ R.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(R.abs(), torch.full_like(R, n**-0.5), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("n", [2560, 3072, 3584, 5120, 6656, 2880, 7168, 8192, 16384])
-def test_sizes_of_larger_models_have_one_too(n: int) -> None:
-    R = Rotation(n, seed=0)
-    assert R.is_hadamard
-    assert max(len(factor) for factor in R.factors) < 400  # so that it is applied in less than n operations a value
-    x = torch.randn(2, n, dtype=torch.float64)
-    torch.testing.assert_close(R(x).square().sum(1), x.square().sum(1))
-
-
-@pytest.mark.parametrize("n", [3, 10, 100, 250])
-def test_other_sizes_get_a_random_orthogonal_matrix(n: int) -> None:
-    assert hadamard_factors(n) is None
-    R = Rotation(n, seed=3)(torch.eye(n, dtype=torch.float64))
-    torch.testing.assert_close(R @ R.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("n", [64, 576, 1408, 4096])
-def test_factor_by_factor_equals_the_whole_product(n: int) -> None:
-    R = Rotation(n, seed=1)
-    H = torch.ones(1, 1, dtype=torch.float64)
-    for factor in R.factors:
-        H = torch.kron(H, factor)
-    x = torch.randn(3, 2, n, dtype=torch.float64)
-    torch.testing.assert_close(R(x), x @ (R.signs[:, None] * H))
-
-
-def test_seeds_differ_and_repeat() -> None:
-    x = torch.ones(64, dtype=torch.float64)
-    assert torch.equal(Rotation(64, 0)(x), Rotation(64, 0)(x))
-    assert not torch.equal(Rotation(64, 0)(x), Rotation(64, 1)(x))
-
-
 # ---- the model --------------------------------------------------------------------------------------------------
 
 
-def written(folder: Path, reader: Rotated) -> Any:
+def written(folder: Path, reader: RotatedCheckpoint) -> Any:
     """The rotated checkpoint as a folder, loaded by transformers."""
     folder.mkdir()
     write_part(folder / "model.safetensors", {name: reader.read(name) for name in reader.names()})
@@ -105,7 +60,7 @@ def written(folder: Path, reader: Rotated) -> Any:
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_the_rotated_model_gives_the_original_logits(family: str, tmp_path: Path) -> None:
     tiny.build(family, tmp_path / "model")
-    reader = Rotated(Checkpoint(tmp_path / "model"), seed=5)
+    reader = RotatedCheckpoint(Checkpoint(tmp_path / "model"), seed=5)
     original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     rotated = written(tmp_path / "rotated", reader)
     tokens = torch.randint(tiny.VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -120,7 +75,7 @@ def test_everything_that_meets_the_residual_or_the_values_is_rotated(family: str
     """Norms scale by one; of the rest only q and k biases, their norms and what is inside the MLP are as they were."""
     tiny.build(family, tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    reader = Rotated(checkpoint, seed=0)
+    reader = RotatedCheckpoint(checkpoint, seed=0)
     for name in reader.names():
         if name.endswith(("layernorm.weight", "model.norm.weight")):
             assert reader.read(name).unique().tolist() == [0.0 if family == "gemma" else 1.0]
@@ -137,7 +92,7 @@ def test_everything_that_meets_the_residual_or_the_values_is_rotated(family: str
 def test_tensors_are_as_the_formulas_say(family: str, tmp_path: Path) -> None:
     tiny.build(family, tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    reader = Rotated(checkpoint, seed=7)
+    reader = RotatedCheckpoint(checkpoint, seed=7)
     R1 = Rotation(64, 7)(torch.eye(64, dtype=torch.float64))
     R2 = Rotation(16, 7 + 1 + 1)(torch.eye(16, dtype=torch.float64))  # block 1
 
@@ -171,9 +126,9 @@ def test_tensors_are_as_the_formulas_say(family: str, tmp_path: Path) -> None:
 
 def test_a_tensor_of_many_pieces_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.build("llama-biases", tmp_path, torch.bfloat16)
-    reader = Rotated(Checkpoint(tmp_path), seed=0)
+    reader = RotatedCheckpoint(Checkpoint(tmp_path), seed=0)
     whole = {name: reader.read(name) for name in reader.names()}
-    monkeypatch.setattr("quantpress.models.rotated._PIECE", 1000)
+    monkeypatch.setattr("quantpress.models.rotated_checkpoint._PIECE", 1000)
     assert all(torch.equal(reader.read(name), tensor) for name, tensor in whole.items())
 
 
@@ -186,7 +141,7 @@ def test_outliers_are_spread_over_all_channels(tmp_path: Path) -> None:
     tiny.build("llama", tmp_path)
     changed(tmp_path, plant)
     checkpoint = Checkpoint(tmp_path)
-    reader = Rotated(checkpoint, seed=0)
+    reader = RotatedCheckpoint(checkpoint, seed=0)
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"):
         assert kurtosis(checkpoint.read(name)) > 20
         assert kurtosis(reader.read(name)) < 4  # 3 is a normal distribution's
@@ -206,11 +161,11 @@ def changed(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
 def test_a_tied_head_that_is_on_disk_too_follows_the_embedding(tmp_path: Path) -> None:
     """transformers ignores such a head, whatever is in it."""
     tiny.build("llama", tmp_path)
-    alone = Rotated(Checkpoint(tmp_path), seed=0)
+    alone = RotatedCheckpoint(Checkpoint(tmp_path), seed=0)
     head, names = alone.read("lm_head.weight"), alone.names()
     assert head.any()
     changed(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(tiny.VOCAB, 64)}))
-    both = Rotated(Checkpoint(tmp_path), seed=0)
+    both = RotatedCheckpoint(Checkpoint(tmp_path), seed=0)
     assert sorted(both.names()) == sorted(names)
     assert torch.equal(both.read("lm_head.weight"), head)
     assert both.config["tie_word_embeddings"] is False
@@ -332,6 +287,6 @@ def test_the_plan_counts_the_head_and_says_why(tmp_path: Path) -> None:
 
 def test_a_size_without_a_hadamard_matrix_is_noted(tmp_path: Path) -> None:
     tiny.build("llama-100", tmp_path)
-    notes = Rotated(Checkpoint(tmp_path), seed=0).notes
+    notes = RotatedCheckpoint(Checkpoint(tmp_path), seed=0).notes
     assert [note for note in notes if "order 100 (hidden size)" in note]
     assert [note for note in notes if "order 10 (head size)" in note]

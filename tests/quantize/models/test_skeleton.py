@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 
-from quantpress.calibrate.block_pass import BlockPass
 from quantpress.core.errors import BadInput
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton, run_block
@@ -67,80 +66,6 @@ def test_without_a_row_a_model_runs_as_it_is_or_is_refused(kind: str, tmp_path: 
 def build_in(family: str, folder: Path) -> Path:
     build(family, folder)
     return folder
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gpt2", "qwen3_moe"])
-def test_moments_are_those_of_each_linears_own_input(family: str, tmp_path: Path) -> None:
-    build(family, tmp_path)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    skeleton.open_shell()
-    tokens = torch.randint(VOCAB, (4, 16), generator=torch.Generator().manual_seed(0))
-    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(16)
-    _, block = next(skeleton.blocks())
-    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
-    own: dict[str, list[torch.Tensor]] = {}
-    handles = [
-        m.register_forward_pre_hook(lambda _, a, n=n: own.setdefault(n, []).append(a[0].reshape(-1, a[0].shape[-1])))
-        for n, m in linears.items()
-    ]
-    run_block(block, hidden.clone(), arguments[0], device=CPU, batch=2)
-    for handle in handles:
-        handle.remove()
-    expected = hidden.clone()
-    run_block(block, expected, arguments[0], device=CPU, batch=2)
-    passing = list(BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=hidden.clone()))
-    torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
-    assert sorted(name for shared in passing for name in shared.names) == sorted(linears)
-    for shared in passing:
-        for name in shared.names:
-            x = torch.cat(own[name])
-            assert shared.tokens == len(x)
-            assert shared.moment is not None
-            torch.testing.assert_close(shared.moment, x.T @ x, rtol=1e-4, atol=1e-4)
-        assert shared.drift is not None
-        assert not shared.drift.any()
-    shared = len(linears) - len(passing)
-    assert shared == {"llama": 3, "phi3": 0, "gpt_neox": 0, "gpt2": 0, "qwen3_moe": 2 + 4}[family]
-
-
-def test_a_block_pass_goes_on_with_what_was_rounded(tmp_path: Path) -> None:
-    """Weights replaced at a halt are the ones the pass goes on with; the reference keeps the original ones."""
-    build("llama", tmp_path)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    skeleton.open_shell()
-    tokens = torch.randint(VOCAB, (5, 16), generator=torch.Generator().manual_seed(0))
-    start, arguments = skeleton.embed(tokens), skeleton.block_arguments(16)
-    _, block = next(skeleton.blocks())
-    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
-    original, reference, hidden = start.clone(), start.clone(), start.clone()
-    run_block(block, original, arguments[0], device=CPU, batch=2)
-    drifted = []
-    for shared in BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=reference):
-        assert shared.drift is not None
-        drifted.append(bool(shared.drift.any()))
-        for name in shared.names:
-            linears[name].weight = torch.nn.Parameter(linears[name].weight * 0.9, requires_grad=False)
-    assert drifted == [False, True, True, True]  # q/k/v, o, gate/up, down
-    torch.testing.assert_close(reference, original, rtol=0, atol=0)
-    propagated = start.clone()
-    run_block(block, propagated, arguments[0], device=CPU, batch=2)
-    torch.testing.assert_close(hidden, propagated, rtol=0, atol=0)
-    assert not any(module._forward_pre_hooks for module in block.modules())
-
-
-def test_a_block_pass_given_up_leave_no_trace(tmp_path: Path) -> None:
-    build("llama", tmp_path)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    skeleton.open_shell()
-    hidden, arguments = skeleton.embed(torch.zeros(3, 8, dtype=torch.int64)), skeleton.block_arguments(8)
-    before = hidden.clone()
-    _, block = next(skeleton.blocks())
-    linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
-    passing = BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2).__iter__()
-    next(passing)
-    passing.close()  # what an exception in the caller comes to
-    assert torch.equal(hidden, before)
-    assert not any(module._forward_pre_hooks for module in block.modules())
 
 
 def test_router_embedding_and_head_are_no_linears_to_quantize(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class _Turn:
     norm: str | None = None  # the tensor that gamma is read from
 
 
-class Rotated:
+class RotatedCheckpoint:
     """A checkpoint with the names and dtypes of the original, whose tensors are rotated as they are read.
 
     Only the tensor asked for is held in memory. A head that was tied to the embedding becomes a tensor of its own, as
