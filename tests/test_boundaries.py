@@ -1,7 +1,7 @@
 """The arrows between the rooms, read off the source: each folder is a layer of its own, and none knows a later one."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
