@@ -105,7 +105,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
     ]}  # fmt: skip
     edit(tmp_path, pre_tokenizer=pre)
-    refuse(tmp_path, "unknown pre-tokenizer: .* a guess would split text wrongly")
+    refuse(tmp_path, "unknown pre-tokenizer: .* a guess could split text wrongly")
     config = json.loads((tmp_path / "config.json").read_text())
     build("llama", tmp_path, vocab_size=300)
     refuse(tmp_path, "the tokenizer has token id 335 and the model a vocabulary of 300")
