@@ -6,11 +6,11 @@ from torch import nn
 from quantpress.artifact.manifest import LayerRecord
 from quantpress.calibrate.block_pass import SharedInput
 from quantpress.engine.rounding import round_linears
-from quantpress.models.skeleton import Linear
+from quantpress.models.skeleton import LinearLayer
 from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.recipe import Gptq
 
-LINEARS = [Linear("a", "0", 0, 16, 32, False), Linear("b", "1", 0, 8, 32, False)]
+LINEARS = [LinearLayer("a", "0", 0, 16, 32, False), LinearLayer("b", "1", 0, 8, 32, False)]
 GRID = Grid(bits=3, group_size=16)
 
 
