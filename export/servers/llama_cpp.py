@@ -7,7 +7,7 @@ test starts the same server out of the package xllamacpp.
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,16 +38,13 @@ class LlamaCpp(ServerSettings):
     """llama.cpp's llama-server."""
 
     name: Literal["llama.cpp"] = "llama.cpp"
+    _loader: ClassVar[Loader] = LOADER
     max_model_len: int | None = Field(
         None, ge=16, description="tokens of prompt and answer; null: what the model has, 4096 at most"
     )
     port: int = Field(8080, ge=1, le=65535)
     max_num_seqs: int = Field(4, ge=1, description="slots; each has max_model_len tokens")
     device: Literal["cuda", "cpu"] = "cpu"
-
-    @property
-    def loader(self) -> Loader:
-        return LOADER
 
 
 def deploy(target: LlamaCpp, folder: ModelFolder) -> Deployment:

@@ -56,10 +56,6 @@ class ParserQuestion:
     run: Callable[..., Mapping[str, Any]]
 
 
-def _no_limits(model: ServedModel, gpus: int) -> Iterable[str]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Loader:
     """A server's loader, one for each device that takes other files.
@@ -71,7 +67,7 @@ class Loader:
     name: str
     label: str
     rows: tuple[Loadable, ...]
-    limits: Callable[[ServedModel, int], Iterable[str]] = _no_limits
+    limits: Callable[[ServedModel, int], Iterable[str]] = lambda model, gpus: ()
     parse: Callable[[ParserQuestion], tuple[str, str]] | None = None
 
     @property

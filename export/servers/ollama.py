@@ -6,7 +6,7 @@ openai.FromCompleteRequest and server/routes.go.
 
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,12 +38,9 @@ class Ollama(ServerSettings):
     """Ollama, from a Modelfile."""
 
     name: Literal["ollama"] = "ollama"
+    _loader: ClassVar[Loader] = LOADER
     port: int = Field(11434, ge=1, le=65535)
     max_num_seqs: int = Field(4, ge=1, description="requests answered at one time")
-
-    @property
-    def loader(self) -> Loader:
-        return LOADER
 
 
 def deploy(target: Ollama, folder: ModelFolder) -> Deployment:

@@ -24,10 +24,6 @@ class Launch:
     template: Mapping[str, bool] = field(default_factory=dict)  # arguments that the chat template has to be given
 
 
-def _no_environment(launch: Launch) -> Mapping[str, str]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Launcher:
     """How the smoke test starts a server on this machine.
@@ -36,7 +32,8 @@ class Launcher:
     to get it. environment: added to ours. venv: its own virtual environment, looked into first. model: the name that
     requests give the model, by the artifact; None: the server is asked. lacks: checks the server cannot pass by its
     nature and abilities it does not have, each with the reason. version: None: the interpreter is asked. port: None:
-    any free one. cleanup: a command that ends what the server leaves behind.
+    any free one. cleanup: a command that ends what the server leaves behind. may_round_inputs: its 4-bit kernel for
+    CPUs may round inputs to int8, whatever the artifact says.
     """
 
     name: str
@@ -44,7 +41,7 @@ class Launcher:
     needs: tuple[str, ...]
     install: str
     command: Callable[[Launch], list[str]]
-    environment: Callable[[Launch], Mapping[str, str]] = _no_environment
+    environment: Callable[[Launch], Mapping[str, str]] = lambda launch: {}
     venv: str | None = None
     health: str = "/health"
     model: Callable[[Path], str] | None = lambda artifact: SERVED_NAME
@@ -52,6 +49,7 @@ class Launcher:
     version: str | None = None
     port: int | None = None
     cleanup: tuple[str, ...] = ()
+    may_round_inputs: bool = True
 
 
 @dataclass(frozen=True)

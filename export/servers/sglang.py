@@ -5,21 +5,11 @@ docs/get-started/install of sgl-project/sglang. What it loads: srt/layers/quanti
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .deployment import (
-    HOST,
-    MODEL,
-    PORT,
-    PYTHON,
-    Deployment,
-    ModelFolder,
-    completion,
-    curl_free_check,
-    drafted,
-)
+from .deployment import HOST, MODEL, PORT, PYTHON, Deployment, ModelFolder, completion, curl_free_check, drafted
 from .loader import ANY_SYMMETRY, FP8_INPUTS, MARLIN_GROUPS, SIXTEEN_BIT, Loadable, Loader
 from .served_model import FUSED, ServedModel, is_expert, row_parallel
 from .server import Server
@@ -116,14 +106,11 @@ class Sglang(Drafting):
     """SGLang's OpenAI server."""
 
     name: Literal["sglang"] = "sglang"
+    _loader: ClassVar[Loader] = LOADER
     port: int = Field(30000, ge=1, le=65535)
     memory_fraction: float | None = Field(
         None, gt=0, lt=1, strict=False, description="of a GPU's memory, for weights and cache; null: SGLang decides"
     )
-
-    @property
-    def loader(self) -> Loader:
-        return LOADER
 
 
 def deploy(target: Sglang, folder: ModelFolder) -> Deployment:

@@ -1,6 +1,6 @@
 """What every server's target may set in a recipe; each server's file adds its own keys."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,10 +12,15 @@ _MODEL = r"^/?[A-Za-z0-9][A-Za-z0-9._/@+-]*$"  # a hub id or an absolute folder,
 
 
 class ServerSettings(Strict):
-    """The settings that all servers share. A subclass defines `name`, a Literal, with its own name as the default."""
+    """The settings that all servers share.
+
+    A subclass defines `name`, a Literal with the server's name as its default, and `_loader`; where its settings decide
+    which loader it has, the property `loader`.
+    """
 
     if TYPE_CHECKING:
         name: str
+    _loader: ClassVar[Loader]
 
     max_model_len: int | None = Field(None, ge=16, description="tokens of prompt and answer; null: what the model has")
     max_num_seqs: int = Field(64, ge=1, description="requests answered at one time")
@@ -24,7 +29,7 @@ class ServerSettings(Strict):
     @property
     def loader(self) -> Loader:
         """What this target can load."""
-        raise NotImplementedError
+        return self._loader
 
     @property
     def gpus(self) -> int:

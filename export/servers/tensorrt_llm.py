@@ -3,7 +3,7 @@
 Options: tensorrt_llm/commands/serve.py of NVIDIA/TensorRT-LLM 1.x; image: nvcr.io/nvidia/tensorrt-llm/release.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,12 +33,9 @@ class TensorRtLlm(MultiGpu):
     """TensorRT-LLM's own server, PyTorch backend."""
 
     name: Literal["tensorrt-llm"] = "tensorrt-llm"
+    _loader: ClassVar[Loader] = LOADER
     chunked_prefill: bool = True
     free_gpu_memory_fraction: float = Field(0.9, gt=0, le=1, strict=False)
-
-    @property
-    def loader(self) -> Loader:
-        return LOADER
 
 
 def deploy(target: TensorRtLlm, folder: ModelFolder) -> Deployment:

@@ -5,7 +5,7 @@ Flags: docs/source/reference/launcher.md of huggingface/text-generation-inferenc
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -64,11 +64,8 @@ class Tgi(MultiGpu):
     """Hugging Face's text-generation-inference."""
 
     name: Literal["tgi"] = "tgi"
+    _loader: ClassVar[Loader] = LOADER
     port: int = Field(8080, ge=1, le=65535)
-
-    @property
-    def loader(self) -> Loader:
-        return LOADER
 
 
 def deploy(target: Tgi, folder: ModelFolder) -> Deployment:

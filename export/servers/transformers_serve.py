@@ -38,6 +38,7 @@ SERVER = Server(
         command=_command,
         environment=lambda launch: {"HF_HUB_OFFLINE": "1"},
         model=str,
+        may_round_inputs=False,
         lacks={
             "models": "transformers serve lists the hub's cache, and not the model it serves",
             "done": "transformers serve ends its streams without [DONE]",

@@ -15,17 +15,7 @@ from pydantic import Field
 
 from quantpress.numbers.types import Grid
 
-from .deployment import (
-    HOST,
-    MODEL,
-    PORT,
-    PYTHON,
-    Deployment,
-    ModelFolder,
-    completion,
-    curl_free_check,
-    drafted,
-)
+from .deployment import HOST, MODEL, PORT, PYTHON, Deployment, ModelFolder, completion, curl_free_check, drafted
 from .loader import (
     ANY_SYMMETRY,
     FP8_INPUTS,

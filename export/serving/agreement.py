@@ -124,14 +124,17 @@ def log_probabilities(skeleton: Skeleton, sequences: Sequence[Tensor]) -> list[T
     return [skeleton.logits(states[0]).float().log_softmax(-1).cpu() for states in hidden]
 
 
-def tolerance_for(server: str, artifact: Path, folder: Path) -> Tolerance:
-    """How far the kernel that the server uses for this artifact may differ; `folder` as for `compare`."""
+def tolerance_for(artifact: Path, folder: Path, *, may_round_inputs: bool) -> Tolerance:
+    """How far the kernel that the server uses for this artifact may differ; `folder` as for `compare`.
+
+    may_round_inputs: as `Launcher.may_round_inputs`.
+    """
     if artifact.suffix == ".gguf":
         return _LLAMA_CPP
     reader = Artifact(folder)
     four_bit = any(grid.type == "int" and grid.bits == 4 for grid in reader.linears.values())
-    # vLLM's 4-bit kernel rounds inputs to int8 on a CPU with AMX, whatever the artifact says.
-    amx = server != "transformers" and machine.device().type == "cpu" and machine.has_amx()
+    # As vLLM's 4-bit kernel does on a CPU with AMX.
+    amx = may_round_inputs and machine.device().type == "cpu" and machine.has_amx()
     if reader.activations is not None and reader.activations.type == "int8" and not reader.activations.dynamic:
         return _ROUNDED_STATIC
     if reader.activations is not None or (four_bit and amx):

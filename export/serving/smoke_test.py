@@ -169,7 +169,8 @@ def _agree(row: Launcher | None, served: _Served, state: _State) -> str:
         raise state.answers
     if not state.answers:
         raise Skipped("the server's greedy answers are empty")
-    tolerance = agreement.tolerance_for("url" if row is None else row.name, served.artifact, served.folder)
+    rounds = row is None or row.may_round_inputs
+    tolerance = agreement.tolerance_for(served.artifact, served.folder, may_round_inputs=rounds)
     state.agreed = agreement.compare(served.folder, state.answers, tolerance)
     within, line = agreement.judged(state.agreed)
     if not within:
