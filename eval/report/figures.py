@@ -64,7 +64,7 @@ def layers_figure(heats: Mapping[str, Heat], scale: HeatScale | None, footer: st
     lines = textwrap.wrap(footer, width // 6)
     height = sum(heights) + 84 + 14 * len(lines)
     figure, axes = _canvas(width, height, 0)
-    _text(axes, 14, 24, "Output error by layer (share of output power, log scale)", size=14, weight="bold")
+    _text(axes, 14, 24, "Relative error by layer (log scale)", size=14, weight="bold")
     top = 34
     for (name, h), tall in zip(heats.items(), heights, strict=True):
         _text(axes, 14, top + 16, shorten(name, 90), weight="bold")

@@ -11,6 +11,17 @@ LIGHT = ("#fbefd0", "#f8dca2", "#f4c272", "#eea356", "#e2814b", "#cd6049", "#ab4
 DARK = ("#372634", "#4d2c40", "#6b3448", "#8c3f4a", "#ad514a", "#cb694a", "#e38a4f", "#f2b269", "#fbe0a0")
 LEVELS = len(LIGHT)
 _KINDS = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")  # the order rows are drawn in
+# What a layer's relative error is, by the manifest's error_measure; methods/layer_error.py has the formula.
+MEASURES = {
+    "output_accumulated": "the squared error of its output on the calibration text, with that of the layers before it, "
+    "as a share of the original model's squared output at the same place",
+    "output_local": "the squared error of its output on the calibration text, given the layers already rounded before "
+    "it, as a share of the squared output of the original layer on the same inputs",
+    "weight_by_importance": "the squared error of its weights, columns weighted by the importance matrix, as a share "
+    "of the squared weights weighted alike",
+    "weight": "the squared error of its weights as a share of the squared weights; no text was run through the model",
+}
+_BY_OTHERS = "its relative error, as the version of quantpress that made the artifact measured it"
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,11 @@ class HeatScale:
     def edges(self) -> list[float]:
         """The LEVELS + 1 errors at which the colour changes."""
         return [self.low * (self.high / self.low) ** (i / LEVELS) for i in range(LEVELS + 1)]
+
+
+def measure_in_words(error_measure: str | None) -> str:
+    """What the cells show, in words, for a run's error_measure; artifacts of other versions may have another one."""
+    return _BY_OTHERS if error_measure is None else MEASURES.get(error_measure, _BY_OTHERS)
 
 
 def heat(linears: Sequence[LayerRecord]) -> Heat:

@@ -14,7 +14,7 @@ from quantpress.exports.serving.record import read as read_serving
 from ..measure.formatting import change, interval, number, points, share, size
 from ..measure.metrics import Metric, MetricValue, gated, measured
 from ..measure.results import Divergence, EvaluationText, GateCheck, Quality, Results, read_results
-from .heatmap import Heat, heat
+from .heatmap import Heat, heat, measure_in_words
 from .page_text import program, sentence
 
 
@@ -74,6 +74,11 @@ class MeasuredRun:
     @cached_property
     def heat(self) -> Heat:
         return heat(self.manifest.layers)
+
+    @property
+    def error_in_words(self) -> str:
+        """What the relative error of its layers is the error of."""
+        return measure_in_words(self.manifest.error_measure)
 
     @property
     def scheme(self) -> str:

@@ -1,5 +1,6 @@
 """The report: what it says, what it refuses, and that the same input gives the same bytes."""
 
+import html
 import json
 import math
 import re
@@ -280,6 +281,38 @@ def test_rounding_without_calibration_shows_schemes_and_no_errors(tmp_path: Path
     text = page(write_report(write_run(tmp_path / "run", manifest, fake_results()))).text
     assert "No layer's error was measured" in text
     assert "error not measured, int4 g64 asym" in text
+
+
+@pytest.mark.parametrize(
+    ("error_measure", "said"),
+    [
+        ("output_accumulated", "with that of the layers before it, as a share of the original model's squared output"),
+        ("output_local", "as a share of the squared output of the original layer on the same inputs"),
+        ("weight_by_importance", "squared error of its weights, columns weighted by the importance matrix"),
+        ("weight", "the squared error of its weights as a share of the squared weights; no text was run"),
+        (None, "as the version of quantpress that made the artifact measured it"),
+        ("output", "as the version of quantpress that made the artifact measured it"),
+    ],
+)
+def test_the_strip_says_what_its_errors_are_errors_of(error_measure: str | None, said: str, tmp_path: Path) -> None:
+    manifest = fake_manifest(blocks=2) | {"error_measure": error_measure}
+    page = html.unescape(write_report(write_run(tmp_path / "run", manifest, fake_results())).read_text())
+    assert said in page
+    told = page.split("<h2>Where the error is")[1].split("</p>")[0]
+    assert ("calibration text" in told) == (error_measure in ("output_accumulated", "output_local"))
+
+
+def test_a_comparison_says_where_errors_are_not_alike(tmp_path: Path) -> None:
+    runs = []
+    for name, measure in (("a", "output_local"), ("b", "output_accumulated"), ("c", "output_local")):
+        manifest = fake_manifest(name, blocks=2) | {"error_measure": measure}
+        runs.append(write_run(tmp_path / name, manifest, fake_results()))
+    unlike = html.unescape(write_comparison(runs[:2], tmp_path / "unlike").read_text())
+    assert "These runs measured different errors" in unlike
+    assert unlike.count("Here: the squared error of its output") == 2
+    alike = html.unescape(write_comparison([runs[0], runs[2]], tmp_path / "alike").read_text())
+    assert "These runs measured different errors" not in alike
+    assert "as a share of the squared output of the original layer on the same inputs" in alike
 
 
 def test_calibrating_on_the_evaluation_text_is_said(tmp_path: Path) -> None:
