@@ -30,7 +30,7 @@ from quantpress.eval.release.session import (
     open_source,
     settings,
 )
-from quantpress.eval.release.smoke_run import find_subject, run_smoke
+from quantpress.eval.release.smoke_run import find_served, run_smoke
 from quantpress.eval.release.sweep import Runner, RunOutcome, Sweep, in_turn, make_sweep
 from quantpress.eval.report.card import write_card
 from quantpress.eval.report.page import write_comparison, write_report
@@ -267,7 +267,7 @@ def smoke(
         smoke("artifacts/smollm2-135m/w4a16-rtn", {"server": "vllm"}).verdict
     """
     given = changes.model_dump(exclude_unset=True) if isinstance(changes, Smoke) else dict(changes or {})
-    subject = find_subject(Path(path), given)
+    subject = find_served(Path(path), given)
     where = out or subject.run or Path("artifacts") / subject.artifact.stem / "smoke"
     with alone_in(where):
         subjects.forget(where, "smoke")

@@ -58,7 +58,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Scores:
+class TokenScores:
     """Both models on each scored token: float64 [tokens], but `same` bool and `runs` int64."""
 
     original_nll: Array
@@ -103,7 +103,7 @@ def last_hidden(skeleton: Skeleton, tokens: Tensor, on_block: Callable[[], None]
     return hidden
 
 
-def compare(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], text: Windows) -> Scores:
+def compare(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], text: Windows) -> TokenScores:
     """Scores of the original and the artifact from their last hidden states, [windows, window, hidden] each.
 
     The logits of both are computed from them, `_ROWS` tokens at a time; both shells have to be open.
@@ -120,7 +120,7 @@ def compare(models: tuple[Skeleton, Skeleton], hidden: tuple[Tensor, Tensor], te
                 for column, part in zip(columns, _tiles(pool, before, after, target), strict=True):
                     column.append(part.cpu())
     first_nll, second_nll, kl, confidence = (torch.cat(column).double().numpy() for column in columns[:4])
-    return Scores(first_nll, second_nll, kl, torch.cat(columns[4]).numpy(), confidence, text.runs)
+    return TokenScores(first_nll, second_nll, kl, torch.cat(columns[4]).numpy(), confidence, text.runs)
 
 
 def _tiles(pool: Executor, original: Tensor, artifact: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -173,7 +173,7 @@ def _growth(nats: float) -> float:
     return math.expm1(nats) if nats < 700 else math.inf
 
 
-def divergence(scores: Scores, noise: NoiseFloor | None = None) -> Divergence:
+def divergence(scores: TokenScores, noise: NoiseFloor | None = None) -> Divergence:
     """The divergence over all tokens, and by the original's confidence."""
     kl, same, groups = scores.kl, scores.same.astype(np.float64), groups_of(scores.runs)
     kl_stderr, top1_stderr = (standard_error(values, scores.runs) for values in (kl, same))

@@ -20,14 +20,14 @@ from quantpress.models.skeleton import Skeleton
 
 from .divergence import Windows, last_hidden
 from .reference import reference
-from .results import EvaluationText, Interval, Number, Record
+from .results import EvaluationText, Interval, Number, Section
 from .statistics import Array, around, groups_of, standard_error
 
 DRAFTED = (1, 2, 3, 4, 6, 8)  # tokens drafted for each pass of the original
 _ROWS = 128  # tokens whose logits are in memory at a time
 
 
-class Accepted(Record):
+class Accepted(Section):
     """How often the original accepts a drafted token.
 
     tokens_a_pass: tokens written per pass of the original, its own one included, by how many are drafted.
@@ -39,7 +39,7 @@ class Accepted(Record):
     tokens_a_pass: dict[int, Number]
 
 
-class Draft(Record):
+class Draft(Section):
     """eval/draft.json. sampled: at temperature 1; greedy: at temperature 0.
 
     Both are measured with the tokens of the given text as context. Text that the models generate themselves is usually

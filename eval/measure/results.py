@@ -20,13 +20,13 @@ Verdict = Literal["ACCEPT", "REGRESSION", "INCONCLUSIVE", "NONE"]
 RESULTS_SCHEMA = 2
 
 
-class Record(BaseModel):
+class Section(BaseModel):
     """A part of a JSON document; unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class Subject(Record):
+class Subject(Section):
     """What was measured, and against what; paths as the user gave them."""
 
     kind: Literal["run", "artifact", "checkpoint", "served"]
@@ -36,7 +36,7 @@ class Subject(Record):
     server: str | None = None  # the address of a served model
 
 
-class EvaluationText(Record):
+class EvaluationText(Section):
     """The text that both models were evaluated on: `windows` windows of `window` tokens.
 
     The last `stride` targets of each window are scored (all targets of the first). bos: whether each window starts with
@@ -53,7 +53,7 @@ class EvaluationText(Record):
     bos: bool
 
 
-class Quality(Record):
+class Quality(Section):
     """The quality of one model on that text."""
 
     perplexity: Number  # per token
@@ -69,7 +69,7 @@ class Quality(Record):
         return self.perplexity * self.nll_stderr
 
 
-class Bucket(Record):
+class Bucket(Section):
     """The tokens at which the original's most likely next token had a probability in [low, high)."""
 
     low: float
@@ -80,7 +80,7 @@ class Bucket(Record):
     top1_agreement: Number
 
 
-class NoiseFloor(Record):
+class NoiseFloor(Section):
     """The original against itself, computed differently: a divergence this small says nothing about an artifact."""
 
     what: str
@@ -90,7 +90,7 @@ class NoiseFloor(Record):
     perplexity_increase: Number
 
 
-class Divergence(Record):
+class Divergence(Section):
     """KL divergence from the original's next-token distribution, nats per token, and how often the top token agrees."""
 
     kl_mean: Number
@@ -108,14 +108,14 @@ class Divergence(Record):
     noise: NoiseFloor | None = None
 
 
-class Score(Record):
+class Score(Section):
     """One model's mean score on a task."""
 
     value: Number
     stderr: Number
 
 
-class TaskResult(Record):
+class TaskResult(Section):
     """One metric of one task. Differences are paired: both models answered the same `n` documents.
 
     difference: artifact minus original, with its standard error and interval. recovery: the artifact's score as a
@@ -137,7 +137,7 @@ class TaskResult(Record):
     recovery_interval: Interval | None = None
 
 
-class Speed(Record):
+class Speed(Section):
     """Tokens per second at one batch size and context, all sequences together; *_stderr over `repeats` repeats."""
 
     batch: int
@@ -149,7 +149,7 @@ class Speed(Record):
     decode_stderr: Number
 
 
-class Runtime(Record):
+class Runtime(Section):
     """What it took to load and run one model. what: the program that ran it, for which alone the figures hold.
 
     peak_rss_bytes: largest resident memory while loading and running; peak_vram_bytes: largest allocation on a GPU.
@@ -165,7 +165,7 @@ class Runtime(Record):
     speed: tuple[Speed, ...] = ()
 
 
-class KvCache(Record):
+class KvCache(Section):
     """The key-value cache of one sequence, from the config; layers with a sliding window stop growing there."""
 
     dtype: str
@@ -176,7 +176,7 @@ class KvCache(Record):
     bytes_at_context: int
 
 
-class Fit(Record):
+class Fit(Section):
     """How many sequences of `context` tokens fit a GPU beside the weights; 0: none."""
 
     gpu: str
@@ -185,7 +185,7 @@ class Fit(Record):
     concurrency: int
 
 
-class Cost(Record):
+class Cost(Section):
     """What a million tokens cost on hardware at `per_hour`; formula: the calculation with its numbers."""
 
     per_hour: float
@@ -194,7 +194,7 @@ class Cost(Record):
     formula: str
 
 
-class Efficiency(Record):
+class Efficiency(Section):
     """Size, memory and speed of the artifact."""
 
     bytes: int  # weights on disk
@@ -209,7 +209,7 @@ class Efficiency(Record):
     cost: Cost | None = None
 
 
-class Generation(Record):
+class Generation(Section):
     """Greedy continuations of one prompt by both models.
 
     first_difference: index of the first new token that differs, None if all agree. shared_characters: length of the
@@ -224,7 +224,7 @@ class Generation(Record):
     shared_characters: int
 
 
-class GateCheck(Record):
+class GateCheck(Section):
     """One gate of the recipe. INCONCLUSIVE: the limit lies within the interval, so the noise exceeds the margin."""
 
     name: str  # min_recovery.<task> for a task
@@ -235,7 +235,7 @@ class GateCheck(Record):
     reason: str
 
 
-class GateReport(Record):
+class GateReport(Section):
     """All gates. verdict: the worst of the checks, NONE without gates. strict: INCONCLUSIVE fails the run too."""
 
     verdict: Verdict = "NONE"
@@ -249,7 +249,7 @@ class GateReport(Record):
         return self.verdict == "REGRESSION" or (self.strict and self.verdict == "INCONCLUSIVE")
 
 
-class Results(Record):
+class Results(Section):
     """eval/results.json, schema 2. perplexity_increase: a fraction.
 
     A section that was not measured is None or empty. An interrupted evaluation keeps the sections it finished, with
@@ -287,7 +287,7 @@ def read_results(folder: Path) -> Results:
     )
 
 
-_R = TypeVar("_R", bound=Record)
+_R = TypeVar("_R", bound=Section)
 
 
 def _load(path: Path, kind: type[_R], wanted: int, missing: str, remedy: str = "") -> _R:

@@ -27,7 +27,7 @@ from ..report.page import write_report
 from .callbacks import Callbacks, Options
 from .ledger import Ledger, ReleaseStage
 from .session import evaluation_inputs, make_artifact, measure_run
-from .smoke_run import Subject, check_server, run_smoke, served_file
+from .smoke_run import ServedArtifact, check_server, run_smoke, served_file
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class _Stages:
 
         def work() -> dict[str, Any]:
             record = run_smoke(
-                Subject(served_file(self.out / "quantized"), settings), self.out, self.options, self.callbacks
+                ServedArtifact(served_file(self.out / "quantized"), settings), self.out, self.options, self.callbacks
             )
             return {"verdict": record.verdict, "server": record.server, "version": record.version}
 

@@ -35,7 +35,7 @@ def check_server(recipe: Recipe) -> None:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ServedArtifact:
     """What is tested, and how.
 
     artifact: a folder or a .gguf file. run: the run folder it lies in, if any.
@@ -50,7 +50,7 @@ class Subject:
     in_container: bool = False
 
 
-def run_smoke(subject: Subject, out: Path, options: Options, callbacks: Callbacks) -> Serving:
+def run_smoke(subject: ServedArtifact, out: Path, options: Options, callbacks: Callbacks) -> Serving:
     """Test the subject on its server and write `out`/eval/serving.json."""
     smoke, exported = subject.smoke, subject.exported
     settings = ServerOptions(
@@ -62,7 +62,7 @@ def run_smoke(subject: Subject, out: Path, options: Options, callbacks: Callback
     return test_server(subject.artifact, server, out, settings, options.cache, listener)
 
 
-def find_subject(path: Path, changes: Mapping[str, Any]) -> Subject:
+def find_served(path: Path, changes: Mapping[str, Any]) -> ServedArtifact:
     """What `path` means: a run folder, an artifact folder, a .gguf file or RUN/export/<target>.
 
     changes: settings of the smoke test in place of the recipe's; a server of IN_CONTAINERS is started from its export.
@@ -74,7 +74,7 @@ def find_subject(path: Path, changes: Mapping[str, Any]) -> Subject:
     exported = path if (path / "export.json").is_file() else None
     artifact, run = _find_artifact(path)
     in_container = exported is not None and not {"server", "url"} & changes.keys()
-    return Subject(artifact, _settings(run, artifact, changes), run, exported, in_container)
+    return ServedArtifact(artifact, _settings(run, artifact, changes), run, exported, in_container)
 
 
 def served_file(folder: Path) -> Path:

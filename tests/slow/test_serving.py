@@ -13,7 +13,7 @@ from quantpress.cli.options import make_options
 from quantpress.engine import sources
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.eval.release.callbacks import Callbacks
-from quantpress.eval.release.smoke_run import Subject, run_smoke
+from quantpress.eval.release.smoke_run import ServedArtifact, run_smoke
 from quantpress.exports.servers import LAUNCHERS
 from quantpress.exports.serving import installed
 from quantpress.recipe import Recipe, Smoke
@@ -51,7 +51,9 @@ def test_the_default_model_is_served(
         pytest.skip(f"{server} is not installed: {LAUNCHERS[server].install}")
     artifact: Path = request.getfixturevalue(LAUNCHERS[server].reads)
     settings = Smoke.model_validate({"server": server, "python": python})
-    record = run_smoke(Subject(artifact, settings), tmp_path, make_options(), Callbacks(on_line=print, on_check=print))
+    record = run_smoke(
+        ServedArtifact(artifact, settings), tmp_path, make_options(), Callbacks(on_line=print, on_check=print)
+    )
     assert record.verdict == "PASSED", [check for check in record.checks if check.status == "fail"]
     assert record.agreement is not None
     assert record.agreement.equal_tokens > 0.3 * record.agreement.tokens

@@ -79,7 +79,7 @@ def test_the_cost_shows_its_formula() -> None:
     assert found is not None
     assert found.per_million_decoded == pytest.approx(3.6 / 3600 / 200 * 1e6)
     assert found.per_million_prefilled == pytest.approx(3.6 / 3600 / 3600 * 1e6)
-    assert found.formula == "3.6 an hour / 3600 s / 200 tokens/s x 1,000,000 = 5 a million decoded tokens"
+    assert found.formula == "3.6 an hour / 3600 s / 200 tokens/s x 1,000,000 = 5 per million decoded tokens"
 
 
 def test_bits_a_weight_are_counted_on_disk(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure import reference as references
 from quantpress.eval.measure.divergence import (
-    Scores,
+    TokenScores,
     Windows,
     compare,
     divergence,
@@ -34,7 +34,7 @@ from ...tiny import build, text, tokenizer
 CPU = torch.device("cpu")
 
 
-def scores_of(models: tuple[Skeleton, Skeleton], cut: Windows) -> Scores:
+def scores_of(models: tuple[Skeleton, Skeleton], cut: Windows) -> TokenScores:
     first, second = (last_hidden(model, cut.tokens.ids, lambda: None) for model in models)
     return compare(models, (first, second), cut)
 
@@ -108,7 +108,7 @@ def test_an_artifact_that_fell_apart_is_infinitely_worse() -> None:
 def test_the_buckets_hold_every_token_once_by_the_originals_confidence() -> None:
     confidence = np.array([0.05, 0.1, 0.3, 0.6, 0.95, 1.0])
     kl = np.arange(6.0)
-    scores = Scores(kl, kl, kl, np.array([True, False, True, True, True, False]), confidence, np.arange(6))
+    scores = TokenScores(kl, kl, kl, np.array([True, False, True, True, True, False]), confidence, np.arange(6))
     buckets = divergence(scores).confidence
     assert [(b.low, b.high, b.tokens, b.kl_mean) for b in buckets] == [
         (0.0, 0.1, 1, 0.0), (0.1, 0.25, 1, 1.0), (0.25, 0.5, 1, 2.0), (0.5, 0.75, 1, 3.0), (0.9, 1.0, 2, 4.5),

@@ -14,7 +14,7 @@ from quantpress.artifact.manifest import StageRecord, read_manifest
 from quantpress.cli.app import app
 from quantpress.core.errors import BadInput
 from quantpress.core.files import alone_in
-from quantpress.eval.release.smoke_run import Subject
+from quantpress.eval.release.smoke_run import ServedArtifact
 from quantpress.exports.serving import Serving
 
 from ...tiny import build, text
@@ -166,7 +166,7 @@ def test_a_failed_smoke_test_fails_the_run_and_is_made_again(project: Project, m
     verdicts: list[Literal["FAILED", "PASSED"]] = ["FAILED", "PASSED"]
     served: list[Path] = []
 
-    def test(subject: Subject, out: Path, *_: Any) -> Any:
+    def test(subject: ServedArtifact, out: Path, *_: Any) -> Any:
         served.append(subject.artifact)
         record = Serving(
             schema=1, server="url", version=None, artifact=str(subject.artifact), device="cpu", command=(),

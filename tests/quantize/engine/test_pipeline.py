@@ -224,7 +224,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> N
         stopped = command(when)
         assert stopped.returncode == 130
         last = stopped.stderr.splitlines()[-1]
-        assert last == "quantpress: stopped; the same command goes on from what is finished"
+        assert last == "quantpress: stopped; the same command continues from what is finished"
         assert "Traceback" not in stopped.stderr
     before = files(tmp_path / "run" / "quantized")
     done = command("")
