@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -32,10 +33,22 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_GROUPS = ("start-here", "vllm-gpu", "vllm-cpu", "tensorrt-llm", "llama.cpp", "smallest")  # folders, as they are listed
+
+
+def groups() -> dict[str, list[str]]:
+    """Names of the recipes inside the package, by the folder they lie in: what they are for."""
+    return {group: sorted(_files(group)) for group in _GROUPS}
+
+
 def shipped() -> list[str]:
     """Names of the recipes inside the package."""
-    folder = resources.files("quantpress.recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(name for names in groups().values() for name in names)
+
+
+def _files(group: str) -> dict[str, Traversable]:
+    inside = resources.files("quantpress.recipes").joinpath(group).iterdir()
+    return {file.name.removesuffix(".yaml"): file for file in inside if file.name.endswith(".yaml")}
 
 
 def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,8 +57,8 @@ def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-        elif where in shipped():
-            text = (resources.files("quantpress.recipes") / f"{where}.yaml").read_text(encoding="utf-8")
+        elif inside := [files[where] for files in map(_files, _GROUPS) if where in files]:
+            text = inside[0].read_text(encoding="utf-8")
         else:
             near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.6)
             hint = f"did you mean {', '.join(near)}?" if near else "`quantpress recipes` lists them"
