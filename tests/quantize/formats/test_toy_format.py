@@ -10,10 +10,11 @@ from torch import Tensor
 
 from quantpress.artifact.artifact import open_artifact
 from quantpress.artifact.convert import convert
+from quantpress.artifact.manifest import Manifest
 from quantpress.core.errors import BadInput
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
-from quantpress.formats import FORMATS, Contents, Format, detect
+from quantpress.formats import FORMATS, Format, ModelScheme, detect
 from quantpress.formats.base import grid_of, take
 from quantpress.numbers.grid import QuantizedLinear
 from quantpress.numbers.types import Activations, Grid
@@ -52,7 +53,7 @@ class Toy(Format):
         found = {name.removesuffix(".codes"): shape for name, shape in shapes.items() if name.endswith(".codes")}
         return {name: (shape[0], shape[1]) for name, shape in found.items()}
 
-    def config(self, contents: Contents) -> dict[str, Any]:
+    def config(self, contents: ModelScheme) -> dict[str, Any]:
         grid = self.one_kind(contents)
         return {"quant_method": "toy", "bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric,
                 "linears": [name for name, own in contents.schemes.items() if own is not None]}  # fmt: skip
@@ -71,7 +72,7 @@ def _added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "toy", Toy())
 
 
-def run(folder: Path, model: Path, **document: Any) -> dict[str, Any]:
+def run(folder: Path, model: Path, **document: Any) -> Manifest:
     recipe = parse({"model": str(model), "method": "rtn", "weights": {"group_size": 32}} | document)
     cache = folder.parent / "cache"
     return quantize(prepare(recipe, resolve(recipe.model, cache=cache)), Settings(folder, cache))
@@ -106,7 +107,7 @@ def test_what_the_model_asks_of_it_is_checked_before_the_work(tmp_path: Path) ->
 def test_it_is_written_read_back_and_converted_both_ways(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
     manifest = run(tmp_path / "run", tmp_path / "model", formats=["toy", "compressed-tensors"])
-    assert manifest["artifact"]["format"] == "toy"
+    assert manifest.artifact.format == "toy"
     artifact, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
     assert (artifact.format, detect(artifact.config)) == ("toy", "toy")
     assert (tmp_path / "run" / "quantized" / "toy.json").read_text() == '{\n  "linears": 14\n}\n'

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantpress.methods.awq import awq, salience
+from quantpress.methods.channel_scales import Observed, output_error
 from quantpress.methods.rtn import rtn
-from quantpress.methods.scaling import Observed, output_error
 from quantpress.numbers.types import Grid
 from quantpress.recipe import Awq, Rtn, SmoothQuant
 

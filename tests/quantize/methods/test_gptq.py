@@ -10,7 +10,7 @@ from quantpress.formats import ggml_blocks as ggml
 from quantpress.methods.gptq import column_order, corrected, factor, gptq
 from quantpress.methods.layer_error import output_power
 from quantpress.methods.rtn import rtn
-from quantpress.numbers.block_types import fit_super
+from quantpress.numbers.ggml_scales import fit_super
 from quantpress.numbers.grid import Grid, fit, global_scale, snap
 from quantpress.numbers.types import BlockGrid, GgmlType
 from quantpress.recipe import Gptq, Rtn

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantpress.artifact.artifact import open_artifact
+from quantpress.artifact.manifest import Manifest
 from quantpress.core.errors import BadInput
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
@@ -59,7 +60,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> type[Recipe]:
     return WithToy
 
 
-def run(folder: Path, model: Path, document: dict[str, Any], words: str = "") -> dict[str, Any]:
+def run(folder: Path, model: Path, document: dict[str, Any], words: str = "") -> Manifest:
     file = folder.parent / "calibration.txt"
     file.write_text(words or text())
     calibration = {"samples": 4, "seq_len": 32, "source": str(file)} | document.pop("calibration", {})
@@ -89,8 +90,8 @@ def test_the_recipe_knows_what_the_toy_says_of_itself() -> None:
 def test_the_engine_rounds_with_it(tmp_path: Path) -> None:
     model = build("llama", tmp_path / "model", torch.bfloat16)
     manifest = run(tmp_path / "run", tmp_path / "model", {"method": {"name": "toy", "share": 0.5}})
-    assert {layer["note"] for layer in manifest["layers"]} == {"shrunk to 0.5"}
-    assert manifest["recipe"]["method"] == {"name": "toy", "share": 0.5}
+    assert {layer.note for layer in manifest.layers} == {"shrunk to 0.5"}
+    assert manifest.recipe["method"] == {"name": "toy", "share": 0.5}
     artifact, _ = open_artifact(tmp_path / "run" / "quantized", torch.device("cpu"))
     name = "model.layers.1.mlp.up_proj"
     weight = model.get_submodule(name).weight.detach()
@@ -105,9 +106,9 @@ def test_where_no_token_came_by_it_falls_back_to_nearest_and_says_so(tmp_path: P
     build("qwen3_moe", tmp_path / "model", torch.bfloat16)
     document = {"method": "toy", "calibration": {"samples": 1, "seq_len": 16}}
     manifest = run(tmp_path / "run", tmp_path / "model", document, words="a" * 4000)  # one token: one pair of experts
-    layers = {layer["name"]: layer for layer in manifest["layers"]}
-    unseen = [layer for layer in layers.values() if not layer["tokens"]]
+    layers = {layer.name: layer for layer in manifest.layers}
+    unseen = [layer for layer in layers.values() if not layer.tokens]
     assert unseen
-    assert {layer["note"] for layer in unseen} == {"no calibration token reached it: rounded to nearest"}
-    seen = [layer["note"] for layer in layers.values() if layer["tokens"]]
+    assert {layer.note for layer in unseen} == {"no calibration token reached it: rounded to nearest"}
+    seen = [layer.note or "" for layer in layers.values() if layer.tokens]
     assert all(note.startswith("shrunk to 0.5") for note in seen)

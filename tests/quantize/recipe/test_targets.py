@@ -88,7 +88,7 @@ def test_a_name_alone_is_a_target_with_defaults() -> None:
         ([{"name": "ollama", "tensor_parallel": 2}], "targets.0.ollama.tensor_parallel: unknown key"),
         ([{"name": "vllm", "draft_for": "$(id)"}], "targets.0.vllm.draft_for"),
         ([{"name": "vllm", "draft_for": "/models/`id`"}], "targets.0.vllm.draft_for"),
-        ("vllm", "targets: a list is needed"),
+        ("vllm", "targets: has to be a list"),
     ],
 )
 def test_targets_that_cannot_be_read(targets: Any, said: str) -> None:

@@ -1,7 +1,7 @@
-"""What transforms share: inputs as calibration saw them, a choice of scales, and the error a scale leaves behind.
+"""Shared by the transforms: what calibration saw of the inputs, and the choice of scales by output error.
 
-A transform picks scales s [in] for linears with a common input: x becomes x / s in the op before them, W becomes W * s,
-and W x stays what it was until W is rounded.
+A transform picks scales s [in] for linears with a common input: the op before them puts out x / s, W becomes W * s, and
+W x is unchanged until W is rounded.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +15,18 @@ from ..recipe.methods import Rtn
 from .layer_error import output_power
 from .rtn import rtn
 
-Rounding = Callable[[Tensor], Tensor]  # what the artifact makes of inputs [tokens, in] as it runs
-Weights = Sequence[tuple[Tensor, Grid]]  # linears with a common input: weight [out, in], and what it is rounded to
+Rounding = Callable[[Tensor], Tensor]  # inputs [tokens, in] to inputs as the artifact rounds them at run time
+Weights = Sequence[tuple[Tensor, Grid]]  # linears with a common input: weight [out, in] and its grid
 
-_MOST = 1e4  # a scale beyond that would leave the range of float16
-_ROWS = 256  # of each weight: errors of scales are compared on them, and found to rank as on all
+_MOST = 1e4  # larger scales would leave the range of float16
+_ROWS = 256  # rows of each weight that scales are compared on; measured to rank scales as all rows do
 
 
 @dataclass(frozen=True)
 class Observed:
     """Inputs X [tokens, in] of linears that share them: moment = X^T X or its diagonal, peak = max |X| [in], rows of X.
 
-    tie: int64 [in], the channel of the source each input comes from; inputs of one channel get one scale.
+    tie: int64 [in], the source channel of each input; inputs from one channel get one scale.
     """
 
     moment: Tensor
@@ -43,7 +43,7 @@ class Observed:
         """`values` [in], each replaced by the mean over the inputs that share its channel."""
         columns = self._by_channel(values)
         total = columns[0]
-        for more in columns[1:]:  # one order of addition on every device, unlike index_add
+        for more in columns[1:]:  # in a fixed order, unlike index_add on a GPU
             total = total + more
         return (total / len(columns))[self.tie]
 
@@ -52,7 +52,7 @@ class Observed:
         return self._by_channel(values).amax(0)[self.tie]
 
     def _by_channel(self, values: Tensor) -> Tensor:
-        """`values` [in] as [inputs of a channel, channels]; every channel feeds the same number of inputs."""
+        """`values` [in] as [inputs a channel, channels]; every channel feeds equally many inputs."""
         return values[self.tie.argsort(stable=True)].reshape(int(self.tie.max()) + 1, -1).T
 
 
@@ -70,7 +70,7 @@ class Scaling:
 
 
 def sane(scale: Tensor) -> Tensor:
-    """`scale` within what 16-bit weights bear; 1 where it came out as zero or not finite."""
+    """`scale` clamped to what 16-bit weights can take; 1 where it is 0 or not finite."""
     scale = scale.to(torch.float32)
     return torch.where(torch.isfinite(scale) & (scale > 0), scale.clamp(1 / _MOST, _MOST), torch.ones_like(scale))
 
@@ -84,7 +84,7 @@ def output_error(weights: Weights, inputs: Observed, scale: Tensor, rounding: Ro
     """Squared error of the outputs when each weight W is rounded to nearest as W * scale.
 
     Over all calibration tokens: sum ||(Q(W s) / s - W) X^T||^2 = tr(D H D^T) with D = Q(W s) - W s and H the second
-    moment of X / s, so no pass over X is needed. With `rounding`, which acts on the inputs themselves, over those kept.
+    moment of X / s: no pass over X is needed. With `rounding`, which needs the inputs themselves, over the kept rows.
     """
     moved, total = inputs.divided(scale), 0.0
     x = None if rounding is None else rounding(moved.rows)

@@ -1,12 +1,12 @@
-"""The scales of ggml's block types: what can be stored, and the search for the best of it.
+"""The scales of ggml's block types: what can be stored, and the search for the best.
 
-All of them make a weight of a code q by scale * (q - zero) - offset. The zero is fixed: the middle of the codes for
+In all of them a weight is scale * (q - zero) - offset, q its code. The zero is fixed: the middle of the codes for
 Q4_0, Q5_0, Q8_0, Q3_K and Q6_K, which have no offset; 0 for Q4_1, Q5_1, Q2_K, Q4_K and Q5_K, which have one. In the
 K types scale and offset of a group are whole numbers times float16 that the 256 columns of a super-block share; in the
 others they are float16 themselves. (ggml-quants.c and ggml-common.h of llama.cpp.)
 
-Here a weight stands as columns first, [groups, columns of a group, rows]: sums over a group's columns then run along
-contiguous rows. `importance` weighs the squared errors: of a column [columns], or of each weight [rows, columns].
+Inside, weights are laid out columns first, [groups, columns of a group, rows], so that sums over a group's columns run
+along contiguous rows. `importance` weighs the squared errors, by column [columns] or by weight [rows, columns].
 """
 
 from collections.abc import Iterator
@@ -16,31 +16,31 @@ from torch import Tensor
 
 from .types import BlockGrid
 
-BLOCK_BYTES = {  # a block is 32 columns, in the K types 256
+BLOCK_BYTES = {  # of a block: 32 columns, 256 in the K types
     "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34,
     "Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210,
 }  # fmt: skip
-SCALE_CODES: dict[str, tuple[int, int]] = {  # smallest and largest; 0, which loses a group, is never chosen
+SCALE_CODES: dict[str, tuple[int, int]] = {  # smallest and largest; 0, which would erase a group, is never used
     "Q2_K": (0, 15), "Q3_K": (-32, 31), "Q4_K": (0, 63), "Q5_K": (0, 63), "Q6_K": (-128, 127),
 }  # fmt: skip
 _TINY, _HUGE = 2.0**-24, 65504.0  # the ends of float16
-_ROWS = 1024  # searched at a time, so that a super-block of them stays in cache
-_AGAIN = 3  # times least squares is repeated with the codes of its own result
-_REFITS = 3  # times super scales are fitted to the codes they led to
+_ROWS = 1024  # rows searched at a time, so that a super-block of them stays in cache
+_AGAIN = 3  # iterations of least squares, each from the codes of the last
+_REFITS = 3  # times super scales are refitted to the codes they led to
 _SUPER_STEPS = tuple(0.5 * i for i in range(-8, 3))  # added to the largest code that the largest scale may get
 
 
 def zero_of(grid: BlockGrid) -> int:
-    """The code of the weight 0 in a type without offsets, 0 in one with them."""
+    """The code that stands for a weight of 0 in a type without offsets; 0 in one with offsets."""
     return 1 << (grid.bits - 1) if grid.symmetric else 0
 
 
 def fit_super(weight: Tensor, grid: BlockGrid, importance: Tensor | None) -> Tensor:
     """Super scales (and super offsets) of one super-block of a K type: float32 [2, rows], exact in float16.
 
-    weight [rows, 256], importance [256] or [rows, 256] or None. They start from the best scale of each group by itself
-    and are then fitted, by least squares, to the codes that the groups get with them, as long as that lowers the
-    weighted error.
+    weight [rows, 256], importance [256] or [rows, 256] or None. They start from the best
+    scale of each group alone and are refitted, by least squares, to the codes that the groups get with them; the one
+    with the least weighted error is kept.
     """
     columns = grid.columns(weight.shape[1])
     x = weight.to(torch.float32).T.contiguous().reshape(-1, columns, len(weight))
@@ -59,12 +59,12 @@ def fit_group(
     overall: Tensor | None,
     moment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale [rows] and zero [rows], float32, of one group: a weight is scale * (q - zero), the offset in the zero.
+    """Scale [rows] and zero [rows], float32, of one group: a weight is scale * (q - zero), the zero holds the offset.
 
     weight [rows, columns of the group], importance [columns] or [rows, columns] or None, overall [2, rows] from
-    `fit_super` for K types. With a moment X^T X [columns, columns] of the inputs, K types take of the scales near the
-    best that can be stored those with the least error in the output: inputs go together, and an offset that is a step
-    off costs more than the errors of its columns one by one.
+    `fit_super` for K types. With a moment X^T X [columns, columns] of the inputs, K types choose among the storable
+    scales near the best by the error in the output: inputs correlate, and an offset that is a step off costs more than
+    the sum of its columns' errors.
     """
     x = weight.to(torch.float32).T.contiguous()[None]
     w = _weights(importance, x)
@@ -83,7 +83,7 @@ def fit_group(
 
 
 def codes_of(scales: Tensor, zeros: Tensor, grid: BlockGrid, overall: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole numbers behind scales and zeros [...] of `fit_group` with super scales `overall` [2, ...]."""
+    """The codes of scales and offsets [...] for what `fit_group` found with super scales `overall` [2, ...]."""
     shifts = (zeros - zero_of(grid)) * scales / overall[1]
     return (scales / overall[0]).round(), shifts.round()
 
@@ -91,8 +91,8 @@ def codes_of(scales: Tensor, zeros: Tensor, grid: BlockGrid, overall: Tensor) ->
 def by_size(weight: Tensor, importance: Tensor, grid: BlockGrid) -> Tensor:
     """The importance of each weight [rows, columns]: its column's [columns] times sqrt(mean square + its own square).
 
-    llama.cpp's weighting of the errors of rounding to nearest with an importance matrix (ggml-quants.c), which has the
-    column's alone for types of 6 bits and more.
+    As llama.cpp weighs the errors of rounding to nearest with an importance matrix (ggml-quants.c); for types of 6 bits
+    and more it takes the column's importance alone.
     """
     if grid.bits >= 6:
         return importance.expand_as(weight)
@@ -106,7 +106,7 @@ def _weights(importance: Tensor | None, x: Tensor) -> Tensor:
         return x.new_ones(x.shape[0], x.shape[1], 1)
     w = importance.to(torch.float32)
     w = w / w.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    w = w + 1e-6  # columns of weight 0 still want a scale they can live with
+    w = w + 1e-6  # columns of importance 0 still need a usable scale
     return w.reshape(-1, x.shape[0] * x.shape[1]).T.contiguous().reshape(x.shape[0], x.shape[1], -1)
 
 
@@ -130,10 +130,10 @@ def _snap(x: Tensor, scale: Tensor, offset: Tensor, grid: BlockGrid) -> Tensor:
 
 
 def _ideal(x: Tensor, w: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
-    """The scale and offset of each group [groups, rows] that make the least weighted error if they need not be stored.
+    """The scale and offset of each group [groups, rows] with the least weighted error, storable or not.
 
-    Codes for a number of ranges, the least-squares scale and offset for each set of codes, then a few times more for
-    the codes of the best. What least squares leaves of the error is sum(w x^2) less the gain: no second evaluation.
+    For the codes of a number of ranges the least-squares scale and offset are found, then for the codes of the best
+    result, a few times over. The error that least squares leaves is sum(w x^2) less the gain, so it is not computed.
     """
     xw = x * w
     best = torch.full_like(x[:, 0], -torch.inf)
@@ -167,7 +167,7 @@ def _ideal(x: Tensor, w: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
 
 
 def _ranges(x: Tensor, grid: BlockGrid) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and offsets [groups, rows] to try; those of rows that are all 0 are 1 and 0."""
+    """Scales and offsets [groups, rows] to try; never 0 or not finite, even where all weights are 0."""
     low, high = x.amin(1), x.amax(1)
     if grid.symmetric:
         middle = zero_of(grid)
@@ -175,7 +175,7 @@ def _ranges(x: Tensor, grid: BlockGrid) -> Iterator[tuple[Tensor, Tensor]]:
         end = torch.where(end == 0, torch.full_like(end, -float(middle)), end)
         none = torch.zeros_like(end)
         for i in range(-9, 10 + 6 * (grid.bits == 3), 1 if grid.bits < 6 else 3):
-            yield -end / (middle + 0.1 * i), none  # the end with the larger number on the side with one code more
+            yield -end / (middle + 0.1 * i), none  # the larger end takes the side with one code more
         for i in range(-3, 10, 3):
             yield end / (middle - 1 + 0.1 * i), none
         return
@@ -189,9 +189,9 @@ def _ranges(x: Tensor, grid: BlockGrid) -> Iterator[tuple[Tensor, Tensor]]:
         return
     for i in range(-9, 18, 3):
         scale = width / (grid.levels + 0.1 * i)
-        yield scale, -low  # the lower end stays where it is,
-        yield scale, scale * grid.levels - high  # the upper one,
-        yield scale, (scale * grid.levels - high - low) / 2  # or the middle
+        yield scale, -low  # fixed at the lower end,
+        yield scale, scale * grid.levels - high  # at the upper end,
+        yield scale, (scale * grid.levels - high - low) / 2  # at the middle
 
 
 def _coded(
@@ -199,12 +199,14 @@ def _coded(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of scale and offset with the least weighted error near the ideal ones, and that error: [groups, rows].
 
-    overall [2, rows]; moment [columns, columns] of one group. Every scale code near the ideal one is tried, each with
-    the offset that suits it, or by a moment with the ones around that.
+    overall [2, rows]; moment [columns, columns] of one group. Every scale code near the ideal one is tried with the
+    offset that fits it best; with a moment, with the neighbouring offsets, too.
     """
     smallest, largest = SCALE_CODES[grid.type]
     (scale, offset), d, m = ideal, overall[0], overall[1]
-    over = w if moment is None else moment.sum(0)[None, :, None]  # what an error of each column adds up to
+    over = (
+        w if moment is None else moment.sum(0)[None, :, None]
+    )  # how much an error common to all columns counts in each
     whole = over.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
     start = (scale / d).round_()
     sum_x = (x * over).sum(1)
@@ -250,7 +252,7 @@ def _super(x: Tensor, w: Tensor, grid: BlockGrid) -> Tensor:
 
 
 def _common(values: Tensor, weight: Tensor, largest: int) -> Tensor:
-    """The float16 [rows] that `values` [groups, rows] are nearest to being whole multiples of, up to `largest`."""
+    """The float16 unit [rows] in which `values` [groups, rows] are closest to whole numbers, up to `largest`."""
     index = values.abs().argmax(0, keepdim=True)
     end = values.gather(0, index)[0]
     low, high = (min(largest, -largest - 1), max(largest, -largest - 1)) if largest < 0 else (0, largest)
@@ -266,7 +268,7 @@ def _common(values: Tensor, weight: Tensor, largest: int) -> Tensor:
 
 
 def _refitted(x: Tensor, w: Tensor, grid: BlockGrid, codes: Tensor, shifts: Tensor, overall: Tensor) -> Tensor:
-    """Super scale and offset [2, rows] of least squares for the codes at hand: x ~ d * codes * numbers - m * shifts."""
+    """Least-squares super scale and offset [2, rows] for given codes: x ~ d * codes * numbers - m * shifts."""
     numbers = _snap(x, codes * overall[0], shifts * overall[1], grid).mul_(codes[:, None])
     nw = numbers * w
     nn, nx = (nw * numbers).sum((0, 1)), (nw * x).sum((0, 1))

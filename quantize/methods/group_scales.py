@@ -1,18 +1,18 @@
-"""The scales of one weight, fitted group by group in the order a rounder reaches its columns."""
+"""The scales of one weight, fitted group by group in the order in which a rounder gets to the columns."""
 
 import torch
 from torch import Tensor
 
-from ..numbers import block_types as ggml
+from ..numbers import ggml_scales as ggml
 from ..numbers.grid import E2M1_MAX, E4M3_MAX, QuantizedLinear, collapse, encode, fit, global_scale
 from ..numbers.types import BlockGrid, Grid
 
 
-class Fitting:
-    """Scales and zeros of `weight` [out, in], the one that is rounded, on `grid`, stored in `dtype`.
+class GroupScales:
+    """Scales and zeros for `weight` [out, in], which is about to be rounded, on `grid`; stored in `dtype`.
 
-    columns: of a group. span: columns to be shown to `reach` before the groups among them are fitted; where the grid's
-    scales have no super scale that is one group, and `reach` does nothing.
+    columns: columns of a group. span: columns that share a super scale, which `reach` finds before the groups among
+    them are fitted; without super scales it is one group and `reach` does nothing.
     """
 
     def __init__(self, weight: Tensor, grid: Grid, dtype: torch.dtype) -> None:
@@ -25,7 +25,7 @@ class Fitting:
         self._supers = weight.new_empty(2, -(-in_features // self.span), out_features, dtype=torch.float32)
 
     def reach(self, group: int, columns: Tensor, importance: Tensor | None) -> None:
-        """Find the super scales of the super-block that `group` is in, from all its columns [out, span]."""
+        """Find the super scales of the super-block that begins at `group`, from all its columns [out, span]."""
         if isinstance(self._grid, BlockGrid) and self._grid.nested:
             at = group * self.columns // self.span
             self._supers[:, at] = ggml.fit_super(columns, self._grid, importance)
@@ -33,7 +33,7 @@ class Fitting:
     def fit(
         self, group: int, columns: Tensor, importance: Tensor | None, moment: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scale and zero [out] of `group`, from its columns [out, columns]; moment: see `ggml.fit_group`."""
+        """Scale and zero [out] of `group`, from its columns [out, columns]; `moment` as in `ggml.fit_group`."""
         overall = self._supers[:, group * self.columns // self.span] if self._grid.nested else self._overall
         if isinstance(self._grid, BlockGrid) and moment is not None:
             found = ggml.fit_group(columns, self._grid, importance, overall, moment)
@@ -46,17 +46,17 @@ class Fitting:
 
     @property
     def clipped(self) -> str | None:
-        """What the manifest says of nvfp4 groups that have outgrown the global scale, which was fixed before them.
+        """A note on nvfp4 groups that outgrew the global scale, None where none did.
 
-        GPTQ adds to a column what the columns before it lack, so that a group may reach past the largest weight there
-        was: its E4M3 scale would be above 448.
+        The global scale is fixed before the first group. GPTQ's feedback can then make a group larger than any weight
+        was; its E4M3 scale would have to exceed 448.
         """
         count = int(self._clipped)
         total = self.scales.numel()
         return f"{count} of {total} groups outgrew the global scale and are clipped" if count else None
 
     def fit_all(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zeros [groups, out] of all groups of `weight` [out, in] at once; for scales that no rows share."""
+        """Scales and zeros [groups, out] of all groups of `weight` [out, in] at once, where rows share no scale."""
         assert not self._grid.nested
         found = fit(weight.reshape(-1, self.columns), self._grid, self._dtype, None, self._overall)
         for mine, all_rows in zip((self.scales, self.zeros), found, strict=True):
