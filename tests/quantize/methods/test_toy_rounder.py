@@ -14,7 +14,7 @@ from quantpress.core.errors import BadInput
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
 from quantpress.methods import ROUNDERS, Rounded
-from quantpress.methods.rtn import output_power, rtn
+from quantpress.methods.rtn import rtn
 from quantpress.numbers.types import Grid, NumberType
 from quantpress.recipe import Gptq, MethodSettings, Recipe, Rtn, loading
 
@@ -46,9 +46,7 @@ def toy(
         raise ValueError("toy needs a moment and its own settings")
     SEEN.append((moment, drift))
     half = (weight.float() * settings.share).to(weight.dtype)
-    done = rtn(half, grid, Rtn()).linear
-    error = output_power(done.dequantize() - weight.float(), moment)
-    return Rounded(done, error, output_power(weight.float(), moment), note=f"shrunk to {settings.share:g}")
+    return Rounded(rtn(half, grid, Rtn()).linear, note=f"shrunk to {settings.share:g}")
 
 
 @pytest.fixture
