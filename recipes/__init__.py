@@ -1,1 +1,1 @@
-"""Recipes that ship with quantpress, one YAML file a supported combination."""
+"""Recipes that ship with quantpress, one YAML file each, in folders by what they are for."""

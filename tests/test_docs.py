@@ -62,7 +62,7 @@ def test_editors_accept_what_loads_and_refuse_what_does_not() -> None:
     schema = jsonschema.Draft202012Validator(Recipe.model_json_schema())
     block = re.search(r"\n((?:    .*\n)*?    name: .*\n(?:    .*\n)+)", README)
     assert block is not None
-    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
     for text in (*texts, block[1], "{method: rtn, transforms: [awq], gates: {max_kl: 0.1}, evaluation: {tasks: [a]}}"):
         schema.validate(yaml.safe_load(text))
     for wrong in ("{method: {name: gtpq}}", "{methud: rtn}", "{weights: {bits: 5}}", "{calibration: {samples: many}}"):

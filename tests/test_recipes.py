@@ -1,4 +1,7 @@
-"""The recipes that ship: each loads, fits a model, is named after what it does and warns of what refuses it."""
+"""The recipes that ship, and the others kept here so that their combinations stay tested.
+
+Each loads, fits a model, is named after what it does and warns of what refuses it.
+"""
 
 import re
 from pathlib import Path
@@ -13,10 +16,13 @@ from quantpress.exports.servers.loader import refusal
 from quantpress.formats import FORMATS
 from quantpress.numbers.types import Activations, NumberType
 from quantpress.recipe import Recipe
-from quantpress.recipe.loading import load, shipped
+from quantpress.recipe.loading import groups, shipped
+from quantpress.recipe.loading import load as load_file
 
-FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-NAMES = sorted(path.stem for path in FILES)
+TESTS = Path(__file__).parent
+SHIPPED = sorted((TESTS.parent / "recipes").rglob("*.yaml"))
+FILES = {path.stem: path for path in (*SHIPPED, *sorted((TESTS / "recipes").glob("*.yaml")))}
+NAMES = sorted(FILES)
 GGUF = [name for name in NAMES if name.startswith("gguf-")]
 PACKED = [name for name in NAMES if name not in GGUF]
 
@@ -28,6 +34,11 @@ NUMBERS: dict[str, tuple[str, int, str | None]] = {
     "fp8": ("fp8", 8, "fp8"), "mxfp8": ("mxfp8", 8, "mxfp8"), "mxfp4": ("mxfp4", 4, "mxfp4"),
     "mxfp4a16": ("mxfp4", 4, None), "nvfp4": ("nvfp4", 4, "nvfp4"), "nvfp4a16": ("nvfp4", 4, None),
 }  # fmt: skip
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name, by its file."""
+    return load_file(str(FILES[name]))
 
 
 def linears(hidden: int, intermediate: int) -> dict[str, int]:
@@ -43,7 +54,7 @@ LARGER_MODEL = linears(1024, 2816)
 
 def comment(name: str) -> str:
     """The comment a recipe file opens with, on one line."""
-    lines = (FILES[0].parent / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = FILES[name].read_text(encoding="utf-8").splitlines()
     opening = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     return " ".join(line.removeprefix("#").strip() for line in opening)
 
@@ -75,9 +86,27 @@ def fit(recipe: Recipe, model: dict[str, int]) -> None:
                 FORMATS[format].check(grid, 128, model[name], recipe.shuffled)
 
 
-def test_the_package_holds_every_recipe_file() -> None:
-    assert shipped() == NAMES
-    assert "w4a16-gptq" in NAMES
+def test_the_package_holds_every_recipe_file_in_its_group() -> None:
+    by_folder = {group: sorted(path.stem for path in SHIPPED if path.parent.name == group) for group in groups()}
+    assert groups() == by_folder
+    assert shipped() == sorted(path.stem for path in SHIPPED)  # each in a folder that is listed
+    assert len(FILES) == len(SHIPPED) + len(list((TESTS / "recipes").iterdir()))  # no name twice
+    assert 20 <= len(SHIPPED) <= 30
+    assert groups()["start-here"][0] == "w4a16-gptq"
+
+
+def test_a_bare_name_finds_it_in_whichever_group() -> None:
+    for path in SHIPPED:
+        assert load_file(path.stem) == load(path.stem)
+
+
+def test_a_comment_names_only_recipes_that_are_there() -> None:
+    """The shipped ones in those that ship; in the others any."""
+    named = re.compile(r"\b(?:w[0-9]a\w+|gguf|fp8|nvfp4a16|mxfp4a16|modelopt)-[a-z0-9_-]+\b")
+    known = set(shipped())
+    for name, path in FILES.items():
+        allowed = known if path in SHIPPED else set(NAMES)
+        assert set(named.findall(comment(name))) <= allowed, name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,5 +198,5 @@ def test_every_pair_of_number_types_is_covered() -> None:
 
 
 def test_no_file_sets_its_name() -> None:
-    documents: dict[str, dict[str, Any]] = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in FILES}
+    documents: dict[str, dict[str, Any]] = {n: yaml.safe_load(path.read_text("utf-8")) for n, path in FILES.items()}
     assert [name for name, document in documents.items() if "name" in document] == []

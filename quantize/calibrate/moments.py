@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.panels import panels
+from ..methods.symmetric_products import panels
 
 
 class Moments:

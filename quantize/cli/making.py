@@ -124,8 +124,10 @@ def schema() -> None:
 
 @app.command("recipes")
 def list_recipes() -> None:
-    """List the recipes that ship with quantpress."""
+    """List the recipes that ship with quantpress, by what they are for."""
     table = Table("recipe", "what for", box=None, pad_edge=False)
-    for name in recipes.shipped():
-        table.add_row(name, recipes.load(name).description)
+    for group, names in recipes.groups().items():
+        table.add_row(f"[bold]{group}[/bold]", "")
+        for name in names:
+            table.add_row(f"  {name}", recipes.load(name).description)
     out_console.print(table)

@@ -78,6 +78,20 @@ def exact_float32_products() -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Run what is inside on one thread: for loops of many operations that take a few microseconds each.
+
+    Several threads would wait for each other after every one of them, on a busy machine far longer than they work.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def collecting_only_what_is_new() -> Iterator[None]:
     """Have the garbage collector leave alone what is there already: libraries, which it would walk for every block."""
     gc.freeze()

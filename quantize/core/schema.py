@@ -1,4 +1,4 @@
-"""What every part of a recipe is made of: strict models, fractions, name patterns."""
+"""Building blocks of the recipe schema: strict models, fractions, name patterns."""
 
 import fnmatch
 import re
@@ -8,7 +8,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 class Strict(BaseModel):
-    """Unknown keys fail, and so does `true` for a number; only lists and floats (YAML reads 1e-2 as text) convert."""
+    """A model that rejects unknown keys and values of another type, such as `true` for a number.
+
+    Fields may opt out with strict=False: lists for tuples, and floats, since YAML reads 1e-2 as text.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -42,7 +45,7 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a glob, or `re:` and a regular expression that matches from the start, takes in `name`."""
+    """Whether `pattern`, a glob or `re:` and a regular expression that matches from the start, matches `name`."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)

@@ -16,7 +16,7 @@ from ..artifact.manifest import TransformRecord
 from ..calibrate.block_pass import BATCH_TOKENS, BlockPass, SharedInput
 from ..core.errors import BadInput
 from ..methods import TRANSFORMS
-from ..methods.scaling import Observed, Rounding
+from ..methods.channel_scales import Observed, Rounding
 from ..models.block_arguments import BlockArguments
 from ..models.family import Feed
 from ..models.skeleton import Skeleton

@@ -15,7 +15,7 @@ FORMATS: dict[str, Format] = {
     "gptq": Gptq(),
     "awq": Awq(),
     "modelopt": ModelOpt(),
-    "gguf": Gguf(),  # the parts of a run; the file is written from them
+    "gguf": Gguf(),  # for the parts of a run, which the file is made of
     "gptq-v1-asymmetric": Gptq(lowered=True),  # read only
 }
 
@@ -25,7 +25,7 @@ __all__ = ["FORMATS", "Format", "ModelScheme", "detect"]
 def detect(config: dict[str, Any]) -> str | None:
     """The format of a checkpoint with this config.json, None when it is not quantized.
 
-    Raises BadInput for a quantization that is none of ours.
+    Raises BadInput for a quantization that cannot be read.
     """
     quantization = config.get("quantization_config")
     if quantization is None:

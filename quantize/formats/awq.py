@@ -3,9 +3,9 @@
 For a weight [out, in] in groups: qweight int32 [in, out/8] and qzeros int32 [groups, out/8], eight 4-bit codes a word
 along `out` in the order of `_ORDER`; scales float16 [groups, out]. Zeros are stored as they are.
 
-A symmetric model is one whose zeros are all 8. It says `zero_point: true` all the same, because readers part at false:
-vLLM's Marlin kernel has no such type and others leave qzeros unread. `sym: true` beside it, which readers of AWQ files
-pass over, tells our own reader.
+A symmetric model has zeros of 8 and still says `zero_point: true`, because readers disagree on false: vLLM's Marlin
+kernel has no such type, others do not read qzeros then. `sym: true`, which other readers of AWQ files ignore, tells our
+own.
 """
 
 from collections.abc import Callable, Iterable

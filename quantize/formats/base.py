@@ -1,4 +1,4 @@
-"""What a format can do: hold a QuantizedLinear as tensors, give it back, and say so in config.json."""
+"""The interface of a format: QuantizedLinear to tensors and back, and the quantization_config that goes with them."""
 
 import math
 import re
@@ -17,16 +17,16 @@ from ..numbers.types import Activations, Grid
 from ..recipe.file_formats import FILE_FORMATS, FileFormat
 
 _CACHES = {("float", 8): "fp8", ("int", 8): "int8"}
-Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: all of a grid that a file knows
+Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: the part of a grid that a file records
 
 
 @dataclass(frozen=True)
 class ModelScheme:
-    """What a model of one format holds, as its quantization_config has to say.
+    """What a quantized model consists of, as far as its quantization_config has to say.
 
-    schemes: the grid of each linear, None for one left in 16 bit; outside: further linears left in 16 bit, beside the
-    blocks; shuffled: groups are scattered columns, named by g_idx; activations: what the inputs of every quantized
-    linear are rounded to; kv_cache: `fp8` or `int8` when the files hold scales for it.
+    schemes: the grid of each linear, None for one left in 16 bit; outside: linears outside of the blocks, left in 16
+    bit; shuffled: groups are scattered columns, named by g_idx; activations: what the inputs of every quantized linear
+    are rounded to; kv_cache: `fp8` or `int8` when the files hold scales for it.
     """
 
     schemes: dict[str, Grid | None]
@@ -39,9 +39,9 @@ class ModelScheme:
 class Format(ABC):
     """One on-disk format. No files are opened here: tensors go in and out by name.
 
-    name: the recipe's name of it, under which FILE_FORMATS tells what its files hold. method: `quant_method` in a
-    quantization_config. suffixes: the tensor names `pack` may write, after the linear's own. cache_suffixes: where the
-    scales of the keys and of the values lie, after the attention module's own name.
+    name: its name in recipes and in FILE_FORMATS. method: its `quant_method` in a quantization_config. suffixes: the
+    names of the tensors that `pack` may write, after the linear's name. cache_suffixes: the names of the scales of keys
+    and of values, after the attention module's name.
     """
 
     name: ClassVar[str]
@@ -57,14 +57,14 @@ class Format(ABC):
     def reads(self, quantization: dict[str, Any]) -> bool:
         """Whether a checkpoint with this quantization_config is in this format.
 
-        Raises BadInput for a variant of it that cannot be read.
+        Raises BadInput for a variant of the format that cannot be read.
         """
         return bool(quantization.get("quant_method") == self.method)
 
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
         """Raise BadInput when a linear cannot be held; `shuffled`: groups are scattered columns, named by g_idx.
 
-        A format adds what its layout asks of bits and shapes.
+        Formats extend it by what their layout requires of bits and shapes.
         """
         if grid.type not in self.holds.types:
             other = next(name for name, held in FILE_FORMATS.items() if held.convertible)
@@ -74,7 +74,7 @@ class Format(ABC):
             raise BadInput(f"{self.name} has no g_idx: scattered groups (static_groups: false) need format {able}")
 
     def kinds(self, contents: ModelScheme) -> list[Grid]:
-        """The weights of a model, one grid of each kind; raises BadInput for contents that the files cannot hold."""
+        """The distinct weight grids of a model; raises BadInput for contents that the files cannot hold."""
         if not self.holds.input_scales and (contents.activations is not None or contents.kv_cache is not None):
             raise BadInput(f"{self.name} holds weights only: no activations, no kv_cache; use compressed-tensors")
         if contents.kv_cache not in (None, "fp8"):
@@ -85,7 +85,7 @@ class Format(ABC):
         return list(grids.values())
 
     def one_kind(self, contents: ModelScheme) -> Grid:
-        """The one kind of weight that a model has; raises BadInput where there are several."""
+        """The weight grid of a model that has only one kind; raises BadInput where there are several."""
         grids = self.kinds(contents)
         if len(grids) > 1:
             raise BadInput(
@@ -100,10 +100,10 @@ class Format(ABC):
 
     @abstractmethod
     def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
-        """The record behind linear `name`, weight [out, in] = `shape`; raises BadInput for tensors that do not fit."""
+        """The record of linear `name`, weight [out, in] = `shape`; raises BadInput for tensors that do not fit."""
 
     def scattered(self, name: str, read: Callable[[str], Tensor], grid: Grid, in_features: int) -> bool:
-        """Whether the groups of linear `name` are scattered columns, by what is stored and not by the config."""
+        """Whether the groups of linear `name` are scattered columns, by its tensors and not by the config."""
         return False
 
     @abstractmethod
@@ -118,25 +118,25 @@ class Format(ABC):
 
     @abstractmethod
     def config(self, contents: ModelScheme) -> dict[str, Any]:
-        """The quantization_config of a model; raises BadInput for schemes that one model cannot mix."""
+        """The quantization_config of a model; raises BadInput for schemes that cannot be mixed in one model."""
 
     @abstractmethod
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
-        """Read a quantization_config back: the grid of each linear, None for one it leaves in 16 bit on purpose.
+        """Read a quantization_config: the grid of each linear, None for one it explicitly leaves in 16 bit.
 
-        Names it does not speak of are absent. Raises BadInput for a config that cannot be read.
+        Names it does not mention are absent. Raises BadInput for a config that cannot be read.
         """
 
     def activations(self, config: dict[str, Any]) -> Activations | None:
-        """What a quantization_config says of the inputs; raises BadInput for what cannot be computed here."""
+        """How a quantization_config quantizes inputs; raises BadInput for what cannot be computed here."""
         return None
 
     def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
-        """How the inputs of linear `name` are rounded, with the static scales that are stored beside it."""
+        """How the inputs of linear `name` are rounded, with the static scales stored beside it."""
         raise BadInput(f"{name}: this format holds no activation scales ({spec})")
 
     def kv_cache(self, config: dict[str, Any]) -> str | None:
-        """`fp8` or `int8` when a quantization_config says that scales of a key-value cache are stored."""
+        """`fp8` or `int8` when a quantization_config announces scales of a key-value cache, else None."""
         scheme = config.get("kv_cache_scheme")
         if scheme is None:
             return None
@@ -155,7 +155,7 @@ def kind(grid: Grid) -> Kind:
 
 
 def grid_of(bits: Any, group_size: Any, symmetric: Any) -> Grid:
-    """An integer grid found in a config; raises BadInput for one we cannot hold."""
+    """The integer grid of a config; raises BadInput for one that is not supported."""
     try:
         return Grid(bits=bits, group_size=group_size, symmetric=symmetric)
     except ValidationError:
@@ -166,7 +166,7 @@ def grid_of(bits: Any, group_size: Any, symmetric: Any) -> Grid:
 
 
 def take(name: str, read: Callable[[str], Tensor], shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Read a tensor that must have this shape, and this type where one is given."""
+    """Read a tensor; raises BadInput for another shape, or another dtype where one is given."""
     tensor = read(name)
     if dtype is not None and tensor.dtype != dtype:
         found, wanted = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype))
@@ -198,10 +198,10 @@ def in_float16(format: str, name: str, scales: Tensor) -> Tensor:
 
 
 def left_out(format: str, schemes: dict[str, Grid | None], extra: Iterable[str]) -> list[str]:
-    """The modules that stay in 16 bit, for readers that leave out whatever has one of these in its name.
+    """Names of the modules left in 16 bit, for readers that skip every module whose name contains one of them.
 
-    transformers also takes a name for a regular expression. Raises BadInput when that would leave out
-    a quantized linear, and for experts of one layer that are quantized in part: servers hold them as one.
+    transformers also reads a name as a regular expression. Raises BadInput when a quantized linear would be skipped,
+    and when only some experts of a layer are quantized, which servers hold as one.
     """
     quantized = [name for name, grid in schemes.items() if grid is not None]
     names = list(dict.fromkeys([*(name for name, grid in schemes.items() if grid is None), *extra]))
@@ -220,9 +220,9 @@ def left_out(format: str, schemes: dict[str, Grid | None], extra: Iterable[str])
 
 
 def patterns(schemes: dict[str, Kind | None]) -> dict[str, Kind | None]:
-    """Anchored regular expressions that stand for the names, few of them: {pattern: kind}, no two matching one name.
+    """Few anchored regular expressions that match the names: {pattern: kind}, no name matched by two.
 
-    Layers whose names differ only in numbers share a pattern when they all have one kind.
+    Layers whose names differ only in numbers share a pattern if they are all of one kind.
     """
     families: dict[str, dict[str, Kind | None]] = {}
     for name, value in schemes.items():

@@ -1,7 +1,7 @@
 """Codes of 2, 3, 4 or 8 bits as one dense stream, lowest bits first, in int32 words.
 
-Both formats here store codes so. compressed-tensors before 0.19 left two bits of each word unused at 3 bits; the
-library's own packer follows the version installed, and a file must not.
+GPTQ and compressed-tensors store codes so. compressed-tensors before 0.19 left two bits of each word unused at 3 bits;
+its packer does what the installed version does, and a file must not depend on that.
 """
 
 import torch
@@ -37,5 +37,5 @@ def unpack(words: Tensor, bits: int, n: int) -> Tensor:
 
 
 def _as(tensor: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """The same bytes as another type; flat first, because a view wants its last stride to be 1."""
+    """The same bytes as another dtype; flattened first, because a view needs a last stride of 1."""
     return tensor.reshape(-1).view(dtype).reshape(shape)

@@ -1,7 +1,7 @@
-"""compressed-tensors: the library's config classes around the layouts of layouts.py, for every number type.
+"""compressed-tensors: the library's config classes for the layouts of layouts.py, for every number type.
 
-Beside the weight lie the static scales of its inputs: input_scale [1] float32 (input_zero_point [1] int8 when they are
-asymmetric), or for nvfp4 input_global_scale [1] float32.
+Static scales of the inputs are stored beside the weight: input_scale [1] float32 (input_zero_point [1] int8 when they
+are asymmetric), or for nvfp4 input_global_scale [1] float32.
 """
 
 import re
@@ -18,7 +18,7 @@ from ..numbers.types import Activations, Grid
 from . import layouts
 from .base import Format, Kind, ModelScheme, grid_of, kind, patterns, positive, take
 
-# The library's QuantizationArgs, with its presets' values; those of integers and fp8 follow from the grid.
+# Arguments of the library's QuantizationArgs, as in its presets; those of integers and fp8 follow from the grid.
 _WEIGHTS: dict[str, dict[str, Any]] = {
     "fp8-block": {"num_bits": 8, "strategy": "block", "block_structure": [BLOCK, BLOCK]},
     "mxfp8": {"num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
@@ -42,7 +42,7 @@ class CompressedTensors(Format):
         super().check(grid, out_features, in_features, shuffled)
         if grid.type == "fp8-block" and (out_features % BLOCK or in_features % BLOCK):
             raise BadInput(
-                f"readers of compressed-tensors want whole blocks of {BLOCK} x {BLOCK}, and the weight is "
+                f"readers of compressed-tensors need whole blocks of {BLOCK} x {BLOCK}, and the weight is "
                 f"{out_features} x {in_features}; use type fp8, or add the layer to `ignore`"
             )
 
@@ -92,7 +92,7 @@ class CompressedTensors(Format):
         return out
 
     def config(self, contents: ModelScheme) -> dict[str, Any]:
-        # Imported late: the library pulls in a second and a half of other modules.
+        # Imported here, because the library takes a second and a half to import.
         from compressed_tensors.quantization import (
             QuantizationArgs,
             QuantizationConfig,
@@ -139,7 +139,7 @@ class CompressedTensors(Format):
             if _matches(name, ignore):
                 out[name] = None
                 continue
-            # A name decides before a class of modules, as in the library.
+            # A name takes precedence over a class of modules, as in the library.
             by_name = [grid for targets, grid in schemes if _matches(name, targets)]
             by_class = [grid for targets, grid in schemes if "Linear" in targets]
             if by_name or by_class:
@@ -196,14 +196,14 @@ def _input_args(spec: Activations, grid: Grid) -> dict[str, Any]:
 
 
 def _same(args: Any, wanted: dict[str, Any]) -> bool:
-    """Whether parsed QuantizationArgs mean what `wanted` means; scale_dtype says nothing that the layout does not."""
+    """Whether parsed QuantizationArgs equal `wanted`; scale_dtype aside, which the layout implies."""
     defaults = {"symmetric": True, "dynamic": False, "group_size": None, "block_structure": None}
     keys = ("num_bits", "type", "strategy", *defaults)
     return all(getattr(args, key) == (defaults | wanted).get(key) for key in keys)
 
 
 def _parse(config: dict[str, Any]) -> Any:
-    """The library's QuantizationConfig; raises BadInput for one it does not accept."""
+    """The config as the library's QuantizationConfig; raises BadInput for one it does not accept."""
     from compressed_tensors.quantization import QuantizationConfig
 
     try:
@@ -251,7 +251,7 @@ def _spec(scheme: Any, grid: Grid) -> Activations | None:
 
 
 def _check_experts(kinds: dict[str, Kind | None]) -> None:
-    """transformers makes one tensor of all experts, with the first one's scheme: others would be silently wrong."""
+    """transformers makes one tensor of all experts with the scheme of the first: others would be silently wrong."""
     experts = {value for name, value in kinds.items() if ".experts." in name and value is not None}
     if len(experts) > 1:
         raise BadInput(

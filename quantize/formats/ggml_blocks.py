@@ -18,7 +18,7 @@ of each run, or of two of them.
 import torch
 from torch import Tensor
 
-from ..numbers.block_types import BLOCK_BYTES, zero_of
+from ..numbers.ggml_scales import BLOCK_BYTES, zero_of
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import SUPER_BLOCK, BlockGrid
 

@@ -1,4 +1,4 @@
-"""GGUF's tensors in the parts a run leaves: each linear as the raw bytes of its rows; the file is written from them."""
+"""How a run stores the tensors of a GGUF file before it writes the file: each linear as the raw bytes of its rows."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from .base import Format, ModelScheme, take
 
 
 class Gguf(Format):
-    """One tensor a linear, `weight` uint8 [out, row bytes]; its type is not written in it."""
+    """One tensor a linear, `weight` uint8 [out, row bytes]; its ggml type is known from the recipe only."""
 
     name = method = "gguf"
     suffixes = ("weight",)
@@ -37,10 +37,10 @@ class Gguf(Format):
         return out_features * ggml.row_bytes(grid, in_features)
 
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
-        raise BadInput("the types of a GGUF file's tensors stand in the file: read it as one")
+        raise BadInput("the parts of a GGUF run do not say their types: read the GGUF file")
 
     def config(self, contents: ModelScheme) -> dict[str, Any]:
         return {}  # the file describes itself
 
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
-        raise BadInput("the types of a GGUF file's tensors stand in the file: read it as one")
+        raise BadInput("the parts of a GGUF run do not say their types: read the GGUF file")

@@ -22,12 +22,12 @@ from ..numbers.types import Activations, Grid
 from . import bits as bitstream
 from .base import Format, Kind, ModelScheme, grid_of, in_float16, kind, patterns, take
 
-# Servers keep these in one tensor and look up its name, not the names of its parts.
+# Servers fuse these into one tensor and look up the name of that, not the names of its parts.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Gptq(Format):
-    """`lowered`: asymmetric zeros were stored one lower (version 1); such files are read, never written."""
+    """`lowered`: for files whose asymmetric zeros are stored one lower (version 1), which are only read."""
 
     name = method = "gptq"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
@@ -80,7 +80,7 @@ class Gptq(Format):
         return self._g_idx(name, read, grid, in_features) is not None
 
     def _g_idx(self, name: str, read: Callable[[str], Tensor], grid: Grid, n_in: int) -> Tensor | None:
-        """The group of each column, int32 [in]; None in plain order, which `desc_act: true` does not rule out."""
+        """The group of each column, int32 [in]; None in plain order, even if the config says desc_act."""
         groups = n_in // grid.columns(n_in)
         g_idx = take(f"{name}.g_idx", read, (n_in,)).to(torch.int32)
         if g_idx.min() < 0 or g_idx.max() >= groups:
@@ -91,7 +91,7 @@ class Gptq(Format):
         if not grid.symmetric:
             return stored + 1 & grid.levels if self.lowered else stored
         middle = 1 << (grid.bits - 1)
-        # Readers of symmetric files ignore the zeros, so either version's value stands for the middle.
+        # Readers of symmetric files ignore the zeros, so the middle may be stored as in either version.
         if not ((stored == middle - 1) | (stored == middle)).all():
             raise BadInput(f"{name}.qzeros: the config says symmetric, and the zeros are not {middle}")
         return torch.full_like(stored, middle)
@@ -122,7 +122,7 @@ class Gptq(Format):
             )
         base = counted.most_common(1)[0][0]
         kinds.update(dict.fromkeys(contents.outside))
-        kinds.pop("lm_head", None)  # `lm_head: false` says that one
+        kinds.pop("lm_head", None)  # covered by `lm_head: false`
         dynamic: dict[str, dict[str, Any]] = {}
         for pattern, value in patterns(_with_fused(kinds)).items():
             if value is None:
@@ -168,7 +168,7 @@ def _is_lowered(config: dict[str, Any]) -> bool:
 
 
 def _with_fused(kinds: dict[str, Kind | None]) -> dict[str, Kind | None]:
-    """The names, and those of tensors that servers fuse when all parts are of one kind."""
+    """The names, and those of the tensors that servers fuse from them, where all parts are of one kind."""
     out = dict(kinds)
     for fused, parts in FUSED.items():
         for name in kinds:
@@ -180,7 +180,7 @@ def _with_fused(kinds: dict[str, Kind | None]) -> dict[str, Kind | None]:
 
 
 def _override(dynamic: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """What the first matching rule changes; None when it leaves the layer out."""
+    """The settings of the first matching rule; None when it excludes the layer."""
     for rule, values in dynamic.items():
         try:
             matched = re.match(rule.removeprefix("-:").removeprefix("+:"), name)

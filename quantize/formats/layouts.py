@@ -9,7 +9,7 @@
     zeros      weight_zero_point, asymmetric integers only: int32 [words, groups] packed along `out`; where codes are
                one a byte, int8 [out, groups]
 
-The library thinks in signed integers and adds 2^(bits-1) as it packs, which gives our unsigned codes.
+The library works with signed integers and adds 2^(bits-1) when it packs, which gives our unsigned codes.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ SUFFIXES = (
 
 
 def layout_of(grid: Grid, activations: Activations | None) -> str:
-    """The compression format that servers look for, given what the weights and the inputs are.
+    """The compression format that servers expect for such weights and inputs.
 
     vLLM takes integers with int8 inputs one a byte (W8A8 and W4A8, the latter at twice the bytes), with 16-bit or fp8
     inputs packed.
@@ -45,7 +45,7 @@ def layout_of(grid: Grid, activations: Activations | None) -> str:
 
 
 def readable(grid: Grid) -> tuple[str, ...]:
-    """The compression formats such weights may come in."""
+    """The compression formats that such weights are read from."""
     if grid.type == "int":
         return WORDS, INT, NAIVE
     return (_FLOATS[grid.type], NAIVE) if grid.type in ("fp8", "fp8-block") else (_FLOATS[grid.type],)
@@ -76,7 +76,7 @@ def pack_weight(q: QuantizedLinear) -> dict[str, Tensor]:
 def unpack_weight(
     name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int], words: bool
 ) -> QuantizedLinear:
-    """The record, weight [out, in] = `shape`; `words`: integers lie packed. Raises BadInput for other shapes."""
+    """The record, weight [out, in] = `shape`; `words`: integers are packed. Raises BadInput for other shapes."""
     n_out, n_in = shape
     stored, collapsed = _scale_shapes(grid, n_out, n_in)
     scales = _scales_from_disk(take(f"{name}.weight_scale", read, stored), grid).reshape(collapsed)
@@ -108,7 +108,7 @@ def unpack_weight(
 
 
 def weight_bytes(grid: Grid, n_out: int, n_in: int, scale_bytes: int, layout: str) -> int:
-    """Bytes of the tensors `pack_weight` makes, scales of `scale_bytes` where the type leaves them free."""
+    """Bytes of the tensors `pack_weight` makes; scales have `scale_bytes` each where the type does not fix them."""
     rows, groups = _scale_shapes(grid, n_out, n_in)[1]
     size = rows * groups * (1 if grid.type in ("mxfp8", "mxfp4", "nvfp4") else scale_bytes)
     if layout == WORDS:

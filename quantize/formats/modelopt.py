@@ -9,7 +9,7 @@ W4A16_AWQ                  weight uint8 [out/2, in], signed, the even row in the
                            [out, in/group]; pre_quant_scale [in], which inputs are multiplied by: ones
 W8A16                      weight int8 [out, in], weight_scale [out]
 
-The algorithm stands in config.json, and again in hf_quant_config.json, which TensorRT-LLM trusts more.
+The algorithm is in config.json and again in hf_quant_config.json, which TensorRT-LLM prefers.
 """
 
 import fnmatch
@@ -183,7 +183,7 @@ class ModelOpt(Format):
 
 
 def _algorithm(grid: Grid, activations: Activations | None) -> str:
-    """What readers call such weights with such inputs; raises BadInput, naming the inputs that go with the weights."""
+    """The quant_algo of such weights and inputs; raises BadInput, naming the inputs that go with the weights."""
     found = _ALGORITHMS.get((kind(grid), activations))
     if found is None:
         fitting = [str(spec or "16 bit") for weights, spec in _ALGORITHMS if weights == kind(grid)]
@@ -197,7 +197,7 @@ def _algorithm(grid: Grid, activations: Activations | None) -> str:
 
 
 def _known(config: dict[str, Any]) -> tuple[Kind, Activations | None]:
-    """The weights and the inputs that a `quant_algo` speaks of."""
+    """The weights and inputs of a `quant_algo`."""
     stated = str(config.get("quant_algo")).upper()
     for key, algorithm in _ALGORITHMS.items():
         if algorithm == stated:

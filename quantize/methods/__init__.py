@@ -1,6 +1,7 @@
-"""Rounders: a weight, its grid and what the calibration saw go in, a QuantizedLinear comes out. Transforms: scales do.
+"""Rounding methods and transforms by their names in a recipe: tensors in, tensors out, no I/O.
 
-Plain dicts from the recipe's names to functions, and to classes for what is trained; tensors in, tensors out, no I/O.
+A rounder takes a weight, its grid and the second moment of its inputs, and returns a QuantizedLinear; a transform
+returns a scale for each input channel; a tuner trains the rounded weight of one linear.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +14,11 @@ from ..numbers.types import Grid
 from ..recipe.methods import MethodSettings, TransformSettings
 from .autoround import SignRound
 from .awq import awq
+from .channel_scales import Observed, Rounding, Scaling, Weights
 from .gptq import gptq
 from .qat import BlockAp
 from .rounded import Rounded
 from .rtn import rtn
-from .scaling import Observed, Rounding, Scaling, Weights
 from .smoothquant import smoothquant
 
 __all__ = ["ROUNDERS", "TRANSFORMS", "TUNERS", "Rounded", "Tuner"]
@@ -27,14 +28,14 @@ Rounder = Callable[[Tensor, Grid, MethodSettings, Tensor | None, Tensor | None],
 
 
 class Tuner(Protocol):
-    """One linear whose rounded weight is learned. weight [out, in] float32 is that of `result`, dequantized."""
+    """One linear whose rounded weight is trained; `weight` [out, in] float32 is `result` dequantized."""
 
     @property
     def weight(self) -> Tensor: ...
     @property
     def result(self) -> QuantizedLinear: ...
     def step(self, gradient: Tensor, progress: float) -> None:
-        """Follow the gradient [out, in] of the loss by `weight`; progress in [0, 1): the share of steps done."""
+        """Take one step; `gradient` [out, in] is the loss's by `weight`, progress in [0, 1) the share of steps done."""
 
 
 ROUNDERS: dict[str, Rounder] = {"rtn": rtn, "gptq": gptq}

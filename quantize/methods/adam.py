@@ -1,19 +1,19 @@
-"""Adam's direction (arXiv:1412.6980) for one tensor; how far to go along it is left to the caller."""
+"""Adam's update direction (arXiv:1412.6980) for one tensor; the caller multiplies it by its learning rate."""
 
 import torch
 from torch import Tensor
 
-_BETAS = (0.9, 0.95)  # of the running gradient and its running square
+_BETAS = (0.9, 0.95)  # decay of the first and of the second moment
 
 
 class Direction:
-    """The running gradient over its running size: 1 where every batch agrees, small where they do not."""
+    """First moment over the root of the second: near 1 in size where batches agree, small where they do not."""
 
     def __init__(self, like: Tensor) -> None:
         self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
 
     def follow(self, gradient: Tensor) -> Tensor:
-        """Take in one more gradient and return the direction; 0 where no gradient ever came."""
+        """Add one gradient to the moments and return the direction; 0 where every gradient so far was 0."""
         self._steps += 1
         fast, slow = _BETAS
         self._mean.lerp_(gradient, 1 - fast)

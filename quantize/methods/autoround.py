@@ -1,4 +1,4 @@
-"""SignRound: which way each weight is rounded and how far each group's range reaches, by gradient steps."""
+"""SignRound: rounding directions and group ranges trained by gradient steps."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,18 @@ from ..recipe.methods import AutoRound
 from .adam import Direction
 from .fake_quant import FakeQuant, Trained, fake_quantize, storable
 
-_REACH = 0.5  # how far a weight may be moved before it is rounded, in steps of the grid
-_CLIP = (0.5, 1.5)  # factors on the ends of a group's range
-_RANGE_RATE = 0.2  # a range moves this share of what a rounding does
+_REACH = 0.5  # bound of v, in grid steps
+_CLIP = (0.5, 1.5)  # bounds of a and b
+_RANGE_RATE = 0.2  # learning rate of a and b, relative to that of v
 
 
 class SignRound(Trained):
-    """One linear under SignRound (arXiv:2309.05516, 3.2), from codes that are there already.
+    """SignRound (arXiv:2309.05516, 3.2) for one linear, starting from given codes.
 
-    q = clip(round(w / s + v) + z), v in [-0.5, 0.5] [out, in]; each group's range [low, high] is that of the start
-    times a, b: s = (b high - a low) / levels, z = round(-a low / s); symmetric grids keep their zero and s = b s0.
-    v = 0, a = b = 1 is the start, since w is drawn towards its code; a code changes only where the slope says so for
-    several steps.
+    q = clip(round(w / s + v) + z), v in [-0.5, 0.5] [out, in]; a group's range [low, high] at the start
+    is scaled by a and b: s = (b high - a low) / levels, z = round(-a low / s); symmetric grids keep their zero and
+    s = b s0. v = 0, a = b = 1 reproduces the starting codes, because w is pulled towards them (`drawn`); a code changes
+    only after several steps in one direction.
     """
 
     def __init__(self, settings: AutoRound, weight: Tensor, start: QuantizedLinear) -> None:
@@ -32,11 +32,11 @@ class SignRound(Trained):
         self._now = self._forward()
 
     def step(self, gradient: Tensor, progress: float) -> None:
-        """Move against the running gradient, `gradient` [out, in] by `weight`; by lr * (1 - progress) at most.
+        """One step down the gradient [out, in] of the loss by `weight`, of at most lr * (1 - progress).
 
-        The paper follows the sign of each batch. From codes that GPTQ has already fitted to one another that raises
-        the error of some blocks: all weights of a row step together. A running gradient over its running size (Adam,
-        arXiv:1412.6980), 1 where every batch agrees and small where they do not, and slower ranges lower it.
+        The paper steps by the sign of each batch's gradient. From GPTQ's codes, whose errors compensate each other,
+        that raises the error of some blocks, since all weights of a row step at once; Adam's direction, which is small
+        where batches disagree, and a lower rate for ranges lower it.
         """
         rate = self._rate * (1 - progress)
         offset, a, b = (m.follow(g) for m, g in zip(self._moves, self._gradients(gradient), strict=True))
@@ -57,7 +57,7 @@ class SignRound(Trained):
         return scale, (-self._a * self._low / scale).round_().clamp_(0, self._levels)
 
     def _gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """By v, a and b. Rounding a scale to its stored dtype and a zero to a whole number counts as the identity."""
+        """By v, a and b; rounding a scale to its stored dtype and a zero to a whole number counts as the identity."""
         now = self._now
         by_offset, by_scale, by_zero = now.gradients(gradient)
         if self._start.grid.symmetric:

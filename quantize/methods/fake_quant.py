@@ -1,7 +1,7 @@
-"""Fake quantization: the rounded weight a forward pass sees, and the straight-through gradient that comes back.
+"""Fake quantization: the rounded weight of the forward pass and its straight-through gradient.
 
-Rounding counts as the identity in the backward pass, clipping as itself (Bengio et al., arXiv:1308.3432). Written out
-by hand: autograd would keep half a dozen tensors the size of the weight for each linear of the block.
+In the backward pass rounding counts as the identity, clipping as clipping (Bengio et al., arXiv:1308.3432). Written by
+hand, because autograd would keep half a dozen tensors the size of the weight for each linear of the block.
 """
 
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..numbers.grid import QuantizedLinear
 
-_SHARE = 0.8  # of its distance to its code that a weight keeps
-SMALLEST_SCALE = 2.0**-17  # as grid.fit: exact in both 16-bit types, and never divides by zero
+_SHARE = 0.8  # share of its distance to its code that a latent weight keeps
+SMALLEST_SCALE = 2.0**-17  # as in grid.fit: exact in both 16-bit types, and never 0
 
 
 @dataclass(frozen=True)
 class FakeQuant:
-    """One rounding of a weight: codes and inside [out, groups, columns], scale and zero [out, groups, 1], float32.
+    """A weight rounded once: codes and inside [out, groups, columns], scale and zero [out, groups, 1], float32.
 
     inside is 1 where the code was not clipped, 0 where it was; position is weight / scale.
     """
@@ -34,10 +34,10 @@ class FakeQuant:
         return ((self.codes - self.zero) * self.scale).flatten(1)
 
     def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the loss by weight / scale, by the scale and by the zero, from `gradient` [out, in] by `weight`.
+        """Gradients of the loss by weight / scale, scale and zero, from its `gradient` [out, in] by `weight`.
 
-        q = clip(round(w / s) + z): by w / s it is s where not clipped; by s it is (q - z) - w / s there, q - z where
-        clipped; by z it is 0 and -s.
+        q = clip(round(w / s) + z). Not clipped, the weight's derivative is s by w / s, (q - z) - w / s by s, 0 by z;
+        clipped, it is 0, q - z and -s.
         """
         g = gradient.view_as(self.codes)
         by_position = g * self.inside * self.scale
@@ -46,7 +46,7 @@ class FakeQuant:
         return by_position, by_scale, by_zero
 
     def stored(self, like: QuantizedLinear) -> QuantizedLinear:
-        """The record of these codes, on the grid and in the dtypes of `like`."""
+        """These codes as a record, on the grid and in the dtypes of `like`."""
         scales, zeros = self.scale.squeeze(2).to(like.scales.dtype), self.zero.squeeze(2).to(torch.uint8)
         return replace(like, codes=self.codes.flatten(1).to(torch.uint8), scales=scales, zeros=zeros)
 
@@ -60,13 +60,13 @@ def fake_quantize(weight: Tensor, offset: Tensor | float, scale: Tensor, zero: T
 
 
 class Trained:
-    """One linear that is trained through its rounding, from codes that are there already.
+    """One linear that is trained through its rounding, starting from given codes.
 
     The latent weight [out, groups, columns], scale and zero [out, groups, 1] are float32. The latent weight is the
-    original one `weight` [out, in] drawn towards its code, so that the first iterate is the start, whatever rounded it.
+    original `weight` [out, in] pulled towards the codes of `start`, so that training starts from exactly these.
     """
 
-    _now: FakeQuant  # the rounding that is current: set by whoever trains
+    _now: FakeQuant  # the current rounding, set by the subclass
 
     def __init__(self, weight: Tensor, start: QuantizedLinear) -> None:
         out, groups = start.scales.shape
@@ -86,15 +86,15 @@ class Trained:
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` in float32 as it comes back from `dtype`, the one it is stored in."""
+    """`scale` rounded to the `dtype` it is stored in, as float32."""
     return scale.clamp(min=SMALLEST_SCALE).to(dtype).to(torch.float32)
 
 
 def drawn(weight: Tensor, start: QuantizedLinear, share: float) -> Tensor:
-    """`weight` [out, in] drawn towards its codes in `start`, to which it then rounds; float32.
+    """`weight` [out, in] pulled towards its codes in `start`, so that it rounds to them; float32.
 
-    Within half a grid step of its code it keeps `share` < 1 of the distance, farther off half a step's share: the
-    start need not have chosen the nearest code. Beyond the ends of the grid it stays as far out as it is.
+    Of its distance to the code, counted up to half a grid step (the start need not be the nearest code), `share` < 1
+    is kept. Weights beyond the ends of the grid stay where they are.
     """
     groups, levels = start.column_groups(), start.grid.levels
     scale, zero = start.scales.to(torch.float32)[:, groups], start.zeros.to(torch.float32)[:, groups]

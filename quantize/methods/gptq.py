@@ -1,31 +1,31 @@
-"""GPTQ with group-aware order and scales fitted to the updated columns."""
+"""GPTQ with group-aware column order, scales fitted to the updated columns, and QEP."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..core.machine import one_thread
 from ..numbers.grid import round_numbers_, scale_dtype
 from ..numbers.types import Grid
 from ..recipe.methods import Gptq, MethodSettings
-from .fitting import Fitting
+from .group_scales import GroupScales
 from .rounded import Rounded
-from .threads import one_thread
 
-_BLOCK = 32  # columns solved one by one before the next ones are updated in one product
+_BLOCK = 32  # columns solved one by one before all later ones are updated in one product
 _MAX_DAMP = 10.0
 
 
 def gptq(
     weight: Tensor, grid: Grid, settings: MethodSettings, moment: Tensor | None = None, drift: Tensor | None = None
 ) -> Rounded:
-    """Round `weight` [out, in] to `grid`, each column making up for the error of the columns before it.
+    """Round `weight` [out, in] to `grid`; later columns compensate the rounding error of earlier ones.
 
     GPTQ, arXiv:2210.17323, Algorithm 1: with H^-1 = U^T U, column k is rounded from W_k - sum_{i<k} e_i U_ik / U_ii,
     e_i = w_i - q_i the error of the updated column i. U is the inverse of one triangular factor of H; H itself is
     never inverted. `moment` [in, in] = X^T X (H without its factor 2, which cancels); the solve runs in its dtype,
-    float32 in a run. `drift` [in, in] = (X0 - X)^T X, X0 the inputs in the original model: QEP moves the weight for it
-    first, see `corrected`.
+    float32 in a run. `drift` [in, in] = (X0 - X)^T X with X0 the same inputs in the original model; where it is given,
+    QEP corrects the weight first (`corrected`).
 
     Raises ValueError without a moment, or when no damping up to 10 makes it positive definite.
     """
@@ -37,7 +37,7 @@ def gptq(
     feedback, variance, damp = factor(moment[order[:, None], order], settings.damp)
     if drift is not None:
         weight = corrected(weight.to(moment.dtype), drift, order, feedback, variance, settings.error_correction)
-    fitting = Fitting(weight, grid, stored)
+    fitting = GroupScales(weight, grid, stored)
 
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
     state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
@@ -82,7 +82,7 @@ def gptq(
 
 @dataclass
 class _Solve:
-    """The columns, transposed: weight, error (updated column minus rounded column) and numbers, all [in, out]."""
+    """Columns in solving order: weight, error (updated minus rounded column) and numbers of the grid, all [in, out]."""
 
     weight: Tensor
     feedback: Tensor  # -U_ik / U_ii at [k, i], strictly lower triangular [in, in]
@@ -90,11 +90,11 @@ class _Solve:
     numbers: Tensor
 
     def updated(self, start: int, stop: int) -> Tensor:
-        """Columns [start, stop) after the feedback of every column before `start`."""
+        """Columns [start, stop) with the feedback of all columns before `start`."""
         return torch.addmm(self.weight[start:stop], self.feedback[start:stop, :start], self.error[:start])
 
     def solve(self, start: int, stop: int, updated: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
-        """Round columns [start, stop); `updated` holds them after the feedback of every column before `start`.
+        """Round columns [start, stop); `updated` holds them with the feedback of all columns before `start`.
 
         scales, zeros [stop - start, out].
         """
@@ -102,7 +102,7 @@ class _Solve:
             end = min(begin + _BLOCK, stop)
             here, count = slice(begin - start, end - start), end - begin
             block = torch.addmm(updated[here], self.feedback[begin:end, start:begin], self.error[start:begin])
-            # Shifted by zero * scale a weight is number * scale: two operations fewer a column, and there are many.
+            # With zero * scale added, a weight is number * scale: two operations fewer for each of many columns.
             scale = scales[here]
             block.addcmul_(zeros[here], scale)
             numbers = self.numbers[begin:end]
@@ -120,8 +120,8 @@ def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> T
 
     `group_aware` (GAR, arXiv:2505.14638) sorts inside each group and then the groups by their largest entry, so that
     groups stay contiguous on disk; with a `span` of several groups, the groups inside each span and then the spans.
-    A last group of fewer columns, which blocks of 128 may leave, is sorted inside and stays last. `activation` is
-    act-order; sorting is stable, so equal inputs give equal orders.
+    A shorter last group (blocks of 128 need not divide) is sorted inside and stays last. `activation` is act-order.
+    Sorting is stable, so that equal inputs give equal orders.
     """
     if order == "natural":
         return torch.arange(diagonal.numel(), device=diagonal.device)
@@ -142,11 +142,11 @@ def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> T
 def corrected(
     weight: Tensor, drift: Tensor, order: Tensor, feedback: Tensor, variance: Tensor, strength: float
 ) -> Tensor:
-    """The weight [out, in] that makes up for inputs which are already wrong.
+    """The weight [out, in] corrected for the error that its inputs already carry.
 
-    QEP (arXiv:2504.09629, 4.2): W + strength * W (X0 - X)^T X H^-1 is, at strength 1, the least-squares weight that
-    makes of the inputs X at hand what W made of the original ones X0. drift = (X0 - X)^T X [in, in]. H, its rows and
-    columns in `order`, comes as `factor` leaves it: H^-1 = V^T diag(variance)^-1 V with V = I - feedback^T.
+    QEP (arXiv:2504.09629, 4.2): at strength 1, W + strength * W (X0 - X)^T X H^-1 is the least-squares weight that maps
+    the actual inputs X to what W makes of the original ones, X0. drift = (X0 - X)^T X [in, in]. H, rows and columns in
+    `order`, is given as `factor` returns it: H^-1 = V^T diag(variance)^-1 V with V = I - feedback^T.
     """
     lacking = (weight @ drift)[:, order]
     lacking = torch.addmm(lacking, lacking, feedback, alpha=-1).div_(variance)
@@ -157,11 +157,11 @@ def corrected(
 def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     """Feedback [in, in], conditional variance [in] and the damping used, from H + damp * mean(diag H) * I.
 
-    With H^-1 = U^T U, feedback[k, i] = -U_ik / U_ii for k > i, else 0; variance_i = U_ii^-2, what is left of column i's
-    effect on the output once later columns make up for it. A column no token ever excites gets the mean on its
-    diagonal: nothing is fed into it or out of it. Damping is tripled until the factorisation succeeds.
+    With H^-1 = U^T U, feedback[k, i] = -U_ik / U_ii for k > i, else 0; variance_i = U_ii^-2, the variance of
+    column i's input that later columns cannot compensate. A dead column, which is 0 for every token, gets the mean on
+    its diagonal and takes part in no feedback. Damping is tripled until the factorisation succeeds.
     """
-    # These matrices are what a large model's peak is made of: few at a time, and the solve in place.
+    # For a large model these matrices are the memory peak: few of them at a time, and the solve in place.
     h = moment.flip(0, 1)
     del moment
     diagonal = h.diagonal()
@@ -174,7 +174,7 @@ def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
         diagonal.copy_(base + damp * mean)
         # H = A A^T with A upper triangular is the Cholesky factorisation of H with rows and columns reversed.
         lower, info = torch.linalg.cholesky_ex(h)
-        if int(info) == 0 and bool(lower.diagonal().isfinite().all()):  # what else is not finite is in those, too
+        if int(info) == 0 and bool(lower.diagonal().isfinite().all()):  # any NaN or inf reaches the diagonal
             del h, diagonal
             upper = lower.flip(0, 1)
             del lower

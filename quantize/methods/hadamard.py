@@ -1,4 +1,4 @@
-"""Orthogonal matrices that spread a channel over all others: randomised Hadamard matrices of many orders."""
+"""Orthogonal matrices that spread each channel over all others: randomised Hadamard matrices of many orders."""
 
 from functools import lru_cache, reduce
 
@@ -11,8 +11,8 @@ _LARGEST_POWER = 6  # log2 of the largest Sylvester factor: two products by 64 c
 class Rotation:
     """An orthogonal matrix R [n, n] from a seed: random signs times a Hadamard matrix, diag(s) H / sqrt(n).
 
-    H is a Kronecker product of Paley's and Sylvester's matrices, applied factor by factor. Where none has order n, R is
-    a uniformly random orthogonal matrix instead.
+    H is a Kronecker product of Paley's and Sylvester's matrices, applied factor by factor. Where no such product has
+    order n, R is a uniformly random orthogonal matrix.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -39,8 +39,8 @@ class Rotation:
 def hadamard_factors(n: int) -> tuple[Tensor, ...] | None:
     """Orthogonal matrices, float64, whose Kronecker product is a Hadamard matrix of order n over sqrt(n).
 
-    One of Paley's takes the odd part of n, with the fewest factors of two that it needs; powers of two take the rest.
-    None where there is none: an n of another form, or an odd part whose orders Paley's primes do not reach.
+    A Paley matrix covers the odd part of n with as few factors of two as it needs, Sylvester matrices the remaining
+    powers of two. None where no known combination has order n.
     """
     odd, twos = n, 0
     while odd % 2 == 0:

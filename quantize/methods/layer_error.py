@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .panels import panels
+from .symmetric_products import panels
 
 # What the error of a linear is measured on. output_accumulated: its output on the inputs it now gets, against the
 # original linear's output on the original model's inputs, so that errors of the layers before count too. output_local:

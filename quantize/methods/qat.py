@@ -1,4 +1,4 @@
-"""Block-AP of EfficientQAT: the weights, scales and zeros of one linear, all of them trained through the rounding."""
+"""Block-AP of EfficientQAT: weights, scales and zeros of one linear trained through the rounding."""
 
 from torch import Tensor
 
@@ -9,24 +9,24 @@ from .fake_quant import FakeQuant, Trained, fake_quantize, storable
 
 
 class BlockAp(Trained):
-    """One linear under Block-AP (arXiv:2407.11062, 3.2), from codes that are there already.
+    """Block-AP (arXiv:2407.11062, 3.2) for one linear, starting from given codes.
 
-    q = clip(round(w / s) + round(z)); w [out, in], s and z [out, groups] are trained in float32, s and z rounded to
-    what is stored whenever they are used. Symmetric grids keep their zero.
+    q = clip(round(w / s) + round(z)); w [out, in], s and z [out, groups] are trained in float32; s and z are
+    rounded to their stored values wherever they are used. Symmetric grids keep their zero.
     """
 
     def __init__(self, settings: Qat, weight: Tensor, start: QuantizedLinear) -> None:
         super().__init__(weight, start)
         self._weight_rate, self._quant_rate = settings.weight_rate, settings.quant_rate
-        # A grid step of the start, what the rates are measured in; a group of zeros has none and stays as it is.
+        # The grid step at the start, the unit of the rates; 0 for a group of zeros, which stays as it is.
         self._unit = self._scale * self._latent.any(2, keepdim=True)
         self._directions = tuple(Direction(x) for x in (self._latent, self._scale, self._zero))
         self._now = self._forward()
 
     def step(self, gradient: Tensor, progress: float) -> None:
-        """One step of Adam, `gradient` [out, in] by `weight`; the rates fall to 0 in a line.
+        """One Adam step with the loss's gradient [out, in] by `weight`; the rates decay linearly to 0.
 
-        The paper's rates are absolute. Here they are shares of each group's grid step, so that one rate fits linears
+        The paper's rates are absolute. Here they are relative to each group's grid step, so that one rate fits linears
         and models whose weights differ in size.
         """
         left = 1 - progress

@@ -9,7 +9,7 @@ from ..numbers.grid import QuantizedLinear
 class Rounded:
     """A rounded weight. damp: the damping the solve ended with; None where there is no Hessian.
 
-    note: what was done otherwise than asked, for the manifest; None where nothing was.
+    note: for the manifest, what was not done as asked; None where all was.
     """
 
     linear: QuantizedLinear

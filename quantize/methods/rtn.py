@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..numbers.block_types import by_size
+from ..core.machine import one_thread
+from ..numbers.ggml_scales import by_size
 from ..numbers.grid import scale_dtype, snap
 from ..numbers.types import BlockGrid, Grid
 from ..recipe.methods import MethodSettings
-from .fitting import Fitting
+from .group_scales import GroupScales
 from .rounded import Rounded
-from .threads import one_thread
 
-_WIDEST = 256  # columns of a group
+_WIDEST = 256  # columns of a group whose whole block of the moment is used
 
 
 def rtn(
@@ -19,12 +19,12 @@ def rtn(
 ) -> Rounded:
     """Round `weight` [out, in] to the nearest point of a grid fitted to each group of columns.
 
-    `moment` [in, in] = X^T X, when there is one, measures the error; of it the diagonal [in] alone will do. With
-    `scale_search: activation` scales are sought that make the least error in a group's output, by its block of the
-    moment; of groups wider than 256 columns only by the diagonal of it: the block would cost more than everything else.
-    ggml's types weigh each weight's error by its size too (`ggml.by_size`), and are then chosen by the block.
+    The error is measured with `moment` [in, in] = X^T X or its diagonal [in], where given. With `scale_search:
+    activation` each group's scale is the one with the least error in the group's output, by its block of the moment;
+    for groups wider than 256 columns by the block's diagonal only, since the block would cost more than all else.
+    ggml's types also weigh each weight's error by its size (`ggml.by_size`) before the block decides.
     """
-    in_features, fitting = weight.shape[1], Fitting(weight, grid, scale_dtype(weight, grid))
+    in_features, fitting = weight.shape[1], GroupScales(weight, grid, scale_dtype(weight, grid))
     columns = fitting.columns
     weigh = moment if grid.scale_search == "activation" else None
     diagonal = None if weigh is None else column_power(weigh)
@@ -54,5 +54,5 @@ def rtn(
 
 
 def column_power(moment: Tensor) -> Tensor:
-    """The diagonal [in] of X^T X, which may be all that `moment` is."""
+    """The diagonal [in] of `moment`, X^T X [in, in] or that diagonal itself."""
     return moment if moment.dim() == 1 else moment.diagonal()

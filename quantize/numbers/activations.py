@@ -1,4 +1,4 @@
-"""Rounding the inputs of linears as servers' kernels do, with scales found as they run or measured beforehand."""
+"""Rounding the inputs of linears as servers' kernels do, with dynamic scales or static ones from calibration."""
 
 import torch
 from torch import Tensor
@@ -9,18 +9,18 @@ from .types import Activations, Grid
 
 _E4M3 = Grid(type="fp8")
 _E2M1 = Grid(type="mxfp4")
-_ROWS = 512  # tokens rounded at a time, so that what lies between stays in cache
+_ROWS = 512  # tokens rounded at a time, so that intermediates stay in cache
 _SMALLEST = 1e-10
 _COLUMNS = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 
 
 def columns_of(spec: Activations, weights: Grid) -> int:
-    """How many values of a token share a dynamic scale beside such weights; 0 for all of them."""
+    """Values of a token that share a dynamic scale, with such weights; 0 for all of them."""
     return BLOCK if weights.type == "fp8-block" else _COLUMNS.get(spec.type, 0)
 
 
 def measured(spec: Activations, columns: int, low: float, high: float) -> Inputs:
-    """`spec` with its static part, if it has one, for inputs that lie within [low, high]."""
+    """How inputs within [low, high] are rounded: `spec` with its static scale and zero, where it has them."""
     amax = max(-low, high, _SMALLEST)
     if not spec.calibrated:
         return Inputs(spec, columns)
@@ -37,7 +37,7 @@ def measured(spec: Activations, columns: int, low: float, high: float) -> Inputs
 
 
 def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:
-    """x [..., in] as the kernel sees it, in x's dtype: each value the nearest that its scale gives; ties to even."""
+    """x [..., in] as the kernel sees it, in x's dtype: the nearest value on the grid; ties to even."""
     parts = torch.split(x.reshape(-1, x.shape[-1]), _ROWS)
     return torch.cat([_rounded(part, inputs) for part in parts]).view(x.shape)
 
@@ -47,7 +47,7 @@ def _rounded(x: Tensor, inputs: Inputs) -> Tensor:
     values = x.to(torch.float32)
     groups = values
     if inputs.columns:
-        short = -values.shape[-1] % inputs.columns  # zeros in the last group change no scale
+        short = -values.shape[-1] % inputs.columns  # padding with zeros changes no scale
         groups = pad(values, (0, short)).reshape(*values.shape[:-1], -1, inputs.columns)
     rounded = _int8(groups, inputs) if inputs.spec.type == "int8" else _float(groups, inputs)
     return (rounded.flatten(-2)[..., : x.shape[-1]] if inputs.columns else rounded).to(x.dtype)

@@ -2,8 +2,8 @@
 
 A grid maps a weight w to a number n of a small set and back to (n - zero) * scale. Integer grids have n = 0 … 2^bits-1,
 the unsigned code itself; a symmetric one is the same thing with every zero at 2^(bits-1). Float grids have the numbers
-of E4M3 or E2M1 and zero 0; their code is the number's bit pattern. ggml's block types are integer grids whose zero is
-fixed; where they have an offset, (n - zero) * scale - offset, it is found as a zero that need not be whole.
+of E4M3 or E2M1 and zero 0; their code is the number's bit pattern. ggml's block types are integer grids with a fixed
+zero; those with an offset, (n - zero) * scale - offset, have it fitted as a zero that need not be whole.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import block_types as ggml
+from . import ggml_scales as ggml
 from .types import SUPER_BLOCK, Activations, BlockGrid, Grid
 
 __all__ = ["Grid", "Inputs", "QuantizedLinear", "fit", "global_scale", "round_numbers_", "scale_dtype", "snap"]
@@ -21,20 +21,20 @@ E4M3_MAX, E2M1_MAX = 448.0, 6.0
 BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _SHRINKS = tuple(1.0 - 0.05 * i for i in range(13))  # 1.00 … 0.40 of the min-max range
-_FLOAT_SHRINKS = tuple(1.0 - 0.05 * i for i in range(7))  # coarse at their end: less to gain by clipping
+_FLOAT_SHRINKS = tuple(1.0 - 0.05 * i for i in range(7))  # floats gain less by clipping
 _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and its neighbours
-_SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end, in widths of the range
+_SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end of the range, in widths of it
 _EXPONENT = 0x7F800000  # the bits of a float32 that hold it
 _SMALLEST_SCALE = 2.0**-17
 _SMALLEST_FLOAT_SCALE = 2.0**-60
-_CHUNK = 1 << 18  # weights a thread searches at a time, so that the candidates stay in cache
+_CHUNK = 1 << 18  # weights searched at a time and thread, so that intermediates stay in cache
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """How the inputs of a linear are rounded as it runs; `scale` float32 [] and `zero` [] where they are static.
+    """How the inputs of a linear are rounded at run time; `scale` float32 [] and `zero` [] where they are static.
 
-    columns: how many values of a token share a dynamic scale, 0 for all of them. For nvfp4 `scale` is the global scale,
+    columns: values of a token that share a dynamic scale, 0 for all of them. For nvfp4 `scale` is the global scale,
     a power of two that the E4M3 scales were multiplied by before rounding.
     """
 
@@ -52,9 +52,9 @@ class QuantizedLinear:
     [out / 128, in / 128] rounded up for fp8-block; zeros uint8 like scales; g_idx [in] int32, the group of each column,
     or None when column j is in group j // group_size. global_scale: nvfp4 only, float32 [], a power of two that the
     scales were multiplied by before they were rounded to E4M3. inputs: None where inputs stay in 16 bit.
-    offsets like scales: what ggml's types that are not symmetric take away from each weight. In its K types scales are
-    int16 and offsets whole numbers too, in units of supers float16 [1 or 2, out, in / 256], the super
-    scales and, where there are offsets, super offsets.
+    offsets, shaped like scales: what ggml's asymmetric types subtract from each weight. In the K types scales (int16)
+    and offsets are whole numbers, in units of `supers` float16 [1 or 2, out, in / 256]: the super scales and, with
+    offsets, the super offsets.
     """
 
     codes: Tensor
@@ -82,7 +82,7 @@ class QuantizedLinear:
         return torch.arange(self.in_features, device=self.codes.device) // self.grid.columns(self.in_features)
 
     def step(self) -> Tensor:
-        """The distance between neighbouring whole numbers, float32, one for each weight [out, in] (broadcast)."""
+        """The scale of each weight, float32, broadcastable to [out, in]: what one unit of its code is worth."""
         scales = self.scales.to(torch.float32)
         if self.global_scale is not None:
             scales = scales / self.global_scale
@@ -93,7 +93,7 @@ class QuantizedLinear:
         return self._over_columns(scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] the artifact stands for: (number - zero) * scale - offset, computed in float32."""
+        """The weight [out, in]: (number - zero) * scale - offset, computed in float32."""
         numbers = decode(self.codes, self.grid)
         if self.grid.uniform:
             numbers -= self._over_columns(self.zeros)
@@ -117,9 +117,9 @@ class QuantizedLinear:
         return supers.to(torch.float32).repeat_interleave(SUPER_BLOCK // self.grid.group_size, 1)
 
     def rows(self, start: int, stop: int) -> "QuantizedLinear":
-        """Output rows [start, stop): linears solved together are taken apart again with this.
+        """Output rows [start, stop), to separate linears that were solved in one stack.
 
-        Blocks of rows are not cut: for fp8-block only the whole can be asked for.
+        fp8-block, whose scales are shared by blocks of rows, only allows all rows.
         """
         whole = self.scales.shape[0] == 1 or (start, stop) == (0, self.out_features)
         assert whole or self.grid.type != "fp8-block"
@@ -137,8 +137,8 @@ class QuantizedLinear:
 def scale_dtype(weight: Tensor, grid: Grid) -> torch.dtype:
     """The dtype the scales of a weight are stored in.
 
-    For integers the model's own 16-bit dtype, float16 for a float32 model; E4M3, E8M0, float16 or whole numbers where
-    the type says so; else a dtype with float32's range, since the scale of an fp8 weight may be too small for float16.
+    For integers the model's own 16-bit dtype, float16 for a float32 model; E4M3, E8M0, float16 or int16 where the type
+    prescribes it; for fp8 a dtype with float32's range, since its scales may be too small for float16.
     """
     if isinstance(grid, BlockGrid):
         return torch.int16 if grid.nested else torch.float16
@@ -152,10 +152,10 @@ def scale_dtype(weight: Tensor, grid: Grid) -> torch.dtype:
 
 
 def global_scale(weight: Tensor, grid: Grid) -> Tensor | None:
-    """What scales are multiplied by before they become E4M3: float32 [], nvfp4 only.
+    """The factor on scales before they are rounded to E4M3: float32 [], nvfp4 only.
 
-    The largest power of two that keeps amax / 6 within E4M3. NVIDIA's rule is 6 * 448 / amax itself; a power of two
-    moves no scale off the E4M3 grid and its inverse is exact, so files that hold the inverse hold the same weights.
+    The largest power of two that keeps amax / 6 within E4M3. NVIDIA's rule is 6 * 448 / amax itself; a power of two has
+    an exact inverse, so that formats that store the inverse hold the same weights.
     """
     if grid.type != "nvfp4":
         return None
@@ -175,9 +175,9 @@ def fit(
     Min-max is the rule of compressed-tensors (zero always inside the range; `shared_scale` for mxfp). The searches
     try smaller ranges, both ends separately at 2 and 3 bits, and keep the one with the least squared error weighted by
     `importance` [columns] (1 when None), or of the output where that is a moment X^T X [columns, columns]. `overall`:
-    the global scale (nvfp4), or super scales and offsets [2, rows] (`ggml.fit_super`). Where rows share a scale (one a
-    tensor, one a block) each gets the same. Returns float32 [rows] scales that `dtype` can store exactly, and zeros,
-    whole ones but for ggml's, which `ggml.fit_group` finds.
+    the global scale (nvfp4), or super scales and offsets [2, rows] (`ggml.fit_super`). Rows that share a scale (tensor,
+    block) get the same one. Returns scales, float32 [rows] that `dtype` can store exactly, and zeros, float32 [rows],
+    whole numbers except for ggml's types with an offset.
     """
     weight = weight.to(torch.float32)
     if isinstance(grid, BlockGrid):
@@ -212,7 +212,7 @@ def round_numbers_(numbers: Tensor, grid: Grid) -> Tensor:
     if grid.uniform:
         return numbers.round_().clamp_(0, grid.levels)
     smallest, bits, largest = (2.0**-6, 3, E4M3_MAX) if grid.bits == 8 else (1.0, 1, E2M1_MAX)  # normal; of mantissa
-    # Equal to a cast, where there is one, and four times as fast: the step is the power of two below, shifted.
+    # Equal to a cast, where torch has one, and four times as fast: the step is the power of two below, shifted.
     power = numbers.abs().clamp_(smallest, largest).view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32)
     step = power.mul_(2.0**-bits)
     return numbers.div_(step).round_().mul_(step).clamp_(-largest, largest)
@@ -240,17 +240,17 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
 
 
 def shared_scale(amax: Tensor, grid: Grid) -> Tensor:
-    """The power of two that a group of mxfp8 or mxfp4 numbers shares, for the largest of them.
+    """The power-of-two scale of a group of mxfp8 or mxfp4 numbers whose largest is `amax`.
 
-    The exponent of the largest, less the type's own (OCP Microscaling v1.0, 6.3), and the next one where its mantissa
-    is 1.75 or more, as in compressed-tensors: the ends of the types are 1.75 * 2^8 and 1.5 * 2^2.
+    Its exponent is that of amax less that of the type's largest number (OCP Microscaling v1.0, 6.3), and one more where
+    the mantissa of amax is 1.75 or more, as in compressed-tensors: the types end at 1.75 * 2^8 and 1.5 * 2^2.
     """
     exponent = 8 if grid.bits == 8 else 2
     return torch.exp2(torch.floor(torch.log2(amax.clamp(min=2.0**-100) * (2 / 1.75))) - exponent)
 
 
 def collapse(scales: Tensor, grid: Grid) -> Tensor:
-    """Scales (or zeros) [out, groups], one a row, as they are stored: one a block of rows, or one in all."""
+    """Scales (or zeros) [out, groups], one a row, reduced to what is stored: one a block of rows, or one in all."""
     if grid.group_size == 0:
         return scales[:1, :1]
     return scales[::BLOCK] if grid.type == "fp8-block" else scales
@@ -258,7 +258,7 @@ def collapse(scales: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class _Store:
-    """A grid and the scales it can have."""
+    """A grid and the scales that can be stored for it."""
 
     grid: Grid
     dtype: torch.dtype
@@ -266,7 +266,7 @@ class _Store:
 
     @property
     def shrinks(self) -> tuple[float, ...]:
-        """The ranges worth trying, in parts of the whole one."""
+        """The ranges to try, relative to min-max."""
         if self.dtype == torch.float8_e8m0fnu:
             return _POWERS
         return _SHRINKS if self.grid.type == "int" else _FLOAT_SHRINKS
@@ -285,7 +285,7 @@ class _Store:
 
 
 def _over_rows(values: Tensor, rows: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Each of `values` [n] replaced by what `reduce` makes of its run of `rows`."""
+    """Each of `values` [n] replaced by the reduction of its run of `rows` values."""
     out = torch.empty_like(values)
     for r in range(0, len(values), rows):
         out[r : r + rows] = reduce(values[r : r + rows])
@@ -311,7 +311,7 @@ def _affine(low: Tensor, high: Tensor, store: _Store) -> tuple[Tensor, Tensor]:
 def _search(
     weight: Tensor, low: Tensor, high: Tensor, store: _Store, importance: Tensor | None, together: bool
 ) -> tuple[Tensor, Tensor]:
-    """The candidate range with the least weighted squared error, row by row, or for all rows `together`."""
+    """Scale and zero of the range with the least weighted squared error, row by row or for all rows `together`."""
     grid = store.grid
     importance = None if importance is None else importance.to(weight.dtype)
 

@@ -1,4 +1,4 @@
-"""The number formats of a recipe: what weights and inputs are rounded to."""
+"""Number formats: what a recipe rounds weights and inputs to."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -11,10 +11,9 @@ GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K
 NumberType = Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"]
 ScaleSearch = Literal["minmax", "mse", "activation"]
 
-SUPER_BLOCK = 256  # columns whose scales, themselves whole numbers, share a super scale in ggml's K types
+SUPER_BLOCK = 256  # columns that share a super scale in ggml's K types, whose scales are whole numbers
 
-# Bits, the columns that share a scale and whether it is symmetric, of the number types that leave no choice; 0: one
-# scale a tensor.
+# Bits, group sizes and symmetry of the number types that fix them; group size 0: one scale a tensor.
 _LAYOUT: dict[str, tuple[int, tuple[int, ...], bool]] = {
     "fp8": (8, (-1, 0), True), "fp8-block": (8, (128,), True), "mxfp8": (8, (32,), True), "mxfp4": (4, (32,), True),
     "nvfp4": (4, (16,), True),
@@ -34,7 +33,7 @@ GroupSize = Annotated[int, AfterValidator(_group_size)]
 
 
 class Grid(Strict):
-    """The number grid of a linear's weight: its codes, and which of them share a scale.
+    """The number grid of a linear's weight: its codes, and which weights share a scale.
 
     `int` has 2^bits evenly spaced codes in groups of `group_size` columns of a row. The float types fix their layout:
     fp8 is E4M3 with a scale a row or a tensor, fp8-block one a 128x128 block; mxfp8 (E4M3) and mxfp4 (E2M1) one power
@@ -47,8 +46,8 @@ class Grid(Strict):
     symmetric: bool = True
     scale_search: ScaleSearch = Field(
         "mse",
-        description="minmax: the range; mse: the range with the least squared error; activation: that error weighted "
-        "by the inputs that meet it in calibration",
+        description="minmax: the full range; mse: the range with the least squared error; activation: the range with "
+        "the least error in the output, by the inputs seen in calibration",
     )
 
     @model_validator(mode="before")
@@ -75,12 +74,12 @@ class Grid(Strict):
 
     @property
     def uniform(self) -> bool:
-        """Whether codes are the whole numbers 0 … 2^bits-1 themselves, and not the bits of floats."""
+        """Whether codes are whole numbers 0 … 2^bits-1 rather than bit patterns of floats."""
         return self.type == "int"
 
     @property
     def nested(self) -> bool:
-        """Whether scales are whole numbers, times a super scale that a span of columns shares."""
+        """Whether scales are whole numbers times a super scale, which a span of columns shares."""
         return False
 
     @property
@@ -90,12 +89,12 @@ class Grid(Strict):
 
     @property
     def shares_rows(self) -> bool:
-        """Whether rows of a weight have one scale in common: all of them, or those of a block."""
+        """Whether rows of a weight share a scale: all of them, or those of a block."""
         return self.group_size == 0 or self.type == "fp8-block"
 
     @property
     def shares_across_linears(self) -> bool:
-        """Whether servers, which fuse linears with one input, want these to have one scale in common."""
+        """Whether linears with the same input must share a scale, because servers fuse them."""
         return self.type == "nvfp4" or self.group_size == 0
 
     def columns(self, in_features: int) -> int:
@@ -103,7 +102,7 @@ class Grid(Strict):
         return in_features if self.group_size in (-1, 0) else self.group_size
 
     def span(self, in_features: int) -> int:
-        """Columns whose scales are found together, those of a group where scales are not nested."""
+        """Columns whose scales are fitted together: a super-block where scales are nested, else a group."""
         return self.columns(in_features)
 
     def check(self, name: str, in_features: int) -> None:
@@ -126,10 +125,10 @@ class Grid(Strict):
 
 
 class BlockGrid(Grid):
-    """One of ggml's block types, which tensors of GGUF files have; the mix of the file chooses it, not `weights`.
+    """One of ggml's block types, for tensors of GGUF files; `gguf.type` chooses it, not `weights`.
 
-    Evenly spaced codes whose zero is fixed: in the middle, or at 0 in the types that are not symmetric, which have an
-    offset beside the scale. The K types hold both as whole numbers times a float16 that 256 columns share.
+    Evenly spaced codes with a fixed zero: in the middle, or 0 in the asymmetric types, which have an offset beside the
+    scale. The K types store both as whole numbers times a float16 that 256 columns share.
     """
 
     type: GgmlType  # type: ignore[assignment]
@@ -158,10 +157,10 @@ class BlockGrid(Grid):
 
 
 class Activations(Strict):
-    """What the inputs of quantized linears are rounded to when the artifact runs.
+    """What the inputs of quantized linears are rounded to at run time.
 
-    Dynamic scales are one a token (mxfp8, mxfp4: one a group of 32 of a token); a static one is one a tensor, measured
-    in calibration. nvfp4 has both: a static float32 a tensor and an E4M3 scale a group of 16, found as it runs.
+    A dynamic scale is computed for each token (mxfp8, mxfp4: for each group of 32 of a token); a static one, one a
+    tensor, is measured in calibration. nvfp4 has both: a static float32 a tensor and a dynamic E4M3 a group of 16.
     """
 
     type: Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
@@ -171,14 +170,14 @@ class Activations(Strict):
     @model_validator(mode="after")
     def _can_be(self) -> Self:
         if not self.dynamic and self.type not in ("int8", "fp8"):
-            raise ValueError(f"activations of type {self.type} find their scales as they run: leave `dynamic` out")
+            raise ValueError(f"activations of type {self.type} have dynamic scales: leave `dynamic` out")
         if not self.symmetric and self.type != "int8":
             raise ValueError(f"activations of type {self.type} are symmetric: leave `symmetric` out")
         return self
 
     @property
     def calibrated(self) -> bool:
-        """Whether a scale has to be measured beforehand."""
+        """Whether a scale has to be measured in calibration."""
         return not self.dynamic or self.type == "nvfp4"
 
     def __str__(self) -> str:

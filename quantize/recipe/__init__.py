@@ -1,4 +1,4 @@
-"""The recipe: what one YAML file may say. No torch here; loading.py reads it from disk."""
+"""The recipe schema: what one YAML file may say. No torch here; loading.py reads it from disk."""
 
 from ..core.schema import Strict, matches
 from .document import Override, Recipe

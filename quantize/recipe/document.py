@@ -1,4 +1,4 @@
-"""The whole recipe, checked as a whole before anything is read."""
+"""The recipe as one document, with the checks across its sections."""
 
 import difflib
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _INPUTS: dict[tuple[str, int], tuple[str, ...]] = {
 
 
 class Override(Strict):
-    """Layers that match get other settings; the last override that matches a layer decides each key."""
+    """Other settings for the layers that match; of several matching overrides the last one decides each key."""
 
     match: Pattern = Field(description="a glob such as *.down_proj, or re: and a regular expression")
     type: NumberType | None = None
@@ -47,7 +47,7 @@ class Override(Strict):
         return self.model_dump(exclude={"match"}, exclude_none=True)
 
     def applied_to(self, grid: Grid) -> Grid:
-        """`grid` with these settings; another type brings its own layout. Raises ValueError for what cannot be."""
+        """`grid` with these settings; another type brings its own layout. Raises ValueError for an impossible grid."""
         settings = self.settings()
         kept = {"scale_search"} if settings.get("type", grid.type) != grid.type else set(Grid.model_fields)
         try:
@@ -67,13 +67,15 @@ class Recipe(Strict):
     )
     calibration: Calibration = Calibration()
     transforms: tuple[Annotated[Transform, BeforeValidator(named, json_schema_input_type=Transform | str)], ...] = (
-        Field((), strict=False, description="what is done to the weights, in this order, before they are rounded")
+        Field((), strict=False, description="transforms of the weights, in this order, before they are rounded")
     )
     method: Method = Gptq()
     weights: Grid = Grid()
-    activations: Activations | None = Field(None, description="inputs rounded as the artifact runs; null: 16 bit")
+    activations: Activations | None = Field(
+        None, description="what the inputs of quantized linears are rounded to at run time; null: 16 bit"
+    )
     kv_cache: Literal["fp8"] | None = Field(
-        None, description="scales for a quantized key-value cache, one a layer, measured in calibration"
+        None, description="scales for a quantized key-value cache, one a layer, from calibration; null: none"
     )
     ignore: tuple[Pattern, ...] = Field(
         (), strict=False, description="patterns of linears left in 16 bit, beside embeddings and head"
@@ -83,20 +85,20 @@ class Recipe(Strict):
         ("compressed-tensors",),
         min_length=1,
         strict=False,
-        description="the first is the artifact, the others converted from it; gguf stands alone",
+        description="the first is the artifact, the others are converted from it; gguf cannot be combined",
     )
     targets: tuple[Target, ...] = Field(
-        (), strict=False, description="servers the result is for; what one of them cannot load is refused"
+        (), strict=False, description="servers the artifact is for; what one of them cannot load is refused"
     )
-    gguf: Gguf | None = Field(None, description="the file of format gguf; default: Q4_K_M")
+    gguf: Gguf | None = Field(None, description="settings of format gguf; default: a Q4_K_M file")
     evaluation: Evaluation | None = Evaluation()
     gates: Gates = Gates()
-    smoke: Smoke | None = Field(None, description="the artifact on a real server, after everything else; null: not")
+    smoke: Smoke | None = Field(None, description="smoke test of the artifact on a real server, at the end; null: none")
 
     @field_validator("method", mode="before", json_schema_input_type=Method | str)
     @classmethod
     def _method_has_a_name(cls, value: Any) -> Any:
-        """`method: {damp: 0.02}` and `--set method.damp=0.02` speak of the default method."""
+        """`method: {damp: 0.02}` and `--set method.damp=0.02` mean the default method."""
         return {"name": "gptq"} | value if isinstance(value, dict) else named(value)
 
     @model_validator(mode="after")
@@ -111,14 +113,16 @@ class Recipe(Strict):
         if self.evaluation is not None:
             gates.check(self.evaluation)
         if any(isinstance(transform, Hadamard) for transform in self.transforms[1:]):
-            raise ValueError("transform hadamard comes first, and once: what follows it has to see the rotated model")
+            raise ValueError(
+                "transform hadamard comes first, and once: what follows it has to work on the rotated model"
+            )
         self._check_grids([grid for _, grid in self._stated_grids()])
         if self.tuned and (self.activations is not None or self.kv_cache is not None):
             raise ValueError(
                 f"method {self.method.name} tunes weights for 16-bit inputs: leave activations and kv_cache out"
             )
         if isinstance(self.method, Qat) and self.method.end_to_end is not None and self.calibration.samples < 2:
-            raise ValueError("method.end_to_end holds a sequence out: calibration.samples has to be 2 or more")
+            raise ValueError("method.end_to_end holds out a sequence: calibration.samples has to be 2 or more")
         for key in ("activations", "kv_cache"):
             without = [name for name in self.formats if not FILE_FORMATS[name].input_scales]
             if getattr(self, key) is not None and without:
@@ -135,14 +139,14 @@ class Recipe(Strict):
         return self
 
     def _stated_grids(self) -> list[tuple[str, Grid]]:
-        """`weights`, and what each override makes of it alone, with the recipe key of each."""
+        """`weights`, and what each override alone makes of it, each with its recipe key."""
         return [
             ("weights", self.weights),
             *((f"overrides.{k}", o.applied_to(self.weights)) for k, o in enumerate(self.overrides)),
         ]
 
     def _check_grids(self, grids: Sequence[Grid]) -> None:
-        """Raise ValueError for weights that do not go with each other or with the rest of the recipe."""
+        """Raise ValueError for weights that cannot be combined, with each other or with the rest of the recipe."""
         for grid in grids if not self.is_gguf else ():
             self.method.check(grid)
             for format in self.formats:
@@ -161,7 +165,7 @@ class Recipe(Strict):
             blocks = {grid.type == "fp8-block" for grid in grids}
             if True in blocks and not self.activations.dynamic:
                 raise ValueError("fp8-block weights take dynamic activations: leave `dynamic` out")
-            if len(blocks) > 1:  # a run measures and rounds inputs in one way for all layers
+            if len(blocks) > 1:  # a run rounds the inputs of all layers in one way
                 raise ValueError(
                     "fp8-block weights have activations with a scale for every 128 columns, the other layers with one "
                     "for all: give every layer type fp8-block or none, or leave activations out"
@@ -178,7 +182,7 @@ class Recipe(Strict):
                 raise ValueError(f"targets: {refused[0]}")
 
     def _check_gguf(self) -> None:
-        """What goes with a GGUF file, and what with it alone."""
+        """Raise ValueError for what a GGUF file excludes, or what only it can have."""
         if "gguf" not in self.formats:
             if not self.method.types or self.gguf is not None:
                 what = "the section gguf" if self.method.types else f"method {self.method.name}"
@@ -196,7 +200,7 @@ class Recipe(Strict):
         for key in ("weights", "overrides", "ignore", "activations", "kv_cache", "transforms"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"{key} means nothing for a GGUF file: gguf.type and gguf.tensor_types choose its numbers"
+                    f"{key} has no effect on a GGUF file: gguf.type and gguf.tensor_types choose its number types"
                 )
 
     @property
@@ -270,7 +274,7 @@ class Recipe(Strict):
         return out
 
     def _grid_of(self, name: str) -> tuple[str, Grid]:
-        """What all overrides that match a layer make of `weights`, with the recipe key of the last one."""
+        """The grid of a layer after all matching overrides, with the recipe key of the last one."""
         key, grid = "weights", self.weights
         for k, override in enumerate(self.overrides):
             if matches(override.match, name):
@@ -281,9 +285,9 @@ class Recipe(Strict):
         return key, grid
 
     def _check_together(self, first: dict[Grid, tuple[str, str]]) -> None:
-        """The checks of the whole recipe once more, for what overrides that match one layer make of it together.
+        """Repeat the checks across sections for what several overrides together make of a layer.
 
-        When the recipe is read no layer is known, and each override was seen alone.
+        Before the model is known, each override can only be checked alone.
         """
         seen: list[tuple[str, Grid]] = []
         for grid, (name, key) in first.items():

@@ -1,4 +1,4 @@
-"""What is measured on the artifact: text, tasks, continuations, memory and speed."""
+"""What is measured on the artifact: perplexity and divergence, tasks, continuations, memory and speed."""
 
 from pathlib import Path
 from typing import Annotated, Self
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from ..core.schema import Strict, named
 from .text import Text
 
-# Memory in MiB as the driver reports it, which is less than the name says where error correction takes a part.
+# Memory in MiB as the driver reports it: less than nominal where error correction takes a part.
 GPUS: dict[str, int] = {
     "T4": 15360, "L4": 23034, "A10G": 23028, "RTX 3090": 24576, "RTX 4090": 24564, "RTX 5090": 32607, "L40S": 46068,
     "A100 40GB": 40960, "A100 80GB": 81920, "H100 80GB": 81559, "H200": 143771, "B200": 183359, "MI300X": 196592,
@@ -20,16 +20,17 @@ class Task(Strict):
 
     name: str | None = Field(None, min_length=1, description="of a task or group that lm-eval knows, such as arc_easy")
     file: str | None = Field(
-        None, description="a task's YAML file; data_files in it are relative to its folder. It may run code: read it"
+        None,
+        description="a task's YAML file; its data_files are relative to its folder. It may run code: review it first",
     )
-    few_shot: int | None = Field(None, ge=0, description="examples before each question; null: what the task says")
+    few_shot: int | None = Field(None, ge=0, description="examples before each question; null: the task's own number")
     limit: int | None = Field(None, ge=1, description="the first documents only; null: all")
-    metric: str | None = Field(None, description="the metric to keep, such as acc_norm; null: all that are means")
+    metric: str | None = Field(None, description="the metric to report, such as acc_norm; null: all that are averages")
 
     @model_validator(mode="after")
     def _is_named_once(self) -> Self:
         if (self.name is None) == (self.file is None):
-            raise ValueError("a task has a `name` that lm-eval knows or a `file`, one of them")
+            raise ValueError("a task has either a `name` that lm-eval knows or a `file`")
         return self
 
     @property
@@ -43,29 +44,31 @@ class Timing(Strict):
 
     batches: tuple[int, ...] = Field((1,), min_length=1, strict=False, description="sequences at once")
     contexts: tuple[int, ...] = Field((128, 1024), min_length=1, strict=False, description="tokens of the prompt")
-    new_tokens: int = Field(16, ge=2, description="decoded after it")
-    repeats: int = Field(3, ge=2, description="after one that does not count")
+    new_tokens: int = Field(16, ge=2, description="tokens decoded after the prompt")
+    repeats: int = Field(3, ge=2, description="timed runs, after one for warm-up")
 
     @field_validator("batches", "contexts")
     @classmethod
     def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(item < 1 for item in value):
-            raise ValueError("numbers of 1 and more are needed")
+            raise ValueError("numbers have to be 1 or more")
         return value
 
 
 class EfficiencySettings(Strict):
-    """What it takes to hold and run the artifact."""
+    """Memory and speed of the artifact."""
 
-    context: int = Field(4096, ge=1, description="tokens a sequence, for the key-value cache and what fits a GPU")
+    context: int = Field(
+        4096, ge=1, description="tokens a sequence, for the size of the key-value cache and what fits on a GPU"
+    )
     gpus: tuple[str, ...] = Field(
         ("L4", "RTX 4090", "L40S", "A100 80GB", "H100 80GB"),
         strict=False,
-        description=f"which to count sequences for: {', '.join(GPUS)}",
+        description=f"GPUs to compute the number of concurrent sequences for, of: {', '.join(GPUS)}",
     )
-    timing: Timing | None = Field(None, description="{} times prefill and decoding with the defaults; null: not timed")
+    timing: Timing | None = Field(None, description="time prefill and decoding, {} with defaults; null: not timed")
     price_per_hour: float | None = Field(
-        None, gt=0, strict=False, description="of the machine that is timed, in any currency: gives a price a token"
+        None, gt=0, strict=False, description="of the machine that is timed, in any currency: gives a price per token"
     )
 
     @field_validator("gpus")
@@ -84,16 +87,16 @@ class EfficiencySettings(Strict):
 
 
 class Evaluation(Text):
-    """What is measured: perplexity and divergence from the original over windows of one text, tasks, continuations of
-    a few prompts, memory and speed.
+    """Perplexity and divergence from the original over windows of one text, tasks, continuations of a few prompts,
+    memory and speed.
     """
 
     split: str = "test"
-    windows: int = Field(16, ge=1, description="windows, from the start of the text")
+    windows: int = Field(16, ge=1, description="number of windows, from the start of the text")
     window: int = Field(1024, ge=16, description="tokens a window")
     stride: int | None = Field(None, ge=1, description="tokens between window starts; default: the window")
     tasks: tuple[Annotated[Task, BeforeValidator(named, json_schema_input_type=Task | str)], ...] = Field(
-        (), strict=False, description="tasks of lm-eval, which is an extra: quantpress[tasks]"
+        (), strict=False, description="tasks of lm-eval; needs the extra quantpress[tasks]"
     )
     prompts: tuple[str, ...] = Field(
         (
@@ -102,9 +105,9 @@ class Evaluation(Text):
             "def fibonacci(n):\n",
         ),
         strict=False,
-        description="continued greedily by both models, side by side; []: none",
+        description="prompts that both models continue greedily, side by side; []: none",
     )
-    new_tokens: int = Field(40, ge=1, description="most tokens of each continuation")
+    new_tokens: int = Field(40, ge=1, description="at most, for each continuation")
     efficiency: EfficiencySettings = EfficiencySettings()
 
     @model_validator(mode="after")
@@ -116,5 +119,5 @@ class Evaluation(Text):
         labels = [task.label for task in self.tasks]
         for label in labels:
             if labels.count(label) > 1:
-                raise ValueError(f"task {label} is there twice")
+                raise ValueError(f"tasks: {label} is listed twice")
         return self

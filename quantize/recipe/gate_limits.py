@@ -1,4 +1,4 @@
-"""The limits of a recipe: what fails a run."""
+"""The quality gates of a recipe: limits that fail a run."""
 
 from pydantic import Field
 
@@ -9,8 +9,8 @@ from .evaluation import Evaluation
 class Gates(Strict):
     """Limits that fail the run with exit code 3.
 
-    Each is judged with the uncertainty of what was measured: REGRESSION when the whole 95% interval lies beyond the
-    limit, ACCEPT when it lies within, INCONCLUSIVE when it holds the limit.
+    Each is judged by the 95 % interval of what was measured: REGRESSION when all of it is beyond the limit, ACCEPT when
+    all of it is within, INCONCLUSIVE when it contains the limit.
     """
 
     max_perplexity_increase: Fraction | None = Field(None, ge=0, description="over the original: 3% or 0.03")
@@ -24,15 +24,20 @@ class Gates(Strict):
     max_bytes: int | None = Field(None, ge=1, description="weights on disk")
     min_recovery: dict[str, Fraction] = Field(
         {},
-        description="by task: the share of the original's score that is left in its worst metric, 99% or 0.99",
+        description="by task: the share of the original's score that its worst metric keeps, 99% or 0.99",
     )
     min_tokens_per_second: float | None = Field(
-        None, gt=0, strict=False, description="decoded, at the first batch and context of evaluation.efficiency.timing"
+        None,
+        gt=0,
+        strict=False,
+        description="in decoding, at the first batch and context of evaluation.efficiency.timing",
     )
-    strict: bool = Field(False, description="INCONCLUSIVE fails too; false: it is shown, and the exit code is 0")
+    strict: bool = Field(
+        False, description="true: INCONCLUSIVE fails, too; false: it is reported and the exit code is 0"
+    )
 
     def limits(self) -> dict[str, float]:
-        """The limits that are set, by name; those of single tasks as min_recovery.<task>."""
+        """The limits that are set, by name; those of tasks as min_recovery.<task>."""
         limits: dict[str, float] = self.model_dump(exclude={"strict", "min_recovery"}, exclude_none=True)
         return limits | {f"min_recovery.{task}": limit for task, limit in self.min_recovery.items()}
 

@@ -1,4 +1,4 @@
-"""The GGUF file of a recipe: its type, the tensors that get another one, its importance matrix, budget and parts."""
+"""The GGUF file of a recipe: file type, exceptions for tensors, importance matrix, size budget, split."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -18,7 +18,7 @@ TensorType = Literal[
     "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0",
 ]  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
-# What llama.cpp makes with an importance matrix only.
+# Types that llama.cpp only makes with an importance matrix.
 _NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 _FILES_NEED_IMATRIX = (*_NEED_IMATRIX, "IQ2_M", "IQ3_XS", "Q2_K_S")
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3}
@@ -35,10 +35,12 @@ Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 
 
 class Budget(Strict):
-    """What the file may weigh: the types of its tensors are chosen for it."""
+    """A size for the file; the types of its tensors are chosen to meet it."""
 
-    bytes: Bytes | None = Field(None, description="of the whole file, such as 100M")
-    bits_per_weight: float | None = Field(None, gt=0, strict=False, description="of the whole file over all weights")
+    bytes: Bytes | None = Field(None, description="size of the whole file, such as 100M")
+    bits_per_weight: float | None = Field(
+        None, gt=0, strict=False, description="size of the whole file over the number of weights"
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -53,15 +55,15 @@ class Gguf(Strict):
     type: FileType = Field("Q4_K_M", description="llama.cpp's file type: a type, or a mix of them by kinds of tensors")
     tensor_types: dict[Pattern, TensorType] = Field(
         {},
-        description="types of tensors by a pattern of their GGUF names, such as blk.*.attn_v.weight; the first counts",
+        description="types by a pattern of GGUF tensor names, such as blk.*.attn_v.weight; the first match counts",
     )
     imatrix: bool | str = Field(
         False,
-        description="importance of the columns: true from the calibration text, or a file of llama.cpp's; gptq, which "
-        "knows more of the blocks, takes that of the head and the embedding alone",
+        description="importance matrix: true computes it from the calibration text, else a file that llama.cpp made; "
+        "with gptq, which has the blocks' Hessians, it is used for the embedding and the output head only",
     )
     budget: Budget | None = None
-    split: Bytes | None = Field(None, description="most bytes of tensors in one file, such as 4G; null: one file")
+    split: Bytes | None = Field(None, description="most bytes of tensors in one file, such as 4G; null: a single file")
 
     @property
     def calibrated(self) -> bool:
@@ -76,7 +78,5 @@ class Gguf(Strict):
             )
         low = [kind for kind in self.tensor_types.values() if kind in _NEED_IMATRIX]
         if self.imatrix is False and (self.type in _FILES_NEED_IMATRIX or low):
-            raise ValueError(
-                f"type {low[0] if low else self.type} is made with an importance matrix only: set imatrix: true"
-            )
+            raise ValueError(f"type {low[0] if low else self.type} needs an importance matrix: set imatrix: true")
         return self

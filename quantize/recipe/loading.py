@@ -1,13 +1,14 @@
-"""A recipe from its file: read, overridden, validated. No torch here.
+"""Reading a recipe: from its file, with overrides applied, validated. No torch here.
 
 `load` reads a file (or the name of a shipped recipe), applies `--set key.path=value` overrides and validates the
-result; every mistake comes back as one BadInput line that names the place.
+result; all mistakes are reported in one BadInput line that names their places.
 """
 
 import difflib
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,7 +21,7 @@ from .targets import Target
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key written twice is an error, not a silent choice of the last."""
+    """YAML in which a duplicate key is an error instead of silently the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -32,10 +33,22 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_GROUPS = ("start-here", "vllm-gpu", "vllm-cpu", "tensorrt-llm", "llama.cpp", "smallest")  # folders, as they are listed
+
+
+def groups() -> dict[str, list[str]]:
+    """Names of the recipes inside the package, by the folder they lie in: what they are for."""
+    return {group: sorted(_files(group)) for group in _GROUPS}
+
+
 def shipped() -> list[str]:
     """Names of the recipes inside the package."""
-    folder = resources.files("quantpress.recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(name for names in groups().values() for name in names)
+
+
+def _files(group: str) -> dict[str, Traversable]:
+    inside = resources.files("quantpress.recipes").joinpath(group).iterdir()
+    return {file.name.removesuffix(".yaml"): file for file in inside if file.name.endswith(".yaml")}
 
 
 def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,8 +57,8 @@ def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-        elif where in shipped():
-            text = (resources.files("quantpress.recipes") / f"{where}.yaml").read_text(encoding="utf-8")
+        elif inside := [files[where] for files in map(_files, _GROUPS) if where in files]:
+            text = inside[0].read_text(encoding="utf-8")
         else:
             near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.6)
             hint = f"did you mean {', '.join(near)}?" if near else "`quantpress recipes` lists them"
@@ -66,7 +79,7 @@ def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a recipe document; every problem on one line, each with its place."""
+    """Validate a recipe document; raises BadInput, one line with every problem and its place."""
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
@@ -74,7 +87,7 @@ def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def parse_target(document: Any, where: str) -> Target:
-    """Validate one target, a name or a mapping, as `targets` of a recipe has them."""
+    """Validate one target, a name or a mapping, as in `targets` of a recipe."""
     try:
         target: Target = TypeAdapter(Target).validate_python(document)
     except ValidationError as error:
@@ -85,19 +98,19 @@ def parse_target(document: Any, where: str) -> Target:
 def _problems(error: ValidationError, root: Any) -> str:
     errors = error.errors(include_url=False)
     inner = [e["loc"] for e in errors]
-    # A list whose items are wrong also counts as too short: say only what is wrong with them.
+    # A list with a wrong item is reported as too short, too: report only the item.
     errors = [e for e in errors if e["type"] != "too_short" or not any(_inside(place, e["loc"]) for place in inner)]
     return "; ".join(_problem(e, root) for e in errors)
 
 
-_GONE = {  # keys that recipes of earlier versions may have, by their parent: what to write now
-    ("gptq", "correction"): "gone with GPTAQ, which lost to QEP wherever it was measured; drop it, error_correction "
-    "alone sets the strength of QEP",
+_GONE = {  # removed keys, by section: what to write instead
+    ("gptq", "correction"): "GPTAQ was removed, QEP being better wherever both were measured; drop this key, "
+    "error_correction sets the strength of QEP",
 }
 _PLAIN = {
-    "model_type": "a mapping of keys is needed",
-    "model_attributes_type": "a mapping of keys is needed",
-    "tuple_type": "a list is needed",
+    "model_type": "has to be a mapping",
+    "model_attributes_type": "has to be a mapping",
+    "tuple_type": "has to be a list",
 }
 
 
@@ -125,25 +138,25 @@ def _problem(error: Any, root: Any) -> str:
 
 
 def _keys_at(root: Any, place: Iterable[int | str]) -> list[str]:
-    """The keys a mapping at `place`, as pydantic names it, may have under the type `root`."""
+    """The keys of the mapping at `place`, a location in a pydantic error of the type `root`."""
     models = _models(root)
     for part in place:
         if tagged := [model for model in models if part in _names(model)]:
-            models = tagged  # the name that decides between the models of a union
+            models = tagged  # the tag of a union
         elif fields := [model.model_fields[part] for model in models if part in model.model_fields]:
             models = [inner for field in fields for inner in _models(field.annotation)]
     return list(dict.fromkeys(key for model in models for key in model.model_fields))
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a value of this type may be or hold: in unions, lists and mappings, but not in their fields."""
+    """The models in an annotation: through unions, lists and mappings, but not in the models' own fields."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models(inner)]
 
 
 def _names(model: type[BaseModel]) -> tuple[Any, ...]:
-    """What `name` may be in this model, where its type tells: the tag of a union."""
+    """The tags of this model in a union: the literal values of its `name`."""
     field = model.model_fields.get("name")
     return () if field is None or get_origin(field.annotation) is not Literal else get_args(field.annotation)
 

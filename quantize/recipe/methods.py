@@ -1,4 +1,4 @@
-"""The transforms and methods of a recipe, each with its settings."""
+"""Transforms and methods of a recipe: their settings, and what recipe and engine ask of them."""
 
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
@@ -26,11 +26,11 @@ class TransformSettings(Strict):
 
 
 class SmoothQuant(TransformSettings):
-    """SmoothQuant, arXiv:2211.10438: outliers of the inputs move into the weights, channel by channel."""
+    """SmoothQuant, arXiv:2211.10438: outliers of the inputs are moved into the weights, channel by channel."""
 
     name: Literal["smoothquant"] = "smoothquant"
     alpha: Annotated[float, Lax, Field(ge=0, le=1)] | Literal["search"] = Field(
-        0.5, description="share of a channel's range that moves; search: the best by each linear group's output error"
+        0.5, description="share of a channel's range that is moved; search: the one with the least output error"
     )
 
     @property
@@ -42,7 +42,7 @@ class Awq(TransformSettings):
     """AWQ, arXiv:2306.00978: channels with large inputs get larger weights, and so a finer grid."""
 
     name: Literal["awq"] = "awq"
-    points: int = Field(20, ge=2, le=100, description="strengths tried between none and full")
+    points: int = Field(20, ge=2, le=100, description="number of strengths tried between none and full")
 
     @property
     def scales_tried(self) -> int:
@@ -101,7 +101,7 @@ class MethodSettings(Strict):
 
 
 class Rtn(MethodSettings):
-    """Round to nearest: seconds; no calibration unless the scale search, a transform or static inputs want it."""
+    """Round to nearest: takes seconds; calibration only if scale_search, a transform or static scales need it."""
 
     block_types: ClassVar[bool] = True
 
@@ -109,14 +109,18 @@ class Rtn(MethodSettings):
 
 
 class Gptq(MethodSettings):
-    """GPTQ, arXiv:2210.17323: each column's rounding error is pushed onto the columns still to come."""
+    """GPTQ, arXiv:2210.17323: later columns compensate the rounding error of earlier ones."""
 
     block_types: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
 
     name: Literal["gptq"] = "gptq"
     damp: float = Field(
-        0.01, gt=0, lt=1, strict=False, description="times the mean of the Hessian's diagonal, added to it"
+        0.01,
+        gt=0,
+        lt=1,
+        strict=False,
+        description="damping: this times the mean of the Hessian's diagonal is added to it",
     )
     order: Literal["group_aware", "activation", "natural"] = Field(
         "group_aware",
@@ -127,7 +131,7 @@ class Gptq(MethodSettings):
         True, description="with order activation: groups stay contiguous on disk. false writes desc_act files"
     )
     weighted_scales: bool = Field(
-        True, description="scale search weighs each column by the variance later columns cannot make up for"
+        True, description="scale search weighs each column by the variance that later columns cannot compensate"
     )
     error_correction: float = Field(
         0.5,
@@ -155,30 +159,34 @@ class Gptq(MethodSettings):
     def check(self, grid: Grid) -> None:
         super().check(grid)
         if self.shuffled and grid.group_size == -1:
-            raise ValueError("static_groups: false means nothing per channel (group_size -1); drop it")
+            raise ValueError("static_groups: false has no effect per channel (group_size -1); drop it")
         if self.shuffled and grid.type != "int":
             raise ValueError("static_groups: false is for weights of type int; drop it")
 
 
 class Tuned(MethodSettings):
-    """What the methods share that tune a block as a whole, by gradient steps, once it is rounded."""
+    """Shared settings of the methods that train a rounded block as a whole by gradient steps."""
 
     types: ClassVar[tuple[NumberType, ...]] = ("int",)
     calibrated: ClassVar[bool] = True
 
     batch_size: int = Field(
-        2, ge=1, description="calibration sequences a step; few, and more steps, bring more for the same work"
+        2, ge=1, description="calibration sequences a step; small batches and more steps gain more for the same compute"
     )
     patience: int | None = Field(
         None,
         ge=1,
-        description="steps without a better block after which to stop; null: never, the error often rises before it "
-        "falls. The best block met is kept in any case",
+        description="stop after this many steps without a better block; null: never, since the error often rises "
+        "before it falls. The best block is kept in any case",
     )
-    seed: int = Field(0, ge=0, description="of the order the sequences are met in")
+    seed: int = Field(0, ge=0, description="of the order of the sequences")
     start: Literal["gptq", "rtn"] = Field("gptq", description="what rounds the block before it is tuned")
     error_correction: float = Field(
-        0.5, ge=0, le=1, strict=False, description="of a start from gptq; the original model runs beside in any case"
+        0.5,
+        ge=0,
+        le=1,
+        strict=False,
+        description="QEP strength of a start from gptq; the original model runs beside in any case",
     )
 
     @property
@@ -196,7 +204,7 @@ class Tuned(MethodSettings):
 
 
 class AutoRound(Tuned):
-    """SignRound, arXiv:2309.05516: a rounded block's codes and ranges tuned by gradient steps on its output."""
+    """SignRound, arXiv:2309.05516: codes and ranges of a rounded block trained on the block's output."""
 
     name: Literal["autoround"] = "autoround"
     light: bool = Field(False, description="50 steps instead of 200")
@@ -205,8 +213,8 @@ class AutoRound(Tuned):
         None,
         gt=0,
         strict=False,
-        description="what the first step moves a rounding, in steps of the grid (ranges: by a fifth of it as a "
-        "share); falls to 0 in a line; default: 0.5 / steps",
+        description="learning rate of the rounding, in grid steps (of the ranges: a fifth of it, relative); decays "
+        "linearly to 0; default: 0.5 / steps",
     )
 
     @model_validator(mode="after")
@@ -225,7 +233,7 @@ class AutoRound(Tuned):
 
 
 class EndToEnd(Strict):
-    """E2E-QP: the scales of the whole model trained together, a part of the calibration text held out."""
+    """E2E-QP: the scales of the whole model trained together; a part of the calibration text is held out."""
 
     objective: Objective = Field(
         "kl",
@@ -235,12 +243,12 @@ class EndToEnd(Strict):
     steps: int = Field(32, ge=1, description="gradient steps")
     batch_size: int = Field(4, ge=1, description="calibration sequences a step")
     lr: float = Field(
-        2e-3, gt=0, strict=False, description="what the first step moves a scale, as a share; falls to 0 in a line"
+        2e-3, gt=0, strict=False, description="learning rate of the scales, relative; decays linearly to 0"
     )
 
 
 class Qat(Tuned):
-    """EfficientQAT, arXiv:2407.11062: a rounded block's weights, scales and zeros trained through the rounding."""
+    """EfficientQAT, arXiv:2407.11062: weights, scales and zeros of a rounded block trained through the rounding."""
 
     name: Literal["qat"] = "qat"
     steps: int = Field(200, ge=1, description="gradient steps a block")
@@ -248,17 +256,17 @@ class Qat(Tuned):
         None,
         gt=0,
         strict=False,
-        description="what the first step moves a weight, in steps of the grid; falls to 0 in a line; default: "
-        "0.3 / steps",
+        description="learning rate of the weights, in grid steps; decays linearly to 0; default: 0.3 / steps",
     )
     quant_lr: float | None = Field(
         None,
         gt=0,
         strict=False,
-        description="what it moves a scale, as a share, and a zero, in steps of the grid; default: 0.1 / steps",
+        description="learning rate of scales (relative) and zeros (in grid steps); default: 0.1 / steps",
     )
     end_to_end: EndToEnd | None = Field(
-        None, description="then the scales of the whole model together; it has to fit in memory. null: no"
+        None,
+        description="afterwards train the scales of the whole model together, which has to fit in memory; null: no",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""The texts of a recipe, and the one that calibrates the methods."""
+"""Where a recipe takes text from; the text that calibrates."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -22,7 +22,7 @@ class Text(Strict):
     split: str = Field("train", description="dataset split")
     revision: str | None = Field(None, description="dataset commit, tag or branch")
     column: str = Field("text", description="the field of a JSONL line or dataset row that holds the text")
-    bos: Bos = Field("auto", description="BOS before each sequence: auto does what the tokenizer does")
+    bos: Bos = Field("auto", description="BOS token before each sequence; auto: as the tokenizer does")
 
     @model_validator(mode="after")
     def _dataset_keys_need_a_dataset(self) -> Self:
@@ -32,18 +32,18 @@ class Text(Strict):
         for key in ("config", "split", "revision") + (() if kind == ".jsonl" else ("column",)):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"{key} {getattr(self, key)!r} means nothing for source {self.source!r}: drop it, or name a "
+                    f"{key} {getattr(self, key)!r} has no effect with source {self.source!r}: drop it, or name a "
                     f"{'.jsonl file or ' if key == 'column' else ''}hub dataset"
                 )
         return self
 
 
 class Calibration(Text):
-    """The text that shows the rounder what the activations look like."""
+    """The text that transforms and rounders see the activations of."""
 
     samples: int = Field(128, ge=1, description="sequences")
     seq_len: int = Field(512, ge=8, description="tokens a sequence")
-    seed: int = Field(0, ge=0, description="which part of the text is taken, and `self` generation")
+    seed: int = Field(0, ge=0, description="chooses the part of the text that is used, and what `self` generates")
     chat_template: bool = Field(False, description="wrap each text as a user's turn in the model's chat template")
 
     @model_validator(mode="after")
@@ -52,6 +52,6 @@ class Calibration(Text):
         for key, given in ignored.items():
             if given and self.source == "self":
                 raise ValueError(
-                    f"{key} means nothing for source 'self': the model writes on from BOS, outside of any chat; drop it"
+                    f"{key} has no effect with source 'self': the model generates from BOS, without a chat; drop it"
                 )
         return self

@@ -67,6 +67,25 @@ def test_what_has_no_exact_counterpart(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("suffix", ["weight_global_scale", "input_global_scale"])
+@pytest.mark.parametrize("scale", [896.0, float("nan"), float("inf"), 0.0, -2.0])
+def test_a_global_scale_without_an_exact_inverse_is_not_converted(suffix: str, scale: float, tmp_path: Path) -> None:
+    """As other tools write them: the largest that fits, and not the power of two below."""
+    grid, spec = PAIRS["NVFP4"]
+    make(tmp_path / "a", "compressed-tensors", uniform(grid), spec=spec)
+    checkpoint = Checkpoint(tmp_path / "a")
+    tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
+    for old in (tmp_path / "a").glob("model*"):
+        old.unlink()
+    changed = f"model.layers.1.mlp.up_proj.{suffix}"
+    assert changed in tensors
+    write_part(tmp_path / "a" / "model.safetensors", tensors | {changed: torch.tensor([scale])})
+    expected = "global scale 896 is not a power of two" if scale == 896 else f"{suffix}: one positive, finite number"
+    with pytest.raises(BadInput, match=expected):
+        convert(tmp_path / "a", tmp_path / "b", "modelopt")
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_cache_goes_there_and_back(tmp_path: Path) -> None:
     grid, spec = PAIRS["FP8"]
     make(tmp_path / "a", "compressed-tensors", uniform(grid), spec=spec)

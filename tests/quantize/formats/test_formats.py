@@ -114,3 +114,14 @@ def test_detect() -> None:
         detect({"quantization_config": {"quant_method": "hqq"}})
     with pytest.raises(BadInput, match="checkpoint_format 'marlin'"):
         detect({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}})
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize(("format", "suffix"), [("compressed-tensors", "weight_global_scale"),
+                                                ("modelopt", "weight_scale_2")])  # fmt: skip
+def test_a_global_scale_of_nvfp4_is_a_positive_number(format: str, suffix: str, scale: float) -> None:
+    grid = Grid(type="nvfp4")
+    tensors = FORMATS[format].pack("x", record(grid, 32, 64))
+    broken = tensors | {f"x.{suffix}": torch.full_like(tensors[f"x.{suffix}"], scale)}
+    with pytest.raises(BadInput, match=rf"x\.{suffix}: one positive, finite number is needed"):
+        FORMATS[format].unpack("x", broken.__getitem__, grid, (32, 64))

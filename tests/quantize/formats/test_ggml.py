@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from quantpress.formats import ggml_blocks as ggml
-from quantpress.numbers.block_types import BLOCK_BYTES
+from quantpress.numbers.ggml_scales import BLOCK_BYTES
 from quantpress.numbers.types import BlockGrid, GgmlType
 
 COLUMNS = {kind: n for kind, (n, _) in ((t.name, gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType)}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quantpress.methods.scaling import Observed
+from quantpress.methods.channel_scales import Observed
 
 
 def outliers(seed: int = 0, *, mixed: bool = False) -> Tensor:

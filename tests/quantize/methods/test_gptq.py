@@ -10,8 +10,8 @@ from quantpress.formats import ggml_blocks as ggml
 from quantpress.methods.gptq import column_order, corrected, factor, gptq
 from quantpress.methods.layer_error import output_power
 from quantpress.methods.rtn import rtn
-from quantpress.numbers.block_types import fit_super
-from quantpress.numbers.grid import Grid, fit, snap
+from quantpress.numbers.ggml_scales import fit_super
+from quantpress.numbers.grid import Grid, fit, global_scale, snap
 from quantpress.numbers.types import BlockGrid, GgmlType
 from quantpress.recipe import Gptq, Rtn
 
@@ -24,11 +24,36 @@ def problem(out: int, n: int, seed: int, tokens: int = 400) -> tuple[Tensor, Ten
     return torch.randn(out, n, generator=g) * 0.1, x.T @ x
 
 
+def order_by_definition(diagonal: list[float], columns: int, order: str, span: int) -> list[int]:
+    """The column order in words: what is larger comes first, of equals the one on the left.
+
+    Columns inside their group, groups inside their span by the largest column, spans by the largest group; a last group
+    of fewer columns stays last.
+    """
+
+    def falling(indices: list[int], size: list[float]) -> list[int]:
+        return [i for _, i in sorted((-size[i], i) for i in indices)]
+
+    n = len(diagonal)
+    if order == "natural":
+        return list(range(n))
+    if order == "activation":
+        return falling(list(range(n)), diagonal)
+    groups = [falling(list(range(g, min(g + columns, n))), diagonal) for g in range(0, n, columns)]
+    short = [groups.pop()] if n % columns else []
+    per_span = max(1, span // columns)
+    largest = [max(diagonal[i] for i in group) for group in groups]
+    spans = [falling(list(range(g, g + per_span)), largest) for g in range(0, len(groups), per_span)]
+    peaks = [max(largest[g] for g in members) for members in spans]
+    chosen = [groups[g] for at in falling(list(range(len(spans))), peaks) for g in spans[at]]
+    return [i for group in (*chosen, *short) for i in group]
+
+
 def by_definition(weight: Tensor, moment: Tensor, grid: Grid, s: Gptq) -> Tensor:
     """Algorithm 1 of arXiv:2210.17323 column by column in float64: inverse Hessian, eager update of all columns."""
     n = weight.shape[1]
     columns, span = grid.columns(n), grid.span(n)
-    perm = column_order(moment.diagonal(), columns, s.order, span)
+    perm = torch.tensor(order_by_definition(moment.diagonal().tolist(), columns, s.order, span))
     h = moment[perm][:, perm].double()
     dead = h.diagonal() == 0
     mean = h.diagonal().mean()
@@ -115,6 +140,25 @@ def test_stacked_linears_equal_single_ones() -> None:
     assert torch.equal(part.scales, alone.scales) or (part.scales != alone.scales).float().mean() < 0.02
 
 
+def test_a_dead_column_counts_as_the_mean_one_and_takes_no_part() -> None:
+    _, moment = problem(1, 32, seed=9)
+    moment[5], moment[:, 5] = 0, 0
+    mean = moment.diagonal().mean()  # of all columns, the dead one too
+    feedback, variance, _ = factor(moment, 0.01)
+    torch.testing.assert_close(variance[5], mean * 1.01)
+    assert not bool(feedback[5].any())
+    assert not bool(feedback[:, 5].any())
+
+
+def test_dead_columns_are_solved_by_the_definition() -> None:
+    weight, moment = problem(24, 64, seed=13)
+    for column in (3, 40):
+        moment[column], moment[:, column] = 0, 0
+    grid, s = Grid(bits=3, group_size=16, symmetric=False), Gptq()
+    got = gptq(weight, grid, s, moment.double()).linear.dequantize()
+    torch.testing.assert_close(got, by_definition(weight, moment.double(), grid, s), rtol=1e-6, atol=1e-7)
+
+
 def test_dead_column_is_rounded_to_nearest() -> None:
     weight, moment = problem(16, 32, seed=9)
     moment[5], moment[:, 5] = 0, 0
@@ -129,7 +173,19 @@ def test_singular_hessian_is_damped_more_and_said_so() -> None:
     done = gptq(weight, Grid(group_size=16), Gptq(damp=1e-8), moment)
     assert done.damp is not None
     assert done.damp > 1e-8
+    assert done.note == f"singular Hessian: damping raised from 1e-08 to {done.damp:g}"
     assert torch.isfinite(done.linear.scales).all()
+
+
+@pytest.mark.parametrize(("beside", "damp"), [(0.5, 0.01), (2.0, 2.43), (7.0, 7.29), (8.5, None), (50.0, None)])
+def test_damping_is_tripled_up_to_ten_and_no_further(beside: float, damp: float | None) -> None:
+    """[[1, b], [b, 1]] is positive definite once b - 1 is added to its diagonal."""
+    moment = torch.tensor([[1.0, beside], [beside, 1.0]], dtype=torch.float64)
+    if damp is None:
+        with pytest.raises(ValueError, match="stays singular with damping 10"):
+            factor(moment, 0.01)
+    else:
+        assert factor(moment, 0.01)[2] == pytest.approx(damp)
 
 
 def test_zero_moment_is_refused() -> None:
@@ -155,6 +211,65 @@ def test_group_aware_order_keeps_groups_together(diagonal: list[float], columns:
     for group in order.reshape(-1, columns):
         assert (group // columns).unique().numel() == 1
         assert d[group].diff().le(0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=24, max_size=48),
+    st.sampled_from([("natural", 8, 8), ("activation", 8, 8), ("group_aware", 8, 8), ("group_aware", 4, 12),
+                     ("group_aware", 16, 16), ("group_aware", 64, 64)]),
+)  # fmt: skip
+def test_the_order_is_its_definition(diagonal: list[int], how: tuple[str, int, int]) -> None:
+    """Small whole numbers, of which many are equal; of any length, so that the last group may be short."""
+    order, columns, span = how
+    if span > columns:  # super-blocks are whole
+        diagonal = diagonal[: len(diagonal) // span * span]
+    sizes = [float(size) for size in diagonal]
+    got = column_order(torch.tensor(sizes), columns, order, span).tolist()
+    assert got == order_by_definition(sizes, columns, order, span)
+
+
+@pytest.mark.parametrize("order", ["group_aware", "activation"])
+def test_blocks_that_do_not_divide_are_solved_in_the_order_asked_for(order: str) -> None:
+    weight, moment = problem(128, 200, seed=5, tokens=700)
+    grid, s = Grid(type="fp8-block"), Gptq(order=order)
+    done = gptq(weight, grid, s, moment)
+    assert done.linear.scales.shape == (1, 2)
+    n = weight.shape[1]
+    perm = order_by_definition(moment.diagonal().tolist(), 128, order, 128)
+    assert perm != list(range(n))
+    natural = gptq(weight, grid, Gptq(order="natural"), moment)
+    assert not torch.equal(done.linear.codes, natural.linear.codes)
+    nearest = rtn(weight, grid, Rtn(), moment).linear
+    ours, theirs = (output_power(q.dequantize() - weight, moment).sum() for q in (done.linear, nearest))
+    assert ours < theirs
+
+
+def test_nvfp4s_global_scale_is_that_of_the_weight_qep_made() -> None:
+    """Its largest weight may pass the one that was read: a scale fixed before would clip it."""
+    weight, moment = problem(16, 32, seed=4)
+    drift = 4 * moment  # the original's inputs are five times as large: W + 4 W
+    grid, s = Grid(type="nvfp4"), Gptq(error_correction=1, damp=1e-6, order="natural")
+    done = gptq(weight, grid, s, moment, drift)
+    assert done.linear.global_scale is not None
+    assert torch.equal(done.linear.global_scale, global_scale(5 * weight, grid))
+    largest = (5 * weight).abs().amax()
+    assert done.linear.dequantize().abs().amax() > 0.8 * largest
+    assert done.note is None
+
+
+def test_groups_that_outgrow_nvfp4s_global_scale_are_told() -> None:
+    """Feedback makes the last group large, after the scale was fixed: all its inputs follow those of the first one."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 16, generator=g)
+    inputs = torch.cat([100 * x, x + 0.01 * torch.randn(400, 16, generator=g)], 1)
+    weight = torch.cat([0.9 * torch.ones(4, 16), 0.01 * torch.ones(4, 16)], 1)
+    weight[:, 0] = 6 * 448 / 2**11  # as large as a global scale of 2^11 allows
+    grid, s = Grid(type="nvfp4", scale_search="minmax"), Gptq(order="natural", damp=1e-6)
+    done = gptq(weight, grid, s, inputs.T @ inputs)
+    assert done.note is not None
+    assert "of 8 groups outgrew the global scale and are clipped" in done.note
+    assert torch.isfinite(done.linear.dequantize()).all()
 
 
 def test_corrected_is_the_least_squares_weight() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantpress.core import machine
 from quantpress.formats.ggml_blocks import pack, row_bytes, unpack
 from quantpress.methods import ROUNDERS
-from quantpress.numbers import block_types as ggml
+from quantpress.numbers import ggml_scales as ggml
 from quantpress.numbers.types import BlockGrid, GgmlType
 from quantpress.recipe import Rtn
 

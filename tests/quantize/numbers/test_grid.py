@@ -129,6 +129,29 @@ def test_search_is_never_worse_than_minmax_and_never_worse_than_shrinking(
         assert (found <= smaller * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_coarse_grid_may_be_clipped_at_one_end_only(bits: Bits, side: int) -> None:
+    """Rows with a long tail at one end: for some, a range that gives up that end alone beats all that shrink evenly."""
+    w = side * (torch.randn(500, 32, generator=torch.Generator().manual_seed(0)) ** 3)
+    grid, ones = Grid(bits=bits, group_size=-1, symmetric=False), torch.ones(32)
+    found = weighted_error(w, *fit(w, grid, torch.float32), grid, ones)
+    plain = grid.model_copy(update={"scale_search": "minmax"})
+    evenly = [fit(w * (1 - 0.05 * i), plain, torch.float32) for i in range(13)]
+    best = torch.stack([weighted_error(w, *pair, grid, ones) for pair in evenly]).amin(0)
+    assert (found <= best * (1 + 1e-5)).all()
+    assert (found < 0.9 * best).sum() >= 5
+    assert found.sum() < 0.992 * best.sum()
+
+
+def test_finer_grids_are_clipped_at_both_ends_alike() -> None:
+    w = torch.cat([torch.linspace(-1.0, -0.2, 63), torch.tensor([1.25])])[None]
+    grid = Grid(bits=4, group_size=-1, symmetric=False)
+    plain = grid.model_copy(update={"scale_search": "minmax"})
+    scale, _ = fit(w, grid, torch.float32)
+    assert any(torch.equal(scale, fit(w * (1 - 0.05 * i), plain, torch.float32)[0]) for i in range(13))
+
+
 def test_importance_moves_the_scale_to_the_columns_that_count() -> None:
     w = torch.cat([torch.linspace(-1, 1, 63), torch.tensor([8.0])])[None]
     grid = Grid(bits=4, group_size=-1, symmetric=True)

@@ -160,11 +160,11 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"weights": {"group_size": True}}, "weights.group_size"),
         ({"weights": {"symmetric": "maybe"}}, "weights.symmetric"),
         ({"weights": {"symmetric": 1}}, "weights.symmetric"),
-        ({"weights": None}, "weights: a mapping of keys is needed, not None"),
+        ({"weights": None}, "weights: has to be a mapping, not None"),
         ({"overrides": [{"match": "a", "group_size": 12}]}, "overrides.0.group_size: a multiple of 8"),
         ({"overrides": [{"match": "a"}]}, "changes nothing; to leave layers alone use `ignore`"),
         ({"overrides": [{"bits": 8}]}, "overrides.0.match"),
-        ({"ignore": "*.down_proj"}, "ignore: a list is needed, not '*.down_proj'"),
+        ({"ignore": "*.down_proj"}, "ignore: has to be a list, not '*.down_proj'"),
         ({"ignore": ["re:["]}, "ignore.0: not a regular expression"),
         ({"ignore": [""]}, "ignore.0: an empty pattern"),
         ({"method": {"name": "gptqq"}}, "known: rtn, gptq"),
@@ -174,18 +174,21 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"calibration": {"seq_len": 4}}, "calibration.seq_len"),
         (
             {"calibration": {"source": "a.txt", "config": "raw"}},
-            "calibration: config 'raw' means nothing for source 'a.txt'",
+            "calibration: config 'raw' has no effect with source 'a.txt'",
         ),
-        ({"evaluation": {"source": "a.jsonl", "split": "train"}}, "evaluation: split 'train' means nothing for source"),
-        ({"calibration": {"source": "a.txt", "column": "body"}}, "column 'body' means nothing for source 'a.txt'"),
-        ({"calibration": {"revision": "main"}}, "revision 'main' means nothing for source 'default'"),
+        (
+            {"evaluation": {"source": "a.jsonl", "split": "train"}},
+            "split 'train' has no effect with source",
+        ),
+        ({"calibration": {"source": "a.txt", "column": "body"}}, "column 'body' has no effect with source 'a.txt'"),
+        ({"calibration": {"revision": "main"}}, "revision 'main' has no effect with source 'default'"),
         (
             {"calibration": {"source": "self", "bos": "never"}},
-            "calibration: bos: never means nothing for source 'self'",
+            "calibration: bos: never has no effect with source 'self'",
         ),
         (
             {"calibration": {"source": "self", "chat_template": True}},
-            "calibration: chat_template: true means nothing for source 'self'",
+            "calibration: chat_template: true has no effect with source 'self'",
         ),
         ({"evaluation": {"source": "self"}}, "`self` is a calibration source"),
         ({"evaluation": {"window": 512, "stride": 513}}, "stride 513 is larger than window 512"),
@@ -211,14 +214,14 @@ def test_a_wrong_value_is_refused(document: dict[str, Any], expected: str) -> No
         ({"method": {"static_groups": False}}, "static_groups: false needs order: activation, not group_aware"),
         (
             {"method": {"order": "activation", "static_groups": False}, "weights": {"group_size": -1}},
-            "static_groups: false means nothing per channel",
+            "static_groups: false has no effect per channel",
         ),
         (
             {
                 "method": {"order": "activation", "static_groups": False},
                 "overrides": [{"match": "a", "group_size": -1}],
             },
-            "static_groups: false means nothing per channel",
+            "static_groups: false has no effect per channel",
         ),
         ({"evaluation": None, "gates": {"max_kl": 0.1}}, "gates on quality need an evaluation"),
         (
@@ -343,7 +346,7 @@ def test_tuning_is_for_integer_weights_alone(name: str) -> None:
 
 def test_end_to_end_holds_a_sequence_out() -> None:
     document = {"method": {"name": "qat", "end_to_end": {"steps": 2}}, "calibration": {"samples": 1}}
-    with pytest.raises(BadInput, match=r"holds a sequence out: calibration\.samples has to be 2 or more"):
+    with pytest.raises(BadInput, match=r"holds out a sequence: calibration\.samples has to be 2 or more"):
         parse(document)
     with pytest.raises(BadInput, match="did you mean 'steps'"):
         parse({"method": {"name": "qat", "end_to_end": {"stepps": 2}}})
@@ -383,14 +386,14 @@ LLAMA_CPP = {"method": {"name": "llama.cpp"}, "formats": ["gguf"]}
         ({"method": {"name": "llama.cpp"}}, "method llama.cpp is for GGUF files: set formats: [gguf]"),
         ({"gguf": {"type": "F16"}}, "the section gguf is for GGUF files"),
         (LLAMA_CPP | {"formats": ["gguf", "gptq"]}, "format gguf stands alone"),
-        (LLAMA_CPP | {"weights": {"bits": 8}}, "weights means nothing for a GGUF file"),
-        (LLAMA_CPP | {"transforms": [{"name": "awq"}]}, "transforms means nothing for a GGUF file"),
-        (LLAMA_CPP | {"kv_cache": "fp8"}, "kv_cache means nothing for a GGUF file"),
+        (LLAMA_CPP | {"weights": {"bits": 8}}, "weights has no effect on a GGUF file"),
+        (LLAMA_CPP | {"transforms": [{"name": "awq"}]}, "transforms has no effect on a GGUF file"),
+        (LLAMA_CPP | {"kv_cache": "fp8"}, "kv_cache has no effect on a GGUF file"),
         (LLAMA_CPP | {"gguf": {"type": "Q4_K_X"}}, "gguf.type: Input should be 'F32', 'F16'"),
         (LLAMA_CPP | {"gguf": {"typ": "F16"}}, "gguf.typ: unknown key, did you mean 'type'?"),
         (LLAMA_CPP | {"gguf": {"type": "F16", "imatrix": True}}, "type F16 is not quantized"),
-        (LLAMA_CPP | {"gguf": {"type": "IQ2_XS"}}, "type IQ2_XS is made with an importance matrix only"),
-        (LLAMA_CPP | {"gguf": {"tensor_types": {"output.weight": "IQ1_S"}}}, "type IQ1_S is made with an importance"),
+        (LLAMA_CPP | {"gguf": {"type": "IQ2_XS"}}, "type IQ2_XS needs an importance matrix"),
+        (LLAMA_CPP | {"gguf": {"tensor_types": {"output.weight": "IQ1_S"}}}, "type IQ1_S needs an importance"),
         (LLAMA_CPP | {"gguf": {"budget": {}}}, "give one of bytes and bits_per_weight"),
         (LLAMA_CPP | {"gguf": {"budget": {"bytes": "90M"}}}, "method llama.cpp chooses by gguf.type"),
         (LLAMA_CPP | {"gguf": {"split": "4 rods"}}, "gguf.split"),

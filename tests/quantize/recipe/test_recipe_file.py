@@ -91,7 +91,7 @@ def test_set_changes_the_document(tmp_path: Path) -> None:
         ("weights.bitz=4", "weights.bitz: unknown key, did you mean 'bits'?"),
         ("weights.bits.deep=4", "'bits' is not a mapping in this recipe"),
         ("overrides.0.bits=4", "'overrides' is not a mapping in this recipe"),
-        ("weights=", "weights: a mapping of keys is needed"),
+        ("weights=", "weights: has to be a mapping"),
         ("weights.bits", "write key.path=value"),
         ("=4", "write key.path=value"),
         ("weights.bits=[", "the value is not YAML"),
@@ -109,5 +109,5 @@ def test_set_is_validated_like_the_file(tmp_path: Path, override: str, expected:
 
 
 def test_a_key_that_is_gone_says_what_to_write_now() -> None:
-    with pytest.raises(BadInput, match=r"method\.gptq\.correction: gone with GPTAQ, .*; drop it, error_correction "):
+    with pytest.raises(BadInput, match=r"method\.gptq\.correction: GPTAQ was removed, .*; drop this key, error"):
         parse({"method": {"correction": "gptaq"}})

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from quantpress.exports.servers.vllm import Vllm
 from quantpress.numbers.types import Activations, Grid
 from quantpress.recipe import Recipe
 from quantpress.recipe.loading import apply_override, load, parse, shipped
+
+RECIPES = Path(__file__).parents[2] / "recipes"  # those that do not ship
 
 
 def recipe(**keys: Any) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def test_a_name_alone_is_a_target_with_defaults() -> None:
         ([{"name": "ollama", "tensor_parallel": 2}], "targets.0.ollama.tensor_parallel: unknown key"),
         ([{"name": "vllm", "draft_for": "$(id)"}], "targets.0.vllm.draft_for"),
         ([{"name": "vllm", "draft_for": "/models/`id`"}], "targets.0.vllm.draft_for"),
-        ("vllm", "targets: a list is needed"),
+        ("vllm", "targets: has to be a list"),
     ],
 )
 def test_targets_that_cannot_be_read(targets: Any, said: str) -> None:
@@ -143,19 +146,20 @@ def test_the_remedy_in_a_message_is_a_recipe_that_loads() -> None:
     assert parse(document).weights == Grid(bits=4, group_size=32)
 
 
-def test_vllm_takes_some_of_the_shipped_recipes_and_not_others() -> None:
+def test_vllm_takes_some_of_the_recipes_and_not_others() -> None:
     def taken(name: str, loader: str) -> bool:
-        read = load(name)
+        read = load(str(RECIPES / f"{name}.yaml") if (RECIPES / f"{name}.yaml").exists() else name)
         grids = [("weights", read.weights)]
         return any(
             refusal(LOADERS[loader], format, grids, read.activations, scattered=read.shuffled) is None
             for format in read.formats
         )
 
-    on_gpu = {name for name in shipped() if taken(name, "vllm")}
+    names = [*shipped(), *(path.stem for path in RECIPES.glob("*.yaml"))]
+    on_gpu = {name for name in names if taken(name, "vllm")}
     assert {"w4a16-gptq", "w4a16-gptq-sym-g32-as-gptq", "w8a8-gptq", "fp8-dynamic", "modelopt-nvfp4"} <= on_gpu
     assert not {"w3a16-gptq", "w2a16-qat", "w4a16-gptq-desc-act", "w4a16-gptq-as-gptq", "w4a8-gptq"} & on_gpu
-    assert {name for name in shipped() if taken(name, "vllm-cpu")} >= {"w4a8-gptq", "w4a16-gptq", "w8a8-gptq"}
+    assert {name for name in names if taken(name, "vllm-cpu")} >= {"w4a8-gptq", "w4a16-gptq", "w8a8-gptq"}
     assert not taken("w8a16-gptq", "vllm-cpu")
 
 
