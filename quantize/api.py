@@ -116,7 +116,7 @@ def plan(recipe: RecipeLike, model: str | None = None, options: Options = Option
 def quantize(
     recipe: RecipeLike,
     model: str | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
 ) -> Path:
@@ -125,10 +125,10 @@ def quantize(
     recipe, model: as for `plan`. out: the run folder, by default `run_folder(recipe)`. A run that was killed goes on
     after its last finished block. Raises BadInput for what cannot run, and for a folder that holds something else.
 
-        quantize("w4a16-rtn", "smollm2-135m", Path("out"))
+        quantize("w4a16-rtn", "smollm2-135m", "out")
     """
     chosen = _recipe(recipe, model)
-    where = out or run_folder(chosen)
+    where = _path(out) or run_folder(chosen)
     with alone_in(where):
         make_artifact(chosen, where, options, callbacks)
     return where / "quantized"
@@ -137,7 +137,7 @@ def quantize(
 def run(
     recipe: RecipeLike,
     model: str | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
 ) -> Release:
@@ -150,7 +150,7 @@ def run(
         release.results.gates.verdict
     """
     chosen = _recipe(recipe, model)
-    where = out or run_folder(chosen)
+    where = _path(out) or run_folder(chosen)
     with alone_in(where):
         return make_release(chosen, where, options, callbacks)
 
@@ -159,7 +159,7 @@ def evaluate(
     subject: Path | str | Endpoint,
     original: str | None = None,
     recipe: RecipeLike | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
 ) -> Results:
@@ -181,7 +181,7 @@ def draft(
     subject: Path | str,
     original: str | None = None,
     recipe: RecipeLike | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
 ) -> Draft:
@@ -201,7 +201,7 @@ def draft(
 def export(
     folder: Path | str,
     targets: Sequence[TargetLike] = (),
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     host: str = LOOPBACK,
     overwrite: bool = False,
@@ -221,7 +221,8 @@ def export(
         for target in chosen:  # all of them before the first is written
             check_export(Path(folder), target)
         return {
-            target.name: export_target(Path(folder), target, out, host=host, overwrite=overwrite) for target in chosen
+            target.name: export_target(Path(folder), target, _path(out), host=host, overwrite=overwrite)
+            for target in chosen
         }
 
 
@@ -254,7 +255,7 @@ def verify(
 def smoke(
     path: Path | str,
     changes: Mapping[str, Any] | Smoke | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
 ) -> Serving:
@@ -268,7 +269,7 @@ def smoke(
     """
     given = changes.model_dump(exclude_unset=True) if isinstance(changes, Smoke) else dict(changes or {})
     subject = find_served(Path(path), given)
-    where = out or subject.run or Path("artifacts") / subject.artifact.stem / "smoke"
+    where = _path(out) or subject.run or Path("artifacts") / subject.artifact.stem / "smoke"
     with alone_in(where):
         subjects.forget(where, "smoke")
         return run_smoke(subject, where, options, callbacks)
@@ -290,14 +291,14 @@ def load_model(folder: Path | str, device: torch.device | None = None, dtype: to
     return skeleton.whole().eval()
 
 
-def convert(artifact: Path | str, out: Path, to: str) -> Path:
-    """The same codes in another format, without loss; returns `out`.
+def convert(artifact: Path | str, out: Path | str, to: str) -> Path:
+    """The same codes in another format, without loss; returns the folder `out`.
 
     artifact: a run folder or an artifact folder. to: compressed-tensors, gptq, awq or modelopt. Raises BadInput where
     the format cannot hold the artifact exactly.
     """
-    convert_artifact(subjects.model_folder(Path(artifact)), out, to)
-    return out
+    convert_artifact(subjects.model_folder(Path(artifact)), Path(out), to)
+    return Path(out)
 
 
 def write_gguf(
@@ -321,9 +322,9 @@ def report(folder: Path | str) -> Path:
         return write_report(Path(folder))
 
 
-def compare(folders: Sequence[Path | str], out: Path) -> Path:
+def compare(folders: Sequence[Path | str], out: Path | str) -> Path:
     """One page about several runs of one model, evaluated on the same text; returns its index.html."""
-    return write_comparison([Path(folder) for folder in folders], out)
+    return write_comparison([Path(folder) for folder in folders], Path(out))
 
 
 def card(folder: Path | str, base_model: str | None = None, license: str | None = None) -> Path:
@@ -338,7 +339,7 @@ def card(folder: Path | str, base_model: str | None = None, license: str | None 
 def sweep(
     recipes: Sequence[RecipeLike],
     model: str | None = None,
-    out: Path = Path("artifacts/sweep"),
+    out: Path | str = Path("artifacts/sweep"),
     options: Options = Options(),
     runner: Runner | None = None,
     on_outcome: Callable[[RunOutcome], None] = lambda outcome: None,
@@ -351,14 +352,14 @@ def sweep(
         sweep(["w4a16-rtn", "w4a16-gptq"], "smollm2-135m").report
     """
     chosen = [_recipe(recipe, model) for recipe in recipes]
-    with alone_in(out):
-        return make_sweep(chosen, out, options, runner or in_turn(), on_outcome)
+    with alone_in(Path(out)):
+        return make_sweep(chosen, Path(out), options, runner or in_turn(), on_outcome)
 
 
 def reproduce(
     manifest: Path | str,
     model: str | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
 ) -> Reproduction:
@@ -371,7 +372,7 @@ def reproduce(
     """
     recorded = open_recorded(Path(manifest))
     recipe = recorded.recipe.model_copy(update={"model": model or recorded.model})
-    where = out or run_folder(recipe).with_name(f"{recipe.name}-reproduced")
+    where = _path(out) or run_folder(recipe).with_name(f"{recipe.name}-reproduced")
     job, _ = make_job(recipe, options)
     with alone_in(where):
         return make_again(recorded, job, settings(where, options, callbacks))
@@ -392,7 +393,7 @@ def _recipe(recipe: RecipeLike, model: str | None = None) -> Recipe:
 
 
 def _subject(
-    subject: Path | str | Endpoint, original: str | None, recipe: RecipeLike | None, out: Path | None
+    subject: Path | str | Endpoint, original: str | None, recipe: RecipeLike | None, out: Path | str | None
 ) -> tuple[Path | Endpoint, Recipe, Path]:
     """What is measured, the recipe whose model is the original, and where the results go."""
     what = subject if isinstance(subject, Endpoint) else Path(subject)
@@ -400,4 +401,8 @@ def _subject(
     if folder is not None:
         subjects.check_subject(folder)
     chosen = subjects.own_recipe(folder) if recipe is None else _recipe(recipe)
-    return what, subjects.against(folder, chosen, original), out or subjects.output_folder(what)
+    return what, subjects.against(folder, chosen, original), _path(out) or subjects.output_folder(what)
+
+
+def _path(out: Path | str | None) -> Path | None:
+    return None if out is None else Path(out)
