@@ -45,6 +45,8 @@ def of_job(job: Job, format: str) -> ServedModel:
 def of_artifact(artifact: Artifact) -> ServedModel:
     """The model in an artifact folder; its 16-bit linears are the matrices in blocks that are not quantized."""
     format = "gguf" if artifact.is_gguf else artifact.format
+    if format is None and artifact.foreign is not None:
+        raise BadInput(f"{artifact.checkpoint.folder}: its weights ({artifact.foreign}) are of no format written here")
     if format is None:
         raise BadInput(f"{artifact.checkpoint.folder} is not quantized: there is no contract to check")
     read = artifact.checkpoint

@@ -68,6 +68,8 @@ def structure(folder: Path) -> list[str]:
         return []
     artifact = Artifact(folder)
     if artifact.format is None:
+        if artifact.foreign is not None:
+            raise BadInput(f"{folder}: its weights are {artifact.foreign}, in a format that is not written here")
         raise BadInput(f"{folder} is not quantized: config.json has no quantization_config")
     skeleton = Skeleton(artifact, device=torch.device("meta"))
     linears = skeleton.linears()

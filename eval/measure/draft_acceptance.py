@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantpress.artifact.artifact import open_artifact
+from quantpress.artifact.artifact import open_artifact, open_original
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.models.skeleton import Skeleton
@@ -62,7 +62,7 @@ def measure_draft(
     Raises BadInput when their vocabularies differ in size.
     """
     device = machine.device()
-    source, plain = open_artifact(original, device)
+    source, plain = open_original(original, device)
     reader, quantized = open_artifact(artifact, device, plain.dtype)
     if quantized.config.vocab_size != plain.config.vocab_size:
         raise BadInput(f"{artifact} cannot draft for {original}: their vocabularies differ in size")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.artifact.artifact import Artifact, open_artifact, open_original
+from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.calibrate.texts import load_documents
 from quantpress.calibrate.tokens import bos_id, open_tokenizer
 from quantpress.core import machine
@@ -122,10 +123,12 @@ class _Evaluation:
     def __init__(self, original: Path, prepared: Prepared, gates: Gates, watch: Watch) -> None:
         self._folder, self._prepared, self._gates, self._watch = original, prepared, gates, watch
         self._device, self._started = machine.device(), time.monotonic()
-        _, plain = self._original()
+        source, plain = self._original()
+        self._quantization = source.quantization
         self._results = Results(
-            complete=False, dtype=str(plain.dtype).removeprefix("torch."), device=str(self._device), seconds=0.0
-        )
+            complete=False, dtype=str(plain.dtype).removeprefix("torch."), device=str(self._device), seconds=0.0,
+            notes=source.notes,
+        )  # fmt: skip
 
     def of_folder(self, artifact: Path, subject: Subject | None) -> Results:
         _, plain = self._original()
@@ -207,8 +210,7 @@ class _Evaluation:
         def ask_original() -> list[TaskScores]:
             return ask(Scorer(self._original()[1], self._prepared.tokenizer, self._steps("tasks, original"), room))
 
-        model = [fingerprint(self._folder), self._results.dtype, self._results.device]
-        what = [machine.libraries(), *model, self._prepared.bos]
+        what = [machine.libraries(), *self._known_as, self._prepared.bos]
         what += [] if room is None else [room.scored, room.written]
         before = kept(self._prepared.cache / "tasks", tasks, what, ask_original)
         self._add(tasks=compare_tasks(ask(answers()), before))
@@ -218,16 +220,17 @@ class _Evaluation:
         if not wanted.prompts:
             return
 
-        def write(folder: Path, name: str) -> Callable[..., list[list[int]]]:
+        def write(opened: Callable[[], Skeleton], name: str) -> Callable[..., list[list[int]]]:
             # Opened in its turn and dropped after it, so that two whole models are never in memory at once.
-            return lambda prompts, new_tokens: Scorer(
-                self._open(folder), tokenizer, self._steps(f"continuations, {name}")
-            ).write(prompts, new_tokens)
+            return lambda prompts, new_tokens: Scorer(opened(), tokenizer, self._steps(f"continuations, {name}")).write(
+                prompts, new_tokens
+            )
 
         try:
-            what = [machine.libraries(), fingerprint(self._folder), self._results.dtype, self._results.device]
-            original = remembered(self._prepared.cache / "continuations", what, write(self._folder, "original"))
-            pair = original, write(artifact, "artifact")
+            what = [machine.libraries(), *self._known_as]
+            asked = write(lambda: self._original()[1], "original")
+            original = remembered(self._prepared.cache / "continuations", what, asked)
+            pair = original, write(lambda: self._open(artifact), "artifact")
             self._add(generations=side_by_side(*pair, tokenizer, self._prepared.bos, wanted.prompts, wanted.new_tokens))
         except BadInput as error:
             self._note(f"continuations: {error}")
@@ -240,7 +243,7 @@ class _Evaluation:
             self._watch.step("timing, artifact", 0, 0)
             own = time_model(artifact, wanted.timing, self._results.dtype)
             self._watch.step("timing, original", 0, 0)
-            before = time_model(self._folder, wanted.timing, self._results.dtype)
+            before = time_model(self._folder, wanted.timing, self._results.dtype, is_original=True)
         except BadInput as error:
             self._note(f"timing: {error}")
             return
@@ -259,8 +262,14 @@ class _Evaluation:
     def _note(self, line: str) -> None:
         self._add(notes=(*self._results.notes, line))
 
-    def _original(self) -> tuple[Artifact, Skeleton]:
-        return open_artifact(self._folder, self._device)
+    @property
+    def _known_as(self) -> list[str]:
+        """The original in the keys of caches."""
+        how = [] if self._quantization is None else [f"dequantized from {self._quantization}"]
+        return [fingerprint(self._folder), self._results.dtype, self._results.device, *how]
+
+    def _original(self) -> tuple[OriginalCheckpoint, Skeleton]:
+        return open_original(self._folder, self._device)
 
     def _open(self, folder: Path) -> Skeleton:
         return open_artifact(folder, self._device, getattr(torch, self._results.dtype))[1]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantpress.artifact.artifact import open_artifact
+from quantpress.artifact.artifact import open_original
 from quantpress.calibrate.tokens import Tokens
 from quantpress.core import machine
 from quantpress.core.files import fingerprint, whole_folder
@@ -25,7 +25,7 @@ from quantpress.models.skeleton import Skeleton
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase
 from .results import NoiseFloor
 
-_LAYOUT = "1"  # raise when what is computed, or how it is stored, changes
+_LAYOUT = "2"  # raise when what is computed, or how it is stored, changes
 _KEPT = 16  # cached originals; the least recently used are deleted
 _NOISE_WINDOWS = 4
 
@@ -65,7 +65,7 @@ def _noise(original: Skeleton, folder: Path, hidden: Tensor, text: Windows) -> N
     n = min(_NOISE_WINDOWS, len(text.scored))
     ids = text.tokens.ids[:n]
     few = replace(text, tokens=Tokens(ids, text.tokens.source, text.tokens.bos), scored=text.scored[:n])
-    _, other = open_artifact(folder, original.device, torch.float32)
+    _, other = open_original(folder, original.device, torch.float32)
     own = str(original.dtype).removeprefix("torch.")
     if original.dtype == torch.float32:
         again = torch.cat([last_hidden(other, row[None], lambda: None) for row in ids])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quantpress.artifact.artifact import open_artifact
+from quantpress.artifact.artifact import open_artifact, open_original
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.recipe import Timing
@@ -26,12 +26,17 @@ _BASELINE_NOTE = "dequantized into transformers, eager"
 _SECONDS = 3600
 
 
-def time_model(folder: Path, timing: Timing, dtype: str | None = None) -> Runtime:
+def time_model(folder: Path, timing: Timing, dtype: str | None = None, *, is_original: bool = False) -> Runtime:
     """Load time, peak memory and tokens a second of the model in `folder`, measured in a new process.
 
     Raises BadInput with that process's last line when it fails, for instance because the model does not fit in memory.
     """
-    order = {"folder": str(folder), "timing": timing.model_dump(mode="json"), "dtype": dtype}
+    order = {
+        "folder": str(folder),
+        "timing": timing.model_dump(mode="json"),
+        "dtype": dtype,
+        "is_original": is_original,
+    }
     command = [sys.executable, "-m", "quantpress.eval.measure.speed"]
     try:
         done = subprocess.run(
@@ -45,11 +50,12 @@ def time_model(folder: Path, timing: Timing, dtype: str | None = None) -> Runtim
     return Runtime.model_validate_json(done.stdout.splitlines()[-1])
 
 
-def measure(folder: Path, timing: Timing, dtype: str | None = None) -> Runtime:
+def measure(folder: Path, timing: Timing, dtype: str | None = None, *, is_original: bool = False) -> Runtime:
     """As `time_model`, in this process."""
     device = machine.device()
     started = time.monotonic()
-    _, skeleton = open_artifact(folder, device, None if dtype is None else getattr(torch, dtype))
+    opened = open_original if is_original else open_artifact
+    _, skeleton = opened(folder, device, None if dtype is None else getattr(torch, dtype))
     model = skeleton.whole()
     _wait(device)
     load_seconds = time.monotonic() - started
@@ -121,7 +127,8 @@ def _main() -> None:
     machine.flush_denormals()
     order = json.load(sys.stdin)
     try:
-        found = measure(Path(order["folder"]), Timing.model_validate(order["timing"]), order["dtype"])
+        timing = Timing.model_validate(order["timing"])
+        found = measure(Path(order["folder"]), timing, order["dtype"], is_original=order["is_original"])
     except BadInput as error:
         sys.exit(" ".join(str(error).split()))
     sys.stdout.write(found.model_dump_json() + "\n")

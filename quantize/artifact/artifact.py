@@ -18,17 +18,18 @@ from ..numbers.activations import round_inputs
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
 from ..numbers.types import Activations
 from .manifest import read_manifest
+from .original import OriginalCheckpoint, check_no_codes, stated_of
 
 
 class Artifact:
     """A quantized checkpoint read like a plain one: weights are dequantized as they are read.
 
-    linears: the grid of each quantized linear by its on-disk name. A plain checkpoint has none.
-    Raises BadInput for a quantization this package does not read.
+    linears: the grid of each quantized linear by its on-disk name. A plain checkpoint has none, nor has one in a format
+    that only `OriginalCheckpoint` dequantizes. Raises BadInput for a quantization that neither reads.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.checkpoint = GgufCheckpoint(folder) if gguf_files(folder) else Checkpoint(folder)
+        self.checkpoint = _opened(folder)
         self.config: dict[str, Any] = self.checkpoint.config
         self.format = detect(self.config)
         self.activations: Activations | None = None
@@ -47,6 +48,11 @@ class Artifact:
                 if grid is None:
                     raise BadInput(f"{folder}: {name} is quantized on disk and not in config.json")
                 self.linears[name] = grid
+
+    @property
+    def foreign(self) -> str | None:
+        """What the weights are stored as, in a few words, where that is none of the formats that are written here."""
+        return self.checkpoint.quantization if isinstance(self.checkpoint, OriginalCheckpoint) else None
 
     @property
     def is_gguf(self) -> bool:
@@ -125,11 +131,36 @@ class Artifact:
         return dtype
 
 
+def _opened(folder: Path) -> Checkpoint | GgufCheckpoint:
+    """The folder's tensors: as they lie there where one of FORMATS reads them, else dequantized as they are read."""
+    if gguf_files(folder):
+        return GgufCheckpoint(folder)
+    checkpoint = Checkpoint(folder)
+    stated = stated_of(checkpoint)
+    if stated is None or not any(stated["quant_method"] == f.method or f.reads(stated) for f in FORMATS.values()):
+        return OriginalCheckpoint(folder)
+    checkpoint.config = checkpoint.config | {"quantization_config": stated}  # also where it stands in a file of its own
+    return checkpoint
+
+
+def open_original(
+    folder: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[OriginalCheckpoint, Skeleton]:
+    """The model that artifacts are compared with, as a run reads it: dequantized, its inputs in 16 bit."""
+    checkpoint = OriginalCheckpoint(folder)
+    skeleton = Skeleton(checkpoint, device=device, dtype=dtype)
+    skeleton.check_shapes(checkpoint.shape)
+    check_no_codes(skeleton, checkpoint)
+    return checkpoint, skeleton
+
+
 def open_artifact(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Artifact, Skeleton]:
     """An artifact and the skeleton of its model, which rounds inputs and key-value cache as the artifact says."""
     artifact = Artifact(folder)
     skeleton = Skeleton(artifact, device=device, dtype=dtype)
     skeleton.check_shapes(artifact.plain_shape)
+    if isinstance(artifact.checkpoint, Checkpoint):
+        check_no_codes(skeleton, artifact.checkpoint, but=artifact.linears)
     artifact.transposed = frozenset(x.name for x in skeleton.linears() if x.transposed)
     if artifact.kv_cache is not None:
         for name, attention in kv_cache.attentions(skeleton):

@@ -14,6 +14,7 @@ from typing import Self
 from torch import Tensor
 
 from ..artifact.manifest import Manifest, Sizes
+from ..artifact.original import OriginalCheckpoint
 from ..calibrate.tokens import Tokens
 from ..gguf.reader import GgufCheckpoint
 from ..models.checkpoint import Checkpoint
@@ -35,8 +36,8 @@ class Setup:
 
     recipe: Recipe
     source: Source
-    checkpoint: Checkpoint
-    reader: Checkpoint | RotatedCheckpoint
+    checkpoint: OriginalCheckpoint
+    reader: OriginalCheckpoint | RotatedCheckpoint
     skeleton: Skeleton
     linears: list[LinearLayer]
 

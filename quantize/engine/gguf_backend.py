@@ -50,6 +50,7 @@ def _opened(setup: Setup) -> tuple[Conversion, dict[str, imatrix.Array], str | N
     Raises BadInput for a model, a tokenizer, a pattern or an importance matrix that does not fit.
     """
     conversion = Conversion(setup.checkpoint, setup.source.path, setup.source.id.rpartition("/")[2])
+    conversion.notes = (*setup.checkpoint.notes, *conversion.notes)
     own_types(setup.recipe, conversion.entries)
     file = setup.recipe.gguf_file.imatrix
     if not isinstance(file, str):

@@ -61,9 +61,9 @@ def plan_llama_cpp(setup: Setup, conversion: Conversion) -> Plan:
         original_bytes=original,
         artifact_bytes=artifact,
         memory_bytes=memory,
-        disk_bytes=artifact + (0 if floats else original),
+        disk_bytes=artifact + (0 if floats else _weights_bytes(setup)),
         operations=operations,
-        seconds=original / (2e8 if floats else 2e7),
+        seconds=_weights_bytes(setup) / (2e8 if floats else 2e7),
         passes=1 if recipe.calibrated else 0,
         notes=notes,
     )
@@ -73,7 +73,12 @@ def _calibration_bytes(setup: Setup) -> int:
     """The process with a block and the next one, read ahead, and the hidden states of all tokens."""
     wanted, skeleton = setup.recipe.calibration, setup.skeleton
     states = 4 * wanted.samples * wanted.seq_len * int(skeleton.config.hidden_size)
-    return PROCESS_BYTES + 2 * setup.checkpoint.total_bytes // max(1, skeleton.n_blocks) + states
+    return PROCESS_BYTES + 2 * _weights_bytes(setup) // max(1, skeleton.n_blocks) + states
+
+
+def _weights_bytes(setup: Setup) -> int:
+    """Bytes of the weights as they are read: dequantized, where the original is itself quantized."""
+    return sum(setup.checkpoint.nbytes(name) for name in setup.checkpoint.names())
 
 
 def _with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer]) -> Plan:

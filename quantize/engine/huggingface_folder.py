@@ -74,7 +74,8 @@ class HuggingFaceFolder(Backend):
     @property
     def _notes(self) -> tuple[str, ...]:
         """What is not as the original has it before anything is rounded."""
-        return tuple(self.setup.reader.notes) if isinstance(self.setup.reader, RotatedCheckpoint) else ()
+        rotated = self.setup.reader.notes if isinstance(self.setup.reader, RotatedCheckpoint) else ()
+        return (*self.setup.checkpoint.notes, *rotated)
 
     @property
     def _model_scheme(self) -> ModelScheme:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from ..artifact.original import OriginalCheckpoint, check_no_codes
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
-from ..models.checkpoint import Checkpoint
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.skeleton import Skeleton
 from ..numbers.grid import Grid
@@ -40,14 +40,18 @@ class Job(Setup):
 def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:
     """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run."""
     machine.flush_denormals()
-    checkpoint = Checkpoint(source.path)
-    if quantized := checkpoint.config.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise BadInput(f"{source.id} is already quantized ({method}); give the original checkpoint")
+    checkpoint = OriginalCheckpoint(source.path)
+    source = replace(source, caveat="; ".join(filter(None, (source.caveat, *checkpoint.notes))) or None)
+    if checkpoint.quantization is not None and recipe.calibrated and recipe.calibration.source == "self":
+        raise BadInput(
+            f"calibration.source self: transformers would have to run {source.id} quantized ({checkpoint.quantization})"
+            " to generate text; give a text as calibration.source"
+        )
     first = recipe.transforms[0] if recipe.transforms else None
     reader = RotatedCheckpoint(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
     skeleton = Skeleton(reader, device=device or machine.device())
     skeleton.check_shapes(reader.shape)
+    check_no_codes(skeleton, checkpoint)
     setup = Setup(recipe, source, checkpoint, reader, skeleton, skeleton.linears())
     backend = _backend(setup)
     return Job(**vars(setup), backend=backend, plan=backend.plan())

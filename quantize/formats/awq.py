@@ -58,8 +58,8 @@ class Awq(Format):
         self.check(grid, n_out, n_in, False)
         grid.check(name, n_in)
         groups = n_in // grid.columns(n_in)
-        codes = _unpack(take(f"{name}.qweight", read, (n_in, n_out // 8), torch.int32))
-        zeros = _unpack(take(f"{name}.qzeros", read, (groups, n_out // 8), torch.int32))
+        codes = unpack(take(f"{name}.qweight", read, (n_in, n_out // 8), torch.int32))
+        zeros = unpack(take(f"{name}.qzeros", read, (groups, n_out // 8), torch.int32))
         scales = take(f"{name}.scales", read, (groups, n_out))
         if grid.symmetric and not bool((zeros == 8).all()):
             raise BadInput(f"{name}.qzeros: the config says symmetric, and the zeros are not 8")
@@ -111,7 +111,7 @@ def _pack(codes: Tensor) -> Tensor:
     return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
 
 
-def _unpack(words: Tensor) -> Tensor:
+def unpack(words: Tensor) -> Tensor:
     """int32 [rows, n / 8] -> codes [rows, n] uint8."""
     out = torch.empty(*words.shape, 8, dtype=torch.uint8, device=words.device)
     for i, column in enumerate(_ORDER):

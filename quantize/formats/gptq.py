@@ -10,7 +10,7 @@ asymmetric ones version 2 (`checkpoint_format: gptq_v2`), which stores zeros as 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Gptq(Format):
         self.lowered = lowered
 
     def reads(self, quantization: dict[str, Any]) -> bool:
-        return super().reads(quantization) and self.lowered == _is_lowered(quantization)
+        return super().reads(quantization) and self.lowered == is_lowered(quantization)
 
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
         super().check(grid, out_features, in_features, shuffled)
@@ -157,14 +157,36 @@ class Gptq(Format):
         return out
 
 
-def _is_lowered(config: dict[str, Any]) -> bool:
+def is_lowered(config: Mapping[str, Any]) -> bool:
     """Whether zeros are asymmetric and stored one lower; raises BadInput for layouts made for one kernel."""
     layout = config.get("checkpoint_format") or "gptq"
     if layout not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
         raise BadInput(f"gptq checkpoint_format {layout!r} is laid out for one kernel and cannot be read; known: "
                        "gptq, gptq_v2")  # fmt: skip
+    return layout == "gptq" and _is_asymmetric(config)
+
+
+def true_zeros(name: str, stored: Tensor, bits: int, stated: Mapping[str, Any]) -> Tensor:
+    """The zeros of linear `name` in a file by any writer, from the stored ones.
+
+    stated: the quantization_config, empty when there is none. Raises BadInput where it and the zeros disagree, and
+    where it is missing and the zeros do not show their version.
+    """
+    middle, levels = 1 << (bits - 1), (1 << bits) - 1
+    asymmetric = bool(stated) and _is_asymmetric(stated)
+    if not asymmetric and bool(((stored == middle - 1) | (stored == middle)).all()):
+        return torch.full_like(stored, middle)  # as readers of symmetric files, who ignore what is stored
+    if not stated:
+        raise BadInput(f"{name}.qzeros: no quantization_config says whether zeros are stored one lower (version 1) or "
+                       "as they are (gptq_v2); give the config.json that belongs to these weights")  # fmt: skip
+    if not asymmetric:
+        raise BadInput(f"{name}.qzeros: the config says symmetric, and the zeros are not {middle}")
+    return stored + 1 & levels if is_lowered(stated) else stored
+
+
+def _is_asymmetric(config: Mapping[str, Any]) -> bool:
     parts = [config, *(v for v in (config.get("dynamic") or {}).values() if isinstance(v, dict))]
-    return layout == "gptq" and any(part.get("sym") is False for part in parts)
+    return any(part.get("sym") is False for part in parts)
 
 
 def _with_fused(kinds: dict[str, Kind | None]) -> dict[str, Kind | None]:

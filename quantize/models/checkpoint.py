@@ -27,15 +27,16 @@ COMPANIONS = (
     "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
 
-FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")  # where some readers look for a format's settings
+# Where some readers look for a format's settings.
+FORMAT_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _CHUNK = 1 << 22  # bytes copied at a time
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "C64": torch.complex64,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
