@@ -49,6 +49,7 @@ from .artifact.gguf_floats import write_floats
 from .core import machine
 from .core.errors import BadInput
 from .core.files import alone_in
+from .engine.pipeline import checked_tokenizer
 from .engine.plan import Plan
 from .recipe import Recipe, Smoke
 from .recipe.gguf_file import FloatFile
@@ -105,6 +106,7 @@ def plan(recipe: RecipeLike, model: str | None = None, options: Options = Option
         plan("w4a16-gptq", "smollm2-135m").plan.memory_bytes
     """
     job, targets = make_job(_recipe(recipe, model), options)
+    checked_tokenizer(job, options.trust_remote_code)
     kinds: dict[tuple[str, str], int] = {}
     for linear in job.linears:
         key = (linear.module, job.plan.layers[linear.name])

@@ -12,7 +12,7 @@ import torch
 from quantpress.artifact.artifact import Artifact, open_artifact, open_original
 from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.calibrate.texts import load_documents
-from quantpress.calibrate.tokens import bos_id, open_tokenizer
+from quantpress.calibrate.tokens import bos_id, check_ids, open_tokenizer
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import fingerprint
@@ -82,6 +82,8 @@ def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: 
     text = load_documents(wanted, cache=cache, role="evaluation")
     tokenizer = open_tokenizer(original, trust_remote_code)
     cut = windows(tokenizer, "\n\n".join(text.documents), text.source, wanted)
+    if isinstance(rows := read_json(original / "config.json").get("vocab_size"), int):
+        check_ids(cut.tokens.ids, rows, text.source)
     return Prepared(wanted, cut, tokenizer, Tasks(wanted.tasks) if wanted.tasks else None, cache)
 
 

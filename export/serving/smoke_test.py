@@ -12,8 +12,8 @@ from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.engine.sources import resolve
 from quantpress.gguf.chat import template_arguments
+from quantpress.models.architecture import text_config
 from quantpress.models.checkpoint import Checkpoint
-from quantpress.models.skeleton import text_config
 
 from ..servers import LAUNCHERS
 from ..servers.server import Launcher

@@ -1,19 +1,26 @@
 """The token sequences a model is calibrated on, and how text is tokenized."""
 
 import hashlib
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..core.errors import BadInput
+from ..models.checkpoint import check_content, read_json
 from ..recipe import Bos, Calibration
 
 _CHARACTERS_A_TOKEN = 6  # a first guess, generous for English; doubled until the text read is long enough
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.json", "tekken.json", "vocab.txt",
+)  # fmt: skip
 _MARGIN = 64  # tokens before a cut in the text, discarded because the cut may have changed them
 
 
@@ -91,14 +98,73 @@ def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration) -> Token
 
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint folder. Raises BadInput when there is no readable one."""
+    """The tokenizer of a checkpoint folder. Raises BadInput when there is no readable one.
+
+    Its chat template may lie in chat_template.json, where transformers looks for it only beside a processor.
+    """
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name) if name == "tokenizer_config.json" else check_content(folder / name)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
+        raise BadInput(f"{folder}: no tokenizer; copy the original's tokenizer files there")
+    if _is_sentencepiece_only(folder) and not _has_protobuf():
+        raise BadInput(f"{folder}: the tokenizer is a SentencePiece model only, which needs `pip install protobuf`")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         said = " ".join(str(error).split())[:160]
+        if "custom code" in said:
+            raise BadInput(
+                f"{folder}: the tokenizer brings its own code; read it, then pass --trust-remote-code"
+            ) from error
         raise BadInput(
             f"{folder}: no tokenizer that can be read ({said}); copy the original's tokenizer files there"
         ) from error
+    template = folder / "chat_template.json"
+    if not tokenizer.chat_template and template.is_file():
+        tokenizer.chat_template = read_json(template).get("chat_template")
+    return tokenizer
+
+
+def _is_sentencepiece_only(folder: Path) -> bool:
+    names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    return not (folder / "tokenizer.json").is_file() and any((folder / name).is_file() for name in names)
+
+
+def _has_protobuf() -> bool:
+    try:
+        importlib.import_module("google.protobuf")
+    except ImportError:
+        return False
+    return True
+
+
+def check_vocabulary(tokenizer: Any, rows: int) -> None:
+    """Raise BadInput for a tokenizer whose ordinary tokens have ids beyond the embedding's `rows`.
+
+    Added tokens may lie beyond: a text need not hold them, and `check_ids` sees when it does.
+    """
+    added = set(tokenizer.added_tokens_encoder)
+    last = max((id for token, id in tokenizer.get_vocab().items() if token not in added), default=0)
+    if last >= rows:
+        raise BadInput(
+            f"the tokenizer has ids up to {last} and the model's embedding {rows} rows; "
+            "is it the tokenizer that belongs to this model?"
+        )
+
+
+def check_ids(ids: Tensor, rows: int, source: str) -> None:
+    """Raise BadInput for token ids, of the text `source`, beyond the embedding's `rows`."""
+    if ids.numel() and int(ids.max()) >= rows:
+        raise BadInput(
+            f"{source} holds token {int(ids.max())} and the model's embedding has {rows} rows; "
+            "is its tokenizer the one that belongs to this model?"
+        )
+
+
+def check_chat_template(tokenizer: Any) -> None:
+    """Raise BadInput for a tokenizer that cannot wrap a text in its chat template."""
+    encode(tokenizer, "a", chat=True)
 
 
 def encode(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
@@ -106,7 +172,13 @@ def encode(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise BadInput("calibration.chat_template: this model's tokenizer has no chat template; set it to false")
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+        except (ValueError, TemplateError) as error:  # also: several templates, none of them the default
+            raise BadInput(
+                f"calibration.chat_template: the tokenizer's template fails ({' '.join(str(error).split())[:200]}); "
+                "mend it or set chat_template to false"
+            ) from error
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 

@@ -13,7 +13,15 @@ from torch import Tensor
 from ..artifact.artifact import verify
 from ..artifact.manifest import MachineRecord, Manifest, Timing
 from ..calibrate.texts import load_documents
-from ..calibrate.tokens import Tokens, calibration_tokens, generated_tokens, open_tokenizer
+from ..calibrate.tokens import (
+    Tokens,
+    calibration_tokens,
+    check_chat_template,
+    check_ids,
+    check_vocabulary,
+    generated_tokens,
+    open_tokenizer,
+)
 from ..core import machine
 from ..core.errors import BadInput
 from ..models.rotated_checkpoint import RotatedCheckpoint
@@ -39,7 +47,7 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     """
     started = time.monotonic()
     _check_room(settings)
-    tokenizer = open_tokenizer(job.source.path, settings.trust_remote_code)
+    tokenizer = checked_tokenizer(job, settings.trust_remote_code)
     if _is_finished(settings):
         return _finished(job, tokenizer, settings)
     job.plan.check(settings.out, ignore=settings.ignore_limits)
@@ -57,6 +65,26 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     manifest = describe(job, files, tokens, journal.done, trained)
     manifest = job.backend.assemble(manifest, trained.parts, tokens, settings)
     return _signed(manifest, job, settings, started, [done.seconds for done in journal.done])
+
+
+def checked_tokenizer(job: Job, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. Raises BadInput for one that is not this model's, or not fit for the calibration."""
+    tokenizer = open_tokenizer(job.source.path, trust_remote_code)
+    check_vocabulary(tokenizer, job.skeleton.vocabulary)
+    if not job.recipe.calibrated:
+        return tokenizer
+    wanted = job.recipe.calibration
+    limit = getattr(job.skeleton.config, "max_position_embeddings", None)
+    if limit is not None and wanted.seq_len > limit:
+        raise BadInput(f"calibration.seq_len {wanted.seq_len} is more than the model's {limit} positions")
+    if wanted.chat_template:
+        check_chat_template(tokenizer)
+    if wanted.source == "self" and job.checkpoint.wrapper:
+        raise BadInput(
+            f"calibration.source self: transformers does not load tensors named {job.checkpoint.wrapper}…; "
+            "give a text, or rename the tensors"
+        )
+    return tokenizer
 
 
 def _signed(
@@ -137,9 +165,6 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
     if not job.recipe.calibrated:
         return None
     wanted = job.recipe.calibration
-    limit = getattr(job.skeleton.config, "max_position_embeddings", None)
-    if limit is not None and wanted.seq_len > limit:
-        raise BadInput(f"calibration.seq_len {wanted.seq_len} is more than the model's {limit} positions")
 
     def make() -> Tokens:
         if wanted.source == "self":
@@ -147,7 +172,9 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
         text = load_documents(wanted, cache=settings.cache, role="calibration")
         return calibration_tokens(tokenizer, text.documents, text.source, wanted)
 
-    return sharing.tokens(settings.share, job, make)
+    tokens = sharing.tokens(settings.share, job, make)
+    check_ids(tokens.ids, job.skeleton.vocabulary, tokens.source)
+    return tokens
 
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:

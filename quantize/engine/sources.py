@@ -55,12 +55,12 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
     """The checkpoint that `model` names: a folder, a .gguf file, `org/name[@revision]` or `smollm2-135m`.
 
     A folder or file of that name takes precedence over the hub. Raises BadInput for a model that is missing, cannot be
-    fetched, or needs pickles or its own code without the flag that allows them.
+    fetched, or has pickles for weights without the flag that allows them. trust_remote_code: download the code, too.
     """
     sweep(cache)
     path = Path(model).expanduser()
     if path.is_dir():
-        checked = _checked(path, model, cache, allow_pickle, trust_remote_code)
+        checked = _checked(path, model, cache, allow_pickle)
         return Source(checked, "folder", path.resolve().name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -81,19 +81,15 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
     return _hub(name, revision or None, cache, allow_pickle, trust_remote_code)
 
 
-def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Path:
+def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool) -> Path:
     """`folder` itself, or its safetensors copy in the cache when the weights are pickles."""
+    from ..models.checkpoint import read_json
+
+    _check_not_adapter(folder, name)
     file = folder / "config.json"
     if not file.is_file():
         raise BadInput(f"{name}: no config.json: not a checkpoint folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{file}: not JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise BadInput(f"{file}: not a JSON object")
-    if "auto_map" in config and not trust_remote_code:
-        raise BadInput(f"{name}: the model brings its own code (auto_map); read it, then pass --trust-remote-code")
+    config = read_json(file)
     if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
         return folder
     pickles = _pickles(folder)
@@ -105,6 +101,21 @@ def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool, trust_rem
             "pass --allow-pickle or convert them to safetensors"
         )
     return _unpickled(folder, pickles, config, cache)
+
+
+def _check_not_adapter(folder: Path, name: str) -> None:
+    """Raise BadInput for a folder that holds an adapter's weights and no model's."""
+    settings = folder / "adapter_config.json"
+    others = [p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_model")]
+    if not settings.is_file() or others or any(not p.name.startswith("adapter_model") for p in _pickles(folder)):
+        return
+    from ..models.checkpoint import read_json
+
+    base = read_json(settings).get("base_model_name_or_path")
+    raise BadInput(
+        f"{name}: a LoRA adapter{f' of {base}' if base else ''}, not a model; merge it into its base first "
+        "(PEFT's merge_and_unload) and give the merged folder"
+    )
 
 
 def _pickles(folder: Path) -> list[Path]:
@@ -149,6 +160,9 @@ def _load_pickle(path: Path, tied: bool) -> dict[str, Any]:
 
     import torch
 
+    from ..models.checkpoint import check_content
+
+    check_content(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
@@ -167,7 +181,8 @@ def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust
     from huggingface_hub import HfApi, snapshot_download
 
     wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _PLAIN_FILES)] + (["*.py"] if trust_remote_code else [])
-    ignored = ["*/*", "consolidated*", "original*"]
+    # Of the folders only 1_Pooling/ and additional_chat_templates/, which hold no weights.
+    ignored = ["[!1a]*/*", "[1a]*/*.safetensors", "[1a]*/*.bin", "consolidated*", "original*"]
     with hub_errors(f"model {name}", revision):
         at = commit(HfApi().model_info, name, revision)
         folder = Path(snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=ignored))
@@ -176,7 +191,7 @@ def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust
             folder = Path(snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=ignored))
     if (folder / "config.json").is_file() and not allow_pickle and not any(folder.glob("*.safetensors")):
         raise BadInput(f"{name}: no safetensors weights on the hub; if they are pickles, pass --allow-pickle")
-    return Source(_checked(folder, name, cache, allow_pickle, trust_remote_code), "hub", name, at)
+    return Source(_checked(folder, name, cache, allow_pickle), "hub", name, at)
 
 
 def _converted(gguf: Path, digest: str, cache: Path) -> Path:

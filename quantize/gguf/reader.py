@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import file_sha256
+from ..models.architecture import text_config
 from ..models.checkpoint import companions, read_json
 from ..models.families import family_of
-from ..models.skeleton import Skeleton, text_config
+from ..models.skeleton import Skeleton
 from ..recipe.gguf_file import FLOATS
 from .hyperparameters import form_of
 from .layout import Entry, gguf_name, layout

@@ -3,6 +3,7 @@
 Files are read, not memory-mapped: a reader holds only the tensor it asked for, whatever the size of the model.
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -24,13 +25,19 @@ INDEX = "model.safetensors.index.json"
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.tiktoken", "*.spm", "spiece.model", "sentencepiece.*.model", "tekken.json", "chat_template.*",
-    "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py",
+    "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py", "modules.json",
+    "*_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 
 # Where some readers look for a format's settings.
 FORMAT_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")
+# What training tools put before every tensor's name: DataParallel, torch.compile, PEFT; and a multimodal model, before
+# those of its text model.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
+_HEADS, _EMBEDDINGS = ("lm_head.weight", "embed_out.weight"), ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+_POINTER = b"version https://git-lfs.github.com/spec"  # how the small file begins that stands for a large one
 _CHUNK = 1 << 22  # bytes copied at a time
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -53,7 +60,10 @@ class _Stored:
 
 
 class Checkpoint:
-    """A folder of safetensors with its config.json; opening it reads only headers."""
+    """A folder of safetensors with its config.json; opening it reads only headers.
+
+    A prefix that a training tool put before all names (`_WRAPPERS`) is taken off; `wrapper` holds it.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises BadInput for a folder, config or weights that are missing, incomplete or corrupt."""
@@ -66,6 +76,47 @@ class Checkpoint:
             self._open_shards()
         else:
             self._entries = _read_header(self._single_file())
+        self.wrapper = self._unwrap()
+        self._untie()
+
+    def _unwrap(self) -> str:
+        """Take off what a training tool put before every name; returns it. Raises BadInput for unmerged adapters."""
+        adapters = [name for name in self._entries if ".lora_A." in name or ".lora_B." in name]
+        if adapters:
+            raise BadInput(
+                f"{self.folder}: LoRA weights that are not merged ({adapters[0]}); merge them into the model first "
+                "(PEFT's merge_and_unload) and give the merged folder"
+            )
+        taken = ""
+        while found := [w for w in _WRAPPERS if self._entries and all(name.startswith(w) for name in self._entries)]:
+            self._entries = {name.removeprefix(found[0]): entry for name, entry in self._entries.items()}
+            taken += found[0]
+        return taken
+
+    def _untie(self) -> None:
+        """Where config.json ties the head to the embedding and the file has another head, that head counts.
+
+        So does transformers read it; config says so from here on, for servers that would believe config.json.
+        """
+        if self.config.get("tie_word_embeddings") is not True:
+            return
+        heads = [name for name in self._entries if name in _HEADS]
+        embeddings = [name for name in self._entries if name.endswith(_EMBEDDINGS)]
+        for head in heads:
+            like = [name for name in embeddings if self.shape(name) == self.shape(head)]
+            if like and not any(self._same(head, name) for name in like):
+                self.config["tie_word_embeddings"] = False
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same bytes; reads only as far as they agree."""
+        a, b = self._entry(one), self._entry(other)
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return torch.equal(self.read(one).float(), self.read(other).float())
+        with open(a.path, "rb") as first, open(b.path, "rb") as second:
+            first.seek(a.start)
+            second.seek(b.start)
+            steps = [min(_CHUNK, a.size - at) for at in range(0, a.size, _CHUNK)]
+            return all(first.read(n) == second.read(n) for n in steps)
 
     def _single_file(self) -> Path:
         found = sorted(self.folder.glob("*.safetensors"))
@@ -216,7 +267,13 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
     """The object in a JSON file. Raises BadInput when there is none; `why` says what it is needed for."""
     try:
-        content = json.loads(path.read_bytes())
+        check_content(path)
+        raw = path.read_bytes()
+        if raw.startswith(codecs.BOM_UTF8):
+            raise BadInput(f"{path}: begins with a byte order mark, which no reader of JSON takes; save it without")
+        content = json.loads(raw)
+    except BadInput:  # a ValueError, too
+        raise
     except FileNotFoundError:
         raise BadInput(f"{path.parent}: no {path.name}; {why}") from None
     except (OSError, ValueError) as error:
@@ -226,9 +283,17 @@ def read_json(path: Path, why: str = "") -> dict[str, Any]:
     return content
 
 
+def check_content(path: Path) -> None:
+    """Raise BadInput for a file that is only Git LFS's pointer to the content; OSError when it cannot be read."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise BadInput(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` there, or download it again")
+
+
 def _read_header(path: Path) -> dict[str, _Stored]:
     """The tensors of a safetensors file, in byte order; raises BadInput for an incomplete or corrupt file."""
     try:
+        check_content(path)
         with open(path, "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")

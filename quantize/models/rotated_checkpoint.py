@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..methods.hadamard import Rotation
+from .architecture import text_config
 from .checkpoint import Checkpoint
 from .families import family_of
 from .family import Family
-from .skeleton import text_config
 
 HEAD = "lm_head.weight"
 _PIECE = 1 << 21  # elements rotated at a time, in float64

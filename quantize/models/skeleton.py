@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import BadInput
+from .architecture import check_outside_blocks, empty_model, text_config
 from .block_arguments import BlockArguments, check_same
 from .experts import split_experts
 from .families import UNLISTED, family_of
@@ -56,8 +56,7 @@ class Skeleton:
         self.config = text_config(reader.config)
         self.family = family_of(self.config.model_type)
         self.dtype = dtype or _dtype(reader.config)
-        with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
+        self.model: Any = empty_model(self.config, self.dtype)
         self.model.requires_grad_(False)
         self.blocks_name, self._blocks = _find_blocks(self.model, self.config.num_hidden_layers)
         if self.family.experts is not None:
@@ -65,10 +64,17 @@ class Skeleton:
                 split_experts(block, self.family.experts, self.family.expert_names)
         self._shell_names = [n for n, _ in self.model.named_parameters() if not n.startswith(self.blocks_name + ".")]
         self._check_names()
+        outside = [disk for disk in map(self.disk_name, self._shell_names) if disk not in reader]
+        check_outside_blocks(self.config.model_type, outside, [f"{name}.weight" for name in self.head_names()])
 
     @property
     def n_blocks(self) -> int:
         return len(self._blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding of tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def block(self, k: int) -> nn.Module:
         """Block `k`; its weights are on the meta device unless `blocks` has materialised it."""
@@ -320,25 +326,6 @@ class _Tap(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattribute__("_block")[0], name)
-
-
-def text_config(config: Mapping[str, Any]) -> Any:
-    """The transformers config of a checkpoint; raises BadInput unless it is a text-only causal language model."""
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    kind = plain.get("model_type")
-    try:
-        built = AutoConfig.for_model(**plain) if kind else None
-    except ValueError:
-        built = None
-    except Exception as error:
-        raise BadInput(f"config.json does not describe a {kind} model: {' '.join(str(error).split())[:200]}") from error
-    if built is None or type(built) not in AutoModelForCausalLM._model_mapping:
-        raise BadInput(
-            f"unknown architecture: model_type {kind!r} is not a causal language model this transformers version knows"
-        )
-    if not hasattr(built, "num_hidden_layers") or hasattr(built, "text_config"):
-        raise BadInput(f"model_type {kind!r} is not a plain stack of decoder blocks; only text models are supported")
-    return built
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -15,6 +15,8 @@ from quantpress.engine.sources import Source, resolve
 
 from ..originals import refused, tiny
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4976698672\n"
+
 
 def test_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "org" / "name"
@@ -30,25 +32,44 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     folder.mkdir()
     refused(folder, "no config.json", cache)
     (folder / "config.json").write_text("{")
-    refused(folder, "not JSON", cache)
+    refused(folder, "not readable as JSON", cache)
     (folder / "config.json").write_text("[]")
-    refused(folder, "not a JSON object", cache)
+    refused(folder, "expected a JSON object", cache)
     (folder / "config.json").write_text("{}")
     refused(folder, r"no weights \(\*\.safetensors\)", cache)
     torch.save({}, folder / "optimizer.pt")
     refused(folder, "no weights", cache)
     torch.save({}, folder / "pytorch_model.bin")
     refused(folder, "pass --allow-pickle", cache)
+    (folder / "pytorch_model.bin").write_text(POINTER)
+    refused(folder, "pytorch_model.bin: a Git LFS pointer, .* run `git lfs pull`", cache, allow_pickle=True)
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"auto_map": {"AutoModel": "x.Y"}}')
-    refused(folder, "--trust-remote-code", cache)
-    assert resolve(str(folder), cache=cache, trust_remote_code=True).path == folder
+    assert resolve(str(folder), cache=cache).path == folder  # transformers' own class, if it has one, is used
     refused(tmp_path / "modle", "no such folder; did you mean .*model", cache)
     refused("./a/b", "no such folder; the folder a does not exist", cache)
     refused(tmp_path / "x.gguf", "no such file", cache)
     refused(folder / "config.json", r"not a \.json file", cache)
     refused("smollm2-153m", "did you mean smollm2-135m", cache)
     refused("org/name@", "org/name@revision", cache)
+
+
+@pytest.mark.parametrize("config", [False, True])
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_is_to_be_merged_first(weights: str, config: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    if config:
+        (folder / "config.json").write_text("{}")
+    if weights.endswith(".bin"):
+        torch.save({}, folder / weights)
+    else:
+        save_file({"a": torch.ones(1)}, folder / weights)
+    refused(folder, "a LoRA adapter of org/base, not a model; merge it", tmp_path / "cache")
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")  # a merged model beside it
+    (folder / "config.json").write_text("{}")
+    assert resolve(str(folder), cache=tmp_path / "cache").path == folder
 
 
 def test_pickles_become_safetensors(tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ def header(content: object, data: bytes = b"\0" * 8) -> bytes:
     ("raw", "message"),
     [
         (b"", "truncated or not a safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer, not the file"),
         (b"\xff" * 64, "truncated or not a safetensors"),
         ((20).to_bytes(8, "little") + b"not json............", "corrupt safetensors header"),
         (
@@ -244,8 +245,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_companions_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     source, target = folder_with(tmp_path / "s", {"w": torch.ones(1)}), tmp_path / "t"
     target.mkdir()
-    kept = ["LICENSE.txt", "additional_chat_templates/tool.jinja", "chat_template.jinja", "generation_config.json",
-            "merges.txt", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+    kept = ["1_Pooling/config.json", "LICENSE.txt", "additional_chat_templates/tool.jinja", "chat_template.jinja",
+            "generation_config.json", "merges.txt", "modules.json", "preprocessor_config.json", "tokenizer.json",
+            "tokenizer_config.json"]  # fmt: skip
     for name in [*kept, "README.md", "pytorch_model.bin", "optimizer.pt", "quantize_config.json"]:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)

@@ -1,0 +1,125 @@
+"""What config.json says the model is, and whether that is a decoder stack that can be quantized block by block."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from ..core.errors import BadInput
+
+_OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering")
+# How the original was to be run, which says nothing of its weights; a kernel that is not installed would stop the run.
+_NOT_OF_THE_MODEL = ("quantization_config", "attn_implementation", "_attn_implementation")
+
+
+def text_config(config: Mapping[str, Any]) -> Any:
+    """The transformers config of a checkpoint; raises BadInput unless it is a text-only causal language model.
+
+    As transformers' own loader does, floats written as {"__float__": "Infinity"} are read, and a mistral with
+    layer_types is a ministral.
+    """
+    plain = {k: _floats(v) for k, v in config.items() if k not in _NOT_OF_THE_MODEL}
+    kind = plain.get("model_type")
+    if kind == "mistral" and "layer_types" in plain:
+        plain["model_type"] = kind = "ministral"
+    if not is_known(plain):
+        raise BadInput(_unknown(plain))
+    for key in ("dtype", "torch_dtype"):
+        _check_dtype(plain.get(key))
+    try:
+        built = AutoConfig.for_model(**plain)
+    except Exception as error:
+        raise BadInput(f"config.json does not describe a {kind} model: {' '.join(str(error).split())[:200]}") from error
+    if getattr(built, "is_encoder_decoder", False):
+        raise BadInput(f"model_type {kind!r} is an encoder with a decoder; only decoders are quantized")
+    if type(built) in AutoModelForMaskedLM._model_mapping and not getattr(built, "is_decoder", False):
+        raise BadInput(
+            f"model_type {kind!r} is an encoder, as of embeddings and rerankers; only decoders are quantized"
+        )
+    if type(built) not in AutoModelForCausalLM._model_mapping:
+        raise BadInput(f"model_type {kind!r} is not a causal language model; only these are quantized")
+    if not hasattr(built, "num_hidden_layers") or hasattr(built, "text_config"):
+        raise BadInput(f"model_type {kind!r} is not a plain stack of decoder blocks; only text models are supported")
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if str(name).endswith(_OTHER_TASKS):
+            raise BadInput(
+                f"config.json: {name} is a classification or reward model; only language models are quantized, whose "
+                "head gives a probability for each token"
+            )
+    return built
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether this transformers has a model class of its own for the checkpoint's model_type."""
+    return isinstance(config.get("model_type"), str) and config["model_type"] in CONFIG_MAPPING
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model on the meta device; raises BadInput for a config that its class cannot be built from."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:
+        _check_rope(config)
+        raise BadInput(
+            f"config.json does not describe a {config.model_type} model: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def check_outside_blocks(kind: str, missing: list[str], heads: list[str]) -> None:
+    """Raise BadInput for tensors around the blocks that the checkpoint lacks; `heads` names the output head's."""
+    if not missing:
+        return
+    if set(missing) <= set(heads):
+        raise BadInput(
+            f"the checkpoint has no output head ({missing[0]}) and config.json does not tie it to the embedding, as in "
+            "an embedding, reward or classification model; only language models are quantized"
+        )
+    raise BadInput(
+        f"{kind}: the checkpoint lacks {len(missing)} tensors outside the blocks, the first {missing[0]}; "
+        "is config.json the one that belongs to these weights?"
+    )
+
+
+def _unknown(config: Mapping[str, Any]) -> str:
+    kind, installed = config.get("model_type"), f"transformers {version('transformers')}"
+    if not kind:
+        return "config.json has no model_type, which says what model it is; add that of the original"
+    if "auto_map" in config:
+        return (
+            f"model_type {kind!r} is unknown to {installed}, and a model's own code (auto_map) cannot be run block by "
+            "block; use a release of transformers that has the family"
+        )
+    return f"unknown architecture: model_type {kind!r} is not one that {installed} knows"
+
+
+def _check_dtype(name: Any) -> None:
+    if name is not None and not isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype):
+        raise BadInput(f"config.json: dtype {name!r} is not bfloat16, float16 or float32")
+
+
+def _check_rope(config: Any) -> None:
+    """Raise BadInput for a kind of rotary embedding that transformers has no function for."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = getattr(config, "rope_parameters", None) or {}
+    for one in (settings, *settings.values()):
+        kind = one.get("rope_type", "default") if isinstance(one, dict) else "default"
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            raise BadInput(
+                f"config.json: rope type {kind!r} is not one that transformers computes for {config.model_type} "
+                f"({', '.join(sorted(ROPE_INIT_FUNCTIONS))}); is this config.json of another model?"
+            )
+
+
+def _floats(value: Any) -> Any:
+    """`value` with every {"__float__": text} replaced by the float, as transformers writes infinity."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _floats(item) for key, item in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else value
