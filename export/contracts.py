@@ -17,7 +17,7 @@ from .servers.loader import notes as loader_notes
 from .servers.loader import refusal
 from .servers.served_model import FUSED, ServedModel, row_parallel
 from .servers.target_settings import ServerSettings
-from .servers.transformers_serve import experts
+from .servers.transformers_serve import loading
 from .servers.vllm import LOADER as VLLM_LOADER
 from .servers.vllm import Vllm
 
@@ -131,7 +131,7 @@ def advice(job: Job) -> list[str]:
         for target in () if job.recipe.targets else (Vllm(), Vllm(device="cpu")):
             found += problems(target, model)
         found += loader_notes(VLLM_LOADER, format, model.grids, model.activations)
-        found += experts(model)
+        found += loading(model)
         most = max(n for n in (1, 2, 4, 8) if not list(_parallel(model, n)))
         if most < 8:
             found.append(f"tensor parallelism up to {most}: a model {next(_parallel(model, 2 * most))}")

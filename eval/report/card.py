@@ -16,7 +16,7 @@ from quantpress.core.files import whole_file
 from quantpress.exports import contracts
 from quantpress.exports.servers import SERVERS
 from quantpress.exports.servers.loader import notes as loader_notes
-from quantpress.exports.servers.transformers_serve import experts
+from quantpress.exports.servers.transformers_serve import loading
 
 from .measured_run import MeasuredRun, open_run
 from .page import chart, render
@@ -101,7 +101,7 @@ def servers(run: MeasuredRun, name: str) -> list[ServeCommand]:
         notes = loader_notes(loader, contents.format, contents.grids, contents.activations)
         out.append(ServeCommand(title, command.format(name=name), "bash", refused, tuple(notes)))
     if contents.format != "gguf":
-        merged = tuple(line for line in experts(contents) if line.startswith("transformers"))
+        merged = tuple(line for line in loading(contents) if line.startswith("transformers"))
         wrong = tuple(line for line in merged if "does not load" in line or "wrongly" in line)
         notes = [line for line in merged if line not in wrong]
         out.append(ServeCommand("transformers", _TRANSFORMERS.format(name=name), "python", wrong, tuple(notes)))

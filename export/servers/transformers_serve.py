@@ -6,10 +6,19 @@ from .served_model import ServedModel, is_expert
 from .server import Launch, Launcher, Server
 
 
-def experts(model: ServedModel) -> Iterator[str]:
-    """What transformers 5.17 makes of experts, which it merges into one tensor as it loads."""
+def loading(model: ServedModel) -> Iterator[str]:
+    """What transformers 5.17 to 5.24 makes of compressed-tensors files as it loads them."""
     if model.format != "compressed-tensors":
         return
+    zeros = [grid for grid in model.grids if grid.type == "int" and not grid.symmetric]
+    if zeros and (len(model.grids) > 1 or model.activations is not None):
+        # It takes one scheme for a file that it dequantizes, and others with zero points fail.
+        yield f"transformers 5.23 and newer does not load {zeros[0]} weights beside other schemes: set symmetric: true"
+    yield from _experts(model)
+
+
+def _experts(model: ServedModel) -> Iterator[str]:
+    """Of experts, which it merges into one tensor."""
     grids = {grid for name, grid in model.schemes.items() if grid is not None and is_expert(name)}
     inputs = model.activations
     for grid in sorted(grids, key=str):
@@ -17,6 +26,8 @@ def experts(model: ServedModel) -> Iterator[str]:
             yield "transformers drops the global scales of nvfp4 experts and answers wrongly: serve with vLLM"
         elif grid.type in ("mxfp8", "fp8-block") or (inputs is not None and inputs.type == "int8"):
             yield f"transformers does not load experts of {grid} weights in this layout: serve with vLLM"
+        elif grid.type == "int" and not grid.symmetric:
+            yield f"transformers does not load experts of {grid} weights, with zero points: set symmetric: true"
         elif inputs is not None:
             yield f"transformers leaves the inputs of experts in 16 bit; {inputs} is for vLLM"
 

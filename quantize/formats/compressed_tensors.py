@@ -128,6 +128,11 @@ class CompressedTensors(Format):
             ignore=ignored,
             kv_cache_scheme=None if contents.kv_cache is None else QuantizationArgs(**_FP8_TENSOR),
         ).model_dump(mode="json")
+        if spec is None and len(grids) == 1 and grids[0].type == "int" and not grids[0].symmetric:
+            # For transformers, which from 5.23 on compares a file with the shapes that the library (0.20) makes for it,
+            # where zero points are not packed. Asymmetric files, the library's own as well, then load only where they
+            # are dequantized at once, which is done by one scheme for all layers. Other readers pass the key over.
+            config["dequantize"] = True
         return config
 
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:

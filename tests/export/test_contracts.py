@@ -251,6 +251,18 @@ def test_advice_on_experts(tmp_path: Any) -> None:
     assert not any("experts" in line for line in advice(job(tmp_path, weights={"type": "nvfp4"})))
 
 
+def test_advice_on_zero_points(tmp_path: Any) -> None:
+    """transformers loads none of experts, and from 5.23 on none beside another scheme."""
+    zeros = {"weights": {"group_size": 32, "symmetric": False}}
+    for family, more, said in (
+        ("qwen3_moe", {}, "transformers does not load experts of int4 g32 asym weights"),
+        ("llama", {"overrides": [{"match": "*.down_proj", "bits": 8}]}, "transformers 5.23 and newer does not load"),
+        ("llama", {}, None),
+    ):
+        found = advice(job(tmp_path / f"{family}{len(more)}", family, **zeros | more))
+        assert [said in line for line in found if line.startswith("transformers")] == [True] * (said is not None), found
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
 def test_an_artifact_is_seen_as_the_job_that_makes_it(format: str, tmp_path: Any) -> None:
     grid = Grid(group_size=32)

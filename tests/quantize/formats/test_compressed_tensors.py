@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from packaging.version import Version
 
 from quantpress.core.errors import BadInput
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.numbers.grid import Grid
+from quantpress.numbers.types import Activations
 
 from .artifacts import linears, load, logits, make, quantization_config, uniform
 from .records import GRIDS, record
@@ -46,7 +49,7 @@ def test_transformers_loads_the_same_model(grid: Grid, dense: tuple[str, ...], t
 
 def test_transformers_loads_layers_of_several_kinds(tmp_path: Path) -> None:
     schemes = uniform(Grid(group_size=32), dense=("o_proj",))
-    schemes |= {n: Grid(bits=8, group_size=-1, symmetric=False) for n in schemes if n.endswith("down_proj")}
+    schemes |= {n: Grid(bits=8, group_size=-1) for n in schemes if n.endswith("down_proj")}
     schemes["model.layers.1.mlp.up_proj"] = Grid(bits=3, group_size=16)
     _, expected = make(tmp_path / "a", "compressed-tensors", schemes)
     assert torch.equal(logits(load(tmp_path / "a")), logits(expected))
@@ -54,10 +57,33 @@ def test_transformers_loads_layers_of_several_kinds(tmp_path: Path) -> None:
     assert [len(group["targets"]) for group in groups.values()] == [5, 1, 1]
 
 
+def test_zero_points_beside_another_scheme_load_up_to_transformers_5_22(tmp_path: Path) -> None:
+    """The contracts say so; when a newer transformers loads them, they can stop."""
+    schemes = uniform(Grid(group_size=32))
+    schemes |= {n: Grid(bits=8, group_size=-1, symmetric=False) for n in schemes if n.endswith("down_proj")}
+    _, expected = make(tmp_path / "a", "compressed-tensors", schemes)
+    assert "dequantize" not in quantization_config(tmp_path / "a")  # by the first scheme, it would be another model
+    if Version(transformers.__version__) < Version("5.23"):
+        assert torch.equal(logits(load(tmp_path / "a")), logits(expected))
+    else:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            load(tmp_path / "a")
+
+
+def test_transformers_dequantizes_a_file_of_zero_points_as_it_loads_it() -> None:
+    names = dict.fromkeys(["a.q_proj", "a.k_proj"], Grid(symmetric=False))
+    config = CT.config(ModelScheme(names))
+    assert config["dequantize"] is True
+    assert CT.grids(config, names) == names
+    assert "dequantize" not in CT.config(ModelScheme(dict.fromkeys(names, Grid())))
+    rounded = ModelScheme(names, activations=Activations(type="int8"))
+    assert "dequantize" not in CT.config(rounded)  # its inputs would stay in 16 bit
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "phi3", "qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("several", [False, True])
 def test_transformers_loads_other_families(family: str, several: bool, tmp_path: Path) -> None:
-    four, eight = Grid(group_size=16), Grid(bits=8, group_size=-1, symmetric=False)
+    four, eight = Grid(group_size=16), Grid(bits=8, group_size=-1)
     names = linears(family, tmp_path / "names")
     schemes = {n: eight if several and ("attn" in n or "attention" in n) else four for n in names}
     _, expected = make(tmp_path / "a", "compressed-tensors", dict(schemes), family=family)
