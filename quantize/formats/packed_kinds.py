@@ -96,7 +96,9 @@ def scaled(stored: Stored, name: str, kind: str) -> PackedWeight:
         return out
 
     one_byte = stored.tensors[scale].dtype in decoding.ONE_BYTE_SCALES
-    label = "mxfp8" if one_byte and (layout.down, layout.across) == (1, 32) else f"{kind}, a scale for each {layout}"
+    block = block_shape(stored.stated) if len(stored.shape(scale)) > 1 else None  # small weights have one block
+    each = str(layout) if block is None else f"{block[0]} x {block[1]} block"
+    label = "mxfp8" if one_byte and (layout.down, layout.across) == (1, 32) else f"{kind}, a scale for each {each}"
     return PackedWeight(shape, _parts(name, scale, zero, factors), label, decode)
 
 

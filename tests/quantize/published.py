@@ -213,8 +213,13 @@ KINDS: dict[str, Kind] = {
 
 def write(folder: Path, kind: str, family: str = "llama") -> dict[str, Tensor]:
     """A tiny model of `family`, its linears quantized by `kind`; returns the unquantized tensors it stands for."""
-    pack, stated, beside = KINDS[kind]
     build(family, folder, torch.bfloat16)
+    return repack(folder, kind)
+
+
+def repack(folder: Path, kind: str) -> dict[str, Tensor]:
+    """As `write`, of the model in `folder`."""
+    pack, stated, beside = KINDS[kind]
     tensors, plain = {}, {}
     torch.manual_seed(1)
     for name, weight in load_file(folder / "model.safetensors").items():

@@ -43,7 +43,7 @@ def spoil(folder: Path, how: str) -> None:
         shard.write_bytes(shard.read_bytes()[:-100])
     elif how == "quantized":
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "aqlm"}}))
     elif how == "no config":
         (folder / "config.json").unlink()
 
@@ -55,7 +55,7 @@ def spoil(folder: Path, how: str) -> None:
         ("shape", {}, r"layers.1.mlp.up_proj.weight: shape \[10, 64\] on disk, \[96, 64\] by config.json"),
         ("vocabulary", {}, r"embed_tokens.weight: shape \[256, 64\] on disk, \[100, 64\] by config.json"),
         ("truncated", {}, "model.safetensors: truncated"),
-        ("quantized", {}, "already quantized"),
+        ("quantized", {}, "quantized with 'aqlm', which cannot be dequantized here"),
         ("no config", {}, "config.json"),
         (
             "",
