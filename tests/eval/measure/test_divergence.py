@@ -3,6 +3,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,26 @@ def test_another_dtype_or_other_libraries_are_another_reference(
         monkeypatch.setattr(machine, "libraries", lambda name=name: now | {name: "0.1"})
         made(torch.float32)
         assert places() == number
+
+
+@pytest.mark.parametrize(("asked", "used"), [(3, 3), (6, 4)])
+def test_the_noise_floor_is_measured_on_the_first_four_windows(asked: int, used: int, tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    cut = windows(tokenizer(), text(), "text", Evaluation(windows=asked, window=32, stride=8))
+    _, noise = reference(open_tiny(tmp_path / "model"), tmp_path / "model", cut, tmp_path)
+    tokens = int(cut.scored[:used].sum())
+    assert noise.what == f"the original against itself: bfloat16 against float32, {tokens} tokens"
+    half, whole = (
+        Skeleton(Checkpoint(tmp_path / "model"), device=CPU, dtype=d) for d in (torch.bfloat16, torch.float32)
+    )
+    ids = cut.tokens.ids[:used]
+    hidden = last_hidden(half, ids, lambda: None), last_hidden(whole, ids, lambda: None)
+    few = Windows(replace(cut.tokens, ids=ids), cut.scored[:used], 0)
+    scores = compare((half, whole), hidden, few)
+    assert noise.kl_mean == pytest.approx(float(scores.kl.mean()), rel=1e-6)
+    assert noise.top1_agreement == float(scores.same.mean())
+    growth = math.exp((scores.artifact_nll - scores.original_nll).mean()) - 1
+    assert noise.perplexity_increase == pytest.approx(growth, rel=1e-3, abs=1e-9)
 
 
 def test_the_references_used_longest_ago_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ class Completions(BaseHTTPRequestHandler):
         self.keys.append(self.headers.get("Authorization"))
         if "error" in self.faults:
             return self._answer({"error": "the model is tired"}, 503)
+        assert (body["model"], body["temperature"]) == ("tiny", 0)
         ids = body["prompt"]
         if len(ids) + body["max_tokens"] > self.length:  # as vLLM does
             return self._answer({"error": f"maximum context length is {self.length}"}, 400)
@@ -49,6 +50,7 @@ class Completions(BaseHTTPRequestHandler):
         if not body.get("echo"):
             token = int(log_probs[-1].argmax())
             return self._answer({"choices": [{"text": f"token {token} of {body['max_tokens']}"}]})
+        assert (body["max_tokens"], body["logprobs"]) == (1, 1)
         values: list[Any] = [None] + [float(log_probs[i, t]) for i, t in enumerate(ids[1:])]
         tops = [None] + [{"t": float(row.max()), "given": v} for row, v in zip(log_probs, values[1:], strict=False)]
         tail = 1 if "no echo" in self.faults else len(ids) + 1  # the token it made

@@ -112,7 +112,10 @@ def test_a_checkpoint_against_itself_differs_in_nothing(place: Path, monkeypatch
         (["{}/run/quantized"], "--original says what the model was made from"),
         (["{}/nothing", "--original", "{}/model"], "nothing: no such folder"),
         (["{}", "--original", "{}/model"], "neither a run folder"),
-        (["{}/run", "--set", "evaluation.tasks=[{name: a, file: b}]"], "a task has a `name` that lm-eval knows or a"),
+        (
+            ["{}/run", "--set", "evaluation.tasks=[{name: a, file: b}]"],
+            "a task has either a `name` that lm-eval knows or a `file`",
+        ),
         (["{}/run", "--set", "gates.min_recovery={arc: 99%}"], "no task 'arc' in evaluation.tasks; it has none"),
         (["{}/run", "--set", "gates.min_tokens_per_second=5"], "needs evaluation.efficiency.timing"),
         (["{}/run", "--set", "evaluation.efficiency.gpus=[H900]"], "no GPU 'H900' in the table"),
