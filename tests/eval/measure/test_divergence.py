@@ -75,13 +75,14 @@ def test_equals_a_plain_forward_pass(stride: int | None, bos: Any, tmp_path: Pat
     assert cut.record().bos is (bos == "always")
 
 
-def test_tiles_on_a_cpu_equal_the_comparison_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [4 * 301, 300])  # tiles of four rows, the last of one; less than a row
+def test_tiles_on_a_cpu_equal_the_comparison_as_a_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantpress.eval.measure.divergence import _compare, _tiles
 
     g = torch.Generator().manual_seed(0)
     p, q = torch.randn(2, 21, 301, generator=g)
     target = torch.randint(301, (21,), generator=g)
-    monkeypatch.setattr("quantpress.eval.measure.divergence._TILE", 4 * 301)  # tiles of four rows, the last of one
+    monkeypatch.setattr("quantpress.eval.measure.divergence._TILE", size)
     before = torch.get_num_threads()
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for tiled, whole in zip(_tiles(pool, p, q, target), _compare(p, q, target), strict=True):
@@ -228,8 +229,14 @@ def test_the_noise_floor_is_measured_on_the_first_four_windows(asked: int, used:
 def test_the_references_used_longest_ago_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(references, "_KEPT", 2)
     build("llama", tmp_path / "model")
-    for n in (1, 2, 3):
+
+    def use(n: int) -> None:
         cut = windows(tokenizer(), text(), "text", Evaluation(windows=n, window=32))
         reference(open_tiny(tmp_path / "model"), tmp_path / "model", cut, tmp_path)
-    sizes = {(p / "hidden.bin").stat().st_size for p in (tmp_path / "reference").iterdir()}
-    assert sizes == {n * 32 * 64 * 4 for n in (2, 3)}
+
+    use(1)
+    for n in range(2, 7):
+        use(n)
+        sizes = {(p / "hidden.bin").stat().st_size for p in (tmp_path / "reference").iterdir()}
+        assert sizes == {kept * 32 * 64 * 4 for kept in (1, n)}
+        use(1)  # read again, and so kept
