@@ -112,6 +112,25 @@ def test_the_timed_pass_is_greedy_decoding_with_a_cache(tmp_path: Path) -> None:
         ids = torch.cat([ids, token], 1)
 
 
+def test_rates_count_every_sequence_and_leave_out_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding is timed from the first new token to the last: one step fewer than there are new tokens."""
+    passes = iter([(9.0, 99.0), (0.5, 2.0), (0.25, 1.0)])  # seconds
+    shapes: list[tuple[int, ...]] = []
+
+    def fake(model: Any, ids: torch.Tensor, new_tokens: int, wait: Any) -> tuple[float, float]:
+        shapes.append((*ids.shape, new_tokens))
+        return next(passes)
+
+    monkeypatch.setattr(speed, "_pass", fake)
+    found = speed._speed(None, 50, 3, 8, Timing(new_tokens=5, repeats=2), torch.device("cpu"))
+    assert shapes == [(3, 8, 5)] * 3
+    assert (found.batch, found.context, found.repeats) == (3, 8, 2)
+    assert found.prefill_tokens_per_second == pytest.approx((3 * 8 / 0.5 + 3 * 8 / 0.25) / 2)
+    assert found.decode_tokens_per_second == pytest.approx((3 * 4 / 2 + 3 * 4 / 1) / 2)
+    assert found.prefill_stderr == pytest.approx(24.0)  # half the difference of the two
+    assert found.decode_stderr == pytest.approx(3.0)
+
+
 def test_a_model_is_timed_in_this_process(tmp_path: Path) -> None:
     build("llama", tmp_path)
     timing = Timing(batches=(1, 3), contexts=(8, 500), new_tokens=4, repeats=2)
