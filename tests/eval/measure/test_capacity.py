@@ -68,6 +68,7 @@ def test_what_fits_a_gpu() -> None:
     by_hand = int(15360 * 2**20 * 0.9) - 13_000_000_000 - 2**30
     assert small.concurrency == max(0, by_hand // held.bytes_at_context)
     assert large.concurrency > small.concurrency
+    assert (small.gpu, small.memory_bytes, small.context) == ("T4", 15360 * 2**20, 4096)
     assert capacity.fits(["T4"], 20_000_000_000, held)[0].concurrency == 0
 
 

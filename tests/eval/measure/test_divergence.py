@@ -26,6 +26,7 @@ from quantpress.eval.measure.divergence import (
     windows,
 )
 from quantpress.eval.measure.reference import reference
+from quantpress.eval.measure.statistics import around, quantile_interval, standard_error
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation
@@ -116,6 +117,42 @@ def test_the_buckets_hold_every_token_once_by_the_originals_confidence() -> None
         (0.0, 0.1, 1, 0.0), (0.1, 0.25, 1, 1.0), (0.25, 0.5, 1, 2.0), (0.5, 0.75, 1, 3.0), (0.9, 1.0, 2, 4.5),
     ]  # fmt: skip
     assert buckets[-1].top1_agreement == 0.5
+
+
+def test_the_figures_of_a_divergence_are_those_of_its_tokens() -> None:
+    make = np.random.default_rng(0)
+    kl, run, same = make.exponential(size=320), np.repeat(np.arange(20), 16), make.random(320) < 0.9
+    found = divergence(TokenScores(kl, kl, kl, same, np.full(320, 0.6), run))
+    assert (found.kl_mean, found.kl_max) == (kl.mean(), kl.max())
+    assert (found.kl_median, found.kl_p90, found.kl_p99) == tuple(np.quantile(kl, [0.5, 0.9, 0.99]))
+    assert found.kl_p99_interval == quantile_interval(kl, 0.99, run)
+    assert found.kl_stderr == standard_error(kl, run)
+    assert found.kl_interval == around(kl.mean(), standard_error(kl, run), 20)
+    assert found.top1_agreement == same.mean()
+    assert found.top1_stderr == standard_error(same.astype(float), run)
+    assert found.top1_interval == around(same.mean(), standard_error(same.astype(float), run), 20)
+    (bucket,) = found.confidence
+    assert (bucket.low, bucket.high, bucket.tokens) == (0.5, 0.75, 320)
+    assert (bucket.kl_mean, bucket.top1_agreement) == (kl.mean(), same.mean())
+    assert bucket.kl_stderr == standard_error(kl, run)
+
+
+def test_the_increase_of_the_perplexity_has_the_interval_of_the_paired_difference() -> None:
+    cut = windows(tokenizer(), text(), "text", Evaluation(windows=8, window=32, bos="always"))
+    make = np.random.default_rng(0)
+    before = make.exponential(size=8 * 31)
+    off = make.normal(0.1, 0.2, size=8 * 31)
+    increase, interval = perplexity_increase(before, before + off, cut)
+    ends = around(off.mean(), standard_error(off, cut.runs), int(cut.runs.max()) + 1)
+    assert ends is not None
+    assert increase == pytest.approx(math.exp(off.mean()) - 1)
+    assert interval == pytest.approx((math.exp(ends[0]) - 1, math.exp(ends[1]) - 1))
+    measured = quality(before, cut, 9)
+    assert (measured.nll, measured.nll_stderr, measured.bytes) == (before.mean(), standard_error(before, cut.runs), 9)
+    assert measured.stderr == pytest.approx(math.exp(before.mean()) * measured.nll_stderr)
+    record = cut.record()
+    assert (record.windows, record.window, record.stride, record.source) == (8, 32, 31, "text")
+    assert (record.tokens, record.bytes, record.sha256) == (8 * 31, cut.bytes, cut.tokens.sha256)
 
 
 def test_each_token_is_scored_once_with_a_stride() -> None:
