@@ -10,7 +10,6 @@ from .results import Cost, Fit, KvCache, Runtime
 _MIB = 1 << 20
 _USED = 0.9  # share of a GPU's memory that a server takes (vLLM's default gpu_memory_utilization)
 _RESERVED = 1 << 30  # bytes for the runtime itself and for activations
-_CACHED = {"fp8": ("fp8", 1), "int8": ("int8", 1)}
 _FULL, _WINDOWED, _NONE = "full", "windowed", "none"
 
 
@@ -22,7 +21,7 @@ def cache(config: Any, kv_cache: str | None, dtype: str, context: int) -> KvCach
     that many tokens; linear-attention layers keep a state of constant size, which is not counted.
     kv_cache: fp8 or int8 where the artifact says so; otherwise the cache is in `dtype`.
     """
-    name, size = _CACHED[kv_cache] if kv_cache else (dtype, {"float32": 4}.get(dtype, 2))
+    name, size = (kv_cache, 1) if kv_cache else (dtype, {"float32": 4}.get(dtype, 2))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     numbers = 2 * heads * width

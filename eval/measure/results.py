@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
@@ -282,27 +282,18 @@ class Results(Section):
 def read_results(folder: Path) -> Results:
     """FOLDER/eval/results.json. Raises BadInput when it is missing, no JSON or of another schema."""
     again = f"evaluate the run first (quantpress eval {folder})"
-    return _load(
-        folder / "eval" / "results.json", Results, RESULTS_SCHEMA, f"{folder}: no eval/results.json; {again}", again
-    )
-
-
-_R = TypeVar("_R", bound=Section)
-
-
-def _load(path: Path, kind: type[_R], wanted: int, missing: str, remedy: str = "") -> _R:
+    path = folder / "eval" / "results.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(missing) from None
+        raise BadInput(f"{folder}: no eval/results.json; {again}") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != wanted:
-        hint = f"; {remedy}" if remedy else ""
-        raise BadInput(f"{path}: schema {schema!r} is not {wanted}; this quantpress cannot read it{hint}")
+    if schema != RESULTS_SCHEMA:
+        raise BadInput(f"{path}: schema {schema!r} is not {RESULTS_SCHEMA}; this quantpress cannot read it; {again}")
     try:
-        return kind.model_validate(document)
+        return Results.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

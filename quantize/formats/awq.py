@@ -17,9 +17,10 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Activations, Grid
+from . import bits as bitstream
 from .base import Format, ModelScheme, grid_of, in_float16, left_out, take
 
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each eight that is in bits 4i to 4i+3
+_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # the column of each eight that is in bits 4i to 4i+3
 
 
 class Awq(Format):
@@ -104,16 +105,12 @@ class Awq(Format):
 
 def _pack(codes: Tensor) -> Tensor:
     """Codes [rows, n] uint8 -> int32 [rows, n / 8]."""
-    eights = codes.reshape(len(codes), -1, 8).to(torch.int64)
-    word = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)
-    for i, column in enumerate(_ORDER):
-        word |= eights[..., column] << (4 * i)
-    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
+    return bitstream.pack(codes.reshape(len(codes), -1, 8)[..., _ORDER].flatten(1), 4)
 
 
 def unpack(words: Tensor) -> Tensor:
     """int32 [rows, n / 8] -> codes [rows, n] uint8."""
-    out = torch.empty(*words.shape, 8, dtype=torch.uint8, device=words.device)
-    for i, column in enumerate(_ORDER):
-        out[..., column] = (words >> (4 * i) & 15).to(torch.uint8)
-    return out.reshape(len(words), -1)
+    eights = bitstream.unpack(words, 4, 8 * words.shape[1]).reshape(*words.shape, 8)
+    out = torch.empty_like(eights)
+    out[..., _ORDER] = eights
+    return out.flatten(1)

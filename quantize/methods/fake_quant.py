@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..numbers.grid import QuantizedLinear
+from ..numbers.grid import SMALLEST_SCALE, QuantizedLinear
 
 _SHARE = 0.8  # share of its distance to its code that a latent weight keeps
-SMALLEST_SCALE = 2.0**-17  # as in grid.fit: exact in both 16-bit types, and never 0
 
 
 @dataclass(frozen=True)

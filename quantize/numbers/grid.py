@@ -25,7 +25,7 @@ _FLOAT_SHRINKS = tuple(1.0 - 0.05 * i for i in range(7))  # floats gain less by 
 _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and its neighbours
 _SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end of the range, in widths of it
 _EXPONENT = 0x7F800000  # the bits of a float32 that hold it
-_SMALLEST_SCALE = 2.0**-17
+SMALLEST_SCALE = 2.0**-17  # of integer grids: exact in both 16-bit types
 _SMALLEST_FLOAT_SCALE = 2.0**-60
 _CHUNK = 1 << 18  # weights searched at a time and thread, so that intermediates stay in cache
 
@@ -280,7 +280,7 @@ class _Store:
         if self.dtype == torch.float8_e8m0fnu:
             return shared_scale(scale * (E4M3_MAX if self.grid.bits == 8 else E2M1_MAX), self.grid)
         # 2^-17 and up, a bfloat16 scale is exact in float16 too, so every format can store it; none divides by zero.
-        smallest = _SMALLEST_SCALE if self.grid.type == "int" else _SMALLEST_FLOAT_SCALE
+        smallest = SMALLEST_SCALE if self.grid.type == "int" else _SMALLEST_FLOAT_SCALE
         return scale.clamp(min=smallest).to(self.dtype).to(torch.float32)
 
 

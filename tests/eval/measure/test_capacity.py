@@ -68,6 +68,7 @@ def test_what_fits_a_gpu() -> None:
     by_hand = int(15360 * 2**20 * 0.9) - 13_000_000_000 - 2**30
     assert small.concurrency == max(0, by_hand // held.bytes_at_context)
     assert large.concurrency > small.concurrency
+    assert (small.gpu, small.memory_bytes, small.context) == ("T4", 15360 * 2**20, 4096)
     assert capacity.fits(["T4"], 20_000_000_000, held)[0].concurrency == 0
 
 
@@ -110,6 +111,25 @@ def test_the_timed_pass_is_greedy_decoding_with_a_cache(tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.equal(plain(ids).logits[:, -1:].argmax(-1), token)
         ids = torch.cat([ids, token], 1)
+
+
+def test_rates_count_every_sequence_and_leave_out_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding is timed from the first new token to the last: one step fewer than there are new tokens."""
+    passes = iter([(9.0, 99.0), (0.5, 2.0), (0.25, 1.0)])  # seconds
+    shapes: list[tuple[int, ...]] = []
+
+    def fake(model: Any, ids: torch.Tensor, new_tokens: int, wait: Any) -> tuple[float, float]:
+        shapes.append((*ids.shape, new_tokens))
+        return next(passes)
+
+    monkeypatch.setattr(speed, "_pass", fake)
+    found = speed._speed(None, 50, 3, 8, Timing(new_tokens=5, repeats=2), torch.device("cpu"))
+    assert shapes == [(3, 8, 5)] * 3
+    assert (found.batch, found.context, found.repeats) == (3, 8, 2)
+    assert found.prefill_tokens_per_second == pytest.approx((3 * 8 / 0.5 + 3 * 8 / 0.25) / 2)
+    assert found.decode_tokens_per_second == pytest.approx((3 * 4 / 2 + 3 * 4 / 1) / 2)
+    assert found.prefill_stderr == pytest.approx(24.0)  # half the difference of the two
+    assert found.decode_stderr == pytest.approx(3.0)
 
 
 def test_a_model_is_timed_in_this_process(tmp_path: Path) -> None:

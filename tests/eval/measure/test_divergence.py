@@ -3,6 +3,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from quantpress.eval.measure.divergence import (
     windows,
 )
 from quantpress.eval.measure.reference import reference
+from quantpress.eval.measure.statistics import around, quantile_interval, standard_error
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation
@@ -74,13 +76,14 @@ def test_equals_a_plain_forward_pass(stride: int | None, bos: Any, tmp_path: Pat
     assert cut.record().bos is (bos == "always")
 
 
-def test_tiles_on_a_cpu_equal_the_comparison_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [4 * 301, 300])  # tiles of four rows, the last of one; less than a row
+def test_tiles_on_a_cpu_equal_the_comparison_as_a_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantpress.eval.measure.divergence import _compare, _tiles
 
     g = torch.Generator().manual_seed(0)
     p, q = torch.randn(2, 21, 301, generator=g)
     target = torch.randint(301, (21,), generator=g)
-    monkeypatch.setattr("quantpress.eval.measure.divergence._TILE", 4 * 301)  # tiles of four rows, the last of one
+    monkeypatch.setattr("quantpress.eval.measure.divergence._TILE", size)
     before = torch.get_num_threads()
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for tiled, whole in zip(_tiles(pool, p, q, target), _compare(p, q, target), strict=True):
@@ -114,6 +117,42 @@ def test_the_buckets_hold_every_token_once_by_the_originals_confidence() -> None
         (0.0, 0.1, 1, 0.0), (0.1, 0.25, 1, 1.0), (0.25, 0.5, 1, 2.0), (0.5, 0.75, 1, 3.0), (0.9, 1.0, 2, 4.5),
     ]  # fmt: skip
     assert buckets[-1].top1_agreement == 0.5
+
+
+def test_the_figures_of_a_divergence_are_those_of_its_tokens() -> None:
+    make = np.random.default_rng(0)
+    kl, run, same = make.exponential(size=320), np.repeat(np.arange(20), 16), make.random(320) < 0.9
+    found = divergence(TokenScores(kl, kl, kl, same, np.full(320, 0.6), run))
+    assert (found.kl_mean, found.kl_max) == (kl.mean(), kl.max())
+    assert (found.kl_median, found.kl_p90, found.kl_p99) == tuple(np.quantile(kl, [0.5, 0.9, 0.99]))
+    assert found.kl_p99_interval == quantile_interval(kl, 0.99, run)
+    assert found.kl_stderr == standard_error(kl, run)
+    assert found.kl_interval == around(kl.mean(), standard_error(kl, run), 20)
+    assert found.top1_agreement == same.mean()
+    assert found.top1_stderr == standard_error(same.astype(float), run)
+    assert found.top1_interval == around(same.mean(), standard_error(same.astype(float), run), 20)
+    (bucket,) = found.confidence
+    assert (bucket.low, bucket.high, bucket.tokens) == (0.5, 0.75, 320)
+    assert (bucket.kl_mean, bucket.top1_agreement) == (kl.mean(), same.mean())
+    assert bucket.kl_stderr == standard_error(kl, run)
+
+
+def test_the_increase_of_the_perplexity_has_the_interval_of_the_paired_difference() -> None:
+    cut = windows(tokenizer(), text(), "text", Evaluation(windows=8, window=32, bos="always"))
+    make = np.random.default_rng(0)
+    before = make.exponential(size=8 * 31)
+    off = make.normal(0.1, 0.2, size=8 * 31)
+    increase, interval = perplexity_increase(before, before + off, cut)
+    ends = around(off.mean(), standard_error(off, cut.runs), int(cut.runs.max()) + 1)
+    assert ends is not None
+    assert increase == pytest.approx(math.exp(off.mean()) - 1)
+    assert interval == pytest.approx((math.exp(ends[0]) - 1, math.exp(ends[1]) - 1))
+    measured = quality(before, cut, 9)
+    assert (measured.nll, measured.nll_stderr, measured.bytes) == (before.mean(), standard_error(before, cut.runs), 9)
+    assert measured.stderr == pytest.approx(math.exp(before.mean()) * measured.nll_stderr)
+    record = cut.record()
+    assert (record.windows, record.window, record.stride, record.source) == (8, 32, 31, "text")
+    assert (record.tokens, record.bytes, record.sha256) == (8 * 31, cut.bytes, cut.tokens.sha256)
 
 
 def test_each_token_is_scored_once_with_a_stride() -> None:
@@ -204,11 +243,37 @@ def test_another_dtype_or_other_libraries_are_another_reference(
         assert places() == number
 
 
+@pytest.mark.parametrize(("asked", "used"), [(3, 3), (6, 4)])
+def test_the_noise_floor_is_measured_on_the_first_four_windows(asked: int, used: int, tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    cut = windows(tokenizer(), text(), "text", Evaluation(windows=asked, window=32, stride=8))
+    _, noise = reference(open_tiny(tmp_path / "model"), tmp_path / "model", cut, tmp_path)
+    tokens = int(cut.scored[:used].sum())
+    assert noise.what == f"the original against itself: bfloat16 against float32, {tokens} tokens"
+    half, whole = (
+        Skeleton(Checkpoint(tmp_path / "model"), device=CPU, dtype=d) for d in (torch.bfloat16, torch.float32)
+    )
+    ids = cut.tokens.ids[:used]
+    hidden = last_hidden(half, ids, lambda: None), last_hidden(whole, ids, lambda: None)
+    few = Windows(replace(cut.tokens, ids=ids), cut.scored[:used], 0)
+    scores = compare((half, whole), hidden, few)
+    assert noise.kl_mean == pytest.approx(float(scores.kl.mean()), rel=1e-6)
+    assert noise.top1_agreement == float(scores.same.mean())
+    growth = math.exp((scores.artifact_nll - scores.original_nll).mean()) - 1
+    assert noise.perplexity_increase == pytest.approx(growth, rel=1e-3, abs=1e-9)
+
+
 def test_the_references_used_longest_ago_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(references, "_KEPT", 2)
     build("llama", tmp_path / "model")
-    for n in (1, 2, 3):
+
+    def use(n: int) -> None:
         cut = windows(tokenizer(), text(), "text", Evaluation(windows=n, window=32))
         reference(open_tiny(tmp_path / "model"), tmp_path / "model", cut, tmp_path)
-    sizes = {(p / "hidden.bin").stat().st_size for p in (tmp_path / "reference").iterdir()}
-    assert sizes == {n * 32 * 64 * 4 for n in (2, 3)}
+
+    use(1)
+    for n in range(2, 7):
+        use(n)
+        sizes = {(p / "hidden.bin").stat().st_size for p in (tmp_path / "reference").iterdir()}
+        assert sizes == {kept * 32 * 64 * 4 for kept in (1, n)}
+        use(1)  # read again, and so kept

@@ -79,6 +79,10 @@ def test_a_model_drafts_perfectly_for_itself_and_less_so_for_another(
     other = measure_draft(tmp_path / "0", tmp_path / "1", CUT, tmp_path / "cache")
     assert other.sampled.rate < 0.99
     assert other.sampled.stderr > 0
+    assert other.sampled.interval is not None
+    assert other.sampled.interval[0] < other.sampled.rate < other.sampled.interval[1]
+    assert other.greedy.rate < itself.greedy.rate
+    assert (other.original_bytes, other.artifact_bytes) == (itself.original_bytes, itself.artifact_bytes)
     assert json.loads(other.model_dump_json())["text"]["windows"] == 3
     name, settings = FAMILIES["gpt2"]
     monkeypatch.setitem(FAMILIES, "gpt2", (name, settings | {"vocab_size": 300}))

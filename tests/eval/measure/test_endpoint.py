@@ -31,6 +31,7 @@ class Completions(BaseHTTPRequestHandler):
     model: Any = None
     faults: set[str] = set()  # noqa: RUF012  set by a test
     keys: list[str | None] = []  # noqa: RUF012
+    stops: list[list[str] | None] = []  # noqa: RUF012
     length = 128  # tokens of prompt and answer
 
     def do_GET(self) -> None:
@@ -41,6 +42,8 @@ class Completions(BaseHTTPRequestHandler):
         self.keys.append(self.headers.get("Authorization"))
         if "error" in self.faults:
             return self._answer({"error": "the model is tired"}, 503)
+        assert (body["model"], body["temperature"]) == ("tiny", 0)
+        self.stops.append(body.get("stop"))
         ids = body["prompt"]
         if len(ids) + body["max_tokens"] > self.length:  # as vLLM does
             return self._answer({"error": f"maximum context length is {self.length}"}, 400)
@@ -49,6 +52,7 @@ class Completions(BaseHTTPRequestHandler):
         if not body.get("echo"):
             token = int(log_probs[-1].argmax())
             return self._answer({"choices": [{"text": f"token {token} of {body['max_tokens']}"}]})
+        assert (body["max_tokens"], body["logprobs"]) == (1, 1)
         values: list[Any] = [None] + [float(log_probs[i, t]) for i, t in enumerate(ids[1:])]
         tops = [None] + [{"t": float(row.max()), "given": v} for row, v in zip(log_probs, values[1:], strict=False)]
         tail = 1 if "no echo" in self.faults else len(ids) + 1  # the token it made
@@ -81,6 +85,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 def _sound() -> None:
     Completions.faults.clear()
     Completions.keys.clear()
+    Completions.stops.clear()
     Completions.length = 128
 
 
@@ -150,6 +155,13 @@ def test_long_requests_are_cut_alike_and_fit_the_server(served: tuple[str, Path]
     assert model.continue_text([long], 8)[0].endswith(" of 8")
     with pytest.raises(BadInput, match="new tokens leave no room for a prompt"):
         model.continue_text([long], cut + 1)
+
+
+def test_a_server_is_sent_the_first_four_stop_strings_as_many_as_the_api_takes(served: tuple[str, Path]) -> None:
+    model = ServedModel(Endpoint(served[0], "tiny"), 128)
+    for stop in ((), ("a",), ("a", "b", "c", "d", "e", "f")):
+        model.continue_text([[5, 6]], 4, stop)
+    assert Completions.stops == [None, ["a"], ["a", "b", "c", "d"]]
 
 
 def test_windows_that_the_server_would_refuse_are_refused_before_the_work(served: tuple[str, Path]) -> None:

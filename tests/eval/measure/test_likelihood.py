@@ -134,3 +134,22 @@ def test_continuations_stand_side_by_side() -> None:
     # Half a character is no character: the two texts part inside the second byte of a letter.
     (half,) = side_by_side(writes("zé"), writes("zè"), words, None, ["x"], 9)
     assert (half.first_difference, half.shared_characters) == (2, 1)
+
+
+def test_a_prompt_gets_the_bos_that_was_asked_for_and_no_other() -> None:
+    class AddsItsOwn:
+        def __call__(self, prompt: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [0] * add_special_tokens + [len(word) for word in prompt.split()]}
+
+        def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+            return " ".join(str(i) for i in ids if not (skip_special_tokens and i == 0))
+
+    def write(prompts: Any, new_tokens: int) -> list[list[int]]:
+        seen.append(list(prompts))
+        return [[7, 0] for _ in prompts]
+
+    seen: list[list[list[int]]] = []
+    for bos in (None, 3):
+        (one,) = side_by_side(write, write, AddsItsOwn(), bos, ["two words"], 2)
+        assert (one.original, one.artifact) == ("7", "7")
+    assert seen == [[[3, 5]], [[3, 5]], [[3, 3, 5]], [[3, 3, 5]]]

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from quantpress import cli
+from quantpress.artifact.artifact import Artifact
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure import evaluate as measure
 from quantpress.eval.measure import speed
@@ -55,6 +56,11 @@ def test_a_run_is_measured_by_its_own_recipe(place: Path, monkeypatch: pytest.Mo
     assert (results.subject.kind, results.subject.format) == ("run", "compressed-tensors")
     assert results.text is not None
     assert (results.text.windows, results.text.window) == (3, 48)
+    assert results.original is not None
+    assert results.artifact is not None
+    assert results.perplexity_increase == pytest.approx(results.artifact.perplexity / results.original.perplexity - 1)
+    assert results.perplexity_increase_interval is not None
+    assert results.perplexity_increase_interval[0] < results.perplexity_increase
     assert results.divergence is not None
     assert results.divergence.kl_mean > 0
     assert results.divergence.noise is not None
@@ -62,6 +68,13 @@ def test_a_run_is_measured_by_its_own_recipe(place: Path, monkeypatch: pytest.Mo
     assert results.efficiency is not None
     assert results.efficiency.runtime is None
     assert results.efficiency.bytes < (results.efficiency.original_bytes or 0)
+    assert (results.artifact.bytes, results.original.bytes) == (
+        results.efficiency.bytes, results.efficiency.original_bytes,
+    )  # fmt: skip
+    assert results.efficiency.bits_per_weight == Artifact(place / "run" / "quantized").bits_per_weight()
+    assert results.efficiency.cache is not None
+    assert results.efficiency.cache.context == Evaluation().efficiency.context
+    assert [fit.gpu for fit in results.efficiency.fits] == list(Evaluation().efficiency.gpus)
     assert len(results.generations) == 3
     assert results.gates.verdict == "ACCEPT"
     assert "| max\\_bytes | ✅ ACCEPT |" in (place / "summary.md").read_text(encoding="utf-8")
@@ -112,7 +125,10 @@ def test_a_checkpoint_against_itself_differs_in_nothing(place: Path, monkeypatch
         (["{}/run/quantized"], "--original says what the model was made from"),
         (["{}/nothing", "--original", "{}/model"], "nothing: no such folder"),
         (["{}", "--original", "{}/model"], "neither a run folder"),
-        (["{}/run", "--set", "evaluation.tasks=[{name: a, file: b}]"], "a task has a `name` that lm-eval knows or a"),
+        (
+            ["{}/run", "--set", "evaluation.tasks=[{name: a, file: b}]"],
+            "a task has either a `name` that lm-eval knows or a `file`",
+        ),
         (["{}/run", "--set", "gates.min_recovery={arc: 99%}"], "no task 'arc' in evaluation.tasks; it has none"),
         (["{}/run", "--set", "gates.min_tokens_per_second=5"], "needs evaluation.efficiency.timing"),
         (["{}/run", "--set", "evaluation.efficiency.gpus=[H900]"], "no GPU 'H900' in the table"),

@@ -73,7 +73,12 @@ def test_every_metric_is_read_from_what_was_measured() -> None:
     found = {metric.name: value for metric, value in metrics.measured(Results.model_validate(document))}
     assert set(found) == {metric.name for metric in METRICS}
     assert found["perplexity"].change == pytest.approx(18.4 / 17.05 - 1)
-    assert found["bytes"].original == 269_060_552
+    for metric in ("bits_per_byte", "bytes"):
+        assert found[metric].change == pytest.approx(found[metric].artifact / (found[metric].original or 0) - 1)
+    assert (found["bytes"].artifact, found["bytes"].original) == (114_000_000, 269_060_552)
+    assert found["bytes"].interval == (114_000_000, 114_000_000)
+    before, after = document["original"]["bits_per_byte"], document["artifact"]["bits_per_byte"]
+    assert (found["bits_per_byte"].artifact, found["bits_per_byte"].original) == (after, before)
     assert found["bits_per_parameter"].original == pytest.approx(269_060_552 * 8 / 134_515_008)
     assert found["tokens_per_second"].change == pytest.approx(1 / 3)
     assert found["tokens_per_second"].stderr == 0.5

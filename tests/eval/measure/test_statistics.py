@@ -55,6 +55,8 @@ def test_the_interval_of_a_quantile_holds_it_as_often_as_it_says() -> None:
         hits += ends[0] <= math.log(10) <= ends[1]
     assert 51 <= hits <= 60
     assert quantile_interval(np.array([1.0, math.nan]), 0.5, np.arange(2)) is None
+    assert quantile_interval(np.array([1.0, 2.0]), 0.5, np.zeros(2, dtype=np.int64)) is None
+    assert quantile_interval(np.array([1.0, 2.0]), 0.5, np.arange(2)) == (1.0, 2.0)
 
 
 def test_a_difference_is_paired_by_document() -> None:

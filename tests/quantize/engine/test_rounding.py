@@ -1,14 +1,22 @@
 """The linears of one input rounded: what the record of each says of what was and was not done."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 from quantpress.artifact.manifest import LayerRecord
 from quantpress.calibrate.block_pass import SharedInput
 from quantpress.engine.rounding import round_linears
+from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import LinearLayer
 from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.recipe import Gptq
+
+from ...tiny import build
+from .test_pipeline import make
 
 LINEARS = [LinearLayer("a", "0", 0, 16, 32, False), LinearLayer("b", "1", 0, 8, 32, False)]
 GRID = Grid(bits=3, group_size=16)
@@ -57,3 +65,26 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_says_so() -> None:
     for record in on_record(SharedInput(("a", "b")), Gptq()).values():
         assert record.note == "no calibration token reached it: rounded to nearest"
         assert (record.error_measure, record.loss, record.tokens) == ("weight", None, 0)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("weights", "suffix"),
+    [({"type": "nvfp4"}, "weight_global_scale"), ({"type": "fp8", "group_size": 0}, "weight_scale")],
+)
+def test_linears_that_servers_fuse_share_a_scale(
+    weights: dict[str, Any], suffix: str, method: str, tmp_path: Path
+) -> None:
+    """One of them far larger than the others: its scale is everyone's, and no other linear's."""
+    model = build("llama", tmp_path / "model", torch.bfloat16)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data.mul_(8)
+        layer.mlp.up_proj.weight.data.mul_(8)
+    model.save_pretrained(tmp_path / "model")
+    make(tmp_path / "run", tmp_path / "model", {"weights": weights, "method": {"name": method}})
+    artifact = Checkpoint(tmp_path / "run" / "quantized")
+    for block in (0, 1):
+        for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            scales = {float(artifact.read(f"model.layers.{block}.{name}.{suffix}")) for name in fused}
+            assert len(scales) == 1, (block, fused)
+            assert scales != {float(artifact.read(f"model.layers.{block}.self_attn.o_proj.{suffix}"))}

@@ -193,6 +193,13 @@ def test_zero_moment_is_refused() -> None:
         gptq(torch.ones(4, 16), Grid(group_size=16), Gptq(), torch.zeros(16, 16))
 
 
+def test_no_moment_and_settings_of_another_method_are_refused() -> None:
+    weight, moment = problem(4, 16, seed=1)
+    for settings, given_moment in ((Gptq(), None), (Rtn(), moment)):
+        with pytest.raises(ValueError, match="gptq needs the second moment of the inputs and its own settings"):
+            gptq(weight, Grid(group_size=16), settings, given_moment)
+
+
 def test_factor_is_the_inverse_hessians() -> None:
     _, moment = problem(1, 48, seed=2)
     feedback, variance, damp = factor(moment.double(), 0.01)

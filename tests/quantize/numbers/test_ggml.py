@@ -158,6 +158,9 @@ def test_super_scales_are_float16_and_never_zero() -> None:
         assert torch.equal(overall, overall.half().float())
         assert (overall != 0).all()
         record = unpack(pack(ROUNDERS["rtn"](weight(4, 256), grid, Rtn(), None, None).linear), grid, 256)
+        steep = weight(4, 256) * torch.logspace(0, -6, 256 // grid.group_size).repeat_interleave(grid.group_size)
+        small = unpack(pack(ROUNDERS["rtn"](steep, grid, Rtn(), None, None).linear), grid, 256)
+        assert (small.scales != 0).all()  # even of groups too small for the super scale
         low, high = ggml.SCALE_CODES[kind]
         assert record.scales.min() >= low
         assert record.scales.max() <= high

@@ -192,6 +192,24 @@ def test_activation_search_weighs_the_columns_that_count() -> None:
     assert weighed_error < 0.9 * plain_error
 
 
+@pytest.mark.parametrize(("columns", "whole"), [(32, True), (256, True), (288, False)])
+def test_activation_search_takes_a_groups_whole_block_of_the_moment_up_to_256_columns(
+    columns: int, whole: bool
+) -> None:
+    make = torch.Generator().manual_seed(4)
+    n = 2 * columns
+    x = torch.randn(700, n, generator=make) @ torch.randn(n, n, generator=make) + 1
+    w, moment = weight(24, n, seed=6), x.T @ x
+    grid = Grid(bits=3, group_size=columns, symmetric=False, scale_search="activation")
+    q = ROUNDERS["rtn"](w, grid, Rtn(), moment).linear
+    for g in range(2):
+        part = slice(g * columns, (g + 1) * columns)
+        weigh = moment[part, part] if whole else moment.diagonal()[part]
+        scale, zero = fit(w[:, part], grid, q.scales.dtype, weigh)
+        torch.testing.assert_close(q.scales[:, g].float(), scale, rtol=0, atol=0)
+        assert torch.equal(q.zeros[:, g].float(), zero)
+
+
 @every_type
 def test_rows_are_taken_apart_with_the_scale_they_share(grid: Grid) -> None:
     q = ROUNDERS["rtn"](weight(), grid, Rtn(), None).linear
