@@ -197,7 +197,7 @@ def test_no_moment_and_settings_of_another_method_are_refused() -> None:
     weight, moment = problem(4, 16, seed=1)
     for other, given_moment in ((Gptq(), None), (Rtn(), moment)):
         with pytest.raises(ValueError, match="gptq needs the second moment of the inputs and its own settings"):
-            gptq(weight, Grid(group_size=16), settings, given_moment)
+            gptq(weight, Grid(group_size=16), other, given_moment)
 
 
 def test_factor_is_the_inverse_hessians() -> None:
