@@ -75,7 +75,10 @@ class HuggingFaceFolder(Backend):
     def _notes(self) -> tuple[str, ...]:
         """What is not as the original has it before anything is rounded."""
         rotated = self.setup.reader.notes if isinstance(self.setup.reader, RotatedCheckpoint) else ()
-        return (*self.setup.checkpoint.notes, *rotated)
+        config = self.setup.checkpoint.config
+        own = f"the checkpoint's own code (auto_map) is not run, but transformers' class for {config.get('model_type')}"
+        brought = (own,) if "auto_map" in config else ()
+        return (*self.setup.checkpoint.notes, *brought, *rotated)
 
     @property
     def _model_scheme(self) -> ModelScheme:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantpress.api import plan
 from quantpress.core.errors import BadInput
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.sources import resolve
@@ -86,6 +87,19 @@ def test_a_config_that_says_it_is_not_quantized_is_believed(tmp_path: Path) -> N
     make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
     made = json.loads((tmp_path / "run" / "quantized" / "config.json").read_text())
     assert made["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+def test_a_plan_that_says_ok_has_opened_the_tokenizer(tmp_path: Path) -> None:
+    """And says that code of a family which transformers has is not run."""
+    build("llama", tmp_path / "model", torch.bfloat16)
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoModelForCausalLM": "x.Y"}}))
+    recipe = {"method": {"name": "rtn"}, "weights": {"group_size": 32}}
+    notes = plan(recipe, str(tmp_path / "model")).plan.notes
+    assert notes == ("the checkpoint's own code (auto_map) is not run, but transformers' class for llama",)
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInput, match="no tokenizer that can be read"):
+        plan(recipe, str(tmp_path / "model"))
 
 
 def test_activations_and_weights_that_overflow_are_named(tmp_path: Path) -> None:
