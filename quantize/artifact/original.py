@@ -19,6 +19,7 @@ from ..formats.statement import stated_quantization, without_quantization
 from ..models.checkpoint import FORMAT_FILES, Checkpoint, read_json
 from ..models.skeleton import Skeleton
 
+_TOLD_IN = (*FORMAT_FILES, "quant_config.json")  # files that say how weights are quantized; the last is AutoAWQ's
 _CONV1D = ("gpt2", "openai-gpt")  # model types that keep the weights of their linears as [in, out]
 
 
@@ -89,7 +90,7 @@ class OriginalCheckpoint(Checkpoint):
 
     def file_hashes(self) -> dict[str, str]:
         """As of any checkpoint, with the files that say how it is quantized."""
-        told = [self.folder / name for name in FORMAT_FILES if self.quantization and (self.folder / name).is_file()]
+        told = [self.folder / name for name in _TOLD_IN if self.quantization and (self.folder / name).is_file()]
         return dict(sorted((super().file_hashes() | {file.name: file_sha256(file) for file in told}).items()))
 
 

@@ -43,7 +43,10 @@ class HuggingFaceFolder(Backend):
     def plan(self) -> Plan:
         setup = self.setup
         plan = make_plan(setup.recipe, setup.skeleton, setup.linears, self.schemes)
-        return replace(plan, original_bytes=setup.checkpoint.total_bytes, notes=self._notes)
+        notes, original = self._notes, setup.checkpoint.total_bytes
+        if setup.checkpoint.quantization is not None and plan.artifact_bytes >= original:
+            notes = (*notes, "the artifact is no smaller than the original, which is itself quantized")
+        return replace(plan, original_bytes=original, notes=notes)
 
     def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
         partial, final = settings.out / "quantized.partial", settings.out / "quantized"

@@ -29,8 +29,7 @@ COMPANIONS = (
     "*_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 
-# Where some readers look for a format's settings.
-FORMAT_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")  # where some readers look for a format's settings
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 # What training tools put before every tensor's name: DataParallel, torch.compile, PEFT; and a multimodal model, before

@@ -66,6 +66,10 @@ def test_the_plan_says_what_the_original_is(tmp_path: Path) -> None:
     quantized, plain = plans
     assert "(fp8, a scale for each 64 x 64 block)" in quantized.notes[0]
     assert quantized.artifact_bytes == plain.artifact_bytes
+    assert not any("no smaller" in note for note in quantized.notes)
+    wide = parse(BASE | {"model": str(tmp_path / "quantized"), "method": {"name": "rtn"}, "ignore": ["*.mlp.*"]})
+    wider = prepare(wide, resolve(wide.model, cache=tmp_path / "cache")).plan
+    assert any("the artifact is no smaller than the original" in note for note in wider.notes)
     assert quantized.memory_bytes == plain.memory_bytes
     on_disk = load_file(tmp_path / "quantized" / "model.safetensors").values()
     assert quantized.original_bytes == sum(t.nbytes for t in on_disk) < plain.original_bytes
