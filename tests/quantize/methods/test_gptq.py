@@ -195,9 +195,9 @@ def test_zero_moment_is_refused() -> None:
 
 def test_no_moment_and_settings_of_another_method_are_refused() -> None:
     weight, moment = problem(4, 16, seed=1)
-    for other, given_moment in ((Gptq(), None), (Rtn(), moment)):
+    for s, given_moment in ((Gptq(), None), (Rtn(), moment)):
         with pytest.raises(ValueError, match="gptq needs the second moment of the inputs and its own settings"):
-            gptq(weight, Grid(group_size=16), other, given_moment)
+            gptq(weight, Grid(group_size=16), s, given_moment)
 
 
 def test_factor_is_the_inverse_hessians() -> None:

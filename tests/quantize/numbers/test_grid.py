@@ -144,6 +144,37 @@ def test_a_coarse_grid_may_be_clipped_at_one_end_only(bits: Bits, side: int) -> 
     assert found.sum() < 0.992 * best.sum()
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_either_end_moves_by_a_few_hundredths_of_the_best_even_range(bits: Bits) -> None:
+    x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    w = torch.where(x > 0, x**3, 0.5 * x)  # one long tail: above in half of the rows, below in the others
+    w[::2] *= -1
+    grid, ones = Grid(bits=bits, group_size=-1, symmetric=False), torch.ones(32)
+    plain = grid.model_copy(update={"scale_search": "minmax"})
+
+    def best(ranges: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of ranges [rows, 2]: scale, zero and error of each row's best."""
+        pairs = [fit(ends, plain, torch.float32) for ends in ranges]
+        errors = torch.stack([weighted_error(w, *pair, grid, ones) for pair in pairs])
+        at = errors.argmin(0)[None]
+        scale, zero = (torch.stack(x).gather(0, at)[0] for x in zip(*pairs, strict=True))
+        return scale, zero, errors.amin(0)
+
+    whole = torch.stack([w.amin(1), w.amax(1)], 1)
+    scale, zero, evenly = best([whole * (1 - 0.05 * i) for i in range(13)])
+    near, width = -zero * scale, scale * grid.levels
+    shifts = [share * width for share in (-0.12, -0.06, 0.06, 0.12)]
+    moved = {
+        "low": best([torch.stack([near + x, near + width], 1) for x in shifts])[2],
+        "high": best([torch.stack([near, near + width + x], 1) for x in shifts])[2],
+    }
+    found = weighted_error(w, *fit(w, grid, torch.float32), grid, ones)
+    assert_close(found, torch.stack([evenly, *moved.values()]).amin(0), rtol=1e-4, atol=1e-8)
+    for end, other in (("low", "high"), ("high", "low")):
+        gains = (moved[end] < 0.999 * torch.minimum(evenly, moved[other])).sum()
+        assert gains > 0 or bits == 2, (end, gains)
+
+
 def test_finer_grids_are_clipped_at_both_ends_alike() -> None:
     w = torch.cat([torch.linspace(-1.0, -0.2, 63), torch.tensor([1.25])])[None]
     grid = Grid(bits=4, group_size=-1, symmetric=False)
