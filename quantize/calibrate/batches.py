@@ -176,7 +176,7 @@ class _Run:
 
         def enter(path: str, hidden: Tensor, chosen: Tensor) -> None:
             if getcurrent() is self._thread:
-                self.entered[path] = hidden, chosen
+                self.entered[path] = hidden.reshape(-1, hidden.shape[-1]), chosen
 
         last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
 

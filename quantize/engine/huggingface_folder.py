@@ -102,7 +102,7 @@ class HuggingFaceFolder(Backend):
     def _shell_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the blocks; a head that is tied and equal to the embedding is stored once."""
         skeleton, reader = self.setup.skeleton, self.setup.reader
-        inside = {disk for k in range(skeleton.n_blocks) for disk in skeleton.block_names(k).values()}
+        inside = skeleton.on_disk_of_blocks()
         tensors = {name: reader.read(name) for name in reader.names() if name not in inside}
         if reader.config.get("tie_word_embeddings", getattr(skeleton.config, "tie_word_embeddings", False)):
             for head in skeleton.head_names():

@@ -14,7 +14,7 @@ from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
 from ..formats import FORMATS
-from ..models.skeleton import LinearLayer, Skeleton
+from ..models.skeleton import LinearLayer, Skeleton, experts_per_token
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned
@@ -217,10 +217,9 @@ def _active(skeleton: Skeleton, linears: list[LinearLayer]) -> dict[int, float]:
 
 def _share(skeleton: Skeleton, linear: LinearLayer) -> float:
     """The share of all tokens that reach a linear."""
-    if skeleton.family.experts is None or not linear.module.startswith(f"{skeleton.family.experts}."):
-        return 1.0
-    experts = getattr(skeleton.config, "num_experts", None) or skeleton.config.num_local_experts
-    return float(skeleton.config.num_experts_per_tok / experts)
+    experts = skeleton.experts_around(linear)
+    chosen = experts_per_token(skeleton.config)
+    return 1.0 if experts is None or chosen is None else min(1.0, chosen / experts)
 
 
 def _tuning_bytes(skeleton: Skeleton, linears: list[LinearLayer], batch_tokens: int, parameters: int) -> int:
