@@ -1,7 +1,7 @@
 """The experts of a mixture as linears of their own: the form in which they are calibrated, rounded and stored.
 
-transformers keeps the weights of all experts of a block in one tensor for each projection. How they lie in it differs by
-family: gate and up one after the other or row by row in turn, inputs before outputs, with biases, without gates.
+transformers keeps the weights of all experts of a block in one tensor for each projection. How they lie in it differs
+by family: gate and up one after the other or row by row in turn, inputs before outputs, with biases, without gates.
 """
 
 from collections.abc import Callable, Iterator
