@@ -219,6 +219,8 @@ def _strangers(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Ite
     own = {skeleton.disk_name(name) for name, _ in skeleton.model.named_parameters()}
     own |= {skeleton.disk_name(name) for name, _ in skeleton.model.named_buffers()}
     own |= {f"{head}.weight" for head in skeleton.head_names()} | skeleton.on_disk_of_blocks()
+    manifest = own_manifest(artifact.checkpoint.folder)
+    own |= set() if manifest is None else set(manifest.kept)
     broken = {name for name in artifact.linears if not any(c.startswith(f"{name}.") for c in claimed)}
     for name in artifact.checkpoint.names():
         linear = name.rpartition(".")[0]

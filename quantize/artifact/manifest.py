@@ -154,6 +154,7 @@ class Manifest(Record):
     transforms: tuple[TransformRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # tensors of the original that its transformers model has no place for, copied
     end_to_end: dict[str, Any] | None = None
     imatrix: str | None = None
     artifact: Sizes = Sizes()

@@ -17,6 +17,7 @@ from ..core.files import move_whole, write_json
 from ..formats import FORMATS, ModelScheme
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..models.rotated_checkpoint import RotatedCheckpoint
+from .accounting import account
 from .backend import Backend, Setup
 from .plan import Plan, make_plan
 from .settings import Settings
@@ -48,6 +49,8 @@ class HuggingFaceFolder(Backend):
     def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
         partial, final = settings.out / "quantized.partial", settings.out / "quantized"
         manifest = manifest.changed(fallbacks=(*self._notes, *manifest.fallbacks))
+        if self.setup.skeleton.unused:
+            manifest = manifest.changed(kept=tuple(self.setup.skeleton.unused))
         shutil.rmtree(partial, ignore_errors=True)
         if not final.exists():
             partial.mkdir(parents=True)
@@ -75,7 +78,7 @@ class HuggingFaceFolder(Backend):
     def _notes(self) -> tuple[str, ...]:
         """What is not as the original has it before anything is rounded."""
         rotated = self.setup.reader.notes if isinstance(self.setup.reader, RotatedCheckpoint) else ()
-        return (*self.setup.checkpoint.notes, *rotated)
+        return (*self.setup.checkpoint.notes, *rotated, *account(self.setup.skeleton, self.setup.linears))
 
     @property
     def _model_scheme(self) -> ModelScheme:

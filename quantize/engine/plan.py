@@ -18,6 +18,7 @@ from ..models.skeleton import LinearLayer, Skeleton, experts_per_token
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned
+from .accounting import quantized_share
 
 TUNING_CHECKS = 4  # times the loss of a tuned block is measured over all samples
 PROCESS_BYTES = 465_000_000  # Python, torch, transformers and the run of a small model, measured on Linux
@@ -45,6 +46,7 @@ class Plan:
     passes: int
     device: str = "cpu"
     device_bytes: int = 0
+    quantized_share: float | None = None  # of the weights of the blocks' matrices; None where that is not counted
     notes: tuple[str, ...] = ()  # what will differ from the original
 
     def check(self, out: Path, *, ignore: bool) -> None:
@@ -139,6 +141,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         operations=operations,
         seconds=operations / _speed(skeleton.device) + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
+        quantized_share=quantized_share(skeleton, linears, {n for n, grid in schemes.items() if grid is not None}),
         device=str(there),
         device_bytes=on_device,
     )

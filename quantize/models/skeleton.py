@@ -24,6 +24,7 @@ from .families import UNLISTED, family_of
 from .model_tensors import ModelTensors, TensorReader
 from .names import TensorNames
 
+_ROUTER = "it chooses or weighs experts"
 _EMBEDDED_TOKENS = 4096  # embedded at a time
 
 
@@ -147,6 +148,19 @@ class Skeleton:
     def on_disk_of_blocks(self) -> set[str]:
         """The tensors of the file that the blocks are made of."""
         return {disk for names in self._inside for name in names.values() for disk in self.reader.on_disk(name)}
+
+    def left_out(self) -> list[tuple[str, int, str]]:
+        """(on-disk name, number of weights, why) of what is in the blocks, is a matrix and no linear to quantize."""
+        found = []
+        for k, block in enumerate(self._blocks):
+            linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+            for name, parameter in block.named_parameters():
+                path = name.rpartition(".")[0]
+                if parameter.dim() < 2 or (path in linears and path not in self._routers[k]):
+                    continue
+                why = _ROUTER if path in self._routers[k] else _why_no_linear(block.get_submodule(path), parameter)
+                found.append((self._inside[k][name], parameter.numel(), why))
+        return found
 
     @property
     def unused(self) -> list[str]:
@@ -358,6 +372,16 @@ class Skeleton:
     def _unplaced_shell(self) -> list[str]:
         inside = f"{self.blocks_name}."
         return [n for n in _stored(self.model) if not n.startswith(inside) and n not in self._shell]
+
+
+def _why_no_linear(module: nn.Module, parameter: Tensor) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "a convolution"
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    stacked = f"weights stacked in a way that is not known ({kind})"
+    return stacked if parameter.dim() > 2 else f"a parameter of {kind}, not a linear layer"
 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:
