@@ -97,7 +97,8 @@ class OriginalCheckpoint(Checkpoint):
             return super().read_rows(name, rows)
         kept = self._kept
         whole = kept[name] if name in kept else self.read(name)
-        self._kept = {n: t for n, t in [*kept.items(), (name, whole)][-2:]}
+        others = [(n, t) for n, t in kept.items() if n != name]
+        self._kept = dict([*others[-1:], (name, whole)])
         return whole[rows]
 
     def file_hashes(self) -> dict[str, str]:

@@ -160,7 +160,7 @@ class _Run:
         def whole_pass() -> None:
             args, kwargs = block.arguments
             result = block.module(hidden.to(block.device), *args, **kwargs)
-            hidden.copy_(result[0] if isinstance(result, tuple) else result)
+            hidden.copy_(result[0] if isinstance(result, tuple | list) else result)
 
         def halt(name: str, x: Tensor) -> Tensor:
             if getcurrent() is not self._thread:

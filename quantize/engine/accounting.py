@@ -29,7 +29,7 @@ def account(skeleton: Skeleton, linears: list[LinearLayer]) -> tuple[str, ...]:
     if beyond := skeleton.unused:
         more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
         lines.append(
-            f"{beyond[0]}{more}: transformers' {skeleton.config.model_type} model has no place for this; copied as it is"
+            f"{beyond[0]}{more}: transformers' {skeleton.config.model_type} has no place for this; copied as it is"
         )
     return tuple(lines)
 

@@ -236,7 +236,7 @@ class Skeleton:
         for self._tuples in (False, True):
             try:
                 with self._taps() as taps:
-                    out = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    out = self.model.base_model(input_ids=ids, use_cache=False)[0]
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 continue
             if all(tap.hidden.shape == taps[0].hidden.shape for tap in taps) and out.shape[:-1] == ids.shape:
@@ -409,7 +409,7 @@ def run_block(
     with torch.no_grad():
         for start in range(0, hidden.shape[0], batch):
             result = block(hidden[start : start + batch].to(device), *args, **kwargs)
-            hidden[start : start + batch] = result[0] if isinstance(result, tuple) else result
+            hidden[start : start + batch] = result[0] if isinstance(result, tuple | list) else result
 
 
 class _Tap(nn.Module):
