@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..artifact.manifest import ForwardCheck
 from ..core import machine
 from ..core.errors import BadInput
+from ..models.model_tensors import TensorReader
 from ..models.skeleton import Skeleton, run_block
 
 _WHOLE_BYTES = 2_000_000_000  # in float32; a model that is larger takes minutes rather than seconds
@@ -25,17 +26,17 @@ _TOKENS = (2, 12)
 _NARROW = {"intermediate_size": 256, "vocab_size": 1024}  # what a twin has less of, where the config has it
 
 
-def check_forward(folder: Path, skeleton: Skeleton, parameters: int) -> ForwardCheck:
+def check_forward(folder: Path, original: TensorReader, parameters: int) -> ForwardCheck:
     """Compare the states that leave each block. Raises BadInput naming the first block that computes something else.
 
-    folder: of the original; None of its weights may be quantized. parameters: their number. A model that is too large
+    folder, original: the checkpoint, none of its weights quantized. parameters: their number. A model that is too large
     is compared as a twin: the same config with the first blocks only, narrower, and random weights.
     """
     if 8 * parameters < machine.available_memory_bytes() and 4 * parameters <= _WHOLE_BYTES:
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        exact = Skeleton(skeleton.reader, device=torch.device("cpu"), dtype=torch.float32)
+        exact = Skeleton(original, device=torch.device("cpu"), dtype=torch.float32)
         return ForwardCheck(compared="the whole model", difference=_difference(whole, exact))
-    config = _smaller(skeleton)
+    config = _smaller(Skeleton(original, device=torch.device("cpu")))
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -26,7 +26,6 @@ from ..calibrate.tokens import (
 from ..core import machine
 from ..core.errors import BadInput
 from ..models.rotated_checkpoint import RotatedCheckpoint
-from ..models.skeleton import Skeleton
 from . import sharing
 from .blocks import Trained, all_finite, run_blocks, train_end_to_end
 from .description import describe
@@ -98,7 +97,7 @@ def _forward(job: Job) -> ForwardCheck | None:
     if not job.backend.rounds_blocks or job.checkpoint.quantization is not None or job.checkpoint.wrapper:
         return None
     parameters = sum(math.prod(job.checkpoint.shape(name)) for name in job.checkpoint.names())
-    return check_forward(job.source.path, Skeleton(job.checkpoint, device=torch.device("cpu")), parameters)
+    return check_forward(job.source.path, job.checkpoint, parameters)
 
 
 def _signed(

@@ -358,8 +358,7 @@ class Skeleton:
             self.reader.check_shape(disk, tuple(stored[name].shape), shape)
 
     def _check_names(self) -> None:
-        missing = self._missing + self._unplaced_shell()
-        if missing:
+        if missing := self._missing:
             other = ""
             if self.unused:
                 other = f" and has {len(self.unused)} that the model does not have, the first {self.unused[0]}"

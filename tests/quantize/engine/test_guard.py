@@ -10,7 +10,6 @@ from quantpress.artifact.manifest import ForwardCheck, read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.engine import guard
 from quantpress.models.checkpoint import Checkpoint
-from quantpress.models.skeleton import Skeleton
 
 from ... import tiny
 from ..models.test_experts import saved
@@ -19,7 +18,7 @@ from .test_pipeline import make
 
 
 def checked(folder: Path) -> ForwardCheck:
-    return guard.check_forward(folder, Skeleton(Checkpoint(folder), device=torch.device("cpu")), 1_000_000)
+    return guard.check_forward(folder, Checkpoint(folder), 1_000_000)
 
 
 def test_a_run_says_that_its_blocks_compute_what_the_model_computes(tmp_path: Path) -> None:
