@@ -139,12 +139,12 @@ def _parameters(artifact: Artifact, skeleton: Skeleton) -> Iterator[str]:
             if not (tied and disk in heads):
                 yield f"{disk} is missing" + (": the head is not tied to the embedding" if disk in heads else "")
             continue
-        shape = artifact.checkpoint.shape(disk)
+        shape = skeleton.reader.shape(disk)
         if shape != tuple(parameter.shape):
             yield f"{disk}: shape {list(shape)} where the model has {list(parameter.shape)}"
-        elif not artifact.checkpoint.dtype(disk).is_floating_point:
-            yield f"{disk}: {_kind(artifact.checkpoint.dtype(disk))} where a weight of the model is a float"
-        elif not _finite(artifact.checkpoint.read(disk)):
+        elif not skeleton.reader.dtype(disk).is_floating_point:
+            yield f"{disk}: {_kind(skeleton.reader.dtype(disk))} where a weight of the model is a float"
+        elif not _finite(skeleton.reader.read(disk)):
             yield f"{disk} holds NaN or inf"
 
 
@@ -218,7 +218,9 @@ def _strangers(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Ite
     """Tensors that belong to no layer: servers refuse to load them."""
     own = {skeleton.disk_name(name) for name, _ in skeleton.model.named_parameters()}
     own |= {skeleton.disk_name(name) for name, _ in skeleton.model.named_buffers()}
-    own |= {f"{head}.weight" for head in skeleton.head_names()}
+    own |= {f"{head}.weight" for head in skeleton.head_names()} | skeleton.on_disk_of_blocks()
+    manifest = own_manifest(artifact.checkpoint.folder)
+    own |= set() if manifest is None else set(manifest.kept)
     broken = {name for name in artifact.linears if not any(c.startswith(f"{name}.") for c in claimed)}
     for name in artifact.checkpoint.names():
         linear = name.rpartition(".")[0]

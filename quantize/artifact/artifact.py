@@ -62,10 +62,19 @@ class Artifact:
     def __contains__(self, name: object) -> bool:
         return name in self.checkpoint or str(name).removesuffix(".weight") in self.linears
 
+    def names(self) -> list[str]:
+        """The names of the tensors of the unquantized model."""
+        plain = [n for n in self.checkpoint.names() if n.endswith(".bias") or n.rpartition(".")[0] not in self.linears]
+        return [*plain, *(f"{linear}.weight" for linear in self.linears)]
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights on disk."""
         return self.checkpoint.total_bytes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that is not quantized."""
+        return self.checkpoint.dtype(name)
 
     def plain_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor that is not quantized; None for the weight of a quantized linear."""
@@ -123,6 +132,14 @@ class Artifact:
             return self.checkpoint.read(name)
         weight = self.linear(linear).dequantize(self._dtype)
         return weight.T.contiguous() if linear in self.transposed else weight
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """As `read`, for a part along the first dimension."""
+        return self.checkpoint.read_rows(name, rows) if name in self.checkpoint else self.read(name)[rows]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that is not quantized."""
+        return self.checkpoint.shape(name)
 
     @property
     def _dtype(self) -> torch.dtype:

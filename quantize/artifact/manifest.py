@@ -90,6 +90,13 @@ class TransformRecord(Record):
     error_after: float | None = None
 
 
+class ForwardCheck(Record):
+    """The model block by block against transformers' whole model; difference: of states, relative to the largest."""
+
+    compared: str
+    difference: float | None = None
+
+
 class BlockRecord(Record):
     """A finished decoder block, as the journal has it."""
 
@@ -154,6 +161,8 @@ class Manifest(Record):
     transforms: tuple[TransformRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # tensors of the original that its transformers model has no place for, copied
+    forward: ForwardCheck | None = None
     end_to_end: dict[str, Any] | None = None
     imatrix: str | None = None
     artifact: Sizes = Sizes()

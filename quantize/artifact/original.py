@@ -43,6 +43,7 @@ class OriginalCheckpoint(Checkpoint):
             raise BadInput(f"{folder}: {error}") from None
         self._packed: dict[str, PackedWeight] = found
         self.config = without_quantization(self.config)
+        self._kept: dict[str, Tensor] = {}
         self._dtype = _float_type(self.config, tensors)
         self._names = [*(n for n in self._entries if n not in self._beside and n not in found), *found]
         kinds = Counter(weight.kind for weight in found.values())
@@ -88,6 +89,19 @@ class OriginalCheckpoint(Checkpoint):
             raise BadInput(f"{self.folder}: {name} dequantizes to {list(out.shape)}, not {list(weight.shape)}")
         return out
 
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """As `read`, for a part along the first dimension; the two last weights that were dequantized for it are kept.
+
+        The weights of a block's experts are asked for one expert after the other, each of two tensors.
+        """
+        if name not in self._packed:
+            return super().read_rows(name, rows)
+        kept = self._kept
+        whole = kept[name] if name in kept else self.read(name)
+        others = [(n, t) for n, t in kept.items() if n != name]
+        self._kept = dict([*others[-1:], (name, whole)])
+        return whole[rows]
+
     def file_hashes(self) -> dict[str, str]:
         """As of any checkpoint, with the files that say how it is quantized."""
         told = [self.folder / name for name in _TOLD_IN if self.quantization and (self.folder / name).is_file()]
@@ -109,7 +123,7 @@ def check_no_codes(skeleton: Skeleton, reader: Checkpoint, but: Collection[str] 
 
     but: linears, by on-disk name, whose codes a format reads.
     """
-    inside = [name for k in range(skeleton.n_blocks) for name in skeleton.block_names(k).values()]
+    inside = sorted(skeleton.on_disk_of_blocks())
     for name in (*inside, *skeleton.shell_names().values()):
         if name in reader and name.removesuffix(".weight") not in but and is_code(kind := reader.dtype(name)):
             raise BadInput(

@@ -160,7 +160,7 @@ class _Run:
         def whole_pass() -> None:
             args, kwargs = block.arguments
             result = block.module(hidden.to(block.device), *args, **kwargs)
-            hidden.copy_(result[0] if isinstance(result, tuple) else result)
+            hidden.copy_(result[0] if isinstance(result, tuple | list) else result)
 
         def halt(name: str, x: Tensor) -> Tensor:
             if getcurrent() is not self._thread:
@@ -176,7 +176,7 @@ class _Run:
 
         def enter(path: str, hidden: Tensor, chosen: Tensor) -> None:
             if getcurrent() is self._thread:
-                self.entered[path] = hidden, chosen
+                self.entered[path] = hidden.reshape(-1, hidden.shape[-1]), chosen
 
         last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
 

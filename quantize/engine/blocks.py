@@ -167,10 +167,16 @@ def _block_tensors(
     tensors: dict[str, Tensor] = {}
     for name, linear in rounded.items():
         tensors |= {n: t.cpu() for n, t in format.pack(name, linear).items()}
+    reader = job.skeleton.reader
+    replaced = {n for name in rounded for kind in ("weight", "bias") for n in reader.on_disk(f"{name}.{kind}")}
     for name, disk in job.skeleton.block_names(k).items():
-        if disk.removesuffix(".weight") not in rounded:
-            before = job.reader.read(disk)
+        if disk.removesuffix(".weight") in rounded:
+            continue
+        if name in changed or replaced & set(reader.on_disk(disk)):
+            before = reader.read(disk)
             tensors[disk] = block.get_parameter(name).to("cpu", before.dtype) if name in changed else before
+        else:
+            tensors |= {n: reader.read(n) for n in reader.on_disk(disk) if n not in tensors}
     if cache is not None and job.recipe.kv_cache is not None:
         scales = zip(format.cache_suffixes, cache.scales(job.recipe.kv_cache), strict=True)
         tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in scales}

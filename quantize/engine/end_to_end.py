@@ -80,7 +80,7 @@ class QuantizedModel:
             for name, disk in skeleton.block_names(k).items():
                 # Not the original's: a transform may have changed it. Quantized linears are packed and not among them.
                 if disk in parts[k] and disk.removesuffix(".weight") not in quantized:
-                    own.get_parameter(name).data.copy_(parts[k][disk])
+                    own.state_dict()[name].copy_(parts[k][disk])
             self._blocks.append(_Block(own, linears, arguments[k]))
 
     @property

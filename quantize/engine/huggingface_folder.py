@@ -17,6 +17,7 @@ from ..core.files import move_whole, write_json
 from ..formats import FORMATS, ModelScheme
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..models.rotated_checkpoint import RotatedCheckpoint
+from .accounting import account
 from .backend import Backend, Setup
 from .plan import Plan, make_plan
 from .settings import Settings
@@ -51,6 +52,8 @@ class HuggingFaceFolder(Backend):
     def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
         partial, final = settings.out / "quantized.partial", settings.out / "quantized"
         manifest = manifest.changed(fallbacks=(*self._notes, *manifest.fallbacks))
+        if self.setup.skeleton.unused:
+            manifest = manifest.changed(kept=tuple(self.setup.skeleton.unused))
         shutil.rmtree(partial, ignore_errors=True)
         if not final.exists():
             partial.mkdir(parents=True)
@@ -81,7 +84,8 @@ class HuggingFaceFolder(Backend):
         config = self.setup.checkpoint.config
         own = f"the checkpoint's own code (auto_map) is not run, but transformers' class for {config.get('model_type')}"
         brought = (own,) if "auto_map" in config else ()
-        return (*self.setup.checkpoint.notes, *brought, *rotated)
+        accounted = account(self.setup.skeleton, self.setup.linears)
+        return (*self.setup.checkpoint.notes, *brought, *rotated, *accounted)
 
     @property
     def _model_scheme(self) -> ModelScheme:
@@ -108,7 +112,7 @@ class HuggingFaceFolder(Backend):
     def _shell_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the blocks; a head that is tied and equal to the embedding is stored once."""
         skeleton, reader = self.setup.skeleton, self.setup.reader
-        inside = {disk for k in range(skeleton.n_blocks) for disk in skeleton.block_names(k).values()}
+        inside = skeleton.on_disk_of_blocks()
         tensors = {name: reader.read(name) for name in reader.names() if name not in inside}
         if reader.config.get("tie_word_embeddings", getattr(skeleton.config, "tie_word_embeddings", False)):
             for head in skeleton.head_names():

@@ -1,5 +1,6 @@
 """From a recipe and a checkpoint to the artifact folder, one decoder block at a time."""
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..artifact.artifact import verify
-from ..artifact.manifest import MachineRecord, Manifest, Timing
+from ..artifact.manifest import ForwardCheck, MachineRecord, Manifest, Timing
 from ..calibrate.texts import load_documents
 from ..calibrate.tokens import (
     Tokens,
@@ -28,6 +29,7 @@ from ..models.rotated_checkpoint import RotatedCheckpoint
 from . import sharing
 from .blocks import Trained, all_finite, run_blocks, train_end_to_end
 from .description import describe
+from .guard import check_forward
 from .job import Job, prepare
 from .journal import Journal, finished
 from .settings import BlockDone, Settings
@@ -53,6 +55,7 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     job.plan.check(settings.out, ignore=settings.ignore_limits)
     _check_weights(job)
     job.skeleton.check_arguments()
+    forward = _forward(job)
     tokens = _tokens(job, tokenizer, settings)
     files = job.checkpoint.file_hashes()
     if settings.overwrite:
@@ -63,6 +66,8 @@ def quantize(job: Job, settings: Settings) -> Manifest:
         run_blocks(job, tokens, journal, settings)
         trained = train_end_to_end(job, tokens, journal)
     manifest = describe(job, files, tokens, journal.done, trained)
+    if forward is not None:
+        manifest = manifest.changed(forward=forward)
     manifest = job.backend.assemble(manifest, trained.parts, tokens, settings)
     return _signed(manifest, job, settings, started, [done.seconds for done in journal.done])
 
@@ -85,6 +90,14 @@ def checked_tokenizer(job: Job, trust_remote_code: bool = False) -> Any:
             "give a text, or rename the tensors"
         )
     return tokenizer
+
+
+def _forward(job: Job) -> ForwardCheck | None:
+    """The comparison with transformers' model; None where the blocks are not run, or transformers cannot."""
+    if not job.backend.rounds_blocks or job.checkpoint.quantization is not None or job.checkpoint.wrapper:
+        return None
+    parameters = sum(math.prod(job.checkpoint.shape(name)) for name in job.checkpoint.names())
+    return check_forward(job.source.path, job.checkpoint, parameters)
 
 
 def _signed(

@@ -14,10 +14,11 @@ from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
 from ..formats import FORMATS
-from ..models.skeleton import LinearLayer, Skeleton
+from ..models.skeleton import LinearLayer, Skeleton, experts_per_token
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned
+from .accounting import quantized_share
 
 TUNING_CHECKS = 4  # times the loss of a tuned block is measured over all samples
 PROCESS_BYTES = 465_000_000  # Python, torch, transformers and the run of a small model, measured on Linux
@@ -45,6 +46,7 @@ class Plan:
     passes: int
     device: str = "cpu"
     device_bytes: int = 0
+    quantized_share: float | None = None  # of the weights of the blocks' matrices; None where that is not counted
     notes: tuple[str, ...] = ()  # what will differ from the original
 
     def check(self, out: Path, *, ignore: bool) -> None:
@@ -139,6 +141,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         operations=operations,
         seconds=operations / _speed(skeleton.device) + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
+        quantized_share=quantized_share(skeleton, linears, {n for n, grid in schemes.items() if grid is not None}),
         device=str(there),
         device_bytes=on_device,
     )
@@ -217,10 +220,9 @@ def _active(skeleton: Skeleton, linears: list[LinearLayer]) -> dict[int, float]:
 
 def _share(skeleton: Skeleton, linear: LinearLayer) -> float:
     """The share of all tokens that reach a linear."""
-    if skeleton.family.experts is None or not linear.module.startswith(f"{skeleton.family.experts}."):
-        return 1.0
-    experts = getattr(skeleton.config, "num_experts", None) or skeleton.config.num_local_experts
-    return float(skeleton.config.num_experts_per_tok / experts)
+    experts = skeleton.experts_around(linear)
+    chosen = experts_per_token(skeleton.config)
+    return 1.0 if experts is None or chosen is None else min(1.0, chosen / experts)
 
 
 def _tuning_bytes(skeleton: Skeleton, linears: list[LinearLayer], batch_tokens: int, parameters: int) -> int:

@@ -10,7 +10,8 @@ from gguf import GGMLQuantizationType
 
 from ..core.errors import BadInput
 from ..models.checkpoint import Checkpoint
-from ..models.skeleton import Skeleton, TensorReader
+from ..models.model_tensors import TensorReader
+from ..models.skeleton import Skeleton
 from .hyperparameters import form_of, hyperparameters, notes, rope_tensors
 from .layout import Entry, float_type, layout
 from .tokenizer import tokenizer_metadata

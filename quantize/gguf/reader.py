@@ -12,13 +12,14 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..core.files import file_sha256
 from ..models.architecture import text_config
+from ..models.building import build_model
 from ..models.checkpoint import companions, read_json
-from ..models.families import family_of
+from ..models.names import saved_shapes
 from ..models.skeleton import Skeleton
 from ..recipe.gguf_file import FLOATS
 from .hyperparameters import form_of
-from .layout import Entry, gguf_name, layout
-from .tensor_map import from_gguf, names_of
+from .layout import Entry, layout
+from .tensor_map import from_gguf
 
 _FILE = "model.gguf"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -103,11 +104,10 @@ class GgufCheckpoint:
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json", "a GGUF file is read beside one")
         self.tensors = GgufTensors(gguf_files(folder))
-        config = text_config(self.config)
-        self._names = names_of(form_of(config), config.num_hidden_layers)
-        self._family = family_of(config.model_type)
-        self._config = config
+        self._config = text_config(self.config)
+        form_of(self._config)  # refuses a family that GGUF does not hold
         self._where: dict[str, tuple[Entry, int | None]] = {}
+        self._expected = saved_shapes(build_model(self._config))
         for entry in layout(Skeleton(self, device=torch.device("cpu"))):
             if entry.name not in self.tensors or self.tensors.shape(entry.name) != entry.shape:
                 found = list(self.tensors.shape(entry.name)) if entry.name in self.tensors else "absent"
@@ -117,16 +117,11 @@ class GgufCheckpoint:
 
     def names(self) -> list[str]:
         """HF names."""
-        return list(self._where)
+        return list(self._where or self._expected)
 
     def __contains__(self, name: object) -> bool:
         """Whether the file holds the parameter with this on-disk name."""
-        if self._family.disk_name(str(name)) != name:
-            return False
-        try:
-            return gguf_name(self._names, self._family.model_name(str(name))) in self.tensors
-        except BadInput:
-            return False
+        return name in (self._where or self._expected)
 
     def entry(self, name: str) -> Entry:
         """The tensor of the file that holds a parameter."""
@@ -170,6 +165,10 @@ class GgufCheckpoint:
         entry = self.entry(name)
         weight = self.tensors.dequantized(entry.name, self._where[name][1])
         return from_gguf(entry.change, weight, self._config).contiguous()
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """As `read`, for a part along the first dimension."""
+        return self.read(name)[rows]
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 by name of the GGUF files, config.json, tokenizer and other companions."""

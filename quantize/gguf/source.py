@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..models.families import family_of
 from .hyperparameters import form_of
 from .layout import EXPERT, gguf_name
 from .reader import dequantized, open_gguf
@@ -54,18 +53,18 @@ Place = tuple[str, int | None]  # a tensor of the file, and the expert whose sli
 
 def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
     """The place in the file of each parameter of the checkpoint, by its on-disk name."""
-    from transformers import AutoModelForCausalLM
+    from ..models.building import build_model
+    from ..models.names import saved_shapes
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = build_model(config)
     config.architectures = [type(model).__name__]
     form = form_of(config)
     names = names_of(form, int(config.num_hidden_layers))
     plan: dict[str, Place] = {}
-    for parameter, want in _parameters(model, config).items():
+    for parameter, want in saved_shapes(model).items():
         if config.tie_word_embeddings and parameter in ("lm_head.weight", "embed_out.weight"):
             continue
-        tensor = _tensor_of(names, family_of(config.model_type).model_name(parameter))
+        tensor = _tensor_of(names, parameter)
         if tensor is None or tensor not in meta.tensors:
             raise BadInput(f"{meta.path}: the GGUF file has no tensor for {parameter} ({tensor or 'no known name'})")
         expert = EXPERT.search(parameter)
@@ -79,27 +78,6 @@ def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
         few = ", ".join(sorted(spare)[:3])
         raise BadInput(f"{meta.path}: tensors that a {meta.architecture} model does not have: {few}")
     return plan
-
-
-def _parameters(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the checkpoint's tensors by on-disk name; experts, which transformers fuses, are separate on disk."""
-    family = family_of(config.model_type)
-    gate, up, down = family.expert_names
-    out: dict[str, tuple[int, ...]] = {}
-    for name, value in model.state_dict().items():
-        shape = tuple(value.shape)
-        name = family.disk_name(name)
-        where, _, kind = name.rpartition(".")
-        if kind == "gate_up_proj":
-            for e in range(shape[0]):
-                out |= dict.fromkeys(
-                    (f"{where}.{e}.{gate}.weight", f"{where}.{e}.{up}.weight"), (shape[1] // 2, shape[2])
-                )
-        elif kind == "down_proj":
-            out |= {f"{where}.{e}.{down}.weight": shape[1:] for e in range(shape[0])}
-        else:
-            out[name] = shape
-    return out
 
 
 def _tensor_of(names: gguf.TensorNameMap, parameter: str) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInput
-from ..models.families import FAMILIES, family_of
+from ..models.families import FAMILIES
 from ..models.family import GgufForm
 
 
@@ -173,7 +173,7 @@ def _family_of(meta: Metadata) -> tuple[str, GgufForm]:
             "use the original checkpoint"
         )
     for model_type, form in named.items():
-        if (family_of(model_type).experts is not None) == (meta.experts > 0):
+        if ("expert_count" in form.counts.values()) == (meta.experts > 0):
             return model_type, form
     kind = "mixture-of-experts" if meta.experts else "dense"
     raise BadInput(f"{meta.path}: a {kind} file of architecture {meta.architecture!r}; transformers has no such model")

@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ..core.errors import BadInput
+from .building import build_model
 
 _OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering")
 # How the original was to be run, which says nothing of its weights; a kernel that is not installed would stop the run.
@@ -58,10 +59,9 @@ def is_known(config: Mapping[str, Any]) -> bool:
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """The model on the meta device; raises BadInput for a config that its class cannot be built from."""
+    """The model without its weights; raises BadInput for a config that its class cannot be built from."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return build_model(config, dtype)
     except Exception as error:
         _check_rope(config)
         raise BadInput(

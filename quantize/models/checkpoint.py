@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,17 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own. Raises BadInput for an unknown name, and a file truncated since opening."""
+        return self._read(self._entry(name))
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """The part `rows` of the tensor along its first dimension; the rest is not read."""
         entry = self._entry(name)
+        start, stop, _ = rows.indices(entry.shape[0])
+        each = entry.size // max(1, entry.shape[0])
+        part = (stop - start, *entry.shape[1:])
+        return self._read(replace(entry, shape=part, start=entry.start + start * each, size=(stop - start) * each))
+
+    def _read(self, entry: _Stored) -> Tensor:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.size:
             with open(entry.path, "rb", buffering=0) as file:

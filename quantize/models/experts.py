@@ -1,32 +1,65 @@
-"""The fused experts of a mixture, split into linears: the form in which they are calibrated, rounded and stored."""
+"""The experts of a mixture as linears of their own: the form in which they are calibrated, rounded and stored.
 
+transformers keeps the weights of all experts of a block in one tensor for each projection. How they lie in it differs
+by family: gate and up one after the other or row by row in turn, inputs before outputs, with biases, without gates.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+GATED = ("gate_proj", "up_proj", "down_proj")
+_FUSED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by transformers' use_experts_implementation
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a parameter of one expert lies in the tensor of all experts.
+
+    fused: that tensor's name in the block. source: which of the tensors that are joined in it this is, 0 the gate and
+    1 the up projection. rows: of the fused tensor; where it is [experts, ...], one. half: the rows that are meant of
+    the expert's matrix, once it is [out, in]. transposed: whether it is stored as [in, out].
+    """
+
+    fused: str
+    source: int
+    expert: int
+    rows: slice
+    half: slice
+    transposed: bool
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The parameter, in memory of its own, from the `rows` of the fused tensor."""
+        one = rows[0] if self.rows.stop - self.rows.start == 1 else rows
+        return (one.T if self.transposed else one)[self.half].contiguous().clone()
+
 
 class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)) for x [tokens, hidden]; its three linears have the checkpoint's names."""
+    """down(combine(gate(x), up(x))), or down(combine(up(x))) without gates, for x [tokens, hidden].
 
-    def __init__(self, hidden: int, intermediate: int, names: tuple[str, str, str], act: nn.Module) -> None:
+    names: of its linears, down the last; they are the checkpoint's.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], hidden: int, intermediate: int, bias: bool, combine: Callable[..., Tensor]
+    ) -> None:
         super().__init__()
-        self._names, self._act = names, (act,)
-        gate, up, down = names
-        self.add_module(gate, nn.Linear(hidden, intermediate, bias=False))
-        self.add_module(up, nn.Linear(hidden, intermediate, bias=False))
-        self.add_module(down, nn.Linear(intermediate, hidden, bias=False))
+        self._names, self._combine = names, (combine,)  # a tuple, so that a module in it is no submodule
+        for name in names[:-1]:
+            self.add_module(name, nn.Linear(hidden, intermediate, bias=bias))
+        self.add_module(names[-1], nn.Linear(intermediate, hidden, bias=bias))
 
     @property
     def last(self) -> nn.Module:
         """The down projection."""
-        return self.get_submodule(self._names[2])
+        return self.get_submodule(self._names[-1])
 
     def inner(self, x: Tensor) -> Tensor:
         """What the down projection receives [tokens, intermediate] for x [tokens, hidden]."""
-        gate, up = (self.get_submodule(name) for name in self._names[:2])
-        out: Tensor = self._act[0](gate(x)) * up(x)
-        return out
+        return self._combine[0](*(self.get_submodule(name)(x) for name in self._names[:-1]))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.last(self.inner(x))
@@ -41,13 +74,14 @@ class SplitExperts(nn.ModuleList):
     """
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The chosen experts' weighted sum, for hidden [tokens, hidden]; index and weights are [tokens, chosen]."""
-        out = torch.zeros_like(hidden)
+        """The chosen experts' weighted sum, for hidden [..., hidden]; index and weights are [tokens, chosen]."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        out = torch.zeros_like(rows)
         for e, expert in enumerate(self):
             token, position = self.tokens_of(e, top_k_index)
-            result = expert(hidden[token]) * top_k_weights[token, position, None]
+            result = expert(rows[token]) * top_k_weights[token, position, None]
             out.index_add_(0, token, result.to(out.dtype))
-        return out
+        return out.reshape(hidden.shape)
 
     @staticmethod
     def tokens_of(e: int, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,14 +93,192 @@ class SplitExperts(nn.ModuleList):
         return token, position
 
 
-def split_experts(block: nn.Module, where: str, names: tuple[str, str, str]) -> None:
-    """Replace the fused experts at `where` in a block on the meta device by `SplitExperts`; a dense block stays."""
-    parent, _, attribute = where.rpartition(".")
-    owner = block.get_submodule(parent)
-    fused: Any = getattr(owner, attribute, None)
-    if not hasattr(fused, "gate_up_proj"):
-        return  # some families mix dense and sparse blocks
-    n, hidden, intermediate = fused.down_proj.shape
+class WeighedInputs(nn.ModuleList):
+    """Experts of Llama 4: each gets all tokens, times its score, which is 0 for those that are not routed to it."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The experts' outputs [experts * tokens, hidden] for inputs of this shape, expert by expert."""
+        inputs = hidden.reshape(len(self), -1, hidden.shape[-1])
+        out = torch.zeros_like(inputs)
+        for e, expert in enumerate(self):
+            (token,) = torch.where((inputs[e] != 0).any(-1))
+            out[e, token] = expert(inputs[e, token])
+        return out.reshape(hidden.shape)
+
+
+class ParallelLinears(nn.ModuleList):
+    """One linear for each expert, for inputs that are sorted by expert (JetMoE)."""
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        """inputs [tokens, in], the first `expert_size[0]` of which go to expert 0, and so on."""
+        return torch.cat([linear(x) for linear, x in zip(self, torch.split(inputs, expert_size), strict=True)])
+
+
+CONTAINERS = (SplitExperts, WeighedInputs, ParallelLinears)
+
+
+class _Gate:
+    """act(gate) * up."""
+
+    def __init__(self, act: nn.Module) -> None:
+        self._act = act
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        out: Tensor = self._act(gate) * up
+        return out
+
+
+class _OwnGate:
+    """The gate of a family that has its own, given gate and up as its fused projection returns them."""
+
+    def __init__(self, fused: Any) -> None:
+        self._fused, self._joined = fused, bool(fused.is_concatenated)
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        both = torch.cat([gate, up], -1) if self._joined else torch.stack([gate, up], -1).flatten(-2)
+        out: Tensor = self._fused._apply_gate(both)
+        return out
+
+
+def split_experts(block: nn.Module, names_of: Callable[[str], tuple[str, ...]]) -> dict[str, Part]:
+    """Replace the fused experts of a block on the meta device by linears.
+
+    names_of: what the layers in a fused tensor of the block are called in files with a tensor for each expert; empty
+    where there are no such files. Returns where each parameter of the linears lies, by its name in the block.
+    """
+    parts: dict[str, Part] = {}
+    for path, module in list(block.named_modules()):
+        dtype = next((p.dtype for p in module.parameters()), None)
+        found = _split(path, module, names_of)
+        if found is None:
+            continue
+        experts, where = found
+        parent, _, attribute = path.rpartition(".")
+        setattr(block.get_submodule(parent), attribute, experts.to(dtype))
+        parts |= {f"{path}.{name}": part for name, part in where.items()}
+    return parts
+
+
+def _split(
+    path: str, module: Any, names_of: Callable[[str], tuple[str, ...]]
+) -> tuple[nn.ModuleList, dict[str, Part]] | None:
+    """The linears of a module with fused experts, and where their parameters lie; None for another module."""
+    kind = type(module).__name__
+    if all(name in vars(module) for name in _FUSED):
+        return _stacked(path, module, names_of)
+    if kind == "Llama4TextExperts":
+        n, intermediate, hidden = module.down_proj.shape
+        experts = _experts(n, GATED, hidden, intermediate, False, _Gate(module.act_fn))
+        halves = slice(0, intermediate), slice(intermediate, None)
+        where = dict(_places(path, n, GATED, "gate_up_proj", "down_proj", "weight", halves, True))
+        return WeighedInputs(experts), where
+    if kind == "JetMoeParallelExperts":
+        n, out, size = module.weight.shape
+        with torch.device("meta"):
+            linears = [nn.Linear(size, out, bias=False) for _ in range(n)]
+        return ParallelLinears(linears), {
+            f"{e}.weight": Part(f"{path}.weight", 0, e, slice(e, e + 1), slice(None), False) for e in range(n)
+        }
+    if kind == "DbrxExperts":
+        n, size, names = module.num_experts, module.ffn_hidden_size, ("w1", "v1", "w2")
+        experts = _experts(n, names, module.hidden_size, size, False, _Gate(module.mlp.activation_fn))
+        return SplitExperts(experts), {
+            f"{e}.{name}.weight": Part(
+                f"{path}.mlp.{name}", 0, e, slice(e * size, (e + 1) * size), slice(None), name == "w2"
+            )
+            for e in range(n)
+            for name in names
+        }
+    return None
+
+
+def _stacked(
+    path: str, module: Any, names_of: Callable[[str], tuple[str, ...]]
+) -> tuple[nn.ModuleList, dict[str, Part]] | None:
+    """As `_split`, for the layout that transformers' own decorator describes."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    n = int(module.down_proj.shape[0])
+    if module.get_parameter(first).shape[0] != n:
+        return None
+    intermediate, hidden = module.down_proj.shape[1:] if module.is_transposed else module.down_proj.shape[:0:-1]
+    names = (*names_of(f"{path}.{first}"), *names_of(f"{path}.down_proj"))
+    if not names:
+        mixtral = ".block_sparse_moe." in f".{path}."  # servers look for the names that Mixtral has there
+        names = ("w1", "w3", "w2") if mixtral else GATED
+        names = names if module.has_gate else names[1:]
+    if len(names) != (3 if module.has_gate else 2):
+        return None
+    if not module.has_gate:
+        combine: Callable[..., Tensor] = module.act_fn
+    elif type(module)._apply_gate.__name__ == "_default_apply_gate" and module.is_concatenated:
+        combine = _Gate(module.act_fn)
+    else:
+        combine = _OwnGate(module)
+    halves = (slice(0, intermediate), slice(intermediate, None))
+    if not module.is_concatenated:
+        halves = (slice(0, None, 2), slice(1, None, 2))
+    if not module.has_gate:
+        halves = (slice(None), slice(None))
+    where = dict(_places(path, n, names, first, "down_proj", "weight", halves, bool(module.is_transposed)))
+    if module.has_bias:
+        where |= dict(_places(path, n, names, f"{first}_bias", "down_proj_bias", "bias", halves, False))
+    experts = _experts(n, names, hidden, intermediate, bool(module.has_bias), combine)
+    for name, _ in list(module.named_parameters(recurse=False)):
+        delattr(module, name)  # a gate of its own may still need the module, for its limits
+    return SplitExperts(experts), where
+
+
+def _experts(
+    n: int, names: tuple[str, ...], hidden: int, intermediate: int, bias: bool, combine: Callable[..., Tensor]
+) -> list[Expert]:
     with torch.device("meta"):
-        experts = [Expert(hidden, intermediate, names, fused.act_fn) for _ in range(n)]
-    setattr(owner, attribute, SplitExperts(experts))
+        return [Expert(names, hidden, intermediate, bias, combine) for _ in range(n)]
+
+
+def _places(
+    path: str,
+    n: int,
+    names: tuple[str, ...],
+    first: str,
+    down: str,
+    kind: str,
+    halves: tuple[slice, slice],
+    transposed: bool,
+) -> Iterator[tuple[str, Part]]:
+    for e in range(n):
+        for i, name in enumerate(names[:-1]):
+            yield f"{e}.{name}.{kind}", Part(f"{path}.{first}", i, e, slice(e, e + 1), halves[i], transposed)
+        yield f"{e}.{names[-1]}.{kind}", Part(f"{path}.{down}", 0, e, slice(e, e + 1), slice(None), transposed)
+
+
+def routers(block: nn.Module) -> list[str]:
+    """The modules of a block, its experts split, that choose or weigh experts; servers expect them in 16 bit.
+
+    They are found by what they do: beside the experts, with one output for each of them, or a single one.
+    """
+    owners: dict[str, set[int]] = {}
+    for path, module in block.named_modules():
+        if isinstance(module, CONTAINERS):
+            owners.setdefault(path.rpartition(".")[0], set()).add(len(module))
+    return [
+        path
+        for path, module in block.named_modules()
+        if _chooses(path, module, owners) and not any(isinstance(m, CONTAINERS) for m in _above(block, path))
+    ]
+
+
+def _chooses(path: str, module: nn.Module, owners: dict[str, set[int]]) -> bool:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return False
+    return any(
+        (not owner or path.startswith(f"{owner}.")) and (weight.shape[0] == 1 or weight.shape[0] in counts)
+        for owner, counts in owners.items()
+    )
+
+
+def _above(block: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules around the one at `path`, from the outside."""
+    steps = path.split(".")
+    for i in range(1, len(steps)):
+        yield block.get_submodule(".".join(steps[:i]))

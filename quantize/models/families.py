@@ -1,8 +1,8 @@
 """The model families, one row each.
 
 A decoder stack whose blocks are one ModuleList of `num_hidden_layers` entries can be quantized without a row. Needed is
-one for the transforms, which scale or rotate the output of a module and undo it in the linears that read it; for GGUF;
-and for checkpoints whose tensor names differ from those of the transformers class.
+one for the transforms, which scale or rotate the output of a module and undo it in the linears that read it, and for
+GGUF.
 """
 
 from collections.abc import Mapping
@@ -166,17 +166,12 @@ def _phi3_settings(meta: GgufMetadata, settings: Mapping[str, Any]) -> dict[str,
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 _LLAMA = Family(feeds=_LLAMA_FEEDS, no_hadamard=None, gguf=GgufForm("llama", _PERMUTED, switches=_BIASES))
-_QWEN_MOE = Family(
-    experts="mlp.experts", routers=("mlp.shared_expert_gate",), feeds=_QWEN_MOE_FEEDS, no_hadamard=None
-)  # fmt: skip
+_QWEN_MOE = Family(feeds=_QWEN_MOE_FEEDS, no_hadamard=None)
 
 FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file is read as the first row it fits
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": Family(
-        experts="mlp.experts",
-        expert_names=("w1", "w3", "w2"),
-        on_disk=((".mlp.", ".block_sparse_moe."),),
         feeds=_MIXTRAL_FEEDS,
         no_hadamard=None,
         gguf=GgufForm(
@@ -257,7 +252,6 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file
     ),
     # llama.cpp computes GPT-NeoX's gelu by the tanh formula, up to 5e-4 from the exact one.
     "gpt_neox": Family(
-        on_disk=(("lm_head.", "embed_out."),),
         feeds=_GPT_NEOX_FEEDS,
         no_hadamard=_LAYER_NORM,
         gguf=GgufForm(

@@ -1,4 +1,4 @@
-"""What the row of a model family says: its names on disk, what feeds what in its blocks, how GGUF files hold it."""
+"""What the row of a model family says: what feeds what in its blocks, how GGUF files hold it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,10 +84,6 @@ class GgufForm:
 class Family:
     """What the transformers class of a model type does not say about its blocks; every part may be left out.
 
-    experts: the module inside a block that holds fused experts, to be split into linears. expert_names: on-disk names
-    of an expert's gate, up and down projections. routers: linears inside a block that choose or weigh experts; servers
-    expect them in 16 bit. on_disk: (part of a module's name, the same part on disk), replaced in that order.
-
     feeds: in the order they are reached; awq, smoothquant and hadamard need them. no_hadamard: why rotating a model of
     this family is not exact; None when it is. It is exact where the only readers of the residual stream are RMSNorms,
     each the source of a feed, and the only writers are the linears that `feeds` ends in.
@@ -95,22 +91,6 @@ class Family:
     gguf: None for a family that cannot be written as GGUF, nor read from it.
     """
 
-    experts: str | None = None
-    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    routers: tuple[str, ...] = ()
-    on_disk: tuple[tuple[str, str], ...] = ()
     feeds: tuple[Feed, ...] = ()
     no_hadamard: str | None = NOT_DESCRIBED
     gguf: GgufForm | None = None
-
-    def disk_name(self, name: str) -> str:
-        """The on-disk name of a parameter of the model; the same name for most families."""
-        for ours, on_disk in self.on_disk:
-            name = name.replace(ours, on_disk)
-        return name
-
-    def model_name(self, name: str) -> str:
-        """The model's name for a parameter that is called `name` on disk."""
-        for ours, on_disk in reversed(self.on_disk):
-            name = name.replace(on_disk, ours)
-        return name

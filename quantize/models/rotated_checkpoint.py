@@ -10,7 +10,6 @@ folded into the linears that the norm feeds.
 """
 
 import fnmatch
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +23,15 @@ from .architecture import text_config
 from .checkpoint import Checkpoint
 from .families import family_of
 from .family import Family
+from .skeleton import Skeleton
 
 HEAD = "lm_head.weight"
 _PIECE = 1 << 21  # elements rotated at a time, in float64
-_BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """Where the blocks of a family meet the residual stream, by on-disk names inside a block; * is any number.
+    """Where the blocks of a family meet the residual stream, by names inside a block; * is any number.
 
     readers: the linears that read it, by the norm before them. writers: the linears that add to it. values: the linear
     whose last rows make the attention values. output: the linear that reads those. unit: the norm weight that means a
@@ -48,18 +47,14 @@ class _Stream:
 
 def _stream(family: Family) -> _Stream:
     """Read off a family's feeds: a source that no other feed leads into is a norm on the residual stream."""
-
-    def disk(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(family.disk_name(f".{name}.").strip(".") for name in names)
-
     fed = {name for feed in family.feeds for name in feed.into}
     norms = [feed for feed in family.feeds if feed.source not in fed]
     mixed = next(feed for feed in family.feeds if feed.heads)
     return _Stream(
-        readers={disk((feed.source,))[0]: disk(feed.into) for feed in norms},
-        writers=tuple(name for feed in family.feeds if feed not in norms for name in disk(feed.into)),
-        values=disk((mixed.source,))[0],
-        output=disk(mixed.into)[0],
+        readers={feed.source: feed.into for feed in norms},
+        writers=tuple(name for feed in family.feeds if feed not in norms for name in feed.into),
+        values=mixed.source,
+        output=mixed.into[0],
         unit=0.0 if norms[0].plus_one else 1.0,
     )
 
@@ -103,9 +98,14 @@ class RotatedCheckpoint:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         values = (text.num_key_value_heads or text.num_attention_heads) * head_dim
         R2 = [Rotation(head_dim, seed + 1 + k) for k in range(text.num_hidden_layers)]
-        for name in checkpoint.names():
-            if (inside := _BLOCK.fullmatch(name)) and int(inside[1]) < len(R2):
-                self._place(name, inside[2], R1, R2[int(inside[1])], values)
+        skeleton = Skeleton(checkpoint, device=torch.device("cpu"))
+        for k in range(skeleton.n_blocks):
+            names = skeleton.block_names(k)
+            for inside in names:
+                self._place(names, inside, R1, R2[k], values)
+        for name in skeleton.unused:
+            if len(checkpoint.shape(name)) == 2:
+                raise self._unknown(name)
         self.notes = self._notes(tied, R1, R2[0])
 
     def names(self) -> list[str]:
@@ -142,8 +142,16 @@ class RotatedCheckpoint:
             _turn(matrix[turn.first_row :].T, turn.rows, None)
         return wide.to(tensor.dtype)
 
-    def _place(self, name: str, module: str, R1: Rotation, R2: Rotation, values: int) -> None:
-        """Note how tensor `name`, of `module` in a block, changes; `values` counts the rows of attention values."""
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """As `read`, for a part along the first dimension."""
+        return self.read(name)[rows]
+
+    def _place(self, names: Mapping[str, str], inside: str, R1: Rotation, R2: Rotation, values: int) -> None:
+        """Note how the tensor `inside` a block changes.
+
+        names: of the block's tensors on disk, by those inside. values: how many rows hold attention values.
+        """
+        name, module = names[inside], inside.rpartition(".")[0]
         stream, shape = self._stream, self._checkpoint.shape(name)
         norm = next((norm for norm, linears in stream.readers.items() if _among(module, linears)), None)
         is_weight = len(shape) == 2
@@ -151,15 +159,17 @@ class RotatedCheckpoint:
             self._norms.add(name)
         elif norm is not None:
             rows = R2 if module == stream.values else None
-            gamma = f"{name[: name.index(module)]}{norm}.weight"
-            self._turns[name] = _Turn(R1 if is_weight else None, rows, shape[0] - values, gamma)
+            self._turns[name] = _Turn(R1 if is_weight else None, rows, shape[0] - values, names[f"{norm}.weight"])
         elif _among(module, stream.writers):
             self._turns[name] = _Turn(R2 if is_weight and module == stream.output else None, R1)
         elif is_weight:
-            raise BadInput(
-                f"transform hadamard does not know what {name} of a {self._kind} model reads and writes; "
-                "leave the transform out"
-            )
+            raise self._unknown(name)
+
+    def _unknown(self, name: str) -> BadInput:
+        return BadInput(
+            f"transform hadamard does not know what {name} of a {self._kind} model reads and writes; "
+            "leave the transform out"
+        )
 
     def _notes(self, untied: bool, R1: Rotation, R2: Rotation) -> tuple[str, ...]:
         found = []

@@ -4,11 +4,12 @@ The blocks are found in the transformers class, not listed by hand. Everything a
 position encoding, masks, final norm, head), runs as the class itself runs it, with the blocks replaced by taps.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,14 @@ from transformers.pytorch_utils import Conv1D
 from ..core.errors import BadInput
 from .architecture import check_outside_blocks, empty_model, text_config
 from .block_arguments import BlockArguments, check_same
-from .experts import split_experts
+from .building import computed_buffers, set_buffers
+from .experts import CONTAINERS, Part, routers, split_experts
 from .families import UNLISTED, family_of
+from .model_tensors import ModelTensors, TensorReader
+from .names import TensorNames
 
+_ROUTER = "it chooses or weighs experts"
 _EMBEDDED_TOKENS = 4096  # embedded at a time
-
-
-class TensorReader(Protocol):
-    """A source of tensors by on-disk name: a checkpoint, or an artifact that dequantizes as it reads."""
-
-    config: dict[str, Any]
-
-    def __contains__(self, name: object) -> bool: ...
-    def read(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -52,20 +48,55 @@ class Skeleton:
     """
 
     def __init__(self, reader: TensorReader, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.reader, self.device = reader, device
+        self.device = device
         self.config = text_config(reader.config)
         self.family = family_of(self.config.model_type)
         self.dtype = dtype or _dtype(reader.config)
         self.model: Any = empty_model(self.config, self.dtype)
-        self.model.requires_grad_(False)
+        self._tuples: bool | None = None  # not known before the shell has run
+        self._wide = _float32_modules(self.model, self.dtype)
         self.blocks_name, self._blocks = _find_blocks(self.model, self.config.num_hidden_layers)
-        if self.family.experts is not None:
-            for block in self._blocks:
-                split_experts(block, self.family.experts, self.family.expert_names)
-        self._shell_names = [n for n, _ in self.model.named_parameters() if not n.startswith(self.blocks_name + ".")]
+        self._names = TensorNames(self.model, reader.names())
+        self.reader = ModelTensors(reader, self._names)
+        self._missing: list[str] = []
+        self._place_tensors()
+        self._computed = [computed_buffers(block) for block in self._blocks]
+        inside = f"{self.blocks_name}."
+        self._shell_computed = {n: b for n, b in computed_buffers(self.model).items() if not n.startswith(inside)}
+        self._blocks.to("meta")
+        self._routers = [routers(block) for block in self._blocks]
         self._check_names()
-        outside = [disk for disk in map(self.disk_name, self._shell_names) if disk not in reader]
+        outside = [self.disk_name(name) for name in self._unplaced_shell()]
         check_outside_blocks(self.config.model_type, outside, [f"{name}.weight" for name in self.head_names()])
+
+    def _place_tensors(self) -> None:
+        """Split the experts and find the on-disk name of every parameter and saved buffer."""
+        self._inside: list[dict[str, str]] = []
+        for k, block in enumerate(self._blocks):
+            prefix = f"{self.blocks_name}.{k}."
+            parts = split_experts(block, self._names.expert_names)
+            self._inside.append(self._block_places(prefix, block, parts))
+        self._shell: dict[str, str] = {}
+        for name in _stored(self.model):
+            if not name.startswith(f"{self.blocks_name}."):
+                disk = self.reader.place(name)
+                if disk is not None:
+                    self._shell[name] = disk
+        self._disk = dict(self._shell)
+        for k, names in enumerate(self._inside):
+            self._disk |= {f"{self.blocks_name}.{k}.{name}": disk for name, disk in names.items()}
+
+    def _block_places(self, prefix: str, block: nn.Module, parts: Mapping[str, Part]) -> dict[str, str]:
+        """The names in `reader` of what block `prefix` stores, by the names in the block."""
+        stored = _stored(block)
+        places: dict[str, str | None] = {n: self.reader.place(prefix + n) for n in stored if n not in parts}
+        on_disk = next((d.removesuffix(n) for n, d in places.items() if d and d.endswith(n)), prefix)
+        for name, part in parts.items():
+            likely = tuple(dict.fromkeys((on_disk + name, prefix + name)))
+            shape = tuple(stored[name].shape)
+            places[name] = self.reader.place_part(likely, prefix + part.fused, part, shape)
+        self._missing += [self._names.saved(prefix + name) for name, disk in places.items() if disk is None]
+        return {name: disk for name in stored if (disk := places[name]) is not None}
 
     @property
     def n_blocks(self) -> int:
@@ -85,7 +116,7 @@ class Skeleton:
         found = []
         for k, block in enumerate(self._blocks):
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear | Conv1D) and name not in self.family.routers:
+                if isinstance(module, nn.Linear | Conv1D) and name not in self._routers[k]:
                     disk = self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
                     first, second = module.weight.shape
                     if isinstance(module, Conv1D):
@@ -100,26 +131,61 @@ class Skeleton:
         module.register_forward_pre_hook(lambda _, args: (how(args[0]), *args[1:]))
 
     def disk_name(self, name: str) -> str:
-        """The checkpoint's name for a parameter of the model."""
-        if name not in self.reader:
-            name = self.family.disk_name(name)
-        prefix = f"{self.model.base_model_prefix}."
-        if name not in self.reader and name.startswith(prefix) and name.removeprefix(prefix) in self.reader:
-            return name.removeprefix(prefix)
-        return name
+        """The checkpoint's name for a parameter or saved buffer of the model; its own where the checkpoint lacks it."""
+        if name in self._disk:
+            return self._disk[name]
+        return name if name in self.reader else self._names.saved(name)
 
     def block_names(self, k: int) -> dict[str, str]:
-        """On-disk name of each parameter of block `k`, by its name inside the block."""
-        return {n: self.disk_name(f"{self.blocks_name}.{k}.{n}") for n, _ in self._blocks[k].named_parameters()}
+        """Name in `reader` of each parameter and saved buffer of block `k`, by its name inside the block."""
+        return self._inside[k]
 
     def shell_names(self) -> dict[str, str]:
-        """On-disk name of each parameter outside the blocks; a tied head that is not on disk is left out."""
-        names = {n: self.disk_name(n) for n in self._shell_names}
-        return {n: disk for n, disk in names.items() if disk in self.reader}
+        """On-disk name of each parameter and saved buffer outside the blocks; a tied head that is not on disk is left
+        out."""
+        return self._shell
+
+    def on_disk_of_blocks(self) -> set[str]:
+        """The tensors of the file that the blocks are made of."""
+        return {disk for names in self._inside for name in names.values() for disk in self.reader.on_disk(name)}
+
+    def left_out(self) -> list[tuple[str, int, str]]:
+        """(on-disk name, number of weights, why) of what is in the blocks, is a matrix and no linear to quantize."""
+        found = []
+        for k, block in enumerate(self._blocks):
+            linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+            for name, parameter in block.named_parameters():
+                path = name.rpartition(".")[0]
+                if parameter.dim() < 2 or (path in linears and path not in self._routers[k]):
+                    continue
+                why = _ROUTER if path in self._routers[k] else _why_no_linear(block.get_submodule(path), parameter)
+                found.append((self._inside[k][name], parameter.numel(), why))
+        return found
+
+    @property
+    def unused(self) -> list[str]:
+        """The tensors on disk that are of no part of the model."""
+        return self._names.unused
+
+    def experts_around(self, linear: LinearLayer) -> int | None:
+        """The number of experts among which a linear's expert is chosen; None for a linear of no routed expert."""
+        steps = linear.module.split(".")
+        for i in range(len(steps)):
+            part = self._blocks[linear.block].get_submodule(".".join(steps[:i]))
+            if isinstance(part, CONTAINERS):
+                return len(part)
+        return None
 
     def read_block(self, k: int) -> dict[str, Tensor]:
         """Block `k`'s tensors by their name inside the block, in the model's dtype, on the CPU."""
-        return {n: self.reader.read(disk).to(self.dtype) for n, disk in self.block_names(k).items()}
+        stored = _stored(self._blocks[k])
+        prefix = f"{self.blocks_name}.{k}."
+        return {n: self._cast(prefix + n, self.reader.read(disk), stored[n]) for n, disk in self.block_names(k).items()}
+
+    def _cast(self, name: str, tensor: Tensor, placeholder: Tensor) -> Tensor:
+        """A tensor in the type in which transformers would load it."""
+        wide = tensor.is_floating_point() and any(pattern.search(name) for pattern in self._wide)
+        return tensor.to(torch.float32 if wide else placeholder.dtype)
 
     def blocks(self, start: int = 0, keep: bool = False, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Number and module of each block from `start` on, on the device, while the next one is read from disk.
@@ -135,7 +201,7 @@ class Skeleton:
                 if i + 1 < len(order):
                     ahead = pool.submit(self.read_block, order[i + 1])
                 block = self._blocks[k]
-                _fill_buffers(self.model, block, self.device)
+                set_buffers(block, self._computed[k], self.device)
                 block.load_state_dict({n: t.to(self.device) for n, t in tensors.items()}, assign=True, strict=True)
                 block.requires_grad_(False)
                 yield k, block
@@ -151,16 +217,33 @@ class Skeleton:
 
     def open_shell(self) -> None:
         """Materialise the shell: embeddings, final norm, head."""
-        for name, module in self.model.named_modules():
-            if not name.startswith(self.blocks_name):
-                _fill_buffers(self.model, module, self.device, recurse=False)
-        state = {n: self.reader.read(disk).to(self.device, self.dtype) for n, disk in self.shell_names().items()}
+        set_buffers(self.model, self._shell_computed, self.device)
+        stored = _stored(self.model)
+        state = {n: self._cast(n, self.reader.read(disk), stored[n]).to(self.device) for n, disk in self._shell.items()}
         self.model.load_state_dict(state, assign=True, strict=False)
         self.model.tie_weights()
-        left = [n for n, p in self.model.named_parameters() if p.is_meta and n in self._shell_names]
+        left = [n for n, p in self.model.named_parameters() if p.is_meta and not n.startswith(f"{self.blocks_name}.")]
         if left:
             raise BadInput(f"the checkpoint has no tensor {left[0]}")
         self.model.requires_grad_(False)
+        if self._tuples is None:
+            self._tuples = self._takes_tuples()
+
+    @torch.no_grad()
+    def _takes_tuples(self) -> bool:
+        """Whether the model takes its blocks' outputs out of tuples, seen from the shapes that arrive further on."""
+        ids = torch.zeros(3, 5, dtype=torch.long, device=self.device)
+        for self._tuples in (False, True):
+            try:
+                with self._taps() as taps:
+                    out = self.model.base_model(input_ids=ids, use_cache=False)[0]
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                continue
+            if all(tap.hidden.shape == taps[0].hidden.shape for tap in taps) and out.shape[:-1] == ids.shape:
+                return self._tuples
+        raise BadInput(
+            f"model_type {self.config.model_type!r} is not supported: its blocks pass on more than hidden states"
+        )
 
     def close_shell(self) -> None:
         """Return the shell to the meta device."""
@@ -185,9 +268,8 @@ class Skeleton:
         """On-disk names of modules that stay in 16 bit though a server may take them for linears: head and routers."""
         routers = [
             self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
-            for k, block in enumerate(self._blocks)
-            for name, module in block.named_modules()
-            if name in self.family.routers or ("Router" in type(module).__name__ and hasattr(module, "weight"))
+            for k, names in enumerate(self._routers)
+            for name in names
         ]
         return [*self.head_names(), *routers]
 
@@ -255,7 +337,7 @@ class Skeleton:
         """The model with its blocks replaced by taps that record their arguments and return `result` or their input."""
         parent, _, attribute = self.blocks_name.rpartition(".")
         owner = self.model.get_submodule(parent)
-        taps = [_Tap(block, result) for block in self._blocks]
+        taps = [_Tap(block, result, bool(self._tuples)) for block in self._blocks]
         setattr(owner, attribute, nn.ModuleList(taps))
         try:
             yield taps
@@ -267,30 +349,50 @@ class Skeleton:
 
         shape: the shape on disk by on-disk name; None for a packed weight, which is not checked.
         """
-        for k in range(self.n_blocks):
-            block = dict(self._blocks[k].named_parameters())
-            for name, disk in self.block_names(k).items():
-                _same_shape(disk, shape(disk), block[name])
-        shell = dict(self.model.named_parameters())
-        for name, disk in self.shell_names().items():
-            _same_shape(disk, shape(disk), shell[name])
+        for k, block in enumerate(self._blocks):
+            stored = _stored(block)
+            for name, disk in self._inside[k].items():
+                self.reader.check_shape(disk, tuple(stored[name].shape), shape)
+        stored = _stored(self.model)
+        for name, disk in self._shell.items():
+            self.reader.check_shape(disk, tuple(stored[name].shape), shape)
 
     def _check_names(self) -> None:
-        wanted = [disk for k in range(self.n_blocks) for disk in self.block_names(k).values()]
-        missing = [name for name in wanted if name not in self.reader]
-        if missing:
+        if missing := self._missing:
+            other = ""
+            if self.unused:
+                other = f" and has {len(self.unused)} that the model does not have, the first {self.unused[0]}"
             raise BadInput(
-                f"{self.config.model_type}: the checkpoint lacks {len(missing)} tensors, the first {missing[0]}; "
+                f"{self.config.model_type}: the checkpoint lacks {len(missing)} tensors, the first {missing[0]}"
+                f"{other}; "
                 "is config.json the one that belongs to these weights?"
             )
 
+    def _unplaced_shell(self) -> list[str]:
+        inside = f"{self.blocks_name}."
+        return [n for n in _stored(self.model) if not n.startswith(inside) and n not in self._shell]
 
-def _same_shape(name: str, stored: tuple[int, ...] | None, parameter: Tensor) -> None:
-    if stored is not None and stored != tuple(parameter.shape):
-        raise BadInput(
-            f"{name}: shape {list(stored)} on disk, {list(parameter.shape)} by config.json; "
-            "is it the one that belongs to these weights?"
-        )
+
+def _why_no_linear(module: nn.Module, parameter: Tensor) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "a convolution"
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    stacked = f"weights stacked in a way that is not known ({kind})"
+    return stacked if parameter.dim() > 2 else f"a parameter of {kind}, not a linear layer"
+
+
+def _stored(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and saved buffers of a module; of tied parameters the first."""
+    saved = set(module.state_dict())
+    return dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if n in saved}
+
+
+def _float32_modules(model: Any, dtype: torch.dtype) -> list[re.Pattern[str]]:
+    """What the names of tensors hold that transformers keeps in float32 when it loads the model in `dtype`."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return [re.compile(pattern.replace("*", ".*")) for pattern, wanted in plan.items() if wanted == torch.float32]
 
 
 def run_block(
@@ -306,20 +408,22 @@ def run_block(
     with torch.no_grad():
         for start in range(0, hidden.shape[0], batch):
             result = block(hidden[start : start + batch].to(device), *args, **kwargs)
-            hidden[start : start + batch] = result[0] if isinstance(result, tuple) else result
+            hidden[start : start + batch] = result[0] if isinstance(result, tuple | list) else result
 
 
 class _Tap(nn.Module):
     """Stands in for a block: records its arguments, returns `result` or the hidden states unchanged."""
 
-    def __init__(self, block: nn.Module, result: Tensor | None) -> None:
+    def __init__(self, block: nn.Module, result: Tensor | None, tuples: bool) -> None:
         super().__init__()
+        self._tuples = tuples
         self._block = (block,)  # a tuple, so that the block does not become a submodule
         self._result = result
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
-        return hidden if self._result is None else self._result
+        out = hidden if self._result is None else self._result
+        return (out, None) if self._tuples else out
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -336,23 +440,20 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
     return dtype  # type: ignore[no-any-return]
 
 
+_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "num_experts_per_token")
+
+
+def experts_per_token(config: Any) -> int | None:
+    """How many experts a model sends each token to; None where its config does not say, or says it layer by layer."""
+    settings = config.to_dict()
+    settings |= settings.get("ffn_config") or {}
+    chosen = next((settings[name] for name in _PER_TOKEN if settings.get(name) is not None), None)
+    return chosen if isinstance(chosen, int) else None
+
+
 def _find_blocks(model: nn.Module, n: int) -> tuple[str, nn.ModuleList]:
     """The outermost ModuleList with one entry a hidden layer."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == n:
             return name, module
     raise BadInput(f"{type(model).__name__} has no list of {n} decoder blocks; its architecture is not supported")
-
-
-def _fill_buffers(model: Any, module: nn.Module, device: torch.device, recurse: bool = True) -> None:
-    """Give buffers that are not in the checkpoint (rotary frequencies, masks) their initial values.
-
-    Called before the weights are loaded: the class's initialisation does nothing to parameters on the meta device, and
-    would overwrite real ones.
-    """
-    for part in module.modules() if recurse else (module,):
-        empty = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
-        for name in empty:
-            part.register_buffer(name, torch.empty_like(getattr(part, name), device=device), persistent=False)
-        if empty:
-            model._init_weights(part)

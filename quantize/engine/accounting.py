@@ -1,0 +1,41 @@
+"""What becomes of every tensor of the original: quantized, kept as it is for a reason, or copied."""
+
+import math
+import re
+
+from ..models.skeleton import LinearLayer, Skeleton
+
+LEAST = 0.9  # share of the blocks' weights under which a plan warns
+
+
+def share_of_linears(skeleton: Skeleton, linears: list[LinearLayer]) -> float:
+    """The share of the weights of the blocks' matrices that is in linear layers."""
+    inside = sum(x.out_features * x.in_features for x in linears)
+    return inside / max(1, inside + sum(n for _, n, _ in skeleton.left_out()))
+
+
+def account(skeleton: Skeleton, linears: list[LinearLayer]) -> tuple[str, ...]:
+    """Lines on all that no recipe quantizes, like layers together. Routers are only mentioned where they are many."""
+    groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for name, n, why in skeleton.left_out():
+        groups.setdefault((re.sub(r"\d+", "*", name), why), []).append((name, n))
+    lines = []
+    share = share_of_linears(skeleton, linears)
+    if share < LEAST:
+        lines.append(f"only {share:.0%} of the blocks' weights are in layers that can be quantized")
+    for (pattern, why), found in groups.items():
+        if share < LEAST or not why.startswith("it chooses"):
+            lines.append(f"{pattern} stays in 16 bit ({len(found)} tensors, {sum(n for _, n in found)} weights): {why}")
+    if beyond := skeleton.unused:
+        more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
+        lines.append(
+            f"{beyond[0]}{more}: transformers' {skeleton.config.model_type} has no place for this; copied as it is"
+        )
+    return tuple(lines)
+
+
+def quantized_share(skeleton: Skeleton, linears: list[LinearLayer], quantized: set[str]) -> float:
+    """The share of the weights of the blocks' matrices that will be quantized. quantized: linears, by on-disk name."""
+    sizes = {x.name: math.prod((x.out_features, x.in_features)) for x in linears}
+    taken = sum(size for name, size in sizes.items() if name in quantized)
+    return taken / max(1, sum(sizes.values()) + sum(n for _, n, _ in skeleton.left_out()))

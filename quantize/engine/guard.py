@@ -1,0 +1,123 @@
+"""Before the work: the model block by block, as it is quantized here, against the whole model of transformers.
+
+A block that is run otherwise than in the model it comes from would be calibrated, and its outputs measured, on another
+model without any sign of it.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..artifact.manifest import ForwardCheck
+from ..core import machine
+from ..core.errors import BadInput
+from ..models.model_tensors import TensorReader
+from ..models.skeleton import Skeleton, run_block
+
+_WHOLE_BYTES = 2_000_000_000  # in float32; a model that is larger takes minutes rather than seconds
+_TOLERANCE = 2e-3  # of the largest value; float32 rounding stays under 1e-4
+_TOKENS = (2, 12)
+_NARROW = {"intermediate_size": 256, "vocab_size": 1024}  # what a twin has less of, where the config has it
+
+
+def check_forward(folder: Path, original: TensorReader, parameters: int) -> ForwardCheck:
+    """Compare the states that leave each block. Raises BadInput naming the first block that computes something else.
+
+    folder, original: the checkpoint, none of its weights quantized. parameters: their number. A model that is too large
+    is compared as a twin: the same config with the first blocks only, narrower, and random weights.
+    """
+    if 8 * parameters < machine.available_memory_bytes() and 4 * parameters <= _WHOLE_BYTES:
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        exact = Skeleton(original, device=torch.device("cpu"), dtype=torch.float32)
+        return ForwardCheck(compared="the whole model", difference=_difference(whole, exact))
+    config = _smaller(Skeleton(original, device=torch.device("cpu")))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        reader = _InMemory(config, revert_weight_conversion(twin, twin.state_dict()))
+        exact = Skeleton(reader, device=torch.device("cpu"), dtype=torch.float32)
+    except (BadInput, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        why = f"a smaller model cannot be made from the config: {' '.join(str(error).split())[:200]}"
+        return ForwardCheck(compared=f"nothing: {why}", difference=None)
+    return ForwardCheck(compared=f"a twin with {exact.n_blocks} blocks", difference=_difference(twin, exact))
+
+
+@torch.no_grad()
+def _difference(whole: Any, exact: Skeleton) -> float:
+    """The largest difference of the states after a block, relative to the largest of them."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, min(1000, int(exact.config.vocab_size)), _TOKENS, generator=generator)
+    wanted: list[Tensor] = []
+    blocks = whole.get_submodule(exact.blocks_name)
+    for block in blocks:
+        block.register_forward_hook(
+            lambda _, args, out: wanted.append(out[0] if isinstance(out, tuple | list) else out)
+        )
+    whole(input_ids=tokens, use_cache=False)
+    exact.open_shell()
+    hidden, arguments = exact.embed(tokens), exact.block_arguments(tokens.shape[1])
+    largest = 0.0
+    for k, block in exact.blocks():
+        run_block(block, hidden, arguments[k], device=exact.device, batch=tokens.shape[0])
+        difference = float((hidden - wanted[k]).abs().max() / wanted[k].abs().max().clamp(min=1e-30))
+        if not difference <= _TOLERANCE:
+            raise BadInput(
+                f"model_type {exact.config.model_type!r} is not supported: block {k}, run by itself, differs by "
+                f"{difference:.1%} from the same block in transformers' model"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _smaller(skeleton: Skeleton) -> Any:
+    """The config of the twin: as many blocks as it takes to have one of each kind, at least three."""
+    config, total = deepcopy(skeleton.config), skeleton.n_blocks
+    kinds = [_kind(skeleton, k) for k in range(total)]
+    blocks = min(total, max(3, 1 + max(kinds.index(kind) for kind in set(kinds))))
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == total:
+            setattr(config, name, value[:blocks])
+    config.num_hidden_layers = blocks
+    for name, size in _NARROW.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(size, getattr(config, name)))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, None)
+    return config
+
+
+def _kind(skeleton: Skeleton, k: int) -> tuple[Any, ...]:
+    """What tells the kinds of blocks apart: their modules, and what the config calls them."""
+    modules = tuple((path, type(part).__name__) for path, part in skeleton.block(k).named_modules())
+    types = getattr(skeleton.config, "layer_types", None) or ()
+    return (*modules, types[k] if k < len(types) else None)
+
+
+class _InMemory:
+    """Tensors by their on-disk names, read like a checkpoint."""
+
+    def __init__(self, config: Any, tensors: Mapping[str, Tensor]) -> None:
+        self.config: dict[str, Any] = config.to_dict()
+        self._tensors = dict(tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].clone()
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        return self.read(name)[rows]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)

@@ -1,0 +1,74 @@
+"""A transformers model without its weights: parameters on the meta device, buffers computed as the class does."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_LARGE = 1 << 26  # elements; no buffer that a model computes is as large
+
+
+def build_model(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """The causal language model of `config` with its parameters on the meta device and its buffers on the CPU.
+
+    transformers itself builds all on the meta device and has `_init_weights` fill in the buffers, which not every class
+    provides for; here a buffer is what the constructor of its module makes it.
+    """
+    with _parameters_on_meta(), _LargeOnMeta():
+        model = AutoModelForCausalLM.from_config(config, **({} if dtype is None else {"dtype": dtype})).eval()
+    return model.requires_grad_(False)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """What is too large for a buffer is created on the meta device at once."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in _FACTORIES and given.get("device") is None and _elements(args) > _LARGE:
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
+def _elements(args: tuple[Any, ...]) -> int:
+    sizes = args[0] if args and isinstance(args[0], list | tuple | torch.Size) else args
+    n = 1
+    for size in sizes:
+        n *= int(size)
+    return n
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that are registered meanwhile lose their memory."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a module that are not saved in checkpoints, by their names in it."""
+    saved = set(module.state_dict())
+    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name not in saved}
+
+
+def set_buffers(module: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give computed buffers copies of these values on `device`."""
+    for name, value in buffers.items():
+        path, _, own = name.rpartition(".")
+        module.get_submodule(path).register_buffer(own, value.to(device, copy=True), persistent=False)

@@ -1,0 +1,58 @@
+"""The comparison with transformers' whole model, before the work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantpress.artifact.manifest import ForwardCheck, read_manifest
+from quantpress.core.errors import BadInput
+from quantpress.engine import guard
+from quantpress.models.checkpoint import Checkpoint
+
+from ... import tiny
+from ..models.test_experts import saved
+from .test_accounting import RECIPE
+from .test_pipeline import make
+
+
+def checked(folder: Path) -> ForwardCheck:
+    return guard.check_forward(folder, Checkpoint(folder), 1_000_000)
+
+
+def test_a_run_says_that_its_blocks_compute_what_the_model_computes(tmp_path: Path) -> None:
+    tiny.build("gemma3", tmp_path / "model")
+    make(tmp_path / "run", tmp_path / "model", RECIPE)
+    check = read_manifest(tmp_path / "run").forward
+    assert check is not None
+    assert check.compared == "the whole model"
+    assert check.difference is not None
+    assert check.difference < 1e-4
+
+
+def test_a_large_model_is_compared_as_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved("deepseek_v3", tmp_path)
+    monkeypatch.setattr(guard, "_WHOLE_BYTES", 0)
+    state = torch.get_rng_state()
+    check = checked(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert check.compared == "a twin with 3 blocks"
+    assert check.difference is not None
+    assert check.difference < 1e-4
+
+
+def test_a_block_that_computes_something_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.build("gemma3", tmp_path)
+    seen: list[Any] = []
+
+    def wrong(block: Any, hidden: torch.Tensor, arguments: Any, **settings: Any) -> None:
+        run(block, hidden, arguments, **settings)
+        seen.append(block)
+        if len(seen) == 2:
+            hidden *= 1.01
+
+    run = guard.run_block
+    monkeypatch.setattr(guard, "run_block", wrong)
+    with pytest.raises(BadInput, match=r"block 1, run by itself, differs by \d\.\d%"):
+        checked(tmp_path)
