@@ -102,6 +102,24 @@ def test_greedy_text_is_what_the_forward_pass_prefers(family: str, tmp_path: Pat
         assert len(written) == 6 or written[-1] == 1
 
 
+def test_shorter_prompts_are_padded_on_the_left_and_masked_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", tmp_path)
+    end = tokenizer().eos_token_id
+    seen: list[list[list[int]]] = []
+
+    class Writer:
+        def generate(self, ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+            seen.extend([ids.tolist(), attention_mask.tolist()])
+            return torch.cat([ids, torch.tensor([[30, end, 31], [32, 33, 34]])], 1)
+
+    monkeypatch.setattr(Skeleton, "whole", lambda self: Writer())
+    assert scorer(tmp_path).write([[5, 6, 7], [9]], 3) == [[32, 33, 34], [30, end]]
+    pad = end or 0
+    assert seen == [[[pad, pad, 9], [5, 6, 7]], [[0, 0, 1], [1, 1, 1]]]
+
+
 def test_a_model_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("llama", tmp_path)
     monkeypatch.setattr(likelihood, "whole_bytes", lambda skeleton: 10**15)
