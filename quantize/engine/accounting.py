@@ -19,18 +19,21 @@ def account(skeleton: Skeleton, linears: list[LinearLayer]) -> tuple[str, ...]:
     groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for name, n, why in skeleton.left_out():
         groups.setdefault((re.sub(r"\d+", "*", name), why), []).append((name, n))
-    lines = []
+    lines, kind = [], skeleton.config.model_type
     share = share_of_linears(skeleton, linears)
     if share < LEAST:
         lines.append(f"only {share:.0%} of the blocks' weights are in layers that can be quantized")
     for (pattern, why), found in groups.items():
         if share < LEAST or not why.startswith("it chooses"):
             lines.append(f"{pattern} stays in 16 bit ({len(found)} tensors, {sum(n for _, n in found)} weights): {why}")
+    if skeleton.only_fused:
+        lines.append(
+            f"each expert is written as layers of its own, as servers read them; transformers' {kind} takes one tensor "
+            "for all experts, and does not load such files"
+        )
     if beyond := skeleton.unused:
         more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
-        lines.append(
-            f"{beyond[0]}{more}: transformers' {skeleton.config.model_type} has no place for this; copied as it is"
-        )
+        lines.append(f"{beyond[0]}{more}: transformers' {kind} has no place for this; copied as it is")
     return tuple(lines)
 
 

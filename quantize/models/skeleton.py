@@ -72,9 +72,11 @@ class Skeleton:
     def _place_tensors(self) -> None:
         """Split the experts and find the on-disk name of every parameter and saved buffer."""
         self._inside: list[dict[str, str]] = []
+        self.only_fused = False  # whether transformers loads the experts only from one tensor for all of them
         for k, block in enumerate(self._blocks):
             prefix = f"{self.blocks_name}.{k}."
             parts = split_experts(block, self._names.expert_names)
+            self.only_fused |= any(not self._names.expert_names(part.fused) for part in parts.values())
             self._inside.append(self._block_places(prefix, block, parts))
         self._shell: dict[str, str] = {}
         for name in _stored(self.model):
