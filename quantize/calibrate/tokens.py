@@ -117,6 +117,8 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             raise BadInput(
                 f"{folder}: the tokenizer brings its own code; read it, then pass --trust-remote-code"
             ) from error
+        if _is_sentencepiece_only(folder):  # transformers then tries it as one of tiktoken, and asks for that
+            said = "its SentencePiece model cannot be parsed"
         raise BadInput(
             f"{folder}: no tokenizer that can be read ({said}); copy the original's tokenizer files there"
         ) from error

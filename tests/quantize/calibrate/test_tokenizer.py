@@ -62,6 +62,8 @@ def test_a_tokenizer_of_sentencepiece_only_needs_protobuf(tmp_path: Path, monkey
     found = open_tokenizer(tmp_path)
     expected = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert found("the lazy fox", add_special_tokens=False)["input_ids"] == expected.encode("the lazy fox")
+    (tmp_path / "tokenizer.model").write_bytes(b"garbage" * 50)
+    refused(tmp_path, "its SentencePiece model cannot be parsed")
 
 
 def test_ids_beyond_the_embedding_are_refused() -> None:
