@@ -24,10 +24,10 @@ from ..published import repack, write
 from .test_pipeline import BASE, make
 
 
-def pair(folder: Path, kind: str, build: Any = tiny.build) -> None:
+def pair(folder: Path, kind: str, build: Any = tiny.build, family: str = "llama") -> None:
     """The same model twice: `quantized`, and `plain` with the weights that its codes stand for."""
     for name in ("quantized", "plain"):
-        build("llama", folder / name, dtype=torch.bfloat16)
+        build(family, folder / name, dtype=torch.bfloat16)
     wanted = repack(folder / "quantized", kind)
     save_file(wanted, folder / "plain" / "model.safetensors", metadata={"format": "pt"})
 
@@ -36,6 +36,7 @@ def pair(folder: Path, kind: str, build: Any = tiny.build) -> None:
     ("kind", "document"),
     [
         ("fp8 block", {"method": {"name": "gptq"}}),
+        ("fp8 block, qwen3_moe", {"method": {"name": "rtn"}}),
         ("fp8 beside", {"method": {"name": "rtn"}, "formats": ["compressed-tensors", "gptq"]}),
         ("nvfp4", {"method": {"name": "rtn"}, "formats": ["modelopt"], "weights": {"type": "fp8", "group_size": -1},
                    "activations": {"type": "fp8"}}),
@@ -44,7 +45,8 @@ def pair(folder: Path, kind: str, build: Any = tiny.build) -> None:
     ],
 )  # fmt: skip
 def test_a_run_equals_that_of_the_model_it_stands_for(kind: str, document: dict[str, Any], tmp_path: Path) -> None:
-    pair(tmp_path, kind)
+    kind, _, family = kind.partition(", ")
+    pair(tmp_path, kind, family=family or "llama")
     manifest = make(tmp_path / "a", tmp_path / "quantized", document)
     make(tmp_path / "b", tmp_path / "plain", document)
     artifacts = [{file.name: file.read_bytes() for file in (tmp_path / run / "quantized").iterdir()} for run in "ab"]
