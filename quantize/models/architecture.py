@@ -76,8 +76,8 @@ def check_outside_blocks(kind: str, missing: list[str], heads: list[str]) -> Non
         return
     if set(missing) <= set(heads):
         raise BadInput(
-            f"the checkpoint has no output head ({missing[0]}) and config.json does not tie it to the embedding, as in "
-            "an embedding, reward or classification model; only language models are quantized"
+            f"{missing[0]} is missing: the head is not tied to the embedding. Embedding, reward and classification "
+            "models have none; only language models are quantized"
         )
     raise BadInput(
         f"{kind}: the checkpoint lacks {len(missing)} tensors outside the blocks, the first {missing[0]}; "

@@ -152,7 +152,7 @@ def test_a_wrong_shape_of_what_is_not_quantized(artifact: tuple[str, Path]) -> N
 def test_a_missing_head(artifact: tuple[str, Path]) -> None:
     _, folder = artifact
     edit(folder, without("lm_head.weight"))
-    assert told(folder) == "lm_head.weight is missing: the head is not tied to the embedding"
+    assert told(folder).startswith("lm_head.weight is missing: the head is not tied to the embedding")
 
 
 def test_a_missing_part_of_a_block(artifact: tuple[str, Path]) -> None:
