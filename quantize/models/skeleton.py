@@ -273,7 +273,13 @@ class Skeleton:
             for k, names in enumerate(self._routers)
             for name in names
         ]
-        return [*self.head_names(), *routers]
+        own = [  # transformers compares with its own names, and only for linears
+            f"{self.blocks_name}.{k}.{name}"
+            for k, names in enumerate(self._routers)
+            for name in names
+            if isinstance(self._blocks[k].get_submodule(name), nn.Linear)
+        ]
+        return [*self.head_names(), *dict.fromkeys([*routers, *own])]
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:

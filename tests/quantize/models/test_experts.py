@@ -115,3 +115,9 @@ def test_an_expert_is_read_without_the_others(family: str, tmp_path: Path, monke
     weight = skeleton.reader.read(f"{linear.name}.weight")
     assert weight.shape == (linear.out_features, linear.in_features)
     assert weight.nbytes == skeleton.reader.nbytes(f"{linear.name}.weight")
+
+
+def test_a_linear_that_routes_is_left_out_by_the_name_that_transformers_has_for_it(tmp_path: Path) -> None:
+    saved("phimoe", tmp_path)
+    names = Skeleton(Checkpoint(tmp_path), device=CPU).unquantized_modules()
+    assert {"model.layers.2.block_sparse_moe.gate", "model.layers.2.mlp.router"} <= set(names)
