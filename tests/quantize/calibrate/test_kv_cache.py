@@ -119,25 +119,32 @@ def test_a_model_without_taps_computes_the_same(family: str, tmp_path: Path) -> 
             kv_cache.attentions(after)
 
 
+_LATENT = {
+    "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "intermediate_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("BloomConfig", {"n_layer": 2}, "bloom: block 0 has 0 attentions that call transformers' attention function"),
-        ("DeepseekV3Config", {"num_hidden_layers": 2, "n_routed_experts": 4}, "caches latents, not keys and values"),
+        (
+            "BloomConfig",
+            {"n_layer": 2, "n_head": 4},
+            "bloom: block 0 has 0 attentions that call transformers' attention function",
+        ),
+        ("DeepseekV3Config", _LATENT, "caches latents, not keys and values"),
     ],
 )
-def test_models_that_cache_something_else_are_refused(name: str, settings: dict[str, int], message: str) -> None:
-    class Anything:
-        config = getattr(transformers, name)(**settings).to_dict()
-
-        def __contains__(self, name: object) -> bool:
-            return True
-
-        def read(self, name: str) -> Tensor:
-            raise NotImplementedError
-
+def test_models_that_cache_something_else_are_refused(
+    name: str, settings: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    config = getattr(transformers, name)(hidden_size=64, vocab_size=256, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(BadInput, match=message):
-        kv_cache.attentions(Skeleton(Anything(), device=CPU))
+        kv_cache.attentions(Skeleton(Checkpoint(tmp_path), device=CPU))
 
 
 @pytest.mark.parametrize("when", [1, 2])

@@ -113,7 +113,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     build("llama", tmp_path)
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
-    refuse(tmp_path, "no tokenizer that can be read")
+    refuse(tmp_path, "no tokenizer; copy the original")
 
 
 def refuse(folder: Path, words: str) -> None:
