@@ -134,7 +134,7 @@ def test_the_command_line_refuses_before_the_work_in_one_line(tmp_path: Path) ->
     for model, change, words in (
         ("model", {"evaluation.source": tmp_path / "short.txt"}, "evaluation text short.txt gives 0 windows"),
         ("model", {"evaluation.source": tmp_path / "none.txt"}, "none.txt: no such file"),
-        ("mute", {}, "no tokenizer that can be read"),
+        ("mute", {}, "no tokenizer; copy the original's tokenizer files there"),
     ):
         command = [sys.executable, "-m", "quantpress", "run", "--model", str(tmp_path / model)]
         command += ["--out", str(tmp_path / "run"), *(f"--set={key}={value}" for key, value in (sets | change).items())]
