@@ -4,7 +4,8 @@ A block that is run otherwise than in the model it comes from would be calibrate
 model without any sign of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
 
 from ..artifact.manifest import ForwardCheck
 from ..core import machine
@@ -33,7 +35,8 @@ def check_forward(folder: Path, original: TensorReader, parameters: int) -> Forw
     is compared as a twin: the same config with the first blocks only, narrower, and random weights.
     """
     if 8 * parameters < machine.available_memory_bytes() and 4 * parameters <= _WHOLE_BYTES:
-        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        with _without_progress_bar():
+            whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         exact = Skeleton(original, device=torch.device("cpu"), dtype=torch.float32)
         return ForwardCheck(compared="the whole model", difference=_difference(whole, exact))
     config = _smaller(Skeleton(original, device=torch.device("cpu")))
@@ -47,6 +50,18 @@ def check_forward(folder: Path, original: TensorReader, parameters: int) -> Forw
         why = f"a smaller model cannot be made from the config: {' '.join(str(error).split())[:200]}"
         return ForwardCheck(compared=f"nothing: {why}", difference=None)
     return ForwardCheck(compared=f"a twin with {exact.n_blocks} blocks", difference=_difference(twin, exact))
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers shows one as it loads a model, on stderr; a library's user asked for nothing to be printed."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()
