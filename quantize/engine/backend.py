@@ -41,16 +41,20 @@ class Setup:
     skeleton: Skeleton
     linears: list[LinearLayer]
 
+    @property
+    def parameters(self) -> int:
+        """How many weights the original has."""
+        return sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
+
     def sizes(self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int) -> Sizes:
         """What the manifest says of the artifact's size; packed_bytes: of its quantized `weights`, scales included."""
-        parameters = sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
         return Sizes(
             format=format,
             bytes=artifact.total_bytes,
             original_bytes=self.checkpoint.total_bytes,
             quantized_bits_per_weight=8 * packed_bytes / weights,
-            bits_per_parameter=8 * artifact.total_bytes / parameters,
-            parameters=parameters,
+            bits_per_parameter=8 * artifact.total_bytes / self.parameters,
+            parameters=self.parameters,
             files=artifact.file_hashes(),
         )
 

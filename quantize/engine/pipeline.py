@@ -1,6 +1,5 @@
 """From a recipe and a checkpoint to the artifact folder, one decoder block at a time."""
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -96,8 +95,7 @@ def _forward(job: Job) -> ForwardCheck | None:
     """The comparison with transformers' model; None where the blocks are not run, or transformers cannot."""
     if not job.backend.rounds_blocks or job.checkpoint.quantization is not None or job.checkpoint.wrapper:
         return None
-    parameters = sum(math.prod(job.checkpoint.shape(name)) for name in job.checkpoint.names())
-    return check_forward(job.source.path, job.checkpoint, parameters)
+    return check_forward(job.source.path, job.checkpoint, job.parameters)
 
 
 def _signed(
