@@ -107,7 +107,7 @@ VENV_FAILED = { echo "$(PYTHON) cannot make .venv: install its venv module (Debi
 	@touch $@
 
 .venv/.files: FORCE | .venv/.torch
-	@find quantize eval export recipes \( -name '*.py' -o -name '*.yaml' -o -path '*/templates/*' \) -type f \
+	@find quantize eval export recipes \( -name '*.py' -o -name '*.yaml' -o -path '*/templates/*' -o -path '*/fonts/*' \) -type f \
 	  | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 

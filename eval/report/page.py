@@ -33,8 +33,7 @@ from ..measure.formatting import (
 )
 from ..measure.metrics import METRICS, Metric, MetricValue
 from ..measure.results import TaskResult
-from .figures import divergence_figure, layers_figure, png, recovery_axis, tasks_figure, tradeoff_figure
-from .figures import files as figure_files
+from .figures import divergence_axis, png, recovery_axis, svg
 from .heatmap import DARK, LIGHT, HeatScale
 from .measured_run import MeasuredRun, comparable, gate_name, gate_value, labelled, open_run, open_runs
 from .page_text import cell, first_word, program, sentence, shorten, squeezed, without_defaults
@@ -99,7 +98,8 @@ def write_sweep(out: Path, runs: Sequence[Path], failed: Sequence[FailedRun] = (
 def chart(run: MeasuredRun) -> bytes:
     """The trade-off chart of one run as PNG."""
     plot = tradeoff(_points([run]), _WIDE, _hover([run]))
-    return png(tradeoff_figure(plot, f"{run.label}: size against quality", run.manifest.model.caveat or ""))
+    heading = f"{run.label}: size against quality"
+    return png(svg(_environment(), "tradeoff", run.manifest.model.caveat or "", plot=plot, heading=heading))
 
 
 def render(template: str, **context: Any) -> str:
@@ -198,20 +198,22 @@ def _write(
         "differences": _differences(runs), "columns": _columns(runs), "glossary": _glossary(runs),
         "colors": list(zip(LIGHT, DARK, strict=True)), "failed": failed,
     }  # fmt: skip
-    footer = f"{model}: {caveat}" if caveat else model
-    heats = {run.label: run.heat for run in runs}
-    files = figure_files("tradeoff", tradeoff_figure(plots[0], heading, footer))
-    files |= figure_files("layers", layers_figure(heats, scale, footer))
-    if speeds:
-        files |= figure_files("speed", tradeoff_figure(speeds[0], "Speed against quality", footer))
-    if all(run.divergence.confidence for run in runs):
-        files |= figure_files("divergence", divergence_figure({r.label: r.divergence for r in runs}, footer))
-    tasks = {f"{r.label}: {t.task} {t.metric}" if len(runs) > 1 else f"{t.task} {t.metric}": [t]
-             for r in runs for t in r.results.tasks if t.recovery is not None}  # fmt: skip
-    if tasks:
-        files |= figure_files("tasks", tasks_figure(tasks, footer))
     pages = _environment()
-    context["charts"] = [name.removesuffix(".png") for name in files if name.endswith(".png")]
+    caption = f"{model}: {caveat}" if caveat else model
+    tasks = [(f"{r.label}: {t.task} {t.metric}" if len(runs) > 1 else f"{t.task} {t.metric}", t)
+             for r in runs for t in r.results.tasks if t.recovery is not None]  # fmt: skip
+    figures = {
+        "tradeoff": svg(pages, "tradeoff", caption, plot=plots[0], heading=heading),
+        "layers": svg(pages, "layers", caption, runs=runs, scale=scale),
+    }
+    if speeds:
+        figures["speed"] = svg(pages, "tradeoff", caption, plot=speeds[0], heading="Speed against quality")
+    if all(run.divergence.confidence for run in runs):
+        figures["divergence"] = svg(pages, "divergence", caption, runs=runs)
+    if tasks:
+        figures["tasks"] = svg(pages, "tasks", caption, rows=tasks)
+    files = {f"{name}.svg": drawing.encode() for name, drawing in figures.items()}
+    files |= {f"{name}.png": png(drawing) for name, drawing in figures.items()}
     files |= {
         "summary.md": pages.get_template(f"{template}.md").render(context).encode("utf-8", "replace"),
         "summary.json": (json.dumps(_finite({"schema": 1} | summary), indent=2) + "\n").encode(),
@@ -283,10 +285,11 @@ def _environment() -> Environment:
     folder = resources.files(__package__) / "templates"
     environment = Environment(
         loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
-        autoescape=lambda name: name is not None and name.endswith(".html"),
+        autoescape=lambda name: name is not None and name.endswith((".html", ".svg")),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis, "points": points}
+    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis, "points": points,
+                            "divergence_axis": divergence_axis}  # fmt: skip
     environment.filters |= {
         "size": size, "number": number, "change": change, "share": share, "gate": gate_value, "gate_name": gate_name,
         "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds, "interval": interval, "score": score,

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from quantpress.eval.report.figures import png, tradeoff_figure
 from quantpress.eval.report.tradeoff import Point, overlap, pareto, tradeoff
 
 
@@ -53,4 +52,3 @@ def test_axes_hold_any_perplexity(perplexities: tuple[float, float]) -> None:
     assert 2 <= len(plot.x_ticks) <= 12
     assert len({text for _, text in plot.y_ticks}) == len(plot.y_ticks)
     assert all(plot.frame[1] - 1 <= y <= plot.frame[3] + 1 for y, _ in plot.y_ticks)
-    assert png(tradeoff_figure(plot, "heading", ""))

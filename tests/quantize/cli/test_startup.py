@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "datasets", "matplotlib", "scipy", "huggingface_hub")
+HEAVY = ("torch", "transformers", "datasets", "resvg_py", "scipy", "huggingface_hub")
 _PROBE = f"""
 import sys
 from quantpress.cli import main
