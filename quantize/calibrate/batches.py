@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..models.block_arguments import BlockArguments
-from ..models.experts import Expert, SplitExperts
+from ..models.experts import Expert, Routing, SplitExperts
 from ..numbers.activations import round_inputs
 from ..numbers.grid import Inputs
 
@@ -17,16 +18,23 @@ Group = tuple[str, ...]  # names of linears that receive one tensor
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a linear in a mixture of experts. experts: the path of the SplitExperts module inside the block."""
+    """The place of a linear in a mixture of experts.
+
+    experts: the path of the SplitExperts module inside the block, which has `count` of them.
+    """
 
     experts: str
+    count: int
     index: int
     expert: Expert
     last: bool  # whether it is the expert's down projection
 
 
 class RunnableBlock:
-    """A block, the linears {name: module} to halt at, and the arguments it takes besides the hidden states."""
+    """A block, the linears {name: module} to halt at, and the arguments it takes besides the hidden states.
+
+    Its modules have one hook each, whatever the number of batches: it is for the run whose coroutine is at work.
+    """
 
     def __init__(
         self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: BlockArguments, device: torch.device
@@ -35,13 +43,43 @@ class RunnableBlock:
         self.experts = {path: part for path, part in module.named_modules() if isinstance(part, SplitExperts)}
         names = {linear: name for name, linear in linears.items()}
         self.places = {
-            names[linear]: _Place(path, e, expert, linear is expert.last)
+            names[linear]: _Place(path, len(experts), e, expert, linear is expert.last)
             for path, experts in self.experts.items()
             for e, expert in enumerate(experts)
             if isinstance(expert, Expert)
             for linear in expert.modules()
             if linear in names
         }
+        self._runs: dict[greenlet, _Run] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def begin(self, thread: greenlet, run: "_Run") -> None:
+        """From now on the hooks speak to `run` when its coroutine `thread` reaches them."""
+        if not self._runs:
+            self._handles = [
+                module.register_forward_pre_hook(lambda _, args, name=name: self._reached(name, args))
+                for name, module in self.linears.items()
+            ]
+            self._handles += [
+                experts.register_forward_pre_hook(lambda _, args, path=path: self._entered(path, args))
+                for path, experts in self.experts.items()
+            ]
+        self._runs[thread] = run
+
+    def end(self, thread: greenlet) -> None:
+        """The run of `thread` is over; after the last one no hook is left."""
+        if self._runs.pop(thread, None) is not None and not self._runs:
+            for handle in self._handles:
+                handle.remove()
+
+    def _reached(self, name: str, args: tuple[Tensor, ...]) -> Tensor | None:
+        run = self._runs.get(getcurrent())
+        return None if run is None else run.halt(name, args[0])
+
+    def _entered(self, path: str, args: tuple[Tensor, ...]) -> None:
+        run = self._runs.get(getcurrent())
+        if run is not None:
+            run.enter(path, *args[:2])
 
     def with_module(self, other: nn.Module) -> "RunnableBlock":
         """The same for another block of this structure."""
@@ -82,6 +120,7 @@ class PairedBatch:
         self._original = None if original is None else _Run(original, reference, {}, routed=routed)
         self._ahead: Tensor | None = None  # the original's input of the next of `stops`, once it has got there
         self._rows = 0
+        self._routing: dict[str, Routing] = {}  # of the run's experts, by their path
 
     def advance(self, names: Group) -> Tensor:
         """Continue until the linears `names` are about to be applied; returns their input X [tokens, in]."""
@@ -103,9 +142,11 @@ class PairedBatch:
             return x0 if x0.shape[0] == self._rows == self._tokens else None
         if place.experts not in self._original.entered:
             self._go_on()
-        _, routing = self._run.entered[place.experts]
+        if place.experts not in self._routing:
+            _, chosen = self._run.entered[place.experts]
+            self._routing[place.experts] = Routing(chosen, place.count)
         entering, _ = self._original.entered[place.experts]
-        x0 = entering[SplitExperts.tokens_of(place.index, routing)[0]]
+        x0 = entering[self._routing[place.experts].tokens(place.index)]
         with torch.no_grad():
             return place.expert.inner(x0) if place.last else x0
 
@@ -118,6 +159,7 @@ class PairedBatch:
             if not self._routed:
                 self._run.entered.clear()
                 self._original.entered.clear()
+                self._routing.clear()
         else:
             self._stops.remove(names[0])
             if len(self._stops) != 1:
@@ -130,7 +172,7 @@ class PairedBatch:
             self._original.finish()
 
     def drop(self) -> None:
-        """Abandon the batch and remove its hooks."""
+        """Abandon the batch."""
         self._run.drop()
         if self._original is not None:
             self._original.drop()
@@ -156,39 +198,33 @@ class _Run:
 
     def __init__(self, block: RunnableBlock, hidden: Tensor, inputs: Mapping[str, Inputs], *, routed: bool) -> None:
         self.entered: dict[str, tuple[Tensor, Tensor]] = {}
+        self._block, self._inputs, self._routed = block, inputs, routed
+        self._last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
 
         def whole_pass() -> None:
             args, kwargs = block.arguments
             result = block.module(hidden.to(block.device), *args, **kwargs)
             hidden.copy_(result[0] if isinstance(result, tuple | list) else result)
 
-        def halt(name: str, x: Tensor) -> Tensor:
-            if getcurrent() is not self._thread:
-                return x
-            if last and last[0] is not x:
-                last.clear()  # so that it is freed while this batch waits
-            main.switch((name, x))
-            if name not in inputs:
-                return x
-            if not last:
-                last.extend((x, round_inputs(x, inputs[name])))
-            return last[1]
+        self._main, self._thread = getcurrent(), greenlet(whole_pass)
+        block.begin(self._thread, self)
 
-        def enter(path: str, hidden: Tensor, chosen: Tensor) -> None:
-            if getcurrent() is self._thread:
-                self.entered[path] = hidden.reshape(-1, hidden.shape[-1]), chosen
+    def halt(self, name: str, x: Tensor) -> Tensor:
+        """Wait before linear `name`, about to receive x; returns what it is to receive."""
+        last = self._last
+        if last and last[0] is not x:
+            last.clear()  # so that it is freed while this batch waits
+        self._main.switch((name, x))
+        if name not in self._inputs:
+            return x
+        if not last:
+            last.extend((x, round_inputs(x, self._inputs[name])))
+        return last[1]
 
-        last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
-
-        main, self._thread = getcurrent(), greenlet(whole_pass)
-        self._handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: halt(name, args[0]))
-            for name, module in block.linears.items()
-        ]
-        self._handles += [
-            experts.register_forward_pre_hook(lambda _, args, path=path: enter(path, *args[:2]))
-            for path, experts in (block.experts.items() if routed else ())
-        ]
+    def enter(self, path: str, hidden: Tensor, chosen: Tensor) -> None:
+        """Note what the experts at `path` receive."""
+        if self._routed:
+            self.entered[path] = hidden.reshape(-1, hidden.shape[-1]), chosen
 
     def advance(self, name: str) -> Tensor:
         """Continue until linear `name` is about to be applied; returns its input [tokens, in]."""
@@ -208,9 +244,8 @@ class _Run:
                 self._thread.switch()
 
     def drop(self) -> None:
-        """Abandon the run and remove its hooks."""
+        """Abandon the run."""
         if not self._thread.dead:
             self._thread.throw(GreenletExit)
-        for handle in self._handles:
-            handle.remove()
+        self._block.end(self._thread)
         self.entered.clear()

@@ -77,20 +77,39 @@ class SplitExperts(nn.ModuleList):
         """The chosen experts' weighted sum, for hidden [..., hidden]; index and weights are [tokens, chosen]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         out = torch.zeros_like(rows)
+        routing = Routing(top_k_index, len(self))
+        weights = routing.of_choices(top_k_weights)
         for e, expert in enumerate(self):
-            token, position = self.tokens_of(e, top_k_index)
-            result = expert(rows[token]) * top_k_weights[token, position, None]
+            token, here = routing.tokens(e), routing.of(e)
+            result = expert(rows[token]) * weights[here, None]
             out.index_add_(0, token, result.to(out.dtype))
         return out.reshape(hidden.shape)
 
-    @staticmethod
-    def tokens_of(e: int, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that expert `e` is chosen for, in the order it gets them, and its rank among those of each token.
 
-        top_k_index: the experts chosen for each token, [tokens, chosen].
-        """
-        token, position = torch.where(top_k_index == e)
-        return token, position
+class Routing:
+    """The tokens that each expert is chosen for, sorted once for all experts.
+
+    top_k_index: the experts chosen for each token, [tokens, chosen].
+    """
+
+    def __init__(self, top_k_index: Tensor, experts: int) -> None:
+        # By expert, then by token; `order` are places among all choices.
+        chosen, self._order = top_k_index.reshape(-1).sort(stable=True)
+        self._token = self._order // top_k_index.shape[-1]
+        bounds = torch.arange(experts + 1, device=chosen.device, dtype=chosen.dtype)
+        self._bounds: list[int] = torch.searchsorted(chosen, bounds).tolist()  # read in one go: a GPU waits for it
+
+    def of(self, e: int) -> slice:
+        """Where the choices of expert `e` lie in `of_choices`."""
+        return slice(self._bounds[e], self._bounds[e + 1])
+
+    def tokens(self, e: int) -> Tensor:
+        """The tokens of expert `e` in the order it gets them."""
+        return self._token[self.of(e)]
+
+    def of_choices(self, values: Tensor) -> Tensor:
+        """values [tokens, chosen] by expert, then by token: [tokens * chosen]."""
+        return values.reshape(-1)[self._order]
 
 
 class WeighedInputs(nn.ModuleList):
@@ -100,8 +119,9 @@ class WeighedInputs(nn.ModuleList):
         """The experts' outputs [experts * tokens, hidden] for inputs of this shape, expert by expert."""
         inputs = hidden.reshape(len(self), -1, hidden.shape[-1])
         out = torch.zeros_like(inputs)
-        for e, expert in enumerate(self):
-            (token,) = torch.where((inputs[e] != 0).any(-1))
+        routed = (inputs != 0).any(-1)
+        counts = routed.sum(1).tolist()
+        for e, (expert, token) in enumerate(zip(self, routed.nonzero()[:, 1].split(counts), strict=True)):
             out[e, token] = expert(inputs[e, token])
         return out.reshape(hidden.shape)
 

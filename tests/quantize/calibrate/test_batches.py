@@ -1,0 +1,45 @@
+"""What a batch costs beside its arithmetic: hooks that do not add up, experts whose tokens are sorted once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quantpress.calibrate.block_pass import BlockPass
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.experts import Routing
+from quantpress.models.skeleton import Skeleton
+
+from ... import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_linear_has_one_hook_whatever_the_number_of_batches(family: str, tmp_path: Path) -> None:
+    tiny.build(family, tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    hidden = skeleton.embed(torch.arange(12 * 8).reshape(12, 8))
+    reference, arguments = hidden + 0.1, skeleton.block_arguments(8)[0]
+    _, block = next(skeleton.blocks())
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    common: dict[str, Any] = {"device": CPU, "batch": 1, "reference": reference}
+    for _ in BlockPass(block, hidden, arguments, linears, **common):
+        hooks = [len(module._forward_pre_hooks) for module in linears.values()]
+        assert hooks == [1] * len(linears)
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_tokens_are_routed_in_the_order_that_looking_for_each_expert_gives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.stack([torch.randperm(7, generator=generator)[:3] for _ in range(40)])
+    chosen[chosen == 5] = 6  # nobody is sent to expert 5
+    weights = torch.rand(40, 3, generator=generator)
+    routing = Routing(chosen, 7)
+    for e in range(7):
+        token, position = torch.where(chosen == e)
+        assert torch.equal(routing.tokens(e), token)
+        assert torch.equal(routing.of_choices(weights)[routing.of(e)], weights[token, position])
