@@ -26,7 +26,7 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup wheel clean distclean FORCE
+.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup gpu-check wheel clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
@@ -41,6 +41,7 @@ help:
 	@echo 'make smoke       the default model on each real server that is installed; of the others, how to get them'
 	@echo 'make bench       time, memory and quality beside llm-compressor, when that is installed'
 	@echo 'make bench-setup install llm-compressor for it, into .venv-bench'
+	@echo 'make gpu-check   on a machine with a GPU: every recipe beside what the CPU makes of it, then blocks of real shape'
 	@echo 'make wheel       build dist/quantpress-*.whl'
 	@echo 'make clean       remove build outputs and caches;  make distclean: .venv* too'
 	@echo
@@ -168,6 +169,9 @@ smoke: dev .venv/.servers
 bench: dev
 	@$(BIN)/python tests/bench/peers.py $(ARGS)
 	@$(BIN)/python tests/bench/memory.py $(MEMORY_ARGS)
+
+gpu-check: dev
+	@$(BIN)/python -m tests.gpu.check $(ARGS)
 
 # An environment of its own: llm-compressor pins another compressed-tensors than the one measured here.
 bench-setup: setup

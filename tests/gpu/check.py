@@ -1,6 +1,6 @@
 """What a GPU makes of every method and format, beside what the CPU makes of it; then time and memory of real blocks.
 
-    python -m tests.gpu.check [--out FILE] [--parts correctness,blocks] [--only NAME] [--device cuda]
+    make gpu-check ARGS='[--out FILE] [--parts correctness,blocks] [--only NAME] [--device cuda]'
 
 One process, a few minutes, nothing downloaded: models are random, the text is made here. The last lines are a table;
 FILE gets a JSON line for each row. Exit code 1 when a GPU's artifact is not as good as the CPU's, or a run fails.
