@@ -12,6 +12,7 @@ from ..core.errors import BadInput
 from ..core.files import changed
 from ..formats import FORMATS, detect
 from ..gguf.reader import GgufCheckpoint, gguf_files
+from ..models.architecture import stated_dtype
 from ..models.checkpoint import Checkpoint
 from ..models.skeleton import Skeleton
 from ..numbers.activations import round_inputs
@@ -138,13 +139,12 @@ class Artifact:
         return self.checkpoint.read_rows(name, rows) if name in self.checkpoint else self.read(name)[rows]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that is not quantized."""
-        return self.checkpoint.shape(name)
+        """The shape of a tensor in the unquantized model; that of a weight as [out, in]."""
+        return self.shapes.get(name.removesuffix(".weight")) or self.checkpoint.shape(name)
 
     @property
     def _dtype(self) -> torch.dtype:
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
-        dtype: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+        dtype: torch.dtype = getattr(torch, str(stated_dtype(self.config) or "float32").removeprefix("torch."))
         return dtype
 
 

@@ -13,6 +13,7 @@ from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, Format, ModelScheme, detect
 from ..gguf.reader import gguf_files
+from ..models.architecture import stated_dtype
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Grid
@@ -172,7 +173,7 @@ def _write_weights(
 
 def _in_model_dtype(q: QuantizedLinear, config: dict[str, Any]) -> QuantizedLinear:
     """Scales in the model's dtype if that is exact, since readers cast them to it anyway."""
-    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    name = str(stated_dtype(config) or "").removeprefix("torch.")
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
     if dtype is None or (q.grid.type != "int" and dtype == torch.float16) or q.scales.element_size() == 1:
         return q  # fp8 weights' scales need float32's range; E4M3 and E8M0 scales are part of the number type

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..core.errors import BadInput
+from ..models.architecture import load_whole
 from ..models.checkpoint import check_content, read_json
 from ..recipe import Bos, Calibration
 
@@ -75,7 +76,7 @@ def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration) -> Token
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise BadInput("calibration.source self: the tokenizer has neither BOS nor EOS to start from")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = load_whole(folder, "auto")
     rows = []
     for first in range(0, wanted.samples, 16):
         torch.manual_seed(wanted.seed + first)

@@ -31,10 +31,24 @@ def account(skeleton: Skeleton, linears: list[LinearLayer]) -> tuple[str, ...]:
             f"each expert is written as layers of its own, as servers read them; transformers' {kind} takes one tensor "
             "for all experts, and does not load such files"
         )
+    lines += _towers(skeleton)
     if beyond := skeleton.unused:
         more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
         lines.append(f"{beyond[0]}{more}: transformers' {kind} has no place for this; copied as it is")
     return tuple(lines)
+
+
+def _towers(skeleton: Skeleton) -> list[str]:
+    """What becomes of a multimodal model's towers, and what the figures do not tell of it."""
+    towers = skeleton.tower_tensors()
+    if not towers:
+        return []
+    parts = dict.fromkeys(re.sub(r"^((?:model\.)?\w+).*", r"\1", name) for name in towers)
+    return [
+        f"{', '.join(parts)}: beside the text decoder, copied as it is ({len(towers)} tensors, "
+        f"{sum(towers.values())} weights), since text does not pass through it",
+        "a multimodal model, calibrated and evaluated on text alone: no figure says how it answers on images or sound",
+    ]
 
 
 def quantized_share(skeleton: Skeleton, linears: list[LinearLayer], quantized: set[str]) -> float:

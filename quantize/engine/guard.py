@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from ..artifact.manifest import ForwardCheck
 from ..core import machine
 from ..core.errors import BadInput
+from ..models.architecture import decoder_config, load_whole, special_tokens
+from ..models.building import auto_class, build_model
 from ..models.model_tensors import TensorReader
 from ..models.skeleton import Skeleton, run_block
+from ..models.towers import tower_names
 
 _WHOLE_BYTES = 150_000_000  # in float32; a larger model would take more memory and time than its run is planned for
 _TOLERANCE = 2e-3  # of the largest value; float32 rounding stays under 1e-4
@@ -36,14 +38,14 @@ def check_forward(folder: Path, original: TensorReader, parameters: int) -> Forw
     """
     if 8 * parameters < machine.available_memory_bytes() and 4 * parameters <= _WHOLE_BYTES:
         with _without_progress_bar():
-            whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+            whole = load_whole(folder, torch.float32)
         exact = Skeleton(original, device=torch.device("cpu"), dtype=torch.float32)
         return ForwardCheck(compared="the whole model", difference=_difference(whole, exact))
     config = _smaller(Skeleton(original, device=torch.device("cpu")))
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            twin = _twin(config)
         reader = _InMemory(config, revert_weight_conversion(twin, twin.state_dict()))
         exact = Skeleton(reader, device=torch.device("cpu"), dtype=torch.float32)
     except (BadInput, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
@@ -69,6 +71,8 @@ def _difference(whole: Any, exact: Skeleton) -> float:
     """The largest difference of the states after a block, relative to the largest of them."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, min(1000, int(exact.config.vocab_size)), _TOKENS, generator=generator)
+    special = torch.tensor(sorted(special_tokens(exact.model.config)), dtype=torch.long)
+    tokens[torch.isin(tokens, special)] = next(id for id in range(3, 1000) if id not in special)
     wanted: list[Tensor] = []
     blocks = whole.get_submodule(exact.blocks_name)
     for block in blocks:
@@ -93,7 +97,8 @@ def _difference(whole: Any, exact: Skeleton) -> float:
 
 def _smaller(skeleton: Skeleton) -> Any:
     """The config of the twin: as many blocks as it takes to have one of each kind, at least three."""
-    config, total = deepcopy(skeleton.config), skeleton.n_blocks
+    whole, total = deepcopy(skeleton.model.config), skeleton.n_blocks
+    config = decoder_config(whole)
     kinds = [_kind(skeleton, k) for k in range(total)]
     blocks = min(total, max(3, 1 + max(kinds.index(kind) for kind in set(kinds))))
     for name, value in vars(config).items():
@@ -105,7 +110,23 @@ def _smaller(skeleton: Skeleton) -> Any:
             setattr(config, name, min(size, getattr(config, name)))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, None)
-    return config
+    return whole
+
+
+def _twin(config: Any) -> Any:
+    """The model of `config` with random weights; a multimodal model's towers, which text does not reach, have none."""
+    if decoder_config(config) is config:
+        return auto_class(config).from_config(config, dtype=torch.float32).eval()
+    twin = build_model(config, torch.float32)
+    towers = tower_names(twin)
+    state = {
+        name: torch.randn(parameter.shape) * 0.02 if parameter.dim() > 1 else 1 + torch.randn(parameter.shape) * 0.1
+        for name, parameter in twin.named_parameters()
+        if name not in towers
+    }
+    twin.load_state_dict(state, assign=True, strict=False)
+    twin.tie_weights()
+    return twin
 
 
 def _kind(skeleton: Skeleton, k: int) -> tuple[Any, ...]:

@@ -90,7 +90,8 @@ class HuggingFaceFolder(Backend):
     @property
     def _model_scheme(self) -> ModelScheme:
         recipe, outside = self.setup.recipe, self.setup.skeleton.unquantized_modules()
-        return ModelScheme(self.schemes, outside, recipe.shuffled, recipe.activations, recipe.kv_cache)
+        schemes = self.setup.skeleton.by_all_names(self.schemes)
+        return ModelScheme(schemes, outside, recipe.shuffled, recipe.activations, recipe.kv_cache)
 
     def _check_format(self, format: str) -> None:
         """Raise BadInput for what `format` cannot hold, linear by linear and as a whole."""
@@ -114,7 +115,7 @@ class HuggingFaceFolder(Backend):
         skeleton, reader = self.setup.skeleton, self.setup.reader
         inside = skeleton.on_disk_of_blocks()
         tensors = {name: reader.read(name) for name in reader.names() if name not in inside}
-        if reader.config.get("tie_word_embeddings", getattr(skeleton.config, "tie_word_embeddings", False)):
+        if reader.config.get("tie_word_embeddings", skeleton.tied):
             for head in skeleton.head_names():
                 twin = tensors.get(f"{head}.weight")
                 if twin is not None and any(n != f"{head}.weight" and torch.equal(t, twin) for n, t in tensors.items()):

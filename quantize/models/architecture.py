@@ -2,33 +2,34 @@
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM
 
 from ..core.errors import BadInput
-from .building import build_model
+from .building import auto_class, build_model
+from .checkpoint import read_json
 
 _OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering")
 # How the original was to be run, which says nothing of its weights; a kernel that is not installed would stop the run.
 _NOT_OF_THE_MODEL = ("quantization_config", "attn_implementation", "_attn_implementation")
 
 
-def text_config(config: Mapping[str, Any]) -> Any:
-    """The transformers config of a checkpoint; raises BadInput unless it is a text-only causal language model.
+def model_config(config: Mapping[str, Any]) -> Any:
+    """The transformers config of a checkpoint; raises BadInput unless it is a language model that only decodes.
 
-    As transformers' own loader does, floats written as {"__float__": "Infinity"} are read, and a mistral with
-    layer_types is a ministral.
+    Of a multimodal model it is the whole model's, see `text_config`. As transformers' own loader does, floats written
+    as {"__float__": "Infinity"} are read, and a mistral with layer_types is a ministral.
     """
-    plain = {k: _floats(v) for k, v in config.items() if k not in _NOT_OF_THE_MODEL}
+    plain: dict[str, Any] = _of_the_model(config)
     kind = plain.get("model_type")
     if kind == "mistral" and "layer_types" in plain:
         plain["model_type"] = kind = "ministral"
     if not is_known(plain):
         raise BadInput(_unknown(plain))
-    for key in ("dtype", "torch_dtype"):
-        _check_dtype(plain.get(key))
+    _check_dtype(stated_dtype(plain))
     try:
         built = AutoConfig.for_model(**plain)
     except Exception as error:
@@ -39,10 +40,10 @@ def text_config(config: Mapping[str, Any]) -> Any:
         raise BadInput(
             f"model_type {kind!r} is an encoder, as of embeddings and rerankers; only decoders are quantized"
         )
-    if type(built) not in AutoModelForCausalLM._model_mapping:
+    if auto_class(built) is None:
         raise BadInput(f"model_type {kind!r} is not a causal language model; only these are quantized")
-    if not hasattr(built, "num_hidden_layers") or hasattr(built, "text_config"):
-        raise BadInput(f"model_type {kind!r} is not a plain stack of decoder blocks; only text models are supported")
+    if not hasattr(decoder_config(built), "num_hidden_layers"):
+        raise BadInput(f"model_type {kind!r} is not a plain stack of decoder blocks; only these are quantized")
     named = config.get("architectures")
     for name in named if isinstance(named, list) else ():
         if str(name).endswith(_OTHER_TASKS):
@@ -51,6 +52,26 @@ def text_config(config: Mapping[str, Any]) -> Any:
                 "head gives a probability for each token"
             )
     return built
+
+
+def decoder_config(config: Any) -> Any:
+    """The part of a model's config that describes its text decoder: the config itself for a model of text alone."""
+    return config.get_text_config(decoder=True)
+
+
+def text_config(config: Mapping[str, Any]) -> Any:
+    """The transformers config of a checkpoint's text decoder; raises BadInput as `model_config` does."""
+    return decoder_config(model_config(config))
+
+
+def stated_dtype(config: Mapping[str, Any]) -> Any:
+    """The dtype that config.json names, for the model or else for the text part of a multimodal one; None without."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) is not None:
+                return part[key]
+    return None
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
@@ -68,6 +89,20 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
             f"config.json does not describe a {config.model_type} model: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def load_whole(folder: Path, dtype: torch.dtype | str) -> Any:
+    """transformers' own model of a checkpoint folder, with all its weights."""
+    config = model_config(read_json(folder / "config.json"))
+    return auto_class(config).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def special_tokens(config: Any) -> set[int]:
+    """The tokens that a model's config gives a meaning, such as the one that stands for a part of an image."""
+    parts = [config.to_dict()]
+    parts += [part for part in parts[0].values() if isinstance(part, dict)]
+    named = [(k, v) for part in parts for k, v in part.items() if str(k).endswith(("_token_id", "_token_index"))]
+    return {one for _, value in named for one in (value if isinstance(value, list) else [value]) if type(one) is int}
 
 
 def check_outside_blocks(kind: str, missing: list[str], heads: list[str]) -> None:
@@ -116,10 +151,13 @@ def _check_rope(config: Any) -> None:
             )
 
 
-def _floats(value: Any) -> Any:
-    """`value` with every {"__float__": text} replaced by the float, as transformers writes infinity."""
-    if isinstance(value, dict):
+def _of_the_model(value: Any) -> Any:
+    """`value` without what says nothing of the model, and with a float for every {"__float__": text}.
+
+    transformers writes infinity so. A multimodal config has configs within.
+    """
+    if isinstance(value, Mapping):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
-        return {key: _floats(item) for key, item in value.items()}
-    return [_floats(item) for item in value] if isinstance(value, list) else value
+        return {key: _of_the_model(item) for key, item in value.items() if key not in _NOT_OF_THE_MODEL}
+    return [_of_the_model(item) for item in value] if isinstance(value, list) else value

@@ -7,20 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 _LARGE = 1 << 26  # elements; no buffer that a model computes is as large
 
 
+def auto_class(config: Any) -> Any:
+    """The transformers auto class that makes the language model of `config`; None where it has none.
+
+    A config with a text part is a multimodal model, also where transformers could make a text model of that part.
+    """
+    if config.get_text_config(decoder=True) is config and type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    return AutoModelForMultimodalLM if type(config) in AutoModelForMultimodalLM._model_mapping else None
+
+
 def build_model(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """The causal language model of `config` with its parameters on the meta device and its buffers on the CPU.
+    """The language model of `config`, towers and all, its parameters on the meta device and its buffers on the CPU.
 
     transformers itself builds all on the meta device and has `_init_weights` fill in the buffers, which not every class
     provides for; here a buffer is what the constructor of its module makes it.
     """
     with _parameters_on_meta(), _LargeOnMeta():
-        model = AutoModelForCausalLM.from_config(config, **({} if dtype is None else {"dtype": dtype})).eval()
+        model = auto_class(config).from_config(config, **({} if dtype is None else {"dtype": dtype})).eval()
     return model.requires_grad_(False)
 
 

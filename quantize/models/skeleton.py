@@ -4,26 +4,29 @@ The blocks are found in the transformers class, not listed by hand. Everything a
 position encoding, masks, final norm, head), runs as the class itself runs it, with the blocks replaced by taps.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import BadInput
-from .architecture import check_outside_blocks, empty_model, text_config
+from .architecture import check_outside_blocks, decoder_config, empty_model, model_config, stated_dtype
 from .block_arguments import BlockArguments, check_same
 from .building import computed_buffers, set_buffers
 from .experts import CONTAINERS, Part, routers, split_experts
 from .families import UNLISTED, family_of
 from .model_tensors import ModelTensors, TensorReader
 from .names import TensorNames
+from .towers import linears_on_disk, tower_names
 
+_T = TypeVar("_T")
 _ROUTER = "it chooses or weighs experts"
 _EMBEDDED_TOKENS = 4096  # embedded at a time
 
@@ -43,26 +46,29 @@ class LinearLayer:
 class Skeleton:
     """A causal language model whose weights are read block by block.
 
+    Of a multimodal model it is the text decoder, run in the whole model on text alone; `config` is the decoder's.
+
     Raises BadInput for an architecture that transformers does not know or that is not a stack of decoder blocks, and
     for tensors missing from the checkpoint.
     """
 
     def __init__(self, reader: TensorReader, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.device = device
-        self.config = text_config(reader.config)
+        whole = model_config(reader.config)
+        self.config = decoder_config(whole)
         self.family = family_of(self.config.model_type)
         self.dtype = dtype or _dtype(reader.config)
-        self.model: Any = empty_model(self.config, self.dtype)
+        self.model: Any = empty_model(whole, self.dtype)
         self._tuples: bool | None = None  # not known before the shell has run
         self._wide = _float32_modules(self.model, self.dtype)
+        self._of_towers = tower_names(self.model)
         self.blocks_name, self._blocks = _find_blocks(self.model, self.config.num_hidden_layers)
         self._names = TensorNames(self.model, reader.names())
         self.reader = ModelTensors(reader, self._names)
         self._missing: list[str] = []
         self._place_tensors()
         self._computed = [computed_buffers(block) for block in self._blocks]
-        inside = f"{self.blocks_name}."
-        self._shell_computed = {n: b for n, b in computed_buffers(self.model).items() if not n.startswith(inside)}
+        self._all_computed = computed_buffers(self.model)
         self._blocks.to("meta")
         self._routers = [routers(block) for block in self._blocks]
         self._check_names()
@@ -79,12 +85,11 @@ class Skeleton:
             self.only_fused |= any(not self._names.expert_names(part.fused) for part in parts.values())
             self._inside.append(self._block_places(prefix, block, parts))
         self._shell: dict[str, str] = {}
+        self._towers: dict[str, str] = {}
         for name in _stored(self.model):
-            if not name.startswith(f"{self.blocks_name}."):
-                disk = self.reader.place(name)
-                if disk is not None:
-                    self._shell[name] = disk
-        self._disk = dict(self._shell)
+            if not name.startswith(f"{self.blocks_name}.") and (disk := self.reader.place(name)) is not None:
+                (self._towers if name in self._of_towers else self._shell)[name] = disk
+        self._disk = self._shell | self._towers
         for k, names in enumerate(self._inside):
             self._disk |= {f"{self.blocks_name}.{k}.{name}": disk for name, disk in names.items()}
 
@@ -167,7 +172,8 @@ class Skeleton:
     @property
     def unused(self) -> list[str]:
         """The tensors on disk that are of no part of the model."""
-        return self._names.unused
+        placed = set(self._disk.values())
+        return [name for name in self._names.unused if name not in placed]
 
     def experts_around(self, linear: LinearLayer) -> int | None:
         """The number of experts among which a linear's expert is chosen; None for a linear of no routed expert."""
@@ -213,23 +219,28 @@ class Skeleton:
     def whole(self) -> Any:
         """The model with all its weights, which must fit in memory: for what cannot run block by block."""
         self.open_shell()
+        self._fill(self._towers, {n: b for n, b in self._all_computed.items() if n in self._of_towers})
         for _ in self.blocks(keep=True):
             pass
         return self.model
 
     def open_shell(self) -> None:
         """Materialise the shell: embeddings, final norm, head."""
-        set_buffers(self.model, self._shell_computed, self.device)
-        stored = _stored(self.model)
-        state = {n: self._cast(n, self.reader.read(disk), stored[n]).to(self.device) for n, disk in self._shell.items()}
-        self.model.load_state_dict(state, assign=True, strict=False)
+        self._fill(self._shell, {n: b for n, b in self._all_computed.items() if self._in_shell(n)})
         self.model.tie_weights()
-        left = [n for n, p in self.model.named_parameters() if p.is_meta and not n.startswith(f"{self.blocks_name}.")]
+        left = [n for n, p in self.model.named_parameters() if p.is_meta and self._in_shell(n)]
         if left:
             raise BadInput(f"the checkpoint has no tensor {left[0]}")
         self.model.requires_grad_(False)
         if self._tuples is None:
             self._tuples = self._takes_tuples()
+
+    def _fill(self, places: Mapping[str, str], computed: Mapping[str, Tensor]) -> None:
+        """Read what the model stores outside its blocks from the file, and set what it computes."""
+        set_buffers(self.model, computed, self.device)
+        stored = _stored(self.model)
+        state = {n: self._cast(n, self.reader.read(disk), stored[n]).to(self.device) for n, disk in places.items()}
+        self.model.load_state_dict(state, assign=True, strict=False)
 
     @torch.no_grad()
     def _takes_tuples(self) -> bool:
@@ -263,23 +274,50 @@ class Skeleton:
         return [
             name
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and not name.startswith(f"{self.blocks_name}.")
+            if isinstance(module, nn.Linear) and self._in_shell(f"{name}.weight")
         ]
 
     def unquantized_modules(self) -> list[str]:
-        """On-disk names of modules that stay in 16 bit though a server may take them for linears: head and routers."""
-        routers = [
-            self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
-            for k, names in enumerate(self._routers)
-            for name in names
+        """Names of modules that stay in 16 bit though a reader may take them for linears: head, routers, towers, and
+        what the model has no place for. On disk, and as transformers calls those that are linears there.
+        """
+        routers = [f"{self.blocks_name}.{k}.{name}" for k, names in enumerate(self._routers) for name in names]
+        towers = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and f"{name}.weight" in self._of_towers
         ]
-        own = [  # transformers compares with its own names, and only for linears
-            f"{self.blocks_name}.{k}.{name}"
-            for k, names in enumerate(self._routers)
-            for name in names
-            if isinstance(self._blocks[k].get_submodule(name), nn.Linear)
-        ]
-        return [*self.head_names(), *dict.fromkeys([*routers, *own])]
+        on_disk = [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in routers + towers]
+        own = [name for name in routers + towers if isinstance(self.model.get_submodule(name), nn.Linear)]
+        if self._of_towers:
+            own += self.head_modules()
+        beyond = linears_on_disk({name: len(self.reader.shape(name)) for name in self.unused})
+        return list(dict.fromkeys([*self.head_names(), *on_disk, *own, *beyond]))
+
+    def tower_tensors(self) -> dict[str, int]:
+        """The tensors of the file that the towers are made of, and how many weights each has."""
+        names = dict.fromkeys(disk for name in self._towers.values() for disk in self.reader.on_disk(name))
+        return {name: math.prod(self.reader.shape(name)) for name in names}
+
+    def by_all_names(self, schemes: dict[str, _T]) -> dict[str, _T]:
+        """`schemes`, by on-disk names, and those of a multimodal model also by what its readers call the linears.
+
+        That is transformers' name and, for regular expressions, vLLM's: it maps only whole names to its own. Experts
+        have no others.
+        """
+        if not self._of_towers:
+            return schemes
+        found = dict(schemes)
+        for linear in self.linears():
+            if linear.name in schemes and self.experts_around(linear) is None:
+                found[f"{self.blocks_name}.{linear.block}.{linear.module}"] = schemes[linear.name]
+                found[f"language_model.model.layers.{linear.block}.{linear.module}"] = schemes[linear.name]
+        return found
+
+    @property
+    def tied(self) -> bool:
+        """Whether config.json, or transformers' default for the model, ties the head to the embedding."""
+        return bool(getattr(self.model.config, "tie_word_embeddings", False))
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -362,7 +400,7 @@ class Skeleton:
             for name, disk in self._inside[k].items():
                 self.reader.check_shape(disk, tuple(stored[name].shape), shape)
         stored = _stored(self.model)
-        for name, disk in self._shell.items():
+        for name, disk in (self._shell | self._towers).items():
             self.reader.check_shape(disk, tuple(stored[name].shape), shape)
 
     def _check_names(self) -> None:
@@ -378,7 +416,11 @@ class Skeleton:
 
     def _unplaced_shell(self) -> list[str]:
         inside = f"{self.blocks_name}."
-        return [n for n in _stored(self.model) if not n.startswith(inside) and n not in self._shell]
+        return [n for n in _stored(self.model) if not n.startswith(inside) and n not in self._disk]
+
+    def _in_shell(self, name: str) -> bool:
+        """Whether a parameter or buffer of the model is neither in a block nor in a tower."""
+        return not name.startswith(f"{self.blocks_name}.") and name not in self._of_towers
 
 
 def _why_no_linear(module: nn.Module, parameter: Tensor) -> str:
@@ -441,7 +483,7 @@ class _Tap(nn.Module):
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = stated_dtype(config) or "float32"
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise BadInput(f"config.json: dtype {name!r} is not bfloat16, float16 or float32")
@@ -459,9 +501,11 @@ def experts_per_token(config: Any) -> int | None:
     return chosen if isinstance(chosen, int) else None
 
 
-def _find_blocks(model: nn.Module, n: int) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList with one entry a hidden layer."""
+def _find_blocks(model: Any, n: int) -> tuple[str, nn.ModuleList]:
+    """The outermost ModuleList with one entry a hidden layer, of the text decoder in a multimodal model."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n:
+        if isinstance(module, nn.ModuleList) and len(module) == n and id(module) in inside:
             return name, module
     raise BadInput(f"{type(model).__name__} has no list of {n} decoder blocks; its architecture is not supported")

@@ -1,0 +1,92 @@
+"""The text decoder of a multimodal model is found, run and named; the towers are left alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantpress.artifact.original import OriginalCheckpoint
+from quantpress.core.errors import BadInput
+from quantpress.models.skeleton import Skeleton, run_block
+
+from ...multimodal import MULTIMODAL, build
+
+CPU = torch.device("cpu")
+
+
+def skeleton(folder: Path) -> Skeleton:
+    return Skeleton(OriginalCheckpoint(folder), device=CPU)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_text_goes_through_the_blocks_as_through_the_whole_model(family: str, tmp_path: Path) -> None:
+    model = build(family, tmp_path, torch.float32)
+    ids = torch.randint(6, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+    ours = skeleton(tmp_path)
+    ours.open_shell()
+    hidden, arguments = ours.embed(ids), ours.block_arguments(24)
+    for k, block in ours.blocks():
+        run_block(block, hidden, arguments[k], device=CPU, batch=2)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(ours.logits(hidden.flatten(0, 1)), expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
+    assert all(p.is_meta for n, p in ours.model.named_parameters() if "vision" in n or "visual" in n)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_every_matrix_is_of_the_decoder_or_named_as_left_out(family: str, tmp_path: Path) -> None:
+    model = build(family, tmp_path)
+    ours = skeleton(tmp_path)
+    text = {ours.disk_name(f"{ours.blocks_name}.{k}.{name}") for k in range(3) for name in ours.block_names(k)}
+    quantized = {f"{x.name}.weight" for x in ours.linears()}
+    assert quantized <= text
+    towers = ours.tower_tensors()
+    assert sum(towers.values()) == sum(p.numel() for n, p in model.named_parameters() if "language_model" not in n) - (
+        0 if ours.tied or family == "llama4" else model.lm_head.weight.numel()
+    )
+    left = set(ours.unquantized_modules())
+    for name, module in model.named_modules():  # transformers compares its own names
+        if isinstance(module, torch.nn.Linear) and ours.blocks_name not in name:
+            assert name in left
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():  # vLLM those on disk
+        if tensor.dim() == 2 and name in towers and "embed" not in name and name.endswith(".weight"):
+            assert name.removesuffix(".weight") in left
+
+
+def test_a_checkpoint_without_its_tower_is_refused(tmp_path: Path) -> None:
+    build("llava", tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {n: t for n, t in load_file(file).items() if not n.startswith("vision_tower.encoder.layers.1")}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"lacks 16 tensors outside the blocks, the first vision_tower\.encoder"):
+        skeleton(tmp_path)
+
+
+def test_names_of_older_files(tmp_path: Path) -> None:
+    """transformers 4.52 put `model.` before everything; before, the text model's own prefix came second."""
+    build("llava", tmp_path)
+    file = tmp_path / "model.safetensors"
+    before = [x.name for x in skeleton(tmp_path).linears()]
+    assert before[0] == "language_model.model.layers.0.self_attn.q_proj"
+    newer = {}
+    for name, tensor in load_file(file).items():
+        name = name.replace("language_model.model.", "model.language_model.").replace(
+            "language_model.lm_head", "lm_head"
+        )
+        newer[name if name.startswith(("model.", "lm_head")) else f"model.{name}"] = tensor
+    save_file(newer, file, metadata={"format": "pt"})
+    ours = skeleton(tmp_path)
+    assert ours.linears()[0].name == "model.language_model.layers.0.self_attn.q_proj"
+    assert not ours.unused
+    assert "model.vision_tower.encoder.layers.0.self_attn.q_proj" in ours.unquantized_modules()
+
+
+def test_the_dtype_of_a_model_may_stand_with_its_text_part(tmp_path: Path) -> None:
+    build("qwen3_vl", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    config["text_config"]["dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert skeleton(tmp_path).dtype == torch.bfloat16
