@@ -15,7 +15,7 @@ from quantpress.artifact.manifest import MANIFEST, own_manifest
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, whole_folder, write_json
-from quantpress.engine.plan import size
+from quantpress.core.text import size
 from quantpress.formats import FORMATS
 from quantpress.gguf.chat import template_arguments
 from quantpress.gguf.reader import gguf_files

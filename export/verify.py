@@ -20,6 +20,7 @@ from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate import kv_cache
 from quantpress.core.errors import BadInput
 from quantpress.core.files import changed
+from quantpress.engine.blocks import all_finite
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.gguf.reader import GgufCheckpoint, gguf_files
 from quantpress.models.checkpoint import INDEX
@@ -253,7 +254,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return all(bool(torch.isfinite(part.float()).all()) for part in torch.split(tensor.reshape(-1), 1 << 20))
+    return all_finite(tensor if tensor.dtype.itemsize > 1 else tensor.float())
 
 
 def _kind(dtype: torch.dtype) -> str:

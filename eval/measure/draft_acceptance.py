@@ -16,11 +16,12 @@ from torch import Tensor
 from quantpress.artifact.artifact import open_artifact, open_original
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
+from quantpress.core.schema import Section
 from quantpress.models.skeleton import Skeleton
 
 from .divergence import Windows, last_hidden
 from .reference import reference
-from .results import EvaluationText, Interval, Number, Section
+from .results import EvaluationText, Interval, Number
 from .statistics import Array, around, groups_of, standard_error
 
 DRAFTED = (1, 2, 3, 4, 6, 8)  # tokens drafted for each pass of the original

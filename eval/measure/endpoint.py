@@ -7,19 +7,21 @@ log-probabilities of a prompt's tokens come from `echo` with `logprobs`, which v
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import httpx
 import numpy as np
 
 from quantpress.core.errors import BadInput
+from quantpress.exports.serving.client import Client, ServerError
 
 from .divergence import Windows
 from .likelihood import Pair, Room
 from .statistics import Array
 
 _AT_ONCE = 4  # requests
-_SECONDS = 600.0
+_SECONDS = 600.0  # for one answer
+_Answered = TypeVar("_Answered")
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,12 @@ class ServedModel:
 
     def __init__(self, endpoint: Endpoint, positions: int) -> None:
         self.url, self.model = endpoint.url.rstrip("/"), endpoint.model
-        headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-        self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(_SECONDS, connect=10.0))
-        served = {entry.get("id"): entry for entry in self._json("GET", "/models", None).get("data", [])}
+        base = self.url.removesuffix("/v1")
+        try:
+            self._client = Client(base, self.model, endpoint.api_key, loopback=False, timeout_s=_SECONDS)
+        except httpx.InvalidURL as error:
+            raise BadInput(f"{self.url}: {error}; write http://host:port/v1") from None
+        served = {entry["id"]: entry for entry in self._asked(self._client.models)}
         if self.model not in served:
             there = ", ".join(map(str, served)) or "none"
             raise BadInput(f"{self.url}: no model {self.model!r} is served there; there are {there} (--model)")
@@ -63,9 +68,8 @@ class ServedModel:
 
     def token_log_probs(self, ids: Sequence[int]) -> tuple[Array, list[bool]]:
         """log p of each of `ids` but the first, given those before it, and whether it was the most likely token."""
-        body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-        choice = self._completion(body)
-        given = choice.get("logprobs") or {}
+        answer = self._asked(lambda: self._client.complete(ids, 1, echo=True, logprobs=1))
+        given = answer.choice.get("logprobs") or {}
         values, tops = given.get("token_logprobs") or [], given.get("top_logprobs") or []
         if len(values) < len(ids) or any(value is None for value in values[1 : len(ids)]):
             raise BadInput(
@@ -93,37 +97,18 @@ class ServedModel:
         """The greedy continuation of each prompt."""
 
         def one(ids: list[int]) -> str:
-            body = {"prompt": self.room.prompt(ids, new_tokens), "max_tokens": new_tokens, "temperature": 0}
-            return str(self._completion(body | ({"stop": list(stop)[:4]} if stop else {})).get("text", ""))
+            prompt, more = self.room.prompt(ids, new_tokens), {"stop": list(stop)[:4]} if stop else {}
+            return self._asked(lambda: self._client.complete(prompt, new_tokens, **more)).text
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(one, prompts))
 
-    def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        choices = self._json("POST", "/completions", {"model": self.model} | body).get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise BadInput(f"{self.url}/completions: the answer has no choices; is this an OpenAI-compatible server?")
-        choice: dict[str, Any] = choices[0]
-        return choice
-
-    def _json(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        where = self.url + path
+    def _asked(self, ask: Callable[[], _Answered]) -> _Answered:
+        """What `ask` returns; an answer that is none becomes a BadInput."""
         try:
-            answer = self._client.request(method, where, json=body)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise BadInput(
-                f"{where}: no answer ({str(error) or type(error).__name__}); is the server running?"
-            ) from None
-        if answer.status_code != 200:
-            said = " ".join(answer.text.split())[:200]
-            raise BadInput(f"{where}: the server answers {answer.status_code}: {said}")
-        try:
-            document = answer.json()
-        except ValueError:
-            document = None
-        if not isinstance(document, dict):
-            raise BadInput(f"{where}: the answer is not a JSON object; does --url end in /v1?")
-        return document
+            return ask()
+        except ServerError as error:
+            raise BadInput(f"{self.url}: {error}; is it the address of an OpenAI-compatible server?") from None
 
 
 def served_nll(server: ServedModel, text: Windows, on_window: Callable[[int, int], None]) -> Array:

@@ -15,7 +15,7 @@ from quantpress.calibrate.texts import load_documents
 from quantpress.calibrate.tokens import bos_id, check_ids, open_tokenizer
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
-from quantpress.core.files import fingerprint
+from quantpress.core.files import fingerprint, remembered
 from quantpress.models.checkpoint import read_json
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation, Gates
@@ -24,7 +24,7 @@ from . import capacity
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase, quality, windows
 from .endpoint import ServedModel, served_nll
 from .gates import judge
-from .generations import remembered, side_by_side
+from .generations import side_by_side
 from .likelihood import Room, Scorer
 from .reference import reference
 from .results import Efficiency, Results, Subject
@@ -230,8 +230,12 @@ class _Evaluation:
 
         try:
             what = [machine.libraries(), *self._known_as]
-            asked = write(lambda: self._original()[1], "original")
-            original = remembered(self._prepared.cache / "continuations", what, asked)
+            asked, folder = write(lambda: self._original()[1], "original"), self._prepared.cache / "continuations"
+
+            def original(*given: Any) -> list[list[int]]:
+                kept: list[list[int]] = remembered(folder, [*what, *given], lambda: asked(*given))
+                return kept
+
             pair = original, write(lambda: self._open(artifact), "artifact")
             self._add(generations=side_by_side(*pair, tokenizer, self._prepared.bos, wanted.prompts, wanted.new_tokens))
         except BadInput as error:

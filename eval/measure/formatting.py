@@ -3,19 +3,18 @@
 import math
 from collections.abc import Callable
 
+from quantpress.core import text
+
+__all__ = [
+    "change", "confidence", "interval", "number", "points", "score", "seconds", "share", "size", "small", "spread",
+]  # fmt: skip
+
 NBSP = "\u00a0"  # a number and its unit stay on one line
 
 
 def size(count: float) -> str:
     """Bytes in a decimal unit, three digits."""
-    unit, name = byte_unit(count)
-    value = count / unit
-    return f"{value:,.{0 if value >= 100 or unit == 1 else 1 if value >= 10 else 2}f}{NBSP}{name}"
-
-
-def byte_unit(size: float) -> tuple[float, str]:
-    """The decimal unit `size` bytes read best in."""
-    return next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0]), (1.0, "bytes"))
+    return text.size(count).replace(" ", NBSP)
 
 
 def number(value: float) -> str:

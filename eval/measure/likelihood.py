@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.models.skeleton import Skeleton, run_block
 
@@ -115,7 +115,7 @@ class Scorer:
     def _chunks(self, pairs: Sequence[Pair]) -> Iterator[list[_Batch]]:
         """All requests, longest first, in batches, grouped into chunks that fit in memory."""
         width = self._skeleton.config.hidden_size * self._skeleton.dtype.itemsize
-        room = max(psutil.virtual_memory().available // _SHARE, BATCH_TOKENS * width)
+        room = max(machine.available_memory_bytes() // _SHARE, BATCH_TOKENS * width)
         chunk: list[_Batch] = []
         used = 0
         for batch in self._batches(pairs):
@@ -185,11 +185,8 @@ class Scorer:
 
 def fits_or_fails(skeleton: Skeleton) -> None:
     """Raise BadInput when the whole model does not fit in free memory."""
-    needed = whole_bytes(skeleton)
-    if skeleton.device.type == "cuda":
-        free = torch.cuda.mem_get_info(skeleton.device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    needed, on_gpu = whole_bytes(skeleton), skeleton.device.type == "cuda"
+    free = machine.available_device_bytes(skeleton.device) if on_gpu else machine.available_memory_bytes()
     if needed * 1.1 > free:
         raise BadInput(f"generating needs the whole model, {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 

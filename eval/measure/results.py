@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
 
 from quantpress.core.errors import BadInput
+from quantpress.core.schema import Section, first_problem
 
 # A measured number. JSON has no infinity and no NaN: null stands for both and is read back as NaN.
 Number = Annotated[
@@ -18,12 +19,6 @@ Number = Annotated[
 Interval = tuple[Number, Number]  # 95 % confidence interval, from sampling error alone
 Verdict = Literal["ACCEPT", "REGRESSION", "INCONCLUSIVE", "NONE"]
 RESULTS_SCHEMA = 2
-
-
-class Section(BaseModel):
-    """A part of a JSON document; unknown keys are ignored."""
-
-    model_config = ConfigDict(frozen=True)
 
 
 class Subject(Section):
@@ -295,5 +290,4 @@ def read_results(folder: Path) -> Results:
     try:
         return Results.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise BadInput(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise BadInput(f"{path}: {first_problem(error)}") from None

@@ -57,7 +57,7 @@ def measure(folder: Path, timing: Timing, dtype: str | None = None, *, is_origin
     opened = open_original if is_original else open_artifact
     _, skeleton = opened(folder, device, None if dtype is None else getattr(torch, dtype))
     model = skeleton.whole()
-    _wait(device)
+    machine.synchronize(device)
     load_seconds = time.monotonic() - started
     vocabulary = int(skeleton.config.vocab_size)
     longest = int(getattr(skeleton.config, "max_position_embeddings", None) or 1 << 30)
@@ -86,7 +86,7 @@ def _speed(model: Any, vocabulary: int, batch: int, context: int, timing: Timing
     ids = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
     prefill, decode = [], []
     for repeat in range(timing.repeats + 1):
-        first, later = _pass(model, ids, timing.new_tokens, lambda: _wait(device))
+        first, later = _pass(model, ids, timing.new_tokens, lambda: machine.synchronize(device))
         if repeat:
             prefill.append(batch * context / first)
             decode.append(batch * (timing.new_tokens - 1) / later)
@@ -115,12 +115,6 @@ def _pass(model: Any, ids: torch.Tensor, new_tokens: int, wait: Callable[[], Non
 
 def _stderr(values: list[float]) -> float:
     return float(statistics.stdev(values) / len(values) ** 0.5)
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until the GPU has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _main() -> None:

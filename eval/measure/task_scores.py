@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantpress.core.errors import BadInput
-from quantpress.core.files import file_sha256, whole_file
+from quantpress.core.files import file_sha256, remembered
 from quantpress.recipe import Task
 
 from .results import Score, TaskResult
@@ -106,14 +106,8 @@ class Tasks:
 
 def kept(folder: Path, tasks: Tasks, what: Sequence[Any], run: Callable[[], list[TaskScores]]) -> list[TaskScores]:
     """The scores that `run` gives, cached in `folder`; what: everything that identifies the model."""
-    path = folder / f"{hashlib.sha256(json.dumps([tasks.identity(), *what]).encode()).hexdigest()[:32]}.json"
-    if path.is_file():
-        return [TaskScores(**row) for row in json.loads(path.read_text("utf-8"))]
-    outcomes = run()
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(json.dumps([asdict(outcome) for outcome in outcomes]).encode())
-    return outcomes
+    rows = remembered(folder, [tasks.identity(), *what], lambda: [asdict(outcome) for outcome in run()])
+    return [TaskScores(**row) for row in rows]
 
 
 def _shipped(name: str) -> str | None:

@@ -67,10 +67,6 @@ class MeasuredRun:
     def smaller(self) -> str:
         return f"{self.ratio:.1f}× smaller" if self.ratio >= 1 else f"{1 / self.ratio:.1f}× larger"
 
-    @property
-    def original_bits(self) -> float:
-        return self.manifest.artifact.original_bytes * 8 / max(1, self.manifest.artifact.parameters)
-
     @cached_property
     def heat(self) -> Heat:
         return heat(self.manifest.layers)

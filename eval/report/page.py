@@ -5,7 +5,6 @@ Everything on it comes from `manifest.json` and `eval/results.json`; the same in
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -16,27 +15,16 @@ import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from quantpress.core.errors import BadInput
+from quantpress.core.files import whole_file
 
-from ..measure.formatting import (
-    NBSP,
-    change,
-    confidence,
-    interval,
-    number,
-    points,
-    score,
-    seconds,
-    share,
-    size,
-    small,
-    spread,
-)
+from ..measure import formatting
+from ..measure.formatting import NBSP, change, interval, number, size
 from ..measure.metrics import METRICS, Metric, MetricValue
 from ..measure.results import TaskResult
+from . import page_text
 from .figures import divergence_axis, png, recovery_axis, svg
 from .heatmap import DARK, LIGHT, HeatScale
 from .measured_run import MeasuredRun, comparable, gate_name, gate_value, labelled, open_run, open_runs
-from .page_text import cell, first_word, program, sentence, shorten, squeezed, without_defaults
 from .tradeoff import Plot, Point, pareto, tradeoff
 
 _WIDE, _NARROW = (940, 400), (350, 340)  # px; the page shows one of them, depending on the window's width
@@ -227,15 +215,8 @@ def _write(
         if name not in files:
             (folder / name).unlink(missing_ok=True)  # left by an earlier report
     for name, content in files.items():
-        beside = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(folder / name)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(folder / name) as file:
+            file.write(content)
     return folder / "index.html"
 
 
@@ -288,13 +269,10 @@ def _environment() -> Environment:
         autoescape=lambda name: name is not None and name.endswith((".html", ".svg")),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals |= {"change": change, "confidence": confidence, "axis": recovery_axis, "points": points,
-                            "divergence_axis": divergence_axis}  # fmt: skip
-    environment.filters |= {
-        "size": size, "number": number, "change": change, "share": share, "gate": gate_value, "gate_name": gate_name,
-        "small": small, "yaml": _yaml, "cell": cell, "seconds": seconds, "interval": interval, "score": score,
-        "first_word": first_word, "spread": spread, "sentence": sentence, "points": points, "program": program,
-        "without_defaults": without_defaults, "shorten": shorten, "squeezed": squeezed, "estimate": _estimate,
-        "changed": _changed, "by_task": _by_task,
+    formats = {name: getattr(module, name) for module in (formatting, page_text) for name in module.__all__}
+    environment.globals |= formats | {"axis": recovery_axis, "divergence_axis": divergence_axis}
+    environment.filters |= formats | {
+        "gate": gate_value, "gate_name": gate_name, "yaml": _yaml, "estimate": _estimate, "changed": _changed,
+        "by_task": _by_task,
     }  # fmt: skip
     return environment

@@ -6,6 +6,8 @@ from typing import Any
 
 from quantpress.recipe import Recipe
 
+__all__ = ["cell", "first_word", "program", "sentence", "shorten", "squeezed", "without_defaults"]
+
 
 def sentence(text: str) -> str:
     """Capitalised; a name such as vLLM stays as it is."""

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..measure.formatting import byte_unit
+from quantpress.core.text import byte_unit
+
 from ..measure.metrics import METRICS
 from .page_text import shorten
 

@@ -7,17 +7,6 @@ from .smoke_test import Listener, smoke
 from .starting import Options, Running, installed, reach, serve
 
 __all__ = [
-    "Check",
-    "Listener",
-    "Options",
-    "Running",
-    "ServerFailed",
-    "Serving",
-    "composed",
-    "installed",
-    "lacking",
-    "reach",
-    "read",
-    "serve",
-    "smoke",
-]
+    "Check", "Listener", "Options", "Running", "ServerFailed", "Serving", "composed", "installed", "lacking",
+    "reach", "read", "serve", "smoke",
+]  # fmt: skip

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantpress.core.text import common_prefix
+
 from .agreement import prompt_ids, template_ids
 from .client import Answer, Client, Messages, Refused, ServerError, at_once
 from .record import Check
@@ -191,7 +193,7 @@ def _concurrent(on: CheckedServer) -> str:
     alone = [on.client.complete(prompt, _TOKENS).text for prompt in prompts]
     together = [answer.text for answer in at_once(lambda p: on.client.complete(p, _TOKENS), prompts)]
     for i, text in enumerate(together):
-        likeness = [_common(text, other) for other in alone]
+        likeness = [common_prefix(text, other) for other in alone]
         if likeness[i] < max(likeness):
             other = prompts[likeness.index(max(likeness))]
             raise Failed(f"{_quoted(prompts[i])} was answered as {_quoted(other)}: {_quoted(text)}")
@@ -261,11 +263,6 @@ def _counts_alike(on: CheckedServer, text: str, counted: int | None) -> None:
     ours = len(prompt_ids(on.tokenizer, text, on.running.lacks))
     if counted is not None and counted != ours:
         raise Failed(f"the server counts {counted} tokens in {_quoted(text)}, the artifact's tokenizer {ours}")
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the common prefix of two texts."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _quoted(text: str) -> str:

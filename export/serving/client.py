@@ -11,6 +11,7 @@ import httpx
 from httpx_sse import SSEError, connect_sse
 
 _TIMEOUT_S = 300.0  # for one answer; a CPU is slow
+_CONNECT_S = 10.0
 _QUOTED = 300
 # Servers close connections that are idle or have served many requests, and a request sent at that moment would fail as
 # if the server were gone. So each request opens its own connection, and its time includes connecting.
@@ -106,8 +107,9 @@ class Client:
     ) -> None:  # fmt: skip
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # A proxy set in the environment is not meant for a server on this machine.
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
         self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=timeout_s, trust_env=not loopback, limits=_LIMITS
+            base_url=url, headers=headers, timeout=timeout, trust_env=not loopback, limits=_LIMITS
         )
         self._model, self._timeout_s = model, timeout_s
         self._hangs = False
@@ -249,7 +251,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def _answer(document: dict[str, Any]) -> Answer:
     choices = document.get("choices")
-    if not isinstance(choices, list) or not choices:
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise ServerError(f"no `choices` in the answer: {str(document)[:_QUOTED]}")
     choice, usage = choices[0], document.get("usage") or {}
     text = choice["message"].get("content") if "message" in choice else choice.get("text")

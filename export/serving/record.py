@@ -4,21 +4,16 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
+from quantpress.core.schema import Section, first_problem
 
 FILE = Path("eval") / "serving.json"
 
 
-class RecordPart(BaseModel):
-    """A part of the document; unknown keys are ignored."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class Check(RecordPart):
+class Check(Section):
     """One check. reason: what was seen, or why it failed or was skipped."""
 
     name: str
@@ -27,7 +22,7 @@ class Check(RecordPart):
     seconds: float
 
 
-class Tolerance(RecordPart):
+class Tolerance(Section):
     """Largest allowed absolute difference of a kernel in log-probability: mean, and for one token."""
 
     kernel: str
@@ -35,7 +30,7 @@ class Tolerance(RecordPart):
     largest: float
 
 
-class Agreement(RecordPart):
+class Agreement(Section):
     """The server's greedy answers against our own forward of the same artifact over the same tokens.
 
     equal_tokens: greedy tokens equal to ours, up to each answer's first difference; behind: the largest gap in
@@ -54,7 +49,7 @@ class Agreement(RecordPart):
     tolerance: Tolerance
 
 
-class Percentiles(RecordPart):
+class Percentiles(Section):
     """Milliseconds."""
 
     p50: float
@@ -62,7 +57,7 @@ class Percentiles(RecordPart):
     p99: float
 
 
-class Serving(RecordPart):
+class Serving(Section):
     """eval/serving.json: an artifact on a server. Latencies are of `requests` streamed answers, one at a time.
 
     ttft_ms: median time to first token; itl_ms: time between chunks with text; tokens_per_second {concurrent requests:
@@ -104,6 +99,5 @@ def read(folder: Path) -> Serving | None:
     try:
         return Serving.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else " ".join(str(error).split())
+        said = first_problem(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         raise BadInput(f"{path}: not a record this quantpress can read: {said}") from error

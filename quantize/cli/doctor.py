@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..core.text import size
 from .app import app
 from .options import JsonOpt, make_options, quiet_libraries
 from .printing import out_console, print_json
@@ -44,7 +45,6 @@ def _facts() -> dict[str, Any]:
     from quantpress.exports.serving import installed
 
     from ..core import machine
-    from ..engine.plan import size
 
     where = machine.device()
     here = machine.describe(where)

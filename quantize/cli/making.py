@@ -10,6 +10,7 @@ from rich.table import Table
 from quantpress.eval.release.callbacks import Options
 
 from ..core.errors import BadInput
+from ..core.text import size
 from ..recipe import Recipe
 from ..recipe import loading as recipes
 from ..recipe.gguf_file import FloatFile
@@ -60,7 +61,6 @@ def plan(
     chosen = chosen_recipe(recipe, model, sets)
     quiet_libraries()
     from .. import api
-    from ..engine.plan import size
 
     found = api.plan(chosen, options=options)
     if as_json:

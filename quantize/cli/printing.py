@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from quantpress.eval.release.callbacks import Callbacks
 
+from ..core.text import size
+
 if TYPE_CHECKING:
     from quantpress.eval.measure.results import Results
     from quantpress.exports.serving import Check, Serving
@@ -67,7 +69,6 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
     the way and at least every minute.
     """
     from ..core.machine import rss_bytes
-    from ..engine.plan import size
 
     if not err_console.is_terminal:
         told, before = 0, -1  # what was last printed; what was done at the start, which a resumed run skips
@@ -147,8 +148,6 @@ def _tasks(results: "Results") -> Iterator[str]:
 
 
 def _efficiency(results: "Results") -> Iterator[str]:
-    from ..engine.plan import size
-
     held = results.efficiency
     if held is None:
         return
@@ -176,8 +175,6 @@ def _print_check(check: "Check") -> None:
 
 def print_serving(record: "Serving", file: str) -> None:
     """What a smoke test measured; file: where its record is."""
-    from ..engine.plan import size
-
     first, between = record.ttft_ms, record.itl_ms
     rows = {
         "server": f"{record.server} {record.version or ''}",

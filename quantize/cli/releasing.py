@@ -9,6 +9,7 @@ from rich.table import Table
 
 from quantpress.eval.release.callbacks import Options
 
+from ..core.text import size
 from .app import app
 from .measuring import step_summary
 from .options import (
@@ -233,7 +234,6 @@ def publish(
 ) -> None:
     """Upload the artifact to the Hugging Face hub: shows exactly what would be uploaded, and does it with --yes."""
     quiet_libraries()
-    from quantpress.eval.measure.formatting import size
     from quantpress.eval.release.publish import prepare_upload, upload
 
     what = prepare_upload(run, to, private=not public, message=message, base_model=base_model, license=license,

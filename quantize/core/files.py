@@ -1,14 +1,14 @@
 """Files and folders written whole or not at all, and what is in them. No torch here."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +38,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file that appears only when it is whole and on disk; keys keep their order."""
     with whole_file(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def remembered(folder: Path, what: Sequence[Any], make: Callable[[], Any]) -> Any:
+    """What `make` returns, as JSON values; kept in `folder` for whoever asks with the same `what` again."""
+    path = folder / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.json"
+    if not path.is_file():
+        made = make()
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(json.dumps(made).encode())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def changed(folder: Path, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -77,11 +88,6 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    if sys.platform == "win32":
-        yield  # has no such lock
-        return
-    import fcntl
-
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,8 +185,6 @@ def sweep(cache: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Have a file or folder on disk before going on."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows does not open folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,10 +1,10 @@
-"""Building blocks of the recipe schema: strict models, fractions, name patterns."""
+"""Building blocks of documents: strict models for recipes, lenient ones for records; fractions, name patterns."""
 
 import fnmatch
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 class Strict(BaseModel):
@@ -14,6 +14,18 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Section(BaseModel):
+    """A part of a JSON document that a run wrote; unknown keys are ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The place and the reason of the first problem, in one line."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _fraction(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """What a run will need, estimated from config.json and the shards' headers: output bytes, memory, disk, time."""
 
-import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import torch
 from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
+from ..core.text import size
 from ..formats import FORMATS
 from ..models.skeleton import LinearLayer, Skeleton, experts_per_token
 from ..numbers.grid import scale_dtype
@@ -150,12 +150,6 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
 def held_out(samples: int) -> int:
     """Number of calibration sequences kept out of end-to-end training, to choose the best scales by."""
     return max(1, samples // 8)
-
-
-def size(n: float) -> str:
-    """Bytes as text, such as 1.2 GB."""
-    power = min(4, int(math.log10(n) // 3)) if n >= 1 else 0
-    return f"{n / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _largest_solve(linears: list[LinearLayer], schemes: dict[str, Grid | None], calibrated: bool) -> int:

@@ -12,10 +12,10 @@ import yaml
 from quantpress import cli
 from quantpress.artifact.artifact import Artifact
 from quantpress.core.errors import BadInput
+from quantpress.core.files import remembered
 from quantpress.eval.measure import evaluate as measure
 from quantpress.eval.measure import speed
 from quantpress.eval.measure.evaluate import Watch, evaluate, prepare
-from quantpress.eval.measure.generations import remembered
 from quantpress.eval.measure.results import Generation, Results, Runtime, read_results
 from quantpress.eval.report.junit import step_summary, write_junit
 from quantpress.recipe import Evaluation, Gates
@@ -267,9 +267,9 @@ def test_the_schema_survives_its_own_json(place: Path) -> None:
 def test_what_the_original_writes_is_written_once(tmp_path: Path) -> None:
     asked: list[Any] = []
 
-    def write(prompts: Any, new_tokens: int) -> list[list[int]]:
-        asked.append((prompts, new_tokens))
-        return [[1, 2, 3] for _ in prompts]
+    def write(*given: Any) -> list[list[int]]:
+        asked.append(given)
+        return [[1, 2, 3]]
 
     for what, prompts, new_tokens in (
         ("a", [[5]], 3),
@@ -278,5 +278,6 @@ def test_what_the_original_writes_is_written_once(tmp_path: Path) -> None:
         ("a", [[6]], 3),
         ("a", [[5]], 4),
     ):
-        assert remembered(tmp_path, [what], write)(prompts, new_tokens) == [[1, 2, 3]]
+        key = [what, prompts, new_tokens]
+        assert remembered(tmp_path, key, lambda key=key: write(*key)) == [[1, 2, 3]]  # type: ignore[misc]
     assert len(asked) == 4

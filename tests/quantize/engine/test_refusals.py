@@ -149,7 +149,7 @@ def test_too_little_disk_by_the_plan_is_refused(tmp_path: Path, monkeypatch: pyt
     build("llama", tmp_path / "model", torch.bfloat16)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(BadInput, match=r"needs .* on disk and .* has 1.0 kB free; free some, give another --out"):
+    with pytest.raises(BadInput, match=r"needs .* on disk and .* has 1.00 kB free; free some, give another --out"):
         make(tmp_path / "run", tmp_path / "model", {})
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,21 @@
+"""Text: sizes in bytes, and how far two texts agree."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def size(count: float) -> str:
+    """Bytes in a decimal unit, three digits, such as 1.20 GB."""
+    unit, name = byte_unit(count)
+    value = count / unit
+    return f"{value:,.{0 if value >= 100 or unit == 1 else 1 if value >= 10 else 2}f} {name}"
+
+
+def byte_unit(size: float) -> tuple[float, str]:
+    """The decimal unit `size` bytes read best in."""
+    return next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0]), (1.0, "bytes"))
+
+
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many leading characters, or items, two texts or lists share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
