@@ -1,6 +1,6 @@
 """One batch of the calibration set passing through a block: a coroutine that halts before each linear."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.transfers import Transfers
 from ..models.block_arguments import BlockArguments
 from ..models.experts import Expert, Routing, SplitExperts
 from ..numbers.activations import round_inputs
@@ -37,9 +38,9 @@ class RunnableBlock:
     """
 
     def __init__(
-        self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: BlockArguments, device: torch.device
+        self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: BlockArguments, transfers: Transfers
     ) -> None:
-        self.module, self.linears, self.arguments, self.device = module, linears, arguments, device
+        self.module, self.linears, self.arguments, self.transfers = module, linears, arguments, transfers
         self.experts = {path: part for path, part in module.named_modules() if isinstance(part, SplitExperts)}
         names = {linear: name for name, linear in linears.items()}
         self.places = {
@@ -85,7 +86,17 @@ class RunnableBlock:
         """The same for another block of this structure."""
         paths = {part: path for path, part in self.module.named_modules()}
         linears = {name: other.get_submodule(paths[linear]) for name, linear in self.linears.items()}
-        return RunnableBlock(other, linears, self.arguments, self.device)
+        return RunnableBlock(other, linears, self.arguments, self.transfers)
+
+
+@dataclass(frozen=True)
+class States:
+    """The hidden states [samples, seq_len, hidden] of one batch, and where those that leave the block are put: the same
+    memory, or other; None where they are not wanted.
+    """
+
+    entering: Tensor
+    leaving: Tensor | None
 
 
 class PairedBatch:
@@ -105,13 +116,13 @@ class PairedBatch:
         block: RunnableBlock,
         original: RunnableBlock | None,
         shared: Sequence[Group],
-        hidden: Tensor,
-        reference: Tensor,
+        hidden: States,
+        reference: States,
         *,
         keep: bool,
         inputs: Mapping[str, Inputs],
     ) -> None:
-        self._keep, self._tokens = keep, hidden.shape[:2].numel()
+        self._keep, self._tokens = keep, hidden.entering.shape[:2].numel()
         self._places = {} if original is None else original.places
         self._routed = [names[0] for names in shared if names[0] in self._places]
         self._stops = [names[0] for names in shared if names[0] not in self._places]
@@ -121,6 +132,12 @@ class PairedBatch:
         self._ahead: Tensor | None = None  # the original's input of the next of `stops`, once it has got there
         self._rows = 0
         self._routing: dict[str, Routing] = {}  # of the run's experts, by their path
+
+    def fetch(self) -> None:
+        """Start to bring the states to the device, so that they are there when the batch is advanced."""
+        self._run.fetch()
+        if self._original is not None:
+            self._original.fetch()
 
     def advance(self, names: Group) -> Tensor:
         """Continue until the linears `names` are about to be applied; returns their input X [tokens, in]."""
@@ -166,7 +183,7 @@ class PairedBatch:
                 self._go_on()
 
     def finish(self) -> None:
-        """Run both blocks to their end; their outputs replace the hidden states."""
+        """Run both blocks to their end and store what leaves them."""
         self._run.finish()
         if self._original is not None:
             self._original.finish()
@@ -188,26 +205,81 @@ class PairedBatch:
             self._original.drop()
 
 
+class RestartingBatch:
+    """As a PairedBatch, holding nothing between two inputs: the block's beginning is run again for each of them.
+
+    make: gives the PairedBatch that halts before the groups it is given; keep: whether it stores what leaves the block.
+    """
+
+    def __init__(self, make: Callable[[Sequence[Group], bool], PairedBatch], shared: Sequence[Group]) -> None:
+        self._make, self._left = make, list(shared)
+        self._now: PairedBatch | None = None
+
+    def fetch(self) -> None:
+        self._begun().fetch()
+
+    def advance(self, names: Group) -> Tensor:
+        return self._begun().advance(names)
+
+    def original_input(self, names: Group) -> Tensor | None:
+        return self._begun().original_input(names)
+
+    def let_go(self, names: Group) -> None:
+        self.drop()
+        self._left.remove(names)
+
+    def finish(self) -> None:
+        self.drop()
+        self._now = self._make((), True)
+        self._now.finish()
+        self.drop()
+
+    def drop(self) -> None:
+        if self._now is not None:
+            self._now.drop()
+        self._now = None
+
+    def _begun(self) -> PairedBatch:
+        if self._now is None:
+            self._now = self._make(self._left, False)
+        return self._now
+
+
 class _Run:
     """One batch in one block, as a coroutine: it halts before each of the block's linears until told to continue.
 
-    hidden [samples, seq_len, hidden] is replaced at the end. inputs: how the inputs of a linear are rounded, by its
+    inputs: how the inputs of a linear are rounded, by its
     name, read when the run continues. entered, if `routed`: what the block's SplitExperts modules have received, by
     path: hidden states [tokens, hidden] and the indices of the experts chosen for each token [tokens, top_k].
     """
 
-    def __init__(self, block: RunnableBlock, hidden: Tensor, inputs: Mapping[str, Inputs], *, routed: bool) -> None:
+    def __init__(self, block: RunnableBlock, states: States, inputs: Mapping[str, Inputs], *, routed: bool) -> None:
         self.entered: dict[str, tuple[Tensor, Tensor]] = {}
-        self._block, self._inputs, self._routed = block, inputs, routed
+        self._block, self._states, self._inputs, self._routed = block, states, inputs, routed
+        self._arriving: Callable[[], dict[str, Tensor]] | None = None
         self._last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
 
         def whole_pass() -> None:
             args, kwargs = block.arguments
-            result = block.module(hidden.to(block.device), *args, **kwargs)
-            hidden.copy_(result[0] if isinstance(result, tuple | list) else result)
+            result = block.module(self._entering(), *args, **kwargs)
+            if states.leaving is not None:
+                block.transfers.store(result[0] if isinstance(result, tuple | list) else result, states.leaving)
 
         self._main, self._thread = getcurrent(), greenlet(whole_pass)
         block.begin(self._thread, self)
+
+    def fetch(self) -> None:
+        """Start to bring the states to the device, unless they are there or have been used."""
+        started = bool(self._thread) or self._thread.dead
+        if self._arriving is None and not started and not self._block.transfers.has(self._states.entering):
+            self._arriving = self._block.transfers.fetch({"": self._states.entering})
+
+    def _entering(self) -> Tensor:
+        """The states on the device."""
+        if self._arriving is None:
+            return self._states.entering.to(self._block.transfers.device)
+        arrived, self._arriving = self._arriving()[""], None
+        return arrived
 
     def halt(self, name: str, x: Tensor) -> Tensor:
         """Wait before linear `name`, about to receive x; returns what it is to receive."""

@@ -10,23 +10,25 @@ linear's inputs are compared with those it receives there, token by token.
 
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.transfers import Transfers
 from ..methods.layer_error import output_power
 from ..models.block_arguments import BlockArguments
 from ..numbers.activations import measured, round_inputs
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
-from .batches import Group, PairedBatch, RunnableBlock
+from .batches import Group, PairedBatch, RestartingBatch, RunnableBlock, States
 from .moments import Moments
 
-_ROWS = (
-    1024  # tokens in one product of a moment; their float32 copies are the largest tensors besides the waiting batches
-)
+# Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
+_ROWS = 1024
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 
@@ -55,13 +57,15 @@ class SharedInput:
 class BlockPass:
     """Iterate over the shared inputs of `block`; the caller replaces the weights of their linears before the next one.
 
-    hidden [samples, seq_len, hidden]: replaced by the block's output, `batch` samples at a time; if `keep` is false it
-    is left alone, and the block is not run beyond its last linear. linears {name: module}: where to halt. reference:
-    the original model's hidden states, replaced by the output of the block with the weights it has at the start.
-    activations: how the linears' inputs are rounded, and how many columns share a dynamic scale. diagonal: sum up only
-    the moments' diagonal [in]. watch: called with a group's first name and rows of X [tokens, in] float32, until all
-    of X has passed. begin: called once, before the first batch but after the block has run on one sample, which shows
-    the order of its linears.
+    hidden [samples, seq_len, hidden]: what enters the block, `batch` samples at a time. leaving: where what leaves it
+    is put, `hidden` itself if not given; if `keep` is false nothing is, and the block is not run beyond its last
+    linear. linears {name: module}: where to halt. reference, reference_leaving: the same for the original model, which
+    is the block with the weights it has at the start. All of them on `device` or on the host. activations: how the
+    linears' inputs are rounded, and how many columns share a dynamic scale. diagonal: sum up only the moments' diagonal
+    [in]. watch: called with a group's first name and rows of X [tokens, in] float32, until all of X has passed. begin:
+    called once, before the pass that computes what leaves the block, but after the block has run on one sample, which
+    shows the order of its linears. restarts: batches do not wait before each linear but are run again from the block's
+    beginning, which takes less memory, more time, and gives the same.
     """
 
     def __init__(
@@ -75,60 +79,90 @@ class BlockPass:
         batch: int,
         keep: bool = True,
         reference: Tensor | None = None,
+        leaving: Tensor | None = None,
+        reference_leaving: Tensor | None = None,
         activations: tuple[Activations, int] | None = None,
         diagonal: bool = False,
-        watch: Callable[[str, Tensor], None] = lambda name, rows: None,
+        watch: Callable[[str, Tensor], None] | None = None,
         begin: Callable[[], None] = lambda: None,
+        restarts: bool = False,
     ) -> None:
-        self._block, self._hidden, self._arguments, self._device = block, hidden, arguments, device
-        self._linears, self._batch, self._keep, self._reference = dict(linears), batch, keep, reference
+        self._block, self._arguments, self._transfers = block, arguments, Transfers(device)
+        self._linears, self._batch, self._keep = dict(linears), batch, keep
+        self._hidden = States(hidden, hidden if leaving is None else leaving)
+        self._reference = None
+        if reference is not None:
+            self._reference = States(reference, reference if reference_leaving is None else reference_leaving)
         self._activations, self._diagonal, self._watch, self._begin = activations, diagonal, watch, begin
+        self._restarts = restarts
         self._inputs: dict[str, Inputs] = {}
         self._original: RunnableBlock | None = None
 
     def __iter__(self) -> Generator[SharedInput, None, None]:
-        shared = shared_inputs(self._block, self._hidden[:1].to(self._device), self._arguments, self._linears)
-        now = RunnableBlock(self._block, self._linears, self._arguments, self._device)
+        first = self._hidden.entering[:1].to(self._transfers.device)
+        shared = shared_inputs(self._block, first, self._arguments, self._linears)
+        now = RunnableBlock(self._block, self._linears, self._arguments, self._transfers)
         if self._reference is not None:
             # Shares the parameters, which the caller replaces in the block and never writes to.
             original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
             self._original = now.with_module(original)
-        hidden = torch.split(self._hidden, self._batch)
-        reference = hidden if self._reference is None else torch.split(self._reference, self._batch)
-        batches = [
-            PairedBatch(now, self._original, shared, *parts, keep=self._keep, inputs=self._inputs)
-            for parts in zip(hidden, reference, strict=True)
-        ]
-        self._begin()
+        hidden = _split(self._hidden, self._batch)
+        reference = hidden if self._reference is None else _split(self._reference, self._batch)
+        batches: list[PairedBatch | RestartingBatch] = []
+        for parts in zip(hidden, reference, strict=True):
+            make = partial(self._batch_of, now, *parts)
+            batches.append(RestartingBatch(make, shared) if self._restarts else make(shared, True))
+        if not self._restarts:
+            self._begin()
         try:
             for names in shared:
                 yield self._shared_input(names, batches)
             reached = {name for names in shared for name in names}
             yield from (self._shared_input((name,), ()) for name in self._linears if name not in reached)
             if self._keep:
+                if self._restarts:
+                    self._begin()
                 for batch in batches:
                     batch.finish()
         finally:
             for batch in batches:
                 batch.drop()
 
-    def _shared_input(self, names: Group, batches: Sequence[PairedBatch]) -> SharedInput:
+    def _batch_of(
+        self, now: RunnableBlock, hidden: States, reference: States, shared: Sequence[Group], keep: bool
+    ) -> PairedBatch:
+        if not keep:
+            hidden, reference = replace(hidden, leaving=None), replace(reference, leaving=None)
+        return PairedBatch(
+            now, self._original, shared, hidden, reference, keep=self._keep and keep, inputs=self._inputs
+        )
+
+    def _shared_input(self, names: Group, batches: Sequence[PairedBatch | RestartingBatch]) -> SharedInput:
         """Advance every batch to the linears `names` and sum up what they are about to receive."""
-        waiting: Iterable[Tensor] = (batch.advance(names) for batch in batches)
+        waiting: Iterable[Tensor] = _advanced(batches, names)
+        ranges: list[Tensor] = []
         if self._activations is not None and self._activations[0].calibrated:
-            waiting = list(waiting)
-        inputs = self._measured(waiting)
+            if not self._restarts:
+                waiting = list(waiting)
+            for i, x in enumerate(waiting):
+                ranges += [torch.stack(x.aminmax())] if x.numel() else []
+                if isinstance(batch := batches[i], RestartingBatch):
+                    batch.drop()
+            if self._restarts:
+                waiting = _advanced(batches, names)
+        inputs = self._measured(ranges)
         if inputs is not None:
             self._inputs |= dict.fromkeys(names, inputs)
         sums = Moments(diagonal=self._diagonal)
         for batch, x in zip(batches, waiting, strict=True):
             original = batch.original_input(names)
-            for start in range(0, x.shape[0], _ROWS):
-                part = x[start : start + _ROWS]
+            step = _ROWS if x.device.type == "cpu" else max(1, x.shape[0])  # a GPU is fast only with all rows at once
+            for start in range(0, x.shape[0], step):
+                part = x[start : start + step]
                 seen = part if inputs is None else round_inputs(part, inputs)
-                rows = seen.to(torch.float32)
-                self._watch(names[0], rows)
-                sums.add(seen, rows, None if original is None else original[start : start + _ROWS])
+                if self._watch is not None:
+                    self._watch(names[0], seen.to(torch.float32))
+                sums.add(seen, None if original is None else original[start : start + step])
             sums.count(x, unmatched=self._original is not None and original is None)
             del original
             batch.let_go(names)
@@ -142,14 +176,30 @@ class BlockPass:
         weights = {name: _matrix(self._original.linears[name]).to(torch.float32) for name in names}
         return sums.drift, {name: output_power(weight, squares) for name, weight in weights.items()}
 
-    def _measured(self, waiting: Iterable[Tensor]) -> Inputs | None:
-        """How a linear's inputs, `waiting` [tokens, in] by batch, will be rounded; read only for a static range."""
+    def _measured(self, ranges: list[Tensor]) -> Inputs | None:
+        """How a linear's inputs will be rounded. ranges: least and largest of each batch [2], for a static range."""
         if self._activations is None:
             return None
         spec, columns = self._activations
-        ranges = [x.aminmax() for x in waiting if x.numel()] if spec.calibrated else []
-        low = min((float(r.min) for r in ranges), default=0.0)
-        return measured(spec, columns, low, max((float(r.max) for r in ranges), default=0.0))
+        if not ranges:
+            return measured(spec, columns, 0.0, 0.0)
+        lows, highs = torch.stack(ranges, 1).to(torch.float64).tolist()  # in one go: a GPU waits for it
+        return measured(spec, columns, min(lows), max(highs))
+
+
+def _split(states: States, batch: int) -> list[States]:
+    """`batch` samples each."""
+    assert states.leaving is not None
+    parts = (torch.split(states.entering, batch), torch.split(states.leaving, batch))
+    return [States(*pair) for pair in zip(*parts, strict=True)]
+
+
+def _advanced(batches: Sequence[PairedBatch | RestartingBatch], names: Group) -> Iterator[Tensor]:
+    """What enters the linears `names`, batch by batch; the next one's states are on their way meanwhile."""
+    for batch, following in zip_longest(batches, batches[1:]):
+        if following is not None:
+            following.fetch()
+        yield batch.advance(names)
 
 
 def paired_batches(
@@ -170,9 +220,9 @@ def paired_batches(
     replaced by the outputs of the two blocks. Weights must not be replaced meanwhile.
     """
     shared = shared_inputs(block, hidden[:1].to(device), arguments, linears)
-    now = RunnableBlock(block, linears, arguments, device)
+    now = RunnableBlock(block, linears, arguments, Transfers(device))
     before = now.with_module(original)
-    for parts in zip(torch.split(hidden, batch), torch.split(reference, batch), strict=True):
+    for parts in zip(_split(States(hidden, hidden), batch), _split(States(reference, reference), batch), strict=True):
         pair = PairedBatch(now, before, shared, *parts, keep=True, inputs={})
         try:
             for names in shared:

@@ -67,7 +67,9 @@ class Largest:
 
     def __init__(self, name: str, attention: nn.Module) -> None:
         self.name, self._attention = name, attention
-        self._keys = self._values = 0.0
+        self._largest: list[
+            Tensor
+        ] = []  # float32 [2] of each call: keys, values; read in the end, as a GPU waits for it
 
     def start(self) -> None:
         tap(self._attention, self._note)
@@ -78,14 +80,14 @@ class Largest:
         Raises BadInput when all keys or all values were 0.
         """
         _taps.pop(self._attention, None)
-        if not self._keys or not self._values:
+        keys, values = torch.stack(self._largest).amax(0).tolist() if self._largest else (0.0, 0.0)
+        if not keys or not values:
             raise BadInput(f"{self.name}: all keys or all values were 0 in calibration; leave kv_cache out")
         largest = _LARGEST[kind]
-        return torch.tensor(self._keys / largest), torch.tensor(self._values / largest)
+        return torch.tensor(keys / largest), torch.tensor(values / largest)
 
     def _note(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self._keys = max(self._keys, float(keys.abs().amax()))
-        self._values = max(self._values, float(values.abs().amax()))
+        self._largest.append(torch.stack([keys.abs().amax(), values.abs().amax()]).to(torch.float32))
         return keys, values
 
 

@@ -20,26 +20,27 @@ class Moments:
         self.drift: Tensor | None = None
         self.tokens, self.unmatched = 0, False
 
-    def add(self, seen: Tensor, rows: Tensor, original: Tensor | None) -> None:
-        """Add rows of X [tokens, in], `seen` in the model's dtype and `rows` in float32, and the same rows of X0."""
+    def add(self, seen: Tensor, original: Tensor | None) -> None:
+        """Add rows of X [tokens, in] in the model's dtype, and the same rows of X0."""
         if self._diagonal:
-            squares = rows.square().sum(0)
+            squares = seen.to(torch.float32).square().sum(0)
             self._moment = squares if self._moment is None else self._moment.add_(squares)
             return
         if self._moment is None:
-            self._moment = rows.new_zeros(rows.shape[1], rows.shape[1])
-        with exact_products(seen.dtype):
-            add_second_moment(self._moment, rows)
+            self._moment = seen.new_zeros(seen.shape[1], seen.shape[1], dtype=torch.float32)
+        add_product(self._moment, seen, seen)
         if original is None:
             return
         if self.drift is None or self._squares is None:
             self.drift, self._squares = torch.zeros_like(self._moment), torch.zeros_like(self._moment)
         # The difference is small: bfloat16's 8 bits of it are enough, at twice the speed.
-        factor = seen if seen.dtype == torch.bfloat16 else rows
+        factor = seen if seen.dtype == torch.bfloat16 else seen.to(torch.float32)
         difference = original - factor
-        self.drift += difference.T @ factor
-        with exact_products(difference.dtype):
-            add_second_moment(self._squares, difference.to(torch.float32))
+        if seen.is_cuda:
+            add_product(self.drift, difference, factor)
+        else:
+            self.drift += difference.T @ factor
+        add_product(self._squares, difference, difference)
 
     def count(self, x: Tensor, *, unmatched: bool) -> None:
         """Count a batch x [tokens, in] whose rows have been added."""
@@ -61,8 +62,24 @@ def _whole(upper: Tensor) -> Tensor:
     return upper.triu_().add_(upper.triu(1).T)
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right to `total` [in, in] float32, for rows [tokens, in]; of a symmetric product on a CPU only the
+    upper triangle, below which `total` is undefined.
+
+    Factors of 16 bits are multiplied exactly, and their products summed in float32. A GPU takes them as they are.
+    """
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+        return
+    with exact_products(left.dtype):
+        if left is right:
+            add_second_moment(total, left.to(torch.float32))
+        else:
+            total.addmm_(left.to(torch.float32).T, right.to(torch.float32))
+
+
 def add_second_moment(total: Tensor, rows: Tensor) -> None:
-    """Add X^T X to the upper triangle of `total` [in, in] for X = rows [tokens, in]; below it, undefined."""
+    """Add X^T X to the upper triangle of `total` [in, in] for X = rows [tokens, in] float32; below it, undefined."""
     if rows.device.type != "cpu":
         total.addmm_(rows.T, rows)
         return

@@ -102,21 +102,23 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` once it is whole and on disk."""
+def whole_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` once it is whole and, with `sync`, on disk."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk does not say which file
         raise
-    fsync(path.parent)
+    if sync:
+        fsync(path.parent)
 
 
 @contextlib.contextmanager

@@ -154,6 +154,13 @@ def available_memory_bytes() -> int:
     return available
 
 
+def device_memory(where: torch.device) -> tuple[int, int] | None:
+    """Free and total bytes of a GPU's memory; None for what is no GPU, or is not there."""
+    if where.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.mem_get_info(where)
+
+
 def available_device_bytes(where: torch.device) -> int:
     """Memory that is free on a CUDA device, bytes."""
     free, _ = torch.cuda.mem_get_info(where)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from ..artifact.manifest import BlockRecord, LayerRecord
 from ..calibrate import kv_cache
-from ..calibrate.block_pass import BATCH_TOKENS, BlockPass, SharedInput, shared_inputs
+from ..calibrate.block_pass import BlockPass, SharedInput, shared_inputs
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
+from ..core.transfers import Transfers, host_empty
 from ..formats import FORMATS
 from ..models.block_arguments import BlockArguments
 from ..models.checkpoint import write_part
 from ..models.skeleton import LinearLayer, Skeleton
 from ..numbers.activations import columns_of
 from ..numbers.grid import Inputs, QuantizedLinear
+from ..numbers.types import Activations
 from ..recipe import Qat, Tuned
 from .end_to_end import QuantizedModel, train_scales
 from .job import Job
@@ -36,108 +38,195 @@ from .tuning import Tuning
 def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
     """Quantize each block that the journal does not hold yet; its outputs are the next block's inputs.
 
-    tokens: the calibration text; not needed where the user's importance matrix stands in for it.
+    tokens: the calibration text; not needed where the user's importance matrix stands in for it. On a GPU whose memory
+    is used up in a block, the block is begun again with half as many tokens at once.
     """
-    skeleton, first, keep_final = job.skeleton, len(journal.done), job.backend.keep_final
-    if first == skeleton.n_blocks:
+    skeleton = job.skeleton
+    if len(journal.done) == skeleton.n_blocks:
         return
-    if job.backend.importance:
-        tokens = None
-    caches = None if job.recipe.kv_cache is None else kv_cache.attentions(skeleton)
-    hidden, arguments = _hidden_states(job, tokens, journal)
-    transforms = BlockTransforms(job.recipe, skeleton)
-    for k, block in skeleton.blocks(first):
-        started = time.monotonic()
-        last = k + 1 == skeleton.n_blocks
+    with journal:
+        run = _Run(job, None if job.backend.importance else tokens, journal)
+        while len(journal.done) < skeleton.n_blocks:
+            tried = run.batch_tokens
+            try:
+                for k, block in skeleton.blocks(len(journal.done)):
+                    run.block(k, block, settings)
+            except torch.OutOfMemoryError:
+                if not run.halves():
+                    raise
+            # Only here, where nothing refers to the failed attempt any more.
+            if run.batch_tokens < tried:
+                settings.on_note(
+                    f"block {len(journal.done)}: out of memory with {tried} tokens at once; it goes on with "
+                    f"{run.batch_tokens}"
+                )
+                machine.release_memory()
+
+
+class _Run:
+    """The blocks of one run, from the first one that is not finished.
+
+    hidden: the states [samples, seq_len, hidden] that enter the next block, out of the rounded blocks; `reference`, for
+    error correction and tuning, out of the original ones. Without calibration there are none. arguments: the further
+    ones of each block; without calibration only where linears with a common input must share a scale.
+    """
+
+    def __init__(self, job: Job, tokens: Tokens | None, journal: Journal) -> None:
+        self._job, self._journal, self._skeleton = job, journal, job.skeleton
+        self._room = job.plan.room
+        if journal.batch_tokens is not None:
+            self._room = replace(self._room, batch_tokens=journal.batch_tokens)
+        self._transfers = Transfers(self._skeleton.device)
+        self._caches = None if job.recipe.kv_cache is None else kv_cache.attentions(self._skeleton)
+        self._transforms = BlockTransforms(job.recipe, self._skeleton)
+        self.hidden, self._arguments = self._states(tokens)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that pass through a block at once."""
+        return self._room.batch_tokens
+
+    def halves(self) -> bool:
+        """Put half as many tokens through a block at once; False where that is not possible."""
+        seq_len = self.hidden["hidden"].shape[1] if self.hidden else 0
+        if not self._room.spare or self.batch_tokens < 2 * seq_len or not seq_len:
+            return False
+        self._room = replace(self._room, batch_tokens=self.batch_tokens // 2)
+        return True
+
+    def block(self, k: int, block: nn.Module, settings: Settings) -> None:
+        """Calibrate, transform, round and tune block `k`, and commit it to the journal."""
+        started, job, method = time.monotonic(), self._job, self._job.recipe.method
+        last, keep_final = k + 1 == self._skeleton.n_blocks, job.backend.keep_final
         linears = {x.name: x for x in job.linears if x.block == k}
         rounded: dict[str, QuantizedLinear] = {}
         records: dict[str, LayerRecord] = {}
-        passing = arguments[k] if arguments else None
+        passing = self._arguments[k] if self._arguments else None
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
-        changes = transforms.apply(k, block, grids, hidden.get("hidden"), passing)
-        method = job.recipe.method
+        changes = self._transforms.apply(k, block, grids, self.hidden.get("hidden"), passing, self._room)
+        kept = None
         if changes.parameters and _trains_end_to_end(job):  # which measures errors against these weights
-            kept = {name: weight_of(block, linear) for name, linear in linears.items()}
-            write_part(_transformed(journal, k), kept)
-        tuning = Tuning(method, k, block, linears, hidden) if isinstance(method, Tuned) else None
-        cache = None if caches is None else kv_cache.Largest(*caches[k])
+            kept = self._transfers.hand_over({n: weight_of(block, x).detach() for n, x in linears.items()})
+        tuning = Tuning(method, k, block, linears, self.hidden) if isinstance(method, Tuned) else None
+        cache = None if self._caches is None else kv_cache.Largest(*self._caches[k])
         whole = tuning is not None or cache is not None or not last or keep_final is not None
-        for shared in _inputs(job, block, linears.values(), hidden, passing, whole, cache):
+        leaving = self.hidden
+        if self._room.spare and whole:
+            leaving = {name: torch.empty_like(states) for name, states in self.hidden.items()}
+        for shared in self._inputs(block, linears.values(), passing, leaving if whole else None, cache):
             alike = [linears[name] for name in shared.names]
             round_linears(job.recipe.rounder, job.schemes, block, alike, shared, rounded, records)
         lend_input_scales(rounded, records)
-        if tuning is not None and arguments is not None:
-            tuning.run(rounded, records, hidden, arguments[k], skeleton.device)
-        _check_finite(hidden, k)
+        leaving = dict(leaving)
+        if tuning is not None and passing is not None:
+            tuning.run(rounded, records, leaving, passing, self._skeleton.device)
+        self._transfers.settle()
+        _check_finite(leaving, k, self._skeleton.device)
+        self.hidden = leaving
         layers = tuple(records.get(name) or record(x, None) for name, x in linears.items())
         seconds = time.monotonic() - started
         tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
         if last and keep_final is not None:
-            tensors |= keep_final(hidden["hidden"])
+            tensors |= keep_final(self.hidden["hidden"])
         line = BlockRecord(block=k, seconds=round(seconds, 3), layers=layers, transforms=tuple(changes.records))
-        journal.commit(tensors, {} if last else hidden, line)
+        dump = None
+        if self.hidden and not last and self._journal.keeps_hidden:
+            dump = self._transfers.hand_over(self.hidden)
+        tensors_there = self._transfers.hand_over(tensors)
+        self._journal.commit(tensors_there, line, self.batch_tokens, hidden=dump, transformed=kept)
+        if dump is not None and not self._room.spare:  # the next block would overwrite them
+            self._journal.settle()
         machine.release_memory()
         errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
-        settings.on_block(BlockDone(k + 1, skeleton.n_blocks, sum(errors) / len(errors) if errors else None, seconds))
+        blocks = self._skeleton.n_blocks
+        settings.on_block(BlockDone(k + 1, blocks, sum(errors) / len(errors) if errors else None, seconds))
+
+    def _states(self, tokens: Tokens | None) -> tuple[dict[str, Tensor], list[BlockArguments] | None]:
+        """`hidden` and `arguments`."""
+        job, skeleton = self._job, self._skeleton
+        shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
+        if tokens is None and not shares:
+            return {}, None
+        skeleton.open_shell()
+        if tokens is None:
+            arguments = skeleton.block_arguments(1)
+            skeleton.close_shell()
+            return {}, arguments
+        kept = self._journal.hidden() if self._journal.done else {}
+        if kept:
+            hidden = {name: self._placed(states) for name, states in kept.items()}
+        else:
+            hidden = {"hidden": skeleton.embed(tokens.ids, self._memory)}
+            _check_finite(hidden, -1, skeleton.device)
+            if job.recipe.paired:
+                hidden["reference"] = self._placed(hidden["hidden"])
+        arguments = skeleton.block_arguments(tokens.ids.shape[1])
+        skeleton.close_shell()
+        return hidden, arguments
+
+    def _memory(self, like: Tensor, samples: int) -> Tensor:
+        """For hidden states of `samples` samples."""
+        device, shape = self._skeleton.device, (samples, *like.shape[1:])
+        if self._room.on_device:
+            return torch.empty(shape, dtype=like.dtype, device=device)
+        return host_empty(shape, like.dtype, device)
+
+    def _placed(self, states: Tensor) -> Tensor:
+        """A copy of hidden states, where they are to lie."""
+        return self._memory(states, states.shape[0]).copy_(states)
+
+    def _inputs(
+        self,
+        block: nn.Module,
+        linears: Iterable[LinearLayer],
+        arguments: BlockArguments | None,
+        leaving: Mapping[str, Tensor] | None,
+        cache: kv_cache.Largest | None,
+    ) -> Iterable[SharedInput]:
+        """The inputs that linears share, one after another. leaving: where the states that leave the block are put;
+        None if it need not be run to its end.
+        """
+        job, states = self._job, self.hidden.get("hidden")
+        wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
+        spec = job.recipe.activations
+        inputs = None if spec is None else (spec, columns_of(spec, job.recipe.weights))
+        if states is None or arguments is None:
+            return _uncalibrated(job, block, wanted, arguments, inputs)
+        into: Mapping[str, Tensor] = {} if leaving is None else leaving
+        return BlockPass(
+            block,
+            states,
+            arguments,
+            wanted,
+            device=self._skeleton.device,
+            batch=max(1, self.batch_tokens // states.shape[1]),
+            keep=leaving is not None,
+            reference=self.hidden.get("reference"),
+            leaving=into.get("hidden"),
+            reference_leaving=into.get("reference"),
+            activations=inputs,
+            restarts=self._room.restarts,
+            begin=(lambda: None) if cache is None else cache.start,
+        )
 
 
-def _hidden_states(
-    job: Job, tokens: Tokens | None, journal: Journal
-) -> tuple[dict[str, Tensor], list[BlockArguments] | None]:
-    """The hidden states [samples, seq_len, hidden] that enter the next block, and the further arguments of each block.
-
-    `hidden` comes out of the rounded blocks; `reference`, for error correction and tuning, out of the original ones.
-    Without calibration there are no states, and arguments only where linears with a common input must share a scale.
-    """
-    shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
-    if tokens is None and not shares:
-        return {}, None
-    job.skeleton.open_shell()
-    if tokens is None:
-        arguments = job.skeleton.block_arguments(1)
-        job.skeleton.close_shell()
-        return {}, arguments
-    if journal.done:
-        hidden = journal.hidden()
-    else:
-        hidden = {"hidden": job.skeleton.embed(tokens.ids).cpu()}
-        _check_finite(hidden, -1)
-        if job.recipe.paired:
-            hidden["reference"] = hidden["hidden"].clone()
-    arguments = job.skeleton.block_arguments(tokens.ids.shape[1])
-    job.skeleton.close_shell()
-    return hidden, arguments
-
-
-def _inputs(
+def _uncalibrated(
     job: Job,
     block: nn.Module,
-    linears: Iterable[LinearLayer],
-    hidden: dict[str, Tensor],
+    wanted: Mapping[str, nn.Module],
     arguments: BlockArguments | None,
-    whole: bool,
-    cache: kv_cache.Largest | None,
-) -> Iterable[SharedInput]:
-    wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
-    recipe, states = job.recipe, hidden.get("hidden")
-    spec = recipe.activations
-    inputs = None if spec is None else (spec, columns_of(spec, recipe.weights))
-    if states is None or arguments is None:
-        together: list[tuple[str, ...]] = [(name,) for name in wanted]
-        if arguments is not None:
-            some = torch.ones(1, 1, job.skeleton.config.hidden_size, dtype=job.skeleton.dtype)
-            together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
-            together += [(name,) for name in wanted if not any(name in names for names in together)]
-        rounded = None if inputs is None else Inputs(*inputs)
-        there = job.skeleton.device
-        weighed = {name: moment.to(there) for name, moment in job.backend.importance.items() if name in wanted}
-        return [SharedInput(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
-    batch = max(1, BATCH_TOKENS // states.shape[1])
-    return BlockPass(
-        block, states, arguments, wanted,
-        device=job.skeleton.device, batch=batch, keep=whole, reference=hidden.get("reference"), activations=inputs,
-        begin=(lambda: None) if cache is None else cache.start,
-    )  # fmt: skip
+    inputs: tuple[Activations, int] | None,
+) -> list[SharedInput]:
+    """What is known of inputs without a calibration: an importance matrix, and which linears must share a scale."""
+    together: list[tuple[str, ...]] = [(name,) for name in wanted]
+    if arguments is not None:
+        some = torch.ones(1, 1, job.skeleton.config.hidden_size, dtype=job.skeleton.dtype)
+        together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
+        together += [(name,) for name in wanted if not any(name in names for names in together)]
+    rounded = None if inputs is None else Inputs(*inputs)
+    there = job.skeleton.device
+    weighed = {name: moment.to(there) for name, moment in job.backend.importance.items() if name in wanted}
+    return [SharedInput(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
 
 
 def all_finite(values: Tensor) -> bool:
@@ -145,11 +234,16 @@ def all_finite(values: Tensor) -> bool:
     return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
-def _check_finite(hidden: dict[str, Tensor], k: int) -> None:
-    for states in hidden.values():
-        if not all_finite(states):
-            where = "the embedding" if k < 0 else f"block {k}"
-            raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
+def _check_finite(hidden: dict[str, Tensor], k: int, device: torch.device) -> None:
+    """Raise BadInput for NaN or inf in hidden states; a GPU is waited for once."""
+    if device.type == "cpu":
+        finite = all(map(all_finite, hidden.values()))
+    else:
+        parts = [part.to(device, non_blocking=True) for states in hidden.values() for part in torch.split(states, 16)]
+        finite = not parts or bool(torch.stack([end for part in parts for end in part.aminmax()]).isfinite().all())
+    if not finite:
+        where = "the embedding" if k < 0 else f"block {k}"
+        raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
 
 
 def _block_tensors(
@@ -166,7 +260,7 @@ def _block_tensors(
     format = FORMATS[job.recipe.formats[0]]
     tensors: dict[str, Tensor] = {}
     for name, linear in rounded.items():
-        tensors |= {n: t.cpu() for n, t in format.pack(name, linear).items()}
+        tensors |= format.pack(name, linear)
     reader = job.skeleton.reader
     replaced = {n for name in rounded for kind in ("weight", "bias") for n in reader.on_disk(f"{name}.{kind}")}
     for name, disk in job.skeleton.block_names(k).items():
@@ -174,7 +268,7 @@ def _block_tensors(
             continue
         if name in changed or replaced & set(reader.on_disk(disk)):
             before = reader.read(disk)
-            tensors[disk] = block.get_parameter(name).to("cpu", before.dtype) if name in changed else before
+            tensors[disk] = block.get_parameter(name).detach().to(before.dtype) if name in changed else before
         else:
             tensors |= {n: reader.read(n) for n in reader.on_disk(disk) if n not in tensors}
     if cache is not None and job.recipe.kv_cache is not None:
@@ -218,7 +312,7 @@ def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Train
         write_part(path, one)
 
     def transformed(k: int) -> Mapping[str, Tensor]:
-        path = _transformed(journal, k)
+        path = journal.transformed(k)
         return load_file(path) if path.exists() else {}
 
     scales = {name: q.scales.to(model.device, torch.float32) for name, q in best.items()}
@@ -227,8 +321,3 @@ def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Train
 
 def _trains_end_to_end(job: Job) -> bool:
     return isinstance(job.recipe.method, Qat) and job.recipe.method.end_to_end is not None
-
-
-def _transformed(journal: Journal, k: int) -> Path:
-    """The file with the transformed weights of block `k`, before rounding."""
-    return journal.folder / f"transformed-{k:05d}.safetensors"

@@ -29,7 +29,7 @@ def plan_rounded(setup: Setup, file: RoundedFile) -> Plan:
     if recipe.gguf_file.calibrated:  # the head's inputs are measured while the last block is still in memory
         around = sum(checkpoint.nbytes(name) for entry in conversion.outside() for name in entry.parameters)
         plan = replace(plan, memory_bytes=max(plan.memory_bytes, _calibration_bytes(setup) + around))
-    return replace(plan, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=notes)
+    return replace(plan, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=(*notes, *plan.notes))
 
 
 def plan_llama_cpp(setup: Setup, conversion: Conversion) -> Plan:

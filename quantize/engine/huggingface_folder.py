@@ -44,7 +44,7 @@ class HuggingFaceFolder(Backend):
     def plan(self) -> Plan:
         setup = self.setup
         plan = make_plan(setup.recipe, setup.skeleton, setup.linears, self.schemes)
-        notes, original = self._notes, setup.checkpoint.total_bytes
+        notes, original = (*self._notes, *plan.notes), setup.checkpoint.total_bytes
         if setup.checkpoint.quantization is not None and plan.artifact_bytes >= original:
             notes = (*notes, "the artifact is no smaller than the original, which is itself quantized")
         return replace(plan, original_bytes=original, notes=notes)

@@ -59,7 +59,7 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     files = job.checkpoint.file_hashes()
     if settings.overwrite:
         _make_room(settings.out)
-    journal = Journal(settings.work, _key(job, files, tokens))
+    journal = Journal(settings.work, _key(job, files, tokens), settings.on_note)
     job, trained = job.settled(tokens, settings.work), Trained([])
     if job.backend.rounds_blocks:
         run_blocks(job, tokens, journal, settings)

@@ -19,6 +19,7 @@ from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned
 from .accounting import quantized_share
+from .room import IN_HOST_MEMORY, Needs, Room, choose
 
 TUNING_CHECKS = 4  # times the loss of a tuned block is measured over all samples
 PROCESS_BYTES = 465_000_000  # Python, torch, transformers and the run of a small model, measured on Linux
@@ -47,7 +48,8 @@ class Plan:
     device: str = "cpu"
     device_bytes: int = 0
     quantized_share: float | None = None  # of the weights of the blocks' matrices; None where that is not counted
-    notes: tuple[str, ...] = ()  # what will differ from the original
+    room: Room = IN_HOST_MEMORY
+    notes: tuple[str, ...] = ()  # what will differ from the original, and what is given up to fit in memory
 
     def check(self, out: Path, *, ignore: bool) -> None:
         """Raise BadInput when the machine has less memory, GPU memory or disk than the run needs."""
@@ -100,24 +102,26 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
     item = torch.empty(0, dtype=skeleton.dtype).element_size()
     streams = 2 if recipe.paired else 1
     width = int(skeleton.config.hidden_size)
-    hidden = streams * tokens * width * item
-    # Either a batch runs through the block or linears of one input are solved; meanwhile all batches wait.
-    work = max(
-        _largest_solve(linears, schemes, calibrated), _passing(linears, tokens, item, recipe.activations is not None)
+    there, hidden = skeleton.device, streams * tokens * width * item
+    rounded = recipe.activations is not None
+    needs = Needs(
+        weights=max(inside),
+        hidden=hidden // streams,
+        streams=streams,
+        kept=hidden if isinstance(recipe.method, Tuned) else 0,  # what enters the block, both models', is copied
+        waiting=_waiting(linears, tokens, item, width, beside=recipe.paired),
+        token=_passing(linears, item, rounded),
+        solve=_largest_solve(linears, schemes, calibrated),
+        shell=shell,
+        tokens=tokens,
+        process=PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size),
+        tuning=_tuning_bytes(recipe, skeleton, linears, max(inside) // item),
     )
-    work += _waiting(linears, tokens, item, width, beside=recipe.paired)
-    kept = hidden if isinstance(recipe.method, Tuned) else 0  # what enters the block, both models', is copied
-    if isinstance(recipe.method, Tuned):
-        batch = recipe.method.batch_size * recipe.calibration.seq_len
-        work = max(work, _tuning_bytes(skeleton, linears, batch, max(inside) // item))
-    # The block, the next one being read, and what is packed; or, before the first block, embeddings and head.
-    process = PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size)
-    there, needed = skeleton.device, max(inside) * 3 + work
+    room = choose(needs, there)
     if there.type == "cpu":
-        memory, on_device = process + max(shell, needed + kept) + hidden, 0
-    else:  # hidden states are kept in the host's memory; all of one model's are on the device as they are embedded
-        memory = process + max(shell, max(inside) * 3 + kept) + hidden
-        on_device = max(shell + hidden // streams, needed)
+        memory, on_device = needs.on_cpu(room), 0
+    else:
+        memory, on_device = needs.on_host(room), needs.on_device(room)
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
     tried = sum(transform.scales_tried for transform in recipe.transforms)
     operations = _operations(linears, schemes, tokens, streams, calibrated)
@@ -125,11 +129,12 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         operations += _operations(linears, schemes, tokens, 1, calibrated)
         operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
     if isinstance(recipe.method, Tuned):
+        batch = recipe.method.batch_size * recipe.calibration.seq_len
         trained = 3 * recipe.method.n_steps * batch  # a backward pass costs two forward ones
         operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
     if isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None:
         trained = _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact)
-        memory = max(memory, process + trained)
+        memory = max(memory, needs.process + trained)
         on_device = max(on_device, trained - 2 * artifact) if on_device else 0  # the parts on disk are not there
         operations += _end_to_end_operations(recipe, recipe.method, skeleton, linears)
     return Plan(
@@ -144,6 +149,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         quantized_share=quantized_share(skeleton, linears, {n for n, grid in schemes.items() if grid is not None}),
         device=str(there),
         device_bytes=on_device,
+        room=room,
+        notes=tuple(filter(None, (room.note(there),))),
     )
 
 
@@ -182,10 +189,10 @@ def _waiting(linears: list[LinearLayer], tokens: int, item: int, hidden: int, be
     return tokens * max(widest, attention) * item
 
 
-def _passing(linears: list[LinearLayer], tokens: int, item: int, rounded: bool) -> int:
-    """Bytes of the widest tensors of one batch in a block; inputs to be `rounded` exist twice more, in float32."""
+def _passing(linears: list[LinearLayer], item: int, rounded: bool) -> int:
+    """Bytes of the widest tensors of one token in a block; inputs to be `rounded` exist twice more, in float32."""
     widest = max(max(x.in_features, x.out_features) for x in linears)
-    return min(tokens, BATCH_TOKENS) * widest * (4 * item + 1 + 8 * rounded)
+    return widest * (4 * item + 1 + 8 * rounded)
 
 
 def _operations(
@@ -219,8 +226,11 @@ def _share(skeleton: Skeleton, linear: LinearLayer) -> float:
     return 1.0 if experts is None or chosen is None else min(1.0, chosen / experts)
 
 
-def _tuning_bytes(skeleton: Skeleton, linears: list[LinearLayer], batch_tokens: int, parameters: int) -> int:
+def _tuning_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], parameters: int) -> int:
     """Bytes of a block in float32 twice, its learned values, and a batch's activations kept for the gradient."""
+    if not isinstance(recipe.method, Tuned):
+        return 0
+    batch_tokens = recipe.method.batch_size * recipe.calibration.seq_len
     widths: dict[int, float] = {}
     for x in linears:
         widths[x.block] = widths.get(x.block, 0.0) + (x.in_features + x.out_features) * _share(skeleton, x)

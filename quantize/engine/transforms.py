@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..artifact.manifest import TransformRecord
-from ..calibrate.block_pass import BATCH_TOKENS, BlockPass, SharedInput
+from ..calibrate.block_pass import BlockPass, SharedInput
 from ..core.errors import BadInput
 from ..methods import TRANSFORMS
 from ..methods.channel_scales import Observed, Rounding
@@ -23,6 +23,7 @@ from ..models.skeleton import Skeleton
 from ..numbers.activations import columns_of, measured, round_inputs
 from ..numbers.grid import Grid
 from ..recipe import Hadamard, Recipe, SmoothQuant
+from .room import IN_HOST_MEMORY, Room
 
 _ROWS = 1024  # input rows kept, on which the error with rounded inputs is measured
 
@@ -62,7 +63,13 @@ class BlockTransforms:
             )
 
     def apply(
-        self, k: int, block: nn.Module, grids: dict[str, Grid], hidden: Tensor | None, arguments: BlockArguments | None
+        self,
+        k: int,
+        block: nn.Module,
+        grids: dict[str, Grid],
+        hidden: Tensor | None,
+        arguments: BlockArguments | None,
+        room: Room = IN_HOST_MEMORY,
     ) -> Changes:
         """Transform block `k` in place; its inputs hidden [samples, seq_len, hidden] are not changed.
 
@@ -77,7 +84,8 @@ class BlockTransforms:
         watch = _Watch(stride=max(1, hidden.shape[0] * hidden.shape[1] // _ROWS))
         looks = BlockPass(
             block, hidden, arguments, {name: block.get_submodule(name) for name in links},
-            device=self._skeleton.device, batch=max(1, BATCH_TOKENS // hidden.shape[1]), keep=False, watch=watch,
+            device=self._skeleton.device, batch=max(1, room.batch_tokens // hidden.shape[1]), keep=False, watch=watch,
+            restarts=room.restarts,
             diagonal=self._by_rows,
         )  # fmt: skip
         scales: dict[str, Tensor] = {}

@@ -38,6 +38,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
 _HEADS, _EMBEDDINGS = ("lm_head.weight", "embed_out.weight"), ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 _POINTER = b"version https://git-lfs.github.com/spec"  # how the small file begins that stands for a large one
 _CHUNK = 1 << 22  # bytes copied at a time
+_PIECE = 1 << 26  # bytes of a device's tensor that are brought to the host at a time
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
@@ -213,23 +214,33 @@ class Checkpoint:
         return self._entries[name]
 
 
-def write_part(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_part(path: Path, tensors: Mapping[str, Tensor], *, sync: bool = True) -> str:
     """Write one safetensors file, the same bytes for the same tensors; returns its SHA-256.
 
-    The file appears under `path` only once it is complete and on disk.
+    The file appears under `path` only once it is complete and, with `sync`, on disk. Tensors of a device are copied to
+    the host in pieces.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header = _header((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names)
     digest = hashlib.sha256(header)
-    with whole_file(path) as file:
+    with whole_file(path, sync=sync) as file:
         file.write(header)
         for name in names:
-            tensor = tensors[name].detach().cpu().contiguous()
-            # A single element is contiguous whatever its stride; viewing it as bytes needs a stride of 1.
-            data = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
-            digest.update(data)
-            file.write(data)
+            for piece in _pieces(tensors[name].detach()):
+                tensor = piece.cpu().contiguous()
+                # A single element is contiguous whatever its stride; viewing it as bytes needs a stride of 1.
+                data = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+                digest.update(data)
+                file.write(data)
     return digest.hexdigest()
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """A tensor of the host as it is; one of a device in rows of about _PIECE bytes."""
+    if tensor.device.type == "cpu" or tensor.dim() == 0 or not tensor.numel():
+        return [tensor]
+    rows = max(1, _PIECE * tensor.shape[0] // (tensor.numel() * tensor.element_size()))
+    return torch.split(tensor, rows)
 
 
 def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_000_000_000) -> list[str]:

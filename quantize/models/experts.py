@@ -121,7 +121,8 @@ class WeighedInputs(nn.ModuleList):
         out = torch.zeros_like(inputs)
         routed = (inputs != 0).any(-1)
         counts = routed.sum(1).tolist()
-        for e, (expert, token) in enumerate(zip(self, routed.nonzero()[:, 1].split(counts), strict=True)):
+        tokens = torch.split(routed.nonzero()[:, 1], counts)
+        for e, (expert, token) in enumerate(zip(self, tokens, strict=True)):
             out[e, token] = expert(inputs[e, token])
         return out.reshape(hidden.shape)
 

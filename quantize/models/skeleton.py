@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import BadInput
+from ..core.transfers import Transfers
 from .architecture import check_outside_blocks, decoder_config, empty_model, model_config, stated_dtype
 from .block_arguments import BlockArguments, check_same
 from .building import computed_buffers, set_buffers
@@ -202,15 +203,21 @@ class Skeleton:
         """
         order = list(range(start, self.n_blocks))
         order = order[::-1] if backwards else order
+        transfers = Transfers(self.device)
         with ThreadPoolExecutor(1) as pool:
-            ahead: Future[dict[str, Tensor]] = pool.submit(self.read_block, order[0])
+
+            def fetch(k: int) -> Future[Callable[[], dict[str, Tensor]]]:
+                return pool.submit(lambda: transfers.fetch(self.read_block(k)))
+
+            ahead = fetch(order[0])
             for i, k in enumerate(order):
-                tensors = ahead.result()
+                tensors = ahead.result()()
                 if i + 1 < len(order):
-                    ahead = pool.submit(self.read_block, order[i + 1])
+                    ahead = fetch(order[i + 1])
                 block = self._blocks[k]
                 set_buffers(block, self._computed[k], self.device)
-                block.load_state_dict({n: t.to(self.device) for n, t in tensors.items()}, assign=True, strict=True)
+                block.load_state_dict(tensors, assign=True, strict=True)
+                del tensors
                 block.requires_grad_(False)
                 yield k, block
                 if not keep:
@@ -320,12 +327,21 @@ class Skeleton:
         return bool(getattr(self.model.config, "tie_word_embeddings", False))
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len]."""
-        out = []
-        for rows in torch.split(tokens, max(1, _EMBEDDED_TOKENS // tokens.shape[1])):
-            out.append(self.embedding(rows))
-        return torch.cat(out)
+    def embed(self, tokens: Tensor, make: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
+        """The hidden states [samples, seq_len, hidden] that enter the first block, for tokens [samples, seq_len].
+
+        They lie on the device, or in the memory that `make` gives for such states of a number of samples.
+        """
+        out = None
+        batch = max(1, _EMBEDDED_TOKENS // tokens.shape[1])
+        for start in range(0, tokens.shape[0], batch):
+            states = self.embedding(tokens[start : start + batch])
+            if out is None:
+                n = tokens.shape[0]
+                out = states.new_empty(n, *states.shape[1:]) if make is None else make(states, n)
+            out[start : start + batch] = states
+        assert out is not None
+        return out
 
     def embedding(self, tokens: Tensor) -> Tensor:
         """As `embed`, differentiable and for few tokens."""

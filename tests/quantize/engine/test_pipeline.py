@@ -16,6 +16,7 @@ from quantpress.artifact.artifact import Artifact, open_artifact
 from quantpress.artifact.manifest import Manifest
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
+from quantpress.engine import journal
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
 from quantpress.models.checkpoint import Checkpoint
@@ -78,8 +79,14 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.parametrize("seconds", [0, 60])
 @pytest.mark.parametrize("when", [1, 2])
-def test_resume_after_a_stop_gives_the_same_bytes(when: int, tmp_path: Path) -> None:
+def test_resume_after_a_stop_gives_the_same_bytes(
+    when: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the hidden states that were kept, or where a run is too short for that, from the start."""
+    monkeypatch.setattr(journal, "DUMP_SECONDS", seconds)
+    monkeypatch.setattr(journal, "DUMP_SHARE", 1e9)
     build("gemma3", tmp_path / "model", torch.bfloat16)
     make(tmp_path / "whole", tmp_path / "model", {})
 
@@ -90,12 +97,12 @@ def test_resume_after_a_stop_gives_the_same_bytes(when: int, tmp_path: Path) -> 
     with pytest.raises(Stop):
         make(tmp_path / "cut", tmp_path / "model", {}, on_block=stop)
     assert not (tmp_path / "cut" / "quantized").exists()
-    assert len(list((tmp_path / "cut" / ".work").glob("hidden-*"))) == 1  # what the plan counts on disk
-    with open(tmp_path / "cut" / ".work" / "journal.jsonl", "a") as journal:
-        journal.write('{"block": 2, "half a li')  # as a kill in the middle of a write leaves it
+    assert len(list((tmp_path / "cut" / ".work").glob("hidden-*"))) == (not seconds)  # what the plan counts on disk
+    with open(tmp_path / "cut" / ".work" / "journal.jsonl", "a") as lines:
+        lines.write('{"record": {"block": 2, "half a li')  # as a kill in the middle of a write leaves it
     seen: list[int] = []
     make(tmp_path / "cut", tmp_path / "model", {}, on_block=lambda p: seen.append(p.block))
-    assert seen == list(range(when + 1, 4))
+    assert seen == list(range(1 if seconds else when + 1, 4))
     assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
 
 
@@ -108,9 +115,9 @@ def test_kill_9_and_resume_through_the_command_line(tmp_path: Path) -> None:
     )
     code = (
         "import os, signal, quantpress.engine.journal as j\n"
-        "commit = j.Journal.commit\n"
-        "def kill(self, *a):\n    commit(self, *a)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if {die}: j.Journal.commit = kill\n"
+        "write, j.DUMP_SECONDS = j.Journal._write, 0\n"
+        "def kill(self, *a):\n    write(self, *a)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if {die}: j.Journal._write = kill\n"
         "from quantpress.cli import main; main()\n"
     )
 

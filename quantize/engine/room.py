@@ -1,0 +1,114 @@
+"""How a run uses a device's memory: where the hidden states lie, how many tokens pass at once, what waits meanwhile."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..calibrate.block_pass import BATCH_TOKENS
+from ..core import machine
+
+_GPU_BATCHES = (32768, 16384, 8192, 4096)  # tokens at once, the most first: a GPU is slowed down by many small products
+_SHARE = 0.9  # of a GPU's memory that a run may plan with: the rest is fragments and what libraries take
+
+
+@dataclass(frozen=True)
+class Room:
+    """batch_tokens: in one forward pass. on_device: hidden states stay there. spare: what leaves a block does not
+    overwrite what entered it, so that the block can be done again. restarts: batches do not wait before each linear;
+    the block's beginning is run again for each. The last three do not change a bit of the result.
+    """
+
+    batch_tokens: int = BATCH_TOKENS
+    on_device: bool = True
+    spare: bool = False
+    restarts: bool = False
+
+    def note(self, device: torch.device) -> str | None:
+        """What a user should know of it; None where nothing is given up."""
+        if self.restarts:
+            return (
+                "what all tokens hold while they wait before a linear does not fit in memory: the beginning of each "
+                "block is run again for each of its linears, with the same result, in up to three times the time"
+            )
+        if not self.on_device:
+            return f"hidden states do not fit on {device}: they are kept in the host's memory"
+        return None
+
+
+IN_HOST_MEMORY = Room()  # of a run on the CPU
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a model's largest block and of the calibration's tokens.
+
+    weights: the block. hidden: the states of one model, of which there are `streams`. kept: copies of both models'
+    states for tuning. waiting: of all tokens before a linear. token: what one token in passing takes. solve: to round
+    linears that share an input. shell: everything outside the blocks. process: without tensors.
+    tuning: to tune a block.
+    """
+
+    weights: int
+    hidden: int
+    streams: int
+    kept: int
+    waiting: int
+    token: int
+    solve: int
+    shell: int
+    tokens: int
+    process: int
+    tuning: int = 0
+
+    def work(self, room: Room) -> int:
+        """Either a batch runs through the block or linears of one input are solved; meanwhile all batches wait."""
+        passing = self.token * min(self.tokens, room.batch_tokens)
+        share = min(1.0, room.batch_tokens / self.tokens) if room.restarts and self.tokens else 1.0
+        return max(max(self.solve, passing) + int(self.waiting * share), self.tuning)
+
+    def on_device(self, room: Room) -> int:
+        """Bytes on a device that is not the CPU."""
+        states = (self.hidden * self.streams * (2 if room.spare else 1) + self.kept) if room.on_device else 0
+        # The block as it was, with its rounded weights and packed; the next one, which is fetched meanwhile.
+        block = 4 * self.weights + self.work(room) + states
+        return max(self.shell + (states or self.hidden // 8), block)
+
+    def on_cpu(self, room: Room) -> int:
+        """Bytes of a run on the CPU: the block, the next one being read, and what is packed; or embeddings and head."""
+        needed = 3 * self.weights + self.work(room) + self.kept
+        return self.process + max(self.shell, needed) + self.hidden * self.streams
+
+    def on_host(self, room: Room) -> int:
+        """Bytes in the memory of a host whose device is not the CPU; pinned copies of blocks are among them."""
+        states = 0 if room.on_device else self.hidden * self.streams * (2 if room.spare else 1) + self.kept
+        return self.process + max(self.shell, 5 * self.weights) + states
+
+
+def rooms(device: torch.device) -> Iterator[Room]:
+    """The ways to use the memory of a device, the fastest first."""
+    if device.type == "cpu":
+        yield from (Room(), Room(restarts=True))
+        return
+    batches = _GPU_BATCHES if device.type == "cuda" else (BATCH_TOKENS,)
+    for on_device, spare, restarts in (
+        (True, True, False), (True, False, False), (False, False, False), (True, False, True), (False, False, True),
+    ):  # fmt: skip
+        yield from (Room(batch, on_device, spare, restarts) for batch in batches)
+
+
+def choose(needs: Needs, device: torch.device) -> Room:
+    """The fastest way that fits in the memory that is free; the last where none does, which `Plan.check` refuses."""
+    ways = list(rooms(device))
+    if device.type == "cpu":
+        free = machine.available_memory_bytes()
+        return next((way for way in ways if needs.on_cpu(way) <= free), ways[0])
+    memory = machine.device_memory(device)
+    if memory is None:
+        return ways[0]
+    return next((way for way in ways if needs.on_device(way) <= _usable(*memory)), ways[-1])
+
+
+def _usable(free: int, total: int) -> int:
+    """The same for a card that nobody else uses, whatever is free to the byte: batches decide about the last bits."""
+    return min(free, int(_SHARE * total))
