@@ -129,7 +129,7 @@ def test_errors_on_record_are_those_of_the_trained_scales(
     model = lively(family, tmp_path / "model", torch.bfloat16).float()
     met: list[Tensor] = []
     embed = Skeleton.embed
-    monkeypatch.setattr(Skeleton, "embed", lambda s, ids: met.append(ids) or embed(s, ids))
+    monkeypatch.setattr(Skeleton, "embed", lambda s, ids, *to: met.append(ids) or embed(s, ids, *to))
     manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT) | {"transforms": transforms})
     assert manifest.end_to_end["steps"] > 0
     met = [

@@ -36,7 +36,7 @@ def test_the_error_on_record_is_that_of_the_outputs(
     build(family, tmp_path / "model", torch.float32)
     met: list[Tensor] = []
     embed = Skeleton.embed
-    monkeypatch.setattr(Skeleton, "embed", lambda s, ids: met.append(ids) or embed(s, ids))
+    monkeypatch.setattr(Skeleton, "embed", lambda s, ids, *to: met.append(ids) or embed(s, ids, *to))
     manifest = make(tmp_path / "run", tmp_path / "model", document)
     met = [ids for ids in met if ids.shape == (6, 32)]  # not those of the guard, which come first
     tokens = met[0] if met else torch.zeros(1, 4, dtype=torch.int64)
