@@ -14,7 +14,7 @@ from pydantic import Field
 from .deployment import HOST, MODEL, PORT, Deployment, ModelFolder, completion
 from .loader import ANY_SYMMETRY, CannotAsk, Loadable, Loader, ParserQuestion
 from .server import SERVED_NAME, Launch, Launcher, Server
-from .target_settings import ServerSettings
+from .target_settings import LISTENS_ON, ServerSettings
 
 BUILD = "b10423"
 _HEALTH = "/health"
@@ -37,14 +37,14 @@ LOADER = Loader("llama.cpp", "llama.cpp", GGUF_FILES, parse=parse_gguf)
 class LlamaCpp(ServerSettings):
     """llama.cpp's llama-server."""
 
-    name: Literal["llama.cpp"] = "llama.cpp"
+    name: Literal["llama.cpp"] = Field("llama.cpp", description="selects llama.cpp")
     _loader: ClassVar[Loader] = LOADER
     max_model_len: int | None = Field(
         None, ge=16, description="tokens of prompt and answer; null: what the model has, 4096 at most"
     )
-    port: int = Field(8080, ge=1, le=65535)
+    port: int = Field(8080, ge=1, le=65535, description=LISTENS_ON)
     max_num_seqs: int = Field(4, ge=1, description="slots; each has max_model_len tokens")
-    device: Literal["cuda", "cpu"] = "cpu"
+    device: Literal["cuda", "cpu"] = Field("cpu", description="cuda: all layers on the GPU")
 
 
 def deploy(target: LlamaCpp, folder: ModelFolder) -> Deployment:

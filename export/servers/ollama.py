@@ -15,7 +15,7 @@ from .llama_cpp import GGUF_FILES, parse_gguf
 from .loader import Loader
 from .served_model import ServedModel
 from .server import Server
-from .target_settings import ServerSettings
+from .target_settings import LISTENS_ON, ServerSettings
 
 VERSION = "0.33.3"
 # A model can only be registered with a running server; without its model the server is useless and is ended.
@@ -37,9 +37,9 @@ LOADER = Loader("ollama", "Ollama", GGUF_FILES, _limits, parse_gguf)
 class Ollama(ServerSettings):
     """Ollama, from a Modelfile."""
 
-    name: Literal["ollama"] = "ollama"
+    name: Literal["ollama"] = Field("ollama", description="selects Ollama")
     _loader: ClassVar[Loader] = LOADER
-    port: int = Field(11434, ge=1, le=65535)
+    port: int = Field(11434, ge=1, le=65535, description=LISTENS_ON)
     max_num_seqs: int = Field(4, ge=1, description="requests answered at one time")
 
 

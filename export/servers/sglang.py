@@ -13,7 +13,7 @@ from .deployment import HOST, MODEL, PORT, PYTHON, Deployment, ModelFolder, comp
 from .loader import ANY_SYMMETRY, FP8_INPUTS, MARLIN_GROUPS, SIXTEEN_BIT, Loadable, Loader
 from .served_model import FUSED, ServedModel, is_expert, row_parallel
 from .server import Server
-from .target_settings import Drafting
+from .target_settings import LISTENS_ON, Drafting
 
 VERSION = "0.5.23"
 _HEALTH = "/health"  # generates a token each time nothing else does
@@ -105,9 +105,9 @@ LOADER = Loader("sglang", "SGLang", _ROWS, _limits)
 class Sglang(Drafting):
     """SGLang's OpenAI server."""
 
-    name: Literal["sglang"] = "sglang"
+    name: Literal["sglang"] = Field("sglang", description="selects SGLang")
     _loader: ClassVar[Loader] = LOADER
-    port: int = Field(30000, ge=1, le=65535)
+    port: int = Field(30000, ge=1, le=65535, description=LISTENS_ON)
     memory_fraction: float | None = Field(
         None, gt=0, lt=1, strict=False, description="of a GPU's memory, for weights and cache; null: SGLang decides"
     )

@@ -8,6 +8,7 @@ from quantpress.core.schema import Strict
 
 from .loader import Loader
 
+LISTENS_ON = "the port it listens on"
 _MODEL = r"^/?[A-Za-z0-9][A-Za-z0-9._/@+-]*$"  # a hub id or an absolute folder, without characters a shell interprets
 
 
@@ -24,7 +25,7 @@ class ServerSettings(Strict):
 
     max_model_len: int | None = Field(None, ge=16, description="tokens of prompt and answer; null: what the model has")
     max_num_seqs: int = Field(64, ge=1, description="requests answered at one time")
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(8000, ge=1, le=65535, description=LISTENS_ON)
 
     @property
     def loader(self) -> Loader:
@@ -60,8 +61,8 @@ class Drafting(MultiGpu):
     """Servers that can use the artifact as the draft of the model it was made from (speculative decoding)."""
 
     kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="auto: what the artifact has scales for")
-    prefix_caching: bool = True
-    chunked_prefill: bool = True
+    prefix_caching: bool = Field(True, description="reuse the cache of prompts that begin alike")
+    chunked_prefill: bool = Field(True, description="split long prompts, so that running answers are not held up")
     draft_for: str | None = Field(
         None,
         pattern=_MODEL,

@@ -32,10 +32,12 @@ LOADER = Loader("tensorrt-llm", "TensorRT-LLM", _ROWS)
 class TensorRtLlm(MultiGpu):
     """TensorRT-LLM's own server, PyTorch backend."""
 
-    name: Literal["tensorrt-llm"] = "tensorrt-llm"
+    name: Literal["tensorrt-llm"] = Field("tensorrt-llm", description="selects TensorRT-LLM")
     _loader: ClassVar[Loader] = LOADER
-    chunked_prefill: bool = True
-    free_gpu_memory_fraction: float = Field(0.9, gt=0, le=1, strict=False)
+    chunked_prefill: bool = Field(True, description="split long prompts, so that running answers are not held up")
+    free_gpu_memory_fraction: float = Field(
+        0.9, gt=0, le=1, strict=False, description="share of the memory left beside the weights that the cache takes"
+    )
 
 
 def deploy(target: TensorRtLlm, folder: ModelFolder) -> Deployment:

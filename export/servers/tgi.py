@@ -13,7 +13,7 @@ from .deployment import HOST, MODEL, PORT, Deployment, ModelFolder, completion
 from .loader import ANY_SYMMETRY, FP8_INPUTS, MARLIN_GROUPS, CannotAsk, Loadable, Loader, ParserQuestion
 from .served_model import ServedModel
 from .server import Server
-from .target_settings import MultiGpu
+from .target_settings import LISTENS_ON, MultiGpu
 
 VERSION = "3.3.5"
 _HEALTH = "/health"
@@ -63,9 +63,9 @@ LOADER = Loader("tgi", "TGI", _ROWS, _limits, _parse)
 class Tgi(MultiGpu):
     """Hugging Face's text-generation-inference."""
 
-    name: Literal["tgi"] = "tgi"
+    name: Literal["tgi"] = Field("tgi", description="selects TGI")
     _loader: ClassVar[Loader] = LOADER
-    port: int = Field(8080, ge=1, le=65535)
+    port: int = Field(8080, ge=1, le=65535, description=LISTENS_ON)
 
 
 def deploy(target: Tgi, folder: ModelFolder) -> Deployment:

@@ -38,8 +38,8 @@ instance_group [
 class Triton(MultiGpu):
     """Triton Inference Server with one of its backends for language models."""
 
-    name: Literal["triton"] = "triton"
-    backend: Literal["vllm", "tensorrt-llm"] = "vllm"
+    name: Literal["triton"] = Field("triton", description="selects Triton")
+    backend: Literal["vllm", "tensorrt-llm"] = Field("vllm", description="which engine runs the model")
     frontend: Literal["kserve", "openai"] = Field("kserve", description="Triton's own protocol, or OpenAI's")
 
     @model_validator(mode="after")

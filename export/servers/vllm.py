@@ -124,15 +124,17 @@ CPU_LOADER = Loader("vllm-cpu", "vLLM on a CPU", _CPU_ROWS, _cpu_limits, lambda 
 class Vllm(Drafting):
     """vLLM's OpenAI server."""
 
-    name: Literal["vllm"] = "vllm"
+    name: Literal["vllm"] = Field("vllm", description="selects vLLM")
     max_model_len: int | None = Field(
         None,
         ge=16,
         description="tokens of prompt and answer; null: what the model has, and on a CPU no more than its cache holds, "
         "max_num_seqs times 4096 at most",
     )
-    device: Literal["cuda", "cpu"] = "cuda"
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, strict=False)
+    device: Literal["cuda", "cpu"] = Field("cuda", description="vLLM's CUDA or CPU build; they load other files")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, strict=False, description="share of a GPU's memory for weights and cache"
+    )
 
     @property
     def loader(self) -> Loader:

@@ -40,10 +40,10 @@ class Grid(Strict):
     of two a group of 32 (OCP Microscaling v1.0); nvfp4 E2M1 with an E4M3 scale a group of 16 and one float32 a tensor.
     """
 
-    type: NumberType = "int"
-    bits: Literal[2, 3, 4, 8] = 4
+    type: NumberType = Field("int", description="int has evenly spaced levels; the others are floating-point types")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a code, of type int; the others fix theirs")
     group_size: GroupSize = Field(128, description="columns sharing one scale; -1: per channel; 0: the whole tensor")
-    symmetric: bool = True
+    symmetric: bool = Field(True, description="of type int: zero is the middle level; false: a zero a group")
     scale_search: ScaleSearch = Field(
         "mse",
         description="minmax: the full range; mse: the range with the least squared error; activation: the range with "
@@ -163,9 +163,11 @@ class Activations(Strict):
     tensor, is measured in calibration. nvfp4 has both: a static float32 a tensor and a dynamic E4M3 a group of 16.
     """
 
-    type: Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
-    dynamic: bool = True
-    symmetric: bool = True
+    type: Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4"] = Field(
+        description="number type; it has to go with the type of the weights"
+    )
+    dynamic: bool = Field(True, description="true: a scale for each token, at run time; false: one, from calibration")
+    symmetric: bool = Field(True, description="false: int8 inputs have a zero point, too")
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:

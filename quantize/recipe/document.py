@@ -31,11 +31,11 @@ class Override(Strict):
     """Other settings for the layers that match; of several matching overrides the last one decides each key."""
 
     match: Pattern = Field(description="a glob such as *.down_proj, or re: and a regular expression")
-    type: NumberType | None = None
-    bits: Literal[2, 3, 4, 8] | None = None
-    group_size: GroupSize | None = None
-    symmetric: bool | None = None
-    scale_search: ScaleSearch | None = None
+    type: NumberType | None = Field(None, description="as weights.type; another type brings its own layout")
+    bits: Literal[2, 3, 4, 8] | None = Field(None, description="as weights.bits")
+    group_size: GroupSize | None = Field(None, description="as weights.group_size")
+    symmetric: bool | None = Field(None, description="as weights.symmetric")
+    scale_search: ScaleSearch | None = Field(None, description="as weights.scale_search")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -60,17 +60,21 @@ class Override(Strict):
 class Recipe(Strict):
     """Everything a run does, in one validated document."""
 
-    name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
+    name: str = Field(
+        "recipe",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="names the run folder and the report; default: the file's name",
+    )
+    description: str = Field("", description="one line, shown in lists and in the report")
     model: str = Field(
         "smollm2-135m", min_length=1, description="a folder, a hub id org/name[@revision], a .gguf file or smollm2-135m"
     )
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Field(Calibration(), description="the text that methods and transforms calibrate on")
     transforms: tuple[Annotated[Transform, BeforeValidator(named, json_schema_input_type=Transform | str)], ...] = (
         Field((), strict=False, description="transforms of the weights, in this order, before they are rounded")
     )
-    method: Method = Gptq()
-    weights: Grid = Grid()
+    method: Method = Field(Gptq(), description="how weights are rounded")
+    weights: Grid = Field(Grid(), description="the number format of quantized weights")
     activations: Activations | None = Field(
         None, description="what the inputs of quantized linears are rounded to at run time; null: 16 bit"
     )
@@ -80,7 +84,9 @@ class Recipe(Strict):
     ignore: tuple[Pattern, ...] = Field(
         (), strict=False, description="patterns of linears left in 16 bit, beside embeddings and head"
     )
-    overrides: tuple[Override, ...] = Field((), strict=False)
+    overrides: tuple[Override, ...] = Field(
+        (), strict=False, description="another number format for some layers; of several that match, the last decides"
+    )
     formats: tuple[FormatName, ...] = Field(
         ("compressed-tensors",),
         min_length=1,
@@ -91,8 +97,8 @@ class Recipe(Strict):
         (), strict=False, description="servers the artifact is for; what one of them cannot load is refused"
     )
     gguf: Gguf | None = Field(None, description="settings of format gguf; default: a Q4_K_M file")
-    evaluation: Evaluation | None = Evaluation()
-    gates: Gates = Gates()
+    evaluation: Evaluation | None = Field(Evaluation(), description="what is measured; null: nothing, and no report")
+    gates: Gates = Field(Gates(), description="limits on what was measured; a run that misses one exits with code 3")
     smoke: Smoke | None = Field(None, description="smoke test of the artifact on a real server, at the end; null: none")
 
     @field_validator("method", mode="before", json_schema_input_type=Method | str)

@@ -91,7 +91,7 @@ class Evaluation(Text):
     memory and speed.
     """
 
-    split: str = "test"
+    split: str = Field("test", description="dataset split")
     windows: int = Field(16, ge=1, description="number of windows, from the start of the text")
     window: int = Field(1024, ge=16, description="tokens a window")
     stride: int | None = Field(None, ge=1, description="tokens between window starts; default: the window")
@@ -108,7 +108,7 @@ class Evaluation(Text):
         description="prompts that both models continue greedily, side by side; []: none",
     )
     new_tokens: int = Field(40, ge=1, description="at most, for each continuation")
-    efficiency: EfficiencySettings = EfficiencySettings()
+    efficiency: EfficiencySettings = Field(EfficiencySettings(), description="memory, cache size and speed")
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Self:

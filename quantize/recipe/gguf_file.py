@@ -62,7 +62,10 @@ class Gguf(Strict):
         description="importance matrix: true computes it from the calibration text, else a file that llama.cpp made; "
         "with gptq, which has the blocks' Hessians, it is used for the embedding and the output head only",
     )
-    budget: Budget | None = None
+    budget: Budget | None = Field(
+        None,
+        description="a size for the file instead of `type`: each tensor gets the type that loses least",
+    )
     split: Bytes | None = Field(None, description="most bytes of tensors in one file, such as 4G; null: a single file")
 
     @property

@@ -28,7 +28,7 @@ class TransformSettings(Strict):
 class SmoothQuant(TransformSettings):
     """SmoothQuant, arXiv:2211.10438: outliers of the inputs are moved into the weights, channel by channel."""
 
-    name: Literal["smoothquant"] = "smoothquant"
+    name: Literal["smoothquant"] = Field("smoothquant", description="selects SmoothQuant")
     alpha: Annotated[float, Lax, Field(ge=0, le=1)] | Literal["search"] = Field(
         0.5, description="share of a channel's range that is moved; search: the one with the least output error"
     )
@@ -41,7 +41,7 @@ class SmoothQuant(TransformSettings):
 class Awq(TransformSettings):
     """AWQ, arXiv:2306.00978: channels with large inputs get larger weights, and so a finer grid."""
 
-    name: Literal["awq"] = "awq"
+    name: Literal["awq"] = Field("awq", description="selects AWQ")
     points: int = Field(20, ge=2, le=100, description="number of strengths tried between none and full")
 
     @property
@@ -54,7 +54,7 @@ class Hadamard(TransformSettings):
 
     calibrated: ClassVar[bool] = False
 
-    name: Literal["hadamard"] = "hadamard"
+    name: Literal["hadamard"] = Field("hadamard", description="selects the Hadamard rotation")
     seed: int = Field(0, ge=0, description="of the random signs")
 
 
@@ -105,7 +105,7 @@ class Rtn(MethodSettings):
 
     block_types: ClassVar[bool] = True
 
-    name: Literal["rtn"] = "rtn"
+    name: Literal["rtn"] = Field("rtn", description="selects rounding to nearest")
 
 
 class Gptq(MethodSettings):
@@ -114,7 +114,7 @@ class Gptq(MethodSettings):
     block_types: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
 
-    name: Literal["gptq"] = "gptq"
+    name: Literal["gptq"] = Field("gptq", description="selects GPTQ")
     damp: float = Field(
         0.01,
         gt=0,
@@ -206,7 +206,7 @@ class Tuned(MethodSettings):
 class AutoRound(Tuned):
     """SignRound, arXiv:2309.05516: codes and ranges of a rounded block trained on the block's output."""
 
-    name: Literal["autoround"] = "autoround"
+    name: Literal["autoround"] = Field("autoround", description="selects AutoRound")
     light: bool = Field(False, description="50 steps instead of 200")
     steps: int | None = Field(None, ge=1, description="gradient steps a block; default: 200, light 50")
     lr: float | None = Field(
@@ -250,7 +250,7 @@ class EndToEnd(Strict):
 class Qat(Tuned):
     """EfficientQAT, arXiv:2407.11062: weights, scales and zeros of a rounded block trained through the rounding."""
 
-    name: Literal["qat"] = "qat"
+    name: Literal["qat"] = Field("qat", description="selects EfficientQAT")
     steps: int = Field(200, ge=1, description="gradient steps a block")
     weight_lr: float | None = Field(
         None,
@@ -288,7 +288,7 @@ class LlamaCppQuantizer(MethodSettings):
     types: ClassVar[tuple[NumberType, ...]] = ()
     block_types: ClassVar[bool] = True
 
-    name: Literal["llama.cpp"] = "llama.cpp"
+    name: Literal["llama.cpp"] = Field("llama.cpp", description="selects llama.cpp's own quantizer")
     threads: int = Field(0, ge=0, description="0: all cores")
 
 

@@ -17,7 +17,7 @@ else:  # url: one that already runs
 class Smoke(Strict):
     """The artifact on a real server: started, queried, compared with our own forward, timed, stopped."""
 
-    server: ServerName = "vllm"
+    server: ServerName = Field("vllm", description="the server to start; url: one that already runs")
     python: str | None = Field(None, description="the interpreter that has the server; default: .venv-vllm's, or ours")
     url: str | None = Field(None, description="for `server: url`: http://host:port of an OpenAI-compatible server")
     concurrency: int = Field(4, ge=1, le=256, description="requests at a time")
