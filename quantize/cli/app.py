@@ -1,8 +1,10 @@
 """The application: order of the commands, errors in one line. Exit codes: 0 fine, 1 failed, 2 bad input, 3 gate."""
 
+import difflib
 import errno
 import gc
 import os
+import re
 import sys
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -26,8 +28,8 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Turn a Hugging Face model into a quantized, measured, servable release, by one YAML recipe.",
 )
@@ -97,7 +99,7 @@ def main() -> None:
             said = error.format_message()  # type: ignore[attr-defined]
             if not said:  # no command: the help was shown
                 sys.exit(2)
-            _fail(f"{said} (see quantpress --help)", 2)
+            _fail(f"{said}{_meant(said)} (see quantpress --help)", 2)
         raise
 
 
@@ -123,9 +125,15 @@ def _goes_on(arguments: list[str]) -> str:
 
 
 def _usage_error() -> type[Exception]:
-    from typer._click.exceptions import ClickException  # typer 0.2x vendors click
+    """The base of what typer raises for a wrong command line: click's ClickException, or typer's own copy of it."""
+    return next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-    return ClickException
+
+def _meant(said: str) -> str:
+    """The command nearest to one that does not exist, where typer has not named it already."""
+    unknown = re.match(r"No such command '(.*?)'", said)
+    near = difflib.get_close_matches(unknown[1], _ORDER, n=1) if unknown and "id you mean" not in said else []
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,6 +1,7 @@
 """The commands around an artifact: plan, quantize, convert and gguf; and those about recipes."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -23,10 +24,11 @@ from .options import (
     RecipeArg,
     SetOpt,
     chosen_recipe,
+    complete_recipe,
     quiet_libraries,
     with_options,
 )
-from .printing import followed, out_console, print_json, show
+from .printing import followed, out_console, print_json, say, show
 
 
 @app.command()
@@ -125,11 +127,67 @@ def schema() -> None:
 
 
 @app.command("recipes")
-def list_recipes() -> None:
-    """List the recipes that ship with quantpress, by what they are for."""
+def list_recipes(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="shipped recipes, or with --check files; default: all shipped", autocompletion=complete_recipe
+        ),
+    ] = None,
+    whole: Annotated[bool, typer.Option("--show", help="print them, with their comments")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="write them into this folder, to start one of your own")] = False,
+    check: Annotated[bool, typer.Option("--check", help="only say whether they are valid; exit code 2 if not")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """List the recipes that ship with quantpress, by what they are for; show, copy or check some."""
+    if whole + copy + check > 1 or ((whole or copy) and not names):
+        raise BadInput("recipes: give one of --show, --copy and --check; of the first two also the names of recipes")
+    if check:
+        _check(names or recipes.shipped())
+        return
+    chosen = {name: recipes.text_of(name) for name in names or recipes.shipped()}
+    if whole:
+        show("\n".join(chosen.values()).rstrip())
+    elif copy:
+        for name, text in chosen.items():
+            show(f"written: {_copied(Path(f'{name}.yaml'), text)}")
+    elif as_json:
+        print_json([{"name": name, "group": group, "description": recipes.load(name).description}
+                    for group, inside in recipes.groups().items() for name in inside if name in chosen])  # fmt: skip
+    else:
+        _list(chosen)
+
+
+def _check(files: list[str]) -> None:
+    """Raise BadInput for the recipes that do not load, a line each."""
+    wrong = []
+    for file in files:
+        try:
+            recipes.load(file)
+        except BadInput as error:
+            wrong.append(str(error))
+    for line in wrong[:-1]:
+        say(f"quantpress: {line}")
+    if wrong:
+        raise BadInput(wrong[-1])
+    show(f"{len(files)} {'recipe is' if len(files) == 1 else 'recipes are'} valid")
+
+
+def _copied(file: Path, text: str) -> Path:
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError:
+        raise BadInput(f"{file} exists here; move it away, or copy into another folder") from None
+    return file
+
+
+def _list(chosen: Collection[str]) -> None:
     table = Table("recipe", "what for", box=None, pad_edge=False)
     for group, names in recipes.groups().items():
-        table.add_row(f"[bold]{group}[/bold]", "")
-        for name in names:
+        inside = [name for name in names if name in chosen]
+        if inside:
+            table.add_row(f"[bold]{group}[/bold]", "")
+        for name in inside:
             table.add_row(f"  {name}", recipes.load(name).description)
     out_console.print(table)

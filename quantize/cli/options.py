@@ -15,7 +15,19 @@ from ..recipe import Recipe
 from ..recipe import loading as recipes
 
 DEFAULT_RECIPE = "w4a16-gptq"
-RecipeArg = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped one (see quantpress recipes)")]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of shipped recipes, for the shell's completion."""
+    return [name for name in recipes.shipped() if name.startswith(incomplete)]
+
+
+RecipeArg = Annotated[
+    str,
+    typer.Argument(
+        help="recipe file, or the name of a shipped one (see quantpress recipes)", autocompletion=complete_recipe
+    ),
+]
 ModelOpt = Annotated[
     str | None, typer.Option("--model", help="folder, hub id org/name or org/name@revision, .gguf file or smollm2-135m")
 ]

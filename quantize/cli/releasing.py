@@ -20,6 +20,7 @@ from .options import (
     RecipeArg,
     SetOpt,
     chosen_recipe,
+    complete_recipe,
     quiet_libraries,
     with_options,
 )
@@ -88,7 +89,10 @@ def _print_release(release: "Release") -> None:
 def sweep(
     options: Options,
     recipe: Annotated[
-        list[str], typer.Argument(help="recipe files, or names of shipped ones; all are run on the same model")
+        list[str],
+        typer.Argument(
+            help="recipe files, or names of shipped ones; all are run on the same model", autocompletion=complete_recipe
+        ),
     ],
     model: ModelOpt = None,
     out: Annotated[Path, typer.Option("--out", help="holds a run folder for each recipe, and report/")] = Path(

@@ -51,18 +51,21 @@ def _files(group: str) -> dict[str, Traversable]:
     return {file.name.removesuffix(".yaml"): file for file in inside if file.name.endswith(".yaml")}
 
 
+def text_of(name: str) -> str:
+    """The file of a shipped recipe, with its comments. Raises BadInput, with the nearest names, where there is none."""
+    for group in _GROUPS:
+        if name in (files := _files(group)):
+            return files[name].read_text(encoding="utf-8")
+    near = difflib.get_close_matches(name, shipped(), n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else "`quantpress recipes` lists them"
+    raise BadInput(f"recipe {name!r}: no such file and no shipped recipe; {hint}")
+
+
 def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in file `where`, or the shipped one of that name, with `key.path=value` overrides applied."""
     path = Path(where)
     try:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-        elif inside := [files[where] for files in map(_files, _GROUPS) if where in files]:
-            text = inside[0].read_text(encoding="utf-8")
-        else:
-            near = difflib.get_close_matches(where, shipped(), n=3, cutoff=0.6)
-            hint = f"did you mean {', '.join(near)}?" if near else "`quantpress recipes` lists them"
-            raise BadInput(f"recipe {where!r}: no such file and no shipped recipe; {hint}")
+        text = path.read_text(encoding="utf-8") if path.is_file() else text_of(where)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"recipe {where}: cannot be read: {error}") from error
     try:
