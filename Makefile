@@ -26,7 +26,7 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup gpu-check wheel clean distclean FORCE
+.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup gpu-check docs wheel clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
@@ -42,6 +42,7 @@ help:
 	@echo 'make bench       time, memory and quality beside llm-compressor, when that is installed'
 	@echo 'make bench-setup install llm-compressor for it, into .venv-bench'
 	@echo 'make gpu-check   on a machine with a GPU: every recipe beside what the CPU makes of it, then blocks of real shape'
+	@echo 'make docs        build the documentation into site/; a broken link fails it'
 	@echo 'make wheel       build dist/quantpress-*.whl'
 	@echo 'make clean       remove build outputs and caches;  make distclean: .venv* too'
 	@echo
@@ -179,6 +180,14 @@ bench-setup: setup
 	@.venv-bench/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(call quoted,$(TORCH_INDEX))) $(call quoted,$(TORCH))
 	@.venv-bench/bin/python -m pip install --quiet --constraint .venv/constraints.txt '.[bench]'
 
+docs: .venv/.linked .venv/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
+	@echo site/index.html
+
+.venv/.docs: pyproject.toml .venv/.installed
+	@$(INSTALL) $(EDITABLE) -e '.[docs]'
+	@touch $@
+
 # setuptools packs whatever an earlier build left in build/lib: start from nothing.
 dist/.built: .venv/.files .venv/.dev pyproject.toml README.md LICENSE FORCE
 	@rm -rf dist build/lib build/bdist.*
@@ -197,7 +206,7 @@ wheel: dist/.built
 	@touch $@
 
 clean:
-	@rm -rf dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 	@# build/__editable__* holds the links that .venv imports through.
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} +; fi

@@ -1,7 +1,11 @@
-"""What the documents show can be done: their commands exist, and their recipes are valid, to us and to editors."""
+"""What the documents show can be done: commands parse, their recipes load, messages exist, pages are whole."""
 
+import ast
+import importlib.util
 import re
 import shlex
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,75 +16,207 @@ import yaml
 
 from quantpress.cli.app import app
 from quantpress.recipe import Recipe
-from quantpress.recipe.loading import load, parse
+from quantpress.recipe.loading import load, parse, shipped
 
 ROOT = Path(__file__).parent.parent
-
-
-def scripts(document: Any) -> list[str]:
-    """Every command line of a pipeline."""
-    if isinstance(document, dict):
-        own = [document["run"]] if isinstance(document.get("run"), str) else document.get("script", [])
-        return [*own, *(line for value in document.values() for line in scripts(value))]
-    return [line for item in document for line in scripts(item)] if isinstance(document, list) else []
-
-
-@pytest.mark.parametrize("name", ["github.yml", "gitlab.yml"])
-def test_a_pipeline_runs_a_valid_recipe_with_gates(name: str) -> None:
-    document = yaml.safe_load((ROOT / "docs" / "ci" / name).read_text(encoding="utf-8"))
-    variables = document.get("env") or document["variables"]
-    lines = scripts(document)
-    targets = {target for line in lines for target in re.findall(r"^make ([\w-]+)", line)}
-    assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    run = shlex.split(next(line for line in lines if "quantpress run" in line))
-    assert run[2:5] == ["$RECIPE", "--model", "$MODEL"]
-    sets = [run[i + 1] for i, word in enumerate(run) if word == "--set"]
-    recipe = load(variables["RECIPE"], sets)
-    assert recipe.gates.limits()
-    assert recipe.targets
-    assert recipe.smoke is not None
-
-
-def test_gitlabs_cache_has_a_key_whatever_the_model() -> None:
-    """A key may hold no slash, and neither may what is filled in: MODEL is a hub id, RECIPE may be a file."""
-    document = yaml.safe_load((ROOT / "docs" / "ci" / "gitlab.yml").read_text(encoding="utf-8"))
-    key = document["release"]["cache"]["key"]
-    assert "/" not in key
-    assert not any(f"${name}" in key for name in document["variables"])
-
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)(?: (?P<options>[^\n]*))?\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S
+)
+_NEW = ("recipe.yaml", "chat.yaml")  # files that a reader is taken to have
 
 
-def test_the_recipe_of_the_readme_is_valid() -> None:
+def blocks(page: str, language: str) -> Iterator[tuple[str, str]]:
+    """(title, code) of each fenced block of a language, without its indent."""
+    for found in _FENCE.finditer(PAGES[page]):
+        if found["language"] == language:
+            title = re.search(r'title="([^"]+)"', found["options"] or "")
+            yield title[1] if title else "", re.sub(rf"^{found['indent']}", "", found["body"], flags=re.M)
+
+
+def shell_lines(page: str) -> list[str]:
+    """Each command of a page, from fenced blocks or, as in README and CONTRIBUTING, indented ones."""
+    text = "\n".join(code for _, code in blocks(page, "sh")) if page.startswith("docs") else PAGES[page]
+    text = text.replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if page.startswith("docs") or line.startswith("    ")]
+    return [part for line in lines for part in re.split(r" && ", re.sub(r"\s+#.*$", "", line))]
+
+
+@cache
+def recipe_files() -> dict[str, str]:
+    """The recipes that pages show, by file name."""
+    return {title: code for page in PAGES for title, code in blocks(page, "yaml") if title in _names_of_recipes()}
+
+
+def _names_of_recipes() -> set[str]:
+    titles = {title for page in PAGES for title, _ in blocks(page, "yaml")}
+    return {title for title in titles if title.endswith(".yaml") and not title.startswith(".")}
+
+
+QUANTPRESS = [
+    (page, line) for page in PAGES for line in shell_lines(page) if re.match(r"(\.venv/bin/)?quantpress ", line)
+]
+
+
+@pytest.mark.parametrize(("page", "line"), QUANTPRESS, ids=lambda value: value.replace("/", "-"))
+def test_a_command_of_the_documents_parses(page: str, line: str, tmp_path: Path) -> None:
+    """Its command, options and values are known to the real command line, and its recipe loads with its overrides."""
+    _, name, *words = shlex.split(line.split(" > ")[0])
+    context = COMMANDS[name].make_context(name, list(words))
+    given = context.params
+    named = given.get("recipe") or (given.get("names") if not given.get("check") else None)
+    for recipe in [named] if isinstance(named, str) else named or []:
+        where = recipe
+        if recipe in recipe_files():
+            (tmp_path / recipe).write_text(recipe_files()[recipe])
+            where = str(tmp_path / recipe)
+        elif recipe in _NEW:
+            continue
+        sets = list(given.get("sets") or ())
+        if page == "docs/choosing.md" and where == "w3a16-gptq":
+            sets = []  # the page shows that this target is refused
+        load(where, sets)
+
+
+def test_the_refusal_that_a_page_shows_is_what_is_said() -> None:
+    with pytest.raises(ValueError, match="vLLM") as error:
+        load("w3a16-gptq", ["targets=[vllm]"])
+    assert f"quantpress: {error.value}\n" in PAGES["docs/choosing.md"]
+
+
+def test_every_command_and_every_target_of_make_is_documented() -> None:
+    shown = {line.split()[1] for _, line in QUANTPRESS}
+    assert set(COMMANDS) - shown - {"doctor", "schema", "gguf", "convert", "report", "quantize"} == set()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    used = {found for page in PAGES for line in shell_lines(page) for found in re.findall(r"^make ([a-z][\w-]*)", line)}
+    used |= {found for text in PAGES.values() for found in re.findall(r"`make ([a-z][\w-]*)", text)}
+    assert used <= targets
+
+
+RECIPES = sorted(
+    (page, title, code) for page in PAGES for title, code in blocks(page, "yaml") if title in _names_of_recipes()
+)
+
+
+@pytest.mark.parametrize(("page", "title", "code"), RECIPES, ids=lambda value: value[:24].strip())
+def test_a_recipe_of_the_documents_is_valid_for_us_and_for_editors(page: str, title: str, code: str) -> None:
+    document = yaml.safe_load(code)
+    parse(dict(document))
+    jsonschema.Draft202012Validator(Recipe.model_json_schema()).validate(document)
+
+
+def _readme_recipe() -> str:
     block = re.search(r"\n((?:    .*\n)*?    name: .*\n(?:    .*\n)+)", README)
     assert block is not None
-    assert parse(yaml.safe_load(block[1])).gates.limits()
+    return block[1]
+
+
+def test_the_recipe_of_the_readme_is_valid_and_the_tutorials() -> None:
+    assert parse(yaml.safe_load(_readme_recipe())).gates.limits()
+    assert yaml.safe_load(_readme_recipe()) == yaml.safe_load(recipe_files()["support-bot.yaml"])
 
 
 def test_editors_accept_what_loads_and_refuse_what_does_not() -> None:
     schema = jsonschema.Draft202012Validator(Recipe.model_json_schema())
-    block = re.search(r"\n((?:    .*\n)*?    name: .*\n(?:    .*\n)+)", README)
-    assert block is not None
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
-    for text in (*texts, block[1], "{method: rtn, transforms: [awq], gates: {max_kl: 0.1}, evaluation: {tasks: [a]}}"):
+    for text in (*texts, "{method: rtn, transforms: [awq], gates: {max_kl: 0.1}, evaluation: {tasks: [a]}}"):
         schema.validate(yaml.safe_load(text))
     for wrong in ("{method: {name: gtpq}}", "{methud: rtn}", "{weights: {bits: 5}}", "{calibration: {samples: many}}"):
         assert not schema.is_valid(yaml.safe_load(wrong)), wrong
 
 
-def test_the_commands_of_the_readme_exist_with_their_options() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    lines = {found[1] for found in re.finditer(r"(?<!from )quantpress ([a-z][^`\n|]*)", README)}
-    for name, *words in (line.split() for line in lines):
-        known = {option for parameter in commands[name].params for option in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known, name
-    shown = {line.split()[0] for line in lines} | set(re.findall(r"`([a-z]+)[ `]", README))
-    assert set(commands) - shown == set()
+def test_every_key_of_a_recipe_has_a_description() -> None:
+    schema = Recipe.model_json_schema()
+    models = {"Recipe": schema, **schema["$defs"]}
+    bare = [f"{name}.{key}" for name, model in models.items() for key, said in model.get("properties", {}).items()
+            if not said.get("description")]  # fmt: skip
+    assert bare == []
 
 
-def test_the_repository_layout_of_the_readme_has_every_folder() -> None:
-    layout = README[README.index("## Repository layout") :].split("\n## ")[0]
+# ---- pages that are generated ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generate() -> Any:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_every_key_command_and_recipe(generate: Any) -> None:
+    reference, schema = generate.recipe_reference(), Recipe.model_json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        for key in model.get("properties", ()):
+            assert f"| `{key}` |" in reference
+    assert all(f"\n## {name}\n" in generate.commands() for name in COMMANDS)
+    assert all(f"#### {name} {{" in generate.shipped() for name in shipped())
+    functions = {node.name for node in ast.parse((ROOT / "quantize/api.py").read_text()).body
+                 if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}  # fmt: skip
+    shown = set(re.findall(r"^### (\w+)$", generate.api(), re.M))
+    assert shown == {name.removesuffix("_model") for name in functions - {"write_gguf", "run_folder"}}
+
+
+def test_a_page_is_filled_in_where_it_asks_for_it(generate: Any) -> None:
+    for page, text in PAGES.items():
+        filled = generate.on_page_markdown(text)
+        assert "\n<!-- " not in filled, page
+    assert "| gptq | int4, int8 | per channel, 32, 64, 128 | none | 16 bit |  |" in generate.loads("vllm")
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+def said_by_the_code() -> list[str]:
+    """Every text of the code, with … where a value is filled in."""
+    found = []
+    for top in ("quantize", "eval", "export"):
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def test_troubleshooting_explains_messages_that_exist() -> None:
+    text = "\n".join(said_by_the_code())
+    messages = re.findall(r"^### (.*)$", PAGES["docs/troubleshooting.md"].split("\n## Results")[0], re.M)
+    assert len(messages) > 25
+    for message in messages:
+        for part in message.split("…"):
+            words = part.strip(" ;:()")
+            assert words in text, message
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_files_lead_somewhere(page: str) -> None:
+    """Anchors and generated pages are checked by `make docs`, which is strict."""
+    for target in re.findall(r"\]\(([^)#\s]+)", PAGES[page]):
+        if not re.match(r"https?:|mailto:", target):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_navigation_has_every_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    listed = set(re.findall(r"[\w/-]+\.md", text))
+    assert listed == {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+
+
+def test_the_repository_layout_has_every_folder() -> None:
+    layout = PAGES["CONTRIBUTING.md"].split("## Repository layout")[1].split("\n## ")[0]
     there = {
         path.parent.name for top in ("quantize", "eval", "export", "recipes") for path in ROOT.glob(f"{top}/**/*.py")
     }
