@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, OutOfMemory
 from .printing import out_console, say
 
 _ORDER = (  # of the commands in the help
@@ -82,10 +82,13 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
+    except OutOfMemory as error:
+        _fail(f"{error}; {_goes_on(sys.argv[1:])}", 1)
     except BrokenPipeError:  # the reader of our output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
+        _fail_without_memory(error)
         if error.errno in _OF_THE_PATH and error.filename:
             _fail(f"{error.filename}: {error.strerror}; give another path", 2)
         if error.errno not in _OF_THE_MACHINE:
@@ -95,12 +98,23 @@ def main() -> None:
     except Exception as error:
         if _was_interrupted(error):
             _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
+        _fail_without_memory(error)
         if isinstance(error, _usage_error()):
             said = error.format_message()  # type: ignore[attr-defined]
             if not said:  # no command: the help was shown
                 sys.exit(2)
             _fail(f"{said}{_meant(said)} (see quantpress --help)", 2)
         raise
+
+
+def _fail_without_memory(error: Exception) -> None:
+    """End in one line for memory that ended where nothing says what was being done."""
+    from ..core.memory import is_out_of_memory, told  # they know torch's errors, and torch takes seconds to import
+
+    if is_out_of_memory(error):
+        words = [word for word in sys.argv[1:2] if not word.startswith("-")]
+        doing = f"{' '.join(['quantpress', *words])} was at work"
+        _fail(f"{told(error, doing, 'free some, or use a machine with more')}; {_goes_on(sys.argv[1:])}", 1)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

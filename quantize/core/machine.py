@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import torch
 
+from . import memory
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _LARGE = 1 << 21  # bytes: a huge page
 
@@ -149,9 +151,8 @@ def rss_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping, bytes."""
-    available: int = psutil.virtual_memory().available
-    return available
+    """Memory that can be taken without swapping or passing a container's limit, bytes."""
+    return memory.available_bytes()
 
 
 def device_memory(where: torch.device) -> tuple[int, int] | None:
@@ -176,9 +177,8 @@ def synchronize(where: torch.device) -> None:
 def describe(where: torch.device) -> dict[str, Any]:
     """The machine a figure was measured on."""
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-    memory = psutil.virtual_memory().total
     cores = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {"cpu": _cpu_name(), **cores, "device": name, "memory_bytes": memory}
+    return {"cpu": _cpu_name(), **cores, "device": name, "memory_bytes": psutil.virtual_memory().total}
 
 
 def libraries() -> dict[str, str]:

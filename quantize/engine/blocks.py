@@ -16,6 +16,7 @@ from ..calibrate.block_pass import BlockPass, SharedInput, shared_inputs
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
+from ..core.memory import doing, is_out_of_memory
 from ..core.transfers import Transfers, host_empty
 from ..formats import FORMATS
 from ..models.block_arguments import BlockArguments
@@ -44,15 +45,16 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
     skeleton = job.skeleton
     if len(journal.done) == skeleton.n_blocks:
         return
-    with journal:
+    what = "lower calibration.samples or calibration.seq_len" if tokens is not None else "free some, or use more"
+    with journal, doing(lambda: _at_work(job, journal), what, skeleton.device):
         run = _Run(job, None if job.backend.importance else tokens, journal)
         while len(journal.done) < skeleton.n_blocks:
             tried = run.batch_tokens
             try:
                 for k, block in skeleton.blocks(len(journal.done)):
                     run.block(k, block, settings)
-            except torch.OutOfMemoryError:
-                if not run.halves():
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not run.halves():
                     raise
             # Only here, where nothing refers to the failed attempt any more.
             if run.batch_tokens < tried:
@@ -61,6 +63,10 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
                     f"{run.batch_tokens}"
                 )
                 machine.release_memory()
+
+
+def _at_work(job: Job, journal: Journal) -> str:
+    return f"block {len(journal.done) + 1} of {job.skeleton.n_blocks} was quantized"
 
 
 class _Run:
