@@ -5,8 +5,9 @@ checkpoint it stands for: the same names, shapes and config, its weights in the 
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -102,10 +103,10 @@ class OriginalCheckpoint(Checkpoint):
         self._kept = dict([*others[-1:], (name, whole)])
         return whole[rows]
 
-    def file_hashes(self) -> dict[str, str]:
+    def file_hashes(self, known: Mapping[Path, str] = MappingProxyType({})) -> dict[str, str]:
         """As of any checkpoint, with the files that say how it is quantized."""
         told = [self.folder / name for name in _TOLD_IN if self.quantization and (self.folder / name).is_file()]
-        return dict(sorted((super().file_hashes() | {file.name: file_sha256(file) for file in told}).items()))
+        return dict(sorted((super().file_hashes(known) | {file.name: file_sha256(file) for file in told}).items()))
 
 
 def stated_of(checkpoint: Checkpoint) -> dict[str, Any] | None:

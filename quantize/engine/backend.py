@@ -46,8 +46,18 @@ class Setup:
         """How many weights the original has."""
         return sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
 
-    def sizes(self, format: str, artifact: Checkpoint | GgufCheckpoint, packed_bytes: int, weights: int) -> Sizes:
-        """What the manifest says of the artifact's size; packed_bytes: of its quantized `weights`, scales included."""
+    def sizes(
+        self,
+        format: str,
+        artifact: Checkpoint | GgufCheckpoint,
+        packed_bytes: int,
+        weights: int,
+        files: Mapping[str, str],
+    ) -> Sizes:
+        """What the manifest says of the artifact's size; packed_bytes: of its quantized `weights`, scales included.
+
+        files: SHA-256 by name.
+        """
         return Sizes(
             format=format,
             bytes=artifact.total_bytes,
@@ -55,7 +65,7 @@ class Setup:
             quantized_bits_per_weight=8 * packed_bytes / weights,
             bits_per_parameter=8 * artifact.total_bytes / self.parameters,
             parameters=self.parameters,
-            files=artifact.file_hashes(),
+            files=dict(files),
         )
 
 

@@ -166,7 +166,9 @@ class _GgufBackend(Backend):
         own = [entry for entry in self.conversion.entries if entry.parameters[0] in linears]
         weights = sum(math.prod(entry.shape) for entry in own)
         packed = sum(int(artifact.tensors.stored(entry.name).n_bytes) for entry in own)
-        return self.setup.sizes("gguf", artifact, packed, weights).changed(llama_cpp=llama_cpp.package_version())
+        return self.setup.sizes("gguf", artifact, packed, weights, artifact.file_hashes()).changed(
+            llama_cpp=llama_cpp.package_version()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

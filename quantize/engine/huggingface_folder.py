@@ -1,6 +1,7 @@
 """A Hugging Face folder of packed weights as the artifact, and the same weights in further formats beside it."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -58,19 +59,19 @@ class HuggingFaceFolder(Backend):
         if not final.exists():
             partial.mkdir(parents=True)
             shell = settings.work / "shell.safetensors"
-            write_part(shell, self._shell_tensors())
-            merge_parts([shell, *parts], partial)
+            write_part(shell, self._shell_tensors(), sync=False)
+            written = merge_parts([shell, *parts], partial)
             format = FORMATS[self.setup.recipe.formats[0]]
             quantization = format.config(self._model_scheme)
             write_json(partial / "config.json", dict(self.setup.reader.config) | {"quantization_config": quantization})
             for name, content in format.extra_files(quantization).items():
                 write_json(partial / name, content)
             copy_companions(self.setup.source.path, partial)
-            manifest = manifest.changed(artifact=self._sizes(partial))
+            manifest = manifest.changed(artifact=self._sizes(partial, written))
             manifest.write(partial)
             move_whole(partial, final)
         else:  # a run was stopped between here and its own manifest
-            manifest = manifest.changed(artifact=self._sizes(final))
+            manifest = manifest.changed(artifact=self._sizes(final, {}))
         for name in self.setup.recipe.formats[1:]:
             target = settings.out / "converted" / name
             if not target.exists():
@@ -122,11 +123,12 @@ class HuggingFaceFolder(Backend):
                     del tensors[f"{head}.weight"]
         return tensors
 
-    def _sizes(self, folder: Path) -> Sizes:
-        """Bytes on disk and true bits per weight, scales and zeros counted."""
+    def _sizes(self, folder: Path, written: Mapping[str, str]) -> Sizes:
+        """Bytes on disk and true bits per weight, scales and zeros counted. written: SHA-256 of files by name."""
         artifact, format = Checkpoint(folder), self.setup.recipe.formats[0]
         quantized = [x for x in self.setup.linears if self.schemes[x.name] is not None]
         weights = sum(x.out_features * x.in_features for x in quantized)
         packed = {f"{x.name}.{suffix}" for x in quantized for suffix in FORMATS[format].suffixes}
         stored = sum(artifact.nbytes(n) for n in artifact.names() if n in packed)
-        return self.setup.sizes(format, artifact, stored, weights)
+        files = artifact.file_hashes({folder / name: digest for name, digest in written.items()})
+        return self.setup.sizes(format, artifact, stored, weights, files)

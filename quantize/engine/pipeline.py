@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..artifact.artifact import verify
 from ..artifact.manifest import ForwardCheck, MachineRecord, Manifest, Timing
@@ -25,8 +24,9 @@ from ..calibrate.tokens import (
 from ..core import machine
 from ..core.errors import BadInput
 from ..models.rotated_checkpoint import RotatedCheckpoint
+from ..models.vetting import vetting
 from . import sharing
-from .blocks import Trained, all_finite, run_blocks, train_end_to_end
+from .blocks import Trained, run_blocks, train_end_to_end
 from .description import describe
 from .guard import check_forward
 from .job import Job, prepare
@@ -52,11 +52,15 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     if _is_finished(settings):
         return _finished(job, tokenizer, settings)
     job.plan.check(settings.out, ignore=settings.ignore_limits)
-    _check_weights(job)
+    with vetting(job.checkpoint) as vetted:
+        itself = job.recipe.calibrated and job.recipe.calibration.source == "self"
+        tokens = None if itself else _tokens(job, tokenizer, settings)
+        files = vetted.hashes()
+    _check_rotated(job)
     job.skeleton.check_arguments()
     forward = _forward(job)
-    tokens = _tokens(job, tokenizer, settings)
-    files = job.checkpoint.file_hashes()
+    if itself:
+        tokens = _tokens(job, tokenizer, settings)
     if settings.overwrite:
         _make_room(settings.out)
     journal = Journal(settings.work, _key(job, files, tokens), settings.on_note)
@@ -154,22 +158,12 @@ def _make_room(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _check_weights(job: Job) -> None:
-    """Raise BadInput for a weight with NaN or inf, in the checkpoint or after rotation, which can overflow float16."""
-    for name in job.checkpoint.names():
-        if kind := _not_finite(job.checkpoint.read(name)):
-            raise BadInput(f"{job.checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+def _check_rotated(job: Job) -> None:
+    """Raise BadInput for a float16 weight that rotation makes overflow; wider types are checked as they are rotated."""
     if isinstance(job.reader, RotatedCheckpoint):
         for name in job.reader.names():
-            if kind := _not_finite(job.reader.read(name)):
-                dtype = str(job.reader.dtype(name)).removeprefix("torch.")
-                raise BadInput(f"{name} holds {kind} in {dtype} once it is rotated; convert the checkpoint to bfloat16")
-
-
-def _not_finite(tensor: Tensor) -> str | None:
-    if all_finite(tensor):
-        return None
-    return "NaN" if bool(torch.isnan(tensor).any()) else "inf"
+            if job.reader.dtype(name) == torch.float16:
+                job.reader.read(name)
 
 
 def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:

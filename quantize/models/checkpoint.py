@@ -11,8 +11,10 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
 _HEADS, _EMBEDDINGS = ("lm_head.weight", "embed_out.weight"), ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 _POINTER = b"version https://git-lfs.github.com/spec"  # how the small file begins that stands for a large one
 _CHUNK = 1 << 22  # bytes copied at a time
+_WRITERS = 4  # shards written at once
 _PIECE = 1 << 26  # bytes of a device's tensor that are brought to the host at a time
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -49,7 +52,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Where a tensor lies: `size` bytes from `start` on in the file `path`."""
 
     path: Path
@@ -71,7 +74,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise BadInput(f"{folder}: no such folder")
         self.config: dict[str, Any] = read_json(self.folder / "config.json", "a checkpoint folder needs one")
-        self._entries: dict[str, _Stored] = {}
+        self._entries: dict[str, Stored] = {}
         if (self.folder / INDEX).exists():
             self._open_shards()
         else:
@@ -139,7 +142,7 @@ class Checkpoint:
         shard_of = read_json(where).get("weight_map")
         if not isinstance(shard_of, dict) or not shard_of:
             raise BadInput(f"{where}: no weight_map")
-        shards: dict[str, dict[str, _Stored]] = {}
+        shards: dict[str, dict[str, Stored]] = {}
         for name, shard in shard_of.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise BadInput(f"{where}: {name} is in {shard!r}, which is not a file name")
@@ -188,7 +191,7 @@ class Checkpoint:
         part = (stop - start, *entry.shape[1:])
         return self._read(replace(entry, shape=part, start=entry.start + start * each, size=(stop - start) * each))
 
-    def _read(self, entry: _Stored) -> Tensor:
+    def _read(self, entry: Stored) -> Tensor:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.size:
             with open(entry.path, "rb", buffering=0) as file:
@@ -196,19 +199,32 @@ class Checkpoint:
                 _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data, entry.path)
         return tensor
 
-    def file_hashes(self) -> dict[str, str]:
+    def layout(self) -> dict[Path, list[tuple[str, Stored]]]:
+        """The tensors of each file, in byte order."""
+        files: dict[Path, list[tuple[str, Stored]]] = {}
+        for name, entry in sorted(self._entries.items(), key=lambda item: item[1].start):
+            files.setdefault(entry.path, []).append((name, entry))
+        return files
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor is made from others as it is read."""
+        return name not in self._entries
+
+    def file_hashes(self, known: Mapping[Path, str] = MappingProxyType({})) -> dict[str, str]:
         """SHA-256 by file name: weights, index, config.json, companions, and `FORMAT_FILES` of a quantized checkpoint.
 
-        Manifests of earlier versions do not list the `FORMAT_FILES`.
+        known: of files that need not be read again. Manifests of earlier versions do not list the `FORMAT_FILES`.
         """
         files = {entry.path for entry in self._entries.values()} | {self.folder / "config.json"}
         quantized = self.config.get("quantization_config") is not None  # they say nothing of a 16-bit one
         names = (INDEX, *(FORMAT_FILES if quantized else ()))
         files |= {self.folder / name for name in names if (self.folder / name).is_file()}
         files |= set(companions(self.folder))
-        return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in sorted(files)}
+        return {
+            file.relative_to(self.folder).as_posix(): known.get(file) or file_sha256(file) for file in sorted(files)
+        }
 
-    def _entry(self, name: str) -> _Stored:
+    def _entry(self, name: str) -> Stored:
         if name not in self._entries:
             raise BadInput(f"{self.folder}: no tensor {name}")
         return self._entries[name]
@@ -243,12 +259,12 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     return torch.split(tensor, rows)
 
 
-def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_000_000_000) -> list[str]:
-    """Join safetensors files, in order, into model.safetensors or numbered shards with an index; returns their names.
+def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_000_000_000) -> dict[str, str]:
+    """Join safetensors files, in order, into model.safetensors or numbered shards with an index; returns their SHA-256.
 
     Tensors are copied in small pieces, so memory stays constant; the parts are not changed.
     """
-    shards: list[dict[str, _Stored]] = [{}]
+    shards: list[dict[str, Stored]] = [{}]
     seen: set[str] = set()
     filled = total = 0
     for part in parts:
@@ -263,14 +279,13 @@ def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_00
             filled += entry.size
             total += entry.size
     if len(shards) == 1:
-        _write_shard(folder / "model.safetensors", shards[0])
-        return ["model.safetensors"]
+        return {"model.safetensors": _write_shard(folder / "model.safetensors", shards[0])}
     names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        digests = list(pool.map(_write_shard, [folder / name for name in names], shards))
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return names
+    return dict(zip(names, digests, strict=True))
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
@@ -310,7 +325,7 @@ def check_content(path: Path) -> None:
             raise BadInput(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` there, or download it again")
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def _read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, in byte order; raises BadInput for an incomplete or corrupt file."""
     try:
         check_content(path)
@@ -341,7 +356,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
 
-def _stored_of(path: Path, name: str, value: Any, data: int) -> _Stored:
+def _stored_of(path: Path, name: str, value: Any, data: int) -> Stored:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(int(n) for n in value["shape"]), value["data_offsets"]
         size = math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else 0
@@ -352,7 +367,7 @@ def _stored_of(path: Path, name: str, value: Any, data: int) -> _Stored:
         raise BadInput(f"{path}: tensor {name} has dtype {dtype!r}, which is not supported")
     if broken:
         raise BadInput(f"{path}: corrupt safetensors header: tensor {name}: shape and bytes disagree: {value}")
-    return _Stored(path, _DTYPES[dtype], shape, data + begin, end - begin)
+    return Stored(path, _DTYPES[dtype], shape, data + begin, end - begin)
 
 
 def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
@@ -368,18 +383,23 @@ def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> byte
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_shard(path: Path, tensors: dict[str, _Stored]) -> None:
+def _write_shard(path: Path, tensors: dict[str, Stored]) -> str:
+    """Write a safetensors file of tensors that lie in others; returns its SHA-256."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     buffer = memoryview(bytearray(_CHUNK))
+    header = _header((name, entry.dtype, entry.shape) for name, entry in ordered)
+    digest = hashlib.sha256(header)
     with whole_file(path) as file:
-        file.write(_header((name, entry.dtype, entry.shape) for name, entry in ordered))
+        file.write(header)
         for _, entry in ordered:
             with open(entry.path, "rb", buffering=0) as source:
                 source.seek(entry.start)
                 for left in range(entry.size, 0, -_CHUNK):
                     piece = buffer[: min(left, _CHUNK)]
                     _fill(source, piece, entry.path)
+                    digest.update(piece)
                     file.write(piece)
+    return digest.hexdigest()
 
 
 def _fill(file: Any, buffer: memoryview, path: Path) -> None:

@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint
 from .families import family_of
 from .family import Family
 from .skeleton import Skeleton
+from .vetting import not_finite
 
 HEAD = "lm_head.weight"
 _PIECE = 1 << 21  # elements rotated at a time, in float64
@@ -125,7 +126,7 @@ class RotatedCheckpoint:
         return self._checkpoint.nbytes(self._source(name))
 
     def read(self, name: str) -> Tensor:
-        """The rotated tensor, in memory of its own."""
+        """The rotated tensor, in memory of its own. Raises BadInput where its dtype cannot hold it, once rotated."""
         tensor = self._checkpoint.read(self._source(name))
         if name in self._norms:
             return tensor.fill_(self._stream.unit)
@@ -140,7 +141,11 @@ class RotatedCheckpoint:
             _turn(matrix, turn.columns, None if turn.norm is None else self._gamma(turn.norm))
         if turn.rows is not None:
             _turn(matrix[turn.first_row :].T, turn.rows, None)
-        return wide.to(tensor.dtype)
+        rotated = wide.to(tensor.dtype)
+        if not_finite(rotated) is not None and not_finite(self._checkpoint.read(self._source(name))) is None:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise BadInput(f"{name} holds inf in {dtype} once it is rotated; convert the checkpoint to bfloat16")
+        return rotated
 
     def read_rows(self, name: str, rows: slice) -> Tensor:
         """As `read`, for a part along the first dimension."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quantpress.api import plan
 from quantpress.core.errors import BadInput
+from quantpress.engine import journal
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.sources import resolve
 from quantpress.recipe.loading import parse
@@ -185,8 +186,10 @@ def test_the_plan_knows_the_bytes(numbers: dict[str, Any], dtype: torch.dtype, t
     shutil.rmtree(tmp_path / "run")
 
 
-def test_the_plan_knows_the_disk(tmp_path: Path) -> None:
+def test_the_plan_knows_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies under `out` is never more than the plan says, and not much less at its most."""
+    monkeypatch.setattr(journal, "DUMP_SECONDS", 0)  # as in a run that takes long
+    monkeypatch.setattr(journal, "DUMP_SHARE", 1e9)
     build("gemma3", tmp_path / "model", torch.bfloat16)
     calibration = BASE["calibration"] | {"samples": 60}
     recipe = parse(BASE | {"model": str(tmp_path / "model"), "calibration": calibration})

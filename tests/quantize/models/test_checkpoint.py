@@ -109,9 +109,10 @@ def test_merged_parts_hold_every_tensor(shard_bytes: int, tmp_path: Path) -> Non
     assert same({n: checkpoint.read(n) for n in checkpoint.names()}, everything)
     assert {checkpoint.file_of(n) for n in everything} == set(names)
     assert all(aligned(out / name) for name in names)
+    assert names == {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names}
     assert [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths] == before
     if len(names) == 1:
-        assert names == ["model.safetensors"]
+        assert list(names) == ["model.safetensors"]
     else:
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == checkpoint.total_bytes

@@ -1,0 +1,104 @@
+"""A checkpoint's files read once, before the work: their SHA-256, and whether a weight in them is NaN or inf.
+
+Several files are read at once, by threads that the caller need not wait for while it does something else.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from ..core.errors import BadInput
+from .checkpoint import Checkpoint, Stored
+
+_PIECE = 1 << 24  # bytes read at a time: a whole number of values of every dtype
+_THREADS = 8
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Vetting:
+    """The files of a checkpoint being read."""
+
+    def __init__(self, pool: ThreadPoolExecutor, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._stop = checkpoint, Event()
+        self._files: dict[Path, Future[tuple[str, dict[str, str]]]] = {
+            path: pool.submit(_read, path, entries, self._stop) for path, entries in checkpoint.layout().items()
+        }
+
+    def hashes(self) -> dict[str, str]:
+        """As `Checkpoint.file_hashes`. Raises BadInput for NaN or inf in a weight, of several the first by name."""
+        done = {path: future.result() for path, future in self._files.items()}
+        found = {name: kind for _, kinds in done.values() for name, kind in kinds.items()}
+        for name in self._checkpoint.names():
+            kind = found.get(name)
+            if kind is None and self._checkpoint.is_packed(name):
+                kind = not_finite(self._checkpoint.read(name))
+            if kind is not None:
+                raise BadInput(f"{self._checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+        return self._checkpoint.file_hashes({path: digest for path, (digest, _) in done.items()})
+
+    def stop(self) -> None:
+        """Have the threads leave what they are at."""
+        self._stop.set()
+        for future in self._files.values():
+            future.cancel()
+        wait(self._files.values())
+
+
+@contextmanager
+def vetting(checkpoint: Checkpoint) -> Iterator[Vetting]:
+    """Read the files of `checkpoint` meanwhile."""
+    threads = min(_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        begun = Vetting(pool, checkpoint)
+        try:
+            yield begun
+        finally:
+            begun.stop()
+
+
+def not_finite(tensor: Tensor) -> str | None:
+    """ "NaN" or "inf" where a float tensor holds one; None where it holds neither."""
+    if not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax()):
+        return None
+    return "NaN" if bool(torch.isnan(tensor).any()) else "inf"
+
+
+def _read(path: Path, entries: Sequence[tuple[str, Stored]], stop: Event) -> tuple[str, dict[str, str]]:
+    """The SHA-256 of a file, and what the weights in it hold that is not finite, by name. entries: in byte order."""
+    digest, found = hashlib.sha256(), dict[str, str]()
+    buffer = torch.empty(_PIECE, dtype=torch.uint8)
+    with open(path, "rb", buffering=0) as file:
+
+        def following(size: int) -> Iterator[Tensor]:
+            while size and not stop.is_set():
+                piece = buffer[: min(size, _PIECE)]
+                n = 0
+                while n < len(piece):
+                    more = file.readinto(piece[n:].numpy().data)
+                    if not more:
+                        raise BadInput(f"{path}: the file ended early; it was truncated after it was opened")
+                    n += more
+                digest.update(piece.numpy().data)
+                size -= len(piece)
+                yield piece
+
+        for name, entry in entries:
+            for _ in following(entry.start - file.tell()):
+                pass
+            for piece in following(entry.size):
+                if (
+                    entry.dtype in _FLOATS
+                    and found.get(name) != "NaN"
+                    and (kind := not_finite(piece.view(entry.dtype)))
+                ):
+                    found[name] = kind
+        for _ in following(os.fstat(file.fileno()).st_size - file.tell()):
+            pass
+    return digest.hexdigest(), found
