@@ -130,14 +130,13 @@ def _shapes(artifact: Artifact, linears: list[LinearLayer]) -> Iterator[tuple[st
 
 def _parameters(artifact: Artifact, skeleton: Skeleton) -> Iterator[str]:
     """Every parameter that is not quantized exists, has the model's shape and is finite."""
-    tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
     heads = {f"{head}.weight" for head in skeleton.head_names()}
     for name, parameter in skeleton.model.named_parameters():
         disk = skeleton.disk_name(name)
         if disk.removesuffix(".weight") in artifact.linears:
             continue
-        if disk not in artifact:
-            if not (tied and disk in heads):
+        if disk not in skeleton.reader:
+            if not (skeleton.tied and disk in heads):
                 yield f"{disk} is missing" + (": the head is not tied to the embedding" if disk in heads else "")
             continue
         shape = skeleton.reader.shape(disk)
@@ -190,7 +189,7 @@ def _left_out(artifact: Artifact, skeleton: Skeleton, linears: list[LinearLayer]
     format = FORMATS["gptq" if artifact.format.startswith("gptq") else artifact.format]
     schemes = {x.name: artifact.linears.get(x.name) for x in linears}
     outside = [name for name in skeleton.unquantized_modules() if name not in artifact.linears]
-    spec = ModelScheme(schemes, outside, artifact.scattered, artifact.activations, artifact.kv_cache)
+    spec = ModelScheme(skeleton.by_all_names(schemes), outside, artifact.scattered, artifact.activations, artifact.kv_cache)
     names = [*schemes, *outside]
     wanted, said = format.grids(format.config(spec), names), format.grids(stated, names)
     for name in names:
@@ -220,6 +219,7 @@ def _strangers(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Ite
     own = {skeleton.disk_name(name) for name, _ in skeleton.model.named_parameters()}
     own |= {skeleton.disk_name(name) for name, _ in skeleton.model.named_buffers()}
     own |= {f"{head}.weight" for head in skeleton.head_names()} | skeleton.on_disk_of_blocks()
+    own |= set(skeleton.tower_tensors())
     manifest = own_manifest(artifact.checkpoint.folder)
     own |= set() if manifest is None else set(manifest.kept)
     broken = {name for name in artifact.linears if not any(c.startswith(f"{name}.") for c in claimed)}

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import MergeModulelist
 
 from ..core.errors import BadInput
 from .experts import Part
@@ -58,6 +59,11 @@ class ModelTensors:
         if (own := origin.stacked(part.source, part.expert)) is not None:
             return own
         if len(origin.tensors) > 1:
+            if origin.converter is not None and not isinstance(origin.converter.operations[0], MergeModulelist):
+                raise BadInput(
+                    f"{origin.tensors[0][0]}: the experts on disk are joined in a way that is not known here "
+                    f"({type(origin.converter.operations[0]).__name__}), as for experts of images; not supported"
+                )
             return None  # the file has fewer experts than the model
         self._parts[names[0]] = fused, part, shape
         return names[0]

@@ -234,6 +234,9 @@ class Skeleton:
     def open_shell(self) -> None:
         """Materialise the shell: embeddings, final norm, head."""
         self._fill(self._shell, {n: b for n, b in self._all_computed.items() if self._in_shell(n)})
+        first, _ = next(self.model.named_parameters())
+        if first in self._towers:  # whose device some models take for that of all
+            self._fill({first: self._towers[first]}, {})
         self.model.tie_weights()
         left = [n for n, p in self.model.named_parameters() if p.is_meta and self._in_shell(n)]
         if left:
@@ -259,11 +262,21 @@ class Skeleton:
                     out = self.model.base_model(input_ids=ids, use_cache=False)[0]
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 continue
+            self._check_all_run(taps)
             if all(tap.hidden.shape == taps[0].hidden.shape for tap in taps) and out.shape[:-1] == ids.shape:
                 return self._tuples
         raise BadInput(
             f"model_type {self.config.model_type!r} is not supported: its blocks pass on more than hidden states"
         )
+
+    def _check_all_run(self, taps: list["_Tap"]) -> None:
+        """Raise BadInput for a block that the model passes over: nothing would be known of its inputs."""
+        skipped = [k for k, tap in enumerate(taps) if tap.hidden is None]
+        if skipped:
+            raise BadInput(
+                f"model_type {self.config.model_type!r} is not supported: its block {skipped[0]} is not run on text "
+                "alone, and calibration is on text"
+            )
 
     def close_shell(self) -> None:
         """Return the shell to the meta device."""
@@ -294,7 +307,9 @@ class Skeleton:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and f"{name}.weight" in self._of_towers
         ]
-        on_disk = [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in routers + towers]
+        on_disk = [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in routers]
+        inside = dict.fromkeys(n for t in towers for n in self.reader.on_disk(self.disk_name(f"{t}.weight")))
+        on_disk += [name.removesuffix(".weight") for name in inside]
         own = [name for name in routers + towers if isinstance(self.model.get_submodule(name), nn.Linear)]
         if self._of_towers:
             own += self.head_modules()
@@ -485,6 +500,7 @@ class _Tap(nn.Module):
         self._tuples = tuples
         self._block = (block,)  # a tuple, so that the block does not become a submodule
         self._result = result
+        self.hidden: Any = None
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
