@@ -12,6 +12,7 @@ from quantpress.artifact.artifact import Artifact
 from quantpress.core.errors import BadInput
 from quantpress.engine.job import Job
 from quantpress.gguf.reader import gguf_files, open_gguf
+from quantpress.models.architecture import with_text_settings
 
 from .servers.loader import notes as loader_notes
 from .servers.loader import refusal
@@ -38,7 +39,7 @@ def of_job(job: Job, format: str) -> ServedModel:
         job.recipe.activations,
         job.recipe.kv_cache,
         job.recipe.shuffled,
-        job.checkpoint.config,
+        with_text_settings(job.checkpoint.config),
     )
 
 
@@ -61,7 +62,7 @@ def of_artifact(artifact: Artifact) -> ServedModel:
         artifact.activations,
         artifact.kv_cache,
         artifact.scattered,
-        artifact.config,
+        with_text_settings(artifact.config),
     )
 
 

@@ -189,7 +189,9 @@ def _left_out(artifact: Artifact, skeleton: Skeleton, linears: list[LinearLayer]
     format = FORMATS["gptq" if artifact.format.startswith("gptq") else artifact.format]
     schemes = {x.name: artifact.linears.get(x.name) for x in linears}
     outside = [name for name in skeleton.unquantized_modules() if name not in artifact.linears]
-    spec = ModelScheme(skeleton.by_all_names(schemes), outside, artifact.scattered, artifact.activations, artifact.kv_cache)
+    spec = ModelScheme(
+        skeleton.by_all_names(schemes), outside, artifact.scattered, artifact.activations, artifact.kv_cache
+    )
     names = [*schemes, *outside]
     wanted, said = format.grids(format.config(spec), names), format.grids(stated, names)
     for name in names:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from quantpress.artifact.artifact import auto_class_of
 from quantpress.core.errors import BadInput
 from quantpress.core.files import whole_file
 from quantpress.exports import contracts
@@ -78,7 +79,7 @@ def metadata(run: MeasuredRun, base_model: str | None = None, license: str | Non
         base_model=base,
         base_model_relation="quantized" if base else None,
         library_name="gguf" if run.manifest.artifact.format == "gguf" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(run),
         tags=tags,
         model_name=run.folder.resolve().name if run.label == "recipe" else f"{_short(run)}-{run.label}",
         eval_results=_eval_results(run),
@@ -104,16 +105,25 @@ def servers(run: MeasuredRun, name: str) -> list[ServeCommand]:
         merged = tuple(line for line in loading(contents) if line.startswith("transformers"))
         wrong = tuple(line for line in merged if "does not load" in line or "wrongly" in line)
         notes = [line for line in merged if line not in wrong]
-        out.append(ServeCommand("transformers", _TRANSFORMERS.format(name=name), "python", wrong, tuple(notes)))
+        code = _TRANSFORMERS.format(name=name, auto=auto_class_of(run.folder / "quantized"))
+        out.append(ServeCommand("transformers", code, "python", wrong, tuple(notes)))
     return out
 
 
-_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_TRANSFORMERS = """from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+model = {auto}.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
+
+
+def _task(run: MeasuredRun) -> str:
+    """What the hub calls the model's task."""
+    if run.manifest.artifact.format == "gguf":
+        return "text-generation"
+    of_images = auto_class_of(run.folder / "quantized") == "AutoModelForImageTextToText"
+    return "image-text-to-text" if of_images else "text-generation"
 
 
 def _shown(run: MeasuredRun) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from ..core.errors import BadInput
 from ..core.files import changed
 from ..formats import FORMATS, detect
 from ..gguf.reader import GgufCheckpoint, gguf_files
-from ..models.architecture import stated_dtype
-from ..models.checkpoint import Checkpoint
+from ..models.architecture import model_config, stated_dtype
+from ..models.building import auto_class
+from ..models.checkpoint import Checkpoint, read_json
 from ..models.skeleton import Skeleton
 from ..numbers.activations import round_inputs
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
@@ -146,6 +147,11 @@ class Artifact:
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, str(stated_dtype(self.config) or "float32").removeprefix("torch."))
         return dtype
+
+
+def auto_class_of(folder: Path) -> str:
+    """The name of transformers' auto class that loads the model in `folder`."""
+    return str(auto_class(model_config(read_json(folder / "config.json"))).__name__)
 
 
 def _opened(folder: Path) -> Checkpoint | GgufCheckpoint:

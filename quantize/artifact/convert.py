@@ -13,11 +13,13 @@ from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, Format, ModelScheme, detect
 from ..gguf.reader import gguf_files
-from ..models.architecture import stated_dtype
+from ..models.architecture import is_known, stated_dtype
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from ..models.skeleton import Skeleton
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Grid
 from ..recipe import FILE_FORMATS
+from .artifact import Artifact
 from .manifest import MANIFEST, read_manifest
 
 _PART_BYTES = 500_000_000  # of tensors held in memory before they are written
@@ -58,7 +60,8 @@ def convert(source: Path, target: Path, to: str) -> None:
             writer.check(grid, *shape, shuffled=scattered)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from None
-    quantization = writer.config(ModelScheme(schemes, _heads(checkpoint), shuffled, activations, kv_cache))
+    named, outside = _by_all_names(source, schemes, _heads(checkpoint))
+    quantization = writer.config(ModelScheme(named, outside, shuffled, activations, kv_cache))
 
     def repack(name: str) -> dict[str, Tensor]:
         grid = _grid(schemes, name)
@@ -126,6 +129,18 @@ def _check_inverse(name: str, q: QuantizedLinear) -> None:
 def _heads(checkpoint: Checkpoint) -> list[str]:
     """The name of the output head, even where it is tied and not stored."""
     return ["embed_out"] if "embed_out.weight" in checkpoint else ["lm_head"]
+
+
+def _by_all_names(
+    source: Path, schemes: dict[str, Grid | None], heads: list[str]
+) -> tuple[dict[str, Grid | None], list[str]]:
+    """`schemes`, and what else stays in 16 bit, by every name that a reader of a multimodal model may look for."""
+    artifact = Artifact(source)
+    if "text_config" not in artifact.config or not is_known(artifact.config):
+        return schemes, heads
+    skeleton = Skeleton(artifact, device=torch.device("meta"))
+    outside = [name for name in skeleton.unquantized_modules() if schemes.get(name) is None]
+    return skeleton.by_all_names(schemes), [*heads, *outside]
 
 
 def _caches(checkpoint: Checkpoint, reader: Format, writer: Format) -> dict[str, str]:

@@ -114,11 +114,14 @@ def _smaller(skeleton: Skeleton) -> Any:
 
 
 def _twin(config: Any) -> Any:
-    """The model of `config` with random weights; a multimodal model's towers, which text does not reach, have none."""
+    """The model of `config` with random weights; a multimodal model's towers, which text does not reach, have none.
+
+    Only its first parameter has: some models take their device from it.
+    """
     if decoder_config(config) is config:
         return auto_class(config).from_config(config, dtype=torch.float32).eval()
     twin = build_model(config, torch.float32)
-    towers = tower_names(twin)
+    towers = tower_names(twin) - {next(twin.named_parameters())[0]}
     state = {
         name: torch.randn(parameter.shape) * 0.02 if parameter.dim() > 1 else 1 + torch.randn(parameter.shape) * 0.1
         for name, parameter in twin.named_parameters()

@@ -64,6 +64,12 @@ def text_config(config: Mapping[str, Any]) -> Any:
     return decoder_config(model_config(config))
 
 
+def with_text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with what a multimodal one says of its text part beside what it says of the whole."""
+    inner = config.get("text_config")
+    return dict(config) | (dict(inner) if isinstance(inner, Mapping) else {})
+
+
 def stated_dtype(config: Mapping[str, Any]) -> Any:
     """The dtype that config.json names, for the model or else for the text part of a multimodal one; None without."""
     inner = config.get("text_config")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 _LARGE = 1 << 26  # elements; no buffer that a model computes is as large
@@ -18,9 +18,12 @@ def auto_class(config: Any) -> Any:
 
     A config with a text part is a multimodal model, also where transformers could make a text model of that part.
     """
-    if config.get_text_config(decoder=True) is config and type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    return AutoModelForMultimodalLM if type(config) in AutoModelForMultimodalLM._model_mapping else None
+    of_text = config.get_text_config(decoder=True) is config
+    classes = (AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    for auto in (AutoModelForCausalLM, *classes) if of_text else classes:
+        if type(config) in auto._model_mapping:
+            return auto
+    return None
 
 
 def build_model(config: Any, dtype: torch.dtype | None = None) -> Any:

@@ -103,12 +103,14 @@ class Checkpoint:
         """
         if self.config.get("tie_word_embeddings") is not True:
             return
-        heads = [name for name in self._entries if name in _HEADS]
+        heads = [name for name in self._entries if name.endswith(_HEADS)]
         embeddings = [name for name in self._entries if name.endswith(_EMBEDDINGS)]
         for head in heads:
             like = [name for name in embeddings if self._entries[name].shape == self._entries[head].shape]
             if like and not any(self._same(head, name) for name in like):
                 self.config["tie_word_embeddings"] = False
+                if "tie_word_embeddings" in (inner := self.config.get("text_config") or {}):
+                    self.config["text_config"] = inner | {"tie_word_embeddings": False}
 
     def _same(self, one: str, other: str) -> bool:
         """Whether two tensors have the same bytes; reads only as far as they agree."""

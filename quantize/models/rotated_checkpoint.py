@@ -81,6 +81,11 @@ class RotatedCheckpoint:
         """Raises BadInput for a family where the rotation is not exact, and for missing or unknown tensors."""
         text = text_config(checkpoint.config)
         self._kind = str(text.model_type)
+        if "text_config" in checkpoint.config:
+            raise BadInput(
+                f"transform hadamard cannot rotate multimodal models ({checkpoint.config['model_type']}): what their "
+                "towers add to the residual stream would not be rotated; leave the transform out"
+            )
         family = family_of(self._kind)
         if family.no_hadamard is not None:
             raise BadInput(

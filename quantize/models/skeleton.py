@@ -362,7 +362,8 @@ class Skeleton:
         """As `embed`, differentiable and for few tokens."""
         with self._taps() as taps:
             self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
-        return taps[0].hidden
+        hidden: Tensor = taps[0].hidden
+        return hidden
 
     @torch.no_grad()
     def block_arguments(self, seq_len: int) -> list[BlockArguments]:

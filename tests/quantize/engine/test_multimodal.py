@@ -10,11 +10,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from quantpress.artifact.artifact import open_artifact
+from quantpress.artifact.convert import convert
 from quantpress.artifact.manifest import read_manifest
 from quantpress.artifact.original import OriginalCheckpoint
+from quantpress.core.errors import BadInput
 from quantpress.engine import guard
+from quantpress.engine.pipeline import prepare
+from quantpress.engine.sources import resolve
+from quantpress.exports import contracts
 from quantpress.exports.verify import verify
 from quantpress.models.skeleton import Skeleton, run_block
+from quantpress.recipe.loading import parse
 
 from ...multimodal import build
 from .test_pipeline import make
@@ -132,3 +138,48 @@ def test_the_whole_model_has_its_towers(tmp_path: Path) -> None:
     whole = Skeleton(OriginalCheckpoint(tmp_path), device=CPU).whole()
     for name, parameter in model.named_parameters():
         assert torch.equal(whole.get_parameter(name), parameter)
+
+
+def test_an_artifact_converted_to_another_format_names_the_same(tmp_path: Path) -> None:
+    build("qwen2_5_vl", tmp_path / "model")
+    document = SYMMETRIC | {"method": {"name": "rtn"}, "formats": ["gptq"], "ignore": ["*layers.1.mlp*"]}
+    make(tmp_path / "run", tmp_path / "model", document)
+    convert(tmp_path / "run" / "quantized", tmp_path / "converted", "compressed-tensors")
+    loaded(tmp_path / "converted")
+    assert verify(tmp_path / "converted")[1] == []
+    convert(tmp_path / "converted", tmp_path / "back", "gptq")
+    first, last = (tmp_path / "run" / "quantized" / "config.json"), tmp_path / "back" / "config.json"
+    left = [json.loads(file.read_text())["quantization_config"]["dynamic"] for file in (first, last)]
+    assert set(left[0]) == set(left[1])
+
+
+def test_what_cannot_be_done_to_a_multimodal_model_is_refused(tmp_path: Path) -> None:
+    build("llava", tmp_path / "model")
+    with pytest.raises(BadInput, match=r"cannot rotate multimodal models \(llava\): what their towers add"):
+        make(tmp_path / "run", tmp_path / "model", {"transforms": [{"name": "hadamard"}], "method": {"name": "rtn"}})
+    recipe = parse({"formats": ["gguf"], "method": {"name": "llama.cpp"}, "gguf": {"type": "F16"}})
+    with pytest.raises(BadInput, match="llava is a multimodal model, and no GGUF file is written of one"):
+        prepare(recipe, resolve(str(tmp_path / "model"), cache=tmp_path))
+
+
+def test_a_head_that_is_not_the_embedding_counts(tmp_path: Path) -> None:
+    """Of a config that ties them, as its text part does."""
+    build("gemma3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    head = {"language_model.lm_head.weight": torch.randn(256, 64).bfloat16()}
+    save_file(tensors | head, file, metadata={"format": "pt"})
+    ours = Skeleton(OriginalCheckpoint(tmp_path), device=CPU)
+    assert ours.head_names() == ["language_model.lm_head"]
+    assert not ours.tied
+    assert not ours.config.tie_word_embeddings
+
+
+def test_what_a_server_needs_is_read_off_the_text_part(tmp_path: Path) -> None:
+    build("qwen2_5_vl", tmp_path / "model")
+    make(tmp_path / "run", tmp_path / "model", SYMMETRIC | {"method": {"name": "rtn"}})
+    served = contracts.of_folder(tmp_path / "run" / "quantized")
+    assert (served.heads, served.kv_heads, served.positions) == (4, 2, 128)

@@ -32,7 +32,8 @@ def test_text_goes_through_the_blocks_as_through_the_whole_model(family: str, tm
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(ours.logits(hidden.flatten(0, 1)), expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
-    assert all(p.is_meta for n, p in ours.model.named_parameters() if "vision" in n or "visual" in n)
+    read = [n for n, p in ours.model.named_parameters() if ("vision" in n or "visual" in n) and not p.is_meta]
+    assert len(read) <= 1  # that whose device a model takes for its own
 
 
 @pytest.mark.parametrize("family", MULTIMODAL)
