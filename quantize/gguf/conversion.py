@@ -67,7 +67,7 @@ class Conversion:
 
     def read(self, entry: Entry) -> torch.Tensor:
         """The weight of an entry, in its shape and the checkpoint's dtype. Raises BadInput for another shape."""
-        weight = entry.read(self.reader.read, self.config)
+        weight = entry.read(self.skeleton.reader.read, self.config)
         if tuple(weight.shape) != entry.shape:
             raise BadInput(
                 f"{entry.parameters[0]} gives {entry.name} the shape {list(weight.shape)} and config.json says "
@@ -85,7 +85,8 @@ class Conversion:
 
     def _check_left_over(self, checkpoint: Checkpoint) -> None:
         """Raise BadInput for a tensor of the checkpoint that is neither written nor known to be redundant."""
-        used = {name for entry in self.entries for name in entry.parameters}
+        on_disk = self.skeleton.reader.on_disk
+        used = {disk for entry in self.entries for name in entry.parameters for disk in on_disk(name)}
         heads = {f"{head}.weight" for head in self.skeleton.head_names()} if self.config.tie_word_embeddings else set()
         nothing = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
         spare = [n for n in checkpoint.names() if n not in used | heads and not n.endswith(nothing)]

@@ -106,14 +106,14 @@ class GgufCheckpoint:
         self.tensors = GgufTensors(gguf_files(folder))
         self._config = text_config(self.config)
         form_of(self._config)  # refuses a family that GGUF does not hold
-        self._where: dict[str, tuple[Entry, int | None]] = {}
+        self._where: dict[str, list[tuple[Entry, int | None]]] = {}
         self._expected = saved_shapes(build_model(self._config))
         for entry in layout(Skeleton(self, device=torch.device("cpu"))):
             if entry.name not in self.tensors or self.tensors.shape(entry.name) != entry.shape:
                 found = list(self.tensors.shape(entry.name)) if entry.name in self.tensors else "absent"
                 raise BadInput(f"{folder}: tensor {entry.name} is {found} and config.json wants {list(entry.shape)}")
             for i, parameter in enumerate(entry.parameters):
-                self._where.setdefault(parameter, (entry, i if entry.stacked else None))
+                self._where.setdefault(parameter, []).append((entry, i if entry.stacked else None))
 
     def names(self) -> list[str]:
         """HF names."""
@@ -127,12 +127,17 @@ class GgufCheckpoint:
         """The tensor of the file that holds a parameter."""
         if name not in self._where:
             raise BadInput(f"{self.folder}: no tensor {name}")
-        return self._where[name][0]
+        return self._where[name][0][0]
+
+    def _made_of(self, name: str) -> list[tuple[Entry, int | None]]:
+        """The tensors that make up a parameter, and its slices of them; a tied head's twin counts once."""
+        first = self.entry(name)
+        return self._where[name][:1] if first.whole else self._where[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        entry = self.entry(name)
-        shape = entry.shape[1:] if entry.stacked else entry.shape
-        return shape[::-1] if entry.change == "transposed" else shape
+        made = self._made_of(name)
+        tensors = [torch.empty(e.shape[1:] if e.stacked else e.shape, device="meta") for e, _ in made]
+        return tuple(from_gguf(made[0][0].changes, tensors, self._config).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """float32, the dtype of dequantized tensors."""
@@ -141,8 +146,8 @@ class GgufCheckpoint:
 
     def nbytes(self, name: str) -> int:
         """Bytes a parameter takes in the file."""
-        entry = self.entry(name)
-        return int(self.tensors.stored(entry.name).n_bytes) // (entry.shape[0] if entry.stacked else 1)
+        sizes = [(e, int(self.tensors.stored(e.name).n_bytes)) for e, _ in self._made_of(name)]
+        return sum(size // (entry.shape[0] if entry.stacked else 1) for entry, size in sizes)
 
     def file_of(self, name: str) -> str:
         return self.tensors.file_of(self.entry(name).name).name
@@ -154,17 +159,17 @@ class GgufCheckpoint:
 
     def bits_per_weight(self) -> float | None:
         """Bits on disk per weight of the quantized tensors; None when there are none."""
-        entries = [entry for entry in dict.fromkeys(entry for entry, _ in self._where.values()) if entry.matrix]
-        stored = [self.tensors.stored(entry.name) for entry in entries]
+        entries = dict.fromkeys(entry for made in self._where.values() for entry, _ in made)
+        stored = [self.tensors.stored(entry.name) for entry in entries if entry.matrix]
         packed = [tensor for tensor in stored if tensor.tensor_type.name not in FLOATS]
         count = sum(int(tensor.n_elements) for tensor in packed)
         return 8 * sum(int(tensor.n_bytes) for tensor in packed) / count if count else None
 
     def read(self, name: str) -> Tensor:
         """A parameter in float32, in transformers' layout."""
-        entry = self.entry(name)
-        weight = self.tensors.dequantized(entry.name, self._where[name][1])
-        return from_gguf(entry.change, weight, self._config).contiguous()
+        made = self._made_of(name)
+        weights = [self.tensors.dequantized(entry.name, part) for entry, part in made]
+        return from_gguf(made[0][0].changes, weights, self._config).contiguous()
 
     def read_rows(self, name: str, rows: slice) -> Tensor:
         """As `read`, for a part along the first dimension."""

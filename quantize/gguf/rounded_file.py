@@ -51,15 +51,16 @@ class RoundedFile:
 
     def schemes(self, linears: list[LinearLayer]) -> dict[str, Grid | None]:
         """The grid of each linear by its on-disk name, None where its tensor is not quantized."""
-        tensor = {name: entry.name for entry in self.conversion.entries for name in entry.parameters}
+        of = {name: entry for entry in self.conversion.entries for name in entry.parameters}
         recipe = self.recipe
         weighted = not recipe.method.calibrated and (recipe.calibrated or bool(recipe.gguf_file.imatrix))
         search: ScaleSearch = "activation" if weighted else "mse"
         out: dict[str, Grid | None] = {}
         for linear in linears:
-            choice = self.types[tensor[f"{linear.name}.weight"]]
+            entry = of[f"{linear.name}.weight"]
+            choice = self.types[entry.name]
             out[linear.name] = None
-            if choice is not None and choice.type != "F16":
+            if entry.by_rows and choice is not None and choice.type != "F16":
                 out[linear.name] = BlockGrid(type=choice.type, scale_search=search)
         return out
 
@@ -98,11 +99,11 @@ class RoundedFile:
         own = own_types(self.recipe, self.conversion.entries)
         for entry in self.conversion.entries:
             choice = self.types[entry.name]
-            if choice is not None and entry.name in own:
+            if choice is not None and (entry.name in own or not entry.by_rows):
                 prices[entry.name] = {choice.type: 0.0}
             elif choice is not None:
                 # Rows in the order of `uses`.
-                plain = replace(entry, change=entry.change if entry.change == "transposed" else None)
+                plain = replace(entry, changes=tuple(change for change in entry.changes if change == "transposed"))
                 weight = self.conversion.read(plain)
                 of = [uses[parameter.removesuffix(".weight")] for parameter in entry.parameters]
                 prices[entry.name] = budget.costs(weight.unbind() if entry.stacked else [weight], of)
@@ -165,7 +166,8 @@ def _bytes(
         with safe_open(parts[name], framework="pt") as file:
             rows: torch.Tensor = file.get_tensor(name)
         # Each row is rounded by itself, so rows can still be reordered; the columns are already in GGUF's order.
-        return rows if entry.change in (None, "transposed") else to_gguf(entry.change, rows, conversion.config)
+        changes = tuple(change for change in entry.changes if change != "transposed")
+        return to_gguf(changes, rows, conversion.config)
 
     def from_parts() -> np.ndarray[Any, Any]:
         rows = [packed(name) for name in entry.parameters]

@@ -9,18 +9,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import BadInput
 from .hyperparameters import form_of
-from .layout import EXPERT, gguf_name
 from .reader import dequantized, open_gguf
 from .source_config import Metadata, model_config
 from .source_tokenizer import check_reads_back, save_tokenizer
-from .tensor_map import change_of, from_gguf, names_of
+from .tensor_map import EXPERT, Changes, from_gguf, names_of, places_of
 
 SHARD_BYTES = 1_000_000_000
 _LEFT_OVER = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # derived from config.json
@@ -48,7 +46,7 @@ def _read(source: Path) -> Metadata:
     return meta
 
 
-Place = tuple[str, int | None]  # a tensor of the file, and the expert whose slice of it is meant
+Place = tuple[str, int | None, Changes]  # a tensor of the file, the expert whose slice of it is meant, its changes
 
 
 def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
@@ -64,27 +62,20 @@ def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
     for parameter, want in saved_shapes(model).items():
         if config.tie_word_embeddings and parameter in ("lm_head.weight", "embed_out.weight"):
             continue
-        tensor = _tensor_of(names, parameter)
-        if tensor is None or tensor not in meta.tensors:
+        tensor, changes = next(iter(places_of(form, names, parameter)), ("", ()))
+        if tensor not in meta.tensors:
             raise BadInput(f"{meta.path}: the GGUF file has no tensor for {parameter} ({tensor or 'no known name'})")
         expert = EXPERT.search(parameter)
         shape = meta.shape(tensor)[1:] if expert else meta.shape(tensor)
-        if (shape[::-1] if change_of(form, parameter) == "transposed" else shape) != want:
+        if tuple(from_gguf(changes, [torch.empty(shape, device="meta")], config).shape) != want:
             raise BadInput(f"{meta.path}: tensor {tensor} has shape {list(shape)}, {parameter} needs {list(want)}")
-        plan[parameter] = tensor, int(expert[1]) if expert else None
-    spare = set(meta.tensors) - {tensor for tensor, _ in plan.values()} - set(_LEFT_OVER)
+        plan[parameter] = tensor, int(expert[1]) if expert else None, changes
+    spare = set(meta.tensors) - {tensor for tensor, _, _ in plan.values()} - set(_LEFT_OVER)
     spare -= {"output.weight"} if config.tie_word_embeddings else set()
     if spare:
         few = ", ".join(sorted(spare)[:3])
         raise BadInput(f"{meta.path}: tensors that a {meta.architecture} model does not have: {few}")
     return plan
-
-
-def _tensor_of(names: gguf.TensorNameMap, parameter: str) -> str | None:
-    try:
-        return gguf_name(names, parameter)
-    except BadInput:
-        return None
 
 
 def _save_config(meta: Metadata, config: Any, folder: Path) -> None:
@@ -104,7 +95,7 @@ def _save_weights(meta: Metadata, config: Any, plan: dict[str, Place], folder: P
     """Write shards of about SHARD_BYTES. Tensors are dequantized one at a time: the peak is a shard and a tensor."""
     shards: list[list[str]] = [[]]
     size = total = 0
-    for parameter, (tensor, expert) in plan.items():
+    for parameter, (tensor, expert, _) in plan.items():
         n_bytes = 2 * math.prod(meta.shape(tensor)[0 if expert is None else 1 :])
         if shards[-1] and size + n_bytes > SHARD_BYTES:
             shards.append([])
@@ -115,7 +106,7 @@ def _save_weights(meta: Metadata, config: Any, plan: dict[str, Place], folder: P
     for i, shard in enumerate(shards):
         single = len(shards) == 1
         name = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {parameter: _weight(meta, config, parameter, plan[parameter]) for parameter in shard}
+        tensors = {parameter: _weight(meta, config, plan[parameter]) for parameter in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, name)
     if len(shards) > 1:
@@ -123,8 +114,8 @@ def _save_weights(meta: Metadata, config: Any, plan: dict[str, Place], folder: P
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _weight(meta: Metadata, config: Any, parameter: str, place: Place) -> Tensor:
+def _weight(meta: Metadata, config: Any, place: Place) -> Tensor:
     """A parameter in bf16, in transformers' layout."""
-    tensor, expert = place
+    tensor, expert, changes = place
     weight = dequantized(meta.tensors[tensor], expert, meta.path)
-    return from_gguf(change_of(form_of(config), parameter), weight, config).to(torch.bfloat16).contiguous()
+    return from_gguf(changes, [weight], config).to(torch.bfloat16).contiguous()

@@ -67,10 +67,12 @@ _GPT2_FEEDS = (
 
 # ---- how GGUF holds it -------------------------------------------------------------------------------------------
 
-_PERMUTED: tuple[tuple[str, TensorChange], ...] = (
-    ("q_proj.weight", "query"), ("q_proj.bias", "query"), ("k_proj.weight", "key"), ("k_proj.bias", "key"),
+_Changes = tuple[tuple[str, tuple[TensorChange, ...]], ...]
+_PERMUTED: _Changes = (
+    ("q_proj.weight", ("query",)), ("q_proj.bias", ("query",)),
+    ("k_proj.weight", ("key",)), ("k_proj.bias", ("key",)),
 )  # fmt: skip
-_PLUS_ONE: tuple[tuple[str, TensorChange], ...] = (("norm.weight", "plus_one"),)
+_PLUS_ONE: _Changes = (("norm.weight", ("plus_one",)),)
 _TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 _ALL_SPARSE = {"mlp_only_layers": [], "decoder_sparse_step": 1}  # experts in every block
@@ -232,7 +234,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file
         no_hadamard=_LAYER_NORM,
         gguf=GgufForm(
             "gpt2",
-            tuple((f"{name}.weight", "transposed") for name in ("c_attn", "c_proj", "c_fc")),
+            tuple((f"{name}.weight", ("transposed",)) for name in ("c_attn", "c_proj", "c_fc")),
             _TANH,
             fixed={
                 "scale_attn_by_inverse_layer_idx": False,
@@ -256,7 +258,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json; a GGUF file
         no_hadamard=_LAYER_NORM,
         gguf=GgufForm(
             "gptneox",
-            (("query_key_value.weight", "by_head"), ("query_key_value.bias", "by_head")),
+            (("query_key_value.weight", ("by_head",)), ("query_key_value.bias", ("by_head",))),
             (*_TANH, "gelu"),
             fixed={"attention_bias": True},
             untied=True,

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 NOT_DESCRIBED = "where its blocks meet the residual stream is not described"
-TensorChange = Literal["query", "key", "plus_one", "transposed", "by_head"]  # done by gguf/tensor_map.py
+TensorChange = Literal[  # done by gguf/tensor_map.py
+    "query", "key", "plus_one", "transposed", "by_head", "squeezed", "negative_exp", "key_b", "value_b",
+    "queries_keys_values", "gates", "value_rows", "value_tail", "value_columns",
+]  # fmt: skip
 
 # Config fields and the GGUF keys, without the architecture's prefix, that hold them.
 LLAMA_SIZES = {
@@ -55,8 +58,10 @@ class GgufForm:
     Sources: llama.cpp's converter (its conversion/ folder, as vendored by llama-cpp-python 0.3.36) and the loaders
     under its src/models/.
 
-    architecture: general.architecture in the file. changes: (end of a parameter's name, how its tensor changes). acts:
-    activation functions that llama.cpp has for the family. fixed: config fields for which llama.cpp has one value only,
+    architecture: general.architecture in the file. changes: (end of a parameter's name, how its tensor changes), the
+    first that fits counts. named: parameters, by the end of their name, for which the `gguf` package's map has no name
+    or another one: the tensors of the block that they go into, and how they change. acts: activation functions that
+    llama.cpp has for the family. fixed: config fields for which llama.cpp has one value only,
     whatever the file says. untied: the head is written even when it is tied to the embedding. sliding_window: whether
     llama.cpp applies the family's sliding window. rope: how much of a head the rotary embedding may cover.
 
@@ -67,7 +72,7 @@ class GgufForm:
     """
 
     architecture: str
-    changes: tuple[tuple[str, TensorChange], ...] = ()
+    changes: tuple[tuple[str, tuple[TensorChange, ...]], ...] = ()
     acts: tuple[str, ...] = ("silu",)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     untied: bool = False
@@ -76,6 +81,7 @@ class GgufForm:
     sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
     counts: Mapping[str, str] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, tuple[tuple[str, tuple[TensorChange, ...]], ...]] = field(default_factory=dict)
     metadata: Callable[[Any], dict[str, Any]] = lambda config: {}
     settings: Callable[[GgufMetadata, Mapping[str, Any]], dict[str, Any]] = lambda meta, settings: {}
 

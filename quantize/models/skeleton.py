@@ -22,7 +22,7 @@ from .architecture import check_outside_blocks, decoder_config, empty_model, mod
 from .block_arguments import BlockArguments, check_same
 from .building import computed_buffers, set_buffers
 from .experts import CONTAINERS, Part, routers, split_experts
-from .families import UNLISTED, family_of
+from .families import family_of
 from .model_tensors import ModelTensors, TensorReader
 from .names import TensorNames
 from .towers import linears_on_disk, tower_names
@@ -373,7 +373,7 @@ class Skeleton:
         """
         ids = torch.arange(3, device=self.device)[:, None].repeat(1, seq_len)  # 3 sequences of a repeated token
         arguments = self._arguments(ids[:1])
-        if self.family is UNLISTED:  # families with a row are known to be independent of them
+        if not self.family.feeds:  # families with a row are known to be independent of them
             for one, other in zip(arguments, self._arguments(ids[1:]), strict=True):
                 check_same(self.config.model_type, one, other)
         return arguments
@@ -385,7 +385,7 @@ class Skeleton:
 
     def check_arguments(self) -> None:
         """Raise BadInput early where `block_arguments` would; reads the shell unless the family has a row."""
-        if self.family is UNLISTED:
+        if not self.family.feeds:
             self.open_shell()
             self.block_arguments(8)
             self.close_shell()
