@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..models.families import FAMILIES, family_of
-from ..models.family import GgufForm
+from ..models.family import GgufForm, setting
 
 
 def form_of(config: Any) -> GgufForm:
@@ -20,7 +20,7 @@ def form_of(config: Any) -> GgufForm:
         raise BadInput(f"architecture {config.model_type!r} cannot be written as GGUF; {known} can")
     act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     act = getattr(config, "activation_function", act)
-    if act not in form.acts:
+    if act is not None and act not in form.acts:
         raise BadInput(f"{config.model_type} with activation {act!r}: llama.cpp has {', '.join(form.acts)} for it")
     for key, value in form.fixed.items():
         if getattr(config, key, value) != value:
@@ -35,7 +35,7 @@ def hyperparameters(config: Any, form: GgufForm) -> dict[str, Any]:
     """The metadata that describes the model, by full keys, RoPE included."""
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    head_dim = head_dim_of(config)
     values: dict[str, Any] = {
         "vocab_size": int(config.vocab_size),
         "context_length": int(config.max_position_embeddings),
@@ -43,18 +43,24 @@ def hyperparameters(config: Any, form: GgufForm) -> dict[str, Any]:
         "block_count": int(config.num_hidden_layers),
         "feed_forward_length": int(inner),
         "attention.head_count": heads,
-        "attention.head_count_kv": int(getattr(config, "num_key_value_heads", None) or heads),
-        "attention.key_length": int(head_dim),
-        "attention.value_length": int(head_dim),
+        "attention.head_count_kv": int(setting(config, "num_key_value_heads") or heads),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
     }
     if (eps := getattr(config, "rms_norm_eps", None)) is not None:
         values["attention.layer_norm_rms_epsilon"] = float(eps)
     eps = getattr(config, "layer_norm_eps", getattr(config, "layer_norm_epsilon", None))
     if eps is not None:
         values["attention.layer_norm_epsilon"] = float(eps)
-    values |= _rope(config, form, int(head_dim))
-    values |= {key: getattr(config, field) for field, key in form.counts.items()} | form.metadata(config)
-    return {f"{form.architecture}.{key}": value for key, value in values.items()}
+    values |= _rope(config, form, head_dim)
+    values |= {key: getattr(config, field) for field, key in form.counts.items()}
+    values |= {key: float(getattr(config, field)) for field, key in form.scales.items()} | form.metadata(config)
+    return {f"{form.architecture}.{key}": value for key, value in values.items() if value is not None}
+
+
+def head_dim_of(config: Any) -> int:
+    """The size of an attention head; the usual one, where layers differ."""
+    return int(setting(config, "head_dim") or config.hidden_size // config.num_attention_heads)
 
 
 def notes(config: Any, form: GgufForm) -> list[str]:
@@ -80,12 +86,12 @@ def _rope(config: Any, form: GgufForm, head_dim: int) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     scaling = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope.get("factor") or 1.0)}
     match kind:
-        case "default" | "llama3":  # llama3's factors are a tensor
+        case "default" | "llama3" | "proportional":  # the factors of the latter two are a tensor
             return values
         case "linear":
             return values | scaling
         case "yarn":
-            return values | scaling | _yarn(rope)
+            return values | scaling | _yarn(rope, form)
         case "longrope":
             return values | {"rope.scaling.type": kind, "rope.scaling.attn_factor": _attention_factor(config, rope)}
     raise BadInput(f"RoPE scaling {kind!r} cannot be written as GGUF; linear, yarn, llama3 and longrope can")
@@ -98,15 +104,18 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     return full
 
 
-def _yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _yarn(rope: Mapping[str, Any], form: GgufForm) -> dict[str, Any]:
     """YaRN's other settings; llama.cpp itself scales attention by 1 + 0.1 ln(factor), times attn_factor."""
-    if rope.get("mscale") or rope.get("mscale_all_dim") or not rope.get("truncate", True):
+    whole, mscale = rope.get("mscale_all_dim"), rope.get("mscale")
+    if (form.mscale is None and (mscale or whole)) or mscale != whole or not (form.truncates or rope.get("truncate", True)):
         raise BadInput("YaRN with mscale or truncate: false cannot be written as GGUF for this family")
     out: dict[str, Any] = {
         "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
         "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32.0),
         "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1.0),
     }
+    if whole and form.mscale is not None:
+        out["rope.scaling.yarn_log_multiplier"] = form.mscale * float(whole)
     if (factor := rope.get("attention_factor")) is not None:
         usual = 1 + 0.1 * math.log(rope["factor"])
         out["rope.scaling.attn_factor"] = float(factor) / usual
@@ -131,9 +140,13 @@ def rope_tensors(config: Any, form: GgufForm) -> dict[str, Tensor]:
     if kind == "longrope":
         both = {"long": rope["long_factor"], "short": rope["short_factor"]}
         return {f"rope_factors_{n}.weight": torch.tensor(v, dtype=torch.float32) for n, v in both.items()}
+    if kind == "proportional":  # Gemma 4: the rest of the head is not rotated
+        pairs = form.metadata(config)["rope.dimension_count"] // 2
+        rotated = int(pairs * rope["partial_rotary_factor"])
+        return {"rope_freqs.weight": torch.tensor([1.0] * rotated + [1e30] * (pairs - rotated))}
     if kind != "llama3":
         return {}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     original, low, high = (
         float(rope[key]) for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
     )

@@ -68,8 +68,9 @@ def layout(skeleton: Skeleton) -> list[Entry]:
         prefix = f"{skeleton.blocks_name}.{k}."
         disk |= {f"{prefix}{name}": on_disk for name, on_disk in skeleton.block_names(k).items()}
     if config.tie_word_embeddings:
-        heads = skeleton.head_modules()
-        disk = {name: on_disk for name, on_disk in disk.items() if name.removesuffix(".weight") not in heads}
+        output = skeleton.model.get_output_embeddings()
+        heads = [f"{name}.weight" for name, module in skeleton.model.named_modules() if module is output]
+        disk = {name: on_disk for name, on_disk in disk.items() if name not in heads}
     grouped: dict[str, list[tuple[str, Changes, bool]]] = {}
     for name in disk:
         places = places_of(form, names, name)

@@ -164,7 +164,7 @@ def model_config(meta: Metadata) -> Any:
 
 def _family_of(meta: Metadata) -> tuple[str, GgufForm]:
     """Model type and form of the first family that fits: files of Llama, Mistral and Mixtral all say 'llama'."""
-    forms = {model_type: family.gguf for model_type, family in FAMILIES.items() if family.gguf is not None}
+    forms = {kind: family.gguf for kind, family in FAMILIES.items() if family.gguf and family.gguf.reads_back}
     named = {model_type: form for model_type, form in forms.items() if form.architecture == meta.architecture}
     if not named:
         known = ", ".join(dict.fromkeys(form.architecture for form in forms.values()))
@@ -188,6 +188,6 @@ def _settings(meta: Metadata, form: GgufForm) -> dict[str, Any]:
     if form.rope != "none":
         head_dim, context = int(out.get("head_dim", per_head)), int(meta.hparam("context_length"))
         out["rope_parameters"] = _rope(meta, head_dim, context, partial=form.rope == "partial")
-    out |= {name: meta.hparam(key) for name, key in form.counts.items()}
+    out |= {name: meta.hparam(key) for name, key in (*form.counts.items(), *form.scales.items())}
     out |= {name: tensor in meta.tensors for name, tensor in form.switches.items()}
     return out | dict(form.fixed) | form.settings(meta, out)

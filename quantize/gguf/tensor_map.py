@@ -27,7 +27,7 @@ def places_of(form: GgufForm, names: gguf.TensorNameMap, parameter: str) -> list
 
     Empty for a parameter that GGUF has no name for.
     """
-    merged = EXPERT.sub(".experts.", parameter)
+    merged = EXPERT.sub(".experts.", parameter).replace("e_score_correction_bias", "e_score_correction.bias")
     for ending, places in form.named.items():
         if merged.endswith(ending):
             block = _BLOCK.search(merged)

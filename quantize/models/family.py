@@ -33,6 +33,12 @@ class GgufMetadata(Protocol):
         """The value as it is stored, a list where layers differ, or `default`, which may be None."""
 
 
+def setting(config: Any, name: str) -> Any:
+    """A field of a config, None where it has none; the usual value of one that differs by layer."""
+    written = config.to_dict()
+    return written[name] if name in written else getattr(config, name, None)
+
+
 @dataclass(frozen=True)
 class Feed:
     """The output channels of module `source` are the input channels of the modules `into`, and nothing else reads them.
@@ -65,10 +71,13 @@ class GgufForm:
     whatever the file says. untied: the head is written even when it is tied to the embedding. sliding_window: whether
     llama.cpp applies the family's sliding window. rope: how much of a head the rotary embedding may cover.
 
-    How config fields and the file's metadata give each other: sizes and counts (config field -> GGUF key; `counts` are
-    written as they are, `sizes` by rules common to all families), switches (config field -> the tensor that is in the
+    How config fields and the file's metadata give each other: sizes, counts and scales (config field -> GGUF key;
+    `counts` are written as they are, `scales` as floats, `sizes` by rules common to all families), switches (config field -> the tensor that is in the
     file when it is true) and, for the rest, two functions: `metadata` of a config, which raises BadInput for a model
-    that no file can hold, and config `settings` of metadata and the settings read so far.
+    that no file can hold, and config `settings` of metadata and the settings read so far. reads_back: False where
+    metadata does not give the config, so that a file of the family is no source of a checkpoint. mscale: what YaRN's
+    mscale_all_dim is multiplied with in the file; None for a family without one. truncates: a model with YaRN bounds that
+    are not whole (truncate: false) is written although llama.cpp rounds them, as all published files of it are.
     """
 
     architecture: str
@@ -80,10 +89,14 @@ class GgufForm:
     rope: Literal["whole", "partial", "none"] = "whole"
     sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
     counts: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
     named: Mapping[str, tuple[tuple[str, tuple[TensorChange, ...]], ...]] = field(default_factory=dict)
     metadata: Callable[[Any], dict[str, Any]] = lambda config: {}
     settings: Callable[[GgufMetadata, Mapping[str, Any]], dict[str, Any]] = lambda meta, settings: {}
+    reads_back: bool = True
+    mscale: float | None = None
+    truncates: bool = False
 
 
 @dataclass(frozen=True)
