@@ -23,6 +23,7 @@ from ..core.files import file_sha256, move_whole, write_json
 from ..gguf import imatrix
 from ..gguf import llama_cpp_library as llama_cpp
 from ..gguf.conversion import Conversion, FloatType
+from ..gguf.general import sampling
 from ..gguf.layout import Entry
 from ..gguf.mixes import Choice
 from ..gguf.modelfile import modelfile
@@ -49,7 +50,7 @@ def _opened(setup: Setup) -> tuple[Conversion, dict[str, imatrix.Array], str | N
 
     Raises BadInput for a model, a tokenizer, a pattern or an importance matrix that does not fit.
     """
-    conversion = Conversion(setup.checkpoint, setup.source.path, setup.source.id.rpartition("/")[2])
+    conversion = Conversion(setup.checkpoint, setup.source.path, setup.source.id)
     conversion.notes = (*setup.checkpoint.notes, *conversion.notes)
     own_types(setup.recipe, conversion.entries)
     file = setup.recipe.gguf_file.imatrix
@@ -129,7 +130,7 @@ class _GgufBackend(Backend):
             return ["no Modelfile: Ollama does not load a file in parts"]
         conversion, tokenizer = self.conversion, open_tokenizer(self.setup.source.path)
         add_bos = bool(conversion.metadata["tokenizer.ggml.add_bos_token"])
-        text, note = modelfile(files[0], tokenizer, conversion.config, add_bos)
+        text, note = modelfile(files[0], tokenizer, conversion.config, add_bos, sampling(conversion.metadata))
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         return [note] if note else []
 

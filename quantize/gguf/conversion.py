@@ -1,5 +1,6 @@
 """A model about to become a GGUF file: its metadata, its tensors, and each of them as floats."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from ..core.errors import BadInput
 from ..models.checkpoint import Checkpoint
 from ..models.model_tensors import TensorReader
 from ..models.skeleton import Skeleton
+from .general import general_metadata
 from .hyperparameters import form_of, hyperparameters, notes, rope_tensors
 from .layout import Entry, float_type, layout
 from .tokenizer import tokenizer_metadata
@@ -25,10 +27,10 @@ _FILE_TYPES |= {"BF16": gguf.LlamaFileType.MOSTLY_BF16}
 class Conversion:
     """What the GGUF file of a model says and holds, known before any weight is read.
 
-    reader: the model's tensors by their on-disk HF names. folder: where its tokenizer is. name: what the file calls it,
-    by default the folder's name. entries: the file's tensors and what each is made of. notes: what the file cannot
-    hold. Raises BadInput for a model or a tokenizer that cannot be written, and for tensors of a checkpoint that have
-    no place in the file.
+    reader: the model's tensors by their on-disk HF names. folder: where its tokenizer is. name: the model's, such as
+    `organization/model`, by default the folder's name. entries: the file's tensors and what each is made of. notes:
+    what the file cannot hold. Raises BadInput for a model or a tokenizer that cannot be written, and for tensors of a
+    checkpoint that have no place in the file.
     """
 
     def __init__(self, reader: TensorReader, folder: Path, name: str | None = None) -> None:
@@ -37,17 +39,19 @@ class Conversion:
         self.config: Any = self.skeleton.config
         self.form = form_of(self.config)
         self.entries = layout(self.skeleton)
+        origin, name = name or folder.resolve().name, (name or folder.resolve().name).rpartition("/")[2]
         tokenizer, lost = tokenizer_metadata(folder, self.config)
         self.notes = (*notes(self.config, self.form), *lost)
         self.metadata: dict[str, Any] = {
             ARCHITECTURE: self.form.architecture,
             "general.type": "model",
-            "general.name": name or folder.resolve().name,
+            "general.name": name,
+            **general_metadata(folder, reader.config, origin, self.tensors()),
             **hyperparameters(self.config, self.form),
             **tokenizer,
         }
         if isinstance(reader, Checkpoint):
-            self._check_left_over(reader)
+            self.notes = (*self.notes, *self._left_over(reader))
 
     def tensors(self, kind: FloatType = "F16") -> list[FileTensor]:
         """The tensors of a file of this float type; vectors and norms are float32, as llama.cpp requires."""
@@ -81,20 +85,38 @@ class Conversion:
 
     def file_type(self, kind: FloatType) -> dict[str, Any]:
         """The metadata of a file of this float type."""
-        return self.metadata | {"general.file_type": int(_FILE_TYPES[kind])}
+        version = gguf.GGML_QUANT_VERSION
+        return self.metadata | {"general.file_type": int(_FILE_TYPES[kind]), "general.quantization_version": version}
 
-    def _check_left_over(self, checkpoint: Checkpoint) -> None:
-        """Raise BadInput for a tensor of the checkpoint that is neither written nor known to be redundant."""
+    def _left_over(self, checkpoint: Checkpoint) -> list[str]:
+        """Notes on the tensors that are not written; raises BadInput for one that is not known to be dispensable."""
         on_disk = self.skeleton.reader.on_disk
         used = {disk for entry in self.entries for name in entry.parameters for disk in on_disk(name)}
         heads = {f"{head}.weight" for head in self.skeleton.head_names()} if self.config.tie_word_embeddings else set()
         nothing = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
-        spare = [n for n in checkpoint.names() if n not in used | heads and not n.endswith(nothing)]
-        if spare:
+        towers = self.skeleton.tower_tensors()
+        spare = [n for n in checkpoint.names() if n not in used | heads | towers.keys() and not n.endswith(nothing)]
+        ahead = [name for name in spare if predicts_ahead(name, int(self.config.num_hidden_layers))]
+        if spare := [name for name in spare if name not in ahead]:
             more = f" and {len(spare) - 1} more" if spare[1:] else ""
             raise BadInput(
                 f"{checkpoint.folder}: {spare[0]}{more}: a GGUF file of {self.config.model_type} has no place for it"
             )
+        found = []
+        if towers:
+            found.append(f"the file is of the text decoder alone: {len(towers)} tensors of the towers are not in it")
+        if ahead:
+            found.append(f"{len(ahead)} tensors that predict several tokens ahead ({ahead[0]}) are not in the file")
+        return found
+
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+def predicts_ahead(name: str, blocks: int) -> bool:
+    """Whether a tensor is of multi-token prediction: of a layer after the last, or under mtp, as in Qwen3-Next."""
+    layer = _LAYER.search(name)
+    return name.startswith(("mtp.", "model.mtp.")) or (layer is not None and int(layer[1]) >= blocks)
 
 
 def as_floats(weight: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray[Any, Any]:

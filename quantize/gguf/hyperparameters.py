@@ -65,6 +65,10 @@ def head_dim_of(config: Any) -> int:
 
 def notes(config: Any, form: GgufForm) -> list[str]:
     """What llama.cpp will compute differently for this model, in one line each."""
+    return [*form.caveats(config), *_window_note(config, form)]
+
+
+def _window_note(config: Any, form: GgufForm) -> list[str]:
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     if not window or "sliding_attention" not in layers or form.sliding_window:
@@ -107,7 +111,11 @@ def rope_parameters(config: Any) -> dict[str, Any]:
 def _yarn(rope: Mapping[str, Any], form: GgufForm) -> dict[str, Any]:
     """YaRN's other settings; llama.cpp itself scales attention by 1 + 0.1 ln(factor), times attn_factor."""
     whole, mscale = rope.get("mscale_all_dim"), rope.get("mscale")
-    if (form.mscale is None and (mscale or whole)) or mscale != whole or not (form.truncates or rope.get("truncate", True)):
+    if (
+        (form.mscale is None and (mscale or whole))
+        or mscale != whole
+        or not (form.truncates or rope.get("truncate", True))
+    ):
         raise BadInput("YaRN with mscale or truncate: false cannot be written as GGUF for this family")
     out: dict[str, Any] = {
         "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),

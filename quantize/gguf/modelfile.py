@@ -5,9 +5,10 @@ suffix of each role. These are accepted only if they render further conversation
 A template that cannot be expressed so is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -67,10 +68,12 @@ class Turns:
         return f"{self.start}{{{{ range $i, $m := .Messages }}}}{user}{answer}{{{{ end }}}}{{{{ end }}}}{self.prompt}"
 
 
-def modelfile(file: Path, tokenizer: Any, config: Any, add_bos: bool) -> tuple[str, str | None]:
+def modelfile(
+    file: Path, tokenizer: Any, config: Any, add_bos: bool, sampling: Mapping[str, float | int] = MappingProxyType({})
+) -> tuple[str, str | None]:
     """The Modelfile for GGUF `file` in the same folder, and a note when it has no template.
 
-    add_bos: whether llama.cpp adds BOS itself.
+    add_bos: whether llama.cpp adds BOS itself. sampling: the recommended settings, by Ollama's names.
     """
     lines, note, turns = [f"FROM ./{file.name}"], None, None
     if not getattr(tokenizer, "chat_template", None):
@@ -85,6 +88,7 @@ def modelfile(file: Path, tokenizer: Any, config: Any, add_bos: bool) -> tuple[s
             note = f"Modelfile: no TEMPLATE, {error}; Ollama makes one of its own"
     lines += [f'PARAMETER stop "{stop}"' for stop in _stops(tokenizer, config, turns)]
     lines.append(f"PARAMETER num_ctx {min(CONTEXT, int(config.max_position_embeddings))}")
+    lines += [f"PARAMETER {name} {value:g}" for name, value in sampling.items()]
     return "\n".join(lines) + "\n", note
 
 

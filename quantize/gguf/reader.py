@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import file_sha256
-from ..models.architecture import text_config
+from ..models.architecture import decoder_config, model_config
 from ..models.building import build_model
 from ..models.checkpoint import companions, read_json
 from ..models.names import saved_shapes
@@ -104,24 +104,27 @@ class GgufCheckpoint:
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json", "a GGUF file is read beside one")
         self.tensors = GgufTensors(gguf_files(folder))
-        self._config = text_config(self.config)
+        whole = model_config(self.config)
+        self._config = decoder_config(whole)
         form_of(self._config)  # refuses a family that GGUF does not hold
         self._where: dict[str, list[tuple[Entry, int | None]]] = {}
-        self._expected = saved_shapes(build_model(self._config))
-        for entry in layout(Skeleton(self, device=torch.device("cpu"))):
+        self._expected = saved_shapes(build_model(whole))
+        skeleton = Skeleton(self, device=torch.device("cpu"))
+        for entry in layout(skeleton):
             if entry.name not in self.tensors or self.tensors.shape(entry.name) != entry.shape:
                 found = list(self.tensors.shape(entry.name)) if entry.name in self.tensors else "absent"
                 raise BadInput(f"{folder}: tensor {entry.name} is {found} and config.json wants {list(entry.shape)}")
             for i, parameter in enumerate(entry.parameters):
                 self._where.setdefault(parameter, []).append((entry, i if entry.stacked else None))
+        self._towers = list(skeleton.tower_tensors())
 
     def names(self) -> list[str]:
-        """HF names."""
-        return list(self._where or self._expected)
+        """HF names; those of a multimodal model's towers too, which the file does not hold."""
+        return [*self._where, *self._towers] if self._where else list(self._expected)
 
     def __contains__(self, name: object) -> bool:
-        """Whether the file holds the parameter with this on-disk name."""
-        return name in (self._where or self._expected)
+        """Whether `names` has it."""
+        return name in self.names()
 
     def entry(self, name: str) -> Entry:
         """The tensor of the file that holds a parameter."""
@@ -135,6 +138,8 @@ class GgufCheckpoint:
         return self._where[name][:1] if first.whole else self._where[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._where and name in self._expected:
+            return self._expected[name]
         made = self._made_of(name)
         tensors = [torch.empty(e.shape[1:] if e.stacked else e.shape, device="meta") for e, _ in made]
         return tuple(from_gguf(made[0][0].changes, tensors, self._config).shape)

@@ -27,7 +27,8 @@ def places_of(form: GgufForm, names: gguf.TensorNameMap, parameter: str) -> list
 
     Empty for a parameter that GGUF has no name for.
     """
-    merged = EXPERT.sub(".experts.", parameter).replace("e_score_correction_bias", "e_score_correction.bias")
+    merged = EXPERT.sub(".experts.", parameter.replace(".language_model.", "."))  # of a multimodal model
+    merged = merged.replace("e_score_correction_bias", "e_score_correction.bias")
     for ending, places in form.named.items():
         if merged.endswith(ending):
             block = _BLOCK.search(merged)
@@ -82,7 +83,8 @@ def _changed(change: TensorChange, weight: Tensor, config: Any) -> Tensor:
         case "negative_exp":
             return -torch.exp(weight.to(torch.float32))
         case "key_b" | "value_b":  # halves of kv_b, head by head; the keys' is absorbed into the queries
-            keys, values = _per_head(weight, config).split([config.qk_nope_head_dim, config.v_head_dim], 1)
+            sizes = [config.qk_nope_head_dim, config.v_head_dim]
+            keys, values = torch.split(_per_head(weight, config), sizes, 1)
             return keys.transpose(1, 2) if change == "key_b" else values
         case "queries_keys_values" | "gates":
             return _of_key_heads(weight, config, gates=change == "gates")
@@ -117,7 +119,8 @@ def _of_key_heads(weight: Tensor, config: Any, gates: bool) -> Tensor:
     """Rows of (q, k, v, z), key head by key head: all q, all k, all v, or all z."""
     keys, per_key = config.linear_key_head_dim, config.linear_num_value_heads // config.linear_num_key_heads
     values = per_key * config.linear_value_head_dim
-    parts = weight.reshape(config.linear_num_key_heads, -1, *weight.shape[1:]).split([keys, keys, values, values], 1)
+    by_head = weight.reshape(config.linear_num_key_heads, -1, *weight.shape[1:])
+    parts = torch.split(by_head, [keys, keys, values, values], 1)
     chosen = parts[3:] if gates else parts[:3]
     return torch.cat([part.reshape(-1, *weight.shape[1:]) for part in chosen])
 
@@ -130,10 +133,10 @@ def _in_turn(change: TensorChange, weight: Tensor, config: Any, back: bool) -> T
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     groups = (values // keys, keys) if back else (keys, values // keys)
     if change == "value_columns":
-        return weight.unflatten(1, (*groups, -1)).transpose(1, 2).reshape(weight.shape)
+        return weight.reshape(-1, *groups, weight.shape[1] // values).transpose(1, 2).reshape(weight.shape)
     before = 2 * keys * config.linear_key_head_dim if change == "value_tail" else 0  # queries and keys
-    rows = weight[before:].unflatten(0, (*groups, -1)).transpose(0, 1).flatten(0, 2)
-    return torch.cat([weight[:before], rows])
+    rows = weight[before:].reshape(*groups, -1, *weight.shape[1:]).transpose(0, 1)
+    return torch.cat([weight[:before], rows.reshape(-1, *weight.shape[1:])])
 
 
 def _join_kv_b(weights: list[Tensor], config: Any) -> Tensor:
@@ -144,8 +147,8 @@ def _join_kv_b(weights: list[Tensor], config: Any) -> Tensor:
 def _join_qkvz(weights: list[Tensor], config: Any) -> Tensor:
     both, gates = weights
     heads, keys = config.linear_num_key_heads, config.linear_num_key_heads * config.linear_key_head_dim
-    parts = [*both.split([keys, keys, both.shape[0] - 2 * keys]), gates]
-    return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 1)
+    parts = [*torch.split(both, [keys, keys, both.shape[0] - 2 * keys]), gates]
+    return torch.cat([part.reshape(heads, -1, *part.shape[1:]) for part in parts], 1).flatten(0, 1)
 
 
 _JOINED = {"value_b": _join_kv_b, "gates": _join_qkvz}

@@ -112,6 +112,11 @@ def sizes(metadata: Mapping[str, Any], tensors: Sequence[FileTensor], split_byte
     return out
 
 
+def parameter_counts(tensors: Sequence[FileTensor]) -> tuple[int, int, int, int]:
+    """Of a file of these tensors: all parameters, those of no expert, those of one expert, and the experts."""
+    return _described(Path("model.gguf"), {}, tensors, None).get_total_parameter_count()  # type: ignore[no-any-return]
+
+
 def _padded(size: int) -> int:
     return int(gguf.GGUFWriter.ggml_pad(size, ALIGNMENT))
 

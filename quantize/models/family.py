@@ -72,12 +72,13 @@ class GgufForm:
     llama.cpp applies the family's sliding window. rope: how much of a head the rotary embedding may cover.
 
     How config fields and the file's metadata give each other: sizes, counts and scales (config field -> GGUF key;
-    `counts` are written as they are, `scales` as floats, `sizes` by rules common to all families), switches (config field -> the tensor that is in the
-    file when it is true) and, for the rest, two functions: `metadata` of a config, which raises BadInput for a model
-    that no file can hold, and config `settings` of metadata and the settings read so far. reads_back: False where
-    metadata does not give the config, so that a file of the family is no source of a checkpoint. mscale: what YaRN's
-    mscale_all_dim is multiplied with in the file; None for a family without one. truncates: a model with YaRN bounds that
-    are not whole (truncate: false) is written although llama.cpp rounds them, as all published files of it are.
+    `counts` are written as they are, `scales` as floats, `sizes` by rules common to all families), switches (config
+    field -> the tensor that is in the file when it is true) and, for the rest, two functions: `metadata` of a config,
+    which raises BadInput for a model that no file can hold, and config `settings` of metadata and the settings read so
+    far. reads_back: False where metadata does not give the config, so that a file of the family is no source of a
+    checkpoint. mscale: what YaRN's mscale_all_dim is multiplied with in the file; None for a family without one.
+    truncates: a model with YaRN bounds that are not whole (truncate: false) is written although llama.cpp rounds them,
+    as all published files of it are. caveats: what llama.cpp computes otherwise, a line each.
     """
 
     architecture: str
@@ -97,6 +98,7 @@ class GgufForm:
     reads_back: bool = True
     mscale: float | None = None
     truncates: bool = False
+    caveats: Callable[[Any], list[str]] = lambda config: []
 
 
 @dataclass(frozen=True)

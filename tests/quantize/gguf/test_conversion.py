@@ -26,9 +26,10 @@ from quantpress.engine.sources import resolve
 from quantpress.gguf.conversion import Conversion
 from quantpress.gguf.reader import GgufCheckpoint
 from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.skeleton import Skeleton
 from quantpress.recipe.loading import parse
 
-from .models import FAMILIES, IDS, VOCAB, build, logits
+from .models import FAMILIES, IDS, VOCAB, WRITTEN, build, logits
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -94,6 +95,7 @@ RULES: dict[str, dict[str, Callable[[dict[str, Tensor]], Tensor]]] = {
         "blk.0.post_attention_norm.weight": lambda s: s[L + "post_attention_layernorm.weight"] + 1,
         "output_norm.weight": lambda s: s["model.norm.weight"] + 1,
     },
+    "gemma": {"blk.0.ffn_norm.weight": lambda s: s[L + "post_attention_layernorm.weight"] + 1},
     "gemma3": {"blk.0.attn_k_norm.weight": lambda s: s[L + "self_attn.k_norm.weight"] + 1},
     "phi3": {"blk.0.attn_qkv.weight": lambda s: s[L + "self_attn.qkv_proj.weight"]},
     "gpt_neox": {
@@ -131,7 +133,22 @@ def test_every_tensor_by_its_rule(tmp_path: Path, family: str) -> None:
         torch.testing.assert_close(back.read(name), tensor, rtol=0, atol=1e-6 if family.startswith("gemma") else 0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WRITTEN)
+def test_every_tensor_is_read_back(tmp_path: Path, family: str) -> None:
+    build(family, tmp_path)
+    write_floats(tmp_path, tmp_path / "model.gguf", "F32")
+    back, state = GgufCheckpoint(tmp_path), load_file(tmp_path / "model.safetensors")
+    skeleton, original = (Skeleton(reader, device=torch.device("cpu")) for reader in (back, Checkpoint(tmp_path)))
+    for k in range(original.n_blocks):
+        want, got = original.read_block(k), skeleton.read_block(k)
+        assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+    for name in original.shell_names().values():
+        torch.testing.assert_close(back.read(name), state[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *WRITTEN])
 def test_llama_cpp_gives_the_logits_of_transformers(tmp_path: Path, family: str) -> None:
     check_logits(tmp_path, family, {})
 
@@ -150,7 +167,8 @@ def check_logits(folder: Path, family: str, settings: dict[str, Any]) -> None:
     want = logits(model, IDS)
     with Loaded(folder / "model.gguf", 64, threads=1) as llama:
         got = torch.from_numpy(llama.logits(IDS.tolist()))
-    assert float((got - want).abs().max()) < 2e-3  # llama.cpp attends with a cache in float16
+    near = 1e-2 if family.startswith("gemma4") else 2e-3  # the cache is in float16, and Gemma 4's scores are unscaled
+    assert float((got - want).abs().max()) < near
     assert float((got.argmax(1) == want.argmax(1)).float().mean()) > 0.95
     assert float(want.std()) > 0.1
 

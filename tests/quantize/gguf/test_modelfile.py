@@ -117,6 +117,10 @@ def test_the_file() -> None:
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ range $i, $m := .Messages }}')
     assert 'SYSTEM """Be good."""\n' in text
     assert text.endswith('PARAMETER stop "</s>"\nPARAMETER num_ctx 2048\n')
+    advised, _ = modelfile(
+        Path("/x/model.gguf"), with_template(CHATML), config, False, {"temperature": 0.6, "top_k": 20}
+    )
+    assert advised == text + "PARAMETER temperature 0.6\nPARAMETER top_k 20\n"
 
 
 @pytest.mark.parametrize(
