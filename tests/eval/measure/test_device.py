@@ -28,20 +28,30 @@ def measured(place: str, cache: str) -> None:
     Path(f"{cache}.json").write_text(json.dumps(results.document()))
 
 
-def measured_there(place: str, cache: str) -> None:
+def measured_there(folder: str) -> None:
     machine.device = lambda: DEVICE
-    measured(place, cache)
+    for recipe in RECIPES:
+        measured(f"{folder}/{recipe}", f"{folder}/{recipe}/there")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each recipe, measured on the other device."""
+    folder = tmp_path_factory.mktemp("runs")
+    for recipe, document in RECIPES.items():
+        build("llama", folder / recipe / "model", torch.bfloat16)
+        (folder / recipe / "text.txt").write_text(text())
+        make(folder / recipe / "run", folder / recipe / "model", {"method": {"name": "rtn"}} | document)
+    run_there(__name__, "measured_there", folder)
+    return folder
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_another_device_measures_the_same(recipe: str, tmp_path: Path) -> None:
-    build("llama", tmp_path / "model", torch.bfloat16)
-    (tmp_path / "text.txt").write_text(text())
-    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}} | RECIPES[recipe])
+def test_another_device_measures_the_same(recipe: str, runs: Path) -> None:
+    place = runs / recipe
     with sdpa_kernel(SDPBackend.MATH):
-        measured(str(tmp_path), str(tmp_path / "here"))
-    run_there(__name__, "measured_there", tmp_path, tmp_path / "there")
-    here, there = (json.loads((tmp_path / f"{side}.json").read_text()) for side in ("here", "there"))
+        measured(str(place), str(place / "here"))
+    here, there = (json.loads((place / f"{side}.json").read_text()) for side in ("here", "there"))
     assert there["device"] == str(DEVICE)
     assert there["divergence"]["kl_mean"] > 0
     assert there["divergence"]["kl_mean"] == pytest.approx(here["divergence"]["kl_mean"], rel=1e-3)

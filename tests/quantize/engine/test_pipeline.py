@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import matches
 from quantpress.recipe.loading import parse
 
+from ...forked import commands
 from ...tiny import FAMILIES, build, text
 
 CPU = torch.device("cpu")
@@ -113,22 +112,16 @@ def test_kill_9_and_resume_through_the_command_line(tmp_path: Path) -> None:
     recipe.write_text(
         f"calibration: {{source: {tmp_path / 'text.txt'}, samples: 4, seq_len: 32}}\nweights: {{group_size: 32}}\n"
     )
-    code = (
+    die = (
         "import os, signal, quantpress.engine.journal as j\n"
         "write, j.DUMP_SECONDS = j.Journal._write, 0\n"
         "def kill(self, *a):\n    write(self, *a)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if {die}: j.Journal._write = kill\n"
-        "from quantpress.cli import main; main()\n"
+        "j.Journal._write = kill\n"
     )
-
-    def command(out: str, die: bool) -> int:
-        arguments = ["quantize", str(recipe), "--model", str(tmp_path / "model"), "--out", str(tmp_path / out)]
-        run = [sys.executable, "-c", code.replace("{die}", str(die)), *arguments]
-        return subprocess.run(run, check=False, capture_output=True).returncode
-
-    assert command("cut", True) == -signal.SIGKILL
-    assert command("cut", False) == 0
-    assert command("whole", False) == 0
+    command = ["quantize", str(recipe), "--model", str(tmp_path / "model"), "--out"]
+    cut, whole = [*command, str(tmp_path / "cut")], [*command, str(tmp_path / "whole")]
+    done = commands(tmp_path, [(die, cut), ("", cut), ("", whole)])
+    assert [one.returncode for one in done] == [-signal.SIGKILL, 0, 0], done
     assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
 
 
@@ -212,29 +205,22 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> N
         f"calibration: {{source: {words}, samples: 4, seq_len: 32}}\nweights: {{group_size: 32}}\n"
         f"evaluation: {{source: {words}, windows: 2, window: 64}}\n"
     )
-    code = (
-        "import signal, quantpress.engine.blocks as blocks\n"
+    stop = (
+        "import signal, quantpress.engine.blocks as blocks, shutil\n"
         "import quantpress.eval.measure.divergence as divergence\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it\n"
         "def stop(*a, **k): signal.raise_signal(signal.SIGINT)\n"
-        "if {when!r} == 'block': blocks._block_tensors = stop\n"
-        "if {when!r} == 'evaluation': divergence.run_block = stop\n"
-        "from quantpress.cli import main; main()\n"
     )
-
-    def command(when: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["run", str(recipe), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
-        run = [sys.executable, "-c", code.replace("{when!r}", repr(when)), *arguments]
-        return subprocess.run(run, check=False, capture_output=True, text=True)
-
-    for when in ("block", "evaluation"):
-        stopped = command(when)
+    command = ["run", str(recipe), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
+    kept = f"import shutil; shutil.copytree({str(tmp_path / 'run' / 'quantized')!r}, {str(tmp_path / 'before')!r})"
+    steps = [f"{stop}blocks._block_tensors = stop", f"{stop}divergence.run_block = stop", kept]
+    *interrupted, done = commands(tmp_path, [(code, command) for code in steps])
+    for stopped in interrupted:
         assert stopped.returncode == 130
         last = stopped.stderr.splitlines()[-1]
         assert last == "quantpress: stopped; the same command continues from what is finished"
         assert "Traceback" not in stopped.stderr
-    before = files(tmp_path / "run" / "quantized")
-    done = command("")
+    before = files(tmp_path / "before")
     assert done.returncode == 0, done.stderr
     assert "finished before" in done.stderr
     after = files(tmp_path / "run" / "quantized")

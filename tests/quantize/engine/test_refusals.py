@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from quantpress.engine.pipeline import prepare
 from quantpress.engine.sources import resolve
 from quantpress.recipe.loading import parse
 
+from ...forked import commands
 from ...tiny import build, text
 from .test_pipeline import BASE, make
 
@@ -132,18 +131,20 @@ def test_the_command_line_refuses_before_the_work_in_one_line(tmp_path: Path) ->
     sets = {"calibration.source": tmp_path / "text.txt", "evaluation.source": tmp_path / "text.txt"}
     sets |= {"calibration.samples": 4, "calibration.seq_len": 32, "evaluation.window": 64, "evaluation.windows": 2}
     sets |= {"weights.group_size": 32}
-    for model, change, words in (
+    cases = (
         ("model", {"evaluation.source": tmp_path / "short.txt"}, "evaluation text short.txt gives 0 windows"),
         ("model", {"evaluation.source": tmp_path / "none.txt"}, "none.txt: no such file"),
         ("mute", {}, "no tokenizer; copy the original's tokenizer files there"),
-    ):
-        command = [sys.executable, "-m", "quantpress", "run", "--model", str(tmp_path / model)]
-        command += ["--out", str(tmp_path / "run"), *(f"--set={key}={value}" for key, value in (sets | change).items())]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    )
+    steps = []
+    for i, (model, change, _) in enumerate(cases):
+        chosen = [f"--set={key}={value}" for key, value in (sets | change).items()]
+        steps.append(("", ["run", "--model", str(tmp_path / model), "--out", str(tmp_path / f"run-{i}"), *chosen]))
+    for (_, _, words), done in zip(cases, commands(tmp_path, steps), strict=True):
         assert done.returncode == 2, done.stderr
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
-        assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("run-*"))
 
 
 def test_too_little_disk_by_the_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,44 @@
+"""Rounding to nearest: each group with the importance of its own columns."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantpress.methods.fake_quant import storable
+from quantpress.methods.group_scales import GroupScales
+from quantpress.methods.rtn import rtn
+from quantpress.numbers.ggml_scales import by_size
+from quantpress.numbers.grid import SMALLEST_SCALE
+from quantpress.numbers.types import BlockGrid, GgmlType
+from quantpress.recipe import Rtn
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q2_K", "Q4_K"])
+def test_a_group_of_a_block_type_is_fitted_with_the_importance_of_its_columns(
+    kind: GgmlType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, grid = torch.Generator().manual_seed(3), BlockGrid(type=kind, scale_search="activation")
+    weight, power = torch.randn(4, 512, generator=make), torch.rand(512, generator=make) + 0.01
+    seen: list[Tensor | None] = []
+    fit = GroupScales.fit
+
+    def watched(
+        self: GroupScales, group: int, part: Tensor, importance: Tensor | None, block: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert group == len(seen)
+        seen.append(importance)
+        return fit(self, group, part, importance, block)
+
+    monkeypatch.setattr(GroupScales, "fit", watched)
+    rtn(weight, grid, Rtn(), power, None)
+    given = torch.cat([part for part in seen if part is not None], 1)
+    span = grid.span(512)
+    wanted = [by_size(weight[:, i : i + span], power[i : i + span], grid) for i in range(0, 512, span)]
+    torch.testing.assert_close(given, torch.cat(wanted, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_trained_scale_can_be_stored_however_small_it_became(dtype: torch.dtype) -> None:
+    learned = torch.tensor([-1.0, 0.0, 1e-30, 0.3])
+    found = storable(learned, dtype)
+    assert found.tolist() == [SMALLEST_SCALE, SMALLEST_SCALE, SMALLEST_SCALE, torch.tensor(0.3, dtype=dtype).item()]
