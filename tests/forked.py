@@ -12,7 +12,7 @@ from pathlib import Path
 
 _FORK = """
 import json, os, sys
-import quantpress.api
+import compressed_tensors.quantization, quantpress.api, transformers.models.llama.modeling_llama
 def child(code, arguments, place):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

@@ -38,7 +38,7 @@ QUICK: dict[str, dict[str, Any]] = {
 def test_every_family(family: str, method: str, tmp_path: Path) -> None:
     build(family, tmp_path / "model", torch.bfloat16)
     formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
-    manifest = make(tmp_path / "run", tmp_path / "model", {"method": QUICK[method], "formats": formats})
+    manifest = make(tmp_path / "run", tmp_path / "model", {"method": QUICK[method] | {"steps": 6}, "formats": formats})
     back, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
     original = Checkpoint(tmp_path / "model")
     for layer in manifest.layers:
