@@ -24,6 +24,20 @@ FLOATS = [
 every_type = pytest.mark.parametrize("grid", FLOATS, ids=str)
 
 
+@pytest.mark.parametrize(
+    ("grid", "name"),
+    [
+        (Grid(group_size=64, symmetric=False), "int4 g64 asym"),
+        (Grid(bits=8, group_size=-1, symmetric=True), "int8 channel sym"),
+        (Grid(type="fp8"), "fp8 channel"),
+        (Grid(type="fp8", group_size=0), "fp8 tensor"),
+        (Grid(type="nvfp4"), "nvfp4"),
+    ],
+)
+def test_a_grid_in_words(grid: Grid, name: str) -> None:
+    assert str(grid) == name
+
+
 def e2m1() -> list[float]:
     """The sixteen numbers by their bits: sign, two exponent bits (bias 1), one mantissa bit."""
     out = []

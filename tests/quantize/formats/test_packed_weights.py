@@ -1,0 +1,41 @@
+"""Packed weights of other writers: layouts that no writer of ours makes, and how they are named."""
+
+import pytest
+import torch
+
+from quantpress.formats import bits as bitstream
+from quantpress.formats.decoding import ScaleGrid
+from quantpress.formats.packed_weights import TensorType, packed_weights
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        (ScaleGrid((1, 1), 64, 128), "tensor"),
+        (ScaleGrid((4, 1, 1), 64, 128), "tensor"),
+        (ScaleGrid((64, 1), 1, 128), "channel"),
+        (ScaleGrid((64, 4), 1, 32), "32 columns"),
+        (ScaleGrid((2, 4), 32, 32), "32 x 32 block"),
+    ],
+)
+def test_how_scales_lie_over_a_weight_in_words(layout: ScaleGrid, name: str) -> None:
+    assert str(layout) == name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_with_one_scale_and_one_zero_for_the_whole_weight(bits: int) -> None:
+    """compressed-tensors' strategy tensor: the zero is stored as it is, signed, and not packed."""
+    make = torch.Generator().manual_seed(bits)
+    middle = 1 << (bits - 1)
+    signed = torch.randint(-middle, middle, (6, 32), generator=make)
+    tensors = {
+        "x.weight_packed": bitstream.pack((signed + middle).to(torch.uint8), bits),
+        "x.weight_scale": torch.tensor([0.5]),
+        "x.weight_zero_point": torch.tensor([3], dtype=torch.int8),
+        "x.weight_shape": torch.tensor([6, 32]),
+    }
+    headers = {name: TensorType(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    stated = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": bits}}}}
+    found, used = packed_weights(headers, tensors.__getitem__, stated)
+    assert used == tensors.keys()
+    torch.testing.assert_close(found["x.weight"].decode(tensors.__getitem__, torch.float32), 0.5 * (signed - 3.0))
