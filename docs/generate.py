@@ -58,7 +58,7 @@ def recipe_reference() -> str:
                         "Task": "evaluation.tasks", "EfficiencySettings": "evaluation.efficiency",
                         "Timing": "evaluation.efficiency.timing"}.get(name, key)  # fmt: skip
                 lines += ["", f"### {title} {{ #{name.lower()} }}", ""]
-            lines += [" ".join(model.get("description", "").split()), "", *_keys(model)]
+            lines += [_cell(model.get("description", "")), "", *_keys(model)]
     return "\n".join(lines)
 
 
@@ -68,7 +68,14 @@ def _keys(model: dict[str, Any]) -> Iterator[str]:
     for key, said in model["properties"].items():
         required = key in model.get("required", ())
         default = "required" if required else _default(said.get("default"))
-        yield f"| `{key}` | {_value(said)} | {default} | {said['description'].replace('|', '&#124;')} |"
+        yield f"| `{key}` | {_value(said)} | {default} | {_cell(said['description'])} |"
+
+
+def _cell(text: str) -> str:
+    """One line of text, in which no < or | is markup; what stands between backticks stays as it is."""
+    words = " ".join(text.split()).split("`")
+    words[::2] = [word.replace("|", "&#124;").replace("<", "&lt;") for word in words[::2]]
+    return "`".join(words)
 
 
 def _default(value: Any) -> str:
@@ -213,7 +220,7 @@ def commands() -> str:
             lines += ["| | |", "|---|---|"]
         for parameter, argument in rows:
             shown = parameter.name.upper() if argument else ", ".join(parameter.opts)
-            lines.append(f"| `{shown}` | {(parameter.help or '').replace('|', '&#124;')} |")
+            lines.append(f"| `{shown}` | {_cell(parameter.help or '')} |")
     return "\n".join(lines)
 
 
@@ -251,7 +258,7 @@ def _prose(node: ast.FunctionDef) -> Iterator[str]:
             yield from ("```python", *(line.removeprefix("    ") for line in paragraph.splitlines()), "```", "")
         else:
             known = "|".join(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
-            text = " ".join(paragraph.split())
+            text = _cell(paragraph)
             yield re.sub(rf"(?:(?<=^)|(?<=\. ))((?:(?:{known})(?:, )?)+):", r"**\1**:", text)
             yield ""
 

@@ -1,0 +1,37 @@
+"""The Python page's examples run, one after the other in one session as a reader would, on a tiny model."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from quantpress.calibrate import texts
+
+from .tiny import text, tokenizer
+
+PAGE = (Path(__file__).parent.parent / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256,
+        max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(texts, "_default", lambda role, cache: ([text(8000)], "some text"))
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache
+    monkeypatch.chdir(tmp_path)
+    session: dict[str, Any] = {}
+    examples = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    assert len(examples) == 7
+    for example in examples:
+        exec(example.replace("smollm2-135m", str(tmp_path / "model")), session)
+    said = capsys.readouterr().out
+    assert "recipe 'w4a16-gtpq': no such file and no shipped recipe; did you mean w4a16-gptq" in said
+    assert "('quantizing', 2, 2)" in said
+    assert session["exported"]["vllm"].folder == Path("runs/steps/export/vllm")
