@@ -77,11 +77,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended run, or None; why: reasons for it; others: (label, reason) of the rest."""
+    """The recommended run, or None; why: reasons for it; others: (label, reason) of the rest; candidates: all, the best
+    first.
+    """
 
     choice: Candidate | None
     why: tuple[str, ...]
     others: tuple[tuple[str, str], ...]
+    candidates: tuple[Candidate, ...]
 
 
 def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:
@@ -101,10 +104,11 @@ def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:
     candidates.sort(key=_order(wish.prefer))
     fit = [c for c in candidates if not c.misses]
     if not fit:
-        return Recommendation(None, (), tuple((c.run.label, "; ".join(c.misses)) for c in candidates))
+        others = [(c.run.label, "; ".join(c.misses)) for c in candidates]
+        return Recommendation(None, (), tuple(others), tuple(candidates))
     best = fit[0]
     others = [(c.run.label, "; ".join(c.misses) or _beaten(c, best, wish.prefer)) for c in candidates if c is not best]
-    return Recommendation(best, tuple(_why(best, len(fit), wish)), tuple(others))
+    return Recommendation(best, tuple(_why(best, len(fit), wish)), tuple(others), tuple(candidates))
 
 
 def cache_bytes(cache: KvCache, context: int) -> int:

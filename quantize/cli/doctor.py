@@ -14,10 +14,10 @@ from .options import JsonOpt, make_options, quiet_libraries
 from .printing import out_console, print_json
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf", "tokenizers")
-_EXTRAS = {  # module: what it is for, and how to get it
-    "lm_eval": ("evaluation tasks", "pip install 'quantpress[tasks]'"),
-    "llama_cpp": ("llama.cpp's quantizer and logits", "pip install 'quantpress[llamacpp]' (built from source)"),
-    "ray": ("sweeps on a cluster", "pip install 'quantpress[ray]'"),
+_EXTRAS = {  # module: the extra it comes with, what it is for, and how to get it
+    "lm_eval": ("tasks", "evaluation tasks", "pip install 'quantpress[tasks]'"),
+    "llama_cpp": ("llamacpp", "llama.cpp's quantizer", "pip install 'quantpress[llamacpp]' (built from source)"),
+    "ray": ("ray", "sweeps on a cluster", "pip install 'quantpress[ray]'"),
 }
 
 
@@ -30,11 +30,7 @@ def doctor(as_json: JsonOpt = False) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for name, found in facts.items():
-        if isinstance(found, dict):
-            text = "missing: " + found["missing"] if "missing" in found else ", ".join(map(str, found.values()))
-        else:
-            text = str(found)
-        table.add_row(name, text)
+        table.add_row(name, _in_words(name, found))
     out_console.print(table, markup=False)
 
 
@@ -51,17 +47,33 @@ def _facts() -> dict[str, Any]:
     facts: dict[str, Any] = {"quantpress": version("quantpress"), "python": platform.python_version()}
     facts |= {name: version(name) for name in _LIBRARIES}
     facts["device"] = str(here["device"])
-    facts["cpu"] = f"{here['cpu']}, {here['cores']} cores, {'with' if machine.has_amx() else 'without'} AMX"
-    facts["memory"] = f"{size(machine.available_memory_bytes())} free of {size(here['memory_bytes'])}"
+    facts["cpu"] = {"name": here["cpu"], "cores": here["cores"], "amx": machine.has_amx()}
+    facts["memory"] = {"free_bytes": machine.available_memory_bytes(), "total_bytes": here["memory_bytes"]}
     cache = make_options().cache
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    facts["cache"] = f"{cache}, {size(shutil.disk_usage(there).free)} free"
-    for module, (what, how) in _EXTRAS.items():
-        facts[what] = {"version": found} if (found := _found(module)) else {"missing": how}
+    facts["cache"] = {"folder": str(cache), "free_bytes": shutil.disk_usage(there).free}
+    for module, (extra, what, how) in _EXTRAS.items():
+        facts[f"extra {extra}"] = {
+            "for": what,
+            **({"version": found} if (found := _found(module)) else {"missing": how}),
+        }
     for name, launcher in LAUNCHERS.items():
         found = installed(launcher)
         facts[f"server {name}"] = {"version": found} if found else {"missing": launcher.install}
     return facts
+
+
+def _in_words(name: str, fact: Any) -> str:
+    if not isinstance(fact, dict):
+        return str(fact)
+    if name == "cpu":
+        return f"{fact['name']}, {fact['cores']} cores, {'with' if fact['amx'] else 'without'} AMX"
+    if name == "memory":
+        return f"{size(fact['free_bytes'])} free of {size(fact['total_bytes'])}"
+    if name == "cache":
+        return f"{fact['folder']}, {size(fact['free_bytes'])} free"
+    what = f"{fact['for']}: " if "for" in fact else ""
+    return what + (f"missing: {fact['missing']}" if "missing" in fact else str(fact["version"]))
 
 
 def _found(module: str) -> str | None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.table import Table
@@ -28,7 +28,10 @@ from .options import (
     quiet_libraries,
     with_options,
 )
-from .printing import followed, out_console, print_json, say, show
+from .printing import followed, out_console, print_json, say, show, show_path
+
+if TYPE_CHECKING:
+    from ..engine.plan import Plan
 
 
 @app.command()
@@ -39,6 +42,7 @@ def quantize(
     model: ModelOpt = None,
     out: OutOpt = None,
     sets: SetOpt = [],  # noqa: B006
+    as_json: JsonOpt = False,
 ) -> None:
     """Make the artifact only: no evaluation, no report."""
     chosen = chosen_recipe(recipe, model, sets)
@@ -47,7 +51,7 @@ def quantize(
 
     with followed() as callbacks:
         artifact = api.quantize(chosen, out=out, options=options, callbacks=callbacks)
-    show(f"artifact: {artifact}")
+    show_path("artifact", artifact, as_json)
 
 
 @app.command()
@@ -65,8 +69,10 @@ def plan(
     from .. import api
 
     found = api.plan(chosen, options=options)
+    lacking = _lacking(found.plan)
     if as_json:
-        print_json(found.plan.as_dict() | {"targets": found.targets, "servability": found.servability})
+        asked = {"targets": found.targets, "servability": found.servability}
+        print_json(found.plan.as_dict() | asked | {"fits": lacking is None, "lacking": lacking})
         return
     table = Table("linears", "number", "scheme", box=None, pad_edge=False)
     for module, number, scheme in found.linears:
@@ -81,8 +87,17 @@ def plan(
         show(f"{p.quantized_share:.1%} of the weights of the decoder blocks are quantized")
     for name, format in found.targets.items():
         show(f"target {name}: will load the {format} files")
-    for line in (*p.notes, *found.servability):
+    for line in (*p.notes, *found.servability, *filter(None, [lacking])):
         show(f"note: {line}")
+
+
+def _lacking(plan: "Plan") -> str | None:
+    """What this machine has too little of for the run, in the words of the refusal; None where it fits."""
+    try:
+        plan.check(Path(), ignore=False)
+    except BadInput as error:
+        return str(error)
+    return None
 
 
 @app.command()
@@ -90,11 +105,12 @@ def convert(
     artifact: Annotated[Path, typer.Argument(help="a run folder, or an artifact folder")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq or modelopt")],
+    as_json: JsonOpt = False,
 ) -> None:
     """Write the same codes in another format, without loss; refused where the format cannot hold them."""
     from .. import api
 
-    show(f"artifact: {api.convert(artifact, out, to)}")
+    show_path("artifact", api.convert(artifact, out, to), as_json)
 
 
 @app.command()
@@ -105,6 +121,7 @@ def gguf(
     out: Annotated[Path, typer.Argument(help="the .gguf file to write")],
     kind: Annotated[str, typer.Option("--type", help="F32, F16 or BF16")] = "F16",
     split: Annotated[int | None, typer.Option("--split", help="most bytes of tensors in one file")] = None,
+    as_json: JsonOpt = False,
 ) -> None:
     """Write a GGUF file of floats; an artifact is dequantized. To quantize, run a recipe such as gguf-q4_k_m."""
     if kind not in get_args(FloatFile):
@@ -116,7 +133,9 @@ def gguf(
 
     with followed() as callbacks:
         files = api.write_gguf(source, out, cast(FloatFile, kind), split, options, callbacks)
-    for file in files:
+    if as_json:
+        print_json({"files": [str(file) for file in files]})
+    for file in files if not as_json else ():
         show(f"written: {file}")
 
 

@@ -12,7 +12,7 @@ from ..core.errors import BadInput
 from ..recipe import loading as recipes
 from .app import app
 from .options import JsonOpt, SetOpt, quiet_libraries, with_options
-from .printing import followed, print_json, print_results, say, show
+from .printing import followed, print_json, print_results, say, show, show_path
 
 if TYPE_CHECKING:
     from quantpress.eval.measure.draft_acceptance import Draft
@@ -104,19 +104,22 @@ def _print_draft(found: "Draft", out: Path, as_json: bool) -> None:
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="a run folder that has been evaluated")]) -> None:
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="a run folder that has been evaluated")], as_json: JsonOpt = False
+) -> None:
     """Write the report of a run again."""
     from .. import api
 
-    show(f"report: {api.report(run_folder)}")
+    show_path("report", api.report(run_folder), as_json)
 
 
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run folders of one model, evaluated on the same text")],
     out: Annotated[Path, typer.Option("--out", help="folder for the page")] = Path("artifacts/comparison"),
+    as_json: JsonOpt = False,
 ) -> None:
     """Show several runs on one page and one chart."""
     from .. import api
 
-    show(f"report: {api.compare(runs, out)}")
+    show_path("report", api.compare(runs, out), as_json)

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -39,6 +40,14 @@ def say(line: str) -> None:
 def print_json(document: Any) -> None:
     """The result for a program: one line of JSON on stdout."""
     print(json.dumps(document))  # noqa: T201
+
+
+def show_path(what: str, path: Path, as_json: bool) -> None:
+    """What a command has written."""
+    if as_json:
+        print_json({what: str(path)})
+    else:
+        show(f"{what}: {path}")
 
 
 @contextmanager

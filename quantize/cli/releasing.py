@@ -24,10 +24,10 @@ from .options import (
     quiet_libraries,
     with_options,
 )
-from .printing import followed, out_console, print_json, print_results, print_serving, say, show
+from .printing import followed, out_console, print_json, print_results, print_serving, say, show, show_path
 
 if TYPE_CHECKING:
-    from quantpress.eval.release.recommend import Recommendation
+    from quantpress.eval.release.recommend import Candidate, Recommendation
     from quantpress.eval.release.run import Release
     from quantpress.eval.release.sweep import RunOutcome, SweepRun
 
@@ -163,12 +163,20 @@ def recommend(
     found = api.recommend(runs, wish)
     if as_json:
         best = found.choice
-        document: dict[str, Any] = {"choice": best and best.run.label, "folder": best and str(best.run.folder)}
-        print_json(document | {"why": found.why, "others": dict(found.others)})
+        document = {"choice": best and best.run.label, "folder": best and str(best.run.folder)}
+        needs = {"memory_bytes": int(wish.memory), "margin_bytes": wish.kept}
+        print_json(document | needs | {"runs": [_candidate(one) for one in found.candidates], "why": found.why})
     else:
         _print_recommendation(found)
     if found.choice is None:
         raise typer.Exit(1)
+
+
+def _candidate(one: "Candidate") -> dict[str, Any]:
+    recovery = {"value": one.recovery.value, "interval": one.recovery.interval, "basis": one.recovery.basis}
+    sizes = {"weights_bytes": one.run.size, "cache_bytes": one.cache_bytes, "needed_bytes": one.needs}
+    where = {"label": one.run.label, "folder": str(one.run.folder)}
+    return where | sizes | {"recovery": recovery, "qualifies": not one.misses, "misses": one.misses}
 
 
 def _print_recommendation(found: "Recommendation") -> None:
@@ -215,11 +223,11 @@ def reproduce(
 
 
 @app.command()
-def card(run: RunArg, base_model: BaseOpt = None, license: LicenseOpt = None) -> None:
+def card(run: RunArg, base_model: BaseOpt = None, license: LicenseOpt = None, as_json: JsonOpt = False) -> None:
     """Write the artifact's README.md, the hub's model card, with what was measured."""
     from .. import api
 
-    show(f"card: {api.card(run, base_model, license)}")
+    show_path("card", api.card(run, base_model, license), as_json)
 
 
 @app.command()
@@ -255,6 +263,7 @@ def publish(
         say(f"note: {line}")
     url = upload(what) if yes else None
     if as_json:
-        print_json(asdict(what) | {"folder": str(what.folder), "bytes": what.bytes, "commit": url})
+        files = [{"name": name, "bytes": count} for name, count in what.files]
+        print_json(asdict(what) | {"folder": str(what.folder), "files": files, "bytes": what.bytes, "commit": url})
     else:
         show(f"published: {url}" if url else "nothing was uploaded: --yes does it")

@@ -11,10 +11,11 @@ from quantpress.cli.app import app, main
 
 
 def test_it_names_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor._EXTRAS, "no_such_module", ("a thing", "pip install thing"))
+    monkeypatch.setitem(doctor._EXTRAS, "no_such_module", ("thing", "a thing", "pip install thing"))
     facts = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
     assert facts["torch"] == version("torch")
-    assert facts["a thing"] == {"missing": "pip install thing"}
+    assert facts["extra thing"] == {"for": "a thing", "missing": "pip install thing"}
+    assert facts["memory"]["total_bytes"] >= facts["memory"]["free_bytes"] > 0
     assert {"server vllm", "server llama.cpp", "server transformers"} <= set(facts)
     lines = CliRunner().invoke(app, ["doctor"]).output
     assert "missing: pip install thing" in lines

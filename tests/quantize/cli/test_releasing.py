@@ -193,3 +193,34 @@ def test_the_machine_is_told_the_stages(project: Project) -> None:
     assert document["out"] == str(project.out)
     assert document["results"]["perplexity_increase"] > -1
     assert set(document["stages"]) == {"export vllm", "eval"}
+
+
+def test_json_has_numbers_and_paths(project: Project) -> None:
+    project.run()
+    recipe, out = str(project.folder / "recipe.yaml"), str(project.out)
+
+    def told(*arguments: str) -> Any:
+        done = CliRunner().invoke(app, [*arguments, "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    plan = told("plan", recipe)
+    assert (plan["fits"], plan["lacking"]) == (True, None)
+    found = told("recommend", out, "--fits", "4GB", "--context", "64")
+    assert found["memory_bytes"] == 4_000_000_000
+    (run,) = found["runs"]
+    assert run["folder"] == found["folder"] == out
+    assert run["needed_bytes"] == run["weights_bytes"] + run["cache_bytes"] > run["weights_bytes"] > 0
+    assert run["qualifies"] is True
+    assert 0 < run["recovery"]["value"] < 1.5
+    assert told("report", out) == {"report": f"{out}/report/index.html"}
+    assert told("card", out) == {"card": f"{out}/quantized/README.md"}
+    assert told("quantize", recipe, "--out", out) == {"artifact": f"{out}/quantized"}
+
+
+def test_a_plan_says_what_the_machine_lacks(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.run()
+    monkeypatch.setattr("quantpress.core.machine.available_memory_bytes", lambda: 1000)
+    done = CliRunner().invoke(app, ["plan", str(project.folder / "recipe.yaml")])
+    assert done.exit_code == 0
+    assert "note: the run needs " in done.output
