@@ -1,10 +1,12 @@
 """A mkdocs hook: the parts of pages that the code knows best are generated from it, at each `<!-- name -->` line.
 
 recipe: the keys of a recipe, from its schema. commands: the command line. api: the public functions, from their
-docstrings. recipes: those that ship. loads SERVER, settings SERVER: what a server's file says. No torch is imported.
+docstrings. recipes: those that ship. models: families and what works with each. loads SERVER, settings SERVER: what a
+server's file says. No torch is imported.
 """
 
 import ast
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +18,12 @@ from quantpress.cli import main as _main  # noqa: F401  adds the commands to the
 from quantpress.cli.app import app
 from quantpress.exports.servers import SERVERS
 from quantpress.exports.servers.loader import Loadable, Loader
+from quantpress.models.families import FAMILIES, family_of
 from quantpress.recipe import Recipe
 from quantpress.recipe import loading as recipes
 
 ROOT = Path(__file__).parent.parent
+SUPPORT = ROOT / "tests" / "support.json"  # what a test has proved of each family
 SCHEMA = Recipe.model_json_schema()
 _SECTIONS = (  # of the reference: the key, and the models that it may hold
     ("calibration", ("Calibration",)),
@@ -140,6 +144,32 @@ def shipped() -> str:
                 "```",
             ]
     return "\n".join(lines)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def models() -> str:
+    """What works with each model family: what tests/support.json says is proved, and what the code has rows for."""
+    proved: dict[str, dict[str, str]] = json.loads(SUPPORT.read_text(encoding="utf-8")) if SUPPORT.is_file() else {}
+    columns = tuple(dict.fromkeys(key for row in proved.values() for key in row))
+    shown = [*(column for column in columns if column != "transforms"), "AWQ, SmoothQuant", "Hadamard", "GGUF"]
+    lines = [f"| `model_type` | {' | '.join(shown)} |", "|---|" + ":-:|" * len(shown)]
+    reasons: dict[str, int] = {}
+    for name in sorted({*proved, *FAMILIES}):
+        family = family_of(name)
+        cells = [_mark(proved.get(name, {}).get(column, ""), reasons) for column in columns if column != "transforms"]
+        cells += ["●" if family.feeds else "", "●" if family.no_hadamard is None else "", "●" if family.gguf else ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {_cell(reason)}" for reason, number in reasons.items())]
+    return "\n".join(lines)
+
+
+def _mark(said: str, reasons: dict[str, int]) -> str:
+    """A dot for yes, and for a refusal the number of its reason."""
+    if said in ("", "no", "yes", "servers only"):
+        return {"yes": "●", "no": ""}.get(said, said)
+    return str(reasons.setdefault(said, len(reasons) + 1))
 
 
 # ---- servers ---------------------------------------------------------------------------------------------------------
@@ -265,5 +295,5 @@ def _prose(node: ast.FunctionDef) -> Iterator[str]:
 
 _PARTS: dict[str, Callable[..., str]] = {
     "recipe": recipe_reference, "recipes": shipped, "loads": loads, "settings": settings, "commands": commands,
-    "api": api,
+    "api": api, "models": models,
 }  # fmt: skip
