@@ -13,7 +13,7 @@ from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, Format, ModelScheme, detect
 from ..gguf.reader import gguf_files
-from ..models.architecture import is_known, stated_dtype
+from ..models.architecture import is_multimodal, stated_dtype
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..models.skeleton import Skeleton
 from ..numbers.grid import QuantizedLinear
@@ -136,7 +136,7 @@ def _by_all_names(
 ) -> tuple[dict[str, Grid | None], list[str]]:
     """`schemes`, and what else stays in 16 bit, by every name that a reader of a multimodal model may look for."""
     artifact = Artifact(source)
-    if "text_config" not in artifact.config or not is_known(artifact.config):
+    if not is_multimodal(artifact.config):
         return schemes, heads
     skeleton = Skeleton(artifact, device=torch.device("meta"))
     outside = [name for name in skeleton.unquantized_modules() if schemes.get(name) is None]

@@ -85,6 +85,15 @@ def is_known(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("model_type"), str) and config["model_type"] in CONFIG_MAPPING
 
 
+def is_multimodal(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has a text decoder within a larger model; its config may have the text settings on top."""
+    try:
+        whole = model_config(config)
+    except BadInput:
+        return False
+    return decoder_config(whole) is not whole
+
+
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """The model without its weights; raises BadInput for a config that its class cannot be built from."""
     try:

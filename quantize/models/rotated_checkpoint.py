@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..methods.hadamard import Rotation
-from .architecture import text_config
+from .architecture import is_multimodal, text_config
 from .checkpoint import Checkpoint
 from .families import family_of
 from .family import Family
@@ -81,7 +81,7 @@ class RotatedCheckpoint:
         """Raises BadInput for a family where the rotation is not exact, and for missing or unknown tensors."""
         text = text_config(checkpoint.config)
         self._kind = str(text.model_type)
-        if "text_config" in checkpoint.config:
+        if is_multimodal(checkpoint.config):
             raise BadInput(
                 f"transform hadamard cannot rotate multimodal models ({checkpoint.config['model_type']}): what their "
                 "towers add to the residual stream would not be rotated; leave the transform out"
