@@ -19,13 +19,13 @@ from torch import Tensor
 from quantpress.artifact.artifact import open_original
 from quantpress.calibrate.tokens import Tokens
 from quantpress.core import machine
-from quantpress.core.files import fingerprint, whole_folder
+from quantpress.core.files import fingerprint, intact, seal, whole_folder
 from quantpress.models.skeleton import Skeleton
 
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase
 from .results import NoiseFloor
 
-_LAYOUT = "2"  # raise when what is computed, or how it is stored, changes
+_LAYOUT = "3"  # raise when what is computed, or how it is stored, changes
 _KEPT = 16  # cached originals; the least recently used are deleted
 _NOISE_WINDOWS = 4
 
@@ -39,7 +39,7 @@ def reference(
     versions of torch and transformers, on the same kind of device. on_block is called once per block in either case.
     """
     place = cache / "reference" / _key(original, folder, text)
-    if place.is_dir():
+    if intact(place):
         os.utime(place)
         original.open_shell()
         for _ in range(original.n_blocks):
@@ -52,6 +52,7 @@ def reference(
                 for window in hidden:
                     file.write(window.contiguous().view(torch.uint8).numpy().data)
             (new / "noise.json").write_text(noise.model_dump_json(), encoding="utf-8")
+            seal(new)
         _forget_old(place.parent)
     ids = text.tokens.ids
     width = (place / "hidden.bin").stat().st_size // (ids.numel() * original.dtype.itemsize)

@@ -5,18 +5,24 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from .errors import BadInput
 
 _TEMPORARY = ".quantpress-"  # how folders that are still being made are called in the cache
 _MODEL_FILES = (".safetensors", ".json", ".gguf")
+_HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp")  # a file: its name and the number of the process that was writing it
+_SEAL = "digests.json"
 _STALE_SECONDS = 24 * 3600
+_BEING_MADE = 2.0  # seconds in which a new folder may not have its lock yet
 
 
 def file_sha256(path: Path) -> str:
@@ -79,6 +85,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from error
         with _locked(folder):
+            _clear_debris(folder)
             yield
     finally:
         with contextlib.suppress(OSError):  # up to the first that is not empty
@@ -86,19 +93,25 @@ def alone_in(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def _clear_debris(folder: Path) -> None:
+    """Remove what killed processes have left half made in a run folder; whoever calls has it for himself."""
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
+        sweep_ownerless(place)
+        for path in place.glob(".*.tmp"):
+            if _HALF_WRITTEN.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"{folder}: another quantpress is at work there; wait for it, or give another --out") from None
-    except OSError:
-        pass  # a file system without locks
+    handle = _lock(folder)
+    if handle == "taken":
+        raise BadInput(f"{folder}: another quantpress is at work there; wait for it, or give another --out")
     try:
         yield
     finally:
-        os.close(handle)
+        if isinstance(handle, int):
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -145,6 +158,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
         fsync(target.parent)
 
 
+def seal(folder: Path) -> None:
+    """Write beside the files of a folder what `intact` compares them with."""
+    write_json(folder / _SEAL, {file.name: file_sha256(file) for file in sorted(folder.iterdir())})
+
+
+def intact(folder: Path) -> bool:
+    """Whether a sealed folder is there and as it was made. One that is damaged is removed, with a warning."""
+    if not folder.is_dir():
+        return False
+    try:
+        whole = not list(changed(folder, json.loads((folder / _SEAL).read_text(encoding="utf-8"))))
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        warnings.warn(f"{folder} is damaged: what it held is made again", stacklevel=2)
+        shutil.rmtree(folder)
+    return whole
+
+
 def move_whole(folder: Path, target: Path) -> None:
     """Give `folder` the name `target` once all that is in it is on disk."""
     _settle(folder)
@@ -159,16 +191,50 @@ def _settle(folder: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, removed in the end if it is still there."""
+    """A new folder in `parent`, removed in the end if it is still there; those that killed processes left go before."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        sweep_ownerless(parent)
         new = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
     except OSError as error:
         raise BadInput(f"{parent}: cannot be written: {error.strerror or error}") from error
+    owner = _lock(new)
     try:
         yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if isinstance(owner, int):
+            os.close(owner)
+
+
+def sweep_ownerless(parent: Path) -> None:
+    """Remove the temporary folders in `parent` whose process has ended, however it did.
+
+    While it lives it holds the kernel's lock on its folder. On a file system without locks a day's age counts.
+    """
+    for folder in parent.glob(f"{_TEMPORARY}*"):
+        if time.time() - folder.stat().st_mtime < _BEING_MADE:
+            continue
+        owner = _lock(folder)
+        if isinstance(owner, int):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(owner)
+        elif owner == "no locks":
+            _sweep_old(folder)
+
+
+def _lock(folder: Path) -> int | Literal["taken", "no locks"]:
+    """A handle that keeps a folder locked until it is closed."""
+    if sys.platform == "win32":
+        return "no locks"
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        return "taken" if isinstance(error, BlockingIOError) else "no locks"
+    return handle
 
 
 def sweep(cache: Path) -> None:
@@ -177,12 +243,16 @@ def sweep(cache: Path) -> None:
     Age rather than a process id, which says nothing when machines or containers share a cache.
     """
     for folder in cache.glob(f"*/{_TEMPORARY}*"):
-        try:
-            written = max(file.lstat().st_mtime for file in (folder, *folder.rglob("*")))
-        except OSError:
-            continue  # somebody is at work there, or sweeps it too
-        if time.time() - written > _STALE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+        _sweep_old(folder)
+
+
+def _sweep_old(folder: Path) -> None:
+    try:
+        written = max(file.lstat().st_mtime for file in (folder, *folder.rglob("*")))
+    except OSError:
+        return  # somebody is at work there, or sweeps it too
+    if time.time() - written > _STALE_SECONDS:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

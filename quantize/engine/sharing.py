@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from ..calibrate.tokens import Tokens
 from ..core import machine
-from ..core.files import file_sha256, fingerprint, whole_folder
+from ..core.files import file_sha256, fingerprint, intact, seal, whole_folder
 from ..gguf import imatrix
 from .backend import Setup
 
@@ -31,11 +31,12 @@ def tokens(folder: Path | None, setup: Setup, make: Callable[[], Tokens]) -> Tok
     wanted, text = setup.recipe.calibration, Path(setup.recipe.calibration.source).expanduser()
     here = file_sha256(text) if text.is_file() else None
     place = folder / "tokens" / _digest(_model(setup) | {"text": wanted.model_dump(mode="json"), "file": here})
-    if not place.is_dir():
+    if not intact(place):
         made = make()
         with whole_folder(place) as new:
             about = {"source": made.source, "bos": json.dumps(made.bos)}
             save_file({"ids": made.ids.contiguous()}, new / "tokens.safetensors", metadata=about)
+            seal(new)
     with safe_open(place / "tokens.safetensors", "pt") as file:
         about = file.metadata()
         return Tokens(file.get_tensor("ids"), about["source"], json.loads(about["bos"]))
@@ -49,10 +50,11 @@ def importance(
         return make()
     of = _model(setup) | {"tokens": tokens.sha256, "shape": list(tokens.ids.shape)}
     place = folder / "imatrix" / _digest(of)
-    if not place.is_dir():
+    if not intact(place):
         made = make()
         with whole_folder(place) as new:
             imatrix.save(new / "imatrix.gguf", made, tokens.source, tokens.ids.shape[1])
+            seal(new)
     return imatrix.load(place / "imatrix.gguf")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from ..core.errors import BadInput
-from ..core.files import fsync
+from ..core.files import fsync, temporary_folder
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes to whose multiples each tensor is padded
 ARCHITECTURE = "general.architecture"
@@ -75,7 +75,7 @@ def write(
         if name.is_dir():  # checked before the work, not when the finished file is renamed
             raise BadInput(f"{name} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".quantpress-", dir=path.parent) as scratch:
+    with temporary_folder(path.parent) as scratch:
         try:
             writer.write_header_to_file(Path(scratch) / path.name)
             writer.write_kv_data_to_file()

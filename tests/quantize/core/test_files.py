@@ -150,3 +150,74 @@ def test_ctrl_c_that_a_library_made_an_error_of_is_still_ctrl_c(
     assert stopped.value.code == 130
     said = capsys.readouterr().err
     assert said == "quantpress: stopped; the same command continues from what is finished\n"
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from quantpress.core.files import whole_folder
+with whole_folder(Path(sys.argv[1])) as new:
+    (new / "half").write_text("x")
+    print(new, flush=True)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.readline()
+"""
+
+
+def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_BEING_MADE", 0.0)
+    target = tmp_path / "run" / "export" / "vllm"
+    command = [sys.executable, "-c", _KILLED, str(target)]
+    killed = subprocess.run([*command, "kill"], check=False, capture_output=True, text=True)
+    left = Path(killed.stdout.strip())
+    assert (left / "half").exists()
+    os.utime(left, (1, 1))
+    with subprocess.Popen([*command, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+        assert living.stdout is not None
+        owned = Path(living.stdout.readline().strip())
+        assert not left.exists()  # making its own swept it
+        (tmp_path / "run" / "report").mkdir()
+        half = tmp_path / "run" / "report" / ".index.html.4711.tmp"
+        half.touch()
+        with alone_in(tmp_path / "run"):
+            assert (owned / "half").exists()
+            assert not half.exists()
+        living.communicate("\n")
+    assert [path.name for path in target.parent.iterdir()] == ["vllm"]
+
+
+def test_a_folder_that_is_just_being_made_is_left_alone(tmp_path: Path) -> None:
+    new = tmp_path / ".quantpress-new"
+    new.mkdir()
+    files.sweep_ownerless(tmp_path)
+    assert new.exists()
+    os.utime(new, (1, 1))
+    files.sweep_ownerless(tmp_path)
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut", "missing", "the seal", "no seal"])
+def test_what_is_kept_is_not_used_when_damaged(damage: str, tmp_path: Path) -> None:
+    place = tmp_path / "kept"
+    with whole_folder(place) as new:
+        (new / "a.bin").write_bytes(b"abc")
+        files.seal(new)
+    assert files.intact(place)
+    assert not files.intact(tmp_path / "none")
+    file, seal = place / "a.bin", place / "digests.json"
+    if damage == "a bit":
+        file.write_bytes(b"abb")
+    elif damage == "cut":
+        file.write_bytes(b"ab")
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "the seal":
+        seal.write_text("[]")
+    else:
+        seal.unlink()
+    with pytest.warns(UserWarning, match="kept is damaged: what it held is made again"):
+        assert not files.intact(place)
+    assert not place.exists()
