@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -15,17 +16,19 @@ from ..numbers.activations import round_inputs
 from ..numbers.grid import Inputs
 
 Group = tuple[str, ...]  # names of linears that receive one tensor
+# Where a batch halts: at a linear, by its name; or before all experts of a module, by its path, and if True before
+# all their down projections.
+Halt = str | tuple[str, bool]
 
 
 @dataclass(frozen=True)
 class _Place:
     """The place of a linear in a mixture of experts.
 
-    experts: the path of the SplitExperts module inside the block, which has `count` of them.
+    experts: the path of the SplitExperts module inside the block.
     """
 
     experts: str
-    count: int
     index: int
     expert: Expert
     last: bool  # whether it is the expert's down projection
@@ -44,7 +47,7 @@ class RunnableBlock:
         self.experts = {path: part for path, part in module.named_modules() if isinstance(part, SplitExperts)}
         names = {linear: name for name, linear in linears.items()}
         self.places = {
-            names[linear]: _Place(path, len(experts), e, expert, linear is expert.last)
+            names[linear]: _Place(path, e, expert, linear is expert.last)
             for path, experts in self.experts.items()
             for e, expert in enumerate(experts)
             if isinstance(expert, Expert)
@@ -61,10 +64,8 @@ class RunnableBlock:
                 module.register_forward_pre_hook(lambda _, args, name=name: self._reached(name, args))
                 for name, module in self.linears.items()
             ]
-            self._handles += [
-                experts.register_forward_pre_hook(lambda _, args, path=path: self._entered(path, args))
-                for path, experts in self.experts.items()
-            ]
+            for path, experts in self.experts.items():
+                experts.reached = partial(self._at_experts, path)
         self._runs[thread] = run
 
     def end(self, thread: greenlet) -> None:
@@ -72,15 +73,29 @@ class RunnableBlock:
         if self._runs.pop(thread, None) is not None and not self._runs:
             for handle in self._handles:
                 handle.remove()
+            for experts in self.experts.values():
+                experts.reached = None
+
+    def halt_before(self, name: str) -> Halt:
+        """Where a batch halts so that the inputs of linear `name` are known."""
+        place = self.places.get(name)
+        return name if place is None else (place.experts, place.last)
 
     def _reached(self, name: str, args: tuple[Tensor, ...]) -> Tensor | None:
         run = self._runs.get(getcurrent())
-        return None if run is None else run.halt(name, args[0])
+        if run is None:
+            return None
+        if name not in self.places:
+            run.halt(name, args[0])
+        return run.received(name, args[0])
 
-    def _entered(self, path: str, args: tuple[Tensor, ...]) -> None:
+    def _at_experts(
+        self, path: str, last: bool, rows: Tensor, routing: Routing, inputs: Callable[[int], Tensor]
+    ) -> None:
         run = self._runs.get(getcurrent())
         if run is not None:
-            run.enter(path, *args[:2])
+            run.enter(path, last, rows, routing)
+            run.halt((path, last), inputs)
 
     def with_module(self, other: nn.Module) -> "RunnableBlock":
         """The same for another block of this structure."""
@@ -131,7 +146,9 @@ class PairedBatch:
         self._original = None if original is None else _Run(original, reference, {}, routed=routed)
         self._ahead: Tensor | None = None  # the original's input of the next of `stops`, once it has got there
         self._rows = 0
-        self._routing: dict[str, Routing] = {}  # of the run's experts, by their path
+        self._block = block
+        self._at: Halt = ""
+        self._arrived: Tensor | Callable[[int], Tensor] | None = None  # at this halt
 
     def fetch(self) -> None:
         """Start to bring the states to the device, so that they are there when the batch is advanced."""
@@ -140,8 +157,18 @@ class PairedBatch:
             self._original.fetch()
 
     def advance(self, names: Group) -> Tensor:
-        """Continue until the linears `names` are about to be applied; returns their input X [tokens, in]."""
-        x = self._run.advance(names[0])
+        """Continue until the linears `names` are about to be applied; returns their input X [tokens, in].
+
+        As often as it is asked for, until they are let go.
+        """
+        halt = self._block.halt_before(names[0])
+        if self._at != halt:
+            self._arrived = None
+            self._arrived, self._at = self._run.advance(halt), halt
+        arrived = self._arrived
+        assert arrived is not None
+        x = arrived if isinstance(arrived, Tensor) else arrived(self._block.places[names[0]].index)
+        x = x.reshape(-1, x.shape[-1])
         self._rows = x.shape[0]
         return x
 
@@ -154,21 +181,21 @@ class PairedBatch:
             return None
         place = self._places.get(names[0])
         if place is None:
-            x0 = self._original.advance(names[0]) if self._ahead is None else self._ahead
+            x0 = self._next() if self._ahead is None else self._ahead
             self._ahead = None
             return x0 if x0.shape[0] == self._rows == self._tokens else None
         if place.experts not in self._original.entered:
             self._go_on()
-        if place.experts not in self._routing:
-            _, chosen = self._run.entered[place.experts]
-            self._routing[place.experts] = Routing(chosen, place.count)
+        _, routing = self._run.entered[place.experts]
         entering, _ = self._original.entered[place.experts]
-        x0 = entering[self._routing[place.experts].tokens(place.index)]
+        x0 = entering[routing.tokens(place.index)]
         with torch.no_grad():
             return place.expert.inner(x0) if place.last else x0
 
     def let_go(self, names: Group) -> None:
         """The inputs of `names` are no longer needed."""
+        if isinstance(self._arrived, Tensor):
+            self._arrived = None  # freed when the batch goes on
         if self._original is None:
             return
         if names[0] in self._routed:
@@ -176,11 +203,13 @@ class PairedBatch:
             if not self._routed:
                 self._run.entered.clear()
                 self._original.entered.clear()
-                self._routing.clear()
         else:
             self._stops.remove(names[0])
             if len(self._stops) != 1:
                 self._go_on()
+
+    def rest(self) -> None:
+        """All groups of a halt have been read."""
 
     def finish(self) -> None:
         """Run both blocks to their end and store what leaves them."""
@@ -194,11 +223,18 @@ class PairedBatch:
         if self._original is not None:
             self._original.drop()
 
+    def _next(self) -> Tensor:
+        """Continue in the original to the next of `stops`; returns what arrives there [tokens, in]."""
+        assert self._original is not None
+        x = self._original.advance(self._stops[0])
+        assert isinstance(x, Tensor)
+        return x.reshape(-1, x.shape[-1])
+
     def _go_on(self) -> None:
         """Continue in the original to the next stop; after the last, to the end where its output or experts matter."""
         assert self._original is not None
         if self._stops:
-            self._ahead = self._original.advance(self._stops[0])
+            self._ahead = self._next()
         elif self._keep or self._routed:
             self._original.finish()
         else:
@@ -225,8 +261,10 @@ class RestartingBatch:
         return self._begun().original_input(names)
 
     def let_go(self, names: Group) -> None:
-        self.drop()
         self._left.remove(names)
+
+    def rest(self) -> None:
+        self.drop()
 
     def finish(self) -> None:
         self.drop()
@@ -250,11 +288,11 @@ class _Run:
 
     inputs: how the inputs of a linear are rounded, by its
     name, read when the run continues. entered, if `routed`: what the block's SplitExperts modules have received, by
-    path: hidden states [tokens, hidden] and the indices of the experts chosen for each token [tokens, top_k].
+    path: hidden states [tokens, hidden] and which experts are chosen for each token.
     """
 
     def __init__(self, block: RunnableBlock, states: States, inputs: Mapping[str, Inputs], *, routed: bool) -> None:
-        self.entered: dict[str, tuple[Tensor, Tensor]] = {}
+        self.entered: dict[str, tuple[Tensor, Routing]] = {}
         self._block, self._states, self._inputs, self._routed = block, states, inputs, routed
         self._arriving: Callable[[], dict[str, Tensor]] | None = None
         self._last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
@@ -281,33 +319,35 @@ class _Run:
         arrived, self._arriving = self._arriving()[""], None
         return arrived
 
-    def halt(self, name: str, x: Tensor) -> Tensor:
-        """Wait before linear `name`, about to receive x; returns what it is to receive."""
-        last = self._last
-        if last and last[0] is not x:
-            last.clear()  # so that it is freed while this batch waits
-        self._main.switch((name, x))
+    def halt(self, at: Halt, arrived: Tensor | Callable[[int], Tensor]) -> None:
+        """Wait before what is about to receive `arrived`, a tensor, or one for each expert by its number."""
+        if self._last and self._last[0] is not arrived:
+            self._last.clear()  # so that it is freed while this batch waits
+        self._main.switch((at, arrived))
+
+    def received(self, name: str, x: Tensor) -> Tensor:
+        """What linear `name` is to compute with for its input x."""
         if name not in self._inputs:
             return x
-        if not last:
-            last.extend((x, round_inputs(x, self._inputs[name])))
-        return last[1]
+        if not self._last or self._last[0] is not x:
+            self._last[:] = x, round_inputs(x, self._inputs[name])
+        return self._last[1]
 
-    def enter(self, path: str, hidden: Tensor, chosen: Tensor) -> None:
+    def enter(self, path: str, last: bool, rows: Tensor, routing: Routing) -> None:
         """Note what the experts at `path` receive."""
-        if self._routed:
-            self.entered[path] = hidden.reshape(-1, hidden.shape[-1]), chosen
+        if self._routed and not last:
+            self.entered[path] = rows, routing
 
-    def advance(self, name: str) -> Tensor:
-        """Continue until linear `name` is about to be applied; returns its input [tokens, in]."""
+    def advance(self, to: Halt) -> Tensor | Callable[[int], Tensor]:
+        """Continue until `to`; returns what has arrived there."""
         while True:
             with torch.no_grad():
                 reached = self._thread.switch()
             if reached is None:
-                raise RuntimeError(f"a batch has run through the block without reaching {name}")
-            at, x = reached
-            if at == name:
-                return x.reshape(-1, x.shape[-1])  # type: ignore[no-any-return]
+                raise RuntimeError(f"a batch has run through the block without reaching {to}")
+            at, arrived = reached
+            if at == to:
+                return arrived  # type: ignore[no-any-return]
 
     def finish(self) -> None:
         """Run to the end of the block."""

@@ -9,10 +9,10 @@ linear's inputs are compared with those it receives there, token by token.
 """
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from .moments import Moments
 
 # Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
 _ROWS = 1024
+
+# Of moments, drifts and squares of experts that are summed up together; on a CPU it is one expert after the other.
+_MOMENT_BYTES = 1 << 32
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 
@@ -99,6 +102,11 @@ class BlockPass:
         self._original: RunnableBlock | None = None
 
     def __iter__(self) -> Generator[SharedInput, None, None]:
+        for inputs in self.together():
+            yield from inputs
+
+    def together(self) -> Generator[list[SharedInput], None, None]:
+        """The shared inputs in lists: none of a list depends on how the linears of another of it are rounded."""
         first = self._hidden.entering[:1].to(self._transfers.device)
         shared = shared_inputs(self._block, first, self._arguments, self._linears)
         now = RunnableBlock(self._block, self._linears, self._arguments, self._transfers)
@@ -115,10 +123,10 @@ class BlockPass:
         if not self._restarts:
             self._begin()
         try:
-            for names in shared:
-                yield self._shared_input(names, batches)
+            for groups in self._lists(now, shared):
+                yield self._shared_inputs(groups, batches)
             reached = {name for names in shared for name in names}
-            yield from (self._shared_input((name,), ()) for name in self._linears if name not in reached)
+            yield from (self._shared_inputs([(name,)], ()) for name in self._linears if name not in reached)
             if self._keep:
                 if self._restarts:
                     self._begin()
@@ -137,36 +145,51 @@ class BlockPass:
             now, self._original, shared, hidden, reference, keep=self._keep and keep, inputs=self._inputs
         )
 
-    def _shared_input(self, names: Group, batches: Sequence[PairedBatch | RestartingBatch]) -> SharedInput:
-        """Advance every batch to the linears `names` and sum up what they are about to receive."""
-        waiting: Iterable[Tensor] = _advanced(batches, names)
-        ranges: list[Tensor] = []
-        if self._activations is not None and self._activations[0].calibrated:
-            if not self._restarts:
-                waiting = list(waiting)
-            for i, x in enumerate(waiting):
-                ranges += [torch.stack(x.aminmax())] if x.numel() else []
-                if isinstance(batch := batches[i], RestartingBatch):
-                    batch.drop()
-            if self._restarts:
-                waiting = _advanced(batches, names)
-        inputs = self._measured(ranges)
-        if inputs is not None:
-            self._inputs |= dict.fromkeys(names, inputs)
-        sums = Moments(diagonal=self._diagonal)
-        for batch, x in zip(batches, waiting, strict=True):
-            original = batch.original_input(names)
-            step = _ROWS if x.device.type == "cpu" else max(1, x.shape[0])  # a GPU is fast only with all rows at once
-            for start in range(0, x.shape[0], step):
-                part = x[start : start + step]
-                seen = part if inputs is None else round_inputs(part, inputs)
-                if self._watch is not None:
-                    self._watch(names[0], seen.to(torch.float32))
-                sums.add(seen, None if original is None else original[start : start + step])
-            sums.count(x, unmatched=self._original is not None and original is None)
-            del original
-            batch.let_go(names)
-        return SharedInput(names, sums.moment(), sums.tokens, *self._drift(names, sums), sums.unmatched, inputs)
+    def _lists(self, now: RunnableBlock, shared: Sequence[Group]) -> Iterator[list[Group]]:
+        """The groups in order, those of experts that wait at one halt in lists, as many as memory allows for."""
+        budget = self._memory_for_moments()
+        for _, alike in groupby(shared, lambda names: now.halt_before(names[0])):
+            groups, width = list(alike), 0
+            for names in groups:
+                width = max(width, _matrix(self._linears[names[0]]).shape[1])
+            # `watch` is told of one group after the other.
+            count = 1 if self._watch is not None else max(1, budget // (3 * 4 * width * width))
+            yield from (groups[start : start + count] for start in range(0, len(groups), count))
+
+    def _memory_for_moments(self) -> int:
+        """Bytes that the sums of experts may take together."""
+        return 0 if self._transfers.device.type == "cpu" and not self._restarts else _MOMENT_BYTES
+
+    def _shared_inputs(
+        self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
+    ) -> list[SharedInput]:
+        """Advance every batch to the linears of `groups` and sum up what they are about to receive."""
+        inputs = self._measured(groups, batches)
+        for names, how in zip(groups, inputs, strict=True):
+            if how is not None:
+                self._inputs |= dict.fromkeys(names, how)
+        sums = [Moments(diagonal=self._diagonal) for _ in groups]
+        for batch in _prefetched(batches):
+            for names, how, moments in zip(groups, inputs, sums, strict=True):
+                x = batch.advance(names)
+                self._add(moments, names, x, batch.original_input(names), how)
+                batch.let_go(names)
+            batch.rest()
+        return [
+            SharedInput(names, moments.moment(), moments.tokens, *self._drift(names, moments), moments.unmatched, how)
+            for names, how, moments in zip(groups, inputs, sums, strict=True)
+        ]
+
+    def _add(self, sums: Moments, names: Group, x: Tensor, original: Tensor | None, inputs: Inputs | None) -> None:
+        """Add a batch's x [tokens, in], and the same tokens' inputs in the original."""
+        step = _ROWS if x.device.type == "cpu" else max(1, x.shape[0])  # a GPU is fast only with all rows at once
+        for start in range(0, x.shape[0], step):
+            part = x[start : start + step]
+            seen = part if inputs is None else round_inputs(part, inputs)
+            if self._watch is not None:
+                self._watch(names[0], seen.to(torch.float32))
+            sums.add(seen, None if original is None else original[start : start + step])
+        sums.count(x, unmatched=self._original is not None and original is None)
 
     def _drift(self, names: Group, sums: Moments) -> tuple[Tensor | None, dict[str, Tensor]]:
         """`drift` and `drift_power` of the shared input."""
@@ -176,15 +199,28 @@ class BlockPass:
         weights = {name: _matrix(self._original.linears[name]).to(torch.float32) for name in names}
         return sums.drift, {name: output_power(weight, squares) for name, weight in weights.items()}
 
-    def _measured(self, ranges: list[Tensor]) -> Inputs | None:
-        """How a linear's inputs will be rounded. ranges: least and largest of each batch [2], for a static range."""
+    def _measured(
+        self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
+    ) -> list[Inputs | None]:
+        """How the inputs of each group will be rounded; for a static range every batch is looked at first."""
         if self._activations is None:
-            return None
+            return [None] * len(groups)
         spec, columns = self._activations
-        if not ranges:
-            return measured(spec, columns, 0.0, 0.0)
-        lows, highs = torch.stack(ranges, 1).to(torch.float64).tolist()  # in one go: a GPU waits for it
-        return measured(spec, columns, min(lows), max(highs))
+        ranges: list[list[Tensor]] = [[] for _ in groups]
+        if spec.calibrated:
+            for batch in _prefetched(batches):
+                for names, found in zip(groups, ranges, strict=True):
+                    x = batch.advance(names)
+                    found += [torch.stack(x.aminmax())] if x.numel() else []
+                batch.rest()
+        inputs: list[Inputs | None] = []
+        for found in ranges:
+            low, high = 0.0, 0.0
+            if found:
+                lows, highs = torch.stack(found, 1).to(torch.float64).tolist()  # in one go: a GPU waits for it
+                low, high = min(lows), max(highs)
+            inputs.append(measured(spec, columns, low, high))
+        return inputs
 
 
 def _split(states: States, batch: int) -> list[States]:
@@ -194,12 +230,14 @@ def _split(states: States, batch: int) -> list[States]:
     return [States(*pair) for pair in zip(*parts, strict=True)]
 
 
-def _advanced(batches: Sequence[PairedBatch | RestartingBatch], names: Group) -> Iterator[Tensor]:
-    """What enters the linears `names`, batch by batch; the next one's states are on their way meanwhile."""
+def _prefetched(
+    batches: Sequence[PairedBatch | RestartingBatch],
+) -> Iterator[PairedBatch | RestartingBatch]:
+    """The batches; the states of the next one are on their way to the device while one is at work."""
     for batch, following in zip_longest(batches, batches[1:]):
         if following is not None:
             following.fetch()
-        yield batch.advance(names)
+        yield batch
 
 
 def paired_batches(

@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         hidden=hidden // streams,
         streams=streams,
         kept=hidden if isinstance(recipe.method, Tuned) else 0,  # what enters the block, both models', is copied
-        waiting=_waiting(linears, tokens, item, width, beside=recipe.paired),
+        waiting=_waiting(skeleton, linears, tokens, item, width, beside=recipe.paired),
         token=_passing(linears, item, rounded),
         solve=_largest_solve(linears, schemes, calibrated),
         shell=shell,
@@ -177,14 +177,19 @@ def _largest_solve(linears: list[LinearLayer], schemes: dict[str, Grid | None], 
     return most
 
 
-def _waiting(linears: list[LinearLayer], tokens: int, item: int, hidden: int, beside: bool) -> int:
+def _waiting(skeleton: Skeleton, linears: list[LinearLayer], tokens: int, item: int, hidden: int, beside: bool) -> int:
     """Bytes that all tokens hold while their batches wait before a linear.
 
     Before the widest linear: its input, the residual and the normalised residual; the original, where it runs `beside`,
-    has finished by then. Before attention's output projection: queries, keys and values too, and two tensors of the
-    original.
+    has finished by then. All of a token's experts wait before their last linears together. Before attention's output
+    projection: queries, keys and values too, and two tensors of the original.
     """
-    widest = max(x.in_features for x in linears) + 2 * hidden
+    chosen = experts_per_token(skeleton.config) or 1
+    inside = {x.in_features: x for x in linears}.values()  # one of each width
+    widest = max(
+        x.in_features * (chosen if x.in_features != hidden and skeleton.experts_around(x) else 1) for x in inside
+    )
+    widest += 2 * hidden
     attention = (5 + 2 * beside) * hidden
     return tokens * max(widest, attention) * item
 

@@ -70,8 +70,12 @@ class SplitExperts(nn.ModuleList):
     """Experts as linears of their own, so that each is calibrated and rounded on the tokens routed to it.
 
     Every expert is called, even with zero tokens, so that each pass reaches the same linears in the same order whatever
-    the routing.
+    the routing: of all experts those that are given the block's states, then of all the down projections.
     """
+
+    # Called before either half with whether it is the second, the states [tokens, hidden], their routing, and what an
+    # expert's linears are about to receive, by its number.
+    reached: Callable[[bool, Tensor, "Routing", Callable[[int], Tensor]], None] | None = None
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The chosen experts' weighted sum, for hidden [..., hidden]; index and weights are [tokens, chosen]."""
@@ -79,10 +83,15 @@ class SplitExperts(nn.ModuleList):
         out = torch.zeros_like(rows)
         routing = Routing(top_k_index, len(self))
         weights = routing.of_choices(top_k_weights)
+        if self.reached is not None:
+            self.reached(False, rows, routing, lambda e: rows[routing.tokens(e)])
+        inner: list[Tensor] = [expert.inner(rows[routing.tokens(e)]) for e, expert in enumerate(self)]  # type: ignore[operator]
+        if self.reached is not None:
+            self.reached(True, rows, routing, inner.__getitem__)
         for e, expert in enumerate(self):
-            token, here = routing.tokens(e), routing.of(e)
-            result = expert(rows[token]) * weights[here, None]
-            out.index_add_(0, token, result.to(out.dtype))
+            result = expert.last(inner[e]) * weights[routing.of(e), None]  # type: ignore[operator]
+            inner[e] = rows[:0]  # freed
+            out.index_add_(0, routing.tokens(e), result.to(out.dtype))
         return out.reshape(hidden.shape)
 
 

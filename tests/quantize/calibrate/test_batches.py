@@ -43,3 +43,39 @@ def test_tokens_are_routed_in_the_order_that_looking_for_each_expert_gives() -> 
         token, position = torch.where(chosen == e)
         assert torch.equal(routing.tokens(e), token)
         assert torch.equal(routing.of_choices(weights)[routing.of(e)], weights[token, position])
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_that_are_summed_up_together_get_the_same_sums(
+    family: str, restarts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one by one, and as batches that run again; none is asked for twice."""
+    tiny.build(family, tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    skeleton.open_shell()
+    start = skeleton.embed(torch.arange(12 * 8).reshape(12, 8))
+    arguments = skeleton.block_arguments(8)[0]
+    _, block = next(skeleton.blocks())
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear) and "gate." not in name}
+    found: list[dict[tuple[str, ...], Any]] = []
+    for together in (False, True):
+        hidden, reference = start.clone(), start + 0.1
+        common: dict[str, Any] = {"device": CPU, "batch": 4, "reference": reference, "restarts": restarts and together}
+        passing = BlockPass(block, hidden, arguments, linears, **common)
+        if together:  # as on a GPU
+            monkeypatch.setattr(passing, "_memory_for_moments", lambda: 1 << 32)
+        lists = list(passing.together())
+        if together:
+            assert sorted(map(len, lists))[-2:] == [4, 4]  # what enters all experts, and all their down projections
+        found.append({shared.names: shared for inputs in lists for shared in inputs})
+        found[-1][("left",)] = hidden, reference
+    assert found[0].keys() == found[1].keys()
+    for names, one in found[0].items():
+        other = found[1][names]
+        if names == ("left",):
+            assert all(map(torch.equal, one, other))
+            continue
+        assert torch.equal(one.moment, other.moment)
+        assert torch.equal(one.drift, other.drift)
+        assert one.tokens == other.tokens

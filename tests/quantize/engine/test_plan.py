@@ -15,6 +15,7 @@ from quantpress.core.errors import BadInput
 from quantpress.engine import plan as planning
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.plan import Plan
+from quantpress.engine.room import Room
 from quantpress.engine.sources import resolve
 from quantpress.recipe.loading import parse
 
@@ -69,9 +70,15 @@ def test_what_lies_on_the_gpu_is_not_counted_as_the_hosts(tmp_path: Path, monkey
     few, many = (planned(tmp_path / "model", "cuda", monkeypatch, samples=n, seq_len=64) for n in (64, 512))
     on_cpu = planned(tmp_path / "model", "cpu", monkeypatch, samples=512, seq_len=64)
     tokens, hidden = (512 - 64) * 64, 64 * 2
-    assert many.memory_bytes - few.memory_bytes == 2 * tokens * hidden  # two models' hidden states and nothing else
-    assert many.device_bytes - few.device_bytes >= 7 * tokens * hidden  # what every batch holds as it waits
+    assert many.memory_bytes == few.memory_bytes
+    # Two models' hidden states as they enter and leave a block, and what every batch holds as it waits.
+    assert many.device_bytes - few.device_bytes >= (4 + 7) * tokens * hidden
     assert many.memory_bytes < on_cpu.memory_bytes
+    monkeypatch.setattr(planning, "choose", lambda needs, device: Room(on_device=False))  # what fits: test_room
+    spilled = planned(tmp_path / "model", "cuda", monkeypatch, samples=512, seq_len=64)
+    assert spilled.memory_bytes - many.memory_bytes == 2 * 512 * 64 * hidden
+    assert spilled.device_bytes < many.device_bytes
+    assert "hidden states do not fit on cuda: they are kept in the host's memory" in spilled.notes
     assert (on_cpu.device, on_cpu.device_bytes) == ("cpu", 0)
 
 
