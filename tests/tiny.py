@@ -48,11 +48,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", _MOE | {"num_experts": 4, "moe_intermediate_size": 32}),
     "mixtral": ("MixtralConfig", _MOE | {"num_local_experts": 4}),
 }
+# Families that the transforms know and that are otherwise like those above.
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+SCALED: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("GraniteConfig", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | _BIASES
+                | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 0.5}),
+    "smollm3": ("SmolLM3Config", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"num_hidden_layers": 4}),
+    "seed_oss": ("SeedOssConfig", _LLAMA),
+    "ministral": ("MinistralConfig", _LLAMA | {"sliding_window": 8}),
+    "ministral3": ("Ministral3Config", _LLAMA),
+    "ernie4_5": ("Ernie4_5Config", _LLAMA | {"use_bias": True}),
+    "olmo2": ("Olmo2Config", {k: v for k, v in _LLAMA.items() if k != "head_dim"}),
+    "olmo3": ("Olmo3Config", {k: v for k, v in _LLAMA.items() if k != "head_dim"} | {"sliding_window": 8}),
+    "glm": ("GlmConfig", _LLAMA | {"attention_bias": True}),
+    "glm4": ("Glm4Config", _LLAMA),
+}  # fmt: skip
 
 
 def build(family: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """Save a tiny random model of `family` with a byte tokenizer in `folder`; returns the model."""
-    name, settings = FAMILIES[family]
+    name, settings = (FAMILIES | SCALED)[family]
     torch.manual_seed(seed)
     config = getattr(transformers, name)(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()

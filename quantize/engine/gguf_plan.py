@@ -27,7 +27,8 @@ def plan_rounded(setup: Setup, file: RoundedFile) -> Plan:
         artifact = sum(file.sizes())
         notes = (*notes, *summed_up(fallbacks(conversion, file.types)))
     if recipe.gguf_file.calibrated:  # the head's inputs are measured while the last block is still in memory
-        around = sum(checkpoint.nbytes(name) for entry in conversion.outside() for name in entry.parameters)
+        nbytes = conversion.skeleton.reader.nbytes
+        around = sum(nbytes(name) for entry in conversion.outside() for name in entry.parameters)
         plan = replace(plan, memory_bytes=max(plan.memory_bytes, _calibration_bytes(setup) + around))
     return replace(plan, artifact_bytes=artifact, original_bytes=checkpoint.total_bytes, notes=(*notes, *plan.notes))
 
@@ -50,7 +51,8 @@ def plan_llama_cpp(setup: Setup, conversion: Conversion) -> Plan:
         if not known:
             notes = (*notes, f"the size is an estimate: llama.cpp decides which tensors of {wanted.type} get more bits")
     artifact = sum(sizes(metadata, tensors, wanted.split))
-    largest = max(sum(checkpoint.nbytes(name) for name in entry.parameters) for entry in conversion.entries)
+    nbytes = conversion.skeleton.reader.nbytes
+    largest = max(sum(nbytes(name) for name in entry.parameters) for entry in conversion.entries)
     memory, operations = PROCESS_BYTES + 6 * largest, 0.0
     if recipe.calibrated:
         memory = max(memory, _calibration_bytes(setup) + 6 * largest)

@@ -19,7 +19,11 @@ FileType = Literal[
 TensorType = GgmlType | Literal["F16"]
 
 _FALLBACK: dict[str, GgmlType] = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_KEPT = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
+_KEPT = (
+    "_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight", "ssm_conv1d",
+    "shortconv.conv.weight",
+)  # fmt: skip
+_IN_16_BIT = "per_layer_model_proj.weight"  # not quantized, and not small
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -73,6 +77,9 @@ def choose(
     out: dict[str, Choice | None] = dict.fromkeys(tensors)
     for name in order:
         if not quantizable(name, tensors[name]):
+            continue
+        if name == _IN_16_BIT:
+            out[name] = Choice("F16")
             continue
         if own is None or name not in own:
             out[name] = fitting(rule.type_of(name, tensors[name][-1]), tensors[name][-1])

@@ -76,6 +76,12 @@ class GgufTensors:
         return dequantized(self.stored(name), part, self.files[0])
 
 
+def same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes, columns last, are the same to ggml, which drops leading dimensions of 1."""
+    short = [shape[next((i for i, n in enumerate(shape) if n != 1), len(shape)) :] for shape in (one, other)]
+    return short[0] == short[1]
+
+
 def dequantized(tensor: Any, part: int | None, file: Path) -> Tensor:
     """A record of the `gguf` package's reader in float32, or its slice `part` along the first dimension."""
     try:
@@ -111,7 +117,7 @@ class GgufCheckpoint:
         self._expected = saved_shapes(build_model(whole))
         skeleton = Skeleton(self, device=torch.device("cpu"))
         for entry in layout(skeleton):
-            if entry.name not in self.tensors or self.tensors.shape(entry.name) != entry.shape:
+            if entry.name not in self.tensors or not same_shape(self.tensors.shape(entry.name), entry.shape):
                 found = list(self.tensors.shape(entry.name)) if entry.name in self.tensors else "absent"
                 raise BadInput(f"{folder}: tensor {entry.name} is {found} and config.json wants {list(entry.shape)}")
             for i, parameter in enumerate(entry.parameters):
@@ -173,7 +179,9 @@ class GgufCheckpoint:
     def read(self, name: str) -> Tensor:
         """A parameter in float32, in transformers' layout."""
         made = self._made_of(name)
-        weights = [self.tensors.dequantized(entry.name, part) for entry, part in made]
+        weights = [
+            self.tensors.dequantized(e.name, part).reshape(e.shape if part is None else e.shape[1:]) for e, part in made
+        ]
         return from_gguf(made[0][0].changes, weights, self._config).contiguous()
 
     def read_rows(self, name: str, rows: slice) -> Tensor:

@@ -176,7 +176,7 @@ def _bytes(
     def nearest() -> np.ndarray[Any, Any]:
         assert choice is not None
         grid = BlockGrid(type=cast(GgmlType, choice.type), scale_search="mse" if importance is None else "activation")
-        rows = torch.split(conversion.read(entry), _ROWS)
+        rows = torch.split(conversion.read(entry).reshape(-1, entry.shape[-1]), _ROWS)
         return torch.cat([ggml.pack(ROUNDERS["rtn"](w, grid, Rtn(), importance, None).linear) for w in rows]).numpy()
 
     return from_parts if entry.parameters[0] in parts else nearest

@@ -77,11 +77,12 @@ def model_of(conversion: Conversion) -> Traits:
     """What the mixes depend on, from the file's metadata."""
     name = str(conversion.metadata["general.architecture"])
     heads = int(conversion.metadata[f"{name}.attention.head_count"])
+    kv_heads = conversion.metadata.get(f"{name}.attention.head_count_kv", heads)
     return Traits(
         architecture=name,
         blocks=int(conversion.metadata[f"{name}.block_count"]),
         heads=heads,
-        kv_heads=int(conversion.metadata.get(f"{name}.attention.head_count_kv", heads)),
+        kv_heads=int(kv_heads[0] if isinstance(kv_heads, list) else kv_heads),  # llama.cpp asks the first block
         experts=int(conversion.metadata.get(f"{name}.expert_count", 0)),
     )
 

@@ -33,6 +33,13 @@ _SANDWICH_FEEDS = tuple(
     replace(feed, source="pre_feedforward_layernorm") if feed.source == "post_attention_layernorm" else feed
     for feed in _GEMMA_FEEDS
 )
+# Norms after attention and MLP alone, none before: only what lies between two linears can be scaled.
+_OLMO_FEEDS = (_ATTENTION[1], _DOWN)
+_GLM_FEEDS = (
+    *_ATTENTION,
+    Feed("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    Feed("mlp.gate_up_proj", ("mlp.down_proj",), last=True),
+)
 _QWEN_MOE_FEEDS = (
     *_ATTENTION,
     Feed(
@@ -83,6 +90,16 @@ _FED = {  # what feeds what, by the model_type of config.json
     "phi3": Family(feeds=_PHI3_FEEDS, no_hadamard=None),
     "gpt2": Family(feeds=_GPT2_FEEDS, no_hadamard=_LAYER_NORM),
     "gpt_neox": Family(feeds=_GPT_NEOX_FEEDS, no_hadamard=_LAYER_NORM),
+    "granite": _LLAMA,
+    "smollm3": _LLAMA,
+    "seed_oss": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "olmo2": Family(feeds=_OLMO_FEEDS, no_hadamard=_SANDWICH),
+    "olmo3": Family(feeds=_OLMO_FEEDS, no_hadamard=_SANDWICH),
+    "glm": Family(feeds=_GLM_FEEDS, no_hadamard=None),
+    "glm4": Family(feeds=_GLM_FEEDS, no_hadamard=_SANDWICH),
 }
 UNLISTED = Family()
 # A GGUF file is read as the first row it fits.

@@ -184,6 +184,8 @@ def prepared(model: Path, document: dict[str, Any]) -> Any:
     [
         ("gemma2", "cannot rotate gemma2 models: norms after attention and MLP scale"),
         ("gemma3", "cannot rotate gemma3_text models: norms after attention and MLP scale"),
+        ("olmo2", "cannot rotate olmo2 models: norms after attention and MLP scale"),
+        ("glm4", "cannot rotate glm4 models: norms after attention and MLP scale"),
         ("gpt2", "cannot rotate gpt2 models: LayerNorm subtracts the mean"),
         ("gpt_neox", "cannot rotate gpt_neox models: LayerNorm subtracts the mean"),
     ],
@@ -196,9 +198,9 @@ def test_families_where_it_is_not_exact_are_refused(family: str, why: str, tmp_p
 
 
 def test_a_family_without_a_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiny.FAMILIES, "olmo2", ("Olmo2Config", tiny._LLAMA))
-    tiny.build("olmo2", tmp_path / "model")
-    with pytest.raises(BadInput, match=r"cannot rotate olmo2 models: where its blocks meet .* is not described"):
+    monkeypatch.setitem(tiny.FAMILIES, "stablelm", ("StableLmConfig", tiny._LLAMA))
+    tiny.build("stablelm", tmp_path / "model")
+    with pytest.raises(BadInput, match=r"cannot rotate stablelm models: where its blocks meet .* is not described"):
         prepared(tmp_path / "model", {})
 
 
