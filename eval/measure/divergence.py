@@ -95,7 +95,7 @@ def last_hidden(skeleton: Skeleton, tokens: Tensor, on_block: Callable[[], None]
     """Hidden states [windows, window, hidden] after the last block; leaves the shell open for `logits`."""
     skeleton.open_shell()
     hidden = skeleton.embed(tokens).cpu()
-    arguments = skeleton.block_arguments(tokens.shape[1])
+    arguments = skeleton.block_arguments(tokens)
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     for k, block in skeleton.blocks():
         run_block(block, hidden, arguments[k], device=skeleton.device, batch=batch)

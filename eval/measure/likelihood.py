@@ -89,11 +89,10 @@ class Scorer:
         done, total = 0, len(chunks) * self._skeleton.n_blocks
         for chunk in chunks:
             hidden = [self._skeleton.embed(batch.ids).cpu() for batch in chunk]
-            arguments = {n: self._skeleton.block_arguments(n) for n in {batch.ids.shape[1] for batch in chunk}}
+            arguments = [self._skeleton.block_arguments(batch.ids) for batch in chunk]
             for k, block in self._skeleton.blocks():
-                for batch, states in zip(chunk, hidden, strict=True):
-                    given = arguments[batch.ids.shape[1]][k]
-                    run_block(block, states, given, device=self._skeleton.device, batch=len(states))
+                for states, given in zip(hidden, arguments, strict=True):
+                    run_block(block, states, given[k], device=self._skeleton.device, batch=len(states))
                 done += 1
                 self._on_block(done, total)
             for batch, states in zip(chunk, hidden, strict=True):

@@ -117,7 +117,7 @@ def log_probabilities(skeleton: Skeleton, sequences: Sequence[Tensor]) -> list[T
     """Next-token log-probabilities [len, vocab], float32, of each sequence [len]; each block is read once."""
     skeleton.open_shell()
     hidden = [skeleton.embed(ids[None]).cpu() for ids in sequences]
-    arguments = [skeleton.block_arguments(len(ids)) for ids in sequences]
+    arguments = [skeleton.block_arguments(ids[None]) for ids in sequences]
     for k, block in skeleton.blocks():
         for states, args in zip(hidden, arguments, strict=True):
             run_block(block, states, args[k], device=skeleton.device, batch=1)

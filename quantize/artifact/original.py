@@ -124,7 +124,7 @@ def check_no_codes(skeleton: Skeleton, reader: Checkpoint, but: Collection[str] 
 
     but: linears, by on-disk name, whose codes a format reads.
     """
-    inside = sorted(skeleton.on_disk_of_blocks())
+    inside = sorted(skeleton.on_disk_of_blocks() - skeleton.integers())
     for name in (*inside, *skeleton.shell_names().values()):
         if name in reader and name.removesuffix(".weight") not in but and is_code(kind := reader.dtype(name)):
             raise BadInput(

@@ -98,20 +98,21 @@ class RunnableBlock:
             run.halt((path, last), inputs)
 
     def with_module(self, other: nn.Module) -> "RunnableBlock":
-        """The same for another block of this structure."""
+        """The same for the original's block, which has this structure."""
         paths = {part: path for path, part in self.module.named_modules()}
         linears = {name: other.get_submodule(paths[linear]) for name, linear in self.linears.items()}
-        return RunnableBlock(other, linears, self.arguments, self.transfers)
+        return RunnableBlock(other, linears, self.arguments.of_original, self.transfers)
 
 
 @dataclass(frozen=True)
 class States:
     """The hidden states [samples, seq_len, hidden] of one batch, and where those that leave the block are put: the same
-    memory, or other; None where they are not wanted.
+    memory, or other; None where they are not wanted. samples: which of all the samples these are.
     """
 
     entering: Tensor
     leaving: Tensor | None
+    samples: slice
 
 
 class PairedBatch:
@@ -298,10 +299,10 @@ class _Run:
         self._last: list[Tensor] = []  # an input and what it is rounded to, for the linears that share it
 
         def whole_pass() -> None:
-            args, kwargs = block.arguments
-            result = block.module(self._entering(), *args, **kwargs)
+            keep = states.leaving is not None
+            result = block.arguments.call(block.module, self._entering(), states.samples, keep=keep)
             if states.leaving is not None:
-                block.transfers.store(result[0] if isinstance(result, tuple | list) else result, states.leaving)
+                block.transfers.store(result, states.leaving)
 
         self._main, self._thread = getcurrent(), greenlet(whole_pass)
         block.begin(self._thread, self)

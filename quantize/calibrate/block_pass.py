@@ -92,10 +92,12 @@ class BlockPass:
     ) -> None:
         self._block, self._arguments, self._transfers = block, arguments, Transfers(device)
         self._linears, self._batch, self._keep = dict(linears), batch, keep
-        self._hidden = States(hidden, hidden if leaving is None else leaving)
+        everything = slice(0, len(hidden))
+        self._hidden = States(hidden, hidden if leaving is None else leaving, everything)
         self._reference = None
         if reference is not None:
-            self._reference = States(reference, reference if reference_leaving is None else reference_leaving)
+            into = reference if reference_leaving is None else reference_leaving
+            self._reference = States(reference, into, everything)
         self._activations, self._diagonal, self._watch, self._begin = activations, diagonal, watch, begin
         self._restarts = restarts
         self._inputs: dict[str, Inputs] = {}
@@ -226,8 +228,11 @@ class BlockPass:
 def _split(states: States, batch: int) -> list[States]:
     """`batch` samples each."""
     assert states.leaving is not None
-    parts = (torch.split(states.entering, batch), torch.split(states.leaving, batch))
-    return [States(*pair) for pair in zip(*parts, strict=True)]
+    parts = zip(torch.split(states.entering, batch), torch.split(states.leaving, batch), strict=True)
+    return [
+        States(entering, leaving, slice(i * batch, i * batch + len(entering)))
+        for i, (entering, leaving) in enumerate(parts)
+    ]
 
 
 def _prefetched(
@@ -260,7 +265,8 @@ def paired_batches(
     shared = shared_inputs(block, hidden[:1].to(device), arguments, linears)
     now = RunnableBlock(block, linears, arguments, Transfers(device))
     before = now.with_module(original)
-    for parts in zip(_split(States(hidden, hidden), batch), _split(States(reference, reference), batch), strict=True):
+    all_states = (States(states, states, slice(0, len(states))) for states in (hidden, reference))
+    for parts in zip(*(_split(states, batch) for states in all_states), strict=True):
         pair = PairedBatch(now, before, shared, *parts, keep=True, inputs={})
         try:
             for names in shared:
@@ -274,7 +280,10 @@ def paired_batches(
 def shared_inputs(
     block: nn.Module, hidden: Tensor, arguments: BlockArguments, linears: Mapping[str, nn.Module]
 ) -> list[Group]:
-    """The linears in the order `block` reaches them on `hidden`, those that receive the same tensor grouped."""
+    """The linears in the order `block` reaches them, those that receive the same tensor grouped.
+
+    hidden [samples, seq_len, hidden]: of the first samples.
+    """
     seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none is freed and its memory reused
 
     def note(name: str, x: Tensor) -> None:
@@ -288,10 +297,9 @@ def shared_inputs(
         module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
         for name, module in linears.items()
     ]
-    args, kwargs = arguments
     try:
         with torch.no_grad():
-            block(hidden, *args, **kwargs)
+            arguments.call(block, hidden, slice(0, len(hidden)))
     finally:
         for handle in handles:
             handle.remove()

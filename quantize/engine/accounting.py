@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections.abc import Iterator, Sequence
 
 from ..models.skeleton import LinearLayer, Skeleton
+from ..numbers.types import Grid
 
 LEAST = 0.9  # share of the blocks' weights under which a plan warns
 
@@ -26,11 +28,6 @@ def account(skeleton: Skeleton, linears: list[LinearLayer]) -> tuple[str, ...]:
     for (pattern, why), found in groups.items():
         if share < LEAST or not why.startswith("it chooses"):
             lines.append(f"{pattern} stays in 16 bit ({len(found)} tensors, {sum(n for _, n in found)} weights): {why}")
-    if skeleton.only_fused:
-        lines.append(
-            f"each expert is written as layers of its own, as servers read them; transformers' {kind} takes one tensor "
-            "for all experts, and does not load such files"
-        )
     lines += _towers(skeleton)
     if beyond := skeleton.unused:
         more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
@@ -56,3 +53,24 @@ def quantized_share(skeleton: Skeleton, linears: list[LinearLayer], quantized: s
     sizes = {x.name: math.prod((x.out_features, x.in_features)) for x in linears}
     taken = sum(size for name, size in sizes.items() if name in quantized)
     return taken / max(1, sum(sizes.values()) + sum(n for _, n, _ in skeleton.left_out()))
+
+
+def few(skeleton: Skeleton, linears: list[LinearLayer], names: Sequence[str]) -> bool:
+    """Whether the linears `names`, all together, are so small a share of the blocks that they may stay in 16 bit."""
+    return quantized_share(skeleton, linears, {x.name for x in linears} - set(names)) >= LEAST * (
+        share_of_linears(skeleton, linears)
+    )
+
+
+def left_for_their_width(linears: list[LinearLayer], names: Sequence[str], grid: Grid) -> Iterator[str]:
+    """Lines on linears that `grid` does not divide, like layers together."""
+    groups: dict[tuple[str, int], int] = {}
+    for linear in linears:
+        if linear.name in names:
+            key = re.sub(r"\d+", "*", linear.name), linear.in_features
+            groups[key] = groups.get(key, 0) + 1
+    for (pattern, width), n in groups.items():
+        yield (
+            f"{pattern} stays in 16 bit ({n} tensors): its in_features {width} is not a multiple of group_size "
+            f"{grid.columns(width)}; `overrides` can give it one that divides"
+        )

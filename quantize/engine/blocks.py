@@ -19,7 +19,7 @@ from ..core.errors import BadInput
 from ..core.memory import doing, is_out_of_memory
 from ..core.transfers import Transfers, host_empty
 from ..formats import FORMATS
-from ..models.block_arguments import BlockArguments
+from ..models.block_arguments import BlockArguments, ModelArguments
 from ..models.checkpoint import write_part
 from ..models.skeleton import LinearLayer, Skeleton
 from ..numbers.activations import columns_of
@@ -137,7 +137,8 @@ class _Run:
         line = BlockRecord(block=k, seconds=round(seconds, 3), layers=layers, transforms=tuple(changes.records))
         dump = None
         if self.hidden and not last and self._journal.keeps_hidden:
-            dump = self._transfers.hand_over(self.hidden)
+            carried = self._arguments.carried(k) if self._arguments else {}
+            dump = self._transfers.hand_over(self.hidden | carried)
         tensors_there = self._transfers.hand_over(tensors)
         self._journal.commit(tensors_there, line, self.batch_tokens, hidden=dump, transformed=kept)
         if dump is not None and not self._room.spare:  # the next block would overwrite them
@@ -147,7 +148,7 @@ class _Run:
         blocks = self._skeleton.n_blocks
         settings.on_block(BlockDone(k + 1, blocks, sum(errors) / len(errors) if errors else None, seconds))
 
-    def _states(self, tokens: Tokens | None) -> tuple[dict[str, Tensor], list[BlockArguments] | None]:
+    def _states(self, tokens: Tokens | None) -> tuple[dict[str, Tensor], ModelArguments | None]:
         """`hidden` and `arguments`."""
         job, skeleton = self._job, self._skeleton
         shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
@@ -155,19 +156,23 @@ class _Run:
             return {}, None
         skeleton.open_shell()
         if tokens is None:
-            arguments = skeleton.block_arguments(1)
+            arguments = skeleton.block_arguments(torch.zeros(1, 1, dtype=torch.long))
             skeleton.close_shell()
             return {}, arguments
         kept = self._journal.hidden() if self._journal.done else {}
         if kept:
-            hidden = {name: self._placed(states) for name, states in kept.items()}
+            hidden = {n: self._placed(states) for n, states in kept.items() if n in ("hidden", "reference")}
         else:
             hidden = {"hidden": skeleton.embed(tokens.ids, self._memory)}
             _check_finite(hidden, -1, skeleton.device)
             if job.recipe.paired:
                 hidden["reference"] = self._placed(hidden["hidden"])
-        arguments = skeleton.block_arguments(tokens.ids.shape[1])
+        arguments = skeleton.block_arguments(tokens.ids)
         skeleton.close_shell()
+        if _trains_end_to_end(job):
+            arguments.refuse_gradients("end-to-end training", skeleton.config.model_type)
+        if kept:
+            arguments.restore(len(self._journal.done) - 1, kept)
         return hidden, arguments
 
     def _memory(self, like: Tensor, samples: int) -> Tensor:
@@ -226,8 +231,7 @@ def _uncalibrated(
     """What is known of inputs without a calibration: an importance matrix, and which linears must share a scale."""
     together: list[tuple[str, ...]] = [(name,) for name in wanted]
     if arguments is not None:
-        some = torch.ones(1, 1, job.skeleton.config.hidden_size, dtype=job.skeleton.dtype)
-        together = shared_inputs(block, some.to(job.skeleton.device), arguments, wanted)
+        together = shared_inputs(block, arguments.example(job.skeleton.dtype), arguments, wanted)
         together += [(name,) for name in wanted if not any(name in names for names in together)]
     rounded = None if inputs is None else Inputs(*inputs)
     there = job.skeleton.device
@@ -269,7 +273,7 @@ def _block_tensors(
         tensors |= format.pack(name, linear)
     reader = job.skeleton.reader
     replaced = {n for name in rounded for kind in ("weight", "bias") for n in reader.on_disk(f"{name}.{kind}")}
-    for name, disk in job.skeleton.block_names(k).items():
+    for name, disk in job.skeleton.written_with(k).items():
         if disk.removesuffix(".weight") in rounded:
             continue
         if name in changed or replaced & set(reader.on_disk(disk)):

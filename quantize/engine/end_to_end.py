@@ -66,7 +66,7 @@ class QuantizedModel:
             for name, q in quantized.items()
         }
         skeleton.open_shell()
-        arguments = skeleton.block_arguments(ids.shape[1])
+        arguments = skeleton.block_arguments(ids)
         self._targets = skeleton.embed(ids).cpu() if objective == "kl" else None
         self._blocks = []
         for k, block in skeleton.blocks():
@@ -99,7 +99,7 @@ class QuantizedModel:
         x = self._skeleton.embed(self._ids[i : i + 1])
         for block in self._blocks:
             own = [scales[linear.name] for linear in block.linears]
-            x = checkpoint(self._run, block, x, *own, use_reentrant=False)
+            x = checkpoint(self._run, block, i, x, *own, use_reentrant=False)
         logits = self._skeleton.head(x[0])
         if self._targets is None:
             return cross_entropy(logits[:-1], self._ids[i, 1:].to(x.device))
@@ -143,15 +143,16 @@ class QuantizedModel:
             for linear, scale in zip(block.linears, scales, strict=True)
         ]
 
-    def _run(self, block: _Block, x: Tensor, *scales: Tensor) -> Tensor:
+    def _run(self, block: _Block, i: int, x: Tensor, *scales: Tensor) -> Tensor:
         weights = {
             f"{linear.module}.weight": weight.T if linear.transposed else weight
             for linear, weight in zip(block.linears, self._weights(block, scales), strict=True)
         }
-        args, kwargs = block.arguments
-        result = functional_call(block.module, weights, (x, *args), kwargs)
-        output: Tensor = result[0] if isinstance(result, tuple) else result
-        return output
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(block.module, weights, args, kwargs)
+
+        return block.arguments.call(run, x, slice(i, i + 1))
 
 
 def train_scales(model: QuantizedModel, settings: Qat) -> tuple[dict[str, QuantizedLinear], dict[str, float]]:

@@ -79,13 +79,20 @@ def _difference(whole: Any, exact: Skeleton) -> float:
         block.register_forward_hook(
             lambda _, args, out: wanted.append(out[0] if isinstance(out, tuple | list) else out)
         )
-    whole(input_ids=tokens, use_cache=False)
+    try:
+        whole(input_ids=tokens, use_cache=False)
+    except Exception as error:  # whatever its class raises
+        raise BadInput(
+            f"transformers' own {exact.config.model_type} model does not run with this config.json: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
     exact.open_shell()
-    hidden, arguments = exact.embed(tokens), exact.block_arguments(tokens.shape[1])
+    hidden, arguments = exact.embed(tokens), exact.block_arguments(tokens)
     largest = 0.0
     for k, block in exact.blocks():
         run_block(block, hidden, arguments[k], device=exact.device, batch=tokens.shape[0])
-        difference = float((hidden - wanted[k]).abs().max() / wanted[k].abs().max().clamp(min=1e-30))
+        right = exact.samples_first(wanted[k])
+        difference = float((hidden - right).abs().max() / right.abs().max().clamp(min=1e-30))
         if not difference <= _TOLERANCE:
             raise BadInput(
                 f"model_type {exact.config.model_type!r} is not supported: block {k}, run by itself, differs by "

@@ -16,9 +16,12 @@ from ..calibrate.tokens import Tokens
 from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, ModelScheme
+from ..formats.layouts import packs
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from ..models.experts import UNREAD
+from ..models.loading import loads_single_experts, why_no_packed_linears
 from ..models.rotated_checkpoint import RotatedCheckpoint
-from .accounting import account
+from .accounting import account, few, left_for_their_width
 from .backend import Backend, Setup
 from .plan import Plan, make_plan
 from .settings import Settings
@@ -27,14 +30,23 @@ from .transforms import BlockTransforms
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceFolder(Backend):
-    """Shards in the recipe's first format; each further format is converted from them."""
+    """Shards in the recipe's first format; each further format is converted from them.
+
+    undivided: linears that stay in 16 bit because the recipe's groups do not fill their rows.
+    """
+
+    undivided: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
         """Raises BadInput for a linear or a model that a format cannot hold, and transforms the model does not take."""
         recipe, skeleton = setup.recipe, setup.skeleton
-        schemes = recipe.schemes({linear.name: linear.in_features for linear in setup.linears})
-        made = cls(setup=setup, schemes=schemes)
+        widths = {linear.name: linear.in_features for linear in setup.linears}
+        left = recipe.undivided(widths)
+        if not few(skeleton, setup.linears, left):
+            left = []  # refused
+        made = cls(setup=setup, schemes=recipe.schemes(widths, left), undivided=tuple(left))
+        made._check_readers()
         for format in recipe.formats:
             made._check_format(format)
         BlockTransforms(recipe, skeleton)
@@ -86,7 +98,42 @@ class HuggingFaceFolder(Backend):
         own = f"the checkpoint's own code (auto_map) is not run, but transformers' class for {config.get('model_type')}"
         brought = (own,) if "auto_map" in config else ()
         accounted = account(self.setup.skeleton, self.setup.linears)
-        return (*self.setup.checkpoint.notes, *brought, *rotated, *accounted)
+        left = left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights)
+        notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left)
+        why = self._why_transformers_does_not_load_it
+        return notes if why is None else (*notes, f"transformers does not load this artifact: {why}")
+
+    @property
+    def _why_transformers_does_not_load_it(self) -> str | None:
+        skeleton, formats = self.setup.skeleton, self.setup.recipe.formats
+        quantized = [x for x in self.setup.linears if self.schemes[x.name] is not None]
+        kind = skeleton.config.model_type
+        if any(skeleton.experts_around(x) is not None for x in quantized) and any(
+            not loads_single_experts(one) for one in skeleton.fused_experts
+        ):
+            return f"its {kind} takes one tensor for all experts, and each is written by itself, as servers read them"
+        if skeleton.padded_experts:
+            return f"its {kind} wants weights for the experts that have none"
+        if formats[0] != "compressed-tensors":
+            return None
+        packed = [x for x in quantized if (grid := self.schemes[x.name]) and packs(grid, self.setup.recipe.activations)]
+        why = why_no_packed_linears(skeleton, packed)
+        return None if why is None else f"in its {kind} {why}"
+
+    def _check_readers(self) -> None:
+        """Raise BadInput for an artifact that nothing the recipe names can load."""
+        skeleton, kind = self.setup.skeleton, self.setup.skeleton.config.model_type
+        if unread := skeleton.fused_experts & UNREAD:
+            named = [x.name for x in self.setup.linears if skeleton.experts_around(x) is not None]
+            if any(self.schemes[name] is not None for name in named):
+                raise BadInput(
+                    f"{kind}: nothing loads the experts of {min(unread)} quantized, neither transformers nor a server; "
+                    "write a GGUF file, or leave them out with `ignore`"
+                )
+        if not self.setup.recipe.targets and (why := self._why_transformers_does_not_load_it) is not None:
+            raise BadInput(
+                f"transformers could not load the artifact: {why}. If a server loads it, name it: --set targets=[vllm]"
+            )
 
     @property
     def _model_scheme(self) -> ModelScheme:

@@ -57,7 +57,6 @@ def quantize(job: Job, settings: Settings) -> Manifest:
         tokens = None if itself else _tokens(job, tokenizer, settings)
         files = vetted.hashes()
     _check_rotated(job)
-    job.skeleton.check_arguments()
     forward = _forward(job)
     if itself:
         tokens = _tokens(job, tokenizer, settings)

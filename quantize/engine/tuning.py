@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 from ..artifact.manifest import LayerRecord
 from ..calibrate.block_pass import BATCH_TOKENS, paired_batches
@@ -121,9 +120,7 @@ class Passes:
         self._products = torch.autocast(device.type, torch.bfloat16, enabled=native)
         self._block = copy.deepcopy(block).to(torch.float32)
         self._inputs, self._targets, self._device = inputs, targets, device
-        self._arguments: BlockArguments = tree_map_only(
-            Tensor, lambda x: x.to(torch.float32) if x.is_floating_point() else x, arguments
-        )
+        self._arguments = arguments
         self._batch = max(1, BATCH_TOKENS // inputs.shape[1])
 
     @property
@@ -148,11 +145,13 @@ class Passes:
         return {name: leaf.grad for name, leaf in leaves.items()}
 
     def _squared_error(self, weights: Mapping[str, Tensor], picked: Tensor) -> Tensor:
-        args, kwargs = self._arguments
         x = self._inputs[picked].to(self._device, torch.float32)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self._block, dict(weights), args, kwargs)
+
         with self._products:
-            result = functional_call(self._block, dict(weights), (x, *args), kwargs)
-        output: Tensor = result[0] if isinstance(result, tuple) else result
+            output = self._arguments.call(run, x, picked, keep=False, dtype=torch.float32)
         return (output - self._targets[picked].to(self._device, torch.float32)).square().sum()
 
 

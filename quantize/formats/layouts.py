@@ -44,6 +44,11 @@ def layout_of(grid: Grid, activations: Activations | None) -> str:
     return INT if activations is not None and activations.type == "int8" else WORDS
 
 
+def packs(grid: Grid, activations: Activations | None) -> bool:
+    """Whether several numbers are packed into one, in a tensor that is not called `weight`."""
+    return "pack" in layout_of(grid, activations)
+
+
 def readable(grid: Grid) -> tuple[str, ...]:
     """The compression formats that such weights are read from."""
     if grid.type == "int":

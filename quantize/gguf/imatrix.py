@@ -52,7 +52,7 @@ def measure(
     place = {p.removesuffix(".weight"): (entry, i) for entry in entries for i, p in enumerate(entry.parameters)}
     skeleton.open_shell()
     hidden = skeleton.embed(tokens.ids)
-    arguments = skeleton.block_arguments(tokens.ids.shape[1])
+    arguments = skeleton.block_arguments(tokens.ids)
     skeleton.close_shell()
     batch = max(1, BATCH_TOKENS // tokens.ids.shape[1])
     out: dict[str, Importance] = {}

@@ -46,7 +46,8 @@ def measure(skeleton: Skeleton, tokens: Tensor, folder: Path, seed: int = 0) -> 
     count = tokens.numel()
     skeleton.open_shell()
     hidden = skeleton.embed(tokens).cpu()
-    arguments = skeleton.block_arguments(tokens.shape[1])
+    arguments = skeleton.block_arguments(tokens)
+    arguments.refuse_gradients("the measurement of sensitivities", skeleton.config.model_type)
     skeleton.close_shell()
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     found: dict[str, list[Sensitivity]] = {}
@@ -130,12 +131,10 @@ def _through_block(
     block: nn.Module, hidden: Tensor, gradient: Tensor, arguments: BlockArguments, device: torch.device
 ) -> None:
     """Propagate `gradient` [samples, seq_len, hidden] back through the block, in place, a sequence at a time."""
-    args, kwargs = arguments
     for i in range(len(hidden)):
         states = hidden[i : i + 1].to(device).requires_grad_()
         with torch.enable_grad():
-            result = block(states, *args, **kwargs)
-        out = result[0] if isinstance(result, tuple) else result
+            out = arguments.call(block, states, slice(i, i + 1))
         (back,) = torch.autograd.grad(out, states, gradient[i : i + 1].to(device))
         gradient[i] = back[0]
 

@@ -4,7 +4,7 @@ transformers keeps the weights of all experts of a block in one tensor for each 
 by family: gate and up one after the other or row by row in turn, inputs before outputs, with biases, without gates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +70,17 @@ class SplitExperts(nn.ModuleList):
     """Experts as linears of their own, so that each is calibrated and rounded on the tokens routed to it.
 
     Every expert is called, even with zero tokens, so that each pass reaches the same linears in the same order whatever
-    the routing: of all experts those that are given the block's states, then of all the down projections.
+    the routing: of all experts those that are given the block's states, then of all the down projections. identities:
+    experts after these that return what they are given (LongCat).
     """
 
     # Called before either half with whether it is the second, the states [tokens, hidden], their routing, and what an
     # expert's linears are about to receive, by its number.
     reached: Callable[[bool, Tensor, "Routing", Callable[[int], Tensor]], None] | None = None
+
+    def __init__(self, experts: Iterable[nn.Module], identities: int = 0) -> None:
+        super().__init__(experts)
+        self.identities = identities
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The chosen experts' weighted sum, for hidden [..., hidden]; index and weights are [tokens, chosen]."""
@@ -92,6 +97,9 @@ class SplitExperts(nn.ModuleList):
             result = expert.last(inner[e]) * weights[routing.of(e), None]  # type: ignore[operator]
             inner[e] = rows[:0]  # freed
             out.index_add_(0, routing.tokens(e), result.to(out.dtype))
+        if self.identities:
+            token, here = routing.tokens(len(self)), routing.of(len(self))
+            out.index_add_(0, token, (rows[token] * weights[here, None]).to(out.dtype))
         return out.reshape(hidden.shape)
 
 
@@ -107,9 +115,10 @@ class Routing:
         self._token = self._order // top_k_index.shape[-1]
         bounds = torch.arange(experts + 1, device=chosen.device, dtype=chosen.dtype)
         self._bounds: list[int] = torch.searchsorted(chosen, bounds).tolist()  # read in one go: a GPU waits for it
+        self._bounds.append(len(chosen))
 
     def of(self, e: int) -> slice:
-        """Where the choices of expert `e` lie in `of_choices`."""
+        """Where the choices of expert `e` lie in `of_choices`; at their number, those of all after them."""
         return slice(self._bounds[e], self._bounds[e + 1])
 
     def tokens(self, e: int) -> Tensor:
@@ -144,6 +153,8 @@ class ParallelLinears(nn.ModuleList):
         return torch.cat([linear(x) for linear, x in zip(self, torch.split(inputs, expert_size), strict=True)])
 
 
+# Whose experts neither transformers nor a server loads one by one, and servers not quantized.
+UNREAD = {"DbrxExpertGLU", "JetMoeParallelExperts"}
 CONTAINERS = (SplitExperts, WeighedInputs, ParallelLinears)
 
 
@@ -202,6 +213,12 @@ def _split(
         halves = slice(0, intermediate), slice(intermediate, None)
         where = dict(_places(path, n, GATED, "gate_up_proj", "down_proj", "weight", halves, True))
         return WeighedInputs(experts), where
+    if kind == "LongcatFlashExperts":
+        n, hidden, intermediate = module.down_proj.shape
+        halves = slice(0, intermediate), slice(intermediate, None)
+        where = dict(_places(path, n, GATED, "gate_up_proj", "down_proj", "weight", halves, False))
+        experts = _experts(n, GATED, hidden, intermediate, False, _Gate(module.act_fn))
+        return SplitExperts(experts, module.zero_expert_num), where
     if kind == "JetMoeParallelExperts":
         n, out, size = module.weight.shape
         with torch.device("meta"):
@@ -289,7 +306,8 @@ def routers(block: nn.Module) -> list[str]:
     owners: dict[str, set[int]] = {}
     for path, module in block.named_modules():
         if isinstance(module, CONTAINERS):
-            owners.setdefault(path.rpartition(".")[0], set()).add(len(module))
+            among = len(module) + (module.identities if isinstance(module, SplitExperts) else 0)
+            owners.setdefault(path.rpartition(".")[0], set()).add(among)
     return [
         path
         for path, module in block.named_modules()

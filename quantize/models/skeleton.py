@@ -6,11 +6,12 @@ position encoding, masks, final norm, head), runs as the class itself runs it, w
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.errors import BadInput
 from ..core.transfers import Transfers
 from .architecture import check_outside_blocks, decoder_config, empty_model, model_config, stated_dtype
-from .block_arguments import BlockArguments, check_same
+from .block_arguments import SAMPLES_FIRST, BlockArguments, Given, Handed, ModelArguments, marked, serves
 from .building import computed_buffers, set_buffers
 from .experts import CONTAINERS, Part, routers, split_experts
 from .families import family_of
@@ -60,10 +61,14 @@ class Skeleton:
         self.family = family_of(self.config.model_type)
         self.dtype = dtype or _dtype(reader.config)
         self.model: Any = empty_model(whole, self.dtype)
-        self._tuples: bool | None = None  # not known before the shell has run
+        self._outputs = 0  # of a block; not known before the shell has run
+        self._layout, self._width = SAMPLES_FIRST, torch.Size()
+        self._seen: WeakValueDictionary[int, _Seen] = WeakValueDictionary()  # by seq_len
+        self._reruns = False  # whether the shell must run again for each batch
         self._wide = _float32_modules(self.model, self.dtype)
         self._of_towers = tower_names(self.model)
-        self.blocks_name, self._blocks = _find_blocks(self.model, self.config.num_hidden_layers)
+        counts = (self.config.num_hidden_layers, getattr(self.config, "num_layers", None))  # of attentions, of blocks
+        self.blocks_name, self._blocks = _find_blocks(self.model, counts)
         self._names = TensorNames(self.model, reader.names())
         self.reader = ModelTensors(reader, self._names)
         self._missing: list[str] = []
@@ -79,11 +84,16 @@ class Skeleton:
     def _place_tensors(self) -> None:
         """Split the experts and find the on-disk name of every parameter and saved buffer."""
         self._inside: list[dict[str, str]] = []
-        self.only_fused = False  # whether transformers loads the experts only from one tensor for all of them
+        self._shared: set[tuple[int, str]] = set()  # modules by block whose weights are those of another block too
+        self.fused_experts: set[str] = set()  # classes that have no files with a tensor for each expert
+        self.padded_experts = False  # whether transformers wants weights for experts that have none
         for k, block in enumerate(self._blocks):
             prefix = f"{self.blocks_name}.{k}."
+            kinds = {path: type(module).__name__ for path, module in block.named_modules()}
             parts = split_experts(block, self._names.expert_names)
-            self.only_fused |= any(not self._names.expert_names(part.fused) for part in parts.values())
+            fused = {part.fused for part in parts.values() if not self._names.expert_names(part.fused)}
+            self.fused_experts |= {kinds[name.rpartition(".")[0]] for name in fused}
+            self.padded_experts |= any(getattr(m, "identities", 0) for m in block.modules())
             self._inside.append(self._block_places(prefix, block, parts))
         self._shell: dict[str, str] = {}
         self._towers: dict[str, str] = {}
@@ -97,7 +107,9 @@ class Skeleton:
     def _block_places(self, prefix: str, block: nn.Module, parts: Mapping[str, Part]) -> dict[str, str]:
         """The names in `reader` of what block `prefix` stores, by the names in the block."""
         stored = _stored(block)
-        places: dict[str, str | None] = {n: self.reader.place(prefix + n) for n in stored if n not in parts}
+        places: dict[str, str | None] = {
+            n: self.reader.place(prefix + n) or self._of_other_block(prefix, n) for n in stored if n not in parts
+        }
         on_disk = next((d.removesuffix(n) for n, d in places.items() if d and d.endswith(n)), prefix)
         for name, part in parts.items():
             likely = tuple(dict.fromkeys((on_disk + name, prefix + name)))
@@ -105,6 +117,15 @@ class Skeleton:
             places[name] = self.reader.place_part(likely, prefix + part.fused, part, shape)
         self._missing += [self._names.saved(prefix + name) for name, disk in places.items() if disk is None]
         return {name: disk for name in stored if (disk := places[name]) is not None}
+
+    def _of_other_block(self, prefix: str, name: str) -> str | None:
+        """The name in `reader` of a parameter of block `prefix` that is another block's too."""
+        other = self.model.all_tied_weights_keys.get(prefix + name)
+        if other is None or not other.startswith(f"{self.blocks_name}."):
+            return None
+        k, _, inside = other.removeprefix(f"{self.blocks_name}.").partition(".")
+        self._shared |= {(int(k), inside.rpartition(".")[0]), (len(self._inside), name.rpartition(".")[0])}
+        return self.reader.place(other)
 
     @property
     def n_blocks(self) -> int:
@@ -124,7 +145,7 @@ class Skeleton:
         found = []
         for k, block in enumerate(self._blocks):
             for name, module in block.named_modules():
-                if isinstance(module, nn.Linear | Conv1D) and name not in self._routers[k]:
+                if isinstance(module, nn.Linear | Conv1D) and not self._stays(k, name):
                     disk = self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
                     first, second = module.weight.shape
                     if isinstance(module, Conv1D):
@@ -132,6 +153,10 @@ class Skeleton:
                     else:
                         found.append(LinearLayer(disk, name, k, first, second, False))
         return found
+
+    def _stays(self, k: int, name: str) -> bool:
+        """Whether linear `name` of block `k` is none that the recipe may quantize."""
+        return name in self._routers[k] or (k, name) in self._shared
 
     def round_inputs(self, linear: LinearLayer, how: Callable[[Tensor], Tensor]) -> None:
         """From now on `linear` multiplies its weight with what `how` makes of its inputs [..., in]."""
@@ -148,6 +173,11 @@ class Skeleton:
         """Name in `reader` of each parameter and saved buffer of block `k`, by its name inside the block."""
         return self._inside[k]
 
+    def written_with(self, k: int) -> dict[str, str]:
+        """As `block_names`, without what is an earlier block's too."""
+        earlier = {disk for names in self._inside[:k] for disk in names.values()} if self._shared else set()
+        return {name: disk for name, disk in self._inside[k].items() if disk not in earlier}
+
     def shell_names(self) -> dict[str, str]:
         """On-disk name of each parameter and saved buffer outside the blocks; a tied head that is not on disk is left
         out."""
@@ -157,6 +187,16 @@ class Skeleton:
         """The tensors of the file that the blocks are made of."""
         return {disk for names in self._inside for name in names.values() for disk in self.reader.on_disk(name)}
 
+    def integers(self) -> set[str]:
+        """The tensors of the file that are integers in the blocks of the model too."""
+        return {
+            disk
+            for k, block in enumerate(self._blocks)
+            for name, tensor in _stored(block).items()
+            if not tensor.is_floating_point() and name in self._inside[k]
+            for disk in self.reader.on_disk(self._inside[k][name])
+        }
+
     def left_out(self) -> list[tuple[str, int, str]]:
         """(on-disk name, number of weights, why) of what is in the blocks, is a matrix and no linear to quantize."""
         found = []
@@ -164,9 +204,10 @@ class Skeleton:
             linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
             for name, parameter in block.named_parameters():
                 path = name.rpartition(".")[0]
-                if parameter.dim() < 2 or (path in linears and path not in self._routers[k]):
+                if parameter.dim() < 2 or (path in linears and not self._stays(k, path)):
                     continue
                 why = _ROUTER if path in self._routers[k] else _why_no_linear(block.get_submodule(path), parameter)
+                why = "it is part of several blocks" if (k, path) in self._shared else why
                 found.append((self._inside[k][name], parameter.numel(), why))
         return found
 
@@ -242,8 +283,8 @@ class Skeleton:
         if left:
             raise BadInput(f"the checkpoint has no tensor {left[0]}")
         self.model.requires_grad_(False)
-        if self._tuples is None:
-            self._tuples = self._takes_tuples()
+        if not self._outputs:
+            self._find_outputs()
 
     def _fill(self, places: Mapping[str, str], computed: Mapping[str, Tensor]) -> None:
         """Read what the model stores outside its blocks from the file, and set what it computes."""
@@ -253,20 +294,24 @@ class Skeleton:
         self.model.load_state_dict(state, assign=True, strict=False)
 
     @torch.no_grad()
-    def _takes_tuples(self) -> bool:
-        """Whether the model takes its blocks' outputs out of tuples, seen from the shapes that arrive further on."""
+    def _find_outputs(self) -> None:
+        """Find what a block returns, and the axes of its states, from the shapes that arrive further on."""
         ids = torch.zeros(3, 5, dtype=torch.long, device=self.device)
-        for self._tuples in (False, True):
+        for self._outputs in (1, 2, 3):
             try:
                 with self._taps() as taps:
                     out = self.model.base_model(input_ids=ids, use_cache=False)[0]
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 continue
             self._check_all_run(taps)
-            if all(tap.hidden.shape == taps[0].hidden.shape for tap in taps) and out.shape[:-1] == ids.shape:
-                return self._tuples
+            shape = taps[0].hidden.shape
+            axis = next((i for i in range(len(shape) - 1) if shape[i : i + 2] == ids.shape), None)
+            if axis is not None and all(t.hidden.shape == shape for t in taps) and out.shape[:-1] == ids.shape:
+                self._layout, self._width = (axis, axis + 1), shape[:axis] + shape[axis + 2 :]
+                return
         raise BadInput(
-            f"model_type {self.config.model_type!r} is not supported: its blocks pass on more than hidden states"
+            f"model_type {self.config.model_type!r} is not supported: it does not call its blocks one after another, "
+            "each with the hidden states of the one before"
         )
 
     def _check_all_run(self, taps: list["_Tap"]) -> None:
@@ -279,9 +324,10 @@ class Skeleton:
             )
 
     def close_shell(self) -> None:
-        """Return the shell to the meta device."""
+        """Return the shell to the meta device; all but the head stays where it computes what blocks are given."""
+        kept = set(self.model.base_model.modules()) if self._reruns else set()
         for name, module in self.model.named_modules():
-            if not name.startswith(self.blocks_name):
+            if not name.startswith(self.blocks_name) and module not in kept:
                 for key, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
@@ -302,6 +348,7 @@ class Skeleton:
         what the model has no place for. On disk, and as transformers calls those that are linears there.
         """
         routers = [f"{self.blocks_name}.{k}.{name}" for k, names in enumerate(self._routers) for name in names]
+        routers += [f"{self.blocks_name}.{k}.{name}" for k, name in sorted(self._shared)]
         towers = [
             name
             for name, module in self.model.named_modules()
@@ -311,8 +358,7 @@ class Skeleton:
         inside = dict.fromkeys(n for t in towers for n in self.reader.on_disk(self.disk_name(f"{t}.weight")))
         on_disk += [name.removesuffix(".weight") for name in inside]
         own = [name for name in routers + towers if isinstance(self.model.get_submodule(name), nn.Linear)]
-        if self._of_towers:
-            own += self.head_modules()
+        own += self.head_modules()
         beyond = linears_on_disk({name: len(self.reader.shape(name)) for name in self.unused})
         return list(dict.fromkeys([*self.head_names(), *on_disk, *own, *beyond]))
 
@@ -322,18 +368,17 @@ class Skeleton:
         return {name: math.prod(self.reader.shape(name)) for name in names}
 
     def by_all_names(self, schemes: dict[str, _T]) -> dict[str, _T]:
-        """`schemes`, by on-disk names, and those of a multimodal model also by what its readers call the linears.
+        """`schemes`, by on-disk names and by what readers call the linears.
 
-        That is transformers' name and, for regular expressions, vLLM's: it maps only whole names to its own. Experts
-        have no others.
+        That is transformers' name and, for regular expressions on a multimodal model, vLLM's: it maps only whole names
+        to its own. Experts have no others.
         """
-        if not self._of_towers:
-            return schemes
         found = dict(schemes)
         for linear in self.linears():
             if linear.name in schemes and self.experts_around(linear) is None:
                 found[f"{self.blocks_name}.{linear.block}.{linear.module}"] = schemes[linear.name]
-                found[f"language_model.model.layers.{linear.block}.{linear.module}"] = schemes[linear.name]
+                if self._of_towers:
+                    found[f"language_model.model.layers.{linear.block}.{linear.module}"] = schemes[linear.name]
         return found
 
     @property
@@ -362,33 +407,35 @@ class Skeleton:
         """As `embed`, differentiable and for few tokens."""
         with self._taps() as taps:
             self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
-        hidden: Tensor = taps[0].hidden
-        return hidden
+        return self.samples_first(taps[0].hidden)
+
+    def samples_first(self, hidden: Tensor) -> Tensor:
+        """States as the blocks of the class return them, as [samples, tokens, ...]; known once the shell is open."""
+        return hidden.movedim(self._layout, SAMPLES_FIRST)
+
+    def block_arguments(self, tokens: Tensor) -> ModelArguments:
+        """What the model passes each block besides the hidden states, for tokens [samples, seq_len]."""
+        seen = self._seen.get(tokens.shape[1]) or self._look(tokens.shape[1])
+        rerun = self._arguments if self._reruns else None
+        return ModelArguments(tokens, self.device, seen, rerun, self._layout, self._width)
+
+    def _look(self, seq_len: int) -> "_Seen":
+        """The arguments of all blocks for one sequence, compared with those for others."""
+        ids = torch.arange(3, device=self.device)[:, None].repeat(1, seq_len)  # 3 sequences of a repeated token
+        seen = _Seen(self._arguments(ids[:1]))
+        if not self.family.feeds and not self._reruns:  # families with a row are known to be independent of them
+            others = self._arguments(ids[1:])
+            self._reruns = not all(map(serves, seen, others))
+            if not self._reruns:
+                seen = _Seen(map(marked, seen, others))
+        self._seen[seq_len] = seen
+        return seen
 
     @torch.no_grad()
-    def block_arguments(self, seq_len: int) -> list[BlockArguments]:
-        """What the model passes each block besides the hidden states: positions and masks for `seq_len` tokens.
-
-        Raises BadInput when they depend on the tokens or on the number of sequences.
-        """
-        ids = torch.arange(3, device=self.device)[:, None].repeat(1, seq_len)  # 3 sequences of a repeated token
-        arguments = self._arguments(ids[:1])
-        if not self.family.feeds:  # families with a row are known to be independent of them
-            for one, other in zip(arguments, self._arguments(ids[1:]), strict=True):
-                check_same(self.config.model_type, one, other)
-        return arguments
-
-    def _arguments(self, tokens: Tensor) -> list[BlockArguments]:
+    def _arguments(self, tokens: Tensor) -> list[Given]:
         with self._taps() as taps:
-            self.model.base_model(input_ids=tokens, use_cache=False)
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         return [(tap.args, tap.kwargs) for tap in taps]
-
-    def check_arguments(self) -> None:
-        """Raise BadInput early where `block_arguments` would; reads the shell unless the family has a row."""
-        if not self.family.feeds:
-            self.open_shell()
-            self.block_arguments(8)
-            self.close_shell()
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -397,7 +444,7 @@ class Skeleton:
 
     def head(self, hidden: Tensor) -> Tensor:
         """As `logits`, differentiable."""
-        with self._taps(hidden[None].to(self.device)):
+        with self._taps(self._own_layout(hidden)):
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         return logits
@@ -405,17 +452,21 @@ class Skeleton:
     @torch.no_grad()
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The head's inputs [tokens, hidden], after the final norm, for hidden states that leave the last block."""
-        with self._taps(hidden[None].to(self.device)):
+        with self._taps(self._own_layout(hidden)):
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
             out: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         return out
+
+    def _own_layout(self, hidden: Tensor) -> Tensor:
+        """States of one sequence [tokens, ...] as the blocks of the class return them."""
+        return hidden[None].to(self.device).movedim(SAMPLES_FIRST, self._layout)
 
     @contextmanager
     def _taps(self, result: Tensor | None = None) -> Iterator[list["_Tap"]]:
         """The model with its blocks replaced by taps that record their arguments and return `result` or their input."""
         parent, _, attribute = self.blocks_name.rpartition(".")
         owner = self.model.get_submodule(parent)
-        taps = [_Tap(block, result, bool(self._tuples)) for block in self._blocks]
+        taps = [_Tap(block, result, self._outputs) for block in self._blocks]
         setattr(owner, attribute, nn.ModuleList(taps))
         try:
             yield taps
@@ -486,27 +537,31 @@ def run_block(
     batch: int,
 ) -> None:
     """Run `block` over hidden [samples, seq_len, hidden] in place, `batch` samples at a time."""
-    args, kwargs = arguments
     with torch.no_grad():
         for start in range(0, hidden.shape[0], batch):
-            result = block(hidden[start : start + batch].to(device), *args, **kwargs)
-            hidden[start : start + batch] = result[0] if isinstance(result, tuple | list) else result
+            samples = slice(start, start + batch)
+            hidden[samples] = arguments.call(block, hidden[samples].to(device), samples)
+
+
+class _Seen(list[Given]):
+    """The arguments of all blocks; a list that can be referred to weakly."""
 
 
 class _Tap(nn.Module):
-    """Stands in for a block: records its arguments, returns `result` or the hidden states unchanged."""
+    """Stands in for a block: records its arguments, returns `result` or the hidden states unchanged, and a `Handed` for
+    each further output."""
 
-    def __init__(self, block: nn.Module, result: Tensor | None, tuples: bool) -> None:
+    def __init__(self, block: nn.Module, result: Tensor | None, outputs: int) -> None:
         super().__init__()
-        self._tuples = tuples
+        self._outputs = outputs
         self._block = (block,)  # a tuple, so that the block does not become a submodule
         self._result = result
         self.hidden: Any = None
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
         out = hidden if self._result is None else self._result
-        return (out, None) if self._tuples else out
+        return out if self._outputs == 1 else (out, *map(Handed, range(1, self._outputs)))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -534,11 +589,15 @@ def experts_per_token(config: Any) -> int | None:
     return chosen if isinstance(chosen, int) else None
 
 
-def _find_blocks(model: Any, n: int) -> tuple[str, nn.ModuleList]:
+def _find_blocks(model: Any, counts: Sequence[int | None]) -> tuple[str, nn.ModuleList]:
     """The outermost ModuleList with one entry a hidden layer, of the text decoder in a multimodal model."""
-    decoder = model.get_decoder()
-    inside = {id(module) for module in decoder.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n and id(module) in inside:
-            return name, module
-    raise BadInput(f"{type(model).__name__} has no list of {n} decoder blocks; its architecture is not supported")
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists.sort(key=lambda found: id(found[1]) not in decoder)  # a few classes call something else their decoder
+    for n in counts:
+        for name, module in lists:
+            if len(module) == n:
+                return name, module
+    raise BadInput(
+        f"{type(model).__name__} has no list of {counts[0]} decoder blocks; its architecture is not supported"
+    )

@@ -105,9 +105,13 @@ class Grid(Strict):
         """Columns whose scales are fitted together: a super-block where scales are nested, else a group."""
         return self.columns(in_features)
 
+    def divides(self, in_features: int) -> bool:
+        """Whether groups fill a row of `in_features`."""
+        return self.type == "fp8-block" or in_features % self.columns(in_features) == 0
+
     def check(self, name: str, in_features: int) -> None:
         """Raise BadInput when `group_size` does not divide `in_features`."""
-        if self.type != "fp8-block" and in_features % self.columns(in_features):
+        if not self.divides(in_features):
             divisors = [str(d) for d in range(8, 257, 8) if in_features % d == 0]
             choose = f"choose {', '.join([*divisors, '-1 (per channel)'])}" if self.type == "int" else "choose fp8"
             raise BadInput(

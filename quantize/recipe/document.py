@@ -1,7 +1,7 @@
 """The recipe as one document, with the checks across its sections."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -254,8 +254,17 @@ class Recipe(Strict):
             or self.kv_cache is not None
         )
 
-    def schemes(self, linears: dict[str, int]) -> dict[str, Grid | None]:
-        """The grid of each linear {name: in_features}; None for one that is ignored.
+    def undivided(self, linears: dict[str, int]) -> list[str]:
+        """The linears {name: in_features} that `group_size` of `weights` does not divide, and no pattern names."""
+        named = (*self.ignore, *(override.match for override in self.overrides))
+        return [
+            name
+            for name, in_features in linears.items()
+            if not self.weights.divides(in_features) and not any(matches(pattern, name) for pattern in named)
+        ]
+
+    def schemes(self, linears: dict[str, int], left: Collection[str] = ()) -> dict[str, Grid | None]:
+        """The grid of each linear {name: in_features}; None for one that is ignored, and for those in `left`.
 
         Raises BadInput for a pattern without a match, a group size that does not divide, and overrides that one layer
         cannot have together.
@@ -267,7 +276,7 @@ class Recipe(Strict):
         out: dict[str, Grid | None] = {}
         first: dict[Grid, tuple[str, str]] = {}  # the layer that has it, and the recipe key it comes from
         for name, in_features in linears.items():
-            if any(matches(pattern, name) for pattern in self.ignore):
+            if name in left or any(matches(pattern, name) for pattern in self.ignore):
                 out[name] = None
                 continue
             key, grid = self._grid_of(name)

@@ -22,8 +22,9 @@ def test_a_linear_has_one_hook_whatever_the_number_of_batches(family: str, tmp_p
     tiny.build(family, tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
-    hidden = skeleton.embed(torch.arange(12 * 8).reshape(12, 8))
-    reference, arguments = hidden + 0.1, skeleton.block_arguments(8)[0]
+    tokens = torch.arange(12 * 8).reshape(12, 8)
+    hidden = skeleton.embed(tokens)
+    reference, arguments = hidden + 0.1, skeleton.block_arguments(tokens)[0]
     _, block = next(skeleton.blocks())
     linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
     common: dict[str, Any] = {"device": CPU, "batch": 1, "reference": reference}
@@ -54,8 +55,8 @@ def test_experts_that_are_summed_up_together_get_the_same_sums(
     tiny.build(family, tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
-    start = skeleton.embed(torch.arange(12 * 8).reshape(12, 8))
-    arguments = skeleton.block_arguments(8)[0]
+    tokens = torch.arange(12 * 8).reshape(12, 8)
+    start, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)[0]
     _, block = next(skeleton.blocks())
     linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear) and "gate." not in name}
     found: list[dict[tuple[str, ...], Any]] = []

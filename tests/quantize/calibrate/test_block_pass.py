@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from quantpress.calibrate.block_pass import BlockPass, paired_batches
 from quantpress.calibrate.moments import add_second_moment, exact_products
+from quantpress.models.block_arguments import SAMPLES_FIRST, BlockArguments, ModelArguments
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.numbers.activations import round_inputs
 from quantpress.numbers.grid import Inputs
 from quantpress.numbers.types import Activations
 
-from ... import tiny
+from ... import families, tiny
 
 CPU = torch.device("cpu")
 
@@ -43,9 +44,10 @@ def test_a_shared_input_is_what_a_plain_pass_would_see(family: str, keep: bool, 
     tiny.build(family, tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
-    hidden = skeleton.embed(torch.arange(36 * 64).reshape(36, 64) * 7 % tiny.VOCAB)
+    tokens = torch.arange(36 * 64).reshape(36, 64) * 7 % tiny.VOCAB
+    hidden = skeleton.embed(tokens)
     reference = hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
-    arguments = skeleton.block_arguments(64)[0]
+    arguments = skeleton.block_arguments(tokens)[0]
     _, block = next(skeleton.blocks(0))
     linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
     modules = {x.name: x.module for x in skeleton.linears() if x.block == 0}
@@ -91,8 +93,9 @@ def test_the_original_waits_where_it_holds_the_least(tmp_path: Path) -> None:
         tiny.build(family, tmp_path / family)
         skeleton = Skeleton(Checkpoint(tmp_path / family), device=CPU)
         skeleton.open_shell()
-        hidden = skeleton.embed(torch.arange(4 * 16).reshape(4, 16))
-        reference, arguments = hidden + 0.1, skeleton.block_arguments(16)[0]
+        tokens = torch.arange(4 * 16).reshape(4, 16)
+        hidden = skeleton.embed(tokens)
+        reference, arguments = hidden + 0.1, skeleton.block_arguments(tokens)[0]
         _, block = next(skeleton.blocks(0))
         linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
         wanted = _outputs(block, reference, arguments)
@@ -125,7 +128,7 @@ def test_tokens_that_cannot_be_matched_are_not_compared() -> None:
     linears = {"first": block.first, "some": block.some}
     reference = torch.randn(6, 10, 8)
     first, some = BlockPass(
-        block, hidden, ((), {}), linears, device=CPU, batch=2, reference=reference
+        block, hidden, _none(len(hidden)), linears, device=CPU, batch=2, reference=reference
     )  # fmt: skip
     assert first.drift is not None
     assert not first.unmatched
@@ -143,7 +146,7 @@ def test_a_static_range_is_the_largest_over_all_batches() -> None:
     for symmetric, wanted in ((True, 9 / 127), (False, 16 / 255)):
         spec = Activations(type="int8", dynamic=False, symmetric=symmetric)
         shared, _ = BlockPass(
-            block, hidden.clone(), ((), {}), {"a": block[0], "b": block[1]}, activations=(spec, 0), **common
+            block, hidden.clone(), _none(len(hidden)), {"a": block[0], "b": block[1]}, activations=(spec, 0), **common
         )
         assert shared.inputs is not None
         assert shared.inputs.scale is not None
@@ -155,8 +158,9 @@ def test_paired_batches_are_what_two_plain_passes_see(family: str, tmp_path: Pat
     tiny.build(family, tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
-    hidden = skeleton.embed(torch.arange(6 * 16).reshape(6, 16))
-    reference, arguments = hidden + 0.1 * torch.randn(hidden.shape), skeleton.block_arguments(16)[0]
+    tokens = torch.arange(6 * 16).reshape(6, 16)
+    hidden = skeleton.embed(tokens)
+    reference, arguments = hidden + 0.1 * torch.randn(hidden.shape), skeleton.block_arguments(tokens)[0]
     _, block = next(skeleton.blocks(0))
     original = copy.deepcopy(block)
     linears = {x.module: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
@@ -188,7 +192,7 @@ def test_what_moves_a_bfloat16_model_is_summed_to_its_precision() -> None:
     x, x0 = hidden.double().flatten(0, 1), reference.double().flatten(0, 1)
     block = nn.Sequential(nn.Linear(96, 96, dtype=torch.bfloat16))
     common: dict[str, Any] = {"device": CPU, "batch": 20, "reference": reference}
-    (shared,) = BlockPass(block, hidden, ((), {}), {"0": block[0]}, **common)
+    (shared,) = BlockPass(block, hidden, _none(len(hidden)), {"0": block[0]}, **common)
     assert shared.moment is not None
     assert shared.drift is not None
     torch.testing.assert_close(shared.moment.double(), x.T @ x, rtol=1e-5, atol=1e-3)
@@ -200,8 +204,9 @@ def test_a_pass_for_diagonals_and_one_with_rounded_inputs_see_the_same_as_a_plai
     tiny.build("llama", tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
-    hidden = skeleton.embed(torch.arange(24 * 64).reshape(24, 64) * 7 % tiny.VOCAB)
-    arguments = skeleton.block_arguments(64)[0]
+    tokens = torch.arange(24 * 64).reshape(24, 64) * 7 % tiny.VOCAB
+    hidden = skeleton.embed(tokens)
+    arguments = skeleton.block_arguments(tokens)[0]
     _, block = next(skeleton.blocks(0))
     linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
     common: dict[str, Any] = {"device": CPU, "batch": 20}
@@ -228,7 +233,7 @@ def test_moments_are_those_of_each_linears_own_input(family: str, tmp_path: Path
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
     tokens = torch.randint(tiny.VOCAB, (4, 16), generator=torch.Generator().manual_seed(0))
-    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(16)
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)
     _, block = next(skeleton.blocks())
     linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
     own: dict[str, list[torch.Tensor]] = {}
@@ -262,7 +267,7 @@ def test_a_block_pass_goes_on_with_what_was_rounded(tmp_path: Path) -> None:
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
     tokens = torch.randint(tiny.VOCAB, (5, 16), generator=torch.Generator().manual_seed(0))
-    start, arguments = skeleton.embed(tokens), skeleton.block_arguments(16)
+    start, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)
     _, block = next(skeleton.blocks())
     linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
     original, reference, hidden = start.clone(), start.clone(), start.clone()
@@ -285,7 +290,8 @@ def test_a_block_pass_given_up_leaves_no_trace(tmp_path: Path) -> None:
     tiny.build("llama", tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
-    hidden, arguments = skeleton.embed(torch.zeros(3, 8, dtype=torch.int64)), skeleton.block_arguments(8)
+    tokens = torch.zeros(3, 8, dtype=torch.int64)
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)
     before = hidden.clone()
     _, block = next(skeleton.blocks())
     linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
@@ -296,9 +302,14 @@ def test_a_block_pass_given_up_leaves_no_trace(tmp_path: Path) -> None:
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
+def _none(samples: int) -> BlockArguments:
+    """Of a block that takes nothing but hidden states."""
+    return ModelArguments(torch.zeros(samples, 1), CPU, [((), {})], None, SAMPLES_FIRST, (8,))[0]
+
+
 def _outputs(block: nn.Module, hidden: Tensor, arguments: Any) -> Tensor:
     """What the block makes of hidden [samples, seq_len, hidden], in the batches of the test."""
-    args, kwargs = arguments
+    args, kwargs = arguments.of(slice(0, 1))
     with torch.no_grad():
         made = [block(part, *args, **kwargs) for part in hidden.split(20)]
     return torch.cat([x[0] if isinstance(x, tuple) else x for x in made])
@@ -339,3 +350,37 @@ def _of_the_same_tokens(
         return x0
     gate, up = (expert.w1, expert.w3) if linear == "w2" else (expert.gate_proj, expert.up_proj)
     return nn.functional.silu(x0 @ gate.weight.T) * (x0 @ up.weight.T)
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "zaya"])
+def test_what_blocks_hand_on_goes_with_its_own_states(family: str, tmp_path: Path) -> None:
+    families.build(family, tmp_path, torch.float32)
+    tokens = torch.randint(tiny.VOCAB, (5, 12), generator=torch.Generator().manual_seed(0))
+
+    def skeleton() -> Skeleton:
+        opened = Skeleton(Checkpoint(tmp_path), device=CPU)
+        opened.open_shell()
+        return opened
+
+    def alone(entering: Tensor) -> Tensor:
+        one, states = skeleton(), entering.clone()
+        arguments = one.block_arguments(tokens)
+        assert arguments.hands_on
+        for k, block in one.blocks():
+            run_block(block, states, arguments[k], device=CPU, batch=2)
+        return states
+
+    model = skeleton()
+    hidden, arguments = model.embed(tokens), model.block_arguments(tokens)
+    reference = hidden + 0.3 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    wanted = alone(hidden), alone(reference)
+    for k, block in model.blocks():
+        linears = {x.name: block.get_submodule(x.module) for x in model.linears() if x.block == k}
+        for _ in BlockPass(block, hidden, arguments[k], linears, device=CPU, batch=2, reference=reference):
+            pass
+        if k == 2:  # as a run that is stopped here and resumed
+            kept, arguments = arguments.carried(k), model.block_arguments(tokens)
+            assert kept
+            arguments.restore(k, kept)
+    torch.testing.assert_close(hidden, wanted[0])
+    torch.testing.assert_close(reference, wanted[1])

@@ -77,7 +77,7 @@ class Rounding(DynamicCache):
 def logits(skeleton: Skeleton, ids: Tensor) -> Tensor:
     """[samples, seq_len, vocab] of a skeleton run block by block."""
     skeleton.open_shell()
-    hidden, arguments = skeleton.embed(ids), skeleton.block_arguments(ids.shape[1])
+    hidden, arguments = skeleton.embed(ids), skeleton.block_arguments(ids)
     for k, block in skeleton.blocks():
         run_block(block, hidden, arguments[k], device=CPU, batch=2)
     return skeleton.logits(hidden.flatten(0, 1)).unflatten(0, ids.shape)

@@ -13,7 +13,6 @@ from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 
 from ... import tiny
-from ..models.test_experts import saved
 from .test_pipeline import make
 
 CPU = torch.device("cpu")
@@ -53,10 +52,3 @@ def test_experts_that_cannot_be_split_are_named_with_their_share(
         line.startswith("model.layers.*.mlp.experts.gate_up_proj stays in 16 bit (2 tensors, 32768 weights)")
         for line in lines
     )
-
-
-def test_that_transformers_does_not_load_the_experts_is_said_at_plan(tmp_path: Path) -> None:
-    saved("gpt_oss", tmp_path)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    (line,) = account(skeleton, skeleton.linears())
-    assert line.endswith("takes one tensor for all experts, and does not load such files")

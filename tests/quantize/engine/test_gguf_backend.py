@@ -61,9 +61,9 @@ def test_a_file_of_floats_needs_no_llama_cpp(tmp_path: Path, monkeypatch: pytest
     assert (file.parent / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
     _, skeleton = open_artifact(file.parent, torch.device("cpu"), torch.float32)
     skeleton.open_shell()
-    hidden, arguments = skeleton.embed(IDS[None]), skeleton.block_arguments(len(IDS))
+    hidden, arguments = skeleton.embed(IDS[None]), skeleton.block_arguments(IDS[None])
     for k, block in skeleton.blocks():
-        args, kwargs = arguments[k]
+        args, kwargs = arguments[k].of(slice(0, 1))
         with torch.no_grad():
             hidden = block(hidden, *args, **kwargs)
     torch.testing.assert_close(skeleton.logits(hidden[0]), logits(model.float(), IDS), rtol=1e-4, atol=1e-4)

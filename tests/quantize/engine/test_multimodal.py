@@ -33,7 +33,7 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """The artifact's, by way of this package."""
     _, ours = open_artifact(folder, CPU, torch.float32)
     ours.open_shell()
-    hidden, arguments = ours.embed(ids), ours.block_arguments(ids.shape[1])
+    hidden, arguments = ours.embed(ids), ours.block_arguments(ids)
     for k, block in ours.blocks():
         run_block(block, hidden, arguments[k], device=CPU, batch=len(ids))
     return ours.logits(hidden.flatten(0, 1)).unflatten(0, tuple(ids.shape))

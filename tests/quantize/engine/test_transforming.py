@@ -61,7 +61,7 @@ class Opened:
         self.skeleton = Skeleton(Checkpoint(folder), device=CPU)
         self.skeleton.open_shell()
         tokens = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(0))
-        self.hidden, self.arguments = self.skeleton.embed(tokens), self.skeleton.block_arguments(32)
+        self.hidden, self.arguments = self.skeleton.embed(tokens), self.skeleton.block_arguments(tokens)
 
     def blocks(self) -> Iterator[tuple[int, nn.Module, Tensor]]:
         for k, block in self.skeleton.blocks():

@@ -79,8 +79,9 @@ class Scene:
         skeleton = Skeleton(Checkpoint(folder), device=CPU)
         skeleton.open_shell()
         g = torch.Generator().manual_seed(0)
-        reference = skeleton.embed(torch.randint(2, 256, (8, 24), generator=g))
-        self.arguments: BlockArguments = skeleton.block_arguments(24)[0]
+        tokens = torch.randint(2, 256, (8, 24), generator=g)
+        reference = skeleton.embed(tokens)
+        self.arguments: BlockArguments = skeleton.block_arguments(tokens)[0]
         self.inputs = reference + 0.02 * reference.std() * torch.randn(reference.shape, generator=g).to(dtype)
         block = next(iter(skeleton.blocks()))[1]
         self.block = copy.deepcopy(block)

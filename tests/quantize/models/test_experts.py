@@ -86,7 +86,7 @@ def saved(family: str, folder: Path) -> Any:
 def block_by_block(skeleton: Skeleton, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of tokens [samples, seq_len]."""
     skeleton.open_shell()
-    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens.shape[1])
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)
     for k, block in skeleton.blocks():
         run_block(block, hidden, arguments[k], device=CPU, batch=2)
     return torch.stack([skeleton.logits(row) for row in hidden])

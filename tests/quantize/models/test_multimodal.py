@@ -26,7 +26,7 @@ def test_text_goes_through_the_blocks_as_through_the_whole_model(family: str, tm
     ids = torch.randint(6, 250, (2, 24), generator=torch.Generator().manual_seed(0))
     ours = skeleton(tmp_path)
     ours.open_shell()
-    hidden, arguments = ours.embed(ids), ours.block_arguments(24)
+    hidden, arguments = ours.embed(ids), ours.block_arguments(ids)
     for k, block in ours.blocks():
         run_block(block, hidden, arguments[k], device=CPU, batch=2)
     with torch.no_grad():

@@ -10,6 +10,7 @@ from quantpress.core.errors import BadInput
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton, run_block
 
+from ... import families
 from ...tiny import FAMILIES, VOCAB, build
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> N
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     skeleton.open_shell()
     hidden = skeleton.embed(tokens)
-    arguments = skeleton.block_arguments(tokens.shape[1])
+    arguments = skeleton.block_arguments(tokens)
     for k, block in skeleton.blocks():
         run_block(block, hidden, arguments[k], device=CPU, batch=2)
         assert next(block.parameters()).device.type == "cpu"
@@ -32,34 +33,31 @@ def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> N
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-OTHERS = {
-    "opt": ("OPTConfig", {"hidden_size": 64, "word_embed_proj_dim": 64, "num_hidden_layers": 2, "ffn_dim": 96}),
-    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 2}),  # biases of attention come with the batch's size
-    "gemma4_text": ("Gemma4TextConfig", {**FAMILIES["llama"][1], "hidden_size_per_layer_input": 16}),
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_without_a_row_a_model_runs_as_it_is_or_is_refused(kind: str, tmp_path: Path) -> None:
-    name, settings = OTHERS[kind]
-    heads = {"n_head" if kind == "bloom" else "num_attention_heads": 4}
-    torch.manual_seed(0)
-    config = getattr(transformers, name)(**settings | heads | {"vocab_size": VOCAB, "pad_token_id": 1})
-    whole = transformers.AutoModelForCausalLM.from_config(config).eval()
-    whole.save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "opt",
+        "xglm",  # its masks are as long as the batch
+        "bloom",  # biases of attention come with the batch's size
+        "gemma4_text",  # an embedding for each block; keys and values of earlier blocks
+        "gemma3n_text",  # as before, with several states of a token, in front of the samples
+        "zaya",  # the router of a block is given what the one before has made
+        "deepseek_v4",  # the tokens themselves
+        "qwen4_exp_text",  # as before; integers among the weights
+        "longcat_flash",  # two layers a block; experts that change nothing
+        "zamba",  # one attention in several blocks, which is given the embedding too
+    ],
+)
+def test_blocks_are_given_what_the_model_gives_them(family: str, tmp_path: Path) -> None:
+    whole = families.build(family, tmp_path, torch.float32)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    if kind != "opt":
-        with pytest.raises(BadInput, match=f"model_type '{kind}' is not supported: its blocks are given "):
-            skeleton.check_arguments()
-        return
-    skeleton.check_arguments()
     skeleton.open_shell()
     tokens = torch.randint(VOCAB, (3, 24), generator=torch.Generator().manual_seed(0))
-    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(24)
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)
     for k, block in skeleton.blocks():
         run_block(block, hidden, arguments[k], device=CPU, batch=2)
     with torch.no_grad():
-        expected = whole(tokens).logits
+        expected = whole(tokens, use_cache=False).logits
     torch.testing.assert_close(torch.stack([skeleton.logits(row) for row in hidden]), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -97,3 +95,13 @@ def test_configs_that_cannot_be_run_are_refused(change: dict[str, object], messa
     checkpoint.config.pop("layer_types", None)
     with pytest.raises(BadInput, match=message):
         Skeleton(checkpoint, device=CPU)
+
+
+def test_what_several_blocks_share_is_left_out_of_all(tmp_path: Path) -> None:
+    families.build("zamba", tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
+    assert not [x.name for x in skeleton.linears() if "shared_transf" in x.name]
+    shared = {name for name, _, why in skeleton.left_out() if why == "it is part of several blocks"}
+    assert "model.layers.1.shared_transf.self_attn.q_proj.weight" in shared
+    outside = skeleton.unquantized_modules()
+    assert {f"model.layers.{k}.shared_transf.self_attn.q_proj" for k in (1, 3)} <= set(outside)

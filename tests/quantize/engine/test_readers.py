@@ -1,0 +1,67 @@
+"""What transformers cannot load is refused at plan, unless the recipe names a server, and said even then."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantpress.core.errors import BadInput
+from quantpress.engine.job import Job, prepare
+from quantpress.engine.sources import resolve
+from quantpress.recipe import Recipe
+
+from ... import families
+
+CPU = torch.device("cpu")
+INT4 = {"bits": 4, "group_size": 32, "symmetric": True}
+PACKED = "is initialised through weights that a packed linear does not have"
+FUSED = "takes one tensor for all experts, and each is written by itself, as servers read them"
+
+
+def prepared(folder: Path, **recipe: Any) -> Job:
+    document = {"name": "readers", "weights": INT4, "method": {"name": "rtn"}, **recipe}
+    return prepare(Recipe.model_validate(document), resolve(str(folder), cache=folder), CPU)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"), [("falcon", PACKED), ("mamba2", PACKED), ("gpt_oss", FUSED), ("granitemoe", FUSED)]
+)
+def test_an_artifact_that_transformers_cannot_load_needs_a_server(family: str, why: str, tmp_path: Path) -> None:
+    families.build(family, tmp_path)
+    with pytest.raises(BadInput, match=f"transformers could not load the artifact: .*{why}.* --set targets") as error:
+        prepared(tmp_path)
+    assert "\n" not in str(error.value)
+    notes = prepared(tmp_path, targets=["vllm"]).plan.notes
+    assert [note for note in notes if note.startswith("transformers does not load this artifact: ") and why in note]
+
+
+def test_weights_that_are_not_packed_are_loaded(tmp_path: Path) -> None:
+    families.build("falcon", tmp_path)
+    assert prepared(tmp_path, weights={"type": "fp8"}).plan.notes == ()
+
+
+def test_experts_that_transformers_takes_apart_are_loaded(tmp_path: Path) -> None:
+    families.build("llama4_text", tmp_path)
+    assert not [note for note in prepared(tmp_path).plan.notes if "does not load" in note]
+
+
+def test_experts_that_nothing_loads_are_refused_whatever_the_target(tmp_path: Path) -> None:
+    families.build("dbrx", tmp_path)
+    with pytest.raises(BadInput, match="nothing loads the experts of DbrxExpertGLU quantized"):
+        prepared(tmp_path, targets=["vllm"])
+    prepared(tmp_path, ignore=["*.ffn.experts.*"])
+
+
+def test_few_linears_that_the_groups_do_not_fill_stay_and_are_named(tmp_path: Path) -> None:
+    families.build("gemma4_text", tmp_path)  # 16 columns in the projection of each block's own embedding
+    plan = prepared(tmp_path).plan
+    assert plan.layers["model.layers.0.per_layer_projection"] == "16 bit"
+    assert [
+        n for n in plan.notes if n.startswith("model.layers.*.per_layer_projection stays in 16 bit (6 tensors): its")
+    ]
+    narrow = {"match": "*.per_layer_projection", "group_size": 16}
+    plan = prepared(tmp_path, overrides=[narrow]).plan
+    assert plan.layers["model.layers.0.per_layer_projection"] == "int4 g16 sym"
+    with pytest.raises(BadInput, match="in_features 64 is not a multiple of group_size 48"):
+        prepared(tmp_path, weights=INT4 | {"group_size": 48})
