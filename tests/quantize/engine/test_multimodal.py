@@ -183,3 +183,16 @@ def test_what_a_server_needs_is_read_off_the_text_part(tmp_path: Path) -> None:
     make(tmp_path / "run", tmp_path / "model", SYMMETRIC | {"method": {"name": "rtn"}})
     served = contracts.of_folder(tmp_path / "run" / "quantized")
     assert (served.heads, served.kv_heads, served.positions) == (4, 2, 128)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_scales_move_within_a_text_decoder(family: str, tmp_path: Path) -> None:
+    model = build(family, tmp_path / "model", torch.float32)
+    document = SYMMETRIC | {"transforms": [{"name": "smoothquant"}], "weights": {"bits": 8, "group_size": -1}}
+    manifest = make(tmp_path / "run", tmp_path / "model", document | {"method": {"name": "rtn"}})
+    assert any(record.strength for record in manifest.transforms)
+    ids = torch.randint(6, 250, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    ours = logits(tmp_path / "run" / "quantized", ids)
+    assert float((ours - expected).norm() / expected.norm()) < 0.05
