@@ -1,5 +1,6 @@
 """The evaluation of one artifact against its original, section by section; each is saved as soon as it is measured."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -186,6 +187,7 @@ class _Evaluation:
     def _capacity(self, reader: Artifact, quantized: Skeleton) -> None:
         wanted = self._prepared.wanted.efficiency
         count = sum(p.numel() for p in quantized.model.parameters())
+        count += sum(math.prod(reader.shape(name)) for name in quantized.unused)  # they are among the bytes
         held = capacity.cache(quantized.config, reader.kv_cache, self._results.dtype, wanted.context)
         self._add(
             efficiency=Efficiency(
