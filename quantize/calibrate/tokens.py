@@ -68,19 +68,19 @@ def calibration_tokens(tokenizer: Any, documents: Sequence[str], source: str, wa
     return Tokens(with_bos(windows[: wanted.samples], bos), source, bos is not None)
 
 
-def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration) -> Tokens:
+def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration, device: torch.device) -> Tokens:
     """`samples` sequences that the model generates from BOS at temperature 1 (LLM-QAT, arXiv:2305.17888, 3.1).
 
-    This loads the whole model; every other step of a run goes block by block.
+    Another kind of device draws other ones. This loads the whole model; every other step of a run goes block by block.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise BadInput("calibration.source self: the tokenizer has neither BOS nor EOS to start from")
-    model = load_whole(folder, "auto")
+    model = load_whole(folder, "auto").to(device)
     rows = []
     for first in range(0, wanted.samples, 16):
         torch.manual_seed(wanted.seed + first)
-        prompt = torch.full((min(16, wanted.samples - first), 1), start, dtype=torch.int64)
+        prompt = torch.full((min(16, wanted.samples - first), 1), start, dtype=torch.int64, device=device)
         rows.append(
             model.generate(
                 prompt,
@@ -95,7 +95,7 @@ def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration) -> Token
                 pad_token_id=start,
             )
         )
-    return Tokens(torch.cat(rows), "text the model generated itself", True)
+    return Tokens(torch.cat(rows).cpu(), "text the model generated itself", True)
 
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

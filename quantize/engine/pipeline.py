@@ -172,13 +172,23 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
 
     def make() -> Tokens:
         if wanted.source == "self":
-            return generated_tokens(job.source.path, tokenizer, wanted)
+            return generated_tokens(job.source.path, tokenizer, wanted, _writes_on(job))
         text = load_documents(wanted, cache=settings.cache, role="calibration")
         return calibration_tokens(tokenizer, text.documents, text.source, wanted)
 
     tokens = sharing.tokens(settings.share, job, make)
     check_ids(tokens.ids, job.skeleton.vocabulary, tokens.source)
     return tokens
+
+
+def _writes_on(job: Job) -> torch.device:
+    """Where the model writes its own text: on the GPU if all of it fits there with room for its cache.
+
+    By the GPU's size, not by what is free: a run that resumes has to draw the same text.
+    """
+    memory = machine.device_memory(job.skeleton.device)
+    weights = sum(job.checkpoint.nbytes(name) for name in job.checkpoint.names())
+    return job.skeleton.device if memory is not None and 1.3 * weights < memory[1] else torch.device("cpu")
 
 
 def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, Any]:
