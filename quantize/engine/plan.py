@@ -25,7 +25,8 @@ TUNING_CHECKS = 4  # times the loss of a tuned block is measured over all sample
 PROCESS_BYTES = 465_000_000  # Python, torch, transformers and the run of a small model, measured on Linux
 if find_spec("sklearn") is not None:  # transformers imports it if it is installed, and pandas and pyarrow with it
     PROCESS_BYTES += 125_000_000
-_PRODUCTS = 25  # timed to learn how fast a device is: 0.1 s on a slow core
+_PRODUCTS, _MOST_PRODUCTS = 100, 1000  # timed to learn how fast a device is: 0.1 s on a slow core
+_ALIKE = 5  # of them that must be about as fast as the fastest
 _TOKENIZER_BYTES = 1000  # memory per vocabulary entry, measured with SmolLM2's byte-level BPE
 
 
@@ -124,9 +125,10 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         memory, on_device = needs.on_host(room), needs.on_device(room)
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
     tried = sum(transform.scales_tried for transform in recipe.transforms)
-    operations = _operations(linears, schemes, tokens, streams, calibrated)
+    solves = _solves(linears, schemes, streams, calibrated)
+    operations = _passes(skeleton, linears, schemes, tokens, streams, calibrated) + solves
     if tried:  # one more pass of each block, to observe its inputs; it needs no more memory than rounding
-        operations += _operations(linears, schemes, tokens, 1, calibrated)
+        operations += _passes(skeleton, linears, schemes, tokens, 1, calibrated)
         operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
     if isinstance(recipe.method, Tuned):
         batch = recipe.method.batch_size * recipe.calibration.seq_len
@@ -144,7 +146,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         memory_bytes=memory,
         disk_bytes=disk,
         operations=operations,
-        seconds=operations / _speed(skeleton.device) + original / 1e9,
+        seconds=_seconds(operations, solves, skeleton) + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
         quantized_share=quantized_share(skeleton, linears, {n for n, grid in schemes.items() if grid is not None}),
         device=str(there),
@@ -200,20 +202,41 @@ def _passing(linears: list[LinearLayer], item: int, rounded: bool) -> int:
     return widest * (4 * item + 1 + 8 * rounded)
 
 
-def _operations(
-    linears: list[LinearLayer], schemes: dict[str, Grid | None], tokens: int, streams: int, calibrated: bool
+def _passes(
+    skeleton: Skeleton,
+    linears: list[LinearLayer],
+    schemes: dict[str, Grid | None],
+    tokens: int,
+    streams: int,
+    calibrated: bool,
 ) -> float:
+    """Operations of the passes through the blocks, and of the sums over what each linear receives."""
     total = 0.0
     for x in linears:
-        weights = x.in_features * x.out_features
-        total += 2.0 * streams * tokens * weights
-        if schemes[x.name] is not None:
-            total += 100.0 * weights  # the search for scales
-            if calibrated:
-                # The moment, the drift at twice its work, and the drift's own moment; then the solve and the error.
-                total += (3.0 * streams - 2) * tokens * x.in_features**2
-                total += (3.0 + 3.0 * streams) * weights * x.in_features
+        reaching = tokens * _share(skeleton, x)
+        total += 2.0 * streams * reaching * x.in_features * x.out_features
+        if schemes[x.name] is not None and calibrated:
+            # The moment, the drift at twice its work, and the drift's own moment.
+            total += (3.0 * streams - 2) * reaching * x.in_features**2
     return total
+
+
+def _solves(linears: list[LinearLayer], schemes: dict[str, Grid | None], streams: int, calibrated: bool) -> float:
+    """Operations of rounding: the search for scales; with a Hessian the solve, and the error."""
+    each = [x.in_features * x.out_features for x in linears if schemes[x.name] is not None]
+    widths = [x.in_features for x in linears if schemes[x.name] is not None]
+    searched = sum(100.0 * weights for weights in each)
+    if not calibrated:
+        return searched
+    return searched + sum((3.0 + 3.0 * streams) * n * width for n, width in zip(each, widths, strict=True))
+
+
+def _seconds(operations: float, solves: float, skeleton: Skeleton) -> float:
+    """How long operations take, of which `solves` are in float32 and the others in the model's dtype."""
+    device = skeleton.device
+    if device.type != "cuda":
+        return operations / _speed(device, torch.float32)
+    return (operations - solves) / _speed(device, skeleton.dtype) + solves / _speed(device, torch.float32)
 
 
 def _active(skeleton: Skeleton, linears: list[LinearLayer]) -> dict[int, float]:
@@ -277,13 +300,15 @@ def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, line
     return 2.0 * recipe.calibration.seq_len * total
 
 
-def _speed(device: torch.device) -> float:
-    """Operations a second of a float32 product on this device, measured in a moment; halved for what is not one.
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product on this device, measured in a moment; halved for what is not one.
 
-    The fastest of many: whatever else the machine does only slows one down, by any factor.
+    The fastest of many, once others have come as near to it: whatever else the machine does only slows one down, by any
+    factor, and can slow down all of them for a while. A CPU is measured in float32, which most of its work is in.
     """
-    n = 4096 if device.type == "cuda" else 512
-    a = torch.ones(n, n, device=device)
+    on_gpu = device.type == "cuda"
+    n = 4096 if on_gpu else 256
+    a = torch.ones(n, n, device=device, dtype=dtype if on_gpu else torch.float32)
 
     def seconds() -> float:
         machine.synchronize(device)
@@ -294,4 +319,7 @@ def _speed(device: torch.device) -> float:
 
     for _ in range(2):  # libraries are loaded, kernels chosen
         seconds()
-    return 2 * n**3 / min(seconds() for _ in range(_PRODUCTS)) / 2
+    took: list[float] = []
+    while len(took) < _PRODUCTS or (len(took) < _MOST_PRODUCTS and sorted(took)[_ALIKE - 1] > 1.03 * min(took)):
+        took += [seconds()]
+    return 2 * n**3 / min(took) / 2

@@ -44,7 +44,7 @@ def test_memory_is_as_planned(recipe: str, tmp_path: Path) -> None:
 
 def planned(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch, **calibration: Any) -> Plan:
     """The plan of a run on a device that need not be there."""
-    monkeypatch.setattr(planning, "_speed", lambda device: 1e9)
+    monkeypatch.setattr(planning, "_speed", lambda device, dtype: 1e9)
     recipe = parse({"calibration": calibration, "weights": {"group_size": 32}})
     return prepare(recipe, resolve(str(folder), cache=folder.parent), torch.device(device)).plan
 
@@ -94,10 +94,36 @@ def test_a_machines_speed_is_taken_once_it_is_warm_and_done(monkeypatch: pytest.
 
     monkeypatch.setattr(machine, "synchronize", wait)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert planning._speed(torch.device("cpu")) == pytest.approx(512**3 / 0.01)
+    assert planning._speed(torch.device("cpu"), torch.float32) == pytest.approx(256**3 / 0.01)
     assert len(waits) == 2 * (2 + planning._PRODUCTS)
 
 
 def test_a_machines_speed_is_the_same_from_call_to_call() -> None:
-    found = sorted(planning._speed(torch.device("cpu")) for _ in range(5))
+    found = sorted(planning._speed(torch.device("cpu"), torch.float32) for _ in range(5))
     assert found[3] < 1.2 * found[1]
+
+
+def test_a_machine_that_is_busy_for_a_while_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the first products are slow, none alike, and a single one is fast: not before others are is it believed."""
+    clock, waits = [0.0], [0]
+    took = iter([5.0, 3.0, 0.01, *(0.05 + 0.002 * i for i in range(planning._PRODUCTS)), *[0.0101] * planning._ALIKE])
+
+    def wait(where: torch.device) -> None:
+        waits[0] += 1
+        if waits[0] % 2 == 0:
+            clock[0] += next(took)
+
+    monkeypatch.setattr(machine, "synchronize", wait)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert planning._speed(torch.device("cpu"), torch.float32) == pytest.approx(256**3 / 0.01)
+    assert waits[0] == 2 * (2 + 1 + planning._PRODUCTS + planning._ALIKE - 1)
+
+
+def test_experts_cost_the_tokens_that_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four experts a token: half of what all of them would cost, in passes of two models and their sums."""
+    build("mixtral", tmp_path / "model", torch.bfloat16)
+    two = planned(tmp_path / "model", "cpu", monkeypatch, samples=64, seq_len=64).operations
+    monkeypatch.setattr(planning, "experts_per_token", lambda config: 4)
+    four = planned(tmp_path / "model", "cpu", monkeypatch, samples=64, seq_len=64).operations
+    expert = sum(4 * n * out + 4 * n * n for n, out in ((64, 96), (64, 96), (96, 64)))
+    assert four - two == 2 * 4 * (64 * 64 / 2) * expert  # 2 blocks of 4 experts, half of all tokens
