@@ -134,6 +134,7 @@ class BlockPass:
                     self._begin()
                 for batch in batches:
                     batch.finish()
+            self._transfers.settle()  # what leaves is read by others, or on other streams
         finally:
             for batch in batches:
                 batch.drop()
@@ -263,7 +264,8 @@ def paired_batches(
     replaced by the outputs of the two blocks. Weights must not be replaced meanwhile.
     """
     shared = shared_inputs(block, hidden[:1].to(device), arguments, linears)
-    now = RunnableBlock(block, linears, arguments, Transfers(device))
+    transfers = Transfers(device)
+    now = RunnableBlock(block, linears, arguments, transfers)
     before = now.with_module(original)
     all_states = (States(states, states, slice(0, len(states))) for states in (hidden, reference))
     for parts in zip(*(_split(states, batch) for states in all_states), strict=True):
@@ -275,6 +277,7 @@ def paired_batches(
             pair.finish()
         finally:
             pair.drop()
+    transfers.settle()
 
 
 def shared_inputs(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
     Factors of 16 bits are multiplied exactly, and their products summed in float32. A GPU takes them as they are.
     """
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    if left.is_cuda and _sums_in_float32(left.device, left.dtype):
         torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
         return
     with exact_products(left.dtype):
@@ -76,6 +77,23 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             add_second_moment(total, left.to(torch.float32))
         else:
             total.addmm_(left.to(torch.float32).T, right.to(torch.float32))
+
+
+@cache
+def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU multiplies values of 16 bits as they are and sums up in float32: tried once, on whole numbers, of
+    which every product and sum is exact.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    numbers = torch.arange(512 * 96, device=device).reshape(512, 96) * 7 % 31 - 15
+    wanted = torch.eye(96, device=device, dtype=torch.float64) + numbers.double().T @ numbers.double()
+    rows, total = numbers.to(dtype), torch.eye(96, device=device)
+    try:
+        torch.addmm(total, rows.T, rows, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return torch.equal(total.double(), wanted)
 
 
 def add_second_moment(total: Tensor, rows: Tensor) -> None:

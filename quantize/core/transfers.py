@@ -4,6 +4,7 @@ A GPU copies beside its work only from and to pinned host memory, and on another
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -79,9 +80,18 @@ class Transfers:
 
 
 def host_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor in the host's memory; pinned where `device` is a GPU."""
-    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
+    """A tensor in the host's memory; pinned where `device` is a GPU and the system lets so much be pinned."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()
+    """A copy in pinned memory; the tensor itself, which takes a GPU longer to copy, where that is not to be had."""
+    if tensor.is_cuda or tensor.is_pinned():
+        return tensor
+    try:
+        return tensor.pin_memory()
+    except RuntimeError:
+        return tensor

@@ -62,7 +62,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
                     f"block {len(journal.done)}: out of memory with {tried} tokens at once; it goes on with "
                     f"{run.batch_tokens}"
                 )
-                machine.release_memory()
+                machine.release_memory(skeleton.device)
 
 
 def _at_work(job: Job, journal: Journal) -> str:
@@ -126,7 +126,6 @@ class _Run:
         leaving = dict(leaving)
         if tuning is not None and passing is not None:
             tuning.run(rounded, records, leaving, passing, self._skeleton.device)
-        self._transfers.settle()
         _check_finite(leaving, k, self._skeleton.device)
         self.hidden = leaving
         layers = tuple(records.get(name) or record(x, None) for name, x in linears.items())
