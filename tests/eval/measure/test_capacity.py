@@ -1,5 +1,6 @@
 """The key-value cache against what transformers itself keeps, what fits a GPU, and what a token costs."""
 
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -150,6 +151,29 @@ def test_a_model_that_takes_too_long_is_one_line(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("subprocess.run", run)
     with pytest.raises(BadInput, match=r"timing took more than 3600 s; ask for fewer tokens"):
         speed.time_model(tmp_path, Timing(contexts=(8,), new_tokens=2, repeats=2))
+
+
+def test_the_process_that_times_prints_its_figures_as_the_last_line_or_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two sides of `time_model`, each against the other, without the process between them."""
+    build("llama", tmp_path / "model")
+    timing = Timing(contexts=(8,), new_tokens=2, repeats=2)
+
+    def run(command: list[str], input: str, **_: object) -> "subprocess.CompletedProcess[str]":
+        monkeypatch.setattr("sys.stdin", io.StringIO(input))
+        try:
+            speed._main()
+        except SystemExit as stop:
+            return subprocess.CompletedProcess(command, 1, "", f"{stop}\n")
+        return subprocess.CompletedProcess(command, 0, f"a library says something\n{capsys.readouterr().out}", "")
+
+    monkeypatch.setattr("subprocess.run", run)
+    runtime = speed.time_model(tmp_path / "model", timing, "bfloat16", is_original=True)
+    assert (runtime.dtype, len(runtime.speed)) == ("bfloat16", 1)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    with pytest.raises(BadInput, match="could not be timed: unknown architecture"):
+        speed.time_model(tmp_path / "model", timing)
 
 
 @pytest.mark.slow  # a new Python with torch and transformers
