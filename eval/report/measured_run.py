@@ -20,33 +20,20 @@ from .page_text import program, sentence
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """An evaluated run folder. label: its name in charts and tables; serving: the record of its smoke test, if any."""
+    """An evaluated run folder. label: its name in charts and tables; serving: the record of its smoke test, if any.
+
+    text, original, artifact, divergence: those of `results`, which are there.
+    """
 
     folder: Path
     manifest: RunManifest
     results: Results
     label: str
-    serving: Serving | None = None
-
-    @property
-    def text(self) -> EvaluationText:
-        assert self.results.text is not None  # checked by open_run, here and below
-        return self.results.text
-
-    @property
-    def original(self) -> Quality:
-        assert self.results.original is not None
-        return self.results.original
-
-    @property
-    def artifact(self) -> Quality:
-        assert self.results.artifact is not None
-        return self.results.artifact
-
-    @property
-    def divergence(self) -> Divergence:
-        assert self.results.divergence is not None
-        return self.results.divergence
+    serving: Serving | None
+    text: EvaluationText
+    original: Quality
+    artifact: Quality
+    divergence: Divergence
 
     @property
     def increase(self) -> float:
@@ -195,10 +182,11 @@ def gate_value(value: float | None, limit: str) -> str:
 def open_run(folder: Path) -> MeasuredRun:
     """The run in `folder`; raises BadInput when there is none, or it was not evaluated against its original."""
     manifest, results = read_run_manifest(folder), read_results(folder)
-    measured = (results.text, results.original, results.artifact, results.divergence)
-    if any(part is None for part in measured):
+    text, original, artifact, away = results.text, results.original, results.artifact, results.divergence
+    if text is None or original is None or artifact is None or away is None:
         raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")
-    return MeasuredRun(folder, manifest, results, manifest.name, read_serving(folder))
+    serving = read_serving(folder)
+    return MeasuredRun(folder, manifest, results, manifest.name, serving, text, original, artifact, away)
 
 
 def open_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
