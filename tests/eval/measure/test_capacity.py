@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure import capacity, speed
 from quantpress.eval.measure.results import Runtime, Speed
@@ -141,6 +142,8 @@ def test_a_model_is_timed_in_this_process(tmp_path: Path) -> None:
     assert all(s.decode_tokens_per_second > 0 and s.prefill_tokens_per_second > 0 for s in runtime.speed)
     assert "transformers" in runtime.what
     assert runtime.dtype == "float32"
+    where = machine.device()
+    assert runtime.device == machine.describe(where)["cpu" if where.type == "cpu" else "device"]
     assert runtime.peak_vram_bytes is None or torch.cuda.is_available()
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from quantpress.methods import ROUNDERS
@@ -36,6 +37,13 @@ every_type = pytest.mark.parametrize("grid", FLOATS, ids=str)
 )
 def test_a_grid_in_words(grid: Grid, name: str) -> None:
     assert str(grid) == name
+
+
+@every_type
+def test_floats_are_symmetric_and_say_so(grid: Grid) -> None:
+    assert grid.symmetric
+    with pytest.raises(ValidationError, match="symmetric"):
+        Grid(type=grid.type, symmetric=False)
 
 
 def e2m1() -> list[float]:
