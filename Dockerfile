@@ -24,7 +24,7 @@ COPY --from=wheel /dist /dist
 RUN pip install --no-cache-dir "$(ls /dist/*.whl)${EXTRAS:+[$EXTRAS]}" && rm -rf /dist \
  && useradd --create-home --uid 1000 quantpress && mkdir -p /work /cache && chown quantpress /work /cache
 ENV HF_HOME=/cache/huggingface QUANTPRESS_CACHE=/cache/quantpress PYTHONUNBUFFERED=1
-USER quantpress
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["quantpress"]
 CMD ["--help"]
