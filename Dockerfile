@@ -34,7 +34,7 @@ FROM ${CUDA_IMAGE} AS cuda
 ARG EXTRAS=""
 COPY --from=wheel /dist /dist
 RUN python -c 'import torch; print("torch==" + torch.__version__)' > /tmp/constraints.txt \
- && pip install --no-cache-dir --constraint /tmp/constraints.txt "$(ls /dist/*.whl)${EXTRAS:+[$EXTRAS]}" \
+ && PIP_BREAK_SYSTEM_PACKAGES=1 pip install --no-cache-dir --constraint /tmp/constraints.txt "$(ls /dist/*.whl)${EXTRAS:+[$EXTRAS]}" \
  && rm -rf /dist /tmp/constraints.txt \
  && (id -u 1000 > /dev/null 2>&1 || useradd --create-home --uid 1000 quantpress) \
  && mkdir -p /work /cache && chown 1000 /work /cache

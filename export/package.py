@@ -19,6 +19,7 @@ from quantpress.core.text import size
 from quantpress.formats import FORMATS
 from quantpress.gguf.chat import template_arguments
 from quantpress.gguf.reader import gguf_files
+from quantpress.models.hub import near
 
 from . import contracts, speculation
 from .launch_files import compose, kubernetes, serve_sh
@@ -108,7 +109,7 @@ def check(run: Path, target: ServerSettings) -> None:
 def find_artifact(run: Path) -> Path:
     """The artifact folder of a run, or the given folder where it is one; raises BadInput where it is neither."""
     if not run.is_dir():
-        raise BadInput(f"{run}: no such folder")
+        raise BadInput(f"{run}: no such folder{near(run)}")
     for folder in (run / "quantized", run):
         if (folder / "config.json").is_file() or gguf_files(folder):
             return folder

@@ -36,7 +36,7 @@ from quantpress.eval.report.card import write_card
 from quantpress.eval.report.page import write_comparison, write_report
 from quantpress.exports.contracts import advice
 from quantpress.exports.load_check import LoadAnswer, Way, will_load
-from quantpress.exports.package import LOOPBACK, Exported
+from quantpress.exports.package import LOOPBACK, Exported, find_artifact
 from quantpress.exports.package import check as check_export
 from quantpress.exports.package import export as export_target
 from quantpress.exports.serving import Serving
@@ -219,6 +219,7 @@ def export(
     chosen = choose_targets(Path(folder), targets)
     if out is not None and len(chosen) > 1:
         raise BadInput(f"--out is the folder of one target, and these are {len(chosen)}; leave it out")
+    find_artifact(Path(folder))  # before the lock makes the folder
     with alone_in(Path(folder)) if out is None else nullcontext():
         for target in chosen:  # all of them before the first is written
             check_export(Path(folder), target)

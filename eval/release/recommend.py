@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from quantpress.core.errors import BadInput
 from quantpress.core.schema import Fraction
+from quantpress.core.text import meant
 
 from ..measure.formatting import interval, number, share, size
 from ..measure.results import KvCache, Results, TaskResult
@@ -43,7 +44,8 @@ class Wish(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             option = {"memory": "fits"}.get(str(first["loc"][0]), str(first["loc"][0])).replace("_", "-")
-            raise BadInput(f"--{option} {first['input']!r}: {first['msg']}; such as 24GiB, 98%") from None
+            hint = meant(str(first["input"]), get_args(Preference)) if option == "prefer" else "; such as 24GiB, 98%"
+            raise BadInput(f"--{option} {first['input']!r}: {first['msg']}{hint}") from None
 
     @property
     def kept(self) -> int:

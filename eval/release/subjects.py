@@ -7,6 +7,7 @@ from typing import Any
 from quantpress.artifact.manifest import MANIFEST, read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
+from quantpress.models.hub import near
 from quantpress.recipe import Recipe
 from quantpress.recipe.loading import apply_override, parse
 
@@ -29,7 +30,7 @@ def is_run(folder: Path) -> bool:
 def check_subject(subject: Path) -> None:
     """Raise BadInput for a path that holds neither a run nor a model."""
     if not subject.exists():
-        raise BadInput(f"{subject}: no such folder")
+        raise BadInput(f"{subject}: no such folder{near(subject)}")
     if is_run(subject) or subject.is_file():
         return
     if not (subject / "config.json").is_file() and not any(subject.glob("*.gguf")):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
+from ..core.text import meant
 from ..formats import FORMATS, Format, ModelScheme, detect
 from ..gguf.reader import gguf_files
 from ..models.architecture import is_multimodal, stated_dtype
@@ -31,15 +32,15 @@ def convert(source: Path, target: Path, to: str) -> None:
     Raises BadInput, and leaves nothing behind, for a source that is not quantized or has this format already, a target
     that exists, and anything that `to` cannot hold exactly.
     """
+    known = [name for name, held in FILE_FORMATS.items() if held.convertible]
+    if to not in known:
+        raise BadInput(f"unknown format {to!r}{meant(to, known)} (known: {', '.join(known)})")
     if gguf_files(source):
         raise BadInput(f"{source} holds a GGUF file, whose numbers no other format has; quantize the original again")
     checkpoint = Checkpoint(source)
     origin = detect(checkpoint.config)
     if origin is None:
         raise BadInput(f"{source} is not quantized; convert changes the format of an artifact")
-    known = [name for name, held in FILE_FORMATS.items() if held.convertible]
-    if to not in known:
-        raise BadInput(f"unknown format {to!r}; known: {', '.join(known)}")
     if to == origin:
         raise BadInput(f"{source} is in format {to} already")
     if target.exists():

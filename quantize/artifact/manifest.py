@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import BadInput
 from ..core.files import write_json
+from ..models.hub import near
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -215,6 +216,8 @@ def read_run_manifest(folder: Path) -> RunManifest:
     """The manifest of the finished run in `folder`. Raises BadInput when it is missing, incomplete or of another
     schema."""
     if not (folder / MANIFEST).is_file():
+        if not folder.exists():
+            raise BadInput(f"{folder}: no such folder{near(folder)}")
         raise BadInput(f"{folder}: no {MANIFEST}; is this a run folder?")
     manifest = read_manifest(folder)
     if manifest.schema_ != SCHEMA:

@@ -11,7 +11,7 @@ from rich.table import Table
 from quantpress.eval.release.callbacks import Options
 
 from ..core.errors import BadInput
-from ..core.text import size
+from ..core.text import meant, size
 from ..recipe import Recipe
 from ..recipe import loading as recipes
 from ..recipe.gguf_file import FloatFile
@@ -125,7 +125,8 @@ def gguf(
 ) -> None:
     """Write a GGUF file of floats; an artifact is dequantized. To quantize, run a recipe such as gguf-q4_k_m."""
     if kind not in get_args(FloatFile):
-        raise BadInput(f"--type {kind}: {', '.join(get_args(FloatFile))}; to quantize run a recipe such as gguf-q4_k_m")
+        known = get_args(FloatFile)
+        raise BadInput(f"--type {kind}{meant(kind, known)} (known: {', '.join(known)}); to quantize run a recipe")
     if out.suffix != ".gguf":
         raise BadInput(f"{out}: give a name that ends in .gguf")
     quiet_libraries()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from ..core.errors import BadInput
+from ..core.text import meant
 from .app import app
 from .options import JsonOpt, OverwriteOpt, ServerPythonOpt, SetOpt, TargetOpt, make_options, names, quiet_libraries
 from .printing import followed, print_json, print_serving, say, show
@@ -14,6 +15,7 @@ from .printing import followed, print_json, print_serving, say, show
 if TYPE_CHECKING:
     from ..api import Verification
 
+_WAYS = ("server", "parser", "contract")
 _SHOWN = 8  # problems printed: a config that was edited is wrong about every layer
 
 
@@ -58,8 +60,8 @@ def verify(
 
     Exit code 1 when something is wrong.
     """
-    if way not in (None, "server", "parser", "contract"):
-        raise BadInput(f"--way {way!r}: server, parser or contract")
+    if way is not None and way not in _WAYS:
+        raise BadInput(f"--way {way!r}{meant(way, _WAYS)} (known: {', '.join(_WAYS)})")
     idle = [name for name, given in (("--set", sets), ("--way", way), ("--server-python", server_python)) if given]
     if idle and not target:
         raise BadInput(f"{', '.join(idle)}: of a target, and none is given; add --target, such as --target vllm")

@@ -1,6 +1,7 @@
-"""Text: sizes in bytes, and how far two texts agree."""
+"""Text: sizes in bytes, how far two texts agree, and which name was meant."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -14,6 +15,12 @@ def size(count: float) -> str:
 def byte_unit(size: float) -> tuple[float, str]:
     """The decimal unit `size` bytes read best in."""
     return next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0]), (1.0, "bytes"))
+
+
+def meant(typed: str, known: Iterable[str]) -> str:
+    """ ", did you mean 'gptq'?": the known name nearest to the one that was typed; "" where none is near."""
+    near = difflib.get_close_matches(typed, list(known), n=1, cutoff=0.6)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -1,11 +1,11 @@
 """What the files of each format can hold, as far as a recipe has to know; how they hold it is in formats/. No torch."""
 
-import difflib
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, WithJsonSchema
 
+from ..core.text import meant
 from ..numbers.types import NumberType
 
 
@@ -35,9 +35,7 @@ FILE_FORMATS: dict[str, FileFormat] = {
 
 def _known(name: str) -> str:
     if name not in FILE_FORMATS:
-        near = difflib.get_close_matches(name, FILE_FORMATS, n=1, cutoff=0.6)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown format{hint} (known: {', '.join(FILE_FORMATS)})")
+        raise ValueError(f"unknown format{meant(name, FILE_FORMATS)} (known: {', '.join(FILE_FORMATS)})")
     return name
 
 

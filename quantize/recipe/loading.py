@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..core.errors import BadInput
+from ..core.text import meant
 from .document import Recipe
 from .targets import Target
 
@@ -128,15 +129,14 @@ def _problem(error: Any, root: Any) -> str:
         message = _GONE[error["loc"][-2:]]
     elif error["type"] == "extra_forbidden":
         known = _keys_at(root, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.6)
-        message = f"unknown key{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"
+        message = f"unknown key{meant(str(error['loc'][-1]), known)} (known: {', '.join(known)})"
     elif error["type"] == "union_tag_invalid":
         known = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
-        near = difflib.get_close_matches(error["ctx"]["tag"], known, n=1, cutoff=0.6)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        message = f"unknown name {error['ctx']['tag']!r}{hint} (known: {', '.join(known)})"
+        message = f"unknown name {error['ctx']['tag']!r}{meant(error['ctx']['tag'], known)} (known: {', '.join(known)})"
     elif not isinstance(error["input"], dict | Recipe):
         message += f", not {error['input']!r}"
+        if error["type"] == "literal_error":
+            message += meant(str(error["input"]), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     return f"{place}: {message}" if place else message
 
 

@@ -132,7 +132,7 @@ def test_verify_says_whether_a_target_would_load_it(call: Any, run: Path) -> Non
     assert json.loads(out)["loads"]["tgi"]["way"] == "contract"
     code, _, err = call("verify", run, "--target", "tgi", "--way", "luck")
     assert code == 2
-    assert "server, parser or contract" in err
+    assert "server, parser, contract" in err
 
 
 @pytest.mark.parametrize(

@@ -65,3 +65,30 @@ def test_every_command_has_json() -> None:
     listed = json.loads(CliRunner().invoke(app, ["recipes", "--json"]).output)
     assert {one["name"] for one in listed} == set(shipped())
     assert all(one["group"] and one["description"] for one in listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["export", "none/run", "--target", "vllm"], "the folder none does not exist either"),
+        (["export", "run", "--target", "vlm"], "did you mean 'vllm'?"),
+        (["convert", "run", "new", "--to", "gtpq"], "did you mean 'gptq'?"),
+        (["verify", "run", "--target", "vllm", "--way", "contrct"], "did you mean 'contract'?"),
+        (["gguf", "run", "x.gguf", "--type", "f16"], "did you mean 'F16'?"),
+        (["recommend", "run", "--fits", "1GB", "--prefer", "qualty"], "did you mean 'quality'?"),
+        (["run", "--set", "formats=[compresed-tensors]"], "did you mean 'compressed-tensors'?"),
+        (["run", "--set", "method.order=naturel"], "did you mean 'natural'?"),
+        (["run", "--set", "smoke.server=vlm"], "did you mean 'vllm'?"),
+        (["eval", "rnu"], "did you mean run?"),
+        (["publish", "rnu", "--to", "a/b"], "did you mean run?"),
+    ],
+)
+def test_the_nearest_name_is_said(
+    arguments: list[str], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run", "quantized").mkdir(parents=True)
+    Path("run", "quantized", "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    code, line = said(arguments, monkeypatch, capfd)
+    assert (code, line.count("\n")) == (2, 1)
+    assert hint in line
