@@ -5,8 +5,10 @@ returns a scale for each input channel; a tuner trains the rounded weight of one
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..numbers.grid import QuantizedLinear
@@ -21,7 +23,7 @@ from .rounded import Rounded
 from .rtn import rtn
 from .smoothquant import smoothquant
 
-__all__ = ["ROUNDERS", "TRANSFORMS", "TUNERS", "Rounded", "Tuner"]
+__all__ = ["ROUNDERS", "TRANSFORMS", "TUNERS", "Rounded", "Tuner", "solves_batches"]
 
 Transformer = Callable[[Weights, Observed, TransformSettings, Rounding | None], Scaling]
 Rounder = Callable[[Tensor, Grid, MethodSettings, Tensor | None, Tensor | None], Rounded]
@@ -36,6 +38,11 @@ class Tuner(Protocol):
     def result(self) -> QuantizedLinear: ...
     def step(self, gradient: Tensor, progress: float) -> None:
         """Take one step; `gradient` [out, in] is the loss's by `weight`, progress in [0, 1) the share of steps done."""
+
+
+def solves_batches(method: MethodSettings, device: torch.device) -> bool:
+    """Whether `gptq_batch` takes the place of the rounder: for GPTQ on a GPU, where Triton is installed."""
+    return method.name == "gptq" and device.type == "cuda" and find_spec("triton") is not None
 
 
 ROUNDERS: dict[str, Rounder] = {"rtn": rtn, "gptq": gptq}

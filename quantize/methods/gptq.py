@@ -13,7 +13,7 @@ from .group_scales import GroupScales
 from .rounded import Rounded
 
 _BLOCK = 32  # columns solved one by one before all later ones are updated in one product
-_MAX_DAMP = 10.0
+MAX_DAMP = 10.0
 
 
 def gptq(
@@ -76,8 +76,12 @@ def gptq(
     numbers = torch.empty_like(state.numbers)
     numbers[order] = state.numbers
     linear = replace(fitting.linear(numbers.T), g_idx=g_idx)
-    raised = f"singular Hessian: damping raised from {settings.damp:g} to {damp:g}" if damp > settings.damp else None
-    return Rounded(linear, damp, "; ".join(filter(None, (raised, fitting.clipped))) or None)
+    notes = filter(None, (raised_note(settings.damp, damp), fitting.clipped))
+    return Rounded(linear, damp, "; ".join(notes) or None)
+
+
+def raised_note(asked: float, damp: float) -> str | None:
+    return f"singular Hessian: damping raised from {asked:g} to {damp:g}" if damp > asked else None
 
 
 @dataclass
@@ -116,27 +120,30 @@ class _Solve:
 
 
 def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> Tensor:
-    """The order columns are solved in, int64 [in], from the Hessian's diagonal [in].
+    """The order columns are solved in, int64 [..., in], from the Hessian's diagonal [..., in].
 
     `group_aware` (GAR, arXiv:2505.14638) sorts inside each group and then the groups by their largest entry, so that
     groups stay contiguous on disk; with a `span` of several groups, the groups inside each span and then the spans.
     A shorter last group (blocks of 128 need not divide) is sorted inside and stays last. `activation` is act-order.
     Sorting is stable, so that equal inputs give equal orders.
     """
+    n = diagonal.shape[-1]
     if order == "natural":
-        return torch.arange(diagonal.numel(), device=diagonal.device)
+        return torch.arange(n, device=diagonal.device).expand(diagonal.shape)
     if order == "activation":
-        return diagonal.argsort(descending=True, stable=True)
-    whole = diagonal.numel() // columns * columns
-    last = diagonal[whole:].argsort(descending=True, stable=True) + whole
-    grouped, groups = diagonal[:whole].reshape(-1, columns), max(1, span // columns)
-    starts = torch.arange(grouped.shape[0], device=diagonal.device) * columns
-    inside = grouped.argsort(dim=1, descending=True, stable=True) + starts[:, None]
-    largest = grouped.amax(1).reshape(-1, groups)
-    among = largest.argsort(dim=1, descending=True, stable=True)
-    among += torch.arange(largest.shape[0], device=diagonal.device)[:, None] * groups
-    outside = largest.amax(1).argsort(descending=True, stable=True)
-    return torch.cat([inside[among[outside].reshape(-1)].reshape(-1), last])
+        return diagonal.argsort(dim=-1, descending=True, stable=True)
+    whole = n // columns * columns
+    last = diagonal[..., whole:].argsort(dim=-1, descending=True, stable=True) + whole
+    grouped = diagonal[..., :whole].reshape(*diagonal.shape[:-1], whole // columns, columns)
+    groups = max(1, span // columns)
+    starts = torch.arange(whole // columns, device=diagonal.device) * columns
+    inside = grouped.argsort(dim=-1, descending=True, stable=True) + starts[:, None]
+    largest = grouped.amax(-1).reshape(*diagonal.shape[:-1], whole // columns // groups, groups)
+    among = largest.argsort(dim=-1, descending=True, stable=True)
+    among += torch.arange(largest.shape[-2], device=diagonal.device)[:, None] * groups
+    outside = largest.amax(-1).argsort(dim=-1, descending=True, stable=True)
+    among = among.gather(-2, outside[..., None].expand_as(among)).flatten(-2)
+    return torch.cat([inside.gather(-2, among[..., None].expand_as(inside)).flatten(-2), last], -1)
 
 
 def corrected(
@@ -170,7 +177,7 @@ def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
         raise ValueError("the second moment of the inputs is zero or not finite")
     diagonal[diagonal == 0] = mean
     base = diagonal.clone()
-    while damp <= _MAX_DAMP:
+    while damp <= MAX_DAMP:
         diagonal.copy_(base + damp * mean)
         # H = A A^T with A upper triangular is the Cholesky factorisation of H with rows and columns reversed.
         lower, info = torch.linalg.cholesky_ex(h)
@@ -183,4 +190,4 @@ def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
             torch.linalg.solve_triangular(upper, u, upper=True, left=False, out=u)
             return u.T.tril_(-1), root.square(), damp
         damp *= 3
-    raise ValueError(f"the Hessian stays singular with damping {_MAX_DAMP}")
+    raise ValueError(f"the Hessian stays singular with damping {MAX_DAMP}")

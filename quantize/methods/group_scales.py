@@ -40,20 +40,20 @@ class GroupScales:
         else:
             found = fit(columns, self._grid, self._dtype, importance, overall)
             if self._overall is not None:
-                self._clipped += (columns.abs().amax(1) / E2M1_MAX * self._overall > E4M3_MAX).sum()
+                self._clipped += outgrown(columns.abs().amax(1), self._overall).sum()
         self.scales[group], self.zeros[group] = found
         return found
 
     @property
     def clipped(self) -> str | None:
-        """A note on nvfp4 groups that outgrew the global scale, None where none did.
+        """A note on nvfp4 groups that outgrew the global scale, None where none did."""
+        return clipped_note(int(self._clipped), self.scales.numel())
 
-        The global scale is fixed before the first group. GPTQ's feedback can then make a group larger than any weight
-        was; its E4M3 scale would have to exceed 448.
-        """
-        count = int(self._clipped)
-        total = self.scales.numel()
-        return f"{count} of {total} groups outgrew the global scale and are clipped" if count else None
+    def reorder(self, order: Tensor) -> None:
+        """Put group `order[g]`, int64 [groups], in the place of group g; super-blocks stay whole."""
+        self.scales, self.zeros = self.scales[order], self.zeros[order]
+        per_span = self.span // self.columns
+        self._supers = self._supers[:, order[::per_span] // per_span]
 
     def fit_all(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zeros [groups, out] of all groups of `weight` [out, in] at once, where rows share no scale."""
@@ -83,3 +83,16 @@ class GroupScales:
         return QuantizedLinear(
             codes, wholes[0], zeros, grid, offsets=None if grid.symmetric else wholes[1], supers=supers
         )
+
+
+def outgrown(largest: Tensor, overall: Tensor) -> Tensor:
+    """Which nvfp4 groups, of weights as large as `largest`, the global scale is too large for, bool like `largest`.
+
+    It is fixed before the first group. GPTQ's feedback can then make a group larger than any weight was; its E4M3 scale
+    would have to exceed 448.
+    """
+    return largest / E2M1_MAX * overall > E4M3_MAX
+
+
+def clipped_note(count: int, groups: int) -> str | None:
+    return f"{count} of {groups} groups outgrew the global scale and are clipped" if count else None

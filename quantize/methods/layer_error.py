@@ -25,13 +25,8 @@ class LayerError:
     measure: ErrorMeasure
 
     def record(self, tokens: int) -> dict[str, Any]:
-        """The fields of the manifest's record, over all rows. loss: squared error per token; None without tokens."""
-        error, power = float(self.error.sum()), float(self.power.sum())
-        return {
-            "loss": error / tokens if tokens else None,
-            "relative_error": error / power if power > 0 else 0.0,
-            "error_measure": self.measure,
-        }
+        """The fields of the manifest's record, over all rows."""
+        return error_fields(float(self.error.sum()), float(self.power.sum()), self.measure, tokens)
 
     def rows(self, part: slice) -> "LayerError":
         return LayerError(self.error[part], self.power[part], self.measure)
@@ -40,6 +35,15 @@ class LayerError:
         """The error over the tokens of both; output_local unless both are accumulated."""
         measure = self.measure if self.measure == other.measure else "output_local"
         return LayerError(self.error + other.error, self.power + other.power, measure)
+
+
+def error_fields(error: float, power: float, measure: ErrorMeasure, tokens: int) -> dict[str, Any]:
+    """The fields of a manifest's record, from sums over all rows. loss: squared error per token, if any."""
+    return {
+        "loss": error / tokens if tokens else None,
+        "relative_error": error / power if power > 0 else 0.0,
+        "error_measure": measure,
+    }
 
 
 def layer_error(

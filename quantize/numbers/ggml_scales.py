@@ -46,8 +46,9 @@ def fit_super(weight: Tensor, grid: BlockGrid, importance: Tensor | None) -> Ten
     x = weight.to(torch.float32).T.contiguous().reshape(-1, columns, len(weight))
     w = _weights(importance, x)
     out = x.new_empty(2, len(weight))
-    for r in range(0, len(weight), _ROWS):
-        rows = slice(r, r + _ROWS)
+    step = _rows_at_once(weight, _ROWS)
+    for r in range(0, len(weight), step):
+        rows = slice(r, r + step)
         out[:, rows] = _super(x[..., rows].contiguous(), _of(w, rows), grid)
     return out
 
@@ -69,8 +70,9 @@ def fit_group(
     x = weight.to(torch.float32).T.contiguous()[None]
     w = _weights(importance, x)
     scales, offsets = x.new_empty(2, len(weight)).unbind(0)
-    for r in range(0, len(weight), _ROWS * 4):
-        rows = slice(r, r + _ROWS * 4)
+    step = _rows_at_once(weight, 4 * _ROWS)
+    for r in range(0, len(weight), step):
+        rows = slice(r, r + step)
         part, mine = x[..., rows].contiguous(), _of(w, rows)
         found = _ideal(part, mine, grid)
         if overall is None:
@@ -98,6 +100,11 @@ def by_size(weight: Tensor, importance: Tensor, grid: BlockGrid) -> Tensor:
         return importance.expand_as(weight)
     squares = weight.to(torch.float32).square()
     return importance * squares.add_(squares.mean(1, keepdim=True)).sqrt_()
+
+
+def _rows_at_once(weight: Tensor, on_cpu: int) -> int:
+    """All of them on a GPU, which has no cache to stay in."""
+    return max(1, len(weight)) if weight.is_cuda else on_cpu
 
 
 def _weights(importance: Tensor | None, x: Tensor) -> Tensor:

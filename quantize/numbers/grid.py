@@ -6,8 +6,10 @@ of E4M3 or E2M1 and zero 0; their code is the number's bit pattern. ggml's block
 zero; those with an offset, (n - zero) * scale - offset, have it fitted as a zero that need not be whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +28,9 @@ _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and 
 _SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end of the range, in widths of it
 _EXPONENT = 0x7F800000  # the bits of a float32 that hold it
 SMALLEST_SCALE = 2.0**-17  # of integer grids: exact in both 16-bit types
-_SMALLEST_FLOAT_SCALE = 2.0**-60
+SMALLEST_FLOAT_SCALE = 2.0**-60
 _CHUNK = 1 << 18  # weights searched at a time and thread, so that intermediates stay in cache
+_GPU_CHUNK = 1 << 26  # on a GPU, which has no such cache and is fast with many; intermediates take 256 MB each
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,20 @@ class QuantizedLinear:
         )
 
 
+def stacked_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """One linear out of parts of its rows, the reverse of `rows`; of grids whose rows share nothing."""
+
+    def joined(name: str, dim: int = 0) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values, dim)
+
+    return replace(
+        parts[0],
+        codes=joined("codes"), scales=joined("scales"), zeros=joined("zeros"),
+        offsets=joined("offsets"), supers=joined("supers", 1),
+    )  # fmt: skip
+
+
 def scale_dtype(weight: Tensor, grid: Grid) -> torch.dtype:
     """The dtype the scales of a weight are stored in.
 
@@ -152,14 +169,14 @@ def scale_dtype(weight: Tensor, grid: Grid) -> torch.dtype:
 
 
 def global_scale(weight: Tensor, grid: Grid) -> Tensor | None:
-    """The factor on scales before they are rounded to E4M3: float32 [], nvfp4 only.
+    """The factor on scales before they are rounded to E4M3: float32 [...] for weights [..., out, in]; nvfp4 only.
 
     The largest power of two that keeps amax / 6 within E4M3. NVIDIA's rule is 6 * 448 / amax itself; a power of two has
     an exact inverse, so that formats that store the inverse hold the same weights.
     """
     if grid.type != "nvfp4":
         return None
-    amax = weight.to(torch.float32).abs().amax().clamp(min=2.0**-60)
+    amax = weight.to(torch.float32).abs().amax((-2, -1)).clamp(min=2.0**-60)
     return torch.exp2(torch.floor(torch.log2(E4M3_MAX * E2M1_MAX / amax)))
 
 
@@ -190,10 +207,13 @@ def fit(
     if grid.scale_search == "minmax":
         return _affine(low, high, store)
     scales, zeros = torch.empty_like(low), torch.empty_like(low)
-    step = max(1, _CHUNK // weight.shape[1]) * torch.get_num_threads() if shared == 1 else shared
+    if weight.is_cuda:
+        step = -(-max(1, _GPU_CHUNK // weight.shape[1]) // shared) * shared
+    else:
+        step = max(1, _CHUNK // weight.shape[1]) * torch.get_num_threads() if shared == 1 else shared
     for r in range(0, weight.shape[0], step):
         rows = slice(r, r + step)
-        scales[rows], zeros[rows] = _search(weight[rows], low[rows], high[rows], store, importance, shared > 1)
+        scales[rows], zeros[rows] = _search(weight[rows], low[rows], high[rows], store, importance, shared)
     return scales, zeros
 
 
@@ -264,13 +284,6 @@ class _Store:
     dtype: torch.dtype
     overall: Tensor | None
 
-    @property
-    def shrinks(self) -> tuple[float, ...]:
-        """The ranges to try, relative to min-max."""
-        if self.dtype == torch.float8_e8m0fnu:
-            return _POWERS
-        return _SHRINKS if self.grid.type == "int" else _FLOAT_SHRINKS
-
     def nearest(self, scale: Tensor) -> Tensor:
         """The scales (float32) nearest to `scale` that can be stored."""
         if self.overall is not None:
@@ -280,16 +293,37 @@ class _Store:
         if self.dtype == torch.float8_e8m0fnu:
             return shared_scale(scale * (E4M3_MAX if self.grid.bits == 8 else E2M1_MAX), self.grid)
         # 2^-17 and up, a bfloat16 scale is exact in float16 too, so every format can store it; none divides by zero.
-        smallest = SMALLEST_SCALE if self.grid.type == "int" else _SMALLEST_FLOAT_SCALE
+        smallest = SMALLEST_SCALE if self.grid.type == "int" else SMALLEST_FLOAT_SCALE
         return scale.clamp(min=smallest).to(self.dtype).to(torch.float32)
 
 
-def _over_rows(values: Tensor, rows: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Each of `values` [n] replaced by the reduction of its run of `rows` values."""
-    out = torch.empty_like(values)
-    for r in range(0, len(values), rows):
-        out[r : r + rows] = reduce(values[r : r + rows])
-    return out
+def ranges(grid: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The ranges that a search tries, relative to min-max, float32 [ranges]; min-max alone where there is none."""
+    if grid.scale_search == "minmax":
+        return _constant((1.0,), device)
+    if dtype == torch.float8_e8m0fnu:
+        return _constant(_POWERS, device)
+    return _constant(_SHRINKS if grid.type == "int" else _FLOAT_SHRINKS, device)
+
+
+def end_shifts(grid: Grid, device: torch.device) -> Tensor:
+    """How far one end of the range is moved afterwards, float32 [shifts], in widths of it; coarse grids gain by it."""
+    coarse = grid.type == "int" and not grid.symmetric and grid.bits <= 3 and grid.scale_search != "minmax"
+    return _constant(_SHIFTS if coarse else (), device)
+
+
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to a device once: every copy of a few numbers waits for the GPU."""
+    return torch.tensor(values, dtype=torch.float32).to(device)
+
+
+def _over_rows(values: Tensor, rows: int, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Each of `values` [n] replaced by the reduction of its run of `rows` values; 0 changes no reduction."""
+    if len(values) <= rows:
+        return reduce(values, 0).expand_as(values)
+    padded = torch.nn.functional.pad(values, (0, -len(values) % rows)).view(-1, rows)
+    return reduce(padded, 1).repeat_interleave(rows)[: len(values)]
 
 
 def _affine(low: Tensor, high: Tensor, store: _Store) -> tuple[Tensor, Tensor]:
@@ -309,9 +343,9 @@ def _affine(low: Tensor, high: Tensor, store: _Store) -> tuple[Tensor, Tensor]:
 
 
 def _search(
-    weight: Tensor, low: Tensor, high: Tensor, store: _Store, importance: Tensor | None, together: bool
+    weight: Tensor, low: Tensor, high: Tensor, store: _Store, importance: Tensor | None, shared: int
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero of the range with the least weighted squared error, row by row or for all rows `together`."""
+    """Scale and zero of the range with the least weighted squared error, for each run of `shared` rows."""
     grid = store.grid
     importance = None if importance is None else importance.to(weight.dtype)
 
@@ -322,7 +356,7 @@ def _search(
             found = (error @ importance).mul_(error).sum(1)
         else:
             found = error.square_().sum(1) if importance is None else error.square_() @ importance
-        return found.sum().expand_as(found) if together else found
+        return found if shared == 1 else _over_rows(found, shared, torch.sum)
 
     def best(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of the ranges [candidates, rows]: scale, zero and loss [rows], the first of equals."""
@@ -332,11 +366,11 @@ def _search(
         scale, zero, least = (x.gather(0, at)[0] for x in (scales, zeros, losses))
         return scale, zero, least
 
-    factors = low.new_tensor(store.shrinks)[:, None]
+    factors = ranges(grid, store.dtype, low.device)[:, None]
     scale, zero, least = best(low * factors, high * factors)
-    if grid.type == "int" and not grid.symmetric and grid.bits <= 3:  # coarse grids gain from clipping one end only
+    if (shifts := end_shifts(grid, low.device)).numel():
         width = scale * grid.levels
-        near, shifts = -zero * scale, low.new_tensor(_SHIFTS)[:, None] * width
+        near, shifts = -zero * scale, shifts[:, None] * width
         far = near + width
         lows = torch.cat([(near + shifts).clamp_(max=0), near.expand_as(shifts)])
         highs = torch.cat([far.expand_as(shifts), (far + shifts).clamp_(min=0)])

@@ -1,0 +1,357 @@
+"""GPTQ of many linears of one shape at once, on a GPU with Triton; `gptq` is the definition, which this equals.
+
+Weights are laid out [linears, in, out], columns in solving order: a column to round is one run of memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..core.machine import tf32_products
+from ..numbers.grid import QuantizedLinear, encode, global_scale, scale_dtype, stacked_rows
+from ..numbers.types import Grid
+from ..recipe.methods import Gptq
+from .column_kernels import COLUMNS, can_fit, fit_scales, solve_columns
+from .gptq import MAX_DAMP, column_order
+from .group_scales import GroupScales, outgrown
+from .symmetric_products import panels
+from .upper_factors import factor_upper_, invert_upper_
+
+_ROWS = 1 << 28  # weights whose rows are solved at a time: 1 GB in float32, of which there are about eight copies
+_PANEL = 1024  # columns whose errors are added to all later ones in one product
+_STRIP = 2048  # rows of a product with a triangular matrix, of which only about the half that is not 0 is computed
+
+
+@dataclass(frozen=True)
+class SolvedBatch:
+    """Linears of one shape, rounded. weight [linears, out, in]: dequantized, in the given weight's dtype.
+
+    damp: what each solve ended with. error, power [linears, out]: as `layer_error` has them. clipped int64 [linears]:
+    nvfp4's groups, of `groups` in each, that outgrew the global scale; None for other grids.
+    """
+
+    linears: list[QuantizedLinear]
+    weight: Tensor
+    error: Tensor
+    power: Tensor
+    damp: list[float]
+    clipped: Tensor | None
+    groups: int
+
+
+class UnsolvableError(ValueError):
+    """No damping makes the Hessian of linear `index` of a batch positive definite."""
+
+    def __init__(self, index: int, why: str) -> None:
+        super().__init__(why)
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H^-1 of each linear, its columns in solving order, as `gptq.factor` describes it.
+
+    upper [linears, in, in]: gptq's feedback, transposed. variance [linears, in]. added [linears, in]: what the damping
+    added to H's diagonal. damp: by linear.
+    """
+
+    upper: Tensor
+    variance: Tensor
+    added: Tensor
+    damp: list[float]
+
+
+def gptq_batch(
+    weight: Tensor,
+    grid: Grid,
+    settings: Gptq,
+    moment: Tensor,
+    drift: Tensor | None = None,
+    drift_power: Tensor | None = None,
+) -> SolvedBatch:
+    """Round `weight` [linears, out, in] as `gptq` does each, with their moments and drifts [linears, in, in].
+
+    drift_power [linears, out]: as in `layer_error`, given with a drift. The host waits for the device once, to see
+    whether the Hessians are positive definite. Raises UnsolvableError.
+    """
+    _, out_features, in_features = weight.shape
+    columns, span = grid.columns(in_features), grid.span(in_features)
+    order = column_order(moment.diagonal(dim1=-2, dim2=-1), columns, settings.order, span)
+    solving = factor(moment, order, settings.damp)
+    by_row = not grid.shares_rows and not grid.shares_across_linears
+    step = max(1, _ROWS // (len(weight) * in_features)) if by_row else out_features
+    parts = []
+    for start in range(0, out_features, step):
+        rows = slice(start, start + step)
+        power = None if drift_power is None else drift_power[:, rows]
+        parts.append(_solved(weight[:, rows], grid, settings, moment, drift, power, order, solving))
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _solved(
+    weight: Tensor,
+    grid: Grid,
+    settings: Gptq,
+    moment: Tensor,
+    drift: Tensor | None,
+    drift_power: Tensor | None,
+    order: Tensor,
+    solving: "Factor",
+) -> SolvedBatch:
+    """`gptq_batch` of some rows, once H is factored; order [linears, in]."""
+    in_features, columns, back = weight.shape[2], grid.columns(weight.shape[2]), order.argsort(dim=-1)
+    w = in_order(weight.to(moment.dtype).mT, order)
+    moved = gain = None
+    if drift is not None:
+        with tf32_products():  # weights of 16 bits are exact in TF32, and the drift was summed from bfloat16 numbers
+            moved = torch.bmm(drift.mT, weight.to(drift.dtype).mT)
+        gain = correct_(w, in_order(moved, order), solving, settings.error_correction)
+    state = _State(w, solving.upper)
+    scales = _Scales(w, grid, scale_dtype(weight, grid))
+    importance = solving.variance if settings.weighted_scales else None
+    if settings.order == "activation" and settings.static_groups:
+        scales.fit_all(w, back, importance)
+        scale, zero = scales.of_columns(order // columns)
+        state.solve(0, in_features, state.updated(0, in_features), scale, zero, grid)
+        del scale, zero
+    else:
+        for start in range(0, in_features, columns):
+            updated = scales.fit(start, state.updated, importance)
+            scale, zero = (x.expand_as(updated) for x in scales.of_group(start // columns))
+            state.solve(start, start + updated.shape[1], updated, scale, zero, grid)
+    error = state.error.square_().mul_(solving.variance[:, :, None]).sum(1)
+    linears, rounded = scales.finish(state.numbers, back, settings)
+    del state, w
+    off, power = rounded - weight, _power(weight, moment)
+    if moved is not None and drift_power is not None and gain is not None:
+        strength = settings.error_correction
+        error += drift_power - strength**2 * gain - (2 - 2 * strength) * (off * moved.mT).sum(-1)
+        power += drift_power + 2 * (moved.mT * weight).sum(-1)
+    error -= torch.bmm(off.square_(), solving.added.gather(-1, back)[:, :, None].to(off.dtype))[:, :, 0]
+    return SolvedBatch(
+        linears, rounded.to(weight.dtype), error.clamp_(min=0), power, solving.damp, scales.clipped(), scales.groups
+    )
+
+
+def _joined(parts: list[SolvedBatch]) -> SolvedBatch:
+    """One batch out of the parts of its rows."""
+    linears = [stacked_rows(list(rows)) for rows in zip(*(part.linears for part in parts), strict=True)]
+    weight, error, power = (
+        torch.cat([getattr(part, name) for part in parts], 1) for name in ("weight", "error", "power")
+    )
+    return SolvedBatch(linears, weight, error, power, parts[0].damp, None, sum(part.groups for part in parts))
+
+
+def _power(weight: Tensor, moment: Tensor) -> Tensor:
+    """||X w||^2 of each row of weight [linears, out, in]: [linears, out]. See `layer_error.output_power`."""
+    w = weight.to(moment.dtype)
+    power = w.new_zeros(w.shape[:2])
+    with tf32_products():  # as above; the moment is shortened to 10 bits, and its roundings even out in the sum
+        for part in panels(w.shape[2]):
+            moved = torch.bmm(w[:, :, part], moment[:, part, part])
+            moved = torch.baddbmm(moved, w[:, :, part.stop :], moment[:, part.stop :, part], alpha=2)
+            power += moved.mul_(w[:, :, part]).sum(-1)
+    return power
+
+
+def factor(moment: Tensor, order: Tensor, damp: float) -> Factor:
+    """Factor H + damp * mean(diag H) * I of each linear, rows and columns in `order` [linears, in]; see `gptq.factor`.
+
+    The damping is tripled for the linears where that fails.
+    """
+    upper, variance, added, sound = _attempt(moment, order, damp)
+    damps, ended = [damp] * len(moment), sound.tolist()
+    while failed := [i for i, (_, positive) in enumerate(ended) if not positive]:
+        at = torch.tensor(failed, device=moment.device)
+        for index in failed:
+            if not ended[index][0]:
+                raise UnsolvableError(index, "the second moment of the inputs is zero or not finite")
+        damp *= 3
+        if damp > MAX_DAMP:
+            raise UnsolvableError(failed[0], f"the Hessian stays singular with damping {MAX_DAMP}")
+        upper[at], variance[at], added[at], sound = _attempt(moment[at], order[at], damp)
+        for index, ends in zip(failed, sound.tolist(), strict=True):
+            ended[index], damps[index] = ends, damp
+    return Factor(upper, variance, added, damps)
+
+
+def _attempt(moment: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """upper, variance and added as in Factor; and, bool [linears, 2], whether H's diagonal and whether A is sound."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1).gather(-1, order)
+    mean = diagonal.mean(-1, keepdim=True)
+    a = moment[torch.arange(len(moment), device=moment.device)[:, None, None], order[:, :, None], order[:, None, :]]
+    added = torch.where(diagonal == 0, mean, 0) + damp * mean
+    a.diagonal(dim1=-2, dim2=-1).add_(added)
+    inverses, info = factor_upper_(a)
+    root = a.diagonal(dim1=-2, dim2=-1).clone()
+    positive = (info == 0) & root.isfinite().all(-1)  # any NaN or inf reaches the diagonal
+    invert_upper_(a, inverses)
+    a.mul_(root[:, :, None]).neg_()
+    a.diagonal(dim1=-2, dim2=-1).zero_()
+    usable = (mean[:, 0] > 0) & mean[:, 0].isfinite()
+    return a, root.square_(), added, torch.stack([usable, positive & usable], 1)
+
+
+def correct_(w: Tensor, lacking: Tensor, solving: Factor, strength: float) -> Tensor:
+    """Add QEP's correction to w [linears, in, out]; lacking = (W (X0 - X)^T X)^T. See `gptq.corrected`.
+
+    Returns lacking^T H^-1 lacking for each row, [linears, out].
+    """
+    n = w.shape[1]
+    strips = [(start, min(start + _STRIP, n)) for start in range(0, n, _STRIP)]
+    for start, stop in strips:  # a row takes from those after it, which are still as they were
+        lacking[:, start:stop] -= torch.bmm(solving.upper[:, start:stop, start:], lacking[:, start:])
+    gain = lacking.square().div_(solving.variance[:, :, None]).sum(1)
+    lacking.div_(solving.variance[:, :, None])
+    for start, stop in reversed(strips):
+        lacking[:, start:stop] -= torch.bmm(solving.upper[:, :stop, start:stop].mT, lacking[:, :stop])
+    w.add_(lacking, alpha=strength)
+    return gain
+
+
+def in_order(x: Tensor, order: Tensor) -> Tensor:
+    """The rows `order` [linears, some] of x [linears, rows, ...]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], order].contiguous()
+
+
+@dataclass
+class _State:
+    """weight, error and numbers of the grid [linears, in, out], columns in solving order; upper as in Factor."""
+
+    weight: Tensor
+    upper: Tensor
+    error: Tensor = field(init=False)
+    numbers: Tensor = field(init=False)
+    fed_back: int = 0  # columns whose errors all later columns of `weight` have received
+
+    def __post_init__(self) -> None:
+        self.error, self.numbers = torch.empty_like(self.weight), torch.empty_like(self.weight)
+
+    def updated(self, start: int, stop: int) -> Tensor:
+        """Columns [start, stop) with the feedback of all columns before `start`."""
+        if start - self.fed_back >= _PANEL:
+            done = slice(self.fed_back, start)
+            self.weight[:, start:].baddbmm_(self.upper[:, done, start:].mT, self.error[:, done])
+            self.fed_back = start
+        if start == self.fed_back:
+            return self.weight[:, start:stop]
+        done = slice(self.fed_back, start)
+        return torch.baddbmm(self.weight[:, start:stop], self.upper[:, done, start:stop].mT, self.error[:, done])
+
+    def solve(self, start: int, stop: int, updated: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
+        """Round columns [start, stop); updated, scales and zeros [linears, stop - start, out]."""
+        for begin in range(start, stop, COLUMNS):
+            end = min(begin + COLUMNS, stop)
+            here, mine = slice(begin, end), slice(begin - start, end - start)
+            inside = self.upper[:, here, here].mT.contiguous()
+            block = updated[:, mine] if begin == start else self.updated(begin, end)
+            solve_columns(
+                block, inside, scales[:, mine], zeros[:, mine],
+                self.error[:, here], self.numbers[:, here], grid,
+            )  # fmt: skip
+
+
+class _Scales:
+    """The scales of a batch, fitted group by group, groups in solving order; `w` [linears, in, out] as it begins."""
+
+    def __init__(self, w: Tensor, grid: Grid, stored: torch.dtype) -> None:
+        linears, in_features, out_features = w.shape
+        self._grid, self._stored, self._in_features = grid, stored, in_features
+        self._columns, self._span = grid.columns(in_features), grid.span(in_features)
+        self._overall = global_scale(w, grid)
+        groups = -(-in_features // self._columns)
+        found = w.new_empty(3, groups, linears, out_features, dtype=torch.float32)
+        self._scales, self._zeros, self._largest = found.unbind(0)
+        self._each = None if can_fit(grid) else [GroupScales(one.mT, grid, stored) for one in w]
+
+    def fit(self, start: int, columns: Callable[[int, int], Tensor], importance: Tensor | None) -> Tensor:
+        """Fit the group that begins at column `start`; returns its columns [linears, columns, out].
+
+        columns: gives columns [start, stop) as they are by then. importance [linears, in].
+        """
+        group, stop = start // self._columns, min(start + self._columns, self._in_features)
+        if self._each is not None and self._grid.nested and start % self._span == 0:
+            ahead, weigh = columns(start, start + self._span), _part(importance, start, start + self._span)
+            for i, one in enumerate(self._each):
+                one.reach(group, ahead[i].mT, None if weigh is None else weigh[i])
+        here, weigh = columns(start, stop), _part(importance, start, stop)
+        if self._each is None:
+            out = self._scales[group], self._zeros[group], self._largest[group]
+            fit_scales(here, self._grid, self._stored, weigh, self._overall, out)
+        else:
+            for i, one in enumerate(self._each):
+                found = one.fit(group, here[i].mT, None if weigh is None else weigh[i])
+                self._scales[group, i], self._zeros[group, i] = found
+        return here
+
+    def fit_all(self, w: Tensor, back: Tensor, importance: Tensor | None) -> None:
+        """Fit all groups as they stand on disk; back [linears, in]: a column's place in `w` and in `importance`."""
+        natural = None if importance is None else importance.gather(-1, back)
+        for start in range(0, self._in_features, self._columns):
+            self.fit(start, lambda start, stop: in_order(w, back[:, start:stop]), natural)
+
+    def of_group(self, group: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero [linears, 1, out] of a group."""
+        return self._scales[group][:, None], self._zeros[group][:, None]
+
+    def of_columns(self, group: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero [linears, columns, out] of the columns' groups, `group` [linears, columns]."""
+        return in_order(self._scales.transpose(0, 1), group), in_order(self._zeros.transpose(0, 1), group)
+
+    def finish(self, numbers: Tensor, back: Tensor, settings: Gptq) -> tuple[list[QuantizedLinear], Tensor]:
+        """The linears, and their weights [linears, out, in] dequantized.
+
+        numbers of the grid [linears, in, out] in solving order; back [linears, in]: a column's place in it.
+        """
+        if settings.order != "activation":
+            placed = back[:, :: self._columns] // self._columns  # where each group stands in solving order
+        else:
+            placed = torch.arange(len(self._scales), device=back.device).expand(len(back), -1)
+        shuffled = settings.order == "activation" and not settings.static_groups
+        if self._each is None:
+            codes = in_order(encode(numbers, self._grid), back).mT.contiguous()
+            linears, weight = self._records(codes, placed)
+        else:
+            natural = in_order(numbers, back).mT
+            for one, order in zip(self._each, placed, strict=True):
+                one.reorder(order)
+            linears = [one.linear(mine) for one, mine in zip(self._each, natural, strict=True)]
+            weight = None
+        if shuffled:
+            linears = [replace(q, g_idx=(mine // self._columns).int()) for q, mine in zip(linears, back, strict=True)]
+        if weight is None or shuffled:
+            weight = torch.stack([q.dequantize() for q in linears])
+        return linears, weight
+
+    def clipped(self) -> Tensor | None:
+        """As in SolvedBatch."""
+        return None if self._overall is None else outgrown(self._largest, self._overall[:, None]).sum((0, 2))
+
+    @property
+    def groups(self) -> int:
+        return self._scales.shape[0] * self._scales.shape[2]
+
+    def _records(self, codes: Tensor, placed: Tensor) -> tuple[list[QuantizedLinear], Tensor]:
+        """The linears, and their weights [linears, out, in], dequantized as one stack of rows."""
+        count, out_features, _ = codes.shape
+        scales, zeros = (in_order(x.transpose(0, 1), placed).mT for x in (self._scales, self._zeros))
+        overall = self._overall
+        if overall is not None:
+            scales = scales * overall[:, None, None]
+        stack = QuantizedLinear(
+            codes.flatten(0, 1),
+            scales.to(self._stored).flatten(0, 1).contiguous(),
+            zeros.to(torch.uint8).flatten(0, 1).contiguous(),
+            self._grid,
+            global_scale=None if overall is None else overall.repeat_interleave(out_features)[:, None],
+        )
+        linears = [stack.rows(i * out_features, (i + 1) * out_features) for i in range(count)]
+        if overall is not None:
+            linears = [replace(q, global_scale=one) for q, one in zip(linears, overall, strict=True)]
+        return linears, stack.dequantize().view(codes.shape)
+
+
+def _part(importance: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if importance is None else importance[:, start:stop]

@@ -1,0 +1,254 @@
+"""GPTQ's kernels on a real GPU: equal to the plain loop, and how long both take. `python tests/gpu/kernels.py`.
+
+Prints a JSON line a check and a shape; exits with 1 where a check fails. Needs Triton; takes about two minutes.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def link_package() -> None:
+    """Make quantpress importable where it is not installed, by links as its package-dir says."""
+    try:
+        import quantpress  # noqa: F401
+    except ImportError:
+        folder = Path(tempfile.mkdtemp()) / "quantpress"
+        folder.mkdir()
+        for part in (ROOT / "quantize").iterdir():
+            os.symlink(part, folder / part.name)
+        for name, source in (("eval", "eval"), ("exports", "export"), ("recipes", "recipes")):
+            os.symlink(ROOT / source, folder / name)
+        sys.path.insert(0, str(folder.parent))
+
+
+link_package()
+
+from quantpress.methods import column_kernels as kernels  # noqa: E402
+from quantpress.methods import gptq_batch as batch  # noqa: E402
+from quantpress.methods.gptq import gptq  # noqa: E402
+from quantpress.methods.upper_factors import factor_upper_, invert_upper_  # noqa: E402
+from quantpress.numbers.grid import fit, global_scale  # noqa: E402
+from quantpress.numbers.types import BlockGrid, Grid  # noqa: E402
+from quantpress.recipe import Gptq  # noqa: E402
+
+CUDA = torch.device("cuda")
+W4 = Grid(bits=4, group_size=128, symmetric=False)
+failures: list[str] = []
+
+
+def say(**fields: Any) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+def expect(what: str, good: bool, **fields: Any) -> None:
+    say(check=what, good=good, **fields)
+    if not good:
+        failures.append(what)
+
+
+def problem(linears: int, out: int, n: int, *, tokens: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """bfloat16 weights [linears, out, n], moments and drifts [linears, n, n] of correlated inputs of unequal size."""
+    g = torch.Generator(CUDA).manual_seed(n + out)
+    tokens = tokens or 2 * n
+    weight = (torch.randn(linears, out, n, device=CUDA, generator=g) * 0.02).bfloat16()
+    moment, drift = torch.empty(2, linears, n, n, device=CUDA).unbind(0)
+    sizes = torch.rand(n, device=CUDA, generator=g).add_(0.1)
+    for i in range(linears):
+        x = torch.randn(tokens, n, device=CUDA, generator=g)
+        x = (x + 0.5 * x.roll(1, 1)) * sizes
+        torch.mm(x.T, x, out=moment[i])
+        torch.mm(0.02 * torch.randn(tokens, n, device=CUDA, generator=g).T, x, out=drift[i])
+        drift[i] += 0.01 * moment[i]
+    return weight, moment, drift
+
+
+def off(q: Tensor, weight: Tensor, moment: Tensor) -> float:
+    e = q.double() - weight.double()
+    return float(((e @ moment.double()) * e).sum())
+
+
+def seconds(call: Callable[[], Any], times: int = 3) -> float:
+    call()
+    took = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - begun)
+    return sorted(took)[len(took) // 2]
+
+
+def check_scales() -> None:
+    """The search in one launch against the search in torch."""
+    for grid, dtype in (
+        (W4, torch.bfloat16),
+        (Grid(bits=4, group_size=128), torch.float16),
+        (Grid(bits=2, group_size=64, symmetric=False), torch.bfloat16),
+        (Grid(bits=3, group_size=128, symmetric=False), torch.float16),
+        (Grid(bits=8, group_size=-1), torch.bfloat16),
+        (Grid(type="fp8"), torch.bfloat16),
+        (Grid(type="mxfp8"), torch.float8_e8m0fnu),
+        (Grid(type="mxfp4"), torch.float8_e8m0fnu),
+        (Grid(type="nvfp4"), torch.float8_e4m3fn),
+    ):
+        columns = grid.columns(512)
+        w = torch.randn(2, columns, 300, device=CUDA) * torch.rand(2, 1, 300, device=CUDA)
+        w[0, :, 3] = 0
+        importance = torch.rand(2, columns, device=CUDA) + 0.1
+        overall = global_scale(w, grid)
+        found = torch.full((3, 2, 300), torch.nan, device=CUDA).unbind(0)
+        kernels.fit_scales(w, grid, dtype, importance, overall, found)
+        same = []
+        for i in range(2):
+            want = fit(w[i].T, grid, dtype, importance[i], None if overall is None else overall[i])
+            same += [(ours[i] == theirs).float().mean().item() for ours, theirs in zip(found, want, strict=False)]
+        expect(f"scales {grid}", min(same) > 0.99, same=min(same))
+
+
+def check_solve() -> None:
+    """Whole solves: the batch against each linear alone in the plain loop, here and on the CPU."""
+    weight, moment, drift = problem(3, 96, 512)
+    for grid in (
+        W4, Grid(bits=3, group_size=64, symmetric=False), Grid(bits=8, group_size=-1), Grid(type="fp8"),
+        Grid(type="fp8-block"), Grid(type="mxfp4"), Grid(type="mxfp8"), Grid(type="nvfp4"),
+        BlockGrid(type="Q4_K"), BlockGrid(type="Q5_0"),
+    ):  # fmt: skip
+        for order, static in (("group_aware", True), ("activation", True), ("activation", False)):
+            if not static and (grid.type != "int" or grid.group_size == -1):
+                continue
+            s = Gptq(order=order, static_groups=static)
+            got = batch.gptq_batch(weight, grid, s, moment, drift)
+            same, ratio = 1.0, []
+            for i, linear in enumerate(got.linears):
+                want = gptq(weight[i], grid, s, moment[i], drift[i]).linear
+                plain = gptq(weight[i].cpu(), grid, s, moment[i].cpu(), drift[i].cpu()).linear.dequantize().to(CUDA)
+                same = min(same, (linear.codes == want.codes).float().mean().item())
+                ours = off(linear.dequantize(), weight[i], moment[i])
+                ratio += [ours / off(q, weight[i], moment[i]) for q in (want.dequantize(), plain)]
+            worst = max(abs(r - 1) for r in ratio)
+            expect(f"solve {grid} {order} {'static' if static else 'shuffled'}", worst < 0.01, same=same, worst=worst)
+
+
+def check_factor(n: int, linears: int) -> None:
+    g = torch.Generator(CUDA).manual_seed(n)
+    x = torch.randn(2 * n, n, device=CUDA, generator=g)
+    h = (x.T @ x).expand(linears, n, n).contiguous()
+    a = h.clone()
+    inverses, info = factor_upper_(a)
+    back = (torch.linalg.matrix_norm(a[0] @ a[0].T - h[0]) / torch.linalg.matrix_norm(h[0])).item()
+    u = a.clone()
+    invert_upper_(u, inverses)
+    eye = (torch.linalg.matrix_norm(u[0] @ a[0] - torch.eye(n, device=CUDA)) / n**0.5).item()
+    copying = seconds(lambda: u.copy_(a), 2)
+    inverting = seconds(lambda: invert_upper_(u.copy_(a), inverses), 2)
+    factoring = seconds(lambda: factor_upper_(a.copy_(h)), 2)
+    library = seconds(lambda: torch.linalg.cholesky_ex(h), 1)
+    expect(
+        f"factor {linears} x {n}", back < 1e-5 and eye < 1e-3 and not info.any().item(), back=back, eye=eye,
+        factor_s=factoring - copying, invert_s=inverting - copying, library_factor_s=library,
+    )  # fmt: skip
+
+
+def time_solve(name: str, linears: int, out: int, n: int, grid: Grid, *, plain: bool = True) -> None:
+    weight, moment, drift = problem(linears, out, n, tokens=n if linears > 1 else None)
+    s = Gptq()
+    order = batch.column_order(moment.diagonal(dim1=-2, dim2=-1), grid.columns(n), s.order)
+    fields: dict[str, Any] = {}
+    for width in (64, 128):
+        kernels.COLUMNS = batch.COLUMNS = width
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fields[f"batch_{width}_s"] = seconds(lambda: batch.gptq_batch(weight, grid, s, moment, drift))
+        fields["extra_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+    fields["without_drift_s"] = seconds(lambda: batch.gptq_batch(weight, grid, s, moment), 1)
+    fields["factor_s"] = seconds(lambda: batch.factor(moment, order, s.damp), 1)
+    got = batch.gptq_batch(weight, grid, s, moment, drift)
+    if plain:
+        some = min(linears, 2)
+        begun = time.perf_counter()
+        done = [gptq(weight[i], grid, s, moment[i], drift[i]).linear for i in range(some)]
+        torch.cuda.synchronize()
+        fields["plain_s"] = (time.perf_counter() - begun) * linears / some
+        fields["same"] = min((q.codes == got.linears[i].codes).float().mean().item() for i, q in enumerate(done))
+        pairs = [
+            (off(got.weight[i], weight[i], moment[i]), off(q.dequantize(), weight[i], moment[i]))
+            for i, q in enumerate(done)
+        ]
+        worst = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        expect(f"{name} error", worst < 0.005, worst=worst)
+    say(time=name, shape=[linears, out, n], grid=str(grid), **fields)
+
+
+def time_kernels(linears: int, out: int) -> None:
+    """Single launches, as often as needed to be seen."""
+    w = torch.randn(linears, 128, out, device=CUDA)
+    inside = torch.randn(linears, 128, 128, device=CUDA).tril_(-1) * 0.05
+    scale = (torch.rand(linears, 1, out, device=CUDA) + 0.1).expand_as(w)
+    zero = torch.full((linears, 1, out), 8.0, device=CUDA).expand_as(w)
+    error, numbers = torch.full_like(w, torch.nan), torch.full_like(w, torch.nan)
+    importance = torch.rand(linears, 128, device=CUDA)
+    found = torch.empty(3, linears, out, device=CUDA).unbind(0)
+
+    def solve(width: int) -> None:
+        part = slice(0, width)
+        columns = [x[:, part] for x in (scale, zero, error, numbers)]
+        square = inside[:, part, part].contiguous()
+        for _ in range(20):
+            kernels.solve_columns(w[:, part], square, *columns, W4)
+
+    took = {f"solve_{width}_us": 1e6 / 20 * seconds(lambda width=width: solve(width)) for width in (32, 64, 128)}
+    took["fit_us"] = (
+        1e6
+        / 20
+        * seconds(lambda: [kernels.fit_scales(w, W4, torch.bfloat16, importance, None, found) for _ in range(20)])
+    )
+    good = error.isfinite().all().item() and numbers.isfinite().all().item()
+    expect(f"kernels {linears} x {out}", good, **took)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="only the checks")
+    quick = parser.parse_args().quick
+    torch.manual_seed(0)
+    say(card=torch.cuda.get_device_name(), torch=torch.__version__)
+    begun = time.perf_counter()
+    parts: list[tuple[str, Callable[[], None]]] = [("scales", check_scales), ("solve", check_solve)]
+    if not quick:
+        parts += [
+            *(("kernels", partial(time_kernels, *shape)) for shape in ((1, 4096), (1, 28672), (128, 1536))),
+            *(("factor", partial(check_factor, *shape)) for shape in ((4096, 1), (14336, 1), (2048, 32))),
+            ("time", partial(time_solve, "attention", 1, 4096, 4096, W4)),
+            ("time", partial(time_solve, "down", 1, 4096, 14336, W4)),
+            ("time", partial(time_solve, "gate and up", 1, 28672, 4096, W4, plain=False)),
+            ("time", partial(time_solve, "experts", 128, 768, 2048, W4)),
+            ("time", partial(time_solve, "experts' down", 128, 2048, 768, W4, plain=False)),
+            ("time", partial(time_solve, "nvfp4", 1, 4096, 4096, Grid(type="nvfp4"))),
+        ]
+    for name, part in parts:
+        try:
+            part()
+        except Exception as error:
+            expect(name, False, error=f"{type(error).__name__}: {error}"[:500])
+        torch.cuda.empty_cache()
+    say(seconds=round(time.perf_counter() - begun, 1), failures=failures)
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

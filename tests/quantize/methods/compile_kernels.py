@@ -1,0 +1,84 @@
+"""Compile GPTQ's kernels for cards that are not here, for every kind of grid: `python compile_kernels.py 90 80`.
+
+The arguments are those that the wrappers pass. Prints a JSON line a kernel: registers, bytes spilled to memory.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quantpress.methods import column_kernels as kernels
+from quantpress.numbers.types import Grid
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+CASES = [  # a grid, and what its scales are stored in
+    (Grid(bits=4, group_size=128, symmetric=False), torch.bfloat16),
+    (Grid(bits=3, group_size=64, symmetric=False), torch.float16),
+    (Grid(bits=8, group_size=-1, scale_search="minmax"), torch.bfloat16),
+    (Grid(type="fp8"), torch.float32),
+    (Grid(type="mxfp8"), torch.float8_e8m0fnu),
+    (Grid(type="mxfp4"), torch.float8_e8m0fnu),
+    (Grid(type="nvfp4"), torch.float8_e4m3fn),
+]
+
+
+class _Recorder:
+    """In the place of a kernel: notes what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+
+def sources() -> list[tuple[str, ASTSource]]:
+    """Every variant, as it is launched."""
+    solve, fit = _Recorder(kernels._solve_columns), _Recorder(kernels._fit_scales)
+    kernels._solve_columns, kernels._fit_scales = solve, fit
+    found = {}
+    for grid, dtype in CASES:
+        columns = min(grid.columns(512), kernels.COLUMNS)
+        for importance in (torch.ones(2, columns), None) if grid.scale_search != "minmax" else (None,):
+            w, out = torch.ones(2, columns, 96), torch.ones(3, 2, 96).unbind(0)
+            kernels.fit_scales(w, grid, dtype, importance, torch.ones(2) if grid.type == "nvfp4" else None, out)
+            kernels.solve_columns(w, torch.ones(2, columns, columns), w, w, w, w, grid)
+    for recorder in (solve, fit):
+        for args, kwargs in recorder.launches:
+            warps = kwargs.pop("num_warps")
+            assert warps == 1
+            names = recorder.kernel.arg_names[: len(args)]
+            signature = {n: "*fp32" if isinstance(x, torch.Tensor) else "i32" for n, x in zip(names, args, strict=True)}
+            source = ASTSource(recorder.kernel, signature | dict.fromkeys(kwargs, "constexpr"), kwargs)
+            found[json.dumps([recorder.kernel.__name__, kwargs])] = source
+    return list(found.items())
+
+
+def main() -> None:
+    variants = sources()
+    for capability in map(int, sys.argv[1:]):
+        for what, source in variants:
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "k.ptx").write_text(compiled.asm["ptx"])
+                arch = "sm_90a" if capability == 90 else f"sm_{capability}"
+                command = [str(PTXAS), "-v", f"-arch={arch}", "k.ptx", "-o", "k.cubin"]
+                told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+            registers, spilled = re.search(r"Used (\d+) registers", told), re.findall(r"(\d+) bytes spill", told)
+            assert registers is not None
+            line = {"card": arch, "registers": int(registers[1]), "spilled": sum(map(int, spilled)), "what": what}
+            sys.stdout.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

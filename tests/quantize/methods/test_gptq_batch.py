@@ -1,0 +1,84 @@
+"""The solve of many linears at once, its kernels interpreted on the CPU, against GPTQ of each alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantpress.methods.gptq import gptq
+from quantpress.methods.layer_error import layer_error
+from quantpress.numbers.types import BlockGrid, Grid
+from quantpress.recipe import Gptq
+
+from .test_gptq import problem
+
+pytest.importorskip("triton")
+from quantpress.methods import gptq_batch as batch
+from quantpress.methods import upper_factors
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/gpu/kernels.py runs the kernels")
+
+
+def problems(linears: int, out: int, n: int, *, drift: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights [linears, out, n], moments and drifts [linears, n, n] in float64."""
+    weights, moments = zip(*(problem(out, n, seed) for seed in range(linears)), strict=True)
+    moment = torch.stack(moments).double()
+    drifts = 0.1 * moment + torch.randn(moment.shape, generator=torch.Generator().manual_seed(1)) if drift else None
+    return torch.stack(weights), moment, drifts
+
+
+CASES = [  # a grid, the order, static groups, whether QEP corrects
+    (Grid(bits=4, group_size=16, symmetric=False), "group_aware", True, True),
+    (Grid(bits=2, group_size=24, symmetric=False), "natural", True, False),
+    (Grid(bits=3, group_size=-1, symmetric=True), "group_aware", True, True),
+    (Grid(bits=8, group_size=16, symmetric=False, scale_search="minmax"), "activation", True, True),
+    (Grid(bits=4, group_size=24, symmetric=True), "activation", False, False),
+    (BlockGrid(type="Q5_0"), "group_aware", True, False),
+]
+
+
+def solve_and_compare(weight: Tensor, moment: Tensor, drift: Tensor | None, grid: Grid, s: Gptq) -> batch.SolvedBatch:
+    """The batch, after a comparison of each of its linears with `gptq` and `layer_error`."""
+    power = None if drift is None else torch.rand(weight.shape[:2], dtype=torch.float64) * 1e3
+    got = batch.gptq_batch(weight, grid, s, moment, drift, power)
+    for i, linear in enumerate(got.linears):
+        want = gptq(weight[i], grid, s, moment[i], None if drift is None else drift[i])
+        assert want.damp == got.damp[i]
+        assert want.linear.grid == linear.grid
+        for name in ("codes", "scales", "zeros", "g_idx", "global_scale", "offsets", "supers"):
+            ours, theirs = getattr(linear, name), getattr(want.linear, name)
+            assert (ours is None) == (theirs is None), name
+            if ours is not None:
+                assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+                assert ours.is_contiguous()
+                torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(got.weight[i], linear.dequantize(), rtol=0, atol=0)
+        told = (moment[i], None, None) if drift is None or power is None else (moment[i], drift[i], power[i])
+        error = layer_error(weight[i].double(), got.weight[i].double(), *told)
+        torch.testing.assert_close(got.error[i].double(), error.error, rtol=1e-4, atol=0)
+        torch.testing.assert_close(got.power[i].double(), error.power, rtol=1e-4, atol=0)
+    return got
+
+
+@pytest.mark.parametrize(("grid", "order", "static", "drift"), CASES, ids=str)
+def test_every_linear_of_a_batch_is_as_if_solved_alone(grid: Grid, order: str, static: bool, drift: bool) -> None:
+    n = 64 if isinstance(grid, BlockGrid) else 48
+    weight, moment, drifts = problems(2, 3, n, drift=drift)
+    s = Gptq(order=order, static_groups=static)
+    solve_and_compare(weight, moment, drifts, grid, s)
+
+
+def test_rows_that_are_solved_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_ROWS", 2 * 48 * 2)
+    weight, moment, drifts = problems(2, 5, 48, drift=True)
+    solve_and_compare(weight, moment, drifts, Grid(bits=4, group_size=24), Gptq())
+    weight, moment, _ = problems(1, 3, 256)
+    solve_and_compare(weight, moment, None, BlockGrid(type="Q4_K"), Gptq(order="natural"))
+
+
+def test_errors_of_many_columns_reach_the_later_ones_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_PANEL", 16), ("_STRIP", 24), ("COLUMNS", 8)):
+        monkeypatch.setattr(batch, name, value)
+    monkeypatch.setattr(upper_factors, "_BLOCK", 20)
+    monkeypatch.setattr(upper_factors, "_STRIP", 30)
+    weight, moment, drifts = problems(1, 3, 64, drift=True)
+    solve_and_compare(weight, moment, drifts, Grid(bits=4, group_size=16, symmetric=False), Gptq())
