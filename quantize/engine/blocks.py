@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..artifact.manifest import BlockRecord, LayerRecord
+from ..artifact.manifest import BlockRecord
 from ..calibrate import kv_cache
 from ..calibrate.block_pass import BlockPass, SharedInput, shared_inputs
 from ..calibrate.tokens import Tokens
@@ -29,7 +29,7 @@ from ..recipe import Qat, Tuned
 from .end_to_end import QuantizedModel, train_scales
 from .job import Job
 from .journal import Journal
-from .rounding import lend_input_scales, record, round_linears, weight_of
+from .rounding import BlockRounding, lend_input_scales, record, weight_of
 from .settings import BlockDone, Settings
 from .transforms import BlockTransforms
 from .tuning import Tuning
@@ -105,8 +105,6 @@ class _Run:
         started, job, method = time.monotonic(), self._job, self._job.recipe.method
         last, keep_final = k + 1 == self._skeleton.n_blocks, job.backend.keep_final
         linears = {x.name: x for x in job.linears if x.block == k}
-        rounded: dict[str, QuantizedLinear] = {}
-        records: dict[str, LayerRecord] = {}
         passing = self._arguments[k] if self._arguments else None
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
         changes = self._transforms.apply(k, block, grids, self.hidden.get("hidden"), passing, self._room)
@@ -119,9 +117,10 @@ class _Run:
         leaving = self.hidden
         if self._room.spare and whole:
             leaving = {name: torch.empty_like(states) for name, states in self.hidden.items()}
-        for shared in self._inputs(block, linears.values(), passing, leaving if whole else None, cache):
-            alike = [linears[name] for name in shared.names]
-            round_linears(job.recipe.rounder, job.schemes, block, alike, shared, rounded, records)
+        rounding = BlockRounding(job.recipe.rounder, job.schemes, block)
+        for inputs in self._inputs(block, linears.values(), passing, leaving if whole else None, cache):
+            rounding.round(inputs, linears)
+        rounded, records = rounding.rounded, rounding.finish()
         lend_input_scales(rounded, records)
         leaving = dict(leaving)
         if tuning is not None and passing is not None:
@@ -192,16 +191,16 @@ class _Run:
         arguments: BlockArguments | None,
         leaving: Mapping[str, Tensor] | None,
         cache: kv_cache.Largest | None,
-    ) -> Iterable[SharedInput]:
-        """The inputs that linears share, one after another. leaving: where the states that leave the block are put;
-        None if it need not be run to its end.
+    ) -> Iterable[list[SharedInput]]:
+        """The inputs that linears share, one after another or several at once. leaving: where the states that leave
+        the block are put; None if it need not be run to its end.
         """
         job, states = self._job, self.hidden.get("hidden")
         wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
         spec = job.recipe.activations
         inputs = None if spec is None else (spec, columns_of(spec, job.recipe.weights))
         if states is None or arguments is None:
-            return _uncalibrated(job, block, wanted, arguments, inputs)
+            return ([shared] for shared in _uncalibrated(job, block, wanted, arguments, inputs))
         into: Mapping[str, Tensor] = {} if leaving is None else leaving
         return BlockPass(
             block,
@@ -217,7 +216,7 @@ class _Run:
             activations=inputs,
             restarts=self._room.restarts,
             begin=(lambda: None) if cache is None else cache.start,
-        )
+        ).together()
 
 
 def _uncalibrated(

@@ -1,9 +1,10 @@
 """Rounding of the linears of a block that share an input; those with the same grid are solved together."""
 
 import copy
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,47 +13,198 @@ from torch import Tensor, nn
 from ..artifact.manifest import LayerRecord
 from ..calibrate.block_pass import SharedInput
 from ..core.errors import BadInput
-from ..methods import ROUNDERS, Rounded
-from ..methods.layer_error import LayerError, layer_error
+from ..methods import ROUNDERS, Rounded, solves_batches
+from ..methods.gptq import raised_note
+from ..methods.group_scales import clipped_note
+from ..methods.kernel_check import kernels_refused
+from ..methods.layer_error import ErrorMeasure, error_fields, layer_error
 from ..methods.rtn import column_power
 from ..models.skeleton import LinearLayer
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
-from ..recipe import MethodSettings
+from ..recipe import Gptq, MethodSettings
+
+_TOGETHER = 1 << 28  # elements of the matrices of linears that are solved together
 
 
-def round_linears(
-    method: MethodSettings,
-    schemes: dict[str, Grid | None],
-    block: nn.Module,
-    linears: list[LinearLayer],
-    shared: SharedInput,
-    rounded: dict[str, QuantizedLinear],
-    records: dict[str, LayerRecord],
-) -> None:
-    """Round linears that share an input: fills `rounded` and `records`, and puts the new weights into the block."""
-    stacks: dict[tuple[Grid, str], list[LinearLayer]] = {}
-    for linear in linears:
-        grid = schemes[linear.name]
-        assert grid is not None
-        apart = linear.name if grid.type == "fp8-block" else ""  # its blocks of rows must not span two linears
-        stacks.setdefault((grid, apart), []).append(linear)
-    for (grid, _), stack in stacks.items():
-        weight = torch.cat([weight_of(block, linear) for linear in stack])
-        result, note = _round(method, weight, grid, shared)
-        error = _error(weight, result.linear, shared, [linear.name for linear in stack])
+@dataclass(frozen=True)
+class _Stack:
+    """Linears with one input and one grid, solved as one weight: their rows, one linear after the other."""
+
+    grid: Grid
+    linears: list[LinearLayer]
+    shared: SharedInput
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+        return sum(x.out_features for x in self.linears), self.linears[0].in_features
+
+    def notes(self, method: MethodSettings) -> list[str]:
+        """What was not done as asked, for the manifest, of a solve by the Hessian."""
+        notes = []
+        if self.shared.tokens < self.shape[1]:
+            notes.append(f"saw {self.shared.tokens} tokens, fewer than its {self.shape[1]} inputs")
+        if self.shared.unmatched and method.paired:
+            notes.append("no error correction: its inputs cannot be matched with the original model's token by token")
+        return notes
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A rounded linear whose figures have not been read yet: entries of BlockRounding's `_figures`, by their places.
+
+    error, power: sums over its rows. clipped: groups that outgrew nvfp4's global scale, of `groups`; None: not counted.
+    """
+
+    linear: LinearLayer
+    stack: _Stack
+    measure: ErrorMeasure
+    damp: float | None
+    raised: str | None
+    notes: list[str]
+    error: int
+    power: int
+    clipped: int | None = None
+    groups: int = 0
+
+
+class BlockRounding:
+    """Rounds the linears of a block, puts the new weights into it, and keeps a record of each.
+
+    On a GPU the figures of the records stay there until `finish`: reading one waits for all the work before it.
+    """
+
+    def __init__(self, method: MethodSettings, schemes: Mapping[str, Grid | None], block: nn.Module) -> None:
+        self._method, self._schemes, self._block = method, schemes, block
+        self.rounded: dict[str, QuantizedLinear] = {}
+        self._records: dict[str, LayerRecord] = {}
+        self._unread: list[_Rounded] = []
+        self._figures: list[Tensor] = []  # 1-dimensional, float64
+        self._count = 0  # of figures
+
+    def round(self, inputs: Sequence[SharedInput], linears: Mapping[str, LinearLayer]) -> None:
+        """Round the linears of `inputs`, by name; where several are given, those of one shape together."""
+        together: dict[Any, list[_Stack]] = {}
+        for shared in inputs:
+            for stack in self._stacks([linears[name] for name in shared.names], shared):
+                refused = self._refused(stack)
+                if refused is None:
+                    key = stack.grid, stack.shape, len(stack.linears), shared.drift is None
+                    together.setdefault(key, []).append(stack)
+                else:
+                    self._round_alone(stack, refused)
+        for stacks in together.values():
+            for some in _pieces(stacks):
+                self._round_together(some)
+
+    def _refused(self, stack: _Stack) -> str | None:
+        """None where a stack may be solved in a batch; "" where it may not, or why the kernels are not used."""
+        moment = stack.shared.moment
+        if moment is None or moment.dim() == 1 or not stack.shared.tokens:
+            return ""
+        if not isinstance(self._method, Gptq) or not solves_batches(self._method, moment.device):
+            return ""
+        dtype = weight_of(self._block, stack.linears[0]).dtype
+        return kernels_refused(stack.grid, self._method, dtype, moment.device)
+
+    def finish(self) -> dict[str, LayerRecord]:
+        """The records of all linears. Raises BadInput for one that could not be rounded."""
+        self._read()
+        return self._records
+
+    def _stacks(self, linears: Iterable[LinearLayer], shared: SharedInput) -> Iterable[_Stack]:
+        stacks: dict[tuple[Grid, str], _Stack] = {}
+        for linear in linears:
+            grid = self._schemes[linear.name]
+            assert grid is not None
+            apart = linear.name if grid.type == "fp8-block" else ""  # its blocks of rows must not span two linears
+            stacks.setdefault((grid, apart), _Stack(grid, [], shared)).linears.append(linear)
+        return stacks.values()
+
+    def _round_alone(self, stack: _Stack, refused: str = "") -> None:
+        """Solve one stack. refused: a note on why no kernels are used."""
+        shared = stack.shared
+        weight = torch.cat([weight_of(self._block, linear) for linear in stack.linears])
+        try:
+            result, notes = _round(self._method, weight, stack)
+        except BadInput:
+            self._read()  # an earlier linear may be the cause
+            raise
+        notes += [refused] if refused else []
+        new = result.linear.dequantize()
+        powers = [shared.drift_power[x.name] for x in stack.linears] if shared.drift is not None else []
+        power = torch.cat(powers) if powers else None
+        error = layer_error(weight.to(torch.float32), new, shared.moment, shared.drift, power)
         start = 0
-        for linear in stack:
+        for linear in stack.linears:
             rows = slice(start, start + linear.out_features)
-            one = replace(result.linear.rows(rows.start, rows.stop), inputs=shared.inputs)
-            rounded[linear.name] = one
-            place(block, linear, one)
+            self._keep(linear, result.linear.rows(rows.start, rows.stop), new[rows], shared)
             mine = error.rows(rows)
-            if not bool((mine.error + mine.power).isfinite().all()):
-                raise BadInput(f"{linear.name}: its weights or inputs are too large to be rounded in float32")
-            records[linear.name] = record(linear, grid).changed(
-                **mine.record(shared.tokens), damp=result.damp, tokens=shared.tokens, note=note
-            )
+            sums = self._figure(mine.error.sum()), self._figure(mine.power.sum())
+            self._unread.append(_Rounded(linear, stack, error.measure, result.damp, None, notes, *sums))
             start = rows.stop
+        if weight.device.type == "cpu":
+            self._read()
+
+    def _round_together(self, stacks: list[_Stack]) -> None:
+        """Solve stacks of one shape and grid in one go."""
+        from ..methods.gptq_batch import UnsolvableError, gptq_batch  # needs Triton
+
+        shape, shared = stacks[0].shape, [stack.shared for stack in stacks]
+        assert isinstance(self._method, Gptq)
+        weights = [weight_of(self._block, linear) for stack in stacks for linear in stack.linears]
+        moment, drift = _together([x.moment for x in shared]), _together([x.drift for x in shared])
+        powers = [stack.shared.drift_power[x.name] for stack in stacks for x in stack.linears if drift is not None]
+        power = torch.cat(powers).view(len(stacks), -1) if powers else None
+        assert moment is not None
+        try:
+            weight = torch.cat(weights).view(len(stacks), *shape)
+            solved = gptq_batch(weight, stacks[0].grid, self._method, moment, drift, power)
+        except UnsolvableError as error:
+            del moment, drift
+            self._round_alone(stacks[error.index])
+            if others := [stack for i, stack in enumerate(stacks) if i != error.index]:
+                self._round_together(others)
+            return
+        measure: ErrorMeasure = "output_local" if power is None else "output_accumulated"
+        clipped = None if solved.clipped is None else self._figure(solved.clipped)
+        new, start = solved.weight.to(weights[0].dtype), 0
+        for j, member in enumerate(stacks[0].linears):
+            rows = slice(start, start + member.out_features)
+            error_sum, power_sum = (self._figure(x[:, rows].sum(1)) for x in (solved.error, solved.power))
+            for i, stack in enumerate(stacks):
+                linear, damp = stack.linears[j], solved.damp[i]
+                self._keep(linear, solved.linears[i].rows(rows.start, rows.stop), new[i, rows], stack.shared)
+                raised, notes = raised_note(self._method.damp, damp), stack.notes(self._method)
+                figures = error_sum + i, power_sum + i, None if clipped is None else clipped + i, solved.groups
+                self._unread.append(_Rounded(linear, stack, measure, damp, raised, notes, *figures))
+            start = rows.stop
+
+    def _keep(self, linear: LinearLayer, rounded: QuantizedLinear, weight: Tensor, shared: SharedInput) -> None:
+        self.rounded[linear.name] = replace(rounded, inputs=shared.inputs)
+        put(self._block, linear, weight)
+
+    def _figure(self, values: Tensor) -> int:
+        """Note figures that are to be read later; returns the place of the first."""
+        self._figures.append(values.detach().reshape(-1).to(torch.float64))
+        self._count += values.numel()
+        return self._count - values.numel()
+
+    def _read(self) -> None:
+        """Make the records of what was rounded since the last time."""
+        if not self._unread:
+            return
+        figures: list[float] = torch.cat(self._figures).tolist()
+        unread, self._unread, self._figures, self._count = self._unread, [], [], 0
+        for one in unread:
+            error, power = figures[one.error], figures[one.power]
+            if not math.isfinite(error + power):
+                raise BadInput(f"{one.linear.name}: its weights or inputs are too large to be rounded in float32")
+            clipped = None if one.clipped is None else clipped_note(int(figures[one.clipped]), one.groups)
+            notes, tokens = "; ".join(filter(None, (one.raised, clipped, *one.notes))), one.stack.shared.tokens
+            self._records[one.linear.name] = record(one.linear, one.stack.grid).changed(
+                **error_fields(error, power, one.measure, tokens), damp=one.damp, tokens=tokens, note=notes or None
+            )
 
 
 def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, LayerRecord]) -> None:
@@ -82,42 +234,50 @@ def _width(inputs: Inputs) -> float:
     return -scale if inputs.spec.type == "nvfp4" else scale
 
 
-def _round(method: MethodSettings, weight: Tensor, grid: Grid, shared: SharedInput) -> tuple[Rounded, str | None]:
-    """Round stacked weights [out, in]; the note says what was not done as asked, None if all was."""
+def _pieces(stacks: list[_Stack]) -> Iterable[list[_Stack]]:
+    """Stacks of one shape, so many at a time that their matrices stay within 1 GB each."""
+    out_features, in_features = stacks[0].shape
+    step = max(1, _TOGETHER // (in_features * max(in_features, out_features)))
+    return (stacks[start : start + step] for start in range(0, len(stacks), step))
+
+
+def _together(matrices: Sequence[Tensor | None]) -> Tensor | None:
+    """Matrices [in, in] as one tensor [matrices, in, in]; a single one is not copied."""
+    there = [matrix for matrix in matrices if matrix is not None]
+    return (there[0][None] if len(there) == 1 else torch.stack(there)) if there else None
+
+
+def _round(method: MethodSettings, weight: Tensor, stack: _Stack) -> tuple[Rounded, list[str]]:
+    """Round stacked weights [out, in]; the notes say what was not done as asked."""
+    shared, grid = stack.shared, stack.grid
     moment = shared.moment
     if moment is not None and not bool(column_power(moment).isfinite().all()):
         raise BadInput(f"{shared.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")
     if not method.calibrated:
         result = ROUNDERS[method.name](weight, grid, method, moment, None)
-        return result, result.note
+        return result, [] if result.note is None else [result.note]
     if moment is None or not bool(column_power(moment).any()):
-        return ROUNDERS["rtn"](weight, grid, method, None, None), "no calibration token reached it: rounded to nearest"
+        nearest = ROUNDERS["rtn"](weight, grid, method, None, None)
+        return nearest, ["no calibration token reached it: rounded to nearest"]
     try:
         result = ROUNDERS[method.name](weight, grid, method, moment, shared.drift)
     except ValueError as error:
         raise BadInput(
             f"{shared.names[0]}: {error}; try another calibration text, or leave the layer to `ignore`"
         ) from None
-    notes = [result.note]
-    if shared.tokens < weight.shape[1]:
-        notes.append(f"saw {shared.tokens} tokens, fewer than its {weight.shape[1]} inputs")
-    if shared.unmatched and method.paired:
-        notes.append("no error correction: its inputs cannot be matched with the original model's token by token")
-    return result, "; ".join(filter(None, notes)) or None
-
-
-def _error(weight: Tensor, rounded: QuantizedLinear, shared: SharedInput, names: list[str]) -> LayerError:
-    """The error of the linears `names`, stacked in this order."""
-    powers = [shared.drift_power[name] for name in names] if shared.drift is not None else []
-    w, power = weight.to(torch.float32), torch.cat(powers) if powers else None
-    return layer_error(w, rounded.dequantize(), shared.moment, shared.drift, power)
+    return result, ([] if result.note is None else [result.note]) + stack.notes(method)
 
 
 def place(block: nn.Module, linear: LinearLayer, rounded: QuantizedLinear) -> None:
     """Put the rounded weight into the block."""
+    put(block, linear, rounded.dequantize())
+
+
+def put(block: nn.Module, linear: LinearLayer, weight: Tensor) -> None:
+    """Give a linear of the block a new weight [out, in], in the dtype of the old one."""
     module: Any = block.get_submodule(linear.module)
-    weight = rounded.dequantize(module.weight.dtype)
-    module.weight = nn.Parameter(weight.T.contiguous() if linear.transposed else weight, requires_grad=False)
+    new = weight.to(module.weight.dtype)
+    module.weight = nn.Parameter(new.T.contiguous() if linear.transposed else new, requires_grad=False)
 
 
 def with_weights(block: nn.Module, weights: Mapping[LinearLayer, Tensor]) -> nn.Module:

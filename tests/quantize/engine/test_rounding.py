@@ -9,10 +9,10 @@ from torch import nn
 
 from quantpress.artifact.manifest import LayerRecord
 from quantpress.calibrate.block_pass import SharedInput
-from quantpress.engine.rounding import round_linears
+from quantpress.engine.rounding import BlockRounding
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import LinearLayer
-from quantpress.numbers.grid import Grid, QuantizedLinear
+from quantpress.numbers.grid import Grid
 from quantpress.recipe import Gptq
 
 from ...tiny import build
@@ -25,10 +25,9 @@ GRID = Grid(bits=3, group_size=16)
 def on_record(shared: SharedInput, method: Gptq) -> dict[str, LayerRecord]:
     torch.manual_seed(0)
     block = nn.Sequential(*(nn.Linear(x.in_features, x.out_features) for x in LINEARS)).requires_grad_(False)
-    rounded: dict[str, QuantizedLinear] = {}
-    records: dict[str, LayerRecord] = {}
-    round_linears(method, {x.name: GRID for x in LINEARS}, block, LINEARS, shared, rounded, records)
-    return records
+    rounding = BlockRounding(method, {x.name: GRID for x in LINEARS}, block)
+    rounding.round([shared], {x.name: x for x in LINEARS})
+    return rounding.finish()
 
 
 def test_error_correction_that_could_not_be_done_is_noted() -> None:
@@ -51,9 +50,9 @@ def test_each_of_stacked_linears_has_its_own_error() -> None:
     weights = {"a": block[0].weight.clone(), "b": block[1].weight.clone()}
     power = {name: ((x0 - x) @ w.T).square().sum(0) for name, w in weights.items()}
     shared = SharedInput(("a", "b"), x.T @ x, 100, (x0 - x).T @ x, power)
-    rounded: dict[str, QuantizedLinear] = {}
-    records: dict[str, LayerRecord] = {}
-    round_linears(Gptq(), {x.name: GRID for x in LINEARS}, block, LINEARS, shared, rounded, records)
+    rounding = BlockRounding(Gptq(), {x.name: GRID for x in LINEARS}, block)
+    rounding.round([shared], {x.name: x for x in LINEARS})
+    rounded, records = rounding.rounded, rounding.finish()
     for name, w in weights.items():
         wanted = x0 @ w.T
         error = (x @ rounded[name].dequantize().T - wanted).square().sum() / wanted.square().sum()
