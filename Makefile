@@ -26,7 +26,7 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup gpu-check docs wheel clean distclean FORCE
+.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup gpu-check gpu-model docs wheel clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
@@ -43,6 +43,7 @@ help:
 	@echo 'make bench-setup install llm-compressor for it, into .venv-bench'
 	@echo 'make gpu-check   on a machine with a GPU: every recipe beside what the CPU makes of it, then blocks of real shape'
 	@echo 'make docs        build the documentation into site/; a broken link fails it'
+	@echo 'make gpu-model   launches, waits, memory and estimated time of a block on a GPU, without one; needs g++'
 	@echo 'make wheel       build dist/quantpress-*.whl'
 	@echo 'make clean       remove build outputs and caches;  make distclean: .venv* too'
 	@echo
@@ -173,6 +174,9 @@ bench: dev
 
 gpu-check: dev
 	@$(BIN)/python -m tests.gpu.check $(ARGS)
+
+gpu-model: dev
+	@$(BIN)/python -m tests.bench.gpu_model $(ARGS)
 
 # An environment of its own: llm-compressor pins another compressed-tensors than the one measured here.
 bench-setup: setup
