@@ -2,6 +2,7 @@
 
 import errno
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def doing(what: Callable[[], str], lower: str, device: torch.device | None = Non
 def told(error: BaseException, what: str, lower: str, device: torch.device | None = None) -> str:
     """One line: memory ended while `what`; how much was asked for, as far as `error` says so, and how much is free."""
     on_gpu = isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
-    free = available_bytes()
+    free = min([available_bytes(), *_left_to_address()])
     if on_gpu and torch.cuda.is_available():
         free = torch.cuda.mem_get_info(device)[0]
     found = _ASKED.search(str(error))
@@ -58,6 +59,16 @@ def available_bytes() -> int:
     """Memory that can be taken without swapping, and without a container's limit being passed, bytes."""
     available: int = psutil.virtual_memory().available
     return min([available, *_below_limits(_MOUNT, _OWN)])
+
+
+def _left_to_address() -> Iterator[int]:
+    """What a limit on the process's address space (ulimit -v) leaves it, bytes."""
+    if sys.platform != "win32":
+        import resource
+
+        most, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if most != resource.RLIM_INFINITY:
+            yield max(0, most - int(psutil.Process().memory_info().vms))
 
 
 def _below_limits(mount: Path, own: Path) -> Iterator[int]:

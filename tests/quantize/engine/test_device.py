@@ -1,6 +1,7 @@
 """Runs whose blocks are computed on another device than the CPU: the same bytes, nothing left on the wrong side."""
 
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantpress.engine.pipeline import Settings, prepare, quantize
+from quantpress.engine.room import Room
 from quantpress.engine.sources import resolve
 from quantpress.recipe.loading import parse
 
@@ -22,6 +24,8 @@ INT8 = {"weights": {"bits": 8, "group_size": -1, "symmetric": True}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("llama", {"method": {"name": "rtn"}}),
     "gptq": ("llama", {"method": {"name": "gptq"}}),
+    "states on the host": ("llama", {"method": {"name": "gptq"}}),
+    "batches that run again": ("qwen3_moe", {"method": {"name": "gptq"}}),
     "desc_act": (
         "gemma3",
         {"method": {"name": "gptq", "order": "activation", "static_groups": False},
@@ -44,6 +48,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama", {"method": {"name": "rtn"}, "formats": ["gguf"], "gguf": {"type": "Q5_1", "imatrix": "matrix.gguf"}},
     ),
 }  # fmt: skip
+ROOMS = {
+    "states on the host": Room(on_device=False),
+    "batches that run again": Room(on_device=False, restarts=True),
+}
 
 
 def run(folder: Path, case: str, device: torch.device) -> None:
@@ -62,6 +70,8 @@ def run(folder: Path, case: str, device: torch.device) -> None:
     numbers = {} if "gguf" in document else {"weights": INT4}
     recipe = parse(numbers | document | {"calibration": calibration, "model": str(place / "model")})
     job = prepare(recipe, resolve(recipe.model, cache=place / "cache"), device)
+    if case in ROOMS and device.type != "cpu":
+        job = replace(job, plan=replace(job.plan, room=ROOMS[case]))
     quantize(job, Settings(place / "run", place / "cache"))
 
 
