@@ -9,7 +9,7 @@ from quantpress.methods.group_scales import GroupScales
 from quantpress.methods.rtn import rtn
 from quantpress.numbers.ggml_scales import by_size
 from quantpress.numbers.grid import SMALLEST_SCALE
-from quantpress.numbers.types import BlockGrid, GgmlType
+from quantpress.numbers.types import BlockGrid, GgmlType, Grid
 from quantpress.recipe import Rtn
 
 
@@ -42,3 +42,15 @@ def test_a_trained_scale_can_be_stored_however_small_it_became(dtype: torch.dtyp
     learned = torch.tensor([-1.0, 0.0, 1e-30, 0.3])
     found = storable(learned, dtype)
     assert found.tolist() == [SMALLEST_SCALE, SMALLEST_SCALE, SMALLEST_SCALE, torch.tensor(0.3, dtype=dtype).item()]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_groups_that_outgrow_the_global_scale_are_counted_on_both_sides(sign: float) -> None:
+    """nvfp4: the global scale comes from the weight as it was; GPTQ's feedback may make a group larger later."""
+    weight = torch.full((2, 32), 0.5)
+    fitting = GroupScales(weight, Grid(type="nvfp4"), torch.bfloat16)
+    fitting.fit(0, weight[:, :16] * sign, None)
+    assert fitting.clipped is None
+    grown = torch.cat([weight[:1, 16:], weight[1:, 16:] * 3 * sign])
+    fitting.fit(1, grown, None)
+    assert fitting.clipped == "1 of 4 groups outgrew the global scale and are clipped"
