@@ -27,7 +27,7 @@ from ..gguf.general import sampling
 from ..gguf.layout import Entry
 from ..gguf.mixes import Choice
 from ..gguf.modelfile import modelfile
-from ..gguf.reader import GgufCheckpoint, GgufTensors, gguf_files
+from ..gguf.reader import LAYOUT, GgufCheckpoint, GgufTensors, gguf_files, not_read_back
 from ..gguf.rounded_file import RoundedFile
 from ..gguf.tensor_types import Types, fallbacks, own_types, summed_up
 from ..gguf.writer import write
@@ -37,6 +37,7 @@ from ..recipe import LlamaCppQuantizer
 from ..recipe.gguf_file import FLOATS
 from . import sharing
 from .backend import Backend, Setup
+from .gguf_converter import convert
 from .gguf_plan import plan_llama_cpp, plan_rounded
 from .plan import Plan
 from .settings import BlockDone, Settings
@@ -50,7 +51,11 @@ def _opened(setup: Setup) -> tuple[Conversion, dict[str, imatrix.Array], str | N
 
     Raises BadInput for a model, a tokenizer, a pattern or an importance matrix that does not fit.
     """
-    conversion = Conversion(setup.checkpoint, setup.source.path, setup.source.id)
+    path, converter = setup.source.path, setup.recipe.gguf_file.converter
+    made = None if converter is None else convert(Path(converter), path, _exact_type(setup.checkpoint))
+    conversion = Conversion(setup.checkpoint, path, setup.source.id, made)
+    if conversion.lost and setup.recipe.evaluation is not None:
+        raise BadInput(f"gguf.converter: {not_read_back(conversion.lost)}; set evaluation: null")
     conversion.notes = (*setup.checkpoint.notes, *conversion.notes)
     own_types(setup.recipe, conversion.entries)
     file = setup.recipe.gguf_file.imatrix
@@ -86,14 +91,18 @@ class _GgufBackend(Backend):
         fell_back = self._write(folder, parts, tokens, settings)
         write_json(folder / "config.json", setup.checkpoint.config)
         copy_companions(setup.source.path, folder)
+        if conversion.converted is not None:
+            write_json(folder / LAYOUT, {e.name: [list(e.parameters), list(e.changes)] for e in conversion.entries})
         artifact = GgufCheckpoint(folder)
         about = self._write_modelfile(artifact.tensors.files, folder)
         notes = [*conversion.notes, *summed_up(fell_back), *summed_up(self._unweighted(artifact.tensors)), *about]
         layers = self._layers(artifact.tensors, fell_back)
         if self.rounds_blocks:  # their records have the errors too
+            held = {layer.name: layer for layer in layers}
             layers = [
-                record.changed(tensor=stored.tensor, note=record.note or stored.note)
-                for record, stored in zip(manifest.layers, layers, strict=True)
+                record.changed(tensor=held[record.name].tensor, note=record.note or held[record.name].note)
+                for record in manifest.layers
+                if record.name in held
             ]
         manifest = manifest.changed(
             layers=tuple(layers),
@@ -129,7 +138,7 @@ class _GgufBackend(Backend):
         if len(files) > 1:
             return ["no Modelfile: Ollama does not load a file in parts"]
         conversion, tokenizer = self.conversion, open_tokenizer(self.setup.source.path)
-        add_bos = bool(conversion.metadata["tokenizer.ggml.add_bos_token"])
+        add_bos = bool(conversion.metadata.get("tokenizer.ggml.add_bos_token"))
         text, note = modelfile(files[0], tokenizer, conversion.config, add_bos, sampling(conversion.metadata))
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         return [note] if note else []
@@ -139,6 +148,8 @@ class _GgufBackend(Backend):
         of = {name: entry for entry in self.conversion.entries for name in entry.parameters}
         layers = []
         for linear in self.setup.linears:
+            if f"{linear.name}.weight" not in of:
+                continue
             tensor = of[f"{linear.name}.weight"].name
             kind = stored.stored(tensor).tensor_type
             block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -164,7 +175,7 @@ class _GgufBackend(Backend):
     def _sizes(self, artifact: GgufCheckpoint) -> Sizes:
         """Sizes of the file, with the bits that a weight of a linear takes."""
         linears = {f"{linear.name}.weight" for linear in self.setup.linears}
-        own = [entry for entry in self.conversion.entries if entry.parameters[0] in linears]
+        own = [entry for entry in self.conversion.entries if linears & set(entry.parameters[:1])]
         weights = sum(math.prod(entry.shape) for entry in own)
         packed = sum(int(artifact.tensors.stored(entry.name).n_bytes) for entry in own)
         return self.setup.sizes("gguf", artifact, packed, weights, artifact.file_hashes()).changed(

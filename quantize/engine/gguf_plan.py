@@ -47,7 +47,7 @@ def plan_llama_cpp(setup: Setup, conversion: Conversion) -> Plan:
         tensors = [*conversion.constants(), *(conversion.tensor(e, kinds[e.name]) for e in conversion.entries)]
         metadata = conversion.metadata | {"general.file_type": 0, "general.quantization_version": 0}
         of = {parameter: entry.name for entry in conversion.entries for parameter in entry.parameters}
-        layers = {x.name: kinds[of[f"{x.name}.weight"]].name for x in linears}
+        layers = {x.name: kinds[of[f"{x.name}.weight"]].name for x in linears if f"{x.name}.weight" in of}
         if not known:
             notes = (*notes, f"the size is an estimate: llama.cpp decides which tensors of {wanted.type} get more bits")
     artifact = sum(sizes(metadata, tensors, wanted.split))

@@ -13,9 +13,11 @@ from ..core.errors import BadInput
 from ..models.checkpoint import Checkpoint
 from ..models.model_tensors import TensorReader
 from ..models.skeleton import Skeleton
+from .converted import matched, metadata_of
 from .general import general_metadata
 from .hyperparameters import form_of, hyperparameters, notes, rope_tensors
 from .layout import Entry, float_type, layout
+from .reader import GgufTensors
 from .tokenizer import tokenizer_metadata
 from .writer import ARCHITECTURE, FileTensor
 
@@ -28,21 +30,45 @@ class Conversion:
     """What the GGUF file of a model says and holds, known before any weight is read.
 
     reader: the model's tensors by their on-disk HF names. folder: where its tokenizer is. name: the model's, such as
-    `organization/model`, by default the folder's name. entries: the file's tensors and what each is made of. notes:
-    what the file cannot hold. Raises BadInput for a model or a tokenizer that cannot be written, and for tensors of a
-    checkpoint that have no place in the file.
+    `organization/model`, by default the folder's name. converted: the file that llama.cpp's converter made of the
+    model, whose metadata and tensors then count instead of our own table of families. lost: parameters that are not
+    found in it. entries: the file's tensors and what
+    each is made of. notes: what the file cannot hold. Raises BadInput for a model or a tokenizer that cannot be
+    written, and for tensors of a checkpoint that have no place in the file.
     """
 
-    def __init__(self, reader: TensorReader, folder: Path, name: str | None = None) -> None:
+    def __init__(
+        self, reader: TensorReader, folder: Path, name: str | None = None, converted: Path | None = None
+    ) -> None:
         self.reader = reader
         self.skeleton = Skeleton(reader, device=torch.device("cpu"))
         self.config: Any = self.skeleton.config
+        self.converted = None if converted is None else GgufTensors([converted])
+        self.notes: tuple[str, ...] = ()
+        self.lost: list[str] = []
+        if converted is None:
+            self._by_our_rows(reader, folder, name)
+            return
+        assert self.converted is not None
+        said = metadata_of(converted)
+        self.metadata: dict[str, Any] = {key: said[key] for key in said if key != "general.file_type"}
+        self.entries = matched(self.converted, self.skeleton)
+        held = {name for entry in self.entries for name in entry.parameters}
+        self.lost = [name for name in self.skeleton.parameters_on_disk() if name not in held]
+        unknown = [entry.name for entry in self.entries if entry.matrix and not entry.parameters]
+        if unknown:
+            self.notes = (
+                f"{len(unknown)} tensors of the converter's file ({unknown[0]}) are no parameters of transformers' "
+                "model as they are: they are rounded to nearest, whatever the method",
+            )
+
+    def _by_our_rows(self, reader: TensorReader, folder: Path, name: str | None) -> None:
         self.form = form_of(self.config)
         self.entries = layout(self.skeleton)
         origin, name = name or folder.resolve().name, (name or folder.resolve().name).rpartition("/")[2]
         tokenizer, lost = tokenizer_metadata(folder, self.config)
         self.notes = (*notes(self.config, self.form), *lost)
-        self.metadata: dict[str, Any] = {
+        self.metadata = {
             ARCHITECTURE: self.form.architecture,
             "general.type": "model",
             "general.name": name,
@@ -60,6 +86,8 @@ class Conversion:
 
     def constants(self) -> list[FileTensor]:
         """Tensors that are computed from the config: RoPE's factors."""
+        if self.converted is not None:
+            return []
         return [
             FileTensor(name, GGMLQuantizationType.F32, tuple(t.shape), t.numpy)
             for name, t in rope_tensors(self.config, self.form).items()
@@ -71,6 +99,8 @@ class Conversion:
 
     def read(self, entry: Entry) -> torch.Tensor:
         """The weight of an entry, in its shape and the checkpoint's dtype. Raises BadInput for another shape."""
+        if self.converted is not None and not entry.parameters:
+            return self.converted.dequantized(entry.name)
         weight = entry.read(self.skeleton.reader.read, self.config)
         if tuple(weight.shape) != entry.shape:
             raise BadInput(

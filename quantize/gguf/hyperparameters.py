@@ -17,7 +17,10 @@ def form_of(config: Any) -> GgufForm:
     form = family_of(config.model_type).gguf
     if form is None:
         known = ", ".join(model_type for model_type, family in FAMILIES.items() if family.gguf)
-        raise BadInput(f"architecture {config.model_type!r} cannot be written as GGUF; {known} can")
+        raise BadInput(
+            f"architecture {config.model_type!r} cannot be written as GGUF; {known} can. For "
+            "others set gguf.converter to a checkout of llama.cpp, whose converter then makes the unquantized file"
+        )
     act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     act = getattr(config, "activation_function", act)
     if act is not None and act not in form.acts:

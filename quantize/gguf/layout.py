@@ -23,8 +23,9 @@ _FLOAT32 = (
 class Entry:
     """One tensor of a GGUF file.
 
-    parameters: on-disk HF names of what it is made of: one, or one per expert, stacked along a new first dimension.
-    shape: in the file, the columns last. whole: whether it is all that is made of its parameters.
+    parameters: on-disk HF names of what it is made of: one, or one per expert, stacked along a new first dimension;
+    none where that is not known, in a file that llama.cpp's converter made. shape: in the file, the columns last.
+    whole: whether it is all that is made of its parameters.
     """
 
     name: str
@@ -36,12 +37,12 @@ class Entry:
     @property
     def by_rows(self) -> bool:
         """Whether its parameters can be quantized, row by row, before they become this tensor."""
-        return self.whole and by_rows(self.changes)
+        return bool(self.parameters) and self.whole and by_rows(self.changes)
 
     @property
     def stacked(self) -> bool:
         """Whether it holds one matrix per expert."""
-        return EXPERT.search(self.parameters[0]) is not None
+        return bool(self.parameters) and EXPERT.search(self.parameters[0]) is not None
 
     @property
     def matrix(self) -> bool:

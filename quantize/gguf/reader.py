@@ -22,6 +22,7 @@ from .layout import Entry, layout
 from .tensor_map import from_gguf
 
 _FILE = "model.gguf"
+LAYOUT = "gguf_layout.json"  # beside a file by llama.cpp's converter: what its tensors are made of
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -100,6 +101,14 @@ def open_gguf(file: Path) -> gguf.GGUFReader:
         raise BadInput(f"{file}: not a whole GGUF file: {' '.join(str(error).split())}") from error
 
 
+def not_read_back(lost: list[str]) -> str:
+    """Why a file with these parameters missing cannot be evaluated."""
+    return (
+        f"llama.cpp's converter stores {len(lost)} parameters ({lost[0]}) in a form that is not read back: llama.cpp "
+        "runs such a file, and it is not evaluated here"
+    )
+
+
 class GgufCheckpoint:
     """A folder with model.gguf and the config.json of its model, used like a safetensors checkpoint.
 
@@ -112,21 +121,39 @@ class GgufCheckpoint:
         self.tensors = GgufTensors(gguf_files(folder))
         whole = model_config(self.config)
         self._config = decoder_config(whole)
-        form_of(self._config)  # refuses a family that GGUF does not hold
+        own = folder / LAYOUT
+        if not own.is_file():
+            form_of(self._config)  # refuses a family that GGUF does not hold
         self._where: dict[str, list[tuple[Entry, int | None]]] = {}
         self._expected = saved_shapes(build_model(whole))
         skeleton = Skeleton(self, device=torch.device("cpu"))
-        for entry in layout(skeleton):
+        for entry in self._layout(own) if own.is_file() else layout(skeleton):
             if entry.name not in self.tensors or not same_shape(self.tensors.shape(entry.name), entry.shape):
                 found = list(self.tensors.shape(entry.name)) if entry.name in self.tensors else "absent"
                 raise BadInput(f"{folder}: tensor {entry.name} is {found} and config.json wants {list(entry.shape)}")
             for i, parameter in enumerate(entry.parameters):
                 self._where.setdefault(parameter, []).append((entry, i if entry.stacked else None))
         self._towers = list(skeleton.tower_tensors())
+        self._lost = [name for name in skeleton.parameters_on_disk() if name not in self._where]
+
+    def _layout(self, file: Path) -> list[Entry]:
+        """The tensors of a file that llama.cpp's converter made, as it was noted beside it."""
+        made: dict[str, tuple[list[str], Any]] = read_json(file)
+        return [
+            Entry(name, tuple(parameters), self.tensors.shape(name), tuple(changes))
+            for name, (parameters, changes) in made.items()
+        ]
 
     def names(self) -> list[str]:
-        """HF names; those of a multimodal model's towers too, which the file does not hold."""
-        return [*self._where, *self._towers] if self._where else list(self._expected)
+        """HF names; those of a multimodal model's towers too, which the file does not hold.
+
+        Raises BadInput for a file by llama.cpp's converter in which parameters were not found.
+        """
+        if not self._where:
+            return list(self._expected)
+        if self._lost:
+            raise BadInput(f"{self.folder}: {not_read_back(self._lost)}")
+        return [*self._where, *self._towers]
 
     def __contains__(self, name: object) -> bool:
         """Whether `names` has it."""

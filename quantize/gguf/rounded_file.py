@@ -57,10 +57,10 @@ class RoundedFile:
         search: ScaleSearch = "activation" if weighted else "mse"
         out: dict[str, Grid | None] = {}
         for linear in linears:
-            entry = of[f"{linear.name}.weight"]
-            choice = self.types[entry.name]
+            entry = of.get(f"{linear.name}.weight")
+            choice = None if entry is None else self.types[entry.name]
             out[linear.name] = None
-            if entry.by_rows and choice is not None and choice.type != "F16":
+            if entry is not None and entry.by_rows and choice is not None and choice.type != "F16":
                 out[linear.name] = BlockGrid(type=choice.type, scale_search=search)
         return out
 
@@ -179,4 +179,4 @@ def _bytes(
         rows = torch.split(conversion.read(entry).reshape(-1, entry.shape[-1]), _ROWS)
         return torch.cat([ggml.pack(ROUNDERS["rtn"](w, grid, Rtn(), importance, None).linear) for w in rows]).numpy()
 
-    return from_parts if entry.parameters[0] in parts else nearest
+    return from_parts if entry.parameters and entry.parameters[0] in parts else nearest

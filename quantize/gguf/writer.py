@@ -135,15 +135,25 @@ def _described(
     return writer
 
 
-_NUMPY = {np.uint32: GGUFValueType.UINT32, np.int32: GGUFValueType.INT32, np.uint64: GGUFValueType.UINT64}
+class TypedList(list[Any]):
+    """A list whose items are to be of this type in the file."""
+
+    def __init__(self, values: Sequence[Any], kind: GGUFValueType) -> None:
+        super().__init__(values)
+        self.kind = kind
+
+
+_NUMPY = {np.dtype(kind.name.lower()).type: kind for kind in GGUFValueType if kind.name[-1].isdigit()}
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, list):
+    if isinstance(value, TypedList):
+        writer.add_key_value(key, list(value), GGUFValueType.ARRAY, value.kind)
+    elif isinstance(value, list):
         kind = GGUFValueType.get_type(value[0]) if value else GGUFValueType.STRING
         writer.add_key_value(key, value, GGUFValueType.ARRAY, kind)
     elif type(value) in _NUMPY:
-        writer.add_key_value(key, int(value), _NUMPY[type(value)])
+        writer.add_key_value(key, value.item(), _NUMPY[type(value)])
     elif isinstance(value, int) and not isinstance(value, bool):
         writer.add_key_value(key, value, GGUFValueType.UINT32)
     else:

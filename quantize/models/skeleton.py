@@ -183,6 +183,11 @@ class Skeleton:
         out."""
         return self._shell
 
+    def parameters_on_disk(self) -> list[str]:
+        """The names in `reader` of all parameters and saved buffers of the text model, in order."""
+        inside = (name for names in self._inside for name in names.values())
+        return list(dict.fromkeys([*self._shell.values(), *inside]))
+
     def on_disk_of_blocks(self) -> set[str]:
         """The tensors of the file that the blocks are made of."""
         return {disk for names in self._inside for name in names.values() for disk in self.reader.on_disk(name)}

@@ -66,6 +66,11 @@ class Gguf(Strict):
         None,
         description="a size for the file instead of `type`: each tensor gets the type that loses least",
     )
+    converter: str | None = Field(
+        None,
+        description="a checkout of llama.cpp, whose converter then makes the unquantized file: for families that have "
+        "no row of their own here",
+    )
     split: Bytes | None = Field(None, description="most bytes of tensors in one file, such as 4G; null: a single file")
 
     @property
