@@ -40,7 +40,8 @@ def _towers(skeleton: Skeleton) -> list[str]:
     towers = skeleton.tower_tensors()
     if not towers:
         return []
-    parts = dict.fromkeys(re.sub(r"^((?:model\.)?\w+).*", r"\1", name) for name in towers)
+    shared = next(iter(skeleton.block_names(0).values())).split(".")[0]  # with the text decoder
+    parts = dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith(f"{shared}.")]) for name in towers)
     return [
         f"{', '.join(parts)}: beside the text decoder, copied as it is ({len(towers)} tensors, "
         f"{sum(towers.values())} weights), since text does not pass through it",

@@ -98,6 +98,9 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """The model without its weights; raises BadInput for a config that its class cannot be built from."""
     try:
         return build_model(config, dtype)
+    except ImportError as error:
+        said = " ".join(str(error).split())[:200]
+        raise BadInput(f"{config.model_type}: transformers needs another package for it: {said}") from error
     except Exception as error:
         _check_rope(config)
         raise BadInput(
@@ -114,10 +117,15 @@ def load_whole(folder: Path, dtype: torch.dtype | str) -> Any:
 
 def special_tokens(config: Any) -> set[int]:
     """The tokens that a model's config gives a meaning, such as the one that stands for a part of an image."""
+    found: set[int] = set()
     parts = [config.to_dict()]
-    parts += [part for part in parts[0].values() if isinstance(part, dict)]
-    named = [(k, v) for part in parts for k, v in part.items() if str(k).endswith(("_token_id", "_token_index"))]
-    return {one for _, value in named for one in (value if isinstance(value, list) else [value]) if type(one) is int}
+    while parts:
+        for key, value in parts.pop().items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif str(key).endswith(("_token_id", "_token_index")):
+                found |= {one for one in (value if isinstance(value, list) else [value]) if type(one) is int}
+    return found
 
 
 def check_outside_blocks(kind: str, missing: list[str], heads: list[str]) -> None:

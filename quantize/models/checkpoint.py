@@ -28,7 +28,7 @@ COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.tiktoken", "*.spm", "spiece.model", "sentencepiece.*.model", "tekken.json", "chat_template.*",
     "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py", "modules.json",
-    "*_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "*_Pooling/config.json", "sentence_bert_config.json", "spk_dict.pt", "config_sentence_transformers.json",
 )  # fmt: skip
 
 FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")  # where some readers look for a format's settings

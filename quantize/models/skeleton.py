@@ -26,7 +26,7 @@ from .experts import CONTAINERS, Part, routers, split_experts
 from .families import family_of
 from .model_tensors import ModelTensors, TensorReader
 from .names import TensorNames
-from .towers import linears_on_disk, tower_names
+from .towers import linears_on_disk, text_model, tower_names, without_head
 
 _T = TypeVar("_T")
 _ROUTER = "it chooses or weighs experts"
@@ -66,7 +66,7 @@ class Skeleton:
         self._seen: WeakValueDictionary[int, _Seen] = WeakValueDictionary()  # by seq_len
         self._reruns = False  # whether the shell must run again for each batch
         self._wide = _float32_modules(self.model, self.dtype)
-        self._of_towers = tower_names(self.model)
+        self._of_towers, self._text = tower_names(self.model), text_model(self.model)
         counts = (self.config.num_hidden_layers, getattr(self.config, "num_layers", None))  # of attentions, of blocks
         self.blocks_name, self._blocks = _find_blocks(self.model, counts)
         self._names = TensorNames(self.model, reader.names())
@@ -134,7 +134,7 @@ class Skeleton:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding of tokens."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return int(self._text.get_input_embeddings().weight.shape[0])
 
     def block(self, k: int) -> nn.Module:
         """Block `k`; its weights are on the meta device unless `blocks` has materialised it."""
@@ -305,7 +305,7 @@ class Skeleton:
         for self._outputs in (1, 2, 3):
             try:
                 with self._taps() as taps:
-                    out = self.model.base_model(input_ids=ids, use_cache=False)[0]
+                    out = without_head(self._text)(input_ids=ids, use_cache=False)[0]
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 continue
             self._check_all_run(taps)
@@ -330,7 +330,7 @@ class Skeleton:
 
     def close_shell(self) -> None:
         """Return the shell to the meta device; all but the head stays where it computes what blocks are given."""
-        kept = set(self.model.base_model.modules()) if self._reruns else set()
+        kept = set(without_head(self._text).modules()) if self._reruns else set()
         for name, module in self.model.named_modules():
             if not name.startswith(self.blocks_name) and module not in kept:
                 for key, parameter in list(module.named_parameters(recurse=False)):
@@ -389,7 +389,7 @@ class Skeleton:
     @property
     def tied(self) -> bool:
         """Whether config.json, or transformers' default for the model, ties the head to the embedding."""
-        return bool(getattr(self.model.config, "tie_word_embeddings", False))
+        return bool(getattr(self._text.config, "tie_word_embeddings", False))
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, make: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
@@ -411,7 +411,7 @@ class Skeleton:
     def embedding(self, tokens: Tensor) -> Tensor:
         """As `embed`, differentiable and for few tokens."""
         with self._taps() as taps:
-            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+            without_head(self._text)(input_ids=tokens.to(self.device), use_cache=False)
         return self.samples_first(taps[0].hidden)
 
     def samples_first(self, hidden: Tensor) -> Tensor:
@@ -439,7 +439,7 @@ class Skeleton:
     @torch.no_grad()
     def _arguments(self, tokens: Tensor) -> list[Given]:
         with self._taps() as taps:
-            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+            without_head(self._text)(input_ids=tokens.to(self.device), use_cache=False)
         return [(tap.args, tap.kwargs) for tap in taps]
 
     @torch.no_grad()
@@ -451,7 +451,7 @@ class Skeleton:
         """As `logits`, differentiable."""
         with self._taps(self._own_layout(hidden)):
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+            logits: Tensor = self._text(input_ids=ids, use_cache=False).logits[0]
         return logits
 
     @torch.no_grad()
@@ -459,7 +459,7 @@ class Skeleton:
         """The head's inputs [tokens, hidden], after the final norm, for hidden states that leave the last block."""
         with self._taps(self._own_layout(hidden)):
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
-            out: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            out: Tensor = without_head(self._text)(input_ids=ids, use_cache=False).last_hidden_state[0]
         return out
 
     def _own_layout(self, hidden: Tensor) -> Tensor:
@@ -596,7 +596,7 @@ def experts_per_token(config: Any) -> int | None:
 
 def _find_blocks(model: Any, counts: Sequence[int | None]) -> tuple[str, nn.ModuleList]:
     """The outermost ModuleList with one entry a hidden layer, of the text decoder in a multimodal model."""
-    decoder = {id(module) for module in model.get_decoder().modules()}
+    decoder = {id(module) for module in text_model(model).get_decoder().modules()}
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists.sort(key=lambda found: id(found[1]) not in decoder)  # a few classes call something else their decoder
     for n in counts:

@@ -3,18 +3,43 @@
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
+def text_model(model: Any) -> Any:
+    """The part of a model that makes logits of text: all of it, but for classes that hold another model for that.
+
+    Those of Qwen-Omni are not run as a whole; Llama 4's hands text on as it is to a language model with its own head.
+    """
+    if type(model).forward is nn.Module.forward:
+        wanted = model.config.get_text_config(decoder=True)
+        for part in model.children():
+            if isinstance(part, PreTrainedModel) and part.config.get_text_config(decoder=True) is wanted:
+                return part
+    elif model.base_model is model and isinstance(decoder := model.get_decoder(), PreTrainedModel):
+        return decoder if decoder.get_output_embeddings() is not None else model
+    return model
+
+
+def without_head(text: Any) -> Any:
+    """The part of a text model that makes the states that its head reads."""
+    if text.base_model is not text:
+        return text.base_model
+    parts = (part for part in text.children() if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if part.get_input_embeddings() is text.get_input_embeddings()), text)
+
+
 def tower_names(model: Any) -> set[str]:
     """Parameters and buffers of a model that neither its text decoder nor its head has; empty for a model of text."""
+    whole, model = model, text_model(model)
     decoder = model.get_decoder()
-    if decoder is model or decoder is model.base_model:
+    if whole is model and (decoder is model or decoder is model.base_model):
         return set()
     text = (decoder, model.get_input_embeddings(), model.get_output_embeddings())
     inside = {id(tensor) for part in text if part is not None for tensor in _tensors(part).values()}
-    return {name for name, tensor in _tensors(model).items() if id(tensor) not in inside}
+    return {name for name, tensor in _tensors(whole).items() if id(tensor) not in inside}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

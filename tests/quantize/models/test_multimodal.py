@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.core.errors import BadInput
+from quantpress.models import architecture
+from quantpress.models.building import build_model
 from quantpress.models.skeleton import Skeleton, run_block
+from quantpress.models.towers import text_model, tower_names, without_head
 
 from ...multimodal import MULTIMODAL, build
 
@@ -91,3 +95,39 @@ def test_the_dtype_of_a_model_may_stand_with_its_text_part(tmp_path: Path) -> No
     config["text_config"]["dtype"] = "bfloat16"
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert skeleton(tmp_path).dtype == torch.bfloat16
+
+
+def test_states_before_the_head_of_a_model_that_holds_a_language_model(tmp_path: Path) -> None:
+    """Llama 4's class has no part without a head, but for the one in the language model that it holds."""
+    model = build("llama4", tmp_path, torch.float32)
+    ids = torch.randint(6, 250, (1, 12), generator=torch.Generator().manual_seed(0))
+    ours = skeleton(tmp_path)
+    ours.open_shell()
+    hidden, arguments = ours.embed(ids), ours.block_arguments(ids)
+    for k, block in ours.blocks():
+        run_block(block, hidden, arguments[k], device=CPU, batch=1)
+    with torch.no_grad():
+        expected = model.language_model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(ours.final_norm(hidden[0]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_class_that_is_not_run_as_a_whole_is_run_in_part() -> None:
+    """Qwen-Omni's has no forward; its thinker makes the text, its talker the sound."""
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "vocab_size": 256, "rope_parameters": {"mrope_section": [2, 3, 3]}}
+    config = transformers.Qwen2_5OmniConfig(thinker_config={"text_config": text})
+    model = build_model(config, torch.bfloat16)
+    assert text_model(model) is model.thinker
+    assert without_head(model.thinker) is model.thinker.model
+    parts = {name.split(".")[0] for name in tower_names(model)}
+    assert parts == {"thinker", "talker", "token2wav"}
+    assert not any(name.startswith(("thinker.model.", "thinker.lm_head.")) for name in tower_names(model))
+
+
+def test_a_package_that_transformers_wants_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wanting(*_: object) -> None:
+        raise ImportError("TimmWrapperModel requires the timm library")
+
+    monkeypatch.setattr(architecture, "build_model", wanting)
+    with pytest.raises(BadInput, match="gemma3n: transformers needs another package for it: TimmWrapperModel requires"):
+        architecture.empty_model(transformers.Gemma3nConfig(), torch.float32)
