@@ -167,7 +167,8 @@ def test_the_examples_use_what_the_action_and_the_template_offer() -> None:
 
 
 def test_the_hook_of_pre_commit_checks_recipes(tmp_path: Path) -> None:
-    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    hook, system = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    assert {key: hook[key] for key in ("entry", "files")} == {key: system[key] for key in ("entry", "files")}
     runner = Runner(tmp_path, real=True)
     good, bad = runner.folder / "recipes" / "good.yaml", runner.folder / "recipes" / "bad.yaml"
     assert re.search(hook["files"], "team/recipes/good.yaml")
