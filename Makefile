@@ -26,7 +26,7 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup gpu-check gpu-model docs wheel clean distclean FORCE
+.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup support-table gpu-check gpu-model docs wheel clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
@@ -41,6 +41,7 @@ help:
 	@echo 'make smoke       the default model on each real server that is installed; of the others, how to get them'
 	@echo 'make bench       time, memory and quality beside llm-compressor, when that is installed'
 	@echo 'make bench-setup install llm-compressor for it, into .venv-bench'
+	@echo 'make support-table   what is proved of each model family; ARGS=NAME or ARGS=--all proves it again first'
 	@echo 'make gpu-check   on a machine with a GPU: every recipe beside what the CPU makes of it, then blocks of real shape'
 	@echo 'make docs        build the documentation into site/; a broken link fails it'
 	@echo 'make gpu-model   launches, waits, memory and estimated time of a block on a GPU, without one; needs g++'
@@ -171,6 +172,9 @@ smoke: dev .venv/.servers
 bench: dev
 	@$(BIN)/python tests/bench/peers.py $(ARGS)
 	@$(BIN)/python tests/bench/memory.py $(MEMORY_ARGS)
+
+support-table: dev
+	@$(BIN)/python -m tests.support $(ARGS)
 
 gpu-check: dev
 	@$(BIN)/python -m tests.gpu.check $(ARGS)

@@ -58,15 +58,15 @@ _SHARING = {  # keys and values of the last blocks are those of earlier ones; em
     "vocab_size_per_layer_input": VOCAB,
 }
 _PLAIN = """
-    afmoe apertus arcee bamba biogpt bitnet bloom cohere cohere2 cohere2_moe ctrl cwm deepseek_v3 deepseek_v4
+    afmoe apertus arcee bamba biogpt bitnet bloom cohere cohere2 cohere2_moe cwm deepseek_v3 deepseek_v4
     doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2
-    gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite granite_swa
+    gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa
     granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
     hy_v4 hyperclovax jais2 jetmoe kimi_linear laguna llama llama4_text mamba mellum mimo_v2_flash minimax
-    minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron nemotron_h olmo
+    minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron olmo
     olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma rwkv seed_oss smollm3 solar_open
-    stablelm starcoder2 vaultgemma xglm xlstm
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma seed_oss smollm3 solar_open
+    stablelm starcoder2 vaultgemma xglm
 """
 _LATENTS = "axk1 axk2 deepseek_v2 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu"
 # What a family needs besides the common sizes.
@@ -94,6 +94,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     }
     | _LATENT,
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
+        "moe_shared_expert_intermediate_size": 32,
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,

@@ -51,7 +51,8 @@ def prove(family: str, work: Path) -> Row:
         row["transforms"] = _takes_transforms(model)
         row["loaded by transformers"] = "yes" if row["rtn"] == "yes" else row["rtn"]
     except BadInput as error:
-        return dict.fromkeys(("rtn", "gptq", "transforms", "loaded by transformers"), str(error))
+        why = str(error).replace(str(model), "the model")
+        return dict.fromkeys(("rtn", "gptq", "transforms", "loaded by transformers"), why)
     return row
 
 

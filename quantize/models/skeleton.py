@@ -30,6 +30,7 @@ from .towers import linears_on_disk, text_model, tower_names, without_head
 
 _T = TypeVar("_T")
 _ROUTER = "it chooses or weighs experts"
+_FLOAT32 = {"deepseek_v4"}  # transformers' class multiplies float32 by what is loaded, and fails on 16 bit
 _EMBEDDED_TOKENS = 4096  # embedded at a time
 
 
@@ -59,7 +60,8 @@ class Skeleton:
         whole = model_config(reader.config)
         self.config = decoder_config(whole)
         self.family = family_of(self.config.model_type)
-        self.dtype = dtype or _dtype(reader.config)
+        stored = _dtype(reader.config)
+        self.dtype = dtype or (torch.float32 if self.config.model_type in _FLOAT32 else stored)
         self.model: Any = empty_model(whole, self.dtype)
         self._outputs = 0  # of a block; not known before the shell has run
         self._layout, self._width = SAMPLES_FIRST, torch.Size()
