@@ -96,7 +96,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
-        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
+        "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
         "moe_shared_expert_intermediate_size": 32,
     },
     "qwen4_exp_text": {
