@@ -24,6 +24,7 @@ from quantpress.engine import blocks, rounding
 from quantpress.engine.room import Room
 from quantpress.methods import gptq_batch
 from quantpress.models import skeleton as skeletons
+from quantpress.models.block_arguments import SAMPLES_FIRST, Given, ModelArguments
 from quantpress.models.model_tensors import ModelTensors
 from quantpress.numbers import grid as grids
 from quantpress.recipe import Recipe
@@ -107,12 +108,16 @@ class _Run(blocks._Run):
         samples, seq_len = tokens
         config = self._skeleton.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        hidden = torch.empty(samples, seq_len, config.hidden_size, dtype=torch.bfloat16, device=CUDA)
+        hidden = torch.empty(
+            samples, seq_len, config.hidden_size, dtype=torch.bfloat16, device=CUDA if self._room.on_device else None
+        )
         turn = torch.empty(1, seq_len, size, dtype=torch.bfloat16, device=CUDA)
         position = torch.empty(1, seq_len, dtype=torch.int64, device=CUDA)
-        arguments = ((), {"attention_mask": None, "position_ids": position, "position_embeddings": (turn, turn)})
+        given: Given = (), {"attention_mask": None, "position_ids": position, "position_embeddings": (turn, turn)}
+        seen, ids = [given] * self._skeleton.n_blocks, torch.empty(samples, seq_len, dtype=torch.int64)
+        arguments = ModelArguments(ids, CUDA, seen, None, SAMPLES_FIRST, (config.hidden_size,))
         names = ("hidden", "reference") if self._job.recipe.paired else ("hidden",)
-        return {name: hidden.clone() for name in names}, [arguments] * self._skeleton.n_blocks
+        return {name: hidden.clone() for name in names}, arguments
 
 
 def one_block(name: str, samples: int, seq_len: int, room: Room, recipe: Recipe) -> PaperGpu:
@@ -208,10 +213,13 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--recipe", type=json.loads, default={}, help="JSON that replaces keys of the recipe")
     parser.add_argument("--batch-tokens", type=int, default=32768)
+    parser.add_argument(
+        "--little-memory", action="store_true", help="states on the host, batches run again, not waiting"
+    )
     parser.add_argument("--kernels", action="store_true", help="print the launches of each part, too")
     given = parser.parse_args()
     recipe = Recipe.model_validate(RECIPE | given.recipe)
-    room = Room(batch_tokens=given.batch_tokens, on_device=True, spare=True)
+    room = Room(given.batch_tokens, not given.little_memory, not given.little_memory, given.little_memory)
     for name in given.models:
         gpu = one_block(name, given.samples, given.seq_len, room, recipe)
         total = gpu.total
