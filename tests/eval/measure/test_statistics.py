@@ -103,3 +103,9 @@ def test_the_interval_of_a_recovery_is_that_of_the_difference_over_the_base() ->
     error = math.sqrt(np.var(after - before, ddof=1) / 4)
     assert left == pytest.approx(0.75)
     assert interval == pytest.approx((1 + (-0.05 - 1.959964 * error) / 0.2, 1 + (-0.05 + 1.959964 * error) / 0.2))
+
+
+def test_scores_between_0_and_1_get_the_interval_of_a_mean_even_beside_zeros_and_ones() -> None:
+    before, after = np.array([0.0, 1.0, 0.25, 0.5] * 10), np.array([0.0, 1.0, 0.5, 0.5] * 10)
+    mean, error, interval = paired_difference(before, after)
+    assert interval == pytest.approx((mean - 1.959964 * error, mean + 1.959964 * error))
