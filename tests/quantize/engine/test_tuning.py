@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantpress.artifact.artifact import open_artifact
 from quantpress.artifact.manifest import LayerRecord
 from quantpress.core import machine
+from quantpress.engine import journal
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.plan import Plan
 from quantpress.engine.rounding import place, weight_of
@@ -49,7 +50,11 @@ def test_every_family(family: str, method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", QUICK)
-def test_a_resumed_run_and_a_second_one_give_the_same_bytes(method: str, tmp_path: Path) -> None:
+def test_a_resumed_run_and_a_second_one_give_the_same_bytes(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "DUMP_SECONDS", 0)  # as in a run that takes long
+    monkeypatch.setattr(journal, "DUMP_SHARE", 1e9)
     build("llama", tmp_path / "model", torch.bfloat16)
     document = {"method": QUICK[method] | {"start": "rtn"}}
     whole = make(tmp_path / "whole", tmp_path / "model", document)

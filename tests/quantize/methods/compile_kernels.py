@@ -20,7 +20,9 @@ from triton.compiler import ASTSource
 from quantpress.methods import column_kernels as kernels
 from quantpress.numbers.types import Grid
 
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+_PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# From Triton 3.9 on, the PTX that it writes is too new for the assembler of cards before Blackwell.
+PTXAS = next((p for p in (_PROGRAMS / "ptxas-blackwell", _PROGRAMS / "ptxas") if p.exists()), _PROGRAMS / "ptxas")
 CASES = [  # a grid, and what its scales are stored in
     (Grid(bits=4, group_size=128, symmetric=False), torch.bfloat16),
     (Grid(bits=3, group_size=64, symmetric=False), torch.float16),

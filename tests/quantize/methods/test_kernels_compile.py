@@ -10,10 +10,11 @@ import pytest
 
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+PTXAS = next(iter(sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))), None)
 
 
-@pytest.mark.skipif(not PTXAS.exists(), reason="this Triton comes without NVIDIA's assembler")
+@pytest.mark.slow
+@pytest.mark.skipif(PTXAS is None, reason="this Triton comes without NVIDIA's assembler")
 def test_every_variant_compiles_without_spilling(tmp_path: Path) -> None:
     """In a process of its own: here Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
