@@ -39,6 +39,7 @@ link_package()
 from quantpress.methods import column_kernels as kernels  # noqa: E402
 from quantpress.methods import gptq_batch as batch  # noqa: E402
 from quantpress.methods.gptq import gptq  # noqa: E402
+from quantpress.methods.kernel_check import kernels_refused  # noqa: E402
 from quantpress.methods.upper_factors import factor_upper_, invert_upper_  # noqa: E402
 from quantpress.numbers.grid import fit, global_scale  # noqa: E402
 from quantpress.numbers.types import BlockGrid, Grid  # noqa: E402
@@ -132,6 +133,8 @@ def check_solve() -> None:
             if not static and (grid.type != "int" or grid.group_size == -1):
                 continue
             s = Gptq(order=order, static_groups=static)
+            refused = kernels_refused(grid, s, weight.dtype, CUDA)
+            expect(f"trial {grid} {order}", refused is None, why=refused)
             got = batch.gptq_batch(weight, grid, s, moment, drift)
             same, ratio = 1.0, []
             for i, linear in enumerate(got.linears):
@@ -186,7 +189,7 @@ def time_solve(name: str, linears: int, out: int, n: int, grid: Grid, *, plain: 
         fields["plain_s"] = (time.perf_counter() - begun) * linears / some
         fields["same"] = min((q.codes == got.linears[i].codes).float().mean().item() for i, q in enumerate(done))
         pairs = [
-            (off(got.weight[i], weight[i], moment[i]), off(q.dequantize(), weight[i], moment[i]))
+            (off(got.linears[i].dequantize(), weight[i], moment[i]), off(q.dequantize(), weight[i], moment[i]))
             for i, q in enumerate(done)
         ]
         worst = max(abs(ours / theirs - 1) for ours, theirs in pairs)
