@@ -44,7 +44,11 @@ def check_forward(folder: Path, original: TensorReader, parameters: int) -> Forw
             why = f"transformers does not load the original: {' '.join(str(error).split())[:200]}"
             return ForwardCheck(compared=f"nothing: {why}", difference=None)
         exact = Skeleton(original, device=torch.device("cpu"), dtype=torch.float32)
-        return ForwardCheck(compared="the whole model", difference=_difference(whole, exact))
+        tokens = _tokens(exact)
+        wanted = _states(whole, exact, tokens)
+        del whole  # both at once would be the most memory that a small model's run takes
+        machine.release_memory()
+        return ForwardCheck(compared="the whole model", difference=_difference(wanted, exact, tokens))
     config = _smaller(Skeleton(original, device=torch.device("cpu")))
     try:
         with torch.random.fork_rng(devices=[]):
@@ -55,7 +59,9 @@ def check_forward(folder: Path, original: TensorReader, parameters: int) -> Forw
     except (BadInput, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         why = f"a smaller model cannot be made from the config: {' '.join(str(error).split())[:200]}"
         return ForwardCheck(compared=f"nothing: {why}", difference=None)
-    return ForwardCheck(compared=f"a twin with {exact.n_blocks} blocks", difference=_difference(twin, exact))
+    tokens = _tokens(exact)
+    difference = _difference(_states(twin, exact, tokens), exact, tokens)
+    return ForwardCheck(compared=f"a twin with {exact.n_blocks} blocks", difference=difference)
 
 
 @contextmanager
@@ -70,13 +76,18 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@torch.no_grad()
-def _difference(whole: Any, exact: Skeleton) -> float:
-    """The largest difference of the states after a block, relative to the largest of them."""
+def _tokens(exact: Skeleton) -> Tensor:
+    """Random ordinary tokens [samples, seq_len]."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, min(1000, int(exact.config.vocab_size)), _TOKENS, generator=generator)
     special = torch.tensor(sorted(special_tokens(exact.model.config)), dtype=torch.long)
     tokens[torch.isin(tokens, special)] = next(id for id in range(3, 1000) if id not in special)
+    return tokens
+
+
+@torch.no_grad()
+def _states(whole: Any, exact: Skeleton, tokens: Tensor) -> list[Tensor]:
+    """The states that leave each block of transformers' model."""
     wanted: list[Tensor] = []
     blocks = whole.get_submodule(exact.blocks_name)
     for block in blocks:
@@ -90,6 +101,12 @@ def _difference(whole: Any, exact: Skeleton) -> float:
             f"transformers' own {exact.config.model_type} model does not run with this config.json: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
+    return wanted
+
+
+@torch.no_grad()
+def _difference(wanted: list[Tensor], exact: Skeleton, tokens: Tensor) -> float:
+    """The largest difference of the states after a block from those `wanted`, relative to the largest of them."""
     exact.open_shell()
     hidden, arguments = exact.embed(tokens), exact.block_arguments(tokens)
     largest = 0.0
