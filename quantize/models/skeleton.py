@@ -307,7 +307,7 @@ class Skeleton:
         for self._outputs in (1, 2, 3):
             try:
                 with self._taps() as taps:
-                    out = without_head(self._text)(input_ids=ids, use_cache=False)[0]
+                    out = self._text.base_model(input_ids=ids, use_cache=False)[0]
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 continue
             self._check_all_run(taps)
@@ -332,7 +332,7 @@ class Skeleton:
 
     def close_shell(self) -> None:
         """Return the shell to the meta device; all but the head stays where it computes what blocks are given."""
-        kept = set(without_head(self._text).modules()) if self._reruns else set()
+        kept = set(self._text.base_model.modules()) if self._reruns else set()
         for name, module in self.model.named_modules():
             if not name.startswith(self.blocks_name) and module not in kept:
                 for key, parameter in list(module.named_parameters(recurse=False)):
@@ -413,7 +413,7 @@ class Skeleton:
     def embedding(self, tokens: Tensor) -> Tensor:
         """As `embed`, differentiable and for few tokens."""
         with self._taps() as taps:
-            without_head(self._text)(input_ids=tokens.to(self.device), use_cache=False)
+            self._text.base_model(input_ids=tokens.to(self.device), use_cache=False)
         return self.samples_first(taps[0].hidden)
 
     def samples_first(self, hidden: Tensor) -> Tensor:
@@ -441,7 +441,7 @@ class Skeleton:
     @torch.no_grad()
     def _arguments(self, tokens: Tensor) -> list[Given]:
         with self._taps() as taps:
-            without_head(self._text)(input_ids=tokens.to(self.device), use_cache=False)
+            self._text.base_model(input_ids=tokens.to(self.device), use_cache=False)
         return [(tap.args, tap.kwargs) for tap in taps]
 
     @torch.no_grad()

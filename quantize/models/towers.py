@@ -25,10 +25,10 @@ def text_model(model: Any) -> Any:
 
 def without_head(text: Any) -> Any:
     """The part of a text model that makes the states that its head reads."""
-    if text.base_model is not text:
-        return text.base_model
-    parts = (part for part in text.children() if isinstance(part, PreTrainedModel))
-    return next((part for part in parts if part.get_input_embeddings() is text.get_input_embeddings()), text)
+    for part in (text.base_model, text.get_decoder()):
+        if part is not text:
+            return part
+    return next((part for part in text.children() if isinstance(part, PreTrainedModel)), text)
 
 
 def tower_names(model: Any) -> set[str]:

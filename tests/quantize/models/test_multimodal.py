@@ -124,6 +124,16 @@ def test_a_class_that_is_not_run_as_a_whole_is_run_in_part() -> None:
     assert not any(name.startswith(("thinker.model.", "thinker.lm_head.")) for name in tower_names(model))
 
 
+def test_a_model_whose_towers_embed_no_tokens() -> None:
+    """Of Qwen3-Omni's thinker transformers has no part by name that is without the head."""
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"vocab_size": 256, "num_experts": 4, "rope_parameters": {"mrope_section": [2, 3, 3]}}
+    model = build_model(transformers.Qwen3OmniMoeThinkerConfig(text_config=text), torch.bfloat16)
+    assert text_model(model) is model
+    assert without_head(model) is model.model
+    assert not any(name.startswith(("model.", "lm_head.")) for name in tower_names(model))
+
+
 def test_a_package_that_transformers_wants_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def wanting(*_: object) -> None:
         raise ImportError("TimmWrapperModel requires the timm library")
