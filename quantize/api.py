@@ -45,14 +45,14 @@ from quantpress.exports.verify import verify as verify_files
 
 from .artifact.artifact import open_artifact
 from .artifact.convert import convert as convert_artifact
-from .artifact.gguf_floats import write_floats
+from .artifact.gguf_floats import write_floats, write_rounded
 from .core import machine
 from .core.errors import BadInput
 from .core.files import alone_in
 from .engine.pipeline import checked_tokenizer
 from .engine.plan import Plan
 from .recipe import Recipe, Smoke
-from .recipe.gguf_file import FloatFile
+from .recipe.gguf_file import FLOATS, FileType
 from .recipe.loading import load, parse
 
 __all__ = [
@@ -307,15 +307,23 @@ def convert(artifact: Path | str, out: Path | str, to: str) -> Path:
 def write_gguf(
     model: str,
     out: Path,
-    kind: FloatFile = "F16",
+    kind: FileType = "F16",
     split: int | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
+    imatrix: Path | None = None,
 ) -> list[Path]:
     """Write a checkpoint, or an artifact dequantized, as a GGUF file of floats; returns the files written.
 
-    model: as for --model. kind: F32, F16 or BF16. split: most bytes of tensors in one file.
+    model: as for --model. kind: F32, F16 or BF16. A 16- or 32-bit .gguf file, of whatever architecture, may also be
+    rounded to nearest in a quantized type. split: most bytes of tensors in one file. imatrix: an importance matrix for
+    that. Raises BadInput for what cannot be written.
     """
+    if kind not in FLOATS:
+        return write_rounded(
+            model, out, kind, imatrix, split, lambda done, of: callbacks.on_step("quantizing", done, of, "")
+        )
+    assert kind in ("F32", "F16", "BF16")
     return write_floats(open_source(model, options).path, out, kind, split, callbacks.on_note)
 
 

@@ -14,7 +14,7 @@ from ..core.errors import BadInput
 from ..core.text import meant, size
 from ..recipe import Recipe
 from ..recipe import loading as recipes
-from ..recipe.gguf_file import FloatFile
+from ..recipe.gguf_file import FileType
 from .app import app
 from .options import (
     DEFAULT_RECIPE,
@@ -117,23 +117,29 @@ def convert(
 @with_options("allow_pickle")
 def gguf(
     options: Options,
-    source: Annotated[str, typer.Argument(help="a checkpoint or artifact folder, hub id or smollm2-135m")],
+    source: Annotated[str, typer.Argument(help="a checkpoint or artifact folder, hub id, smollm2-135m or .gguf file")],
     out: Annotated[Path, typer.Argument(help="the .gguf file to write")],
-    kind: Annotated[str, typer.Option("--type", help="F32, F16 or BF16")] = "F16",
+    kind: Annotated[
+        str, typer.Option("--type", help="F32, F16 or BF16; of a .gguf file of floats also Q4_K_M …")
+    ] = "F16",
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="importance matrix for --type Q4_K_M …")] = None,
     split: Annotated[int | None, typer.Option("--split", help="most bytes of tensors in one file")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write a GGUF file of floats; an artifact is dequantized. To quantize, run a recipe such as gguf-q4_k_m."""
-    if kind not in get_args(FloatFile):
-        known = get_args(FloatFile)
-        raise BadInput(f"--type {kind}{meant(kind, known)} (known: {', '.join(known)}); to quantize run a recipe")
+    """Write a GGUF file of floats; an artifact is dequantized. To quantize, run a recipe such as gguf-q4_k_m.
+
+    A .gguf file of floats, whose architecture nobody needs to know, is rounded to nearest in any type.
+    """
+    if kind not in get_args(FileType):
+        known = get_args(FileType)
+        raise BadInput(f"--type {kind}{meant(kind, known)} (known: {', '.join(known)})")
     if out.suffix != ".gguf":
         raise BadInput(f"{out}: give a name that ends in .gguf")
     quiet_libraries()
     from .. import api
 
     with followed() as callbacks:
-        files = api.write_gguf(source, out, cast(FloatFile, kind), split, options, callbacks)
+        files = api.write_gguf(source, out, cast(FileType, kind), split, options, callbacks, imatrix)
     if as_json:
         print_json({"files": [str(file) for file in files]})
     for file in files if not as_json else ():

@@ -169,8 +169,8 @@ def _family_of(meta: Metadata) -> tuple[str, GgufForm]:
     if not named:
         known = ", ".join(dict.fromkeys(form.architecture for form in forms.values()))
         raise BadInput(
-            f"{meta.path}: GGUF architecture {meta.architecture!r} is not supported ({known} are); "
-            "use the original checkpoint"
+            f"{meta.path}: GGUF architecture {meta.architecture!r} is not supported ({known} are); use the original "
+            f"checkpoint, or round the file as it is: quantpress gguf {meta.path} NEW.gguf --type Q4_K_M"
         )
     for model_type, form in named.items():
         if ("expert_count" in form.counts.values()) == (meta.experts > 0):

@@ -19,8 +19,8 @@ TensorType = Literal[
 ]  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")
 # Types that llama.cpp only makes with an importance matrix.
-_NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
-_FILES_NEED_IMATRIX = (*_NEED_IMATRIX, "IQ2_M", "IQ3_XS", "Q2_K_S")
+_TENSORS_NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+NEED_IMATRIX = (*_TENSORS_NEED_IMATRIX, "IQ2_M", "IQ3_XS", "Q2_K_S")
 _UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3}
 
 
@@ -84,7 +84,7 @@ class Gguf(Strict):
             raise ValueError(
                 f"type {self.type} is not quantized: drop tensor_types and imatrix, or choose another type"
             )
-        low = [kind for kind in self.tensor_types.values() if kind in _NEED_IMATRIX]
-        if self.imatrix is False and (self.type in _FILES_NEED_IMATRIX or low):
+        low = [kind for kind in self.tensor_types.values() if kind in _TENSORS_NEED_IMATRIX]
+        if self.imatrix is False and (self.type in NEED_IMATRIX or low):
             raise ValueError(f"type {low[0] if low else self.type} needs an importance matrix: set imatrix: true")
         return self

@@ -283,7 +283,10 @@ def test_a_quantized_artifact_is_written_as_what_it_computes_with(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["m", "x.bin"], "x.bin: give a name that ends in .gguf"), (["m", "x.gguf", "--type", "Q8_0"], "recipe such as")],
+    [
+        (["m", "x.bin"], "x.bin: give a name that ends in .gguf"),
+        (["m", "x.gguf", "--type", "Q8_0"], "only a .gguf file of floats is rounded as it is; for m run a recipe"),
+    ],
 )
 def test_the_command_refuses(arguments: list[str], words: str) -> None:
     with pytest.raises(BadInput, match=words):
