@@ -61,11 +61,6 @@ def _backend(setup: Setup) -> Backend:
     """What writes the artifact of this recipe."""
     if not setup.recipe.is_gguf:
         return HuggingFaceFolder.of(setup)
-    if setup.skeleton.tower_tensors():
-        raise BadInput(
-            f"{setup.checkpoint.config.get('model_type')} is a multimodal model, and no GGUF file is written of one; "
-            "choose a recipe for another format, such as w4a16-gptq"
-        )
     if isinstance(setup.recipe.method, LlamaCppQuantizer):
         return LlamaCppFile.of(setup)
     return OwnGgufFile.of(setup)

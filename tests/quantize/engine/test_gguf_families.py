@@ -6,6 +6,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+import transformers
 
 from quantpress.artifact.artifact import open_artifact
 from quantpress.artifact.manifest import Manifest
@@ -16,7 +17,8 @@ from quantpress.engine.sources import resolve
 from quantpress.gguf.tensor_types import expected_types
 from quantpress.recipe.loading import parse
 
-from ..gguf.models import IDS, build, logits
+from ...tiny import FAMILIES
+from ..gguf.models import IDS, VOCAB, build, logits, tokenizer
 
 
 def job(folder: Path, method: str, **section: Any) -> Job:
@@ -43,6 +45,27 @@ def test_llama_cpp_runs_what_is_read_back(tmp_path: Path, family: str) -> None:
         got = torch.from_numpy(llama.logits(IDS.tolist()))
     assert float((got - want).norm() / want.norm()) < 0.02  # llama.cpp rounds what it multiplies with Q4_0, too
     assert float((want - logits(build(family, tmp_path / "m"), IDS)).norm() / want.norm()) > 0.02
+
+
+def test_of_a_multimodal_model_the_text_decoder(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from quantpress.gguf.llama_cpp_library import Loaded
+
+    text = FAMILIES["gemma3"][1] | {"vocab_size": VOCAB}
+    towers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=towers | {"image_size": 32, "patch_size": 8}, mm_tokens_per_image=4
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    manifest = run(job(tmp_path / "m", "rtn", type="Q8_0"), tmp_path / "out")
+    assert any("of the text decoder alone" in note for note in manifest.fallbacks)
+    _, skeleton = open_artifact(tmp_path / "out" / "quantized", torch.device("cpu"), torch.float32)
+    want = logits(skeleton.whole(), IDS)
+    with Loaded(tmp_path / "out" / "quantized" / "model.gguf", 64, threads=1) as llama:
+        got = torch.from_numpy(llama.logits(IDS.tolist()))
+    assert float((got - want).norm() / want.norm()) < 0.02
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "lfm2", "gpt_oss"])

@@ -15,12 +15,9 @@ from quantpress.artifact.manifest import read_manifest
 from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.core.errors import BadInput
 from quantpress.engine import guard
-from quantpress.engine.pipeline import prepare
-from quantpress.engine.sources import resolve
 from quantpress.exports import contracts
 from quantpress.exports.verify import verify
 from quantpress.models.skeleton import Skeleton, run_block
-from quantpress.recipe.loading import parse
 
 from ...multimodal import build
 from .test_pipeline import make
@@ -157,9 +154,6 @@ def test_what_cannot_be_done_to_a_multimodal_model_is_refused(tmp_path: Path) ->
     build("llava", tmp_path / "model")
     with pytest.raises(BadInput, match=r"cannot rotate multimodal models \(llava\): what their towers add"):
         make(tmp_path / "run", tmp_path / "model", {"transforms": [{"name": "hadamard"}], "method": {"name": "rtn"}})
-    recipe = parse({"formats": ["gguf"], "method": {"name": "llama.cpp"}, "gguf": {"type": "F16"}})
-    with pytest.raises(BadInput, match="llava is a multimodal model, and no GGUF file is written of one"):
-        prepare(recipe, resolve(str(tmp_path / "model"), cache=tmp_path))
 
 
 def test_a_head_that_is_not_the_embedding_counts(tmp_path: Path) -> None:
