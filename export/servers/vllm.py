@@ -78,6 +78,7 @@ def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
 def _cpu_limits(model: ServedModel, gpus: int) -> Iterator[str]:
     yield from _mixed_experts("vLLM on a CPU", model)
     yield from _cpu_kernel(model)
+    yield from _cpu_experts(model)
 
 
 def _mixed_experts(label: str, model: ServedModel) -> Iterator[str]:
@@ -104,6 +105,19 @@ def _cpu_kernel(model: ServedModel) -> Iterator[str]:
         grid = model.schemes.get(name)
         if grid is not None and grid.type == "int" and grid.bits == 4 and (n_out % 32 or n_in % 32):
             yield f"vLLM on a CPU wants both sides of {name} to be multiples of 32, and it is {n_out} x {n_in}"
+            return
+
+
+def _cpu_experts(model: ServedModel) -> Iterator[str]:
+    """fused_moe/oracle/int_wna16.py has no backend for a CPU; those of int8.py and w4a8_int8.py need AMX on x86."""
+    if model.activations is not None:
+        return
+    for name, grid in model.schemes.items():
+        if grid is not None and grid.type == "int" and is_expert(name):
+            yield (
+                f"vLLM on a CPU has no kernel for experts of integers with inputs in 16 bit ({name}): leave experts out, "
+                "`ignore: ['*.experts.*']`, or serve on a GPU"
+            )
             return
 
 

@@ -209,6 +209,16 @@ def test_a_job_with_mixed_experts_is_refused_for_vllm(tmp_path: Any, keys: dict[
         check_job(job(tmp_path, "qwen3_moe", targets=["vllm"], **keys))
 
 
+def test_a_cpu_takes_no_integer_experts_with_16_bit_inputs() -> None:
+    """Seen with vLLM 0.32.0: "No WNA16 MoE backend supports the deployment configuration"; without experts it serves."""
+    names = {f"model.layers.0.{part}_proj": (128, 128) for part in ("self_attn.q", "mlp.experts.0.up")}
+    for schemes, refused in ((dict.fromkeys(names, W4), True), ({"model.layers.0.self_attn.q_proj": W4}, False)):
+        model = ServedModel("compressed-tensors", names, schemes)
+        said = "no kernel for experts of integers with inputs in 16 bit (model.layers.0.mlp.experts.0.up_proj)"
+        assert any(said in line for line in problems(Vllm(device="cpu"), model)) is refused
+        assert not any(said in line for line in problems(Vllm(), model))
+
+
 def test_the_cpu_kernel_wants_multiples_of_32() -> None:
     odd = ServedModel("gptq", {"model.layers.0.up_proj": (72, 64)}, {"model.layers.0.up_proj": Grid(group_size=64)})
     assert any("multiples of 32, and it is 72 x 64" in line for line in problems(Vllm(device="cpu"), odd))
