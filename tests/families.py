@@ -65,7 +65,7 @@ _PLAIN = """
     hy_v4 hyperclovax jais2 jetmoe kimi_linear laguna llama llama4_text mamba mellum mimo_v2_flash minimax
     minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron olmo
     olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma seed_oss smollm3 solar_open
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open
     stablelm starcoder2 vaultgemma xglm
 """
 _LATENTS = "axk1 axk2 deepseek_v2 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu"
@@ -96,7 +96,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
-        "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 1,
         "moe_shared_expert_intermediate_size": 32,
     },
     "qwen4_exp_text": {
@@ -111,6 +114,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hc_lowrank": 16,
         "hc_count": 2,
     },
+    "recurrent_gemma": {"intermediate_size": 128},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "mamba_dt_rank": 8},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -93,6 +93,7 @@ def _ours(skeleton: Skeleton) -> Tensor:
     skeleton.open_shell()
     hidden, arguments = skeleton.embed(_IDS), skeleton.block_arguments(_IDS)
     for k, block in skeleton.blocks():
+        _round(block)
         run_block(block, hidden, arguments[k], device=CPU, batch=2)
     return torch.stack([skeleton.logits(row) for row in hidden])
 
@@ -112,9 +113,14 @@ def _loaded(folder: Path) -> Tensor:
             if tensor.is_floating_point():
                 tensor.data = tensor.data.float()
         model.eval()(_IDS, use_cache=False)  # which unpacks the weights, into float32
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16().float()
+        _round(model)
     return _logits(model)
+
+
+def _round(module: torch.nn.Module) -> None:
+    """Leave nothing in the weights that bfloat16, the type of the original, does not hold."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.bfloat16().float()
 
 
 def _same(one: Tensor, other: Tensor) -> None:

@@ -26,7 +26,7 @@ from .experts import CONTAINERS, Part, routers, split_experts
 from .families import family_of
 from .model_tensors import ModelTensors, TensorReader
 from .names import TensorNames
-from .towers import linears_on_disk, text_model, tower_names, without_head
+from .towers import decoder_of, linears_on_disk, text_model, tower_names, without_head
 
 _T = TypeVar("_T")
 _ROUTER = "it chooses or weighs experts"
@@ -598,9 +598,9 @@ def experts_per_token(config: Any) -> int | None:
 
 def _find_blocks(model: Any, counts: Sequence[int | None]) -> tuple[str, nn.ModuleList]:
     """The outermost ModuleList with one entry a hidden layer, of the text decoder in a multimodal model."""
-    decoder = {id(module) for module in text_model(model).get_decoder().modules()}
+    decoder = {id(module) for module in decoder_of(text_model(model)).modules()}
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lists.sort(key=lambda found: id(found[1]) not in decoder)  # a few classes call something else their decoder
+    lists.sort(key=lambda found: id(found[1]) not in decoder)
     for n in counts:
         for name, module in lists:
             if len(module) == n:

@@ -31,10 +31,16 @@ def without_head(text: Any) -> Any:
     return next((part for part in text.children() if isinstance(part, PreTrainedModel)), text)
 
 
+def decoder_of(model: Any) -> Any:
+    """The text decoder; the model itself where its class calls something without blocks, such as the head, so."""
+    decoder = model.get_decoder()
+    return decoder if any(isinstance(module, nn.ModuleList) for module in decoder.modules()) else model
+
+
 def tower_names(model: Any) -> set[str]:
     """Parameters and buffers of a model that neither its text decoder nor its head has; empty for a model of text."""
     whole, model = model, text_model(model)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if whole is model and (decoder is model or decoder is model.base_model):
         return set()
     text = (decoder, model.get_input_embeddings(), model.get_output_embeddings())

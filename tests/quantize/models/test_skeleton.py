@@ -37,6 +37,7 @@ def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> N
     "family",
     [
         "opt",
+        "modernbert-decoder",  # what it calls its decoder is the head
         "xglm",  # its masks are as long as the batch
         "bloom",  # biases of attention come with the batch's size
         "gemma4_text",  # an embedding for each block; keys and values of earlier blocks
