@@ -58,7 +58,7 @@ _SHARING = {  # keys and values of the last blocks are those of earlier ones; em
     "vocab_size_per_layer_input": VOCAB,
 }
 _PLAIN = """
-    afmoe apertus arcee bamba biogpt bitnet bloom cohere cohere2 cohere2_moe cwm deepseek_v3 deepseek_v4
+    afmoe apertus arcee bamba biogpt bitnet bloom cohere cohere2 cohere2_moe cwm deepseek_v4
     doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2
     gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa
     granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
@@ -68,7 +68,7 @@ _PLAIN = """
     qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open
     stablelm starcoder2 vaultgemma xglm
 """
-_LATENTS = "axk1 axk2 deepseek_v2 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu"
+_LATENTS = "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu"
 # What a family needs besides the common sizes.
 FAMILIES: dict[str, dict[str, Any]] = {
     **{family: {} for family in _PLAIN.split()},
