@@ -115,8 +115,8 @@ def _cpu_experts(model: ServedModel) -> Iterator[str]:
     for name, grid in model.schemes.items():
         if grid is not None and grid.type == "int" and is_expert(name):
             yield (
-                f"vLLM on a CPU has no kernel for experts of integers with inputs in 16 bit ({name}): leave experts out, "
-                "`ignore: ['*.experts.*']`, or serve on a GPU"
+                f"vLLM on a CPU has no kernel for experts of integers with inputs in 16 bit ({name}): leave experts "
+                "out, `ignore: ['*.experts.*']`, or serve on a GPU"
             )
             return
 

@@ -210,7 +210,7 @@ def test_a_job_with_mixed_experts_is_refused_for_vllm(tmp_path: Any, keys: dict[
 
 
 def test_a_cpu_takes_no_integer_experts_with_16_bit_inputs() -> None:
-    """Seen with vLLM 0.32.0: "No WNA16 MoE backend supports the deployment configuration"; without experts it serves."""
+    """Seen with vLLM 0.32.0: "No WNA16 MoE backend supports the deployment configuration"; else it serves."""
     names = {f"model.layers.0.{part}_proj": (128, 128) for part in ("self_attn.q", "mlp.experts.0.up")}
     for schemes, refused in ((dict.fromkeys(names, W4), True), ({"model.layers.0.self_attn.q_proj": W4}, False)):
         model = ServedModel("compressed-tensors", names, schemes)
