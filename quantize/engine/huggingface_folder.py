@@ -46,9 +46,9 @@ class HuggingFaceFolder(Backend):
         if not few(skeleton, setup.linears, left):
             left = []  # refused
         made = cls(setup=setup, schemes=recipe.schemes(widths, left), undivided=tuple(left))
-        made._check_readers()
         for format in recipe.formats:
             made._check_format(format)
+        made._check_readers()
         BlockTransforms(recipe, skeleton)
         if recipe.kv_cache is not None:
             kv_cache.attentions(skeleton)

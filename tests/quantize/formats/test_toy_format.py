@@ -124,7 +124,7 @@ def test_it_is_written_read_back_and_converted_both_ways(tmp_path: Path) -> None
 def test_what_converts_lists_it(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
     run(tmp_path / "run", tmp_path / "model")
-    with pytest.raises(BadInput, match=r"unknown format 'tow'; known: .*modelopt, toy$"):
+    with pytest.raises(BadInput, match=r"unknown format 'tow', did you mean 'toy'\? \(known: .*modelopt, toy\)$"):
         convert(tmp_path / "run" / "quantized", tmp_path / "x", "tow")
     with pytest.raises(BadInput, match=r"quantized with 'hqq', which cannot be read; known: .*, toy$"):
         detect({"quantization_config": {"quant_method": "hqq"}})
