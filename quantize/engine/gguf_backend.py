@@ -243,7 +243,21 @@ class OwnGgufFile(_GgufBackend):
             importance[head] = load_file(parts[-1])[_HEAD][None].numpy()
         rounded = {f"{x.name}.weight": parts[x.block] for x in linears if self.schemes[x.name] is not None}
         self.file.save(folder / "model.gguf", rounded, importance)
-        return fallbacks(self.conversion, self.file.types)
+        return fallbacks(self.conversion, self.file.types) | self._to_nearest(rounded)
+
+    def _to_nearest(self, rounded: Mapping[str, Path]) -> dict[str, str]:
+        """The blocks' tensors that a calibrated method has not rounded, each with a note. rounded: by parameter."""
+        if not self.setup.recipe.method.calibrated:
+            return {}
+        return {
+            entry.name: "rounded to nearest: it is not one whole linear, as which the method rounds"
+            for entry in self.conversion.entries
+            if entry.name.startswith("blk.")
+            and entry.matrix
+            and (choice := self.file.types[entry.name]) is not None
+            and choice.type not in FLOATS
+            and not rounded.keys() & set(entry.parameters)
+        }
 
 
 def _head_importance(skeleton: Skeleton, hidden: Tensor) -> dict[str, Tensor]:

@@ -172,6 +172,13 @@ def _family_of(meta: Metadata) -> tuple[str, GgufForm]:
             f"{meta.path}: GGUF architecture {meta.architecture!r} is not supported ({known} are); use the original "
             f"checkpoint, or round the file as it is: quantpress gguf {meta.path} NEW.gguf --type Q4_K_M"
         )
+    windowed = [kind for kind, family in FAMILIES.items() if (f := family.gguf) and kind not in forms
+                and f.architecture == meta.architecture and f.sliding_window]  # fmt: skip
+    if windowed and meta.get(f"{meta.architecture}.attention.sliding_window"):
+        raise BadInput(
+            f"{meta.path}: a file of {windowed[0]}, with a sliding window, is not read; use the original checkpoint, "
+            f"or round the file as it is: quantpress gguf {meta.path} NEW.gguf --type Q4_K_M"
+        )
     for model_type, form in named.items():
         if ("expert_count" in form.counts.values()) == (meta.experts > 0):
             return model_type, form

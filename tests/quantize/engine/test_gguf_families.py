@@ -17,7 +17,7 @@ from quantpress.engine.sources import resolve
 from quantpress.gguf.tensor_types import expected_types
 from quantpress.recipe.loading import parse
 
-from ...tiny import FAMILIES
+from ...tiny import FAMILIES, text
 from ..gguf.models import IDS, VOCAB, build, logits, tokenizer
 
 
@@ -45,6 +45,20 @@ def test_llama_cpp_runs_what_is_read_back(tmp_path: Path, family: str) -> None:
         got = torch.from_numpy(llama.logits(IDS.tolist()))
     assert float((got - want).norm() / want.norm()) < 0.02  # llama.cpp rounds what it multiplies with Q4_0, too
     assert float((want - logits(build(family, tmp_path / "m"), IDS)).norm() / want.norm()) > 0.02
+
+
+def test_what_the_hessian_does_not_reach_is_noted(tmp_path: Path) -> None:
+    """Of qwen3_next the joint projection of the delta nets is split over two tensors, which are rounded to nearest."""
+    build("qwen3_next", tmp_path / "m", dtype=torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text())
+    document = {"method": {"name": "gptq"}, "formats": ["gguf"], "evaluation": None, "gguf": {"type": "Q4_0"}}
+    calibration = {"source": str(tmp_path / "text.txt"), "samples": 4, "seq_len": 32}
+    recipe = parse(document | {"calibration": calibration})
+    manifest = run(prepare(recipe, resolve(str(tmp_path / "m"), cache=tmp_path / "cache")), tmp_path / "out")
+    noted = [line for line in manifest.fallbacks if "rounded to nearest: it is not one whole linear" in line]
+    assert len(noted) == 1
+    assert "attn_qkv.weight" in noted[0]
+    assert "ffn_down" not in noted[0]
 
 
 def test_of_a_multimodal_model_the_text_decoder(tmp_path: Path) -> None:

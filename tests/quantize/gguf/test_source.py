@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from quantpress.artifact.gguf_floats import write_floats
 from quantpress.core import files
+from quantpress.core.errors import BadInput
 from quantpress.engine.sources import resolve
 
 from ..originals import ORIGINALS, refused, tiny, write_gguf
@@ -79,6 +80,14 @@ def test_and_so_do_scaled_rope_biases_and_ties(tmp_path: Path, family: str, sett
     source = resolve(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
     back = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(back, IDS), logits(model, IDS), rtol=0.03, atol=0.03)  # bf16
+
+
+def test_a_file_with_a_sliding_window_is_not_taken_for_one_without(tmp_path: Path) -> None:
+    """Files of OLMo 3 name the architecture of OLMo 2."""
+    build("olmo3", tmp_path / "m", dtype=torch.bfloat16)
+    write_floats(tmp_path / "m", tmp_path / "model.gguf", "F32")
+    with pytest.raises(BadInput, match="a file of olmo3, with a sliding window, is not read"):
+        resolve(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
 
 
 def test_an_output_that_repeats_the_embedding_is_tied(tmp_path: Path) -> None:
