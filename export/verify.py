@@ -24,7 +24,8 @@ from quantpress.engine.blocks import all_finite
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.gguf.reader import GgufCheckpoint, gguf_files
 from quantpress.models.checkpoint import INDEX
-from quantpress.models.skeleton import LinearLayer, Skeleton
+from quantpress.models.placed_model import LinearLayer
+from quantpress.models.skeleton import Skeleton
 from quantpress.numbers.grid import QuantizedLinear
 
 from .contracts import of_folder

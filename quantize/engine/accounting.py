@@ -4,7 +4,8 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from ..models.skeleton import LinearLayer, Skeleton
+from ..models.placed_model import LinearLayer
+from ..models.skeleton import Skeleton
 from ..numbers.types import Grid
 
 LEAST = 0.9  # share of the blocks' weights under which a plan warns

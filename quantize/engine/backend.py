@@ -18,8 +18,9 @@ from ..artifact.original import OriginalCheckpoint
 from ..calibrate.tokens import Tokens
 from ..gguf.reader import GgufCheckpoint
 from ..models.checkpoint import Checkpoint
+from ..models.placed_model import LinearLayer
 from ..models.rotated_checkpoint import RotatedCheckpoint
-from ..models.skeleton import LinearLayer, Skeleton
+from ..models.skeleton import Skeleton
 from ..numbers.grid import Grid
 from ..recipe import Recipe
 from .plan import Plan

@@ -21,7 +21,8 @@ from ..core.transfers import Transfers, host_empty
 from ..formats import FORMATS
 from ..models.block_arguments import BlockArguments, ModelArguments
 from ..models.checkpoint import write_part
-from ..models.skeleton import LinearLayer, Skeleton
+from ..models.placed_model import LinearLayer
+from ..models.skeleton import Skeleton
 from ..numbers.activations import columns_of
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations

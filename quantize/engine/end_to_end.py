@@ -22,7 +22,8 @@ from ..calibrate.block_pass import paired_batches
 from ..methods.adam import Direction
 from ..methods.fake_quant import storable
 from ..models.block_arguments import BlockArguments
-from ..models.skeleton import LinearLayer, Skeleton, run_block
+from ..models.placed_model import LinearLayer
+from ..models.skeleton import Skeleton, run_block
 from ..numbers.grid import QuantizedLinear
 from ..recipe import Objective, Qat
 from .plan import TUNING_CHECKS, held_out

@@ -7,7 +7,8 @@ from ..gguf.conversion import Conversion, FloatType
 from ..gguf.rounded_file import RoundedFile
 from ..gguf.tensor_types import expected_types, fallbacks, summed_up
 from ..gguf.writer import sizes
-from ..models.skeleton import LinearLayer, Skeleton
+from ..models.placed_model import LinearLayer
+from ..models.skeleton import Skeleton
 from ..recipe import Recipe
 from ..recipe.gguf_file import FLOATS
 from .backend import Setup

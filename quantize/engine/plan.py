@@ -14,7 +14,8 @@ from ..core import machine
 from ..core.errors import BadInput
 from ..core.text import size
 from ..formats import FORMATS
-from ..models.skeleton import LinearLayer, Skeleton, experts_per_token
+from ..models.placed_model import LinearLayer, experts_per_token
+from ..models.skeleton import Skeleton
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned

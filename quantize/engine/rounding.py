@@ -19,7 +19,7 @@ from ..methods.group_scales import clipped_note
 from ..methods.kernel_check import kernels_refused
 from ..methods.layer_error import ErrorMeasure, error_fields, layer_error
 from ..methods.rtn import column_power
-from ..models.skeleton import LinearLayer
+from ..models.placed_model import LinearLayer
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
 from ..recipe import Gptq, MethodSettings
 

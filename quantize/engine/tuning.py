@@ -18,7 +18,7 @@ from ..core import machine
 from ..methods import TUNERS, Tuner
 from ..methods.layer_error import LayerError, layer_error_of_rows
 from ..models.block_arguments import BlockArguments
-from ..models.skeleton import LinearLayer
+from ..models.placed_model import LinearLayer
 from ..numbers.grid import QuantizedLinear
 from ..recipe import Tuned
 from .plan import TUNING_CHECKS

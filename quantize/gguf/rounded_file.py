@@ -15,7 +15,8 @@ from safetensors import safe_open
 from ..core.errors import BadInput
 from ..formats import ggml_blocks as ggml
 from ..methods import ROUNDERS
-from ..models.skeleton import LinearLayer, Skeleton
+from ..models.placed_model import LinearLayer
+from ..models.skeleton import Skeleton
 from ..numbers.grid import Grid
 from ..numbers.types import BlockGrid, GgmlType, ScaleSearch
 from ..recipe import Recipe, Rtn

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from .experts import CONTAINERS
-from .skeleton import LinearLayer, Skeleton
+from .placed_model import LinearLayer
+from .skeleton import Skeleton
 
 
 def why_no_packed_linears(skeleton: Skeleton, packed: Iterable[LinearLayer]) -> str | None:

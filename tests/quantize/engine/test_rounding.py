@@ -11,7 +11,7 @@ from quantpress.artifact.manifest import LayerRecord
 from quantpress.calibrate.block_pass import SharedInput
 from quantpress.engine.rounding import BlockRounding
 from quantpress.models.checkpoint import Checkpoint
-from quantpress.models.skeleton import LinearLayer
+from quantpress.models.placed_model import LinearLayer
 from quantpress.numbers.grid import Grid
 from quantpress.recipe import Gptq
 

@@ -10,7 +10,7 @@ from quantpress.artifact.manifest import LayerRecord
 from quantpress.calibrate.block_pass import SharedInput
 from quantpress.core.errors import BadInput
 from quantpress.engine import rounding
-from quantpress.models.skeleton import LinearLayer
+from quantpress.models.placed_model import LinearLayer
 from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.recipe import Gptq
 

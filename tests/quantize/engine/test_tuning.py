@@ -20,7 +20,8 @@ from quantpress.engine.tuning import Passes, Tuning, batches
 from quantpress.methods.rtn import rtn
 from quantpress.models.block_arguments import BlockArguments
 from quantpress.models.checkpoint import Checkpoint
-from quantpress.models.skeleton import LinearLayer, Skeleton, run_block
+from quantpress.models.placed_model import LinearLayer
+from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.recipe import AutoRound, Qat, Rtn
 from quantpress.recipe.loading import parse
