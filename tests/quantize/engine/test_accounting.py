@@ -42,7 +42,7 @@ def test_experts_that_cannot_be_split_are_named_with_their_share(
     tiny.build("qwen3_moe", tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     assert account(skeleton, skeleton.linears()) == ()
-    monkeypatch.setattr("quantpress.models.skeleton.split_experts", lambda block, names_of: {})
+    monkeypatch.setattr("quantpress.models.placed_model.split_experts", lambda block, names_of: {})
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
     lines = account(skeleton, skeleton.linears())
     inside = sum(x.out_features * x.in_features for x in skeleton.linears())
