@@ -20,12 +20,12 @@ from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate import kv_cache
 from quantpress.core.errors import BadInput
 from quantpress.core.files import changed
-from quantpress.engine.blocks import all_finite
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.gguf.reader import GgufCheckpoint, gguf_files
 from quantpress.models.checkpoint import INDEX
 from quantpress.models.placed_model import LinearLayer
 from quantpress.models.skeleton import Skeleton
+from quantpress.models.vetting import all_finite
 from quantpress.numbers.grid import QuantizedLinear
 
 from .contracts import of_folder

@@ -287,9 +287,9 @@ class RestartingBatch:
 class _Run:
     """One batch in one block, as a coroutine: it halts before each of the block's linears until told to continue.
 
-    inputs: how the inputs of a linear are rounded, by its
-    name, read when the run continues. entered, if `routed`: what the block's SplitExperts modules have received, by
-    path: hidden states [tokens, hidden] and which experts are chosen for each token.
+    inputs: how the inputs of a linear are rounded, by its name, read when the run continues. entered, if `routed`: what
+    the block's SplitExperts modules have received, by path: hidden states [tokens, hidden] and which experts are chosen
+    for each token.
     """
 
     def __init__(self, block: RunnableBlock, states: States, inputs: Mapping[str, Inputs], *, routed: bool) -> None:

@@ -67,9 +67,8 @@ class Largest:
 
     def __init__(self, name: str, attention: nn.Module) -> None:
         self.name, self._attention = name, attention
-        self._largest: list[
-            Tensor
-        ] = []  # float32 [2] of each call: keys, values; read in the end, as a GPU waits for it
+        # Of each call, keys and values, float32 [2]; read in the end, as a GPU waits for it.
+        self._largest: list[Tensor] = []
 
     def start(self) -> None:
         tap(self._attention, self._note)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -225,9 +224,6 @@ def sweep_ownerless(parent: Path) -> None:
 
 def _lock(folder: Path) -> int | Literal["taken", "no locks"]:
     """A handle that keeps a folder locked until it is closed."""
-    if sys.platform == "win32":
-        return "no locks"
-
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,7 @@
 
 import errno
 import re
-import sys
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,12 +63,9 @@ def available_bytes() -> int:
 
 def _left_to_address() -> Iterator[int]:
     """What a limit on the process's address space (ulimit -v) leaves it, bytes."""
-    if sys.platform != "win32":
-        import resource
-
-        most, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if most != resource.RLIM_INFINITY:
-            yield max(0, most - int(psutil.Process().memory_info().vms))
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        yield max(0, most - int(psutil.Process().memory_info().vms))
 
 
 def _below_limits(mount: Path, own: Path) -> Iterator[int]:

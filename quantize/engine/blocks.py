@@ -23,6 +23,7 @@ from ..models.block_arguments import BlockArguments, ModelArguments
 from ..models.checkpoint import write_part
 from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
+from ..models.vetting import all_finite
 from ..numbers.activations import columns_of
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations
@@ -236,11 +237,6 @@ def _uncalibrated(
     there = job.skeleton.device
     weighed = {name: moment.to(there) for name, moment in job.backend.importance.items() if name in wanted}
     return [SharedInput(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value of a float tensor is NaN or inf; twenty times faster than `torch.isfinite`."""
-    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
 def _check_finite(hidden: dict[str, Tensor], k: int, device: torch.device) -> None:

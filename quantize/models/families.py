@@ -11,7 +11,7 @@ from .family import Family, Feed
 from .gguf_forms import FORMS
 
 _SANDWICH = "norms after attention and MLP scale, channel by channel, what is added to the residual stream"
-_TOWERS = "what their towers add to the residual stream would not be rotated"
+TOWERS = "what their towers add to the residual stream would not be rotated"
 _LAYER_NORM = "LayerNorm subtracts the mean over channels, which a rotation does not keep"
 
 # ---- what feeds what ---------------------------------------------------------------------------------------------
@@ -74,6 +74,7 @@ _GPT2_FEEDS = (
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 _LLAMA = Family(feeds=_LLAMA_FEEDS, no_hadamard=None)
+_QWEN_VL = Family(feeds=_LLAMA_FEEDS, no_hadamard=TOWERS)
 _QWEN_MOE = Family(feeds=_QWEN_MOE_FEEDS, no_hadamard=None)
 _SANDWICHED = Family(feeds=_SANDWICH_FEEDS, no_hadamard=_SANDWICH)
 
@@ -85,10 +86,10 @@ _FED = {  # what feeds what, by the model_type of config.json
     "qwen3": _LLAMA,
     "qwen2_moe": _QWEN_MOE,
     "qwen3_moe": _QWEN_MOE,
-    "qwen2_vl_text": Family(feeds=_LLAMA_FEEDS, no_hadamard=_TOWERS),
-    "qwen2_5_vl_text": Family(feeds=_LLAMA_FEEDS, no_hadamard=_TOWERS),
-    "qwen3_vl_text": Family(feeds=_LLAMA_FEEDS, no_hadamard=_TOWERS),
-    "qwen3_vl_moe_text": Family(feeds=_QWEN_MOE_FEEDS, no_hadamard=_TOWERS),
+    "qwen2_vl_text": _QWEN_VL,
+    "qwen2_5_vl_text": _QWEN_VL,
+    "qwen3_vl_text": _QWEN_VL,
+    "qwen3_vl_moe_text": Family(feeds=_QWEN_MOE_FEEDS, no_hadamard=TOWERS),
     "gemma": Family(feeds=_GEMMA_FEEDS, no_hadamard=None),
     "gemma2": _SANDWICHED,
     "gemma3_text": _SANDWICHED,

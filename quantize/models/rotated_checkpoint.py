@@ -21,7 +21,7 @@ from ..core.errors import BadInput
 from ..methods.hadamard import Rotation
 from .architecture import is_multimodal, text_config
 from .checkpoint import Checkpoint
-from .families import family_of
+from .families import TOWERS, family_of
 from .family import Family
 from .skeleton import Skeleton
 from .vetting import not_finite
@@ -83,8 +83,8 @@ class RotatedCheckpoint:
         self._kind = str(text.model_type)
         if is_multimodal(checkpoint.config):
             raise BadInput(
-                f"transform hadamard cannot rotate multimodal models ({checkpoint.config['model_type']}): what their "
-                "towers add to the residual stream would not be rotated; leave the transform out"
+                f"transform hadamard cannot rotate multimodal models ({checkpoint.config['model_type']}): "
+                f"{TOWERS}; leave the transform out"
             )
         family = family_of(self._kind)
         if family.no_hadamard is not None:

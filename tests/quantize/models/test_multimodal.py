@@ -25,15 +25,21 @@ def skeleton(folder: Path) -> Skeleton:
     return Skeleton(OriginalCheckpoint(folder), device=CPU)
 
 
+def through_blocks(ours: Skeleton, ids: torch.Tensor) -> torch.Tensor:
+    """The states that leave the last block, block by block."""
+    ours.open_shell()
+    hidden, arguments = ours.embed(ids), ours.block_arguments(ids)
+    for k, block in ours.blocks():
+        run_block(block, hidden, arguments[k], device=CPU, batch=len(ids))
+    return hidden
+
+
 @pytest.mark.parametrize("family", MULTIMODAL)
 def test_text_goes_through_the_blocks_as_through_the_whole_model(family: str, tmp_path: Path) -> None:
     model = build(family, tmp_path, torch.float32)
     ids = torch.randint(6, 250, (2, 24), generator=torch.Generator().manual_seed(0))
     ours = skeleton(tmp_path)
-    ours.open_shell()
-    hidden, arguments = ours.embed(ids), ours.block_arguments(ids)
-    for k, block in ours.blocks():
-        run_block(block, hidden, arguments[k], device=CPU, batch=2)
+    hidden = through_blocks(ours, ids)
     with torch.no_grad():
         expected = text_model(model)(input_ids=ids, use_cache=False).logits  # Llama 4's whole fails in 5.24
     torch.testing.assert_close(ours.logits(hidden.flatten(0, 1)), expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
@@ -103,10 +109,7 @@ def test_states_before_the_head_of_a_model_that_holds_a_language_model(tmp_path:
     model = build("llama4", tmp_path, torch.float32)
     ids = torch.randint(6, 250, (1, 12), generator=torch.Generator().manual_seed(0))
     ours = skeleton(tmp_path)
-    ours.open_shell()
-    hidden, arguments = ours.embed(ids), ours.block_arguments(ids)
-    for k, block in ours.blocks():
-        run_block(block, hidden, arguments[k], device=CPU, batch=1)
+    hidden = through_blocks(ours, ids)
     with torch.no_grad():
         expected = model.language_model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
     torch.testing.assert_close(ours.final_norm(hidden[0]), expected, atol=1e-5, rtol=1e-5)
