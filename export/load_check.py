@@ -16,7 +16,7 @@ from quantpress.gguf.reader import gguf_files
 
 from . import contracts
 from .package import find_artifact
-from .servers import LAUNCHERS
+from .servers import launchers
 from .servers.loader import CannotAsk, ParserQuestion
 from .servers.served_model import ServedModel
 from .servers.target_settings import ServerSettings
@@ -82,7 +82,7 @@ def _by_server(
     folder: Path, target: ServerSettings, model: ServedModel, python: str | None, tell: Callable[[str], None]
 ) -> tuple[str, str]:
     """Start the server. Returns what was asked, and why it did not load ("" when it did)."""
-    launcher, device = LAUNCHERS.get(target.name), machine.device().type
+    launcher, device = launchers().get(target.name), machine.device().type
     if launcher is None:
         raise CannotAsk(f"{target.loader.label} is not a server that is started here")
     if target.required_device not in (None, device):
@@ -120,7 +120,7 @@ def _by_parser(
 def _run(python: str | None, server: str, script: Path, *arguments: str) -> dict[str, Any]:
     """The JSON object that `script` prints, run by `python` or the Python that has `server`."""
     try:
-        found, _ = interpreter(LAUNCHERS[server], python)
+        found, _ = interpreter(launchers()[server], python)
     except BadInput as why:
         raise CannotAsk(str(why)) from None
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}

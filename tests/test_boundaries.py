@@ -17,10 +17,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "recipes": (),
     "core": (),
     "numbers": ("core",),
+    "plugin": ("core", "numbers"),
     "exports.servers": ("core", "numbers"),
-    "recipe": ("core", "numbers", "exports.servers"),
-    "methods": ("core", "numbers", "recipe"),
-    "formats": ("core", "numbers", "recipe"),
+    "recipe": ("core", "numbers", "plugin", "exports.servers"),
+    "methods": ("core", "numbers", "plugin", "recipe"),
+    "formats": ("core", "numbers", "plugin", "recipe"),
     "models": ("core", "numbers", "methods"),
     "calibrate": ("core", "numbers", "recipe", "methods", "models"),
     "gguf": ("core", "numbers", "recipe", "methods", "formats", "models", "calibrate"),
@@ -152,7 +153,7 @@ def test_every_folder_is_a_layer_and_the_layers_have_no_circle() -> None:
     names = {
         folder: layer(".".join([PACKAGES[folder.split("/")[0]], *folder.split("/")[1:], "x"])) for folder in folders
     }
-    assert set(names.values()) - {"eval"} == set(MAY_IMPORT)  # eval/ itself holds nothing
+    assert set(names.values()) - {"eval"} == set(MAY_IMPORT) - {"plugin"}  # eval/ holds nothing; plugin.py is a file
     seen: set[str] = set()
     for name, known in MAY_IMPORT.items():
         assert set(known) <= seen | {"exports.serving"}, name

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from quantpress.core.errors import BadInput
-from quantpress.exports.servers import LOADERS
+from quantpress.exports.servers import loaders
 from quantpress.exports.servers.loader import refusal
 from quantpress.formats import FORMATS
 from quantpress.numbers.types import Activations, NumberType
@@ -73,7 +73,7 @@ def refused(recipe: Recipe) -> dict[str, str]:
     found = {}
     for loader in ("vllm", "vllm-cpu"):
         for format in recipe.formats:
-            why = refusal(LOADERS[loader], format, grids, recipe.activations, scattered=recipe.shuffled)
+            why = refusal(loaders()[loader], format, grids, recipe.activations, scattered=recipe.shuffled)
             found |= {} if why is None else {loader: why}
     return found
 

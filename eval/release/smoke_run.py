@@ -7,7 +7,7 @@ from typing import Any
 
 from quantpress.artifact.manifest import MANIFEST, own_manifest
 from quantpress.core.errors import BadInput
-from quantpress.exports.servers import LAUNCHERS, SERVERS
+from quantpress.exports.servers import SERVERS, launchers
 from quantpress.exports.serving import Listener, Serving, composed, lacking
 from quantpress.exports.serving import Options as ServerOptions
 from quantpress.exports.serving import smoke as test_server
@@ -27,7 +27,7 @@ def check_server(recipe: Recipe) -> None:
     if recipe.smoke is None or recipe.smoke.server == "url":
         return
     try:
-        interpreter(LAUNCHERS[recipe.smoke.server], recipe.smoke.python)
+        interpreter(launchers()[recipe.smoke.server], recipe.smoke.python)
     except BadInput as error:
         raise BadInput(
             f"smoke.server {recipe.smoke.server}: {error}; or --set smoke=null leaves the test out"

@@ -13,7 +13,7 @@ from quantpress.numbers.types import Activations, Grid
 
 from .served_model import ServedModel
 
-_FORMATS = ("compressed-tensors", "gptq", "awq", "modelopt", "gguf")  # in the order they are proposed
+_FORMATS = ("compressed-tensors", "gptq", "awq", "modelopt", "gguf")  # in the order they are proposed, before others
 
 # Values that many servers' rows share.
 MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -74,7 +74,7 @@ class Loader:
     def formats(self) -> list[str]:
         """The formats it loads, in the order they are proposed."""
         taken = {row.format for row in self.rows}
-        return [format for format in _FORMATS if format in taken]
+        return [*(format for format in _FORMATS if format in taken), *sorted(taken.difference(_FORMATS))]
 
 
 def inputs_of(activations: Activations | None) -> str:

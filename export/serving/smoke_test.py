@@ -15,7 +15,7 @@ from quantpress.gguf.chat import template_arguments
 from quantpress.models.architecture import text_config
 from quantpress.models.checkpoint import Checkpoint
 
-from ..servers import LAUNCHERS
+from ..servers import launchers
 from ..servers.server import Launcher
 from . import agreement
 from . import timing as figures
@@ -52,7 +52,7 @@ def smoke(
 ) -> Serving:
     """Test `artifact` (a folder or a .gguf file); returns the record, which is also written to the run folder `out`.
 
-    server: a name in LAUNCHERS, a launcher, or `url` for the server that runs at options.url. The server's log goes to
+    server: a launcher or its name, or `url` for the server that runs at options.url. The server's log goes to
     out/eval. A server that does not start is a failed check. Raises BadInput for one that is not installed or does not
     load such an artifact.
     """
@@ -102,10 +102,10 @@ def _row(server: str | Launcher, options: Options) -> Launcher | None:
         raise BadInput("--server url and --url http://host:port go together")
     if server == "url":
         return None
-    if server not in LAUNCHERS:
-        raise BadInput(f"server {server!r} is none of {', '.join(LAUNCHERS)} and url")
-    interpreter(LAUNCHERS[server], options.python)
-    return LAUNCHERS[server]
+    if server not in launchers():
+        raise BadInput(f"server {server!r} is none of {', '.join(launchers())} and url")
+    interpreter(launchers()[server], options.python)
+    return launchers()[server]
 
 
 def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _Served:
@@ -139,7 +139,7 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
     if own:
         told.check(Check(name="start", status="pass", reason="healthy", seconds=running.load_seconds or 0))
     with Client(running.url, running.model, key, loopback=own) as client:
-        if running.name not in LAUNCHERS:
+        if running.name not in launchers():
             with contextlib.suppress(ServerError):  # the checks report what is wrong
                 running = replace(running, lacks={**running.lacks, **agreement.refused(client, served.tokenizer)})
         subject = CheckedServer(running, client, served.tokenizer, served.context, served.options.concurrency)

@@ -2,11 +2,17 @@
 
 import sys
 
+from ..core.errors import BadInput
+
 try:
     from . import doctor, making, measuring, releasing, serving  # noqa: F401  each adds its commands to the app
     from .app import main
 except KeyboardInterrupt:  # while libraries were imported, before `main` could report it
     print("quantpress: stopped", file=sys.stderr)  # noqa: T201
     sys.exit(130)
+
+except BadInput as error:  # a plug-in that cannot be loaded
+    print(f"quantpress: {error}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
 
 __all__ = ["main"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..core.plugins import packages
 from ..core.text import size
 from .app import app
 from .options import JsonOpt, make_options, quiet_libraries
@@ -37,7 +38,7 @@ def doctor(as_json: JsonOpt = False) -> None:
 def _facts() -> dict[str, Any]:
     """Each thing with its version, or `missing`: how to get it."""
     quiet_libraries()
-    from quantpress.exports.servers import LAUNCHERS
+    from quantpress.exports.servers import launchers
     from quantpress.exports.serving import installed
 
     from ..core import machine
@@ -46,6 +47,7 @@ def _facts() -> dict[str, Any]:
     here = machine.describe(where)
     facts: dict[str, Any] = {"quantpress": version("quantpress"), "python": platform.python_version()}
     facts |= {name: version(name) for name in _LIBRARIES}
+    facts |= {f"plug-in {name}": found for name, found in packages().items()}
     facts["device"] = str(here["device"])
     facts["cpu"] = {"name": here["cpu"], "cores": here["cores"], "amx": machine.has_amx()}
     facts["memory"] = {"free_bytes": machine.available_memory_bytes(), "total_bytes": here["memory_bytes"]}
@@ -57,7 +59,7 @@ def _facts() -> dict[str, Any]:
             "for": what,
             **({"version": found} if (found := _found(module)) else {"missing": how}),
         }
-    for name, launcher in LAUNCHERS.items():
+    for name, launcher in launchers().items():
         found = installed(launcher)
         facts[f"server {name}"] = {"version": found} if found else {"missing": launcher.install}
     return facts

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from ..artifact.manifest import SCHEMA, BlockRecord, CalibrationText, Manifest, Origin
 from ..calibrate.tokens import Tokens
 from ..core import machine
+from ..core.plugins import packages
 from ..methods.layer_error import common_measure
 from ..recipe import Calibration
 from .blocks import Trained
@@ -32,7 +33,7 @@ def describe(
         model=Origin(id=source.id, kind=source.kind, revision=source.revision, caveat=source.caveat, files=files),
         recipe=job.recipe.model_dump(mode="json"),
         quantpress=version("quantpress"),
-        versions={name: version(name) for name in _PACKAGES} | {"python": machine.python_version()},
+        versions={name: version(name) for name in _PACKAGES} | {"python": machine.python_version()} | packages(),
         calibration=None if tokens is None else _calibration(tokens, job.recipe.calibration),
         seed=job.recipe.calibration.seed,
         error_measure=common_measure(layer.error_measure for layer in layers),

@@ -23,6 +23,7 @@ from ..calibrate.tokens import (
 )
 from ..core import machine
 from ..core.errors import BadInput
+from ..core.plugins import packages
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.vetting import vetting
 from . import sharing
@@ -200,5 +201,6 @@ def _key(job: Job, files: dict[str, str], tokens: Tokens | None) -> dict[str, An
         "calibration": None if tokens is None else tokens.sha256,
         "imatrix": job.backend.imatrix_sha256,
         "quantpress": version("quantpress"),
+        "plug-ins": packages(),
         **machine.numerics(job.skeleton.device),
     }

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..core.errors import BadInput
+from ..core.plugins import Table
 from .awq import Awq
 from .base import Format, ModelScheme
 from .compressed_tensors import CompressedTensors
@@ -10,7 +11,7 @@ from .gguf import Gguf
 from .gptq import Gptq
 from .modelopt import ModelOpt
 
-FORMATS: dict[str, Format] = {
+_OWN: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "gptq": Gptq(),
     "awq": Awq(),
@@ -18,6 +19,7 @@ FORMATS: dict[str, Format] = {
     "gguf": Gguf(),  # for the parts of a run, which the file is made of
     "gptq-v1-asymmetric": Gptq(lowered=True),  # read only
 }
+FORMATS: Table[Format] = Table("quantpress.formats", _OWN, Format)
 
 __all__ = ["FORMATS", "Format", "ModelScheme", "detect"]
 

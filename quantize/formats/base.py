@@ -14,7 +14,8 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
-from ..recipe.file_formats import FILE_FORMATS, FileFormat
+from ..plugin import FileFormat
+from ..recipe.file_formats import FILE_FORMATS
 
 _CACHES = {("float", 8): "fp8", ("int", 8): "int8"}
 Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: the part of a grid that a file records

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..core.plugins import Table
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Grid
-from ..recipe.methods import MethodSettings, TransformSettings
+from ..plugin import MethodSettings
+from ..recipe.methods import TransformSettings
 from .autoround import SignRound
 from .awq import awq
 from .channel_scales import Observed, Rounding, Scaling, Weights
@@ -45,6 +47,6 @@ def solves_batches(method: MethodSettings, device: torch.device) -> bool:
     return method.name == "gptq" and device.type == "cuda" and find_spec("triton") is not None
 
 
-ROUNDERS: dict[str, Rounder] = {"rtn": rtn, "gptq": gptq}
+ROUNDERS: Table[Rounder] = Table("quantpress.rounders", {"rtn": rtn, "gptq": gptq})
 TRANSFORMS: dict[str, Transformer] = {"smoothquant": smoothquant, "awq": awq}
 TUNERS: Mapping[str, Callable[[Any, Tensor, QuantizedLinear], Tuner]] = {"autoround": SignRound, "qat": BlockAp}

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..core.machine import one_thread
 from ..numbers.grid import round_numbers_, scale_dtype
 from ..numbers.types import Grid
-from ..recipe.methods import Gptq, MethodSettings
+from ..plugin import MethodSettings
+from ..recipe.methods import Gptq
 from .group_scales import GroupScales
 from .rounded import Rounded
 

@@ -7,7 +7,7 @@ from ..core.machine import one_thread
 from ..numbers.ggml_scales import by_size
 from ..numbers.grid import scale_dtype, snap
 from ..numbers.types import BlockGrid, Grid
-from ..recipe.methods import MethodSettings
+from ..plugin import MethodSettings
 from .group_scales import GroupScales
 from .rounded import Rounded
 

@@ -1,9 +1,10 @@
 """The recipe schema: what one YAML file may say. No torch here; loading.py reads it from disk."""
 
 from ..core.schema import Strict, matches
+from ..plugin import MethodSettings
 from .document import Override, Recipe
 from .evaluation import GPUS, EfficiencySettings, Evaluation, Task, Timing
-from .file_formats import FILE_FORMATS, FileFormat
+from .file_formats import FILE_FORMATS
 from .gate_limits import Gates
 from .gguf_file import Budget, FileType, Gguf, TensorType
 from .methods import (
@@ -14,7 +15,6 @@ from .methods import (
     Hadamard,
     LlamaCppQuantizer,
     Method,
-    MethodSettings,
     Objective,
     Qat,
     Rtn,
@@ -28,7 +28,7 @@ from .text import Bos, Calibration, Text
 
 __all__ = [
     "FILE_FORMATS", "GPUS", "AutoRound", "Awq", "Bos", "Budget", "Calibration", "EfficiencySettings", "EndToEnd",
-    "Evaluation", "FileFormat", "FileType", "Gates", "Gguf", "Gptq", "Hadamard", "LlamaCppQuantizer", "Method",
+    "Evaluation", "FileType", "Gates", "Gguf", "Gptq", "Hadamard", "LlamaCppQuantizer", "Method",
     "MethodSettings", "Objective", "Override", "Qat", "Recipe", "Rtn", "ServerName", "Smoke", "SmoothQuant",
     "Strict", "Target", "Task", "TensorType", "Text", "Timing", "Transform", "Tuned", "matches",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
@@ -11,11 +11,12 @@ from quantpress.exports.servers.loader import refusal
 from ..core.errors import BadInput
 from ..core.schema import Pattern, Strict, matches, named
 from ..numbers.types import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from ..plugin import MethodSettings
 from .evaluation import Evaluation
 from .file_formats import FILE_FORMATS, FormatName
 from .gate_limits import Gates
 from .gguf_file import Gguf
-from .methods import Gptq, Hadamard, LlamaCppQuantizer, Method, MethodSettings, Qat, Transform, Tuned
+from .methods import METHODS, Gptq, Hadamard, LlamaCppQuantizer, Method, Qat, Transform, Tuned
 from .smoke import Smoke
 from .targets import Target
 from .text import Calibration
@@ -197,7 +198,7 @@ class Recipe(Strict):
         if len(self.formats) > 1:
             raise ValueError("format gguf stands alone: give the others a recipe of their own")
         if not self.method.block_types:
-            able = [m.model_fields["name"].default for m in get_args(get_args(Method)[0]) if m.block_types]
+            able = [name for name, settings in METHODS.items() if settings.block_types]
             raise ValueError(f"format gguf with method {self.method.name}: it takes {', '.join(able)}")
         if isinstance(self.method, LlamaCppQuantizer) and self.gguf is not None and self.gguf.budget is not None:
             raise ValueError(

@@ -1,11 +1,13 @@
 """Transforms and methods of a recipe: their settings, and what recipe and engine ask of them."""
 
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, Union
 
 from pydantic import Field, model_validator
 
+from ..core.plugins import added
 from ..core.schema import Lax, Strict
 from ..numbers.types import Grid, NumberType
+from ..plugin import MethodSettings
 
 Objective = Literal["kl", "next_token"]
 
@@ -59,45 +61,6 @@ class Hadamard(TransformSettings):
 
 
 Transform = Annotated[SmoothQuant | Awq | Hadamard, Field(discriminator="name")]
-
-
-class MethodSettings(Strict):
-    """A method's settings, and what it declares about itself: recipe and engine ask these and know no method by name.
-
-    types: the number types it can round weights to. block_types: whether it rounds to ggml's too, for GGUF files.
-    calibrated: whether it needs the inputs that the calibration text makes. A rounder is given them as their second
-    moment; a linear that no token reached has none, is rounded to nearest instead, and the manifest says so.
-    """
-
-    name: str
-    types: ClassVar[tuple[NumberType, ...]] = get_args(NumberType)
-    block_types: ClassVar[bool] = False
-    calibrated: ClassVar[bool] = False
-
-    @property
-    def paired(self) -> bool:
-        """Whether the original model runs beside the rounded one, so that a rounder is given the drift of its inputs.
-
-        See `gptq` for what that is.
-        """
-        return False
-
-    @property
-    def shuffled(self) -> bool:
-        """Whether groups become scattered columns, named by g_idx (desc_act files)."""
-        return False
-
-    @property
-    def rounder(self) -> "MethodSettings":
-        """The settings of what rounds a linear: these, unless the method goes on from another's result."""
-        return self
-
-    def check(self, grid: Grid) -> None:
-        """Raise ValueError for weights of a recipe that it cannot round to."""
-        if grid.type not in self.types:
-            raise ValueError(
-                f"method {self.name} takes weights of type {', '.join(self.types)}, not {grid}; use gptq or rtn"
-            )
 
 
 class Rtn(MethodSettings):
@@ -292,4 +255,12 @@ class LlamaCppQuantizer(MethodSettings):
     threads: int = Field(0, ge=0, description="0: all cores")
 
 
-Method = Annotated[Rtn | Gptq | AutoRound | Qat | LlamaCppQuantizer, Field(discriminator="name")]
+METHODS: dict[str, type[MethodSettings]] = {
+    "rtn": Rtn, "gptq": Gptq, "autoround": AutoRound, "qat": Qat, "llama.cpp": LlamaCppQuantizer,
+}  # fmt: skip
+METHODS |= added("quantpress.methods", MethodSettings, METHODS)
+
+if TYPE_CHECKING:
+    Method = MethodSettings
+else:  # the union of all methods' settings, told apart by `name`
+    Method = Annotated[Union[tuple(METHODS.values())], Field(discriminator="name")]  # noqa: UP007

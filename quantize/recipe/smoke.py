@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from quantpress.exports.servers import LAUNCHERS
+from quantpress.exports.servers import launchers
 
 from ..core.schema import Strict
 
 if TYPE_CHECKING:
     ServerName = str
 else:  # url: one that already runs
-    ServerName = Literal[(*LAUNCHERS, "url")]
+    ServerName = Literal[(*launchers(), "url")]
 
 
 class Smoke(Strict):

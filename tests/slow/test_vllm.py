@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quantpress.artifact.artifact import Artifact
 from quantpress.core import machine
-from quantpress.exports.servers import LAUNCHERS
+from quantpress.exports.servers import launchers
 from quantpress.exports.serving import Options, serve
 from quantpress.exports.serving.client import Client
 from quantpress.numbers.activations import round_inputs
@@ -116,7 +116,7 @@ def behind(model: Any, prompt: list[int], chosen: list[int]) -> torch.Tensor:
 @contextmanager
 def server(folder: Path, kernel: str, log: Path) -> Iterator[Client]:
     """vLLM's OpenAI server on `folder`, with the 4-bit kernel that the switch chooses."""
-    vllm = LAUNCHERS["vllm"]
+    vllm = launchers()["vllm"]
     row = replace(vllm, environment=lambda launch: {**vllm.environment(launch), "VLLM_CPU_INT4_W4A8": kernel})
     with serve(row, folder, log, Options(python=PYTHON)) as running, Client(running.url, running.model) as client:
         yield client

@@ -9,7 +9,7 @@ from quantpress.artifact.artifact import open_artifact
 from quantpress.core import machine
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
-from quantpress.exports.servers import LAUNCHERS
+from quantpress.exports.servers import launchers
 from quantpress.exports.serving import agreement
 from quantpress.exports.serving.agreement import Continuation, compare, judged, log_probabilities, tolerance_for
 from quantpress.exports.serving.client import Answer, Client, Step
@@ -101,7 +101,7 @@ def test_the_tolerance_is_that_of_the_kernel(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(machine, "has_amx", lambda: amx)
         monkeypatch.setattr(machine, "device", lambda: torch.device(device))
         folder = tmp_path / name / "quantized"
-        rounds = server == "url" or LAUNCHERS[server].may_round_inputs
+        rounds = server == "url" or launchers()[server].may_round_inputs
         return tolerance_for(folder, folder, may_round_inputs=rounds).kernel
 
     exact, rounded = agreement._SIXTEEN_BIT.kernel, agreement._ROUNDED.kernel

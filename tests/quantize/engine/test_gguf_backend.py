@@ -17,7 +17,7 @@ from quantpress.engine.pipeline import quantize
 from quantpress.engine.settings import Settings
 from quantpress.engine.sources import resolve
 from quantpress.exports.contracts import of_artifact
-from quantpress.exports.servers import LOADERS
+from quantpress.exports.servers import loaders
 from quantpress.exports.servers.loader import refusal
 from quantpress.gguf import imatrix
 from quantpress.gguf import llama_cpp_library as llama_cpp
@@ -315,5 +315,5 @@ def test_export_takes_the_artifact_for_what_it_is(tmp_path: Path) -> None:
     artifact, _ = open_artifact(tmp_path / "out" / "quantized", torch.device("cpu"))
     contents = of_artifact(artifact)
     assert contents.format == "gguf"
-    assert refusal(LOADERS["llama.cpp"], contents.format, []) is None
-    assert refusal(LOADERS["vllm"], contents.format, []) is not None
+    assert refusal(loaders()["llama.cpp"], contents.format, []) is None
+    assert refusal(loaders()["vllm"], contents.format, []) is not None

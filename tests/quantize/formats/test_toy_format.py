@@ -18,7 +18,8 @@ from quantpress.formats import FORMATS, Format, ModelScheme, detect
 from quantpress.formats.base import grid_of, take
 from quantpress.numbers.grid import QuantizedLinear
 from quantpress.numbers.types import Activations, Grid
-from quantpress.recipe import FILE_FORMATS, FileFormat
+from quantpress.plugin import FileFormat
+from quantpress.recipe import FILE_FORMATS
 from quantpress.recipe.loading import parse
 
 from ...tiny import build

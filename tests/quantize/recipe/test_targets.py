@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from quantpress.core.errors import BadInput
-from quantpress.exports.servers import LOADERS
+from quantpress.exports.servers import loaders
 from quantpress.exports.servers.loader import refusal
 from quantpress.exports.servers.triton import Triton
 from quantpress.exports.servers.vllm import Vllm
@@ -105,14 +105,14 @@ INPUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", loaders())
 def test_every_remedy_is_one(loader: str) -> None:
     """What a refusal says to set is set, and the same loader takes the result."""
     seen = 0
     for format, grid, inputs, scattered in itertools.product(
         ("compressed-tensors", "gptq", "awq", "modelopt", "gguf"), GRIDS, INPUTS, (False, True)
     ):
-        message = refusal(LOADERS[loader], format, [("weights", grid)], inputs, scattered=scattered)
+        message = refusal(loaders()[loader], format, [("weights", grid)], inputs, scattered=scattered)
         if message is None:
             continue
         settings = message.partition(": set ")[2].partition(", or formats")[0]
@@ -131,7 +131,7 @@ def test_every_remedy_is_one(loader: str) -> None:
         again = Grid.model_validate(changed["weights"])
         (format,) = changed["formats"]
         scattered = not changed["method"]["static_groups"]
-        still = refusal(LOADERS[loader], format, [("weights", again)], result, scattered=scattered)
+        still = refusal(loaders()[loader], format, [("weights", again)], result, scattered=scattered)
         assert still is None, (message, still)
         seen += 1
     assert seen > 50
@@ -151,7 +151,7 @@ def test_vllm_takes_some_of_the_recipes_and_not_others() -> None:
         read = load(str(RECIPES / f"{name}.yaml") if (RECIPES / f"{name}.yaml").exists() else name)
         grids = [("weights", read.weights)]
         return any(
-            refusal(LOADERS[loader], format, grids, read.activations, scattered=read.shuffled) is None
+            refusal(loaders()[loader], format, grids, read.activations, scattered=read.shuffled) is None
             for format in read.formats
         )
 
