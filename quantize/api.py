@@ -46,9 +46,10 @@ from quantpress.exports.verify import verify as verify_files
 from .artifact.artifact import open_artifact
 from .artifact.convert import convert as convert_artifact
 from .artifact.gguf_floats import write_floats, write_rounded
-from .core import machine
+from .core import machine, notebook
 from .core.errors import BadInput
 from .core.files import alone_in
+from .core.text import size
 from .engine.pipeline import checked_tokenizer
 from .engine.plan import Plan
 from .recipe import Recipe, Smoke
@@ -77,6 +78,18 @@ class Forecast:
     targets: Mapping[str, str]
     servability: tuple[str, ...]
 
+    def _repr_html_(self) -> str:
+        p = self.plan
+        rows: list[tuple[str, ...]] = [
+            ("artifact", f"{size(p.artifact_bytes)} of {size(p.original_bytes)}"),
+            ("memory", size(p.memory_bytes)),
+            ("disk", size(p.disk_bytes)),
+            ("time", f"about {max(1, round(p.seconds / 60))} min on this machine"),
+        ]
+        rows += [(f"{number} x {module}", scheme) for module, number, scheme in self.linears]
+        rows += [(f"target {name}", f"loads the {format} files") for name, format in self.targets.items()]
+        return notebook.table("Plan", rows, (*p.notes, *self.servability))
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -95,6 +108,11 @@ class Verification:
     def sound(self) -> bool:
         """Nothing is wrong, and every target that was asked loads it."""
         return not self.problems and all(answer.loads for answer in self.loads.values())
+
+    def _repr_html_(self) -> str:
+        rows = [("problem", line) for line in self.problems]
+        rows += [(name, answer.reason or f"loads, by {answer.by}") for name, answer in self.loads.items()]
+        return notebook.table("Sound" if self.sound else "Not sound", [*rows, ("files compared", self.files)])
 
 
 def plan(recipe: RecipeLike, model: str | None = None, options: Options = Options()) -> Forecast:

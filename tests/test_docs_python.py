@@ -3,12 +3,15 @@
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 import transformers
 
+from quantpress import verify
 from quantpress.calibrate import texts
+from quantpress.eval.release.sweep import RunOutcome, Sweep
 
 from .tiny import text, tokenizer
 
@@ -35,3 +38,21 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "recipe 'w4a16-gtpq': no such file and no shipped recipe; did you mean w4a16-gptq" in said
     assert "('quantizing', 2, 2)" in said
     assert session["exported"]["vllm"].folder == Path("runs/steps/export/vllm")
+    _shows_itself(session["forecast"], "Plan", "down_proj", "int8 channel sym")
+    _shows_itself(session["results"], "Perplexity", "KL divergence")
+    _shows_itself(session["release"], "<td style='text-align:left'>runs/first/report/index.html", "Perplexity")
+    _shows_itself(session["found"], "runs/first" if session["found"].choice is None else "Take ")
+    _shows_itself(verify("runs/steps"), "Sound", "files compared")
+
+
+def _shows_itself(result: Any, *said: str) -> None:
+    """In a notebook, as HTML that is well formed."""
+    html = result._repr_html_()
+    ElementTree.fromstring(f"<div>{html}</div>")
+    for words in said:
+        assert words in html
+
+
+def test_what_a_notebook_shows_is_escaped() -> None:
+    sweep = Sweep((RunOutcome("a<b>", "failed", "<script>"), RunOutcome("c", "done", reused=True)), None)
+    _shows_itself(sweep, "a&lt;b&gt;", "&lt;script&gt;", "done (finished before)")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
 
 from quantpress.core.errors import BadInput
+from quantpress.core.notebook import table
 from quantpress.core.schema import Section, first_problem
 
 # A measured number. JSON has no infinity and no NaN: null stands for both and is read back as NaN.
@@ -272,6 +273,17 @@ class Results(Section):
     def document(self) -> dict[str, Any]:
         """The JSON values that are written."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, ...]] = []
+        if self.original is not None and self.artifact is not None and self.perplexity_increase is not None:
+            told = f"{self.original.perplexity:.4g} -> {self.artifact.perplexity:.4g}"
+            rows.append(("Perplexity", f"{told} ({self.perplexity_increase:+.2%})"))
+        if self.divergence is not None:
+            rows.append(("KL divergence", f"{self.divergence.kl_mean:.4g} nats a token"))
+        rows += [(f"{t.task} {t.metric}", f"{t.artifact.value:.4f} ± {t.artifact.stderr:.4f}") for t in self.tasks]
+        rows += [(f"gate {check.verdict}", check.name, check.reason) for check in self.gates.checks]
+        return table(self.gates.verdict if self.gates.checks else "Measured", rows, self.notes)
 
 
 def read_results(folder: Path) -> Results:

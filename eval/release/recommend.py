@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from quantpress.core.errors import BadInput
+from quantpress.core.notebook import table
 from quantpress.core.schema import Fraction
 from quantpress.core.text import meant
 
@@ -87,6 +88,10 @@ class Recommendation:
     why: tuple[str, ...]
     others: tuple[tuple[str, str], ...]
     candidates: tuple[Candidate, ...]
+
+    def _repr_html_(self) -> str:
+        chosen = "None qualifies" if self.choice is None else f"Take {self.choice.run.label}"
+        return table(chosen, self.others, self.why)
 
 
 def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:

@@ -11,6 +11,7 @@ from typing import Any
 from quantpress.artifact.manifest import read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, write_json
+from quantpress.core.notebook import table
 from quantpress.exports.package import export
 from quantpress.exports.servers.target_settings import Drafting
 from quantpress.exports.serving import Serving
@@ -53,6 +54,14 @@ class Release:
     def exports(self) -> list[Path]:
         """The folder of every target."""
         return sorted((self.out / "export").glob("*/"))
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [("artifact", self.artifact)]
+        rows += [("export", folder) for folder in self.exports]
+        rows += [(name, path) for name, path in (("report", self.report), ("model card", self.card)) if path]
+        if self.serving is not None:
+            rows.append(("smoke test", f"{self.serving.server}: {self.serving.verdict}"))
+        return table("Release", rows) + ("" if self.results is None else self.results._repr_html_())
 
 
 def make_release(recipe: Recipe, out: Path, options: Options, callbacks: Callbacks) -> Release:

@@ -20,6 +20,7 @@ from typing import Any
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, write_json
+from quantpress.core.notebook import table
 from quantpress.engine.sources import default_cache
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.recipe import Recipe
@@ -71,6 +72,10 @@ class Sweep:
 
     outcomes: tuple[RunOutcome, ...]
     report: Path | None
+
+    def _repr_html_(self) -> str:
+        rows = [(o.name, o.status + (" (finished before)" if o.reused else ""), o.reason) for o in self.outcomes]
+        return table("Sweep", rows, [] if self.report is None else [f"compared in {self.report}"])
 
 
 def make_sweep(

@@ -98,10 +98,16 @@ def _jsonl(path: Path, column: str) -> list[str]:
 
 def _dataset(text: Text, role: Role) -> tuple[list[str], str]:
     """The documents of a hub dataset and its description with the commit they were read at."""
-    import datasets
     from huggingface_hub import HfApi
 
     what = f"dataset {text.source}"
+    try:
+        import datasets
+    except ImportError:
+        raise BadInput(
+            f"{role} text {text.source}: datasets of the hub need `pip install 'quantpress[datasets]'`; "
+            "or give a .txt or .jsonl file"
+        ) from None
     with hub_errors(what, text.revision):
         at = commit(HfApi().dataset_info, text.source, text.revision)
         rows = datasets.load_dataset(text.source, text.config, split=text.split, revision=at)

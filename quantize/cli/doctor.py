@@ -17,6 +17,7 @@ from .printing import out_console, print_json
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf", "tokenizers")
 _EXTRAS = {  # module: the extra it comes with, what it is for, and how to get it
     "lm_eval": ("tasks", "evaluation tasks", "pip install 'quantpress[tasks]'"),
+    "datasets": ("datasets", "texts from the hub", "pip install 'quantpress[datasets]'"),
     "llama_cpp": ("llamacpp", "llama.cpp's quantizer", "pip install 'quantpress[llamacpp]' (built from source)"),
     "ray": ("ray", "sweeps on a cluster", "pip install 'quantpress[ray]'"),
 }

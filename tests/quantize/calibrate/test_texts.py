@@ -1,5 +1,6 @@
 """Texts: the embedded default, local files, hub datasets and their failures."""
 
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,11 @@ def test_hub_failures_never_change_the_data(tmp_path: Path, hub: list[Any]) -> N
     refused("Unknown split 'tset'. Should be", tmp_path, source="org/c4", split="tset")
     refused("no column 'body'; there are text, n", tmp_path, source="org/c4", column="body")
     refused("column 'n' holds int", tmp_path, source="org/c4", column="n")
+
+
+def test_a_dataset_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(r"datasets of the hub need `pip install 'quantpress\[datasets\]'`", tmp_path, source="org/c4")
 
 
 @pytest.mark.slow
