@@ -29,6 +29,7 @@ from .servers.loader import notes as loader_notes
 from .servers.resources import Resources, of_target
 from .servers.served_model import ServedModel
 from .servers.target_settings import Drafting, ServerSettings
+from .verifying.listing import SUMS, check_unlisted
 
 LOOPBACK = "127.0.0.1"
 _SHARDS = (".safetensors", ".gguf")
@@ -50,7 +51,8 @@ def export(
 
     run: a run folder or an artifact folder; host: the address to listen on. Shards are hard links to the artifact's
     where the file system allows. Raises BadInput, before anything is written, for an artifact that the target cannot
-    load, for a folder that exists (with `overwrite`: unless an export made it), and for a host that is no IP address.
+    load, for files in it that nothing lists, for a folder that exists (with `overwrite`: unless an export made it), and
+    for a host that is no IP address.
     """
     host = _address(host)
     named = out or run / "export" / target.name
@@ -58,6 +60,7 @@ def export(
     folder = named.resolve()  # `.` has no name to write another beside; a link itself is kept
     artifact = find_artifact(run)
     source, to = _loadable(run, artifact, target)
+    check_unlisted(source if source != artifact else run, source)
     name = _name(run, artifact)
     accepted = speculation.measured(run, artifact)
     ready = folder.with_name(f".{folder.name}.new")  # an older export stays until the new one is complete
@@ -257,7 +260,7 @@ def _sums(folder: Path, known: Mapping[str, str]) -> None:
     """Write SHA256SUMS for `sha256sum --check`; known: sha256 of files that are not read for it."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def _weights_bytes(model: Path) -> int:

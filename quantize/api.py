@@ -5,7 +5,7 @@ process up (denormals flushed, freed memory returned), as the command line does.
 nothing is printed. A mistake of the caller is a `BadInput`, one line that says what is wrong and what to do.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from quantpress.exports.package import LOOPBACK, Exported, find_artifact
 from quantpress.exports.package import check as check_export
 from quantpress.exports.package import export as export_target
 from quantpress.exports.serving import Serving
-from quantpress.exports.verify import compared
+from quantpress.exports.verify import artifact_in
 from quantpress.exports.verify import verify as verify_files
 
 from .artifact.artifact import open_artifact
@@ -95,13 +95,15 @@ class Forecast:
 class Verification:
     """Whether an artifact is whole.
 
-    files: how many were compared with a list of checksums. problems: a line for each thing that is wrong.
-    compared: what of the tensors was checked, in words. loads: the answer of each target that was asked, by its name.
+    files: how many were compared with a list of checksums. problems: a line for each thing that is wrong. reached: what
+    was compared with what, in words; not_reached: what was not, each with what it would need. loads: the answer of each
+    target that was asked, by its name.
     """
 
     files: int
     problems: tuple[str, ...]
-    compared: str
+    reached: tuple[str, ...]
+    not_reached: tuple[str, ...]
     loads: Mapping[str, LoadAnswer]
 
     @property
@@ -253,24 +255,26 @@ def verify(
     *,
     python: str | None = None,
     way: Way | None = None,
+    allow: Collection[str] = (),
     callbacks: Callbacks = Callbacks(),
 ) -> Verification:
     """Check the checksums, then every tensor against config and model; then whether each of `targets` would load it.
 
     folder: a run folder, an artifact folder or an exported one. python: the interpreter that has the server. way: how
-    targets are asked, by default the strongest way that works here. Raises BadInput for a folder that is none of these.
+    targets are asked, by default the strongest way that works here. allow: files, by their path in the folder, that may
+    lie there without being listed. Raises BadInput for a folder that is none of these.
 
         verify("artifacts/smollm2-135m/w4a16-rtn", ["vllm"]).sound
     """
     where = Path(folder)
     chosen = choose_targets(where, targets) if targets else ()
-    files, problems = verify_files(where)
-    model = where / "model" if (where / "SHA256SUMS").is_file() else where
+    found = verify_files(where, allow=allow)
     loads: dict[str, LoadAnswer] = {}
-    if not problems:  # what is damaged is not asked about
+    if not found.problems:  # what is damaged is not asked about
         for target in chosen:
+            model = artifact_in(where)
             loads[target.name] = will_load(model, target, python=python, way=way, tell=callbacks.on_line)
-    return Verification(files, tuple(problems), "" if problems else compared(where), loads)
+    return Verification(found.files, found.problems, found.reached, found.not_reached, loads)
 
 
 def smoke(

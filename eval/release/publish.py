@@ -1,6 +1,7 @@
 """Upload of an artifact to the Hugging Face hub: first a list of what would be uploaded, then exactly that."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from quantpress.artifact.artifact import verify
 from quantpress.core.errors import BadInput
+from quantpress.exports.verifying.listing import check_unlisted
 
 from ..report.card import write_card
 from ..report.measured_run import MeasuredRun, open_run
 
-_NEVER = (".partial", ".log", ".env")  # suffixes of files that do not belong in an artifact
 _LARGE = ("tokenizer.json", "vocab.json")  # a vocabulary, which is not searched for local paths
 _TOKEN = "HF_TOKEN"
 
@@ -37,12 +38,13 @@ class Upload:
 
 def prepare_upload(
     run: Path, repo: str, *, private: bool, message: str | None = None, base_model: str | None = None,
-    license: str | None = None, although_missed: bool = False,
+    license: str | None = None, although_missed: bool = False, allow: Collection[str] = (),
 ) -> Upload:  # fmt: skip
     """Check the run, write its card, and list what would be uploaded. Nothing leaves this machine.
 
-    Raises BadInput for an invalid repository id, files that differ from the manifest, and, unless `although_missed`, a
-    run that missed its gates.
+    allow: files that may go with it though the manifest does not list them. Raises BadInput for an invalid repository
+    id, files that differ from the manifest or are not in it, and, unless `although_missed`, a run that missed its
+    gates.
     """
     try:
         validate_repo_id(repo)
@@ -56,12 +58,10 @@ def prepare_upload(
             f"{run} missed its gates ({measured.results.gates.reason}); --although-missed publishes it all the same"
         )
     verify(run)
+    check_unlisted(run, run / "quantized", allow)
     write_card(run, base_model, license, repo)
     folder = run / "quantized"
     found = sorted(file for file in folder.rglob("*") if file.is_file())
-    odd = [str(file.relative_to(folder)) for file in found if file.suffix in _NEVER or file.name.startswith(".")]
-    if odd:
-        raise BadInput(f"{folder} holds {', '.join(odd)}, which does not belong in an artifact; move it away")
     files = tuple((file.relative_to(folder).as_posix(), file.stat().st_size) for file in found)
     said = message or f"{measured.manifest.model.id} quantized with quantpress, recipe {measured.manifest.name}"
     return Upload(folder, repo, private, said, files, tuple(_warnings(measured, folder)))

@@ -37,6 +37,10 @@ TargetOpt = Annotated[list[str], typer.Option("--target", help="vllm, tgi, …")
 ServerPythonOpt = Annotated[
     str | None, typer.Option("--server-python", help="the Python interpreter that has the server installed")
 ]
+AllowOpt = Annotated[
+    list[str],
+    typer.Option("--allow", help="a file that may lie there though nothing lists it, by its path in the folder"),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="replace what the run folder holds")]
 PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]

@@ -14,6 +14,7 @@ from .app import app
 from .measuring import step_summary
 from .options import (
     DEFAULT_RECIPE,
+    AllowOpt,
     JsonOpt,
     ModelOpt,
     OutOpt,
@@ -242,6 +243,7 @@ def publish(
     although_missed: Annotated[
         bool, typer.Option("--although-missed", help="publish a run that missed its gates")
     ] = False,
+    allow: AllowOpt = [],  # noqa: B006
     as_json: JsonOpt = False,
 ) -> None:
     """Upload the artifact to the Hugging Face hub: shows exactly what would be uploaded, and does it with --yes."""
@@ -249,7 +251,7 @@ def publish(
     from quantpress.eval.release.publish import prepare_upload, upload
 
     what = prepare_upload(run, to, private=not public, message=message, base_model=base_model, license=license,
-                          although_missed=although_missed)  # fmt: skip
+                          although_missed=although_missed, allow=allow)  # fmt: skip
     if not as_json:
         table = Table("file", "bytes", box=None, pad_edge=False)
         table.columns[1].justify = "right"

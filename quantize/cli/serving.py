@@ -9,7 +9,17 @@ import typer
 from ..core.errors import BadInput
 from ..core.text import meant
 from .app import app
-from .options import JsonOpt, OverwriteOpt, ServerPythonOpt, SetOpt, TargetOpt, make_options, names, quiet_libraries
+from .options import (
+    AllowOpt,
+    JsonOpt,
+    OverwriteOpt,
+    ServerPythonOpt,
+    SetOpt,
+    TargetOpt,
+    make_options,
+    names,
+    quiet_libraries,
+)
 from .printing import followed, print_json, print_serving, say, show
 
 if TYPE_CHECKING:
@@ -54,6 +64,7 @@ def verify(
     sets: SetOpt = [],  # noqa: B006
     server_python: ServerPythonOpt = None,
     way: Annotated[str | None, typer.Option(help="server, parser or contract; default: the strongest there is")] = None,
+    allow: AllowOpt = [],  # noqa: B006
     as_json: JsonOpt = False,
 ) -> None:
     """Check checksums, then every tensor against config and model; with --target also whether a server would load it.
@@ -74,11 +85,12 @@ def verify(
     with followed() as callbacks:
         found = api.verify(
             where, targets, python=server_python, way=cast(Literal["server", "parser", "contract"] | None, way),
-            callbacks=callbacks,
+            allow=allow, callbacks=callbacks,
         )  # fmt: skip
     if as_json:
         loads = {name: asdict(answer) for name, answer in found.loads.items()}
-        print_json({"files": found.files, "problems": found.problems, "loads": loads})
+        print_json({"files": found.files, "problems": found.problems, "reached": found.reached,
+                    "not_reached": found.not_reached, "loads": loads})  # fmt: skip
     else:
         _print_verified(found)
     if not found.sound:
@@ -91,8 +103,9 @@ def _print_verified(found: "Verification") -> None:
     if found.problems[_SHOWN:]:
         say(f"wrong: and {len(found.problems) - _SHOWN} more, which --json lists")
     if not found.problems:
-        sums = f"{found.files} files are as listed" if found.files else "no checksums to compare with"
-        show(f"verified: {sums}; {found.compared}")
+        show("verified: " + "\n  and ".join(found.reached))
+        for line in found.not_reached:
+            show(f"  not compared: {line}")
     for name, answer in found.loads.items():
         show(f"{name}: {'loads' if answer.loads else 'does not load'}, by {answer.by}")
         if answer.reason:

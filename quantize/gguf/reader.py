@@ -222,6 +222,7 @@ class GgufCheckpoint:
         files = {
             *self.folder.glob("*.gguf"),
             *self.folder.glob("Modelfile"),
+            *self.folder.glob(LAYOUT),
             self.folder / "config.json",
             *companions(self.folder),
         }

@@ -118,7 +118,11 @@ def test_verify_says_what_is_wrong_with_exit_code_1(call: Any, run: Path) -> Non
 def test_verify_vouches_for_no_tensor_of_a_gguf_file_without_a_config(call: Any, tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     code, out, _ = call("verify", tmp_path)
-    assert (code, "compared with no model" in out, "every tensor fits" in out) == (0, True, False)
+    assert (code, "a GGUF file needs the config.json of its model" in out, "every tensor fits" in out) == (
+        0,
+        True,
+        False,
+    )
 
 
 def test_verify_says_whether_a_target_would_load_it(call: Any, run: Path) -> None:

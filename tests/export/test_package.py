@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from quantpress.core.errors import BadInput
-from quantpress.core.files import file_sha256, write_json
+from quantpress.core.files import write_json
 from quantpress.exports.package import export
 from quantpress.exports.servers.vllm import Vllm
 from quantpress.models.checkpoint import Checkpoint
@@ -62,7 +62,7 @@ def test_shards_are_not_read_again_for_their_checksums(run: Path, tmp_path: Path
     """The manifest's are taken, so that an export of a shard that was damaged since does not count as whole."""
     shutil.copytree(run, tmp_path / "run")
     shard = next((tmp_path / "run" / "quantized").glob("*.safetensors"))
-    files = {shard.name: file_sha256(shard)}
+    files = Checkpoint(tmp_path / "run" / "quantized").file_hashes()
     write_json(tmp_path / "run" / "manifest.json", {"quantpress": "1", "artifact": {"files": files}})
     folder = export(tmp_path / "run", Vllm(), tmp_path / "out").folder
     check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]

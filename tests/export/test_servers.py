@@ -54,6 +54,8 @@ def write_gguf(file: Path) -> None:
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_tensor("token_embd.weight", np.ones((8, 64), dtype=np.float32))
+    for norm in ("output_norm", "blk.0.attn_norm", "blk.1.attn_norm"):
+        writer.add_tensor(f"{norm}.weight", np.ones(64, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

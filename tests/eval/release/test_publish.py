@@ -216,8 +216,9 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     stray = made / "quantized" / "secrets.env"
     stray.write_text("TOKEN=1")
     try:
-        with pytest.raises(BadInput, match=r"secrets.env, which does not belong"):
+        with pytest.raises(BadInput, match=r"secrets.env: a file that manifest.json does not list"):
             prepare_upload(made, "org/name", private=True)
+        assert ("secrets.env", 7) in prepare_upload(made, "org/name", private=True, allow=["secrets.env"]).files
     finally:
         stray.unlink()
     results = made / "eval" / "results.json"
