@@ -23,7 +23,10 @@ E4M3_MAX, E2M1_MAX = 448.0, 6.0
 BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _SHRINKS = tuple(1.0 - 0.05 * i for i in range(13))  # 1.00 … 0.40 of the min-max range
-_FLOAT_SHRINKS = tuple(1.0 - 0.05 * i for i in range(7))  # floats gain less by clipping
+# Floats gain less by clipping, and more by scales above min-max, with which other weights meet the wide gaps below the
+# largest number (Four Over Six, arXiv:2512.02010). A twelfth of an octave is less than a step of E4M3, so that none of
+# nvfp4's scales between the ends is left out. Min-max itself is first: the first of equals is kept.
+_FLOAT_RANGES = (1.0, *(2.0 ** (i / 12) for i in range(-4, 12) if i))
 _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and its neighbours
 _SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end of the range, in widths of it
 _EXPONENT = 0x7F800000  # the bits of a float32 that hold it
@@ -171,13 +174,14 @@ def scale_dtype(weight: Tensor, grid: Grid) -> torch.dtype:
 def global_scale(weight: Tensor, grid: Grid) -> Tensor | None:
     """The factor on scales before they are rounded to E4M3: float32 [...] for weights [..., out, in]; nvfp4 only.
 
-    The largest power of two that keeps amax / 6 within E4M3. NVIDIA's rule is 6 * 448 / amax itself; a power of two has
-    an exact inverse, so that formats that store the inverse hold the same weights.
+    The largest power of two that keeps the widest range tried, amax / 6 * 1.89, within E4M3. NVIDIA's rule is
+    6 * 448 / amax itself; a power of two has an exact inverse, so that formats that store the inverse hold the same
+    weights.
     """
     if grid.type != "nvfp4":
         return None
     amax = weight.to(torch.float32).abs().amax((-2, -1)).clamp(min=2.0**-60)
-    return torch.exp2(torch.floor(torch.log2(E4M3_MAX * E2M1_MAX / amax)))
+    return torch.exp2(torch.floor(torch.log2(E4M3_MAX * E2M1_MAX / max(_FLOAT_RANGES) / amax)))
 
 
 def fit(
@@ -190,11 +194,11 @@ def fit(
     """Scale and zero for each row of `weight` [rows, columns], the columns of one group.
 
     Min-max is the rule of compressed-tensors (zero always inside the range; `shared_scale` for mxfp). The searches
-    try smaller ranges, both ends separately at 2 and 3 bits, and keep the one with the least squared error weighted by
-    `importance` [columns] (1 when None), or of the output where that is a moment X^T X [columns, columns]. `overall`:
-    the global scale (nvfp4), or super scales and offsets [2, rows] (`ggml.fit_super`). Rows that share a scale (tensor,
-    block) get the same one. Returns scales, float32 [rows] that `dtype` can store exactly, and zeros, float32 [rows],
-    whole numbers except for ggml's types with an offset.
+    try smaller ranges, of floats larger ones too, of 2 and 3 bits both ends separately, and keep the one with the least
+    squared error weighted by `importance` [columns] (1 when None), or of the output where that is a moment X^T X
+    [columns, columns]. `overall`: the global scale (nvfp4), or super scales and offsets [2, rows] (`ggml.fit_super`).
+    Rows that share a scale (tensor, block) get the same one. Returns scales, float32 [rows] that `dtype` can store
+    exactly, and zeros, float32 [rows], whole numbers except for ggml's types with an offset.
     """
     weight = weight.to(torch.float32)
     if isinstance(grid, BlockGrid):
@@ -303,7 +307,7 @@ def ranges(grid: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
         return _constant((1.0,), device)
     if dtype == torch.float8_e8m0fnu:
         return _constant(_POWERS, device)
-    return _constant(_SHRINKS if grid.type == "int" else _FLOAT_SHRINKS, device)
+    return _constant(_SHRINKS if grid.type == "int" else _FLOAT_RANGES, device)
 
 
 def end_shifts(grid: Grid, device: torch.device) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quantpress.methods import ROUNDERS
 from quantpress.numbers.activations import columns_of, measured, round_inputs
-from quantpress.numbers.grid import Grid, decode, encode, fit, global_scale, scale_dtype, snap
-from quantpress.numbers.types import Activations, ScaleSearch
+from quantpress.numbers.grid import Grid, decode, encode, fit, global_scale, ranges, scale_dtype, snap
+from quantpress.numbers.types import Activations, NumberType, ScaleSearch
 from quantpress.recipe import Gptq, Rtn
 
 FLOATS = [
@@ -133,13 +133,38 @@ def test_dequantizing_is_the_definition(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("amax", [1e-6, 0.013, 1.0, 300.0])
-def test_global_scale_is_a_power_of_two_below_nvidias_rule(amax: float) -> None:
+def test_global_scale_is_a_power_of_two_that_leaves_room_for_the_widest_range(amax: float) -> None:
     w = torch.zeros(16, 32)
     w[3, 5] = -amax
     overall = global_scale(w, Grid(type="nvfp4"))
     assert overall is not None
     assert math.log2(overall.item()).is_integer()
-    assert 0.5 < overall.item() / (448 * 6 / amax) <= 1.000001
+    widest = ranges(Grid(type="nvfp4"), torch.float8_e4m3fn, torch.device("cpu")).max().item()
+    assert 0.5 < overall.item() * widest / (448 * 6 / amax) <= 1.000001
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8", "fp8-block"])
+def test_a_scale_above_the_range_is_kept_where_it_fits_better(kind: NumberType) -> None:
+    """1 and 0.75 are exact as 4 and 3 of E2M1, and no two of its numbers up to 6 have that ratio with 6."""
+    w = torch.tensor([1.0, 0.75]).repeat(128, 64)
+    narrow = Grid(type=kind, scale_search="minmax")
+    overall = global_scale(w, narrow)
+    dtype = scale_dtype(w, narrow)
+    w = w[:, : min(narrow.columns(128), 128)]
+    full, best = (fit(w, grid, dtype, None, overall) for grid in (narrow, Grid(type=kind)))
+    assert (best[0] > full[0]).all()
+    errors = [snap(w, s[:, None], z[:, None], narrow).mul(s[:, None]).sub(w).abs().max() for s, z in (best, full)]
+    assert errors[0] < errors[1]
+    assert kind != "nvfp4" or errors[0] == 0
+
+
+def test_every_e4m3_scale_near_min_max_is_tried_for_nvfp4() -> None:
+    factors = ranges(Grid(type="nvfp4"), torch.float8_e4m3fn, torch.device("cpu"))
+    for start in torch.linspace(1, 2, 97):
+        tried = set((start * factors).to(torch.float8_e4m3fn).tolist())
+        codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        inside = codes[(codes >= start * factors.min()) & (codes <= start * factors.max())]
+        assert set(inside.tolist()) <= tried
 
 
 def power_of_two(amax: float, kind: str) -> float:
@@ -171,11 +196,12 @@ def test_searching_is_never_worse_than_the_range(grid: Grid) -> None:
 
 @every_type
 def test_a_searched_scale_is_the_best_of_those_it_may_have(grid: Grid) -> None:
-    """Ranges from 1.0 to 0.7 of the whole one, powers of two for the types of OCP's standard; the first of equals."""
+    """The whole range, then 2^(-4/12) to 2^(11/12) of it; powers of two for OCP's types; the first of equals."""
     w = weight(128, grid.columns(128), seed=11)
     dtype = scale_dtype(w, grid)
     overall = global_scale(w, grid)
-    shrinks = (1.0, 2.0, 0.5) if grid.type in ("mxfp8", "mxfp4") else [1 - 0.05 * i for i in range(7)]
+    near = [1.0, *(2 ** (i / 12) for i in range(-4, 12) if i)]
+    factors = (1.0, 2.0, 0.5) if grid.type in ("mxfp8", "mxfp4") else near
     plain = grid.model_copy(update={"scale_search": "minmax"})
     one = 128 if grid.shares_rows else 1
 
@@ -183,7 +209,7 @@ def test_a_searched_scale_is_the_best_of_those_it_may_have(grid: Grid) -> None:
         off = snap(w, scale[:, None], torch.zeros(128, 1), grid) * scale[:, None] - w
         return off.square().sum(1).reshape(-1, one).sum(1)
 
-    candidates = [fit(w * shrink, plain, dtype, None, overall)[0] for shrink in shrinks]
+    candidates = [fit(w * factor, plain, dtype, None, overall)[0] for factor in factors]
     errors = torch.stack([error(scale) for scale in candidates])
     got, _ = fit(w, grid, dtype, None, overall)
     torch.testing.assert_close(error(got), errors.amin(0), rtol=1e-5, atol=0)
