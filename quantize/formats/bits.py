@@ -1,6 +1,6 @@
-"""Codes of 2, 3, 4 or 8 bits as one dense stream, lowest bits first, in int32 words.
+"""Codes of 2 to 8 bits as one dense stream, lowest bits first, in int32 words.
 
-GPTQ and compressed-tensors store codes so. compressed-tensors before 0.19 left two bits of each word unused at 3 bits;
+GPTQ and compressed-tensors store codes so. compressed-tensors before 0.19 left 32 % bits of each word unused;
 its packer does what the installed version does, and a file must not depend on that.
 """
 

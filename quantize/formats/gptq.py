@@ -24,6 +24,7 @@ from .base import Format, Kind, ModelScheme, grid_of, in_float16, kind, patterns
 
 # Servers fuse these into one tensor and look up the name of that, not the names of its parts.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_STEPS = {2: 16, 3: 32, 4: 8, 8: 4}  # bits: codes that fill whole words
 
 
 class Gptq(Format):
@@ -40,9 +41,11 @@ class Gptq(Format):
 
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
         super().check(grid, out_features, in_features, shuffled)
+        if grid.bits not in _STEPS:
+            raise BadInput(f"no reader takes gptq files of {grid.bits} bits; use compressed-tensors")
         for what, n in (("in_features", in_features), ("out_features", out_features)):
             if n * grid.bits % 32:
-                step = {2: 16, 3: 32, 4: 8, 8: 4}[grid.bits]
+                step = _STEPS[grid.bits]
                 raise BadInput(
                     f"gptq cannot hold {grid.bits}-bit codes for {what} {n}, which is not a multiple of {step}; "
                     "use compressed-tensors or add the layer to `ignore`"

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ..core.errors import BadInput
 from ..core.schema import Strict
 
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]  # of integers
 GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 NumberType = Literal["int", "fp8", "fp8-block", "mxfp8", "mxfp4", "nvfp4"]
 ScaleSearch = Literal["minmax", "mse", "activation"]
@@ -41,7 +42,7 @@ class Grid(Strict):
     """
 
     type: NumberType = Field("int", description="int has evenly spaced levels; the others are floating-point types")
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a code, of type int; the others fix theirs")
+    bits: Bits = Field(4, description="bits of a code, of type int; the others fix theirs")
     group_size: GroupSize = Field(128, description="columns sharing one scale; -1: per channel; 0: the whole tensor")
     symmetric: bool = Field(True, description="of type int: zero is the middle level; false: a zero a group")
     scale_search: ScaleSearch = Field(
@@ -136,7 +137,6 @@ class BlockGrid(Grid):
     """
 
     type: GgmlType  # type: ignore[assignment]
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4  # type: ignore[assignment]
 
     @property
     def uniform(self) -> bool:

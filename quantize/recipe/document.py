@@ -10,7 +10,7 @@ from quantpress.exports.servers.loader import refusal
 
 from ..core.errors import BadInput
 from ..core.schema import Pattern, Strict, matches, named
-from ..numbers.types import Activations, Grid, GroupSize, NumberType, ScaleSearch
+from ..numbers.types import Activations, Bits, Grid, GroupSize, NumberType, ScaleSearch
 from ..plugin import MethodSettings
 from .evaluation import Evaluation
 from .file_formats import FILE_FORMATS, FormatName
@@ -33,7 +33,7 @@ class Override(Strict):
 
     match: Pattern = Field(description="a glob such as *.down_proj, or re: and a regular expression")
     type: NumberType | None = Field(None, description="as weights.type; another type brings its own layout")
-    bits: Literal[2, 3, 4, 8] | None = Field(None, description="as weights.bits")
+    bits: Bits | None = Field(None, description="as weights.bits")
     group_size: GroupSize | None = Field(None, description="as weights.group_size")
     symmetric: bool | None = Field(None, description="as weights.symmetric")
     scale_search: ScaleSearch | None = Field(None, description="as weights.scale_search")

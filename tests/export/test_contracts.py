@@ -1,5 +1,6 @@
 """What servers refuse of a model's shapes, said before the work; and what is worth a note."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from quantpress.exports.servers.served_model import ServedModel
 from quantpress.exports.servers.sglang import Sglang
 from quantpress.exports.servers.tgi import Tgi
 from quantpress.exports.servers.vllm import Vllm
-from quantpress.numbers.types import Activations, Grid
+from quantpress.numbers.types import Activations, Bits, Grid
 from quantpress.recipe import Target
 from quantpress.recipe.loading import parse
 
@@ -43,10 +44,44 @@ def test_nothing_is_said_of_what_loads() -> None:
 
 
 def test_the_readers_table_is_part_of_it() -> None:
-    (line,) = problems(Vllm(), contents(Grid(bits=3, group_size=64)))
+    (line,) = problems(Vllm(device="cpu"), contents(Grid(bits=3, group_size=64)))
     assert "does not take compressed-tensors files of int3 g64 sym weights" in line
     (line,) = problems(LlamaCpp(), contents())
     assert "reads gguf files" in line
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
+def test_vllm_takes_2_to_8_bits_on_a_gpu_only(bits: Bits) -> None:
+    """compressed_tensors_wNa16.py and the humming kernels; zeros need groups, on a CPU there are kernels for 4 bits."""
+    for symmetric in (True, False):
+        assert problems(Vllm(), contents(Grid(bits=bits, group_size=64, symmetric=symmetric))) == []
+        assert problems(Vllm(device="cpu"), contents(Grid(bits=bits, group_size=64, symmetric=symmetric)))
+    assert problems(Vllm(), contents(Grid(bits=bits, group_size=-1))) == []
+    assert problems(Vllm(), contents(Grid(bits=bits, group_size=-1, symmetric=False)))
+
+
+def test_vllm_splits_packed_zeros_at_whole_words() -> None:
+    narrow = {"model.layers.0.self_attn.v_proj": (40, 128), "model.layers.0.mlp.down_proj": (128, 256)}
+    model = replace(
+        contents(), shapes=narrow, schemes=dict.fromkeys(narrow, Grid(bits=3, group_size=32, symmetric=False))
+    )
+    (line,) = problems(Vllm(), model)
+    assert "40 outputs on each GPU of 3 bits" in line
+    assert (
+        problems(Vllm(), replace(model, schemes=dict.fromkeys(narrow, Grid(bits=4, group_size=32, symmetric=False))))
+        == []
+    )
+    assert problems(Vllm(), replace(model, schemes=dict.fromkeys(narrow, Grid(bits=3, group_size=32)))) == []
+
+
+def test_vllm_takes_experts_of_few_bits_in_groups() -> None:
+    names = {
+        f"model.layers.0.mlp.experts.{i}.{p}": (64, 64) for i in range(2) for p in ("gate_proj", "up_proj", "down_proj")
+    }
+    for group, lines in ((-1, 1), (32, 0)):
+        grid = Grid(bits=3, group_size=group)
+        model = replace(contents(), shapes=names, schemes=dict.fromkeys(names, grid))
+        assert len(problems(Vllm(), model)) == lines
 
 
 @pytest.mark.parametrize(

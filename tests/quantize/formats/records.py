@@ -11,11 +11,11 @@ from quantpress.numbers.activations import columns_of
 from quantpress.numbers.grid import BLOCK, Grid, Inputs, QuantizedLinear
 from quantpress.numbers.types import Activations
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 GRIDS = [
     Grid(bits=bits, group_size=group, symmetric=symmetric)
     for bits in BITS
-    for group in (16, 32, -1)
+    for group in ((16, 32, -1) if bits in (2, 3, 4, 8) else (32,))
     for symmetric in (True, False)
 ]
 

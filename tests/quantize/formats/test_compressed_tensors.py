@@ -127,7 +127,7 @@ def edited(**changes: object) -> dict[str, object]:
         ({"actorder": "group"}, "actorder='group' has been removed"),
         ({"type": "float"}, "format 'pack-quantized' cannot be read for mxfp4 weights, only 'mxfp4-pack-quantized'"),
         ({"type": "float", "num_bits": 8, "group_size": 64}, "floats of 8 bits, strategy 'group', group size 64"),
-        ({"num_bits": 5}, "quantized to 5 bits"),
+        ({"num_bits": 1}, "quantized to 1 bits"),
         ({"strategy": "tensor", "group_size": None}, "strategy 'tensor'"),
     ],
 )

@@ -1,7 +1,6 @@
 """Scales and codes against their definitions, and against the library that reads them."""
 
 from itertools import pairwise
-from typing import Literal
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from torch.testing import assert_close
 
 from quantpress.numbers import grid as grid_module
 from quantpress.numbers.grid import Grid, QuantizedLinear, fit, scale_dtype, snap
+from quantpress.numbers.types import Bits
 
-Bits = Literal[2, 3, 4, 8]
-BITS: tuple[Bits, ...] = (2, 3, 4, 8)
+BITS: tuple[Bits, ...] = (2, 3, 4, 5, 8)
 EVERY_GRID = [
     Grid(bits=bits, group_size=-1, symmetric=symmetric, scale_search="minmax")
     for bits in BITS

@@ -56,7 +56,7 @@ def test_the_published_schema_knows_what_the_validator_knows() -> None:
     schema = Recipe.model_json_schema()
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["additionalProperties"] is False
-    assert schema["$defs"]["Grid"]["properties"]["bits"]["enum"] == [2, 3, 4, 8]
+    assert schema["$defs"]["Grid"]["properties"]["bits"]["enum"] == [2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_name_alone_is_a_mapping_with_that_name() -> None:
@@ -151,7 +151,7 @@ def test_every_mistake_is_reported_at_once() -> None:
 @pytest.mark.parametrize(
     ("document", "expected"),
     [
-        ({"weights": {"bits": 5}}, "weights.bits: Input should be 2, 3, 4 or 8, not 5"),
+        ({"weights": {"bits": 9}}, "weights.bits: Input should be 2, 3, 4, 5, 6, 7 or 8, not 9"),
         (
             {"weights": {"group_size": 100}},
             "weights.group_size: a multiple of 8, -1 for per channel or 0 for one scale a tensor, not 100",

@@ -86,7 +86,7 @@ def test_set_changes_the_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("weights.bits=5", "weights.bits: Input should be 2, 3, 4 or 8, not 5"),
+        ("weights.bits=9", "weights.bits: Input should be 2, 3, 4, 5, 6, 7 or 8, not 9"),
         ("weights.bits=four", "weights.bits"),
         ("weights.bitz=4", "weights.bitz: unknown key, did you mean 'bits'?"),
         ("weights.bits.deep=4", "'bits' is not a mapping in this recipe"),

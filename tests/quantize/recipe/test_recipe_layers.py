@@ -96,9 +96,9 @@ def test_a_group_that_does_not_divide_names_the_layer_and_its_divisors() -> None
         (
             {
                 "overrides": [{"match": "*", "symmetric": False}, {"match": "*down_proj", "bits": 8}],
-                "targets": ["vllm"],
+                "targets": ["sglang"],
             },
-            "vLLM does not take compressed-tensors files of int8 g64 asym weights: set overrides.1.symmetric: true",
+            "SGLang does not take compressed-tensors files of int8 g64 asym weights: set overrides.1.symmetric: true",
         ),
         (
             {"weights": {"type": "fp8"}, "activations": {"type": "fp8"}}

@@ -38,7 +38,7 @@ def refused(**keys: Any) -> str:
          "set weights.symmetric: true, or formats: [compressed-tensors]"),
         ({"method": {"order": "activation", "static_groups": False}, "formats": ["gptq"], "targets": ["vllm"]},
          "int4 g64 sym weights and desc_act", "set method.static_groups: true"),
-        ({"weights": {"bits": 3, "group_size": 64}, "targets": ["vllm"]}, "int3 g64 sym", "set weights.bits: 4"),
+        ({"weights": {"bits": 3, "group_size": 64}, "targets": ["sglang"]}, "int3 g64 sym", "set weights.bits: 4"),
         ({"weights": {"bits": 2, "group_size": 32}, "targets": ["tgi"]}, "TGI does not take", "set weights.bits: 4"),
         ({"weights": {"group_size": 16}, "formats": ["gptq"], "targets": ["vllm"]}, "g16", "weights.group_size: 32"),
         ({"weights": {"bits": 8, "group_size": 64}, "targets": [{"name": "vllm", "device": "cpu"}]},
@@ -57,7 +57,7 @@ def refused(**keys: Any) -> str:
         ({"targets": ["ollama"]}, "Ollama reads gguf files", "set formats: [gguf]"),
         ({"activations": {"type": "int8"}, "targets": ["vllm"]}, "with int8 dynamic activations", "activations: null"),
         ({"targets": [{"name": "triton", "backend": "tensorrt-llm"}]}, "TensorRT-LLM does not take", "[modelopt]"),
-        ({"overrides": [{"match": "*down_proj", "bits": 2}], "targets": ["vllm"]}, "int2 g64", "overrides.0.bits: 4"),
+        ({"overrides": [{"match": "*down_proj", "bits": 2}], "targets": ["sglang"]}, "int2 g64", "overrides.0.bits: 4"),
     ],
 )  # fmt: skip
 def test_what_a_target_cannot_load_is_refused_with_a_remedy(keys: dict[str, Any], said: str, remedy: str) -> None:
@@ -143,7 +143,7 @@ def test_the_remedy_in_a_message_is_a_recipe_that_loads() -> None:
         parse(document)
     for setting in str(caught.value).partition(": set ")[2].partition(", or formats")[0].split(", "):
         apply_override(document, setting.replace(": ", "=", 1))
-    assert parse(document).weights == Grid(bits=4, group_size=32)
+    assert parse(document).weights == Grid(bits=3, group_size=32, symmetric=False)
 
 
 def test_vllm_takes_some_of_the_recipes_and_not_others() -> None:
@@ -158,9 +158,10 @@ def test_vllm_takes_some_of_the_recipes_and_not_others() -> None:
     names = [*shipped(), *(path.stem for path in RECIPES.glob("*.yaml"))]
     on_gpu = {name for name in names if taken(name, "vllm")}
     assert {"w4a16-gptq", "w4a16-gptq-sym-g32-as-gptq", "w8a8-gptq", "fp8-dynamic", "modelopt-nvfp4"} <= on_gpu
-    assert not {"w3a16-gptq", "w2a16-qat", "w4a16-gptq-desc-act", "w4a16-gptq-as-gptq", "w4a8-gptq"} & on_gpu
+    assert {"w3a16-gptq", "w2a16-qat"} <= on_gpu
+    assert not {"w4a16-gptq-desc-act", "w4a16-gptq-as-gptq", "w4a8-gptq", "w3a16-gptq-as-gptq"} & on_gpu
     assert {name for name in names if taken(name, "vllm-cpu")} >= {"w4a8-gptq", "w4a16-gptq", "w8a8-gptq"}
-    assert not taken("w8a16-gptq", "vllm-cpu")
+    assert not any(taken(name, "vllm-cpu") for name in ("w8a16-gptq", "w3a16-gptq", "w2a16-qat"))
 
 
 def test_the_schema_for_editors_knows_the_targets() -> None:
