@@ -5,6 +5,7 @@ process up (denormals flushed, freed memory returned), as the command line does.
 nothing is printed. A mistake of the caller is a `BadInput`, one line that says what is wrong and what to do.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -69,8 +70,8 @@ RecipeLike = Recipe | str | Path | Mapping[str, Any]
 class Forecast:
     """What a run would need and make.
 
-    linears: (kind, how many, scheme) of the linear layers. targets: the format that each target will load.
-    servability: what servers would make of it.
+    linears: (kind, how many, scheme) of the linear layers, a `*` for any expert. targets: the format that each target
+    will load. servability: what servers would make of it.
     """
 
     plan: Plan
@@ -117,19 +118,23 @@ class Verification:
         return notebook.table("Sound" if self.sound else "Not sound", [*rows, ("files compared", self.files)])
 
 
-def plan(recipe: RecipeLike, model: str | None = None, options: Options = Options()) -> Forecast:
+def plan(
+    recipe: RecipeLike, model: str | None = None, options: Options = Options(), *, config_only: bool = False
+) -> Forecast:
     """Schemes, bytes, peak memory, disk and time of a run, and what servers would say, from the model's config alone.
 
     recipe: an object, the name of a shipped recipe, a file, or a mapping of keys. model: in place of the recipe's.
+    config_only: the model is a config.json, a folder with one, or a hub id; no weights and no tokenizer are needed.
     Raises BadInput for what cannot run.
 
         plan("w4a16-gptq", "smollm2-135m").plan.memory_bytes
     """
-    job, targets = make_job(_recipe(recipe, model), options)
-    checked_tokenizer(job, options.trust_remote_code)
+    job, targets = make_job(_recipe(recipe, model), options, config_only=config_only)
+    if not config_only:
+        checked_tokenizer(job, options.trust_remote_code)
     kinds: dict[tuple[str, str], int] = {}
     for linear in job.linears:
-        key = (linear.module, job.plan.layers[linear.name])
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.module), job.plan.layers[linear.name])
         kinds[key] = kinds.get(key, 0) + 1
     linears = tuple((module, count, scheme) for (module, scheme), count in kinds.items())
     return Forecast(job.plan, linears, targets, tuple(advice(job)))

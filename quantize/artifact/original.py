@@ -35,7 +35,7 @@ class OriginalCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        stated = stated_of(self)
+        stated = self._stated()
         tensors = {name: TensorType(entry.shape, entry.dtype) for name, entry in self._entries.items()}
         conv1d = self.config.get("model_type") in _CONV1D
         try:
@@ -49,6 +49,10 @@ class OriginalCheckpoint(Checkpoint):
         self._names = [*(n for n in self._entries if n not in self._beside and n not in found), *found]
         kinds = Counter(weight.kind for weight in found.values())
         self.quantization = ", ".join(kind for kind, _ in kinds.most_common()) or None
+
+    def _stated(self) -> dict[str, Any] | None:
+        """What the files say of how the weights are quantized."""
+        return stated_of(self)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -61,6 +61,9 @@ def plan(
     recipe: RecipeArg = DEFAULT_RECIPE,
     model: ModelOpt = None,
     sets: SetOpt = [],  # noqa: B006
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="the model is a config.json; no weights or tokenizer are needed")
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Show what a run would need and make: schemes, bytes, memory, disk, time; and which servers would load it."""
@@ -68,7 +71,7 @@ def plan(
     quiet_libraries()
     from .. import api
 
-    found = api.plan(chosen, options=options)
+    found = api.plan(chosen, options=options, config_only=config_only)
     lacking = _lacking(found.plan)
     if as_json:
         asked = {"targets": found.targets, "servability": found.servability}

@@ -13,6 +13,7 @@ from typing import Self
 
 from torch import Tensor
 
+from ..artifact.config_only import HeadersOnly
 from ..artifact.manifest import Manifest, Sizes
 from ..artifact.original import OriginalCheckpoint
 from ..calibrate.tokens import Tokens
@@ -41,6 +42,11 @@ class Setup:
     reader: OriginalCheckpoint | RotatedCheckpoint
     skeleton: Skeleton
     linears: list[LinearLayer]
+
+    @property
+    def headers_only(self) -> bool:
+        """Whether the original's files need not be there; only a plan can be made."""
+        return isinstance(self.checkpoint, HeadersOnly)
 
     @property
     def parameters(self) -> int:

@@ -51,9 +51,11 @@ def _opened(setup: Setup) -> tuple[Conversion, dict[str, imatrix.Array], str | N
 
     Raises BadInput for a model, a tokenizer, a pattern or an importance matrix that does not fit.
     """
-    path, converter = setup.source.path, setup.recipe.gguf_file.converter
+    path, converter, here = setup.source.path, setup.recipe.gguf_file.converter, not setup.headers_only
+    if converter is not None and not here:
+        raise BadInput("gguf.converter needs the whole checkpoint: leave it out, or plan without --config-only")
     made = None if converter is None else convert(Path(converter), path, _exact_type(setup.checkpoint))
-    conversion = Conversion(setup.checkpoint, path, setup.source.id, made)
+    conversion = Conversion(setup.checkpoint, path, setup.source.id, made, tokenizer=here)
     if conversion.lost and setup.recipe.evaluation is not None:
         raise BadInput(f"gguf.converter: {not_read_back(conversion.lost)}; set evaluation: null")
     conversion.notes = (*setup.checkpoint.notes, *conversion.notes)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..artifact.config_only import HeadersOnly
 from ..artifact.original import OriginalCheckpoint, check_no_codes
 from ..calibrate.tokens import Tokens
 from ..core import machine
@@ -37,10 +38,15 @@ class Job(Setup):
         return replace(self, backend=self.backend.settled(tokens, work))
 
 
-def prepare(recipe: Recipe, source: Source, device: torch.device | None = None) -> Job:
-    """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run."""
+def prepare(
+    recipe: Recipe, source: Source, device: torch.device | None = None, *, headers: HeadersOnly | None = None
+) -> Job:
+    """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run.
+
+    headers: of a source whose files are not there; such a job is good for its plan.
+    """
     machine.flush_denormals()
-    checkpoint = OriginalCheckpoint(source.path)
+    checkpoint = headers or OriginalCheckpoint(source.path)
     source = replace(source, caveat="; ".join(filter(None, (source.caveat, *checkpoint.notes))) or None)
     if checkpoint.quantization is not None and recipe.calibrated and recipe.calibration.source == "self":
         raise BadInput(

@@ -14,7 +14,7 @@ from ..core import machine
 from ..core.errors import BadInput
 from ..core.text import size
 from ..formats import FORMATS
-from ..models.placed_model import LinearLayer, experts_per_token
+from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
@@ -57,17 +57,18 @@ class Plan:
         """Raise BadInput when the machine has less memory, GPU memory or disk than the run needs."""
         if ignore:
             return
+        less = "lower calibration.samples or seq_len" if self.passes else "free some"
         free_memory = machine.available_memory_bytes()
         if self.memory_bytes > free_memory:
             raise BadInput(
                 f"the run needs {size(self.memory_bytes)} of memory and {size(free_memory)} are free; "
-                "lower calibration.samples or seq_len, or pass --ignore-limits"
+                f"{less}, or pass --ignore-limits"
             )
         where = torch.device(self.device)
         if where.type == "cuda" and self.device_bytes > (free_on_device := machine.available_device_bytes(where)):
             raise BadInput(
                 f"the run needs {size(self.device_bytes)} of GPU memory and {size(free_on_device)} are free on "
-                f"{self.device}; lower calibration.samples or seq_len, hide the GPU (CUDA_VISIBLE_DEVICES=) to run on "
+                f"{self.device}; {less}, hide the GPU (CUDA_VISIBLE_DEVICES=) to run on "
                 "the CPU, or pass --ignore-limits"
             )
         there = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -187,7 +188,7 @@ def _waiting(skeleton: Skeleton, linears: list[LinearLayer], tokens: int, item: 
     has finished by then. All of a token's experts wait before their last linears together. Before attention's output
     projection: queries, keys and values too, and two tensors of the original.
     """
-    chosen = experts_per_token(skeleton.config) or 1
+    chosen = skeleton.experts_per_token or 1
     inside = {x.in_features: x for x in linears}.values()  # one of each width
     widest = max(
         x.in_features * (chosen if x.in_features != hidden and skeleton.experts_around(x) else 1) for x in inside
@@ -251,7 +252,7 @@ def _active(skeleton: Skeleton, linears: list[LinearLayer]) -> dict[int, float]:
 def _share(skeleton: Skeleton, linear: LinearLayer) -> float:
     """The share of all tokens that reach a linear."""
     experts = skeleton.experts_around(linear)
-    chosen = experts_per_token(skeleton.config)
+    chosen = skeleton.experts_per_token
     return 1.0 if experts is None or chosen is None else min(1.0, chosen / experts)
 
 

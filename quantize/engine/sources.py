@@ -28,6 +28,7 @@ _EMBEDDED_CAVEAT = (
     "4-bit figures at group 32 flatter the method"
 )
 _PLAIN_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scaler)\.")
 
 
@@ -74,11 +75,29 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
     name, _, revision = model.partition("@")
     if model.startswith((".", "/", "~")) or "\\" in model or name.count("/") > 1:
         raise BadInput(f"{model}: no such folder{near(path)}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (not revision and "@" in model):
+    if not _HUB_ID.fullmatch(name) or (not revision and "@" in model):
         meant = difflib.get_close_matches(model, [EMBEDDED], cutoff=0.5)
         hint = f"; did you mean {EMBEDDED}?" if meant else near(path)
         raise BadInput(f"{model!r}: no such folder, and a hub id reads org/name or org/name@revision{hint}")
     return _hub(name, revision or None, cache, allow_pickle, trust_remote_code)
+
+
+def resolve_config(model: str) -> Source:
+    """Where the config.json of `model` is: a folder, the file itself, or a hub id, of which no more is downloaded."""
+    path = Path(model).expanduser()
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise BadInput(f"{file}: no such file{near(file)}")
+        return Source(file, "folder", file.resolve().parent.name if file.name == "config.json" else file.stem)
+    name, _, revision = model.partition("@")
+    if not _HUB_ID.fullmatch(name):
+        raise BadInput(f"{model}: --config-only takes a folder, a config.json, or org/name{near(path)}")
+    from huggingface_hub import HfApi, hf_hub_download
+
+    with hub_errors(f"model {name}", revision or None):
+        at = commit(HfApi().model_info, name, revision or None)
+        return Source(Path(hf_hub_download(name, "config.json", revision=at)), "hub", name, at)
 
 
 def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool) -> Path:

@@ -32,13 +32,19 @@ class Conversion:
     reader: the model's tensors by their on-disk HF names. folder: where its tokenizer is. name: the model's, such as
     `organization/model`, by default the folder's name. converted: the file that llama.cpp's converter made of the
     model, whose metadata and tensors then count instead of our own table of families. lost: parameters that are not
-    found in it. entries: the file's tensors and what
+    found in it. tokenizer: without, only the tensors are known. entries: the file's tensors and what
     each is made of. notes: what the file cannot hold. Raises BadInput for a model or a tokenizer that cannot be
     written, and for tensors of a checkpoint that have no place in the file.
     """
 
     def __init__(
-        self, reader: TensorReader, folder: Path, name: str | None = None, converted: Path | None = None
+        self,
+        reader: TensorReader,
+        folder: Path,
+        name: str | None = None,
+        converted: Path | None = None,
+        *,
+        tokenizer: bool = True,
     ) -> None:
         self.reader = reader
         self.skeleton = Skeleton(reader, device=torch.device("cpu"))
@@ -47,7 +53,7 @@ class Conversion:
         self.notes: tuple[str, ...] = ()
         self.lost: list[str] = []
         if converted is None:
-            self._by_our_rows(reader, folder, name)
+            self._by_our_rows(reader, folder, name, tokenizer)
             return
         assert self.converted is not None
         said = metadata_of(converted)
@@ -62,11 +68,11 @@ class Conversion:
                 "model as they are: they are rounded to nearest, whatever the method",
             )
 
-    def _by_our_rows(self, reader: TensorReader, folder: Path, name: str | None) -> None:
+    def _by_our_rows(self, reader: TensorReader, folder: Path, name: str | None, with_tokenizer: bool) -> None:
         self.form = form_of(self.config)
         self.entries = layout(self.skeleton)
         origin, name = name or folder.resolve().name, (name or folder.resolve().name).rpartition("/")[2]
-        tokenizer, lost = tokenizer_metadata(folder, self.config)
+        tokenizer, lost = tokenizer_metadata(folder, self.config) if with_tokenizer else ({}, [])
         self.notes = (*notes(self.config, self.form), *lost)
         self.metadata = {
             ARCHITECTURE: self.form.architecture,

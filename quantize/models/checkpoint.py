@@ -71,16 +71,19 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Raises BadInput for a folder, config or weights that are missing, incomplete or corrupt."""
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise BadInput(f"{folder}: no such folder")
-        self.config: dict[str, Any] = read_json(self.folder / "config.json", "a checkpoint folder needs one")
-        self._entries: dict[str, Stored] = {}
-        if (self.folder / INDEX).exists():
-            self._open_shards()
-        else:
-            self._entries = _read_header(self._single_file())
+        self.config: dict[str, Any]
+        self._entries: dict[str, Stored]
+        self.config, self._entries = self._opened()
         self.wrapper = self._unwrap()
         self._untie()
+
+    def _opened(self) -> tuple[dict[str, Any], dict[str, Stored]]:
+        """config.json, and where each tensor lies."""
+        if not self.folder.is_dir():
+            raise BadInput(f"{self.folder}: no such folder")
+        config = read_json(self.folder / "config.json", "a checkpoint folder needs one")
+        sharded = (self.folder / INDEX).exists()
+        return config, self._open_shards() if sharded else _read_header(self._single_file())
 
     def _unwrap(self) -> str:
         """Take off what a training tool put before every name; returns it. Raises BadInput for unmerged adapters."""
@@ -139,11 +142,12 @@ class Checkpoint:
             )
         raise BadInput(f"{self.folder}: no weights (*.safetensors)")
 
-    def _open_shards(self) -> None:
+    def _open_shards(self) -> dict[str, Stored]:
         where = self.folder / INDEX
         shard_of = read_json(where).get("weight_map")
         if not isinstance(shard_of, dict) or not shard_of:
             raise BadInput(f"{where}: no weight_map")
+        entries: dict[str, Stored] = {}
         shards: dict[str, dict[str, Stored]] = {}
         for name, shard in shard_of.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
@@ -154,7 +158,8 @@ class Checkpoint:
                 shards[shard] = _read_header(self.folder / shard)
             if name not in shards[shard]:
                 raise BadInput(f"{where}: tensor {name} is not in {shard}")
-            self._entries[name] = shards[shard][name]
+            entries[name] = shards[shard][name]
+        return entries
 
     def names(self) -> list[str]:
         """Tensor names, in the order of the files."""

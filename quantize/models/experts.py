@@ -37,6 +37,13 @@ class Part:
         return (one.T if self.transposed else one)[self.half].contiguous().clone()
 
 
+class _UnsetLinear(nn.Linear):
+    """A linear whose values come from a file: drawing them first takes most of the time of making a large mixture."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Expert(nn.Module):
     """down(combine(gate(x), up(x))), or down(combine(up(x))) without gates, for x [tokens, hidden].
 
@@ -49,8 +56,8 @@ class Expert(nn.Module):
         super().__init__()
         self._names, self._combine = names, (combine,)  # a tuple, so that a module in it is no submodule
         for name in names[:-1]:
-            self.add_module(name, nn.Linear(hidden, intermediate, bias=bias))
-        self.add_module(names[-1], nn.Linear(intermediate, hidden, bias=bias))
+            self.add_module(name, _UnsetLinear(hidden, intermediate, bias=bias))
+        self.add_module(names[-1], _UnsetLinear(intermediate, hidden, bias=bias))
 
     @property
     def last(self) -> nn.Module:
@@ -222,7 +229,7 @@ def _split(
     if kind == "JetMoeParallelExperts":
         n, out, size = module.weight.shape
         with torch.device("meta"):
-            linears = [nn.Linear(size, out, bias=False) for _ in range(n)]
+            linears = [_UnsetLinear(size, out, bias=False) for _ in range(n)]
         return ParallelLinears(linears), {
             f"{e}.weight": Part(f"{path}.weight", 0, e, slice(e, e + 1), slice(None), False) for e in range(n)
         }

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,11 +48,15 @@ class Origin:
 
         None unless they are one tensor for each expert, which the converter stacks.
         """
-        if self.converter is None or not isinstance(self.converter.operations[0], MergeModulelist):
-            return None
-        patterns = self.converter.source_patterns
-        own = [name for name, pattern in self.tensors if source < len(patterns) and pattern == patterns[source]]
+        own = self._stacks[source] if source < len(self._stacks) else []
         return own[expert] if expert < len(own) else None
+
+    @cached_property
+    def _stacks(self) -> list[list[str]]:
+        """The tensors that the converter stacks, for each of its patterns; empty where it does something else."""
+        if self.converter is None or not isinstance(self.converter.operations[0], MergeModulelist):
+            return []
+        return [[name for name, own in self.tensors if own == pattern] for pattern in self.converter.source_patterns]
 
 
 class _Shapes:
@@ -170,6 +175,12 @@ class TensorNames:
         """The names that a parameter may have on disk, of a model that is not stacked as transformers stacks it."""
         short = re.sub(f"^{re.escape(self._prefix)}\\.", "", name)
         return list(dict.fromkeys([name, self.saved(name), short, self.saved(short)]))
+
+
+def saved_tensors(model: Any) -> dict[str, Tensor]:
+    """What transformers writes for a model, by on-disk name, on the meta device; of tied parameters the first."""
+    state = {name: t.to("meta") for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return dict(revert_weight_conversion(model, state))
 
 
 def saved_shapes(model: Any) -> dict[str, tuple[int, ...]]:

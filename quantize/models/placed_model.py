@@ -41,7 +41,8 @@ class LinearLayer:
 class PlacedModel:
     """A causal language model without weights, and the on-disk name of each of its tensors.
 
-    Of a multimodal model it is the text decoder; `config` is the decoder's.
+    Of a multimodal model it is the text decoder; `config` is the decoder's. experts_per_token: to how many experts it
+    sends each token; None where its config does not say, or says it layer by layer.
 
     Raises BadInput for an architecture that transformers does not know or that is not a stack of decoder blocks, and
     for tensors missing from the checkpoint.
@@ -65,6 +66,11 @@ class PlacedModel:
         self._all_computed = computed_buffers(self.model)
         self._blocks.to("meta")
         self._routers = [routers(block) for block in self._blocks]
+        self._experts = [
+            {path: len(part) for path, part in block.named_modules() if isinstance(part, CONTAINERS)}
+            for block in self._blocks
+        ]
+        self.experts_per_token = _experts_per_token(self.config)
         self._check_names()
         outside = [self.disk_name(name) for name in self._unplaced_shell()]
         check_outside_blocks(self.config.model_type, outside, [f"{name}.weight" for name in self.head_names()])
@@ -207,12 +213,8 @@ class PlacedModel:
 
     def experts_around(self, linear: LinearLayer) -> int | None:
         """The number of experts among which a linear's expert is chosen; None for a linear of no routed expert."""
-        steps = linear.module.split(".")
-        for i in range(len(steps)):
-            part = self._blocks[linear.block].get_submodule(".".join(steps[:i]))
-            if isinstance(part, CONTAINERS):
-                return len(part)
-        return None
+        containers = self._experts[linear.block].items()
+        return next((n for path, n in containers if linear.module.startswith(f"{path}.")), None)
 
     def head_names(self) -> list[str]:
         """On-disk names of the linears outside the blocks: the output head."""
@@ -329,8 +331,7 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
 _PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "num_experts_per_token")
 
 
-def experts_per_token(config: Any) -> int | None:
-    """How many experts a model sends each token to; None where its config does not say, or says it layer by layer."""
+def _experts_per_token(config: Any) -> int | None:
     settings = config.to_dict()
     settings |= settings.get("ffn_config") or {}
     chosen = next((settings[name] for name in _PER_TOKEN if settings.get(name) is not None), None)
