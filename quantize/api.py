@@ -29,6 +29,7 @@ from quantpress.eval.release.session import (
     make_artifact,
     make_job,
     open_source,
+    plan_job,
     settings,
 )
 from quantpress.eval.release.smoke_run import find_served, run_smoke
@@ -129,7 +130,7 @@ def plan(
 
         plan("w4a16-gptq", "smollm2-135m").plan.memory_bytes
     """
-    job, targets = make_job(_recipe(recipe, model), options, config_only=config_only)
+    job, targets = plan_job(_recipe(recipe, model), options, config_only=config_only)
     if not config_only:
         checked_tokenizer(job, options.trust_remote_code)
     kinds: dict[tuple[str, str], int] = {}

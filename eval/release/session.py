@@ -13,7 +13,7 @@ from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.engine.pipeline import Job, Settings, prepare, quantize
-from quantpress.engine.sources import Source, resolve, resolve_config
+from quantpress.engine.sources import Source, headers, resolve, resolve_config
 from quantpress.exports.contracts import check_job
 from quantpress.recipe import Recipe, Target
 from quantpress.recipe.loading import apply_override, parse_target
@@ -39,18 +39,28 @@ def open_source(model: str, options: Options) -> Source:
     )
 
 
-def make_job(recipe: Recipe, options: Options, *, config_only: bool = False) -> tuple[Job, dict[str, str]]:
+def make_job(recipe: Recipe, options: Options) -> tuple[Job, dict[str, str]]:
     """The recipe checked against its model and its targets, and the format that each target will load.
 
-    config_only: the model may be a config.json, or a folder with no more than that; for plans.
     Raises BadInput for what cannot run, and for a target that could load none of the recipe's formats.
     """
+    job = prepare(recipe, open_source(recipe.model, options))
+    return job, check_job(job)
+
+
+def plan_job(recipe: Recipe, options: Options, *, config_only: bool = False) -> tuple[Job, dict[str, str]]:
+    """As `make_job`, for a plan: of a model on the hub only the headers of its shards are fetched.
+
+    config_only: the model may be a config.json, or a folder with no more than that.
+    """
+    machine.set_up_memory()
     if config_only:
-        machine.set_up_memory()
         source = resolve_config(recipe.model)
         job = prepare(recipe, source, headers=headers_of_config(source.path))
+    elif found := headers(recipe.model, trust_remote_code=options.trust_remote_code):
+        job = prepare(recipe, found[0], headers=found[1])
     else:
-        job = prepare(recipe, open_source(recipe.model, options))
+        return make_job(recipe, options)
     return job, check_job(job)
 
 

