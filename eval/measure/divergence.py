@@ -43,6 +43,10 @@ class Windows:
         """The run of neighbouring tokens that each scored token belongs to; see statistics.runs. int64 [tokens]."""
         return runs(int(self.scored.sum()))
 
+    def targets(self) -> Tensor:
+        """The scored tokens, int64 [tokens]."""
+        return torch.cat([row[len(row) - int(n) :] for row, n in zip(self.tokens.ids, self.scored, strict=True)])
+
     def record(self) -> EvaluationText:
         ids = self.tokens.ids
         return EvaluationText(

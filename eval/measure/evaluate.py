@@ -12,6 +12,7 @@ import torch
 
 from quantpress.artifact.artifact import Artifact, open_artifact, open_original
 from quantpress.artifact.original import OriginalCheckpoint
+from quantpress.calibrate.bos import BosTrial, try_bos
 from quantpress.calibrate.texts import load_documents
 from quantpress.calibrate.tokens import bos_id, check_ids, open_tokenizer
 from quantpress.core import machine
@@ -22,6 +23,7 @@ from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation, Gates
 
 from . import capacity
+from .baselines import unigram_nll
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase, quality, windows
 from .endpoint import ServedModel, served_nll
 from .gates import judge
@@ -40,6 +42,7 @@ class Prepared:
     wanted: Evaluation
     text: Windows
     tokenizer: Any
+    bos_trial: BosTrial | None
     tasks: Tasks | None
     cache: Path
 
@@ -82,10 +85,13 @@ def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: 
         raise BadInput(f"evaluation.new_tokens {wanted.new_tokens}: the model has {positions} positions in all")
     text = load_documents(wanted, cache=cache, role="evaluation")
     tokenizer = open_tokenizer(original, trust_remote_code)
-    cut = windows(tokenizer, "\n\n".join(text.documents), text.source, wanted)
+    whole = "\n\n".join(text.documents)
+    trial = try_bos(original, lambda: open_original(original, machine.device())[1], tokenizer, whole, wanted.bos, cache)
+    wanted = wanted if trial is None else wanted.model_copy(update={"bos": trial.bos})
+    cut = windows(tokenizer, whole, text.source, wanted)
     if isinstance(rows := read_json(original / "config.json").get("vocab_size"), int):
         check_ids(cut.tokens.ids, rows, text.source)
-    return Prepared(wanted, cut, tokenizer, Tasks(wanted.tasks) if wanted.tasks else None, cache)
+    return Prepared(wanted, cut, tokenizer, trial, Tasks(wanted.tasks) if wanted.tasks else None, cache)
 
 
 def evaluate(
@@ -127,7 +133,7 @@ class _Evaluation:
         self._folder, self._prepared, self._gates, self._watch = original, prepared, gates, watch
         self._device, self._started = machine.device(), time.monotonic()
         source, plain = self._original()
-        self._quantization = source.quantization
+        self._quantization, self._vocabulary = source.quantization, int(plain.config.vocab_size)
         self._results = Results(
             complete=False, dtype=str(plain.dtype).removeprefix("torch."), device=str(self._device), seconds=0.0,
             notes=source.notes,
@@ -179,8 +185,13 @@ class _Evaluation:
                     "its weights or activations are too large for that type"
                 )
         increase, interval = perplexity_increase(before, after, text)
+        trial = self._prepared.bos_trial
+        record = text.record().model_copy(update={
+            "bos_tried": None if trial is None else (trial.after_bos, trial.without), "vocabulary": self._vocabulary,
+            "unigram_nll": unigram_nll(text.targets(), self._vocabulary),
+        })  # fmt: skip
         self._add(
-            text=text.record(), original=quality(before, text, original_bytes), artifact=quality(after, text, bytes),
+            text=record, original=quality(before, text, original_bytes), artifact=quality(after, text, bytes),
             perplexity_increase=increase, perplexity_increase_interval=interval, **more,
         )  # fmt: skip
 

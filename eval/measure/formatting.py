@@ -6,7 +6,8 @@ from collections.abc import Callable
 from quantpress.core import text
 
 __all__ = [
-    "change", "confidence", "interval", "number", "points", "score", "seconds", "share", "size", "small", "spread",
+    "change", "confidence", "interval", "number", "plain", "points", "score", "seconds", "share", "size", "small",
+    "spread",
 ]  # fmt: skip
 
 NBSP = "\u00a0"  # a number and its unit stay on one line
@@ -22,6 +23,11 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.1e}"
+
+
+def plain(text: str) -> str:
+    """The text with ordinary spaces, for records and programs."""
+    return text.replace(NBSP, " ")
 
 
 def small(value: float) -> str:
@@ -51,11 +57,13 @@ def change(fraction: float) -> str:
 
 
 def share(fraction: float) -> str:
-    """A percentage, three significant digits; 100 % only when it is."""
+    """A percentage, three significant digits or more; 100 % only when it is."""
     percent = 100 * fraction
     if not math.isfinite(percent):
         return "not finite"
-    text = "100" if percent == 100 else f"{min(percent, 99.99):.4g}" if 99.9 < percent < 100 else small(percent)
+    text = "100" if percent == 100 else small(percent)
+    if 99.9 < percent < 100 or 100 < percent < 101:
+        text = f"{min(percent, 99.99):.4g}" if percent < 100 else f"{max(percent, 100.1):.1f}"
     return f"{text}{NBSP}%"
 
 

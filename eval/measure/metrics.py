@@ -40,7 +40,8 @@ class Metric:
     name: key in summary.json.
     read: None where the evaluation did not measure it.
     limit: key of the recipe's `Gates`, None without a gate; limited: what that gate limits, in words.
-    compared: whether the comparison of several runs has a column for it.
+    compared: whether the comparison of several runs has a column for it. of_text: whether more windows of the text
+    measure it better.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Metric:
     limited: str = ""
     limits_change: bool = False
     compared: bool = True
+    of_text: bool = False
 
     @property
     def heading(self) -> str:
@@ -172,7 +174,7 @@ METRICS: tuple[Metric, ...] = (
         "How surprised the model is by the next token of a text, on average: 1 is never. Comparable only on the same "
         "text, windows and tokenizer. ± is one standard error; both models read the same tokens, so the difference is "
         "more certain than the two errors suggest.",
-        _perplexity, number, limit="max_perplexity_increase", limited="perplexity increase", limits_change=True,
+        _perplexity, number, limit="max_perplexity_increase", limited="perplexity", limits_change=True, of_text=True,
     ),
     Metric(
         "bits_per_byte", "Bits per byte", "", "lower",
@@ -183,17 +185,17 @@ METRICS: tuple[Metric, ...] = (
         "kl_mean", "KL divergence", "nats per token", "lower",
         "How far the artifact's next-token distribution is from the original's; 0 is identical. It shows changes that "
         "average out in perplexity.",
-        _kl_mean, limit="max_kl", limited="mean KL divergence",
+        _kl_mean, limit="max_kl", limited="KL", of_text=True,
     ),
     Metric(
         "kl_p99", "KL divergence, 99th percentile", "nats per token", "lower",
         "One token in a hundred diverges more than this.",
-        _kl_p99, limit="max_kl_p99", limited="KL divergence, 99th percentile",
+        _kl_p99, limit="max_kl_p99", limited="KL (99th percentile)", of_text=True,
     ),
     Metric(
         "top1_agreement", "Same next token", "", "higher",
         "How often both models rank the same next token first.",
-        _top1_agreement, share, share, limit="min_top1_agreement", limited="same next token",
+        _top1_agreement, share, share, limit="min_top1_agreement", limited="same next token", of_text=True,
     ),
     Metric(
         "bytes", "Weights on disk", "", "lower", "All weight files together.",

@@ -36,7 +36,8 @@ class EvaluationText(Section):
     """The text that both models were evaluated on: `windows` windows of `window` tokens.
 
     The last `stride` targets of each window are scored (all targets of the first). bos: whether each window starts with
-    the BOS token.
+    the BOS token. bos_tried: one window's perplexity with and without it, where `bos: auto` tried both. vocabulary,
+    unigram_nll: what a uniform guess and the tokens' own frequencies score; see baselines.py.
     """
 
     source: str
@@ -47,6 +48,9 @@ class EvaluationText(Section):
     window: int
     stride: int | None
     bos: bool
+    bos_tried: tuple[float, float] | None = None
+    vocabulary: int | None = None
+    unigram_nll: Number = math.nan  # nats per token
 
 
 class Quality(Section):
@@ -229,10 +233,11 @@ class GateCheck(Section):
     interval: Interval | None = None
     verdict: Literal["ACCEPT", "REGRESSION", "INCONCLUSIVE"]
     reason: str
+    needs: int | None = None  # windows or questions that would settle it, where more could
 
 
 class GateReport(Section):
-    """All gates. verdict: the worst of the checks, NONE without gates. strict: INCONCLUSIVE fails the run too."""
+    """All gates. verdict: the worst of the checks, NONE without gates. strict: INCONCLUSIVE fails the run, too."""
 
     verdict: Verdict = "NONE"
     reason: str = "the recipe sets no gates"
@@ -241,8 +246,15 @@ class GateReport(Section):
 
     @property
     def missed(self) -> bool:
-        """Whether the gates fail the run (exit code 3)."""
-        return self.verdict == "REGRESSION" or (self.strict and self.verdict == "INCONCLUSIVE")
+        """Whether the gates fail the run."""
+        return self.exit_code != 0
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command that judged: 3 for a gate that was missed, 4 for one that is too close to call, else 0."""
+        if self.verdict == "REGRESSION":
+            return 3
+        return 4 if self.strict and self.verdict == "INCONCLUSIVE" else 0
 
 
 class Results(Section):

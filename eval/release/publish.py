@@ -13,6 +13,7 @@ from quantpress.artifact.artifact import verify
 from quantpress.core.errors import BadInput
 from quantpress.exports.verifying.listing import check_unlisted
 
+from ..measure.baselines import doubt
 from ..report.card import write_card
 from ..report.measured_run import MeasuredRun, open_run
 
@@ -43,8 +44,8 @@ def prepare_upload(
     """Check the run, write its card, and list what would be uploaded. Nothing leaves this machine.
 
     allow: files that may go with it though the manifest does not list them. Raises BadInput for an invalid repository
-    id, files that differ from the manifest or are not in it, and, unless `although_missed`, a run that missed its
-    gates.
+    id, files that differ from the manifest or are not in it, an original that predicts no text, and, unless
+    `although_missed`, a run that missed its gates or whose gates are too close to call.
     """
     try:
         validate_repo_id(repo)
@@ -53,10 +54,10 @@ def prepare_upload(
     if repo.count("/") != 1:
         raise BadInput(f"--to {repo!r}: a repository is written org/name")
     measured = open_run(run)
-    if measured.results.gates.missed and not although_missed:
-        raise BadInput(
-            f"{run} missed its gates ({measured.results.gates.reason}); --although-missed publishes it all the same"
-        )
+    if (wrong := doubt(measured.results)) is not None:
+        raise BadInput(f"{run}: {wrong}")
+    if (gates := measured.results.gates).missed and not although_missed:
+        raise BadInput(f"{run} did not pass its gates ({gates.reason}); --although-missed publishes it all the same")
     verify(run)
     check_unlisted(run, run / "quantized", allow)
     write_card(run, base_model, license, repo)

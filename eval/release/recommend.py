@@ -1,24 +1,22 @@
 """Recommend one of several measured runs: which fit the memory and keep the quality, which is best, and why."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from quantpress.core.errors import BadInput
 from quantpress.core.notebook import table
-from quantpress.core.schema import Fraction
+from quantpress.core.schema import Bytes, Fraction
 from quantpress.core.text import meant
 
-from ..measure.formatting import interval, number, share, size
-from ..measure.results import KvCache, Results, TaskResult
-from ..measure.statistics import half_width
-from ..report.measured_run import MeasuredRun, comparable, labelled, open_runs
-
-Preference = Literal["quality", "smallest", "fastest"]
+from ..measure.formatting import number, plain, share, size
+from ..measure.results import KvCache
+from ..report.measured_run import MeasuredRun, comparable, find_runs, labelled
+from ..report.standing import Judged, Preference, Recovery, judge_runs, pick
 
 
 class Wish(BaseModel):
@@ -30,12 +28,12 @@ class Wish(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    memory: ByteSize = Field(gt=0)
+    memory: Bytes = Field(gt=0)
     context: int = Field(ge=1)  # tokens per sequence
     concurrency: int = Field(1, ge=1)  # sequences at a time
     min_recovery: Fraction | None = Field(None, ge=0, le=1)
     prefer: Preference = "quality"
-    margin: ByteSize | None = None
+    margin: Bytes | None = None
 
     @classmethod
     def parse(cls, **given: object) -> "Wish":
@@ -55,22 +53,20 @@ class Wish(BaseModel):
 
 
 @dataclass(frozen=True)
-class Recovery:
-    """How much of the original's quality is left, as a fraction; basis: what it is measured by."""
-
-    value: float
-    interval: tuple[float, float] | None
-    basis: str
-
-
-@dataclass(frozen=True)
 class Candidate:
     """One run against the wish. cache_bytes: of all sequences; misses: why it does not qualify."""
 
-    run: MeasuredRun
+    judged: Judged
     cache_bytes: int | None
-    recovery: Recovery
     misses: tuple[str, ...]
+
+    @property
+    def run(self) -> MeasuredRun:
+        return self.judged.run
+
+    @property
+    def recovery(self) -> Recovery:
+        return self.judged.recovery
 
     @property
     def needs(self) -> int:
@@ -80,8 +76,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended run, or None; why: reasons for it; others: (label, reason) of the rest; candidates: all, the best
-    first.
+    """The recommended run, or None; why: reasons for it; others: (label, reason) of the rest, those left out included;
+    candidates: all that are finished, the best first.
     """
 
     choice: Candidate | None
@@ -100,22 +96,24 @@ def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:
     Raises BadInput without measured runs, for runs of several models or texts, and for `fastest` when the speed of a
     run was not measured.
     """
-    runs = open_runs(folders)
+    runs, left_out = find_runs(folders)
     for other in runs[1:]:
         comparable(runs[0], other)
-    candidates = [_candidate(run, wish, _judge(runs)) for run in labelled(runs)]
-    if wish.prefer == "fastest" and (slow := [c.run.label for c in candidates if c.run.tokens_per_second is None]):
+    fast = wish.prefer == "fastest"
+    candidates = [_candidate(judged, wish) for judged in judge_runs(labelled(runs), fast)]
+    if fast and (slow := [c.run.label for c in candidates if c.run.tokens_per_second is None]):
         raise BadInput(
             f"--prefer fastest: the speed of {', '.join(slow)} was not measured; `quantpress smoke` measures it"
         )
-    candidates.sort(key=_order(wish.prefer))
     fit = [c for c in candidates if not c.misses]
-    if not fit:
-        others = [(c.run.label, "; ".join(c.misses)) for c in candidates]
-        return Recommendation(None, (), tuple(others), tuple(candidates))
-    best = fit[0]
-    others = [(c.run.label, "; ".join(c.misses) or _beaten(c, best, wish.prefer)) for c in candidates if c is not best]
-    return Recommendation(best, tuple(_why(best, len(fit), wish)), tuple(others), tuple(candidates))
+    chosen = pick([c.judged for c in fit], wish.prefer, wish.min_recovery is not None)
+    best = next((c for c in fit if c.judged is chosen), None)
+    candidates.sort(key=lambda c: (c is not best, bool(c.misses), c.judged.kl, c.needs))
+    rest = [c for c in candidates if c is not best]
+    others = [(c.run.label, "; ".join(c.misses) or _passed_over(c, best, wish.prefer)) for c in rest]
+    others += [(one.name, one.reason) for one in left_out]
+    why = () if best is None else tuple(_why(best, len(fit), wish))
+    return Recommendation(best, why, tuple(others), tuple(candidates))
 
 
 def cache_bytes(cache: KvCache, context: int) -> int:
@@ -126,91 +124,56 @@ def cache_bytes(cache: KvCache, context: int) -> int:
     return cache.bytes_per_token * cache.sliding_window + cache.bytes_per_token_past_window * past
 
 
-def _judge(runs: Sequence[MeasuredRun]) -> Callable[[Results], Recovery]:
-    """One measure of recovery for all runs: the tasks they have in common, else perplexity."""
-    keys = [{_key(task) for task in one_metric(run.results.tasks)} for run in runs]
-    common = set.intersection(*keys)
-    return (lambda results: task_recovery(results.tasks, common)) if common else perplexity_recovery
-
-
-def one_metric(tasks: Iterable[TaskResult]) -> list[TaskResult]:
-    """One metric per task that has an original to compare with: acc_norm, else its first."""
-    out: dict[str, TaskResult] = {}
-    for task in tasks:
-        usable = task.original is not None and task.original.value > 0 and task.higher_is_better
-        if usable and (task.task not in out or task.metric == "acc_norm"):
-            out[task.task] = task
-    return list(out.values())
-
-
-def _key(task: TaskResult) -> tuple[str, str, int, str]:
-    return task.task, task.metric, task.n, task.sha256
-
-
-def task_recovery(tasks: Iterable[TaskResult], only: set[tuple[str, str, int, str]] | None = None) -> Recovery:
-    """Mean score over the original's; the interval comes from the tasks' paired differences, taken as independent."""
-    chosen = [task for task in one_metric(tasks) if only is None or _key(task) in only]
-    before = sum(task.original.value for task in chosen if task.original)
-    after = sum(task.artifact.value for task in chosen)
-    errors = [task.difference_stderr for task in chosen]
-    spread = None
-    if all(error is not None for error in errors):
-        half = half_width(math.sqrt(sum(error**2 for error in errors if error is not None))) / before
-        spread = (after / before - half, after / before + half)
-    names = ", ".join(task.task for task in chosen)
-    return Recovery(after / before, spread, f"mean score of {names}")
-
-
-def perplexity_recovery(results: Results) -> Recovery:
-    """The original's perplexity over the artifact's; 0 when the latter is not finite."""
-    increase = results.perplexity_increase
-    if increase is None or not math.isfinite(increase):
-        return Recovery(0.0, None, "perplexity")
-    spread = results.perplexity_increase_interval
-    return Recovery(
-        1 / (1 + increase), None if spread is None else (1 / (1 + spread[1]), 1 / (1 + spread[0])), "perplexity"
-    )
-
-
-def _candidate(run: MeasuredRun, wish: Wish, judge: Callable[[Results], Recovery]) -> Candidate:
-    efficiency, recovery = run.results.efficiency, judge(run.results)
-    cache = None if efficiency is None else efficiency.cache
+def _candidate(judged: Judged, wish: Wish) -> Candidate:
+    run = judged.run
+    cache = None if run.results.efficiency is None else run.results.efficiency.cache
     whole = None if cache is None else wish.concurrency * cache_bytes(cache, wish.context)
     misses = []
+    if judged.beaten is not None:
+        misses.append(judged.beaten if judged.standing.usable else f"{judged.standing.level}: {judged.standing.reason}")
     if whole is None:
         misses.append(f"the size of its key-value cache is not known; `quantpress eval {run.folder}` measures it")
     elif (excess := run.size + whole + wish.kept - wish.memory) > 0:
-        misses.append(f"does not fit: {_sum(run, whole, wish)}, {size(excess)} too much")
-    if wish.min_recovery is not None and recovery.value < wish.min_recovery:
-        misses.append(f"recovery {_shown(recovery)} is below {share(wish.min_recovery)}")
-    if run.results.gates.verdict == "REGRESSION":
-        misses.append(f"missed its own gates ({run.results.gates.reason})")
-    return Candidate(run, whole, recovery, tuple(misses))
+        misses.append(plain(f"does not fit: {_sum(run, whole, wish)}, {size(excess)} too much"))
+    if wish.min_recovery is not None and judged.recovery.safe < wish.min_recovery:
+        misses.append(_short(judged.recovery, wish.min_recovery))
+    return Candidate(judged, whole, tuple(misses))
 
 
-def _order(prefer: Preference) -> Callable[[Candidate], tuple[float, float]]:
-    if prefer == "smallest":
-        return lambda c: (c.needs, -c.recovery.value)
-    if prefer == "fastest":
-        return lambda c: (-(c.run.tokens_per_second or 0.0), -c.recovery.value)
-    return lambda c: (-c.recovery.value, c.needs)
+def _short(recovery: Recovery, floor: float) -> str:
+    """Why the recovery does not keep the limit: it is below, or too little was measured to tell."""
+    limit = plain(share(floor))
+    if recovery.interval is None and recovery.value >= floor:
+        return f"recovery {recovery.shown} is from too little to say whether it reaches {limit}: measure more"
+    if recovery.interval is None or recovery.interval[1] < floor:
+        return f"recovery {recovery.shown} is below {limit}"
+    return f"recovery {recovery.shown} is too close to {limit} to call{_settled_by(recovery, floor)}"
+
+
+def _settled_by(recovery: Recovery, floor: float) -> str:
+    """How many questions would narrow the interval enough; empty where it is not known."""
+    margin, low = recovery.value - floor, recovery.safe
+    if recovery.questions is None or margin <= 0:
+        return ": measure more"
+    needed = recovery.questions * ((recovery.value - low) / margin) ** 2
+    if needed > 100 * recovery.questions:
+        return ""
+    return f": about {math.ceil(needed / 100) * 100:,} questions would settle it, {recovery.questions:,} were asked"
 
 
 def _why(best: Candidate, fit: int, wish: Wish) -> Iterable[str]:
-    whole = f"{wish.memory.human_readable()} ({size(wish.memory)})"
-    yield f"fits: {_sum(best.run, best.cache_bytes or 0, wish)}, of {whole}"
+    whole = f"{ByteSize(wish.memory).human_readable()} ({size(wish.memory)})"
+    yield plain(f"fits: {_sum(best.run, best.cache_bytes or 0, wish)}, of {whole}")
     cache = best.run.results.efficiency.cache if best.run.results.efficiency else None
     if cache is not None:
-        yield (
+        yield plain(
             f"cache: {wish.concurrency} × {wish.context:,} tokens in {cache.dtype}, "
             f"{size(cache_bytes(cache, wish.context))} per sequence"
         )
-    floor = "" if wish.min_recovery is None else f", at least {share(wish.min_recovery)} asked for"
-    yield f"recovery {_shown(best.recovery)}, by {best.recovery.basis}{floor}"
-    low = best.recovery.interval[0] if best.recovery.interval else None
-    if wish.min_recovery is not None and low is not None and low < wish.min_recovery:
-        yield "the interval extends below what is asked for: measure more before relying on it"
-    reason = {"quality": "best quality", "smallest": "smallest", "fastest": "fastest"}[wish.prefer]
+    yield f"{best.judged.standing.level}: {best.judged.standing.reason}"
+    floor = "" if wish.min_recovery is None else plain(f", at least {share(wish.min_recovery)} asked for")
+    yield f"recovery {best.recovery.shown}, by {best.recovery.basis}{floor}"
+    reason = {"quality": "closest to the original", "smallest": "smallest", "fastest": "fastest"}[wish.prefer]
     yield "the only run that qualifies" if fit == 1 else f"{reason} of the {fit} runs that qualify"
 
 
@@ -218,14 +181,18 @@ def _sum(run: MeasuredRun, whole: int, wish: Wish) -> str:
     return f"{size(run.size)} of weights + {size(whole)} of cache + {size(wish.kept)} of margin"
 
 
-def _shown(recovery: Recovery) -> str:
-    return share(recovery.value) + (f" ({interval(recovery.interval, share)})" if recovery.interval else "")
-
-
-def _beaten(other: Candidate, best: Candidate, prefer: Preference) -> str:
-    if prefer == "quality":
-        return f"qualifies, with less quality: recovery {_shown(other.recovery)}"
+def _passed_over(other: Candidate, best: Candidate | None, prefer: Preference) -> str:
+    """Why a run that qualifies is not the recommended one; a difference that noise explains is no reason."""
+    assert best is not None
+    mine, theirs = other.judged, best.judged
+    if prefer != "quality" and (mine.standing.level, theirs.standing.level) == ("look closer", "fine"):
+        return f"qualifies, but look closer: {mine.standing.reason}"
     if prefer == "smallest":
-        return f"qualifies, and is larger: {size(other.needs)} against {size(best.needs)} of weights and cache"
-    rates = (number(c.run.tokens_per_second or 0.0) for c in (other, best))
-    return "qualifies, and is slower: {} against {} tokens/s".format(*rates)
+        return plain(f"qualifies, and is larger: {size(other.needs)} against {size(best.needs)} of weights and cache")
+    if prefer == "fastest":
+        rates = (number(one.run.tokens_per_second or 0.0) for one in (other, best))
+        return "qualifies, and is slower: {} against {} tokens/s".format(*rates)
+    kl = f"{mine.kl_shown} against {theirs.kl_shown}"
+    if theirs.clearly_closer(mine) or theirs.scores_clearly_better(mine):
+        return f"qualifies, and is further from the original: {kl}"
+    return f"qualifies, and is as close to the original within the noise: {kl}"

@@ -25,14 +25,14 @@ from quantpress.engine.sources import default_cache
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.recipe import Recipe
 
-from ..report.page import FailedRun, write_sweep
+from ..report.measured_run import SWEEP_STATE, LeftOut
+from ..report.page import write_sweep
 from .callbacks import Options
 from .session import open_source
 
-STATE = "sweep.json"
 _SHARED = ".shared"
 _COMMAND = (sys.executable, "-m", "quantpress", "run")
-_GATE_MISSED = 3
+_ENDED = {0: "done", 3: "gate", 4: "unclear"}  # exit codes of a run that was measured
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended. status: `done`, `gate` (done, but a gate was missed) or `failed`, with the reason.
+    """How a run ended. status: `done`, `gate` (done, and a gate was missed), `unclear` (done, and one is too close to
+    call) or `failed`, with the reason.
 
     reused: it was finished before and not run again.
     """
@@ -105,7 +106,7 @@ def make_sweep(
     planned = plan_runs(recipes, model, identity, out, chosen, cache=cache)
     ended = run_all(planned, out, runner, on_outcome)
     finished = [run.out for run, outcome in zip(planned, ended, strict=True) if outcome.status != "failed"]
-    failed = [FailedRun(outcome.name, outcome.reason) for outcome in ended if outcome.status == "failed"]
+    failed = [LeftOut(outcome.name, f"failed: {outcome.reason}") for outcome in ended if outcome.status == "failed"]
     return Sweep(tuple(ended), write_sweep(out, finished, failed))
 
 
@@ -225,9 +226,9 @@ def run_one(task: SweepRun) -> RunOutcome:
     with log.open("wb") as errors:
         environment = os.environ | ({} if task.cache is None else {"QUANTPRESS_CACHE": str(task.cache)})
         done = subprocess.run(task.command, stdout=subprocess.PIPE, stderr=errors, check=False, env=environment)
-    if done.returncode in (0, _GATE_MISSED):
-        missed = done.returncode == _GATE_MISSED
-        return RunOutcome(task.name, "gate" if missed else "done", _gates(done.stdout) if missed else "")
+    if done.returncode in _ENDED:
+        status = _ENDED[done.returncode]
+        return RunOutcome(task.name, status, "" if status == "done" else _gates(done.stdout))
     return RunOutcome(task.name, "failed", _why(log, done.returncode))
 
 
@@ -264,7 +265,7 @@ def _gates(printed: bytes) -> str:
 
 def _finished(out: Path) -> dict[str, dict[str, Any]]:
     """The runs of an earlier sweep in `out` that did not fail, by key."""
-    path = out / STATE
+    path = out / SWEEP_STATE
     if not path.is_file():
         return {}
     try:
@@ -279,7 +280,7 @@ def _record(tasks: Sequence[SweepRun], ended: dict[str, RunOutcome], out: Path) 
     runs = [{k: v for k, v in asdict(ended[name]).items() if k != "reused"} | {"key": key}
             for name, key in keys.items() if name in ended]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / STATE, {"schema": 1, "runs": runs})
+    write_json(out / SWEEP_STATE, {"schema": 1, "runs": runs})
 
 
 def _digest(parts: Sequence[Any]) -> str:

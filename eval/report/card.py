@@ -22,6 +22,7 @@ from quantpress.exports.servers.transformers_serve import loading
 from .measured_run import MeasuredRun, open_run
 from .page import chart, render
 from .page_text import without_defaults
+from .verdict import verdict
 
 CHART = "quality.png"
 # What the embedded model is called on the hub, and its licence there.
@@ -50,7 +51,8 @@ def write_card(folder: Path, base_model: str | None = None, license: str | None 
     run = open_run(folder)
     card = folder / "quantized" / "README.md"
     data = metadata(run, base_model, license)
-    text = render("card.md", run=run, data=data, servers=servers(run, repo), chart=CHART, recipe=_shown(run))
+    said, shown = verdict(run), _shown(run)
+    text = render("card.md", run=run, verdict=said, data=data, servers=servers(run, repo), chart=CHART, recipe=shown)
     content = f"---\n{data.to_yaml()}\n---\n\n{text}"
     ModelCard(content)  # parses the block as the hub does
     with whole_file(card.with_name(CHART)) as file:

@@ -1,5 +1,6 @@
 """Evaluated run folders, as the report, the model card and the recommendation read them."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,12 @@ from quantpress.exports.serving.record import Serving
 from quantpress.exports.serving.record import read as read_serving
 
 from ..measure.formatting import change, interval, number, points, share, size
-from ..measure.metrics import Metric, MetricValue, gated, measured
-from ..measure.results import Divergence, EvaluationText, GateCheck, Quality, Results, read_results
+from ..measure.metrics import Metric, MetricValue, measured
+from ..measure.results import Divergence, EvaluationText, Quality, Results, read_results
 from .heatmap import Heat, heat, measure_in_words
 from .page_text import program, sentence
+
+SWEEP_STATE = "sweep.json"  # how each run of a sweep ended
 
 
 @dataclass(frozen=True)
@@ -89,25 +92,6 @@ class MeasuredRun:
         return metric.read(self.results)
 
     @property
-    def failed(self) -> list[GateCheck]:
-        return [check for check in self.results.gates.checks if check.verdict == "REGRESSION"]
-
-    @cached_property
-    def verdict(self) -> str:
-        """The verdict of the gates, in words."""
-        count = len(self.results.gates.checks)
-        if self.results.gates.verdict == "NONE":
-            return "Not judged: the recipe sets no gates."
-        if self.results.gates.verdict == "ACCEPT":
-            how_many = {1: "the gate", 2: "both gates"}.get(count, f"all {count} gates")
-            return f"Accepted: {how_many} passed."
-        if self.results.gates.verdict == "INCONCLUSIVE":
-            return f"Inconclusive: {self.results.gates.reason}."
-        reasons = "; ".join(f"{gate_name(c.name)} {gate_value(c.value, c.name)}, limit {gate_value(c.limit, c.name)}"
-                            for c in self.failed)  # fmt: skip
-        return f"Regression: {len(self.failed)} of {count} gates failed ({reasons})."
-
-    @property
     def headline(self) -> str:
         artifact = self.manifest.artifact
         return (
@@ -166,19 +150,6 @@ class MeasuredRun:
         return out
 
 
-def gate_name(limit: str) -> str:
-    """A limit of the recipe in words: `max_perplexity_increase` is «perplexity increase»."""
-    _, _, task = limit.partition("min_recovery.")
-    return f"recovery of {task}" if task else gated(limit).limited
-
-
-def gate_value(value: float | None, limit: str) -> str:
-    """A limit, or the value held against it, in the metric's own unit."""
-    if value is None:
-        return "not measured"
-    return share(value) if limit.startswith("min_recovery.") else gated(limit).show_limited(value)
-
-
 def open_run(folder: Path) -> MeasuredRun:
     """The run in `folder`; raises BadInput when there is none, or it was not evaluated against its original."""
     manifest, results = read_run_manifest(folder), read_results(folder)
@@ -189,19 +160,56 @@ def open_run(folder: Path) -> MeasuredRun:
     return MeasuredRun(folder, manifest, results, manifest.name, serving, text, original, artifact, away)
 
 
-def open_runs(folders: Sequence[Path]) -> list[MeasuredRun]:
-    """The runs in `folders`, each once: run folders, or folders that hold run folders, such as a sweep's."""
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that cannot be compared with the others, because it failed or is not finished, with the reason."""
+
+    name: str
+    reason: str
+
+
+def find_runs(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[LeftOut]]:
+    """The finished runs in `folders`, run folders or folders that hold some (a sweep's), each once; and those left out.
+
+    Raises BadInput for a folder that holds no run, and when no run is finished.
+    """
     found: dict[Path, Path] = {}
+    left_out: dict[str, LeftOut] = {}
     for folder in folders:
-        inside = [folder] if (folder / "manifest.json").is_file() else sorted(folder.glob("*/eval/results.json"))
-        for one in inside:
-            run = one if one is folder else one.parent.parent
-            found.setdefault(run.resolve(), run)
-        if not inside:
+        if (folder / "manifest.json").is_file():
+            found.setdefault(folder.resolve(), folder)
+            continue
+        inside = sorted(file.parent for file in folder.glob("*/manifest.json"))
+        failed = _failed(folder)
+        left_out |= {name: LeftOut(name, f"failed: {reason}") for name, reason in failed.items()}
+        planned = {file.stem for file in folder.glob(".recipes/*.yaml")} - failed.keys() - {run.name for run in inside}
+        left_out |= {name: LeftOut(name, "not finished: it has no artifact yet") for name in sorted(planned)}
+        found |= {run.resolve(): run for run in inside if run.resolve() not in found and run.name not in failed}
+        if not inside and not left_out:
             raise BadInput(f"{folder}: neither a run folder (manifest.json) nor a folder of evaluated runs")
-    if not found:
-        raise BadInput("no run folders were given")
-    return [open_run(folder) for folder in found.values()]
+    runs = []
+    for folder in found.values():
+        if (folder / "eval" / "results.json").is_file() or len(found) == 1:
+            run = open_run(folder)
+            if run.results.complete:
+                runs.append(run)
+                continue
+        reason = f"not finished: `quantpress eval {folder}` measures what is missing"
+        left_out[folder.name] = LeftOut(folder.name, reason)
+    if not runs:
+        reasons = "; ".join(f"{one.name} {one.reason}" for one in left_out.values())
+        where = ", ".join(map(str, folders)) or "nothing"
+        raise BadInput(f"no finished run in {where}" + (f" ({reasons})" if reasons else ""))
+    return runs, list(left_out.values())
+
+
+def _failed(sweep: Path) -> dict[str, str]:
+    """The runs of a sweep that failed, by name, with the reason."""
+    try:
+        document = json.loads((sweep / SWEEP_STATE).read_text(encoding="utf-8"))
+        return {one["name"]: one["reason"] for one in document["runs"] if one["status"] == "failed"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def comparable(a: MeasuredRun, b: MeasuredRun) -> None:

@@ -5,11 +5,13 @@ Everything on it comes from `manifest.json` and `eval/results.json`; the same in
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -18,24 +20,20 @@ from quantpress.core.errors import BadInput
 from quantpress.core.files import whole_file
 
 from ..measure import formatting
-from ..measure.formatting import NBSP, change, interval, number, size
+from ..measure.formatting import NBSP, change, interval
+from ..measure.gates import limit_name, show_limit
 from ..measure.metrics import METRICS, Metric, MetricValue
 from ..measure.results import TaskResult
 from . import page_text
+from .charts import charts
 from .figures import divergence_axis, png, recovery_axis, svg
 from .heatmap import DARK, LIGHT, HeatScale
-from .measured_run import MeasuredRun, comparable, gate_name, gate_value, labelled, open_run, open_runs
-from .tradeoff import Plot, Point, pareto, tradeoff
+from .measured_run import LeftOut, MeasuredRun, comparable, find_runs, labelled, open_run
+from .standing import judge_runs
+from .verdict import choose, verdict
 
-_WIDE, _NARROW = (940, 400), (350, 340)  # px; the page shows one of them, depending on the window's width
-
-
-@dataclass(frozen=True)
-class FailedRun:
-    """A recipe of a sweep that could not be run, with the reason in one line."""
-
-    name: str
-    reason: str
+_SPEED = "Speed against quality"
+_OPTIONAL = ("speed", "recovery", "divergence", "tasks")  # charts that not every report has
 
 
 def write_report(run: Path) -> Path:
@@ -44,14 +42,8 @@ def write_report(run: Path) -> Path:
     Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
     """
     one = open_run(run)
-    heading = f"{one.manifest.name}: size against quality"
-    return _write(
-        run / "report",
-        "report",
-        [one],
-        heading,
-        {"summary": _figures(one), "headline": one.headline.replace(NBSP, " ")},
-    )
+    document = {"summary": _figures(one), "headline": one.headline.replace(NBSP, " ")}
+    return _write(run / "report", "report", [one], f"{one.manifest.name}: size against quality", document)
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
@@ -59,24 +51,31 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 
     Raises BadInput for fewer than two runs, and for runs whose evaluation text, windows or original differ.
     """
-    several = open_runs(runs) if runs else []
-    if len(several) < 2:
+    several, left_out = find_runs(runs) if runs else ([], [])
+    if len(several) + len(left_out) < 2:
         raise BadInput(f"compare: two or more different runs are needed, got {', '.join(map(str, runs)) or 'none'}")
-    return _write_several(several, out, [])
+    return _write_several(several, out, left_out)
 
 
-def _write_several(several: Sequence[MeasuredRun], out: Path, failed: Sequence[FailedRun]) -> Path:
+def _write_several(several: Sequence[MeasuredRun], out: Path, left_out: Sequence[LeftOut]) -> Path:
     for other in several[1:]:
         comparable(several[0], other)
     several = labelled(sorted(several, key=lambda r: (r.size, r.artifact.perplexity, r.manifest.name)))
-    front = _front(several)
-    summary = [_figures(r) | {"label": r.label, "pareto": r.label in front} for r in several]
-    document = {"runs": summary} | ({"failed": [vars(one) for one in failed]} if failed else {})
+    choice = choose(several, left_out)
+    summary = [
+        _figures(one.run) | {"label": one.run.label, "pareto": one.beaten is None, "beaten": one.beaten}
+        for one in choice.judged
+    ]
+    document: dict[str, Any] = {
+        "take": choice.take and choice.take.run.label, "best": choice.best and choice.best.run.label,
+        "headline": choice.headline, "runs": summary,
+    }  # fmt: skip
+    document |= {"failed": [vars(one) for one in left_out]} if left_out else {}
     template = "report" if len(several) == 1 else "compare"
-    return _write(out, template, several, "Size against quality", document, failed)
+    return _write(out, template, several, "Size against quality", document, left_out)
 
 
-def write_sweep(out: Path, runs: Sequence[Path], failed: Sequence[FailedRun] = ()) -> Path | None:
+def write_sweep(out: Path, runs: Sequence[Path], failed: Sequence[LeftOut] = ()) -> Path | None:
     """Write OUT/report for the finished runs of a sweep and those that failed; None when no run finished."""
     if not runs:
         return None
@@ -85,7 +84,7 @@ def write_sweep(out: Path, runs: Sequence[Path], failed: Sequence[FailedRun] = (
 
 def chart(run: MeasuredRun) -> bytes:
     """The trade-off chart of one run as PNG."""
-    plot = tradeoff(_points([run]), _WIDE, _hover([run]))
+    plot = charts(judge_runs([run]))[0].wide
     heading = f"{run.label}: size against quality"
     return png(svg(_environment(), "tradeoff", run.manifest.model.caveat or "", plot=plot, heading=heading))
 
@@ -95,33 +94,23 @@ def render(template: str, **context: Any) -> str:
     return _environment().get_template(template).render(context)
 
 
-def _points(runs: Sequence[MeasuredRun]) -> list[Point]:
-    first = runs[0]
-    original = Point("original", first.manifest.artifact.original_bytes, first.original.perplexity,
-                     first.original.stderr, original=True)  # fmt: skip
-    return [original, *(Point(r.label, r.size, r.artifact.perplexity, r.artifact.stderr) for r in runs)]
-
-
-def _rates(runs: Sequence[MeasuredRun]) -> list[Point]:
-    """Points by tokens per second; none unless one server, the same for all runs, was measured."""
-    servers = {run.serving and (run.serving.server, run.serving.version, run.serving.device) for run in runs}
-    if len(runs) < 2 or len(servers) != 1 or any(run.tokens_per_second is None for run in runs):
-        return []
-    return [Point(r.label, r.tokens_per_second or 0.0, r.artifact.perplexity, r.artifact.stderr) for r in runs]
-
-
-def _front(runs: Sequence[MeasuredRun]) -> set[str]:
-    """Labels of the Pareto-optimal runs in size and perplexity, the original included."""
-    points = _points(runs)
-    return {points[i].label for i in pareto(points) if i}
+def _links(runs: Sequence[MeasuredRun], folder: Path) -> dict[str, str | None]:
+    """By label, each run's own page as seen from `folder`; None where it has none yet."""
+    pages = {run.label: run.folder / "report" / "index.html" for run in runs}
+    return {
+        label: quote(os.path.relpath(page, folder).replace(os.sep, "/")) if page.is_file() else None
+        for label, page in pages.items()
+    }
 
 
 def _figures(run: MeasuredRun) -> dict[str, Any]:
     """One run in summary.json; shares are fractions, sizes bytes."""
+    told = verdict(run)
     return {
         "name": run.manifest.name,
         "model": run.manifest.model.model_dump(exclude={"files"}),
         "verdict": run.results.gates.verdict,
+        "standing": {"level": told.level, "reason": told.reason, "todo": list(told.todo)},
         "size_ratio": run.ratio,
         "size": run.manifest.artifact.model_dump(),
         "perplexity_increase": run.increase,
@@ -176,26 +165,26 @@ def _write(
     runs: list[MeasuredRun],
     heading: str,
     summary: dict[str, Any],
-    failed: Sequence[FailedRun] = (),
+    failed: Sequence[LeftOut] = (),
 ) -> Path:
     caveat, model = runs[0].manifest.model.caveat, runs[0].manifest.model.id
     scale = HeatScale.of([run.heat for run in runs])
-    plots, speeds = _plots(runs, _points(runs), rate=False), _plots(runs, _rates(runs), rate=True)
+    choice = choose(runs, failed)
+    drawn = charts(choice.judged)
     context = {
-        "runs": runs, "run": runs[0], "front": _front(runs), "plots": plots, "speeds": speeds, "scale": scale,
+        "runs": runs, "run": runs[0], "choice": choice, "verdict": verdict(runs[0]), "charts": drawn, "scale": scale,
         "differences": _differences(runs), "columns": _columns(runs), "glossary": _glossary(runs),
-        "colors": list(zip(LIGHT, DARK, strict=True)), "failed": failed,
+        "colors": list(zip(LIGHT, DARK, strict=True)), "left_out": failed, "links": _links(runs, folder),
     }  # fmt: skip
     pages = _environment()
     caption = f"{model}: {caveat}" if caveat else model
     tasks = [(f"{r.label}: {t.task} {t.metric}" if len(runs) > 1 else f"{t.task} {t.metric}", t)
              for r in runs for t in r.results.tasks if t.recovery is not None]  # fmt: skip
     figures = {
-        "tradeoff": svg(pages, "tradeoff", caption, plot=plots[0], heading=heading),
-        "layers": svg(pages, "layers", caption, runs=runs, scale=scale),
+        one.name: svg(pages, "tradeoff", caption, plot=one.wide, heading=_SPEED if one.name == "speed" else heading)
+        for one in drawn
     }
-    if speeds:
-        figures["speed"] = svg(pages, "tradeoff", caption, plot=speeds[0], heading="Speed against quality")
+    figures["layers"] = svg(pages, "layers", caption, runs=runs, scale=scale)
     if all(run.divergence.confidence for run in runs):
         figures["divergence"] = svg(pages, "divergence", caption, runs=runs)
     if tasks:
@@ -211,33 +200,13 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot write the report there: {error.strerror}") from None
-    for name in (f"{chart}.{kind}" for chart in ("speed", "divergence", "tasks") for kind in ("png", "svg")):
+    for name in (f"{chart}.{kind}" for chart in _OPTIONAL for kind in ("png", "svg")):
         if name not in files:
             (folder / name).unlink(missing_ok=True)  # left by an earlier report
     for name, content in files.items():
         with whole_file(folder / name) as file:
             file.write(content)
     return folder / "index.html"
-
-
-def _plots(runs: Sequence[MeasuredRun], points: Sequence[Point], *, rate: bool) -> list[Plot]:
-    """The chart for wide and for narrow windows; none without points."""
-    return [
-        tradeoff(points, size, _hover(runs, rate), len(runs) > 1 and (size is _NARROW or len(runs) > 12), rate)
-        for size in (_WIDE, _NARROW)
-        if points
-    ]
-
-
-def _hover(runs: Sequence[MeasuredRun], rate: bool = False) -> Callable[[Point], str]:
-    """The tooltip of a mark: the scheme and both values."""
-    schemes = {run.label: f" ({run.scheme})" for run in runs if run.scheme}
-
-    def title(point: Point) -> str:
-        x = f"{number(point.size)} tokens/s" if rate else size(point.size)
-        return f"{point.label}{schemes.get(point.label, '')}: {x}, perplexity {number(point.perplexity)}"
-
-    return title
 
 
 def _estimate(metric: Metric, value: float | None, error: float | None) -> str:
@@ -272,7 +241,7 @@ def _environment() -> Environment:
     formats = {name: getattr(module, name) for module in (formatting, page_text) for name in module.__all__}
     environment.globals |= formats | {"axis": recovery_axis, "divergence_axis": divergence_axis}
     environment.filters |= formats | {
-        "gate": gate_value, "gate_name": gate_name, "yaml": _yaml, "estimate": _estimate, "changed": _changed,
+        "gate": show_limit, "gate_name": limit_name, "yaml": _yaml, "estimate": _estimate, "changed": _changed,
         "by_task": _by_task,
     }  # fmt: skip
     return environment

@@ -1,31 +1,52 @@
-"""The layout of the size-against-perplexity chart in pixels; the page's template and `figures` draw it."""
+"""The layout of a chart of size, or speed, against quality in pixels; the page's template and `figures` draw it."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from quantpress.core.text import byte_unit
 
-from ..measure.metrics import METRICS
 from .page_text import shorten
 
-_QUALITY, _SIZE = (next(m for m in METRICS if m.name == name) for name in ("perplexity", "bytes"))
 FONT = 12  # px
 _EM = 0.6  # assumed mean width of a character over the font size, wide for common fonts
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in px
 
 
+Side = Literal["right", "top", "bottom"]
+Role = Literal["original", "front", "dominated", "broken"]
+
+
 @dataclass(frozen=True)
 class Point:
-    """One model on the chart. size: bytes on disk, or a rate in tokens per second; stderr: of the perplexity."""
+    """One model on the chart. x: bytes on disk, or tokens per second; y: its quality, with its 95 % interval.
+
+    role: `broken` and what is not finite is drawn at the worse edge, off the axis, so that the others have room.
+    """
 
     label: str
-    size: float
-    perplexity: float
-    stderr: float
-    original: bool = False
+    x: float
+    y: float
+    interval: tuple[float, float] | None = None
+    role: Role = "front"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the axes are. x_title: None for bytes. rate: more of x is better. rises: more of y is better.
+
+    limit: a value of y that is drawn as a line, and its name.
+    """
+
+    y_title: str
+    x_title: str | None = None
+    rate: bool = False
+    rises: bool = False
+    limit: tuple[float, str] | None = None
+    percent: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,13 +63,13 @@ class Label:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point as drawn; title: its tooltip."""
+    """A point as drawn; title: its tooltip. off_axis: the side of the frame beyond which it lies, where it does."""
 
     x: float
     y: float
-    role: str  # original, front or dominated
-    whisker: tuple[float, float] | None  # y of value ± standard error
-    off_axis: bool
+    role: Role
+    whisker: tuple[float, float] | None  # y of the interval's ends
+    off_axis: Side | None
     label: Label
     title: str
 
@@ -66,6 +87,7 @@ class Plot:
     y_title: str
     marks: list[Mark]
     front: list[tuple[float, float]]
+    limit: tuple[float, str] | None = None  # y and name
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,10 @@ class _Axis:
     def __call__(self, value: float) -> float:
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (value - low) / (high - low) * (self.stop - self.start)
+
+    def clamped(self, value: float) -> float:
+        """The place of a value, at most the axis' ends."""
+        return self(min(max(value, self.low), self.high))
 
     def ticks(self, about: int) -> list[float]:
         """About `about` round values inside the axis."""
@@ -97,68 +123,72 @@ class _Axis:
         return [i * step for i in range(first, last + 1)]
 
 
-def pareto(points: Sequence[Point], rate: bool = False) -> list[int]:
-    """Indices, by size, of the Pareto-optimal points in size and perplexity; non-finite points never are.
-
-    A smaller size is better, or with `rate` a larger one.
-    """
-    sign = -1 if rate else 1
-    finite = [i for i, p in enumerate(points) if math.isfinite(p.perplexity)]
+def pareto(points: Sequence[Point], axes: Axes) -> list[int]:
+    """Indices, by x, of the points that no other beats in x and y; broken and non-finite ones never are."""
+    across, up = -1 if axes.rate else 1, -1 if axes.rises else 1
+    finite = [i for i, p in enumerate(points) if _on_axis(p)]
     front: list[int] = []
-    for i in sorted(finite, key=lambda i: (sign * points[i].size, points[i].perplexity)):
+    for i in sorted(finite, key=lambda i: (across * points[i].x, up * points[i].y)):
         last = points[front[-1]] if front else None
-        if last is None or points[i].perplexity < last.perplexity or _same(points[i], last):
+        if last is None or up * points[i].y < up * last.y or (points[i].x, points[i].y) == (last.x, last.y):
             front.append(i)
     return front
 
 
-def _same(a: Point, b: Point) -> bool:
-    return (a.size, a.perplexity) == (b.size, b.perplexity)
+def _on_axis(point: Point) -> bool:
+    return point.role != "broken" and math.isfinite(point.y)
 
 
 def tradeoff(
-    points: Sequence[Point],
-    size: tuple[int, int],
-    title: Callable[[Point], str],
-    number_only: bool = False,
-    rate: bool = False,
+    points: Sequence[Point], size: tuple[int, int], axes: Axes, title: Callable[[Point], str], number_only: bool = False
 ) -> Plot:
     """Lay out `points` (the original first) in `size` px; title: the tooltip of a mark.
 
     With several artifacts, an original much larger than all of them is drawn at the right edge, off the axis, so that
-    the artifacts have room. number_only: label artifacts 1, 2, … where names do not fit. rate: the horizontal axis is
-    tokens per second, not bytes.
+    the artifacts have room. number_only: label artifacts 1, 2, … where names do not fit.
     """
     width, height = size
     frame = (58.0, 34.0, width - 22.0, height - 50.0)
-    shown = [(i, p) for i, p in enumerate(points) if math.isfinite(p.perplexity)]
-    sizes = [p.size for _, p in shown if not p.original]
+    xs = [p.x for p in points if p.role != "original"]
     several = len(points) > 2
-    far = not rate and several and bool(sizes) and points[0].size > 1.6 * max(sizes)
-    x = _x_axis(sizes if far else [p.size for _, p in shown], several, frame, far)
-    y = _y_axis([p for _, p in shown], several, frame)
+    first = points[0] if points[0].role == "original" else None
+    far = first is not None and not axes.rate and several and bool(xs) and first.x > 1.6 * max(xs)
+    x = _x_axis(xs if far else [p.x for p in points], several, frame, far)
+    y = _y_axis(points, axes, frame)
 
-    on_front = set(pareto(points, rate))
-    spots = [(frame[2] if far and p.original else x(p.size), y(p.perplexity)) for _, p in shown]
-    steps = [spots[k] for k, (i, _) in enumerate(shown) if i in on_front]
-    steps = _staircase(sorted(steps, key=lambda s: (s[0], -s[1])), rate) if several else []
-    obstacles = [_pad(a + b, 3) for a, b in pairwise(steps)]
-    texts = [str(i) if number_only and not p.original else shorten(p.label) for i, p in shown]
-    labels = _place(spots, texts, frame, obstacles)
+    def spot(p: Point) -> tuple[float, float]:
+        worse = frame[3] if axes.rises else frame[1]
+        up = y.clamped(p.y) if _on_axis(p) else worse
+        return (frame[2] if far and p is first else x(p.x)), up
+
+    spots = [spot(p) for p in points]
+    worthy = [i for i, p in enumerate(points) if p.role in ("front", "original")]
+    worth = [spots[worthy[k]] for k in pareto([points[i] for i in worthy], axes)]
+    steps = _staircase(sorted(worth, key=lambda s: (s[0], s[1] if axes.rises else -s[1])), axes) if several else []
+    texts = [str(i) if number_only and p is not first else shorten(p.label) for i, p in enumerate(points)]
+    whiskers = [_whisker(p, y) for p in points]
+    bars = [_pad((at[0], ends[0], at[0], ends[1]), 2) for at, ends in zip(spots, whiskers, strict=True) if ends]
+    labels = _place(spots, texts, frame, [_pad(a + b, 3) for a, b in pairwise(steps)] + bars)
     marks = []
-    for (i, p), spot, label in zip(shown, spots, labels, strict=True):
-        role = "original" if p.original else "front" if i in on_front else "dominated"
-        whisker = None if several or p.stderr <= 0 else (y(p.perplexity + p.stderr), y(p.perplexity - p.stderr))
-        marks.append(Mark(*spot, role, whisker, far and p.original, label, title(p)))
-    unit, name = (1.0, "") if rate else byte_unit(x.high)
-    x_title = "Tokens per second from a server (higher is better)" if rate else f"{_SIZE.title}, {name}"
+    for p, place, ends, label in zip(points, spots, whiskers, labels, strict=True):
+        beyond: Side | None = None if _on_axis(p) else "bottom" if axes.rises else "top"
+        marks.append(Mark(*place, p.role, ends, "right" if far and p is first else beyond, label, title(p)))
+    unit, name = (1.0, "") if axes.x_title else byte_unit(x.high)
+    shown = 100.0 if axes.percent else 1.0
     return Plot(
         width, height, frame,
         [(x(t), f"{t / unit:g}") for t in x.ticks(max(3, width // 130))],
-        [(y(t), f"{t:,.10g}") for t in y.ticks(5)],
-        x_title, f"{_QUALITY.title} ({_QUALITY.better} is better)" + (", log scale" if y.log else ""),
-        marks, steps,
+        [(y(t), f"{shown * t:,.10g}") for t in y.ticks(5)],
+        axes.x_title or f"Weights on disk, {name}", axes.y_title + (", log scale" if y.log else ""), marks, steps,
+        None if axes.limit is None else (y(axes.limit[0]), axes.limit[1]),
     )  # fmt: skip
+
+
+def _whisker(point: Point, y: "_Axis") -> tuple[float, float] | None:
+    if point.interval is None or not _on_axis(point) or not all(map(math.isfinite, point.interval)):
+        return None
+    ends = y.clamped(point.interval[0]), y.clamped(point.interval[1])
+    return ends if abs(ends[0] - ends[1]) > 1 else None
 
 
 def _x_axis(sizes: Sequence[float], several: bool, frame: Box, far: bool) -> _Axis:
@@ -171,23 +201,26 @@ def _x_axis(sizes: Sequence[float], several: bool, frame: Box, far: bool) -> _Ax
     return _Axis(low, high, frame[0], frame[2] - (46 if far else 0))
 
 
-def _y_axis(points: list[Point], several: bool, frame: Box) -> _Axis:
-    room = [0.0 if several else p.stderr for p in points]
-    low = min((p.perplexity - r for p, r in zip(points, room, strict=True)), default=1.0)
-    high = max((p.perplexity + r for p, r in zip(points, room, strict=True)), default=2.0)
-    log = low > 0 and high / low > 3
-    if log:
-        pad = (high / low) ** 0.12
-        return _Axis(low / pad, high * pad, frame[3], frame[1], log=True)
-    pad = max(0.15 * (high - low), 0.01 * abs(high))
-    return _Axis(low - pad, high + pad, frame[3], frame[1])
+def _y_axis(points: Sequence[Point], axes: Axes, frame: Box) -> _Axis:
+    """Over all that is on the axis and the limit. A quality of 0 on a log scale is drawn at its lower end."""
+    shown = [p for p in points if _on_axis(p)]
+    held = [v for p in shown for v in (p.y, *(p.interval or ())) if math.isfinite(v)]
+    held += [] if axes.limit is None else [axes.limit[0]]
+    low, high = min(held, default=0.0), max(held, default=1.0)
+    above = [v for v in ([p.y for p in shown] + ([] if axes.limit is None else [axes.limit[0]])) if v > 0]
+    if not axes.rises and above and high / min(above) > 3:
+        start = min(above)
+        pad = (high / start) ** 0.12
+        return _Axis(start / pad, high * pad, frame[3], frame[1], log=True)
+    pad = max(0.15 * (high - low), 0.01 * abs(high), 1e-6)
+    return _Axis(low if low == 0 else low - pad, high + pad, frame[3], frame[1])
 
 
-def _staircase(spots: list[tuple[float, float]], rate: bool) -> list[tuple[float, float]]:
-    """The Pareto front as a staircase: right, then down to the next point; with a rate up first, then right."""
+def _staircase(spots: list[tuple[float, float]], axes: Axes) -> list[tuple[float, float]]:
+    """The Pareto front as a staircase: right, then on to the next point; with a rate the other way round."""
     out = spots[:1]
     for (x0, y0), (x1, y1) in pairwise(spots):
-        out += [(x0, y1) if rate else (x1, y0), (x1, y1)]
+        out += [(x0, y1) if axes.rate else (x1, y0), (x1, y1)]
     return out
 
 

@@ -1,4 +1,7 @@
-"""The application: order of the commands, errors in one line. Exit codes: 0 fine, 1 failed, 2 bad input, 3 gate."""
+"""The application: order of the commands, errors in one line.
+
+Exit codes: 0 fine, 1 failed, 2 bad input, 3 a gate was missed, 4 a gate is too close to call.
+"""
 
 import difflib
 import errno

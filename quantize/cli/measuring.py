@@ -77,7 +77,7 @@ def evaluate(
         print_results(results)
         say(f"results: {into / 'eval' / 'results.json'}")
     if results.gates.missed:
-        raise typer.Exit(3)
+        raise typer.Exit(results.gates.exit_code)
 
 
 def step_summary(name: str, results: "Results") -> None:

@@ -107,16 +107,20 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
 
 
 def print_results(results: "Results") -> None:
-    """What was measured, a line each, then the gates."""
+    """What was measured, a line each, then the gates, then whether any of it can be believed."""
+    from quantpress.eval.measure.baselines import doubt
+
     for line in _figures(results):
         show(line)
     for note in results.notes:
         say(f"note: not measured: {note}")
     for check in results.gates.checks:
-        show(f"gate {_VERDICTS[check.verdict]}   {check.name} {check.reason}")
+        show(f"gate {_VERDICTS[check.verdict]}   {check.reason}")
     if results.gates.verdict == "INCONCLUSIVE":
-        how = "which gates.strict fails" if results.gates.strict else "which does not fail without gates.strict"
-        say(f"note: a gate is inconclusive, {how}")
+        how = "gates.strict: false lets it pass" if results.gates.strict else "which gates.strict: false lets pass"
+        say(f"note: a gate is too close to call (exit code {results.gates.exit_code}); {how}")
+    if (wrong := doubt(results)) is not None:
+        err_console.print(f"\n[bold red]WARNING[/] {escape(wrong)}\n", soft_wrap=True)
 
 
 def _figures(results: "Results") -> Iterator[str]:

@@ -67,7 +67,7 @@ def run(
     if release.serving is not None and release.serving.verdict == "FAILED":
         raise typer.Exit(1)
     if release.results is not None and release.results.gates.missed:
-        raise typer.Exit(3)
+        raise typer.Exit(release.results.gates.exit_code)
 
 
 def _print_release(release: "Release") -> None:
@@ -122,8 +122,9 @@ def sweep(
     elif done.report is not None:
         show(f"report: {done.report}")
     statuses = {one.status for one in done.outcomes}
-    if statuses & {"failed", "gate"}:
-        raise typer.Exit(1 if "failed" in statuses else 3)
+    for status, code in (("failed", 1), ("gate", 3), ("unclear", 4)):
+        if status in statuses:
+            raise typer.Exit(code)
 
 
 def _print_start(task: "SweepRun") -> None:
@@ -131,7 +132,8 @@ def _print_start(task: "SweepRun") -> None:
 
 
 def _print_outcome(outcome: "RunOutcome") -> None:
-    said = {"done": "done", "gate": "done, and a gate was missed", "failed": "FAILED"}[outcome.status]
+    said = {"done": "done", "gate": "done, and a gate was missed", "unclear": "done, and a gate is too close to call",
+            "failed": "FAILED"}[outcome.status]  # fmt: skip
     said += " (finished before, not run again)" if outcome.reused else ""
     reason = f": {outcome.reason}" if outcome.reason else ""
     say(f"{outcome.name}: {said}{reason}")

@@ -4,7 +4,17 @@ import fnmatch
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)
 
 
 class Strict(BaseModel):
@@ -29,10 +39,36 @@ def first_problem(error: ValidationError) -> str:
 
 
 def _fraction(value: Any) -> Any:
-    """'3%' is 0.03; a bare number is the fraction itself."""
+    """'3%' is 0.03; a bare number is the fraction itself, and above 1 is taken for a forgotten sign."""
     if isinstance(value, str) and value.strip().endswith("%"):
         return float(value.strip()[:-1]) / 100
+    if isinstance(value, int | float | str) and not isinstance(value, bool) and _number(value) > 1:
+        raise ValueError(
+            f"{value} is {_number(value):.0%}; write {value}% for {value} percent, or {_number(value):.0%}"
+        )
     return value
+
+
+def _number(value: float | str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
+def _bytes(value: Any) -> Any:
+    """'4GB' is 4 * 10**9, '24GiB' is 24 * 2**30; a number is bytes."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError(f"{value!r} is no size; write 6000000000, 4GB or 24GiB") from None
+
+
+def _above_one(value: float) -> float | str:
+    """As it can be read again."""
+    return f"{100 * value:.12g}%" if value > 1 else value
 
 
 def named(value: Any) -> Any:
@@ -52,7 +88,13 @@ def _pattern(value: str) -> str:
 
 
 Lax = Field(strict=False)
-Fraction = Annotated[float, Lax, BeforeValidator(_fraction, json_schema_input_type=float | str)]
+Fraction = Annotated[
+    float,
+    Lax,
+    BeforeValidator(_fraction, json_schema_input_type=float | str),
+    PlainSerializer(_above_one, when_used="json"),
+]
+Bytes = Annotated[int, Lax, BeforeValidator(_bytes, json_schema_input_type=int | str)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from ..artifact.artifact import verify
+from ..artifact.artifact import open_original, verify
 from ..artifact.manifest import ForwardCheck, MachineRecord, Manifest, Timing
-from ..calibrate.texts import load_documents
+from ..calibrate.bos import try_bos
+from ..calibrate.texts import Documents, load_documents
 from ..calibrate.tokens import (
     Tokens,
     calibration_tokens,
@@ -26,6 +27,7 @@ from ..core.errors import BadInput
 from ..core.plugins import packages
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.vetting import vetting
+from ..recipe import Calibration
 from . import sharing
 from .blocks import Trained, run_blocks, train_end_to_end
 from .description import describe
@@ -175,11 +177,24 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
         if wanted.source == "self":
             return generated_tokens(job.source.path, tokenizer, wanted, _writes_on(job))
         text = load_documents(wanted, cache=settings.cache, role="calibration")
-        return calibration_tokens(tokenizer, text.documents, text.source, wanted)
+        return calibration_tokens(tokenizer, text.documents, text.source, _with_bos(job, tokenizer, text, settings))
 
     tokens = sharing.tokens(settings.share, job, make)
     check_ids(tokens.ids, job.skeleton.vocabulary, tokens.source)
     return tokens
+
+
+def _with_bos(job: Job, tokenizer: Any, text: Documents, settings: Settings) -> Calibration:
+    """The calibration with `bos: auto` decided."""
+    wanted, folder = job.recipe.calibration, job.source.path
+    if wanted.chat_template:
+        return wanted
+    start, device = "\n\n".join(text.documents[:20]), job.skeleton.device
+    found = try_bos(folder, lambda: open_original(folder, device)[1], tokenizer, start, wanted.bos, settings.cache)
+    if found is None or found.bos == wanted.bos:
+        return wanted
+    settings.on_note(f"calibration with a BOS token (bos: auto): {found}")
+    return wanted.model_copy(update={"bos": found.bos})
 
 
 def _writes_on(job: Job) -> torch.device:

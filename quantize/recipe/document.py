@@ -99,7 +99,10 @@ class Recipe(Strict):
     )
     gguf: Gguf | None = Field(None, description="settings of format gguf; default: a Q4_K_M file")
     evaluation: Evaluation | None = Field(Evaluation(), description="what is measured; null: nothing, and no report")
-    gates: Gates = Field(Gates(), description="limits on what was measured; a run that misses one exits with code 3")
+    gates: Gates = Field(
+        Gates(),
+        description="limits on what was measured; exit code 3 where one is missed, 4 where it is too close to call",
+    )
     smoke: Smoke | None = Field(None, description="smoke test of the artifact on a real server, at the end; null: none")
 
     @field_validator("method", mode="before", json_schema_input_type=Method | str)

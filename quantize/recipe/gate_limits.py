@@ -2,15 +2,15 @@
 
 from pydantic import Field
 
-from ..core.schema import Fraction, Strict
+from ..core.schema import Bytes, Fraction, Strict
 from .evaluation import Evaluation
 
 
 class Gates(Strict):
-    """Limits that fail the run with exit code 3.
+    """Limits that fail the run.
 
-    Each is judged by the 95 % interval of what was measured: REGRESSION when all of it is beyond the limit, ACCEPT when
-    all of it is within, INCONCLUSIVE when it contains the limit.
+    Each is judged by the 95 % interval of what was measured: REGRESSION (exit code 3) when all of it is beyond the
+    limit, ACCEPT when all of it is within, INCONCLUSIVE (exit code 4) when it contains the limit.
     """
 
     max_perplexity_increase: Fraction | None = Field(None, ge=0, description="over the original: 3% or 0.03")
@@ -21,7 +21,7 @@ class Gates(Strict):
         None, ge=0, strict=False, description="99th percentile of that divergence, nats a token"
     )
     min_top1_agreement: Fraction | None = Field(None, ge=0, le=1, description="98% or 0.98")
-    max_bytes: int | None = Field(None, ge=1, description="weights on disk")
+    max_bytes: Bytes | None = Field(None, ge=1, description="weights on disk: a number, 4GB or 24GiB")
     min_recovery: dict[str, Fraction] = Field(
         {},
         description="by task: the share of the original's score that its worst metric keeps, 99% or 0.99",
@@ -32,9 +32,7 @@ class Gates(Strict):
         strict=False,
         description="in decoding, at the first batch and context of evaluation.efficiency.timing",
     )
-    strict: bool = Field(
-        False, description="true: INCONCLUSIVE fails, too; false: it is reported and the exit code is 0"
-    )
+    strict: bool = Field(True, description="false: INCONCLUSIVE is only reported, and the exit code is 0")
 
     def limits(self) -> dict[str, float]:
         """The limits that are set, by name; those of tasks as min_recovery.<task>."""

@@ -22,7 +22,11 @@ class Text(Strict):
     split: str = Field("train", description="dataset split")
     revision: str | None = Field(None, description="dataset commit, tag or branch")
     column: str = Field("text", description="the field of a JSONL line or dataset row that holds the text")
-    bos: Bos = Field("auto", description="BOS token before each sequence; auto: as the tokenizer does")
+    bos: Bos = Field(
+        "auto",
+        description="BOS token before each sequence; auto: as the tokenizer does, and where it adds none, also if the "
+        "model plainly predicts one window of the text better after it",
+    )
 
     @model_validator(mode="after")
     def _dataset_keys_need_a_dataset(self) -> Self:

@@ -225,9 +225,14 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     before = results.read_text()
     write_json(results, fake_results(18.4, "REGRESSION"))
     try:
-        with pytest.raises(BadInput, match="missed its gates"):
+        with pytest.raises(BadInput, match="did not pass its gates"):
             prepare_upload(made, "org/name", private=True)
         assert prepare_upload(made, "org/name", private=True, although_missed=True).files
+        guessing = fake_results(18.4, "ACCEPT")
+        guessing["text"] |= {"vocabulary": 10, "bos": False}
+        write_json(results, guessing)
+        with pytest.raises(BadInput, match="the original itself predicts the text worse than a uniform guess"):
+            prepare_upload(made, "org/name", private=True, although_missed=True)
     finally:
         results.write_text(before)
     what = prepare_upload(made, "org/name", private=True)

@@ -8,8 +8,10 @@ import pytest
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
-from quantpress.eval.measure.results import KvCache, Results, TaskResult
-from quantpress.eval.release.recommend import Wish, cache_bytes, perplexity_recovery, recommend, task_recovery
+from quantpress.eval.measure.results import KvCache, TaskResult
+from quantpress.eval.release.recommend import Wish, cache_bytes, recommend
+from quantpress.eval.report.measured_run import open_run
+from quantpress.eval.report.standing import one_metric, perplexity_recovery, task_recovery
 
 from ..report.test_report import fake_manifest, fake_results, write_run
 
@@ -59,9 +61,8 @@ def test_the_best_quality_that_fits(tmp_path: Path) -> None:
     assert found.choice is not None
     assert found.choice.run.label == "int8"
     assert found.choice.needs == 8_000_000_000 + 2 * 1024 * (1 << 20)  # 10.15 GB and 1 GiB, below 17.18 GB
-    assert dict(found.others)["int4"] == "qualifies, with less quality: recovery 95.2 % (94.3 to 96.2 %)".replace(
-        " %", "\u00a0%"
-    )
+    said = "qualifies, and is further from the original: KL 0.0634 (0.0603 to 0.0665) against 0.0129 (0.0123 to 0.0136)"
+    assert dict(found.others)["int4"] == said.replace("against", "against KL")
 
 
 def test_memory_that_is_one_byte_short_does_not_fit(tmp_path: Path) -> None:
@@ -81,38 +82,68 @@ def test_a_floor_a_preference_and_nothing(tmp_path: Path) -> None:
     assert smallest.run.label == "int4"
     fastest = recommend([folder], wish(prefer="fastest")).choice
     assert fastest is not None
-    assert fastest.run.label == "int2"
+    assert fastest.run.label == "int4"  # int2 is faster, and not fine
+    found = recommend([folder], wish(prefer="fastest", min_recovery="50%")).choice
+    assert found is not None
+    assert found.run.label == "int2"
     none = recommend([folder], wish(min_recovery="99.9%"))
     assert none.choice is None
-    assert all("is below" in reason for _, reason in none.others)
+    reasons = dict(none.others)
+    assert "is below 99.9 %" in reasons["int4"]
+    assert "too close to 99.9 % to call" in reasons["int8"]  # 99.0 % (98.0 to 100 %)
 
 
-def test_a_floor_inside_the_interval_is_said(tmp_path: Path) -> None:
-    found = recommend([runs(tmp_path)], wish(min_recovery="98.9%"))
-    assert found.choice is not None
-    assert found.choice.run.label == "int8"
-    assert any("measure more" in line for line in found.why)
+def test_a_floor_is_held_against_the_safe_end_of_the_interval(tmp_path: Path) -> None:
+    folder = runs(tmp_path)
+    found = recommend([folder], wish(min_recovery="98.9%"))  # int8: 99.0 % (98.0 to 100 %)
+    assert found.choice is None
+    assert dict(found.others)["int8"] == "recovery 99.0 % (98.0 to 100 %) is too close to 98.9 % to call: measure more"
+    sure = recommend([folder], wish(min_recovery="98%"))
+    assert sure.choice is not None
+    assert sure.choice.run.label == "int8"
 
 
-def test_tasks_in_common_come_before_perplexity(tmp_path: Path) -> None:
-    found = recommend([runs(tmp_path, tasks=True)], wish())
+def test_tasks_in_common_measure_the_recovery_and_say_how_many_questions_are_needed(tmp_path: Path) -> None:
+    folder = runs(tmp_path, tasks=True)
+    found = recommend([folder], wish(min_recovery="95%"))
     assert found.choice is not None
     assert found.choice.recovery.value == pytest.approx(1.0)
     assert any("mean score of arc, piqa" in line for line in found.why)
+    short = dict(recommend([folder], wish(min_recovery="98%")).others)
+    assert short["int8"].endswith("to call: about 300 questions would settle it, 200 were asked")
+
+
+def test_noise_is_never_less_quality(tmp_path: Path) -> None:
+    folder = runs(tmp_path)
+    path = folder / "int4" / "eval" / "results.json"
+    document = json.loads(path.read_text())
+    document["divergence"] |= {"kl_mean": 0.0135, "kl_stderr": 0.001}  # int8 has 0.0129 ± 0.0003
+    path.write_text(json.dumps(document))
+    found = recommend([folder], wish())
+    assert found.choice is not None
+    assert found.choice.run.label == "int8"  # the lower KL decides
+    assert "is as close to the original within the noise" in dict(found.others)["int4"]
+
+
+def test_the_smallest_that_is_fine_comes_before_a_smaller_one_that_is_not(tmp_path: Path) -> None:
+    found = recommend([runs(tmp_path)], wish(prefer="smallest"))
+    assert found.choice is not None
+    assert found.choice.run.label == "int4"
+    assert dict(found.others)["int2"].startswith("qualifies, but look closer: KL 0.611")
 
 
 def test_recovery_of_tasks_by_hand() -> None:
     rows = [task("arc", 0.5, 0.4), task("arc", 0.6, 0.57, "acc_norm"), task("piqa", 0.8, 0.76)]
-    found = task_recovery([TaskResult.model_validate(row) for row in rows])
+    found = task_recovery(one_metric(TaskResult.model_validate(row) for row in rows))
     assert found.value == pytest.approx((0.57 + 0.76) / (0.6 + 0.8))
     assert found.interval == pytest.approx(
         (found.value - 1.96 * (2e-4) ** 0.5 / 1.4, found.value + 1.96 * (2e-4) ** 0.5 / 1.4)
     )
 
 
-def test_a_broken_model_recovers_nothing() -> None:
-    broken = Results.model_validate(fake_results() | {"perplexity_increase": None})
-    assert perplexity_recovery(broken).value == 0
+def test_a_broken_model_recovers_nothing(tmp_path: Path) -> None:
+    broken = fake_results() | {"perplexity_increase": None}
+    assert perplexity_recovery(open_run(write_run(tmp_path / "run", fake_manifest(), broken))).value == 0
 
 
 def test_a_windowed_cache_stops_growing() -> None:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from quantpress.cli.app import app
 from quantpress.core.errors import BadInput
-from quantpress.eval.release.sweep import STATE, RunOutcome, SweepRun, in_turn, over_ray, plan_runs, run_all
+from quantpress.eval.release.sweep import RunOutcome, SweepRun, in_turn, over_ray, plan_runs, run_all
+from quantpress.eval.report.measured_run import SWEEP_STATE
 from quantpress.eval.report.page import write_sweep
 from quantpress.recipe.loading import parse
 
@@ -90,7 +91,7 @@ def test_a_finished_run_of_something_else_does_not_count(tmp_path: Path, change:
 def test_what_was_done_is_on_record_after_each_run(tmp_path: Path) -> None:
     out, seen = tmp_path / "s", []
     run_all(tasks(out, "fine", "strict"), out, in_turn(),
-          lambda one: seen.append(len(json.loads((out / STATE).read_text())["runs"])))  # fmt: skip
+          lambda one: seen.append(len(json.loads((out / SWEEP_STATE).read_text())["runs"])))  # fmt: skip
     assert seen == [1, 2]
 
 

@@ -10,7 +10,7 @@ import pytest
 from quantpress.eval.report.figures import divergence_axis, png, svg
 from quantpress.eval.report.measured_run import open_run
 from quantpress.eval.report.page import _environment
-from quantpress.eval.report.tradeoff import Point, tradeoff
+from quantpress.eval.report.tradeoff import Axes, Point, tradeoff
 
 from .test_report import fake_manifest, write_run
 from .test_sections import full_results
@@ -19,9 +19,9 @@ _SVG = "{http://www.w3.org/2000/svg}"
 
 
 def drawing(*labels: str, caption: str = "") -> str:
-    points = [Point("original", 269e6, 17.05, 0.3, original=True)]
-    points += [Point(label, 100e6 + i, 18.0 + i, 0.3) for i, label in enumerate(labels)]
-    plot = tradeoff(points, (820, 400), lambda p: p.label)
+    points = [Point("original", 269e6, 17.05, role="original")]
+    points += [Point(label, 100e6 + i, 18.0 + i, (17.8 + i, 18.2 + i)) for i, label in enumerate(labels)]
+    plot = tradeoff(points, (820, 400), Axes("Perplexity"), lambda p: p.label)
     return svg(_environment(), "tradeoff", caption, plot=plot, heading="Size against quality")
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from quantpress.eval.measure.formatting import change, number, points, seconds, share, size, small
-from quantpress.eval.report.measured_run import gate_name, gate_value
+from quantpress.eval.measure.gates import limit_name, show_limit
 from quantpress.eval.report.page_text import program, sentence, without_defaults
 from quantpress.recipe import loading as recipes
 
@@ -18,11 +18,11 @@ from quantpress.recipe import loading as recipes
         (share(0.942), "94.2 %"), (share(0.99944), "99.94 %"),
         (share(1.132), "113 %"), (points(-0.0412), "−4.1"), (points(0.03), "+3.0"),
         (sentence(program("vllm")), "vLLM"), (sentence(program("url")), "A running server"),
-        (gate_name("min_recovery.arc_easy"), "recovery of arc_easy"), (gate_name("max_kl"), "mean KL divergence"),
+        (limit_name("min_recovery.arc_easy"), "recovery of arc_easy"), (limit_name("max_kl"), "KL"),
         (share(1.0), "100 %"), (share(0.99999), "99.99 %"),
         (share(0.0083), "0.830 %"), (share(0.0), "0.00 %"), (small(0.03127), "0.0313"),
         (seconds(95.2), "95 s"), (seconds(600), "10.0 min"), (seconds(9000), "2.5 h"),
-        (gate_value(1e8, "max_bytes"), "100 MB"), (gate_value(0.05, "max_kl"), "0.0500"),
+        (show_limit(1e8, "max_bytes"), "100 MB"), (show_limit(0.05, "max_kl"), "0.0500"),
     ],
 )  # fmt: skip
 def test_numbers_read_well(said: str, expected: str) -> None:

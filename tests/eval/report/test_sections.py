@@ -13,14 +13,14 @@ import pytest
 from quantpress.core.files import write_json
 from quantpress.eval.measure.results import TaskResult
 from quantpress.eval.report.figures import recovery_axis
-from quantpress.eval.report.page import FailedRun, write_comparison, write_report, write_sweep
+from quantpress.eval.report.measured_run import LeftOut
+from quantpress.eval.report.page import write_comparison, write_report, write_sweep
 from quantpress.eval.report.page_text import squeezed
-from quantpress.eval.report.tradeoff import Point, pareto, tradeoff
+from quantpress.eval.report.tradeoff import Axes, Point, pareto, tradeoff
 
 from ..release.test_recommend import SERVING, task
-from .test_report import BROWSER, CHILDLESS, Page, fake_manifest, fake_results, in_browser, write_run
+from .test_report import BROWSER, Page, fake_manifest, fake_results, in_browser, write_run
 
-CHILDLESS.add("input")
 SECTIONS = ("Tasks", "Where the divergence is", "The same prompts continued", "Memory and speed", "Served by vLLM")
 
 
@@ -101,7 +101,7 @@ def test_the_first_token_that_differs_is_marked(full: Path) -> None:
 
 def test_every_chart_is_there_as_png_and_as_svg(full: Path) -> None:
     names = sorted(file.stem for file in full.glob("*.png"))
-    assert names == ["divergence", "layers", "tasks", "tradeoff"]
+    assert names == ["divergence", "layers", "perplexity", "recovery", "tasks", "tradeoff"]
     for name in names:
         root = ElementTree.parse(full / f"{name}.svg").getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -114,11 +114,11 @@ def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
                                          ("beaten", 120_000_000, 18.5, 40.0)):  # fmt: skip
         folders.append(write_run(tmp_path / name, fake_manifest(name, size=size, blocks=2), full_results(perplexity)))
         write_json(folders[-1] / "eval" / "serving.json", SERVING | {"tokens_per_second": {"1": rate}})
-    failed = [FailedRun("odd", "group_size 96 <does not divide>")]
+    failed = [LeftOut("odd", "group_size 96 <does not divide>")]
     page = write_sweep(tmp_path, folders, failed)
     assert page is not None
     text = words(page.parent)
-    assert "Recipes that failed (1)" in text
+    assert "Left out (1)" in text
     assert "group_size 96 <does not divide>" in text
     assert "Tokens per second from a server" in text
     assert (page.parent / "speed.svg").is_file()
@@ -133,10 +133,11 @@ def test_a_sweep_shows_both_axes_and_what_failed(tmp_path: Path) -> None:
 
 
 def test_of_a_rate_more_is_better() -> None:
-    points = [Point("original", 30, 17.0, 0.1, original=True), Point("fast", 60, 19.0, 0.1),
-              Point("beaten", 40, 18.5, 0.1), Point("even", 45, 18.0, 0.1)]  # fmt: skip
-    assert [points[i].label for i in pareto(points, rate=True)] == ["fast", "even", "original"]
-    plot = tradeoff(points, (900, 400), lambda point: point.label, rate=True)
+    points = [Point("original", 30, 17.0, role="original"), Point("fast", 60, 19.0),
+              Point("beaten", 40, 18.5, None, "dominated"), Point("even", 45, 18.0)]  # fmt: skip
+    axes = Axes("Perplexity", "Tokens per second", rate=True)
+    assert [points[i].label for i in pareto(points, axes)] == ["fast", "even", "original"]
+    plot = tradeoff(points, (900, 400), axes, lambda point: point.label)
     assert {mark.title: mark.role for mark in plot.marks}["beaten"] == "dominated"
     xs = {mark.title: mark.x for mark in plot.marks}
     assert xs["original"] < xs["beaten"] < xs["even"] < xs["fast"]
@@ -194,7 +195,7 @@ def test_of_runs_with_gates_the_smallest_that_passes_comes_first(tmp_path: Path)
         runs.append(write_run(tmp_path / name, fake_manifest(name, size=int(size), blocks=2), results))
     page = write_comparison(runs, tmp_path / "out")
     text = words(page.parent)
-    assert "The smallest that passes its gates: small, 2.4× smaller weights" in text
+    assert "The smallest that passes its gates: small, 2.4× smaller, KL" in text
     assert "2 of the 3 with gates pass them all." in text
     assert page.read_text(encoding="utf-8").count('aria-label="Tasks') == 1  # one table for all the runs
     text = words(write_comparison([runs[0], write_again(runs[0], tmp_path / "twin")], tmp_path / "none").parent)
