@@ -191,7 +191,7 @@ def test_what_fails_along_the_way_is_noted_and_the_rest_measured(place: Path, mo
     )  # fmt: skip
     assert results.notes == ("continuations: no room", "timing: no room")
     assert results.divergence is not None
-    assert [check.reason for check in results.gates.checks] == ["it was not measured"]
+    assert [check.reason for check in results.gates.checks] == ["tokens per second was not measured"]
     assert [one.complete for one in saved] == [False] * (len(saved) - 1) + [True]
 
 
