@@ -196,7 +196,8 @@ def test_the_machine_is_told_the_stages(project: Project) -> None:
 
 
 def test_json_has_numbers_and_paths(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantpress.eval.report.standing.doubt", lambda results: None)  # of random weights
+    monkeypatch.setattr("quantpress.eval.report.standing.doubt", lambda results: None)  # random weights only guess
+    monkeypatch.setattr("quantpress.eval.report.standing.below", lambda perplexity, text: None)
     project.run()
     recipe, out = str(project.folder / "recipe.yaml"), str(project.out)
 
