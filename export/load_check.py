@@ -20,9 +20,12 @@ from .servers import launchers
 from .servers.loader import CannotAsk, ParserQuestion
 from .servers.served_model import ServedModel
 from .servers.target_settings import ServerSettings
-from .serving import Options, ServerFailed, installed, serve
-from .serving.process import ServerTooSlow
-from .serving.starting import interpreter
+from .serving.against_reference import hold
+from .serving.client import Client
+from .serving.process import ServerFailed, ServerTooSlow
+from .serving.record import Check
+from .serving.reference import find_reference, read_reference
+from .serving.starting import Options, Running, installed, interpreter, serve
 
 Way = Literal["server", "parser", "contract"]
 _PARSER_SECONDS = 600
@@ -99,12 +102,24 @@ def _by_server(
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with serve(launcher, gguf[0] if gguf else folder, Path(scratch) / "log", options, tell) as running:
-                return f"the real server ({running.version}), healthy after {running.load_seconds or 0:.0f} s", ""
+                by = f"the real server ({running.version}), healthy after {running.load_seconds or 0:.0f} s"
+                return by, _unlike_the_evaluated(folder, running, length)
         except ServerTooSlow:
             late = f"{launcher.name} was not healthy within {options.deadline_s:.0f} s, which is no answer"
             raise CannotAsk(late) from None
         except ServerFailed as error:
             return f"the real server ({installed(launcher, python)})", str(error)
+
+
+def _unlike_the_evaluated(folder: Path, running: Running, context: int) -> str:
+    """How the served model differs from what the run evaluated; "" where it does not, or there is no reference."""
+    file = find_reference(folder)
+    if file is None:
+        return ""
+    checks: list[Check] = []
+    with Client(running.url, running.model) as client:
+        hold(client, read_reference(file), context, running.lacks, checks.append)
+    return "; ".join(f"{check.name}: {check.reason}" for check in checks if check.status == "fail")
 
 
 def _by_parser(

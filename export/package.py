@@ -29,6 +29,8 @@ from .servers.loader import notes as loader_notes
 from .servers.resources import Resources, of_target
 from .servers.served_model import ServedModel
 from .servers.target_settings import Drafting, ServerSettings
+from .serving.reference import FILE as REFERENCE
+from .serving.reference import read_reference
 from .verifying.listing import SUMS, check_unlisted
 
 LOOPBACK = "127.0.0.1"
@@ -79,6 +81,7 @@ def export(
         if isinstance(target, Drafting) and target.draft_for is not None:
             notes += speculation.notes(run, target.draft_for, target.draft_tokens, accepted)
             record["draft"] = speculation.facts(accepted, target.draft_tokens)
+        notes += _pack_reference(run, artifact, new)
         _write(new, deployment, host, notes)
         write_json(new / EXPORT_RECORD, record)
         _sums(new, {} if to is not None else _known(run, artifact, source))
@@ -181,6 +184,19 @@ def link_or_copy(file: Path, there: Path) -> None:
         os.link(file, there)
     except OSError:
         shutil.copy2(file, there)
+
+
+def _pack_reference(run: Path, artifact: Path, folder: Path) -> list[str]:
+    """Copy the reference that the evaluation made of this artifact into the export; returns notes for the README."""
+    file, manifest = run / "eval" / REFERENCE, own_manifest(artifact)
+    if not file.is_file():
+        return []
+    made_of = read_reference(file).artifact
+    if made_of is not None and (manifest is None or made_of != manifest.artifact.digest):
+        return [f"{REFERENCE} is left out: the run was made anew after its evaluation."]
+    shutil.copy2(file, folder / REFERENCE)
+    return [f"`quantpress check http://127.0.0.1:PORT --reference {REFERENCE}` holds the running server to what the "
+            "original and this artifact answered when it was evaluated."]  # fmt: skip
 
 
 def _write(folder: Path, deployment: Deployment, host: str, notes: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ from quantpress.exports.load_check import LoadAnswer, Way, will_load
 from quantpress.exports.package import LOOPBACK, Exported, find_artifact
 from quantpress.exports.package import check as check_export
 from quantpress.exports.package import export as export_target
-from quantpress.exports.serving import Serving
+from quantpress.exports.serving.record import Serving
 from quantpress.exports.verify import artifact_in
 from quantpress.exports.verify import verify as verify_files
 

@@ -18,6 +18,7 @@ from quantpress.calibrate.tokens import bos_id, check_ids, open_tokenizer
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import fingerprint, remembered
+from quantpress.exports.serving.reference import Reference
 from quantpress.models.checkpoint import read_json
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation, Gates
@@ -31,6 +32,7 @@ from .generations import side_by_side
 from .likelihood import Room, Scorer
 from .reference import reference
 from .results import Efficiency, Results, Subject
+from .served_reference import PASSES, Models, make_reference
 from .speed import time_model
 from .task_scores import Tasks, TaskScores, compare_tasks, kept
 
@@ -56,11 +58,12 @@ class Watch:
     """Callbacks of an evaluation.
 
     step(section, done, total): progress; total is 0 where it is not known. save(results): after each section, with
-    `complete` false until the last.
+    `complete` false until the last. keep(reference): what servers of the artifact are held against; None: not made.
     """
 
     step: Callable[[str, int, int], None] = lambda section, done, total: None
     save: Callable[[Results], None] = lambda results: None
+    keep: Callable[[Reference], None] | None = None
 
 
 def positions_of(model: Path) -> int | None:
@@ -149,6 +152,7 @@ class _Evaluation:
         self._add(subject=subject)
         self._text(reader, quantized)
         self._capacity(reader, quantized)
+        self._reference(artifact, quantized)
         self._tasks(lambda: Scorer(self._open(artifact), self._prepared.tokenizer, self._steps("tasks")))
         self._generations(artifact)
         self._timing(artifact)
@@ -211,6 +215,13 @@ class _Evaluation:
                 fits=capacity.fits(wanted.gpus, reader.total_bytes, held),
             )
         )
+
+    def _reference(self, artifact: Path, quantized: Skeleton) -> None:
+        if self._watch.keep is None:
+            return
+        models = Models(self._folder, artifact, quantized.dtype, self._prepared.tokenizer, self._prepared.cache)
+        on_block = self._blocks(PASSES * quantized.n_blocks, "reference")
+        self._watch.keep(make_reference(models, self._results, on_block))
 
     def _tasks(self, answers: Callable[[], Any], room: Room | None = None) -> None:
         """room: that of the artifact, where it has less than the original."""
@@ -296,14 +307,14 @@ class _Evaluation:
     def _steps(self, section: str) -> Callable[[int, int], None]:
         return lambda done, total: self._watch.step(section, done, total)
 
-    def _blocks(self, total: int) -> Callable[[], None]:
-        """A callback that counts the blocks of the section `text`."""
+    def _blocks(self, total: int, section: str = "text, both models") -> Callable[[], None]:
+        """A callback that counts the blocks of a section."""
         done = 0
 
         def on_block() -> None:
             nonlocal done
             done += 1
-            self._watch.step("text, both models", done, total)
+            self._watch.step(section, done, total)
 
         return on_block
 

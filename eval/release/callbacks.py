@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quantpress.exports.serving import Check
+    from quantpress.exports.serving.record import Check
 
 
 def _default_cache() -> Path:

@@ -1,7 +1,6 @@
 """A whole release in one run folder: every stage of a recipe, and again only those whose inputs have changed."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +13,9 @@ from quantpress.core.files import file_sha256, write_json
 from quantpress.core.notebook import table
 from quantpress.exports.package import export
 from quantpress.exports.servers.target_settings import Drafting
-from quantpress.exports.serving import Serving
-from quantpress.exports.serving import read as read_serving
+from quantpress.exports.serving.record import Serving
+from quantpress.exports.serving.record import read as read_serving
+from quantpress.exports.serving.reference import FILE as REFERENCE
 from quantpress.exports.verify import structure
 from quantpress.recipe import Recipe, Target
 
@@ -74,10 +74,10 @@ def make_release(recipe: Recipe, out: Path, options: Options, callbacks: Callbac
     check_server(recipe)
     make_artifact(recipe, out, options, callbacks)
     stages = _Stages(recipe, out, options, callbacks)
-    for target in recipe.targets:
-        stages.export(target)
     stages.verify()
     results = None if inputs is None else stages.evaluate(inputs)
+    for target in recipe.targets:  # with the reference that the evaluation made
+        stages.export(target)
     serving = stages.smoke()
     report, card = (None, None) if results is None else (write_report(out), write_card(out))
     done = {name: stage.summary for name, stage in read_manifest(out).stages.items()}
@@ -101,8 +101,7 @@ class _Stages:
     def _artifact(self) -> dict[str, str]:
         """What every stage depends on: the artifact's bytes, and the version of quantpress that reads them."""
         manifest = read_manifest(self.out)
-        digest = hashlib.sha256(json.dumps(manifest.artifact.files, sort_keys=True).encode()).hexdigest()
-        return {"artifact": digest, "quantpress": manifest.quantpress or ""}
+        return {"artifact": manifest.artifact.digest, "quantpress": manifest.quantpress or ""}
 
     def export(self, target: Target) -> None:
         def work() -> dict[str, Any]:
@@ -110,6 +109,9 @@ class _Stages:
             return {"folder": f"export/{target.name}", "format": made.format, "converted_from": made.converted_from}
 
         inputs = self._artifact | {"target": target.model_dump(mode="json")}
+        reference = self.out / "eval" / REFERENCE
+        if reference.is_file():
+            inputs["reference"] = file_sha256(reference)
         drafted = self.out / "eval" / "draft.json"
         if isinstance(target, Drafting) and target.draft_for is not None and drafted.is_file():
             inputs["draft"] = file_sha256(drafted)
@@ -137,7 +139,7 @@ class _Stages:
         tasks = None if prepared.tasks is None else hashlib.sha256(prepared.tasks.identity().encode()).hexdigest()
         text = prepared.text.tokens.sha256
         inputs = self._artifact | {"evaluation": wanted, "text": text, "tasks and their data": tasks}
-        self._ledger.run(ReleaseStage("eval", inputs, ("eval/results.json",), work))
+        self._ledger.run(ReleaseStage("eval", inputs, ("eval/results.json", f"eval/{REFERENCE}"), work))
         results = read_results(self.out)
         judged = results.model_copy(update={"gates": judge(self.recipe.gates, results)})
         if judged != results:

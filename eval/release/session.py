@@ -15,6 +15,7 @@ from quantpress.core.files import write_json
 from quantpress.engine.pipeline import Job, Settings, prepare, quantize
 from quantpress.engine.sources import Source, headers, resolve, resolve_config
 from quantpress.exports.contracts import check_job
+from quantpress.exports.serving.reference import FILE as REFERENCE
 from quantpress.recipe import Recipe, Target
 from quantpress.recipe.loading import apply_override, parse_target
 
@@ -107,14 +108,18 @@ def measure_run(recipe: Recipe, out: Path, inputs: Prepared, options: Options, c
 
 
 def saved(out: Path, name: str, callbacks: Callbacks) -> Watch:
-    """Follows an evaluation and writes `out`/eval/results.json and junit.xml section by section."""
+    """Follows an evaluation and writes `out`/eval/results.json and junit.xml section by section, and reference.json."""
 
     def save(results: Results) -> None:
         (out / "eval").mkdir(parents=True, exist_ok=True)
         write_json(out / "eval" / "results.json", results.document())
         write_junit(out / "eval" / "junit.xml", name, results)
 
-    return Watch(lambda section, done, total: callbacks.on_step(f"evaluating {section}", done, total, ""), save)
+    return Watch(
+        lambda section, done, total: callbacks.on_step(f"evaluating {section}", done, total, ""),
+        save,
+        lambda reference: reference.write(out / "eval" / REFERENCE),
+    )
 
 
 def choose_targets(

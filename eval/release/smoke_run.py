@@ -1,5 +1,6 @@
 """The smoke test of a run: which artifact is served, by which server, with which settings."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,15 @@ from typing import Any
 from quantpress.artifact.manifest import MANIFEST, own_manifest
 from quantpress.core.errors import BadInput
 from quantpress.exports.servers import SERVERS, launchers
-from quantpress.exports.serving import Listener, Serving, composed, lacking
-from quantpress.exports.serving import Options as ServerOptions
-from quantpress.exports.serving import smoke as test_server
+from quantpress.exports.serving.containers import composed, lacking
+from quantpress.exports.serving.record import Check, Serving
+from quantpress.exports.serving.reference import find_reference, read_reference
+from quantpress.exports.serving.smoke_test import Listener
+from quantpress.exports.serving.smoke_test import smoke as test_server
+from quantpress.exports.serving.starting import Options as ServerOptions
 from quantpress.exports.serving.starting import interpreter
+from quantpress.exports.verify import artifact_in
+from quantpress.exports.verifying.listing import listing_of
 from quantpress.gguf.reader import gguf_files
 from quantpress.recipe import Recipe, Smoke
 from quantpress.recipe.loading import parse
@@ -39,13 +45,15 @@ class ServedArtifact:
     """What is tested, and how.
 
     artifact: a folder or a .gguf file. run: the run folder it lies in, if any.
-    exported: the export folder it lies in, if any; in_container: whether the server is started from that folder's
+    listed: the folder whose checksums are compared first, None where they were just written. exported: the export
+    folder it lies in, if any; in_container: whether the server is started from that folder's
     compose.yaml, in place of smoke.server.
     """
 
     artifact: Path
     smoke: Smoke
     run: Path | None = None
+    listed: Path | None = None
     exported: Path | None = None
     in_container: bool = False
 
@@ -59,7 +67,24 @@ def run_smoke(subject: ServedArtifact, out: Path, options: Options, callbacks: C
     )  # fmt: skip
     server = composed(exported) if exported is not None and subject.in_container else smoke.server
     listener = Listener(callbacks.on_line, callbacks.on_check)
-    return test_server(subject.artifact, server, out, settings, options.cache, listener)
+    file = find_reference(exported or subject.artifact)
+    reference = None if file is None else read_reference(file)
+    files = None if subject.listed is None else _files(subject.listed)
+    return test_server(subject.artifact, server, out, settings, options.cache, listener, reference, files)
+
+
+def _files(listed: Path) -> Check:
+    """Whether the files are those whose checksums were written down."""
+    started = time.perf_counter()
+    listing = listing_of(listed, artifact_in(listed))
+    count, wrong = len(listing.files), listing.problems()
+    seconds = time.perf_counter() - started
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
+        return Check(name="files", status="fail", reason=f"{wrong[0]}{more}", seconds=seconds)
+    if not count:
+        return Check(name="files", status="skip", reason="no checksums to compare with", seconds=seconds)
+    return Check(name="files", status="pass", reason=f"{count} files are as listed", seconds=seconds)
 
 
 def find_served(path: Path, changes: Mapping[str, Any]) -> ServedArtifact:
@@ -74,7 +99,9 @@ def find_served(path: Path, changes: Mapping[str, Any]) -> ServedArtifact:
     exported = path if (path / "export.json").is_file() else None
     artifact, run = _find_artifact(path)
     in_container = exported is not None and not {"server", "url"} & changes.keys()
-    return ServedArtifact(artifact, _settings(run, artifact, changes), run, exported, in_container)
+    folder = artifact if artifact.is_dir() else artifact.parent
+    listed = exported or (folder if artifact.is_dir() or (folder / MANIFEST).is_file() else None)
+    return ServedArtifact(artifact, _settings(run, artifact, changes), run, listed, exported, in_container)
 
 
 def served_file(folder: Path) -> Path:

@@ -1,14 +1,14 @@
 """The checks of a server. Each returns what it saw, or raises Failed or Skipped with the reason."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from quantpress.core.text import common_prefix
 
 from .agreement import prompt_ids, template_ids
-from .client import Answer, Client, Messages, Refused, ServerError, at_once
+from .client import Answer, Client, Messages, Refused, at_once
+from .outcome import Failed, Skipped, made
 from .record import Check
 from .starting import Running
 
@@ -30,14 +30,6 @@ _PORTS = 3  # listed one by one in a message
 _STREAMED_SHARE = 0.1  # of the answer's time that has to lie between its first and last chunk
 
 
-class Failed(Exception):
-    """The server fails the check."""
-
-
-class Skipped(Exception):
-    """The check does not apply."""
-
-
 @dataclass(frozen=True)
 class CheckedServer:
     """The server under test. tokenizer: the artifact's own; max_model_len: tokens of prompt and answer."""
@@ -56,22 +48,6 @@ def make(subject: CheckedServer, tell: Callable[[Check], None] = lambda check: N
         found.append(made(name, lambda check=check: check(subject), subject.running.lacks))  # type: ignore[misc]
         tell(found[-1])
     return found
-
-
-def made(name: str, check: Callable[[], str], lacks: Mapping[str, str]) -> Check:
-    """Make one check, timed."""
-    started = time.perf_counter()
-    status, reason = "skip", lacks.get(name, "")
-    if name not in lacks:
-        try:
-            status, reason = "pass", check()
-        except Skipped as why:
-            reason = str(why)
-        except (Failed, ServerError) as why:
-            status, reason = "fail", str(why)
-    return Check.model_validate(
-        {"name": name, "status": status, "reason": reason, "seconds": time.perf_counter() - started}
-    )
 
 
 def _models(on: CheckedServer) -> str:

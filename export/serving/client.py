@@ -54,6 +54,7 @@ class Answer:
     prompt_tokens: int | None
     completion_tokens: int | None
     choice: dict[str, Any] = field(repr=False)
+    prompt_ids: tuple[int, ...] | None = None  # the server's own, where it was asked for them and gives them
 
     def steps(self) -> list[Step]:
         """The generated tokens; empty when the server gives no log-probabilities or no token ids."""
@@ -160,9 +161,34 @@ class Client:
         body = self._body(max_tokens, more) | {"messages": list(messages)}
         return _answer(self._checked(lambda: self._http.post("/v1/chat/completions", json=body)))
 
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST of a server's own; Refused where it has no such path."""
+        return self._checked(lambda: self._http.post(path, json=body))
+
     def stream(self, prompt: Prompt, max_tokens: int, **more: Any) -> Stream:
         """POST /v1/completions with `stream`; raises ServerError when the stream breaks off or is not one."""
         body = self._body(max_tokens, more) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+        return self._streamed("/v1/completions", body)
+
+    def chat_stream(self, messages: Messages, max_tokens: int, **more: Any) -> Stream:
+        """POST /v1/chat/completions with `stream`, as `stream`."""
+        return self._streamed("/v1/chat/completions", self._body(max_tokens, more) | {"messages": list(messages)})
+
+    def leave(self, prompt: Prompt, max_tokens: int, **more: Any) -> bool:
+        """Start a streamed answer and close the connection after its first chunk; whether there was one."""
+        body = self._body(max_tokens, more) | {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+        self._check_patience()
+        try:
+            with connect_sse(self._http, "POST", "/v1/completions", json=body | {"stream": True}) as events:
+                if events.response.status_code != httpx.codes.OK:
+                    raise Refused(events.response.status_code, events.response.read().decode(errors="replace"))
+                return next(events.iter_sse(), None) is not None
+        except SSEError as error:
+            raise ServerError(f"not a stream of events: {error}") from error
+        except httpx.TransportError as error:
+            raise self._failure(error, "no first chunk") from error
+
+    def _streamed(self, path: str, body: dict[str, Any]) -> Stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         texts: list[str] = []
         times: list[float] = []
@@ -171,7 +197,7 @@ class Client:
         self._check_patience()
         started = time.perf_counter()
         try:
-            with connect_sse(self._http, "POST", "/v1/completions", json=body) as events:
+            with connect_sse(self._http, "POST", path, json=body) as events:
                 response = events.response
                 if response.status_code != httpx.codes.OK:
                     raise Refused(response.status_code, response.read().decode(errors="replace"))
@@ -186,8 +212,8 @@ class Client:
                     usage = chunk.get("usage") or usage
                     for choice in chunk.get("choices", []):
                         finish = choice.get("finish_reason") or finish
-                        if choice.get("text"):
-                            texts.append(choice["text"])
+                        if piece := choice.get("text") or (choice.get("delta") or {}).get("content"):
+                            texts.append(piece)
                             times.append(now)
         except SSEError as error:
             raise ServerError(f"not a stream of events: {error}") from error
@@ -255,18 +281,24 @@ def _answer(document: dict[str, Any]) -> Answer:
         raise ServerError(f"no `choices` in the answer: {str(document)[:_QUOTED]}")
     choice, usage = choices[0], document.get("usage") or {}
     text = choice["message"].get("content") if "message" in choice else choice.get("text")
+    ids = choice.get("prompt_token_ids") or document.get("prompt_token_ids")
     return Answer(
-        text or "", choice.get("finish_reason"), usage.get("prompt_tokens"), usage.get("completion_tokens"), choice
-    )
+        text or "", choice.get("finish_reason"), usage.get("prompt_tokens"), usage.get("completion_tokens"), choice,
+        tuple(ids) if isinstance(ids, list) else None,
+    )  # fmt: skip
 
 
 def _steps(found: dict[str, Any]) -> list[Step]:
-    """llama.cpp lists `content` with ids; vLLM gives parallel lists, with tokens as `token_id:7` on request."""
+    """llama.cpp lists `content` with ids, vLLM in chats with tokens as `token_id:7` on request, in completions too, but
+    in parallel lists."""
     if "content" in found:
         rows = found["content"] or []
-        if any("id" not in row for row in rows):
+        if not all("id" in row or str(row.get("token")).startswith("token_id:") for row in rows):
             return []
-        return [Step(r["id"], r["logprob"], {t["id"]: t["logprob"] for t in r["top_logprobs"]}) for r in rows]
+        return [
+            Step(_number(r), r["logprob"], {_number(t): t["logprob"] for t in r.get("top_logprobs") or []})
+            for r in rows
+        ]
     tokens = found.get("tokens") or []
     if not tokens or not all(str(token).startswith("token_id:") for token in tokens):
         return []
@@ -275,6 +307,10 @@ def _steps(found: dict[str, Any]) -> list[Step]:
         Step(_id(token), logprob, {_id(name): value for name, value in (top or {}).items()})
         for token, logprob, top in zip(tokens, found["token_logprobs"], tops, strict=True)
     ]
+
+
+def _number(row: dict[str, Any]) -> int:
+    return int(row["id"]) if "id" in row else _id(row["token"])
 
 
 def _id(name: str) -> int:

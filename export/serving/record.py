@@ -49,6 +49,27 @@ class Agreement(Section):
     tolerance: Tolerance
 
 
+class Against(Section):
+    """The served model against the reference of its export. Mean KL in nats over the first ten tokens and the rest:
+    away, of the server from the artifact as evaluated, allowed up to `limit`; lost, of the server from the original;
+    expected, of the artifact from the original.
+
+    agreement: the share of positions at which the server ranks the original's likeliest token first, and what the
+    evaluation saw. by_kind: `away` by the kind of prompt. perplexity: of the paragraph, and as evaluated.
+    """
+
+    positions: int = 0
+    away: float | None = None
+    lost: float | None = None
+    expected: float | None = None
+    agreement: float | None = None
+    expected_agreement: float | None = None
+    limit: float | None = None
+    by_kind: dict[str, float] = Field(default_factory=dict)
+    perplexity: float | None = None
+    expected_perplexity: float | None = None
+
+
 class Percentiles(Section):
     """Milliseconds."""
 
@@ -73,6 +94,7 @@ class Serving(Section):
     verdict: Literal["PASSED", "FAILED"]
     checks: tuple[Check, ...]
     agreement: Agreement | None
+    against: Against | None = None  # None without a reference
     max_model_len: int
     load_seconds: float | None
     requests: int

@@ -19,10 +19,14 @@ from ..servers import launchers
 from ..servers.server import Launcher
 from . import agreement
 from . import timing as figures
-from .checks import CHECKS, CheckedServer, Failed, Skipped, made, make
+from .against_reference import CHECKS as REFERENCE_CHECKS
+from .against_reference import hold
+from .checks import CHECKS, CheckedServer, make
 from .client import Client, ServerError
+from .outcome import Failed, Skipped, made
 from .process import ServerFailed
-from .record import Agreement, Check, Serving
+from .record import Against, Agreement, Check, Serving
+from .reference import Reference
 from .starting import DEFAULT_CONTEXT, Options, Running, interpreter, reach, serve
 
 _SMALLEST_CONTEXT = 64  # tokens; below it the prompts themselves do not fit
@@ -45,20 +49,29 @@ class _Served:
     tokenizer: Any
     context: int  # tokens of prompt and answer
     options: Options
+    reference: Reference | None
 
 
 def smoke(
-    artifact: Path, server: str | Launcher, out: Path, options: Options, cache: Path, listener: Listener | None = None
+    artifact: Path,
+    server: str | Launcher,
+    out: Path,
+    options: Options,
+    cache: Path,
+    listener: Listener | None = None,
+    reference: Reference | None = None,
+    files: Check | None = None,
 ) -> Serving:
     """Test `artifact` (a folder or a .gguf file); returns the record, which is also written to the run folder `out`.
 
     server: a launcher or its name, or `url` for the server that runs at options.url. The server's log goes to
-    out/eval. A server that does not start is a failed check. Raises BadInput for one that is not installed or does not
-    load such an artifact.
+    out/eval. reference: what the server is held against beside our own forward. files: how the check of the artifact's
+    checksums ended, which comes first. A server that does not start is a failed check. Raises BadInput for one that is
+    not installed or does not load such an artifact.
     """
     listener = listener or Listener()
     row = _row(server, options)
-    served = _prepared(artifact, options, cache, started=row is not None and row.port is None)
+    served = _prepared(artifact, options, cache, reference, started=row is not None and row.port is None)
     log = None if row is None else out / "eval" / f"serving-{row.name}.log"
     checks: list[Check] = []
 
@@ -68,13 +81,15 @@ def smoke(
 
     told = Listener(listener.line, note)
     state = _State()
+    if files is not None:
+        told.check(files)
     try:
         with _running(row, served, log, listener.line) as server_now:
             state.running = server_now
             _talk(server_now, served, told, state)
     except ServerFailed as error:
         told.check(Check(name="start", status="fail", reason=str(error), seconds=0))
-        for name in (*CHECKS, "agreement", "speed"):
+        for name in (*CHECKS, *(REFERENCE_CHECKS if reference else ()), "agreement", "speed"):
             told.check(Check(name=name, status="skip", reason="the server did not start", seconds=0))
     else:
         told.check(made("agreement", partial(_agree, row, served, state), {}))
@@ -90,6 +105,7 @@ class _State:
     running: Running | None = None
     answers: list[agreement.Continuation] | ServerError | None = None
     agreed: Agreement | None = None
+    against: Against | None = None
     speed: figures.Figures | None = None
     peak_rss_bytes: int | None = None
 
@@ -108,7 +124,7 @@ def _row(server: str | Launcher, options: Options) -> Launcher | None:
     return launchers()[server]
 
 
-def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _Served:
+def _prepared(artifact: Path, options: Options, cache: Path, reference: Reference | None, *, started: bool) -> _Served:
     """Open the artifact and choose the context, at most its model's; started: whether the server is started with it."""
     if not artifact.exists():
         raise BadInput(f"{artifact}: no such artifact")
@@ -119,7 +135,9 @@ def _prepared(artifact: Path, options: Options, cache: Path, started: bool) -> _
     context = min(wanted, most)
     if context < _SMALLEST_CONTEXT:
         raise BadInput(f"{artifact}: a context of {context} tokens; the smoke test needs {_SMALLEST_CONTEXT}")
-    return _Served(artifact, folder, open_tokenizer(folder), context, replace(options, max_model_len=context))
+    return _Served(
+        artifact, folder, open_tokenizer(folder), context, replace(options, max_model_len=context), reference
+    )
 
 
 @contextlib.contextmanager
@@ -145,6 +163,8 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
         subject = CheckedServer(running, client, served.tokenizer, served.context, served.options.concurrency)
         make(subject, told.check)
         lacks = running.lacks
+        if served.reference is not None:
+            state.against = hold(client, served.reference, served.context, lacks, told.check)
         try:
             state.answers = agreement.ask(client, served.tokenizer, lacks)
         except ServerError as error:
@@ -190,6 +210,7 @@ def _record(row: Launcher | None, served: _Served, state: _State, checks: list[C
         verdict="FAILED" if any(check.status == "fail" for check in checks) else "PASSED",
         checks=tuple(checks),
         agreement=state.agreed,
+        against=state.against,
         max_model_len=served.context,
         load_seconds=None if running is None else running.load_seconds,
         requests=0 if found is None else found.requests,

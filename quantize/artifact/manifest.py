@@ -4,6 +4,7 @@
 the machine, the time it took, and what each later stage (export, evaluation, smoke test) depended on and found.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +118,12 @@ class Sizes(Record):
     bits_per_parameter: float = 0.0
     parameters: int = 0
     files: dict[str, str] = {}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the names and hashes of all files: that of these bytes and no others."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+
     llama_cpp: str | None = Field(None, alias="llama.cpp")  # the version of llama-cpp-python
 
 

@@ -40,7 +40,7 @@ def _facts() -> dict[str, Any]:
     """Each thing with its version, or `missing`: how to get it."""
     quiet_libraries()
     from quantpress.exports.servers import launchers
-    from quantpress.exports.serving import installed
+    from quantpress.exports.serving.starting import installed
 
     from ..core import machine
 

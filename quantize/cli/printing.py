@@ -18,7 +18,7 @@ from ..core.text import size
 
 if TYPE_CHECKING:
     from quantpress.eval.measure.results import Results
-    from quantpress.exports.serving import Check, Serving
+    from quantpress.exports.serving.record import Check, Serving
 
 _SILENCE_SECONDS = 60  # longest without a line where there is no bar, once a block is finished
 _SIGNS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "skip": "skip"}
@@ -69,7 +69,7 @@ def followed(quiet: bool = False) -> Iterator[Callbacks]:
             bars.close()
             say(text)
 
-        yield Callbacks(step, lambda text: say(f"note: {text}"), line, (lambda check: None) if quiet else _print_check)
+        yield Callbacks(step, lambda text: say(f"note: {text}"), line, (lambda check: None) if quiet else print_check)
 
 
 @contextmanager
@@ -182,8 +182,9 @@ def _efficiency(results: "Results") -> Iterator[str]:
         yield f"cost        {held.cost.formula}"
 
 
-def _print_check(check: "Check") -> None:
-    out_console.print(f"{_SIGNS[check.status]}  {check.name:<11} {check.seconds:6.1f} s  {escape(check.reason)}")
+def print_check(check: "Check") -> None:
+    """A check of a server, as it is made."""
+    out_console.print(f"{_SIGNS[check.status]}  {check.name:<13} {check.seconds:6.1f} s  {escape(check.reason)}")
 
 
 def print_serving(record: "Serving", file: str) -> None:

@@ -20,7 +20,7 @@ from .options import (
     names,
     quiet_libraries,
 )
-from .printing import followed, print_json, print_serving, say, show
+from .printing import followed, print_check, print_json, print_serving, say, show
 
 if TYPE_CHECKING:
     from ..api import Verification
@@ -112,6 +112,34 @@ def _print_verified(found: "Verification") -> None:
             show(f"  {answer.reason}")
         for line in answer.passed_over:
             show(f"  (passed over: {line})")
+
+
+@app.command()
+def check(
+    url: Annotated[str, typer.Argument(help="a server that already runs: http://host:port")],
+    reference: Annotated[
+        Path, typer.Option("--reference", help="reference.json, or the folder of the export or run that holds it")
+    ] = Path(),
+    model: Annotated[str | None, typer.Option("--model", help="its name there; default: the first listed")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Hold a served model to what the original and the artifact answered when it was evaluated: no weights are needed.
+
+    Tokens, chat template, distributions and a paragraph's perplexity. Exit code 1 when one differs.
+    """
+    from quantpress.exports.serving.reference import read_reference
+    from quantpress.exports.serving.served_check import check_served
+
+    tell = (lambda check: None) if as_json else print_check
+    found = check_served(url, read_reference(reference), model, make_options().api_key, tell)
+    if as_json:
+        verdict = "PASSED" if found.passed else "FAILED"
+        checks = [one.model_dump(mode="json") for one in found.checks]
+        print_json({"verdict": verdict, "checks": checks, "against": found.against.model_dump(mode="json")})
+    else:
+        show(f"{'verdict':<12} {'PASSED' if found.passed else 'FAILED'}")
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

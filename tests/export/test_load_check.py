@@ -16,7 +16,7 @@ from quantpress.exports.servers.tensorrt_llm import TensorRtLlm
 from quantpress.exports.servers.tgi import Tgi
 from quantpress.exports.servers.triton import Triton
 from quantpress.exports.servers.vllm import Vllm
-from quantpress.exports.serving import Options
+from quantpress.exports.serving.starting import Options
 from quantpress.numbers.types import Grid
 
 from ..quantize.formats.artifacts import make, uniform

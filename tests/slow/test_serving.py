@@ -15,7 +15,7 @@ from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.eval.release.callbacks import Callbacks
 from quantpress.eval.release.smoke_run import ServedArtifact, run_smoke
 from quantpress.exports.servers import launchers
-from quantpress.exports.serving import installed
+from quantpress.exports.serving.starting import installed
 from quantpress.recipe import Recipe, Smoke
 from quantpress.recipe.loading import load
 

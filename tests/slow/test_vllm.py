@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from quantpress.artifact.artifact import Artifact
 from quantpress.core import machine
 from quantpress.exports.servers import launchers
-from quantpress.exports.serving import Options, serve
 from quantpress.exports.serving.client import Client
+from quantpress.exports.serving.starting import Options, serve
 from quantpress.numbers.activations import round_inputs
 
 OWN = Path(__file__).parents[2] / ".venv-vllm/bin/python"

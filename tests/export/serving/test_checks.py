@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantpress.exports.serving.checks import CHECKS, CheckedServer, made, make
+from quantpress.exports.serving.checks import CHECKS, CheckedServer, make
 from quantpress.exports.serving.client import Client, ServerError, at_once
+from quantpress.exports.serving.outcome import made
 from quantpress.exports.serving.record import Check
 from quantpress.exports.serving.starting import Running
 

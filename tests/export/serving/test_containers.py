@@ -10,10 +10,12 @@ from transformers import AutoTokenizer
 
 from quantpress.cli import main
 from quantpress.core.errors import BadInput
-from quantpress.exports.serving import Options, Serving, composed, lacking, read, serve
 from quantpress.exports.serving.checks import CHECKS, CheckedServer, make
 from quantpress.exports.serving.client import Client
+from quantpress.exports.serving.containers import composed, lacking
 from quantpress.exports.serving.process import free_port
+from quantpress.exports.serving.record import Serving, read
+from quantpress.exports.serving.starting import Options, serve
 
 from ...tiny import build
 from .fakes import FAKE, Bytes, fake_server
@@ -93,7 +95,7 @@ def test_without_docker_the_command_is_shown(folder: Path, tmp_path: Path, monke
 def test_a_run_is_tested_in_the_container_that_was_exported_for_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The fake's words are not the model's, so that only the agreement fails."""
+    """The fake's words are not the model's, and the folder has no checksums."""
     build("llama", folder / "model")
     run = tmp_path / "run"
     (run / "quantized").mkdir()
@@ -106,7 +108,7 @@ def test_a_run_is_tested_in_the_container_that_was_exported_for_it(
     assert record is not None
     assert Serving.model_validate_json(capsys.readouterr().out) == record
     assert stopped.value.code == 1
-    assert [c.name for c in record.checks if c.status == "fail"] == ["agreement"]
+    assert [c.name for c in record.checks if c.status == "fail"] == ["files", "agreement"]
     assert (record.server, record.version) == ("tgi", "ghcr.io/tgi:3 in Docker 28.2.2")
     assert (record.peak_rss_bytes, record.log) == (None, "eval/serving-tgi.log")
 

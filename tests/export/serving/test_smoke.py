@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 from quantpress.cli import main
 from quantpress.core.errors import BadInput
 from quantpress.exports.servers import launchers
-from quantpress.exports.serving import Options, Serving, installed, read, smoke
 from quantpress.exports.serving.checks import CHECKS
-from quantpress.exports.serving.starting import interpreter
+from quantpress.exports.serving.record import Serving, read
+from quantpress.exports.serving.smoke_test import smoke
+from quantpress.exports.serving.starting import Options, installed, interpreter
 
 from ...quantize.originals import tiny, trained, write_gguf
 from ...tiny import build

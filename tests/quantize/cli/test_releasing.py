@@ -15,7 +15,7 @@ from quantpress.cli.app import app
 from quantpress.core.errors import BadInput
 from quantpress.core.files import alone_in
 from quantpress.eval.release.smoke_run import ServedArtifact
-from quantpress.exports.serving import Serving
+from quantpress.exports.serving.record import Serving
 
 from ...tiny import build, text
 
@@ -62,11 +62,17 @@ def test_everything_lies_in_one_folder_and_in_the_manifest(project: Project) -> 
         "quantized/config.json",
         "export/vllm/serve.sh",
         "eval/results.json",
+        "export/vllm/reference.json",
         "report/index.html",
         "quantized/README.md",
     ):
         assert (project.out / name).is_file()
-    assert list(project.stages) == ["export vllm", "eval"]
+    assert list(project.stages) == ["eval", "export vllm"]
+    sums = (project.out / "export/vllm/SHA256SUMS").read_text()
+    assert "  reference.json\n" in sums
+    assert (project.out / "eval/reference.json").read_bytes() == (
+        project.out / "export/vllm/reference.json"
+    ).read_bytes()
     assert project.stages["export vllm"]["summary"]["format"] == "compressed-tensors"
 
 
@@ -80,7 +86,7 @@ def test_again_does_only_what_changed(project: Project) -> None:
     assert "eval: as before" in done.output
     project.recipe["evaluation"]["windows"] = 3
     done = project.run()
-    assert "export vllm: as before" in done.output
+    assert "export vllm: again, because reference:" in done.output  # it holds what was measured
     assert "eval: again, because evaluation.windows: 2 there, 3 now" in done.output
     done = project.run(targets=[{"name": "vllm", "max_model_len": 64}])
     assert "export vllm: again, because target.max_model_len: null there, 64 now" in done.output

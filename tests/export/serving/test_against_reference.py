@@ -1,0 +1,162 @@
+"""A served model held against its reference: what is good passes, what is spoilt fails, each for the right reason."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantpress.calibrate.tokens import open_tokenizer
+from quantpress.cli import main
+from quantpress.engine.pipeline import Settings, prepare, quantize
+from quantpress.engine.sources import resolve
+from quantpress.eval.measure.results import Results
+from quantpress.eval.measure.served_reference import Models, make_reference
+from quantpress.exports.serving.reference import Reference, divergence, read_reference
+from quantpress.exports.serving.served_check import check_served
+from quantpress.recipe.loading import parse
+
+from ... import rubbish, trained
+from .model_server import Style, served
+
+RECIPE = {"method": {"name": "rtn"}, "weights": {"bits": 4, "group_size": 32, "symmetric": False}}
+STATIC = {
+    "method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": -1}, "calibration": {"samples": 8, "seq_len": 64},
+    "activations": {"type": "int8", "dynamic": False},
+}  # fmt: skip
+WEIGHTS = ("distributions", "a layer's weights")
+CAUSES = {  # of each kind of rubbish: the check that fails, and what it says
+    "scales doubled": WEIGHTS, "scales scrambled": WEIGHTS, "zeros off by one": WEIGHTS, "columns permuted": WEIGHTS,
+    "a block zeroed": WEIGHTS, "rope_theta": ("distributions", ""), "BOS twice": ("tokenizer", ""),
+    "tokenizer permuted": ("tokenizer", "another tokenizer"), "template removed": ("template", "template is missing"),
+    "template edited": ("template", "not the original's"),
+}  # fmt: skip
+
+
+def evaluated(folder: Path, model: Path, recipe: dict[str, object]) -> Path:
+    """A run folder with an artifact and its reference."""
+    chosen = parse({**recipe, "name": "tiny", "model": str(model)})
+    quantize(prepare(chosen, resolve(str(model), cache=folder / "cache")), Settings(folder / "run", folder / "cache"))
+    models = Models(model, folder / "run/quantized", torch.float32, open_tokenizer(model), folder / "cache")
+    (folder / "run/eval").mkdir()
+    made = make_reference(models, Results(dtype="float32", device="cpu", seconds=0))
+    made.write(folder / "run/eval/reference.json")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    trained.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return evaluated(tmp_path_factory.mktemp("run"), model, RECIPE)
+
+
+@pytest.fixture(scope="module")
+def reference(run: Path) -> Reference:
+    return read_reference(run)
+
+
+def failed(folder: Path, reference: Reference, style: Style = "vllm", *, bos_twice: bool = False) -> dict[str, str]:
+    with served(folder, style, bos_twice=bos_twice) as server:
+        found = check_served(server.url, reference)
+    assert found.passed == all(check.status != "fail" for check in found.checks)
+    return {check.name: check.reason for check in found.checks if check.status == "fail"}
+
+
+def test_the_reference_is_small_and_says_something(run: Path, reference: Reference) -> None:
+    assert 10_000 < (run / "eval/reference.json").stat().st_size < 100_000
+    assert {one.kind for one in reference.asked} >= {"raw", "chat"}
+    assert reference.paragraph is not None
+    positions = sum(len(one.answer) for one in reference.asked)
+    assert positions > 60
+    sure = [max(rows) for one in reference.asked for rows in one.original]
+    assert sum(sure) / len(sure) > -1.5  # it has learnt something, or no fault would show
+    assert 0 < reference.noise.bfloat16 < 0.05
+    assert 0 < reference.noise.rounded_inputs < 0.2
+
+
+@pytest.mark.parametrize("style", ["vllm", "llama.cpp"])
+def test_a_good_artifact_passes(run: Path, reference: Reference, style: Style) -> None:
+    with served(run / "quantized", style) as server:
+        found = check_served(server.url, reference)
+    assert {check.name: check.status for check in found.checks} == dict.fromkeys(
+        ["models", "tokenizer", "template", "distributions", "paragraph"], "pass"
+    )
+    assert found.against.away is not None
+    assert found.against.away < 1e-4
+    assert found.against.lost == pytest.approx(found.against.expected, abs=1e-3)
+    assert found.against.agreement == found.against.expected_agreement
+
+
+@pytest.mark.parametrize("kind", rubbish.FOLDERS)
+def test_rubbish_fails_with_its_cause(kind: str, run: Path, reference: Reference, tmp_path: Path) -> None:
+    found = failed(rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.FOLDERS[kind]), reference)
+    name, cause = CAUSES[kind]
+    assert name in found, found
+    assert cause in found[name]
+
+
+def test_bos_twice_is_named(run: Path, reference: Reference) -> None:
+    assert reference.bos is None  # the tiny tokenizer puts none
+    found = failed(run / "quantized", reference, bos_twice=True)
+    assert "is put before it" in found["tokenizer"]
+
+
+def test_static_scales_that_are_wrong_fail(model: Path, tmp_path: Path) -> None:
+    run = evaluated(tmp_path, model, STATIC)
+    assert failed(run / "quantized", read_reference(run)) == {}
+    spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.static_scales_wrong)
+    assert "distributions" in failed(spoilt, read_reference(run))
+
+
+def command(arguments: list[str]) -> int:
+    """The exit code of `quantpress …`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["quantpress", *arguments])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def url(run: Path) -> Iterator[str]:
+    with served(run / "quantized") as server:
+        yield server.url
+
+
+def test_the_command_needs_the_reference_alone(
+    url: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reference.json").write_bytes((run / "eval/reference.json").read_bytes())
+    assert command(["check", url, "--reference", str(tmp_path)]) == 0
+    assert "PASSED" in capsys.readouterr().out
+    assert command(["check", f"{url}/v1", "--reference", str(tmp_path / "reference.json"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["verdict"] == "PASSED"
+    assert said["against"]["positions"] > 60
+    (tmp_path / "reference.json").write_text("{}")
+    assert command(["check", url, "--reference", str(tmp_path)]) == 2
+    assert "not a reference" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_reference_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["check", "http://127.0.0.1:9", "--reference", str(tmp_path)]) == 2
+    assert "no reference.json" in capsys.readouterr().err
+
+
+def test_divergence_is_at_most_that_of_all_tokens() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 50).log_softmax(-1)
+    whole = float((p.exp() * (p - q)).sum())
+    assert divergence(p.tolist(), q.tolist()) == pytest.approx(whole, abs=1e-5)
+    some = p.topk(10).indices
+    assert 0 < divergence(p[some].tolist(), q[some].tolist()) < whole
+    assert divergence(p[some].tolist(), p[some].tolist()) == 0
