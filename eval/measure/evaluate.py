@@ -19,6 +19,7 @@ from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import fingerprint, remembered
 from quantpress.exports.serving.reference import Reference
+from quantpress.models.architecture import is_unknown, unknown_family
 from quantpress.models.checkpoint import read_json
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation, Gates
@@ -76,8 +77,11 @@ def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: 
     """Read the text, the tokenizer and the tasks.
 
     Raises BadInput for text that is missing or too short, windows longer than the model's context, a missing tokenizer,
-    and tasks that are unknown or have no data.
+    tasks that are unknown or have no data, and a family that transformers does not have.
     """
+    config = read_json(original / "config.json")
+    if is_unknown(config):
+        raise BadInput(f"{unknown_family(config)}: nothing can be measured of it here; set `evaluation: null`")
     positions = positions_of(original)
     if positions is not None and wanted.window > positions:
         raise BadInput(
@@ -92,7 +96,7 @@ def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: 
     trial = try_bos(original, lambda: open_original(original, machine.device())[1], tokenizer, whole, wanted.bos, cache)
     wanted = wanted if trial is None else wanted.model_copy(update={"bos": trial.bos})
     cut = windows(tokenizer, whole, text.source, wanted)
-    if isinstance(rows := read_json(original / "config.json").get("vocab_size"), int):
+    if isinstance(rows := config.get("vocab_size"), int):
         check_ids(cut.tokens.ids, rows, text.source)
     return Prepared(wanted, cut, tokenizer, trial, Tasks(wanted.tasks) if wanted.tasks else None, cache)
 

@@ -4,6 +4,7 @@ Nothing here takes the lock of a run folder: the functions of the API do, once e
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,16 @@ def settings(out: Path, options: Options, callbacks: Callbacks) -> Settings:
 def make_artifact(recipe: Recipe, out: Path, options: Options, callbacks: Callbacks) -> Manifest:
     """Write `out`/quantized and `out`/manifest.json; returns the manifest. Goes on where a killed run stopped."""
     job, _ = make_job(recipe, options)
-    manifest = quantize(job, settings(out, options, callbacks))
+    told: set[str] = set()
+
+    def tell(line: str) -> None:
+        if line not in told:
+            callbacks.on_note(line)
+        told.add(line)
+
+    manifest = quantize(job, settings(out, options, replace(callbacks, on_note=tell)))
     for line in manifest.fallbacks:
-        callbacks.on_note(line)
+        tell(line)
     return manifest
 
 

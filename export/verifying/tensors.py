@@ -24,6 +24,8 @@ from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate import kv_cache
 from quantpress.core.errors import BadInput
 from quantpress.formats import FORMATS, ModelScheme
+from quantpress.models.architecture import is_unknown
+from quantpress.models.by_name import ByName
 from quantpress.models.checkpoint import INDEX, Checkpoint, read_json
 from quantpress.models.placed_model import LinearLayer
 from quantpress.models.skeleton import Skeleton
@@ -70,7 +72,12 @@ def problems(folder: Path) -> list[str]:
 
 
 def model_of(artifact: Any, folder: Path) -> Skeleton:
-    """The artifact's model on the meta device. Raises BadInput for a config of which transformers builds none."""
+    """The artifact's model on the meta device. Raises BadInput for a config of which transformers builds none.
+
+    Of a family that transformers does not have, what the names on disk tell.
+    """
+    if isinstance(artifact, Artifact) and is_unknown(artifact.config):
+        return ByName(artifact, device=torch.device("meta"), chosen=artifact.linears.__contains__)
     try:
         return Skeleton(artifact, device=torch.device("meta"))
     except BadInput:

@@ -75,8 +75,8 @@ class Artifact:
         return self.checkpoint.total_bytes
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor that is not quantized."""
-        return self.checkpoint.dtype(name)
+        """The dtype of a tensor as `read` returns it."""
+        return self._dtype if name.removesuffix(".weight") in self.linears else self.checkpoint.dtype(name)
 
     def plain_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor that is not quantized; None for the weight of a quantized linear."""

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+from ..models.by_name import ByName
 from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
 from ..numbers.types import Grid
@@ -19,6 +20,8 @@ def share_of_linears(skeleton: Skeleton, linears: list[LinearLayer]) -> float:
 
 def account(skeleton: Skeleton, linears: list[LinearLayer]) -> tuple[str, ...]:
     """Lines on all that no recipe quantizes, like layers together. Routers are only mentioned where they are many."""
+    if isinstance(skeleton, ByName):
+        return tuple(skeleton.about())
     groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for name, n, why in skeleton.left_out():
         groups.setdefault((re.sub(r"\d+", "*", name), why), []).append((name, n))

@@ -20,6 +20,7 @@ from ..core.memory import doing, is_out_of_memory
 from ..core.transfers import Transfers, host_empty
 from ..formats import FORMATS
 from ..models.block_arguments import BlockArguments, ModelArguments
+from ..models.by_name import ByName
 from ..models.checkpoint import write_part
 from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
@@ -152,7 +153,7 @@ class _Run:
         """`hidden` and `arguments`."""
         job, skeleton = self._job, self._skeleton
         shares = any(grid is not None and grid.shares_across_linears for grid in job.schemes.values())
-        if tokens is None and not shares:
+        if tokens is None and (not shares or isinstance(skeleton, ByName)):
             return {}, None
         skeleton.open_shell()
         if tokens is None:
@@ -230,7 +231,9 @@ def _uncalibrated(
 ) -> list[SharedInput]:
     """What is known of inputs without a calibration: an importance matrix, and which linears must share a scale."""
     together: list[tuple[str, ...]] = [(name,) for name in wanted]
-    if arguments is not None:
+    if isinstance(job.skeleton, ByName):
+        together = job.skeleton.together(wanted)
+    elif arguments is not None:
         together = shared_inputs(block, arguments.example(job.skeleton.dtype), arguments, wanted)
         together += [(name,) for name in wanted if not any(name in names for names in together)]
     rounded = None if inputs is None else Inputs(*inputs)

@@ -17,6 +17,7 @@ from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, ModelScheme
 from ..formats.layouts import packs
+from ..models.by_name import ByName
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..models.experts import UNREAD
 from ..models.loading import loads_single_experts, why_no_packed_linears
@@ -96,7 +97,7 @@ class HuggingFaceFolder(Backend):
         rotated = self.setup.reader.notes if isinstance(self.setup.reader, RotatedCheckpoint) else ()
         config = self.setup.checkpoint.config
         own = f"the checkpoint's own code (auto_map) is not run, but transformers' class for {config.get('model_type')}"
-        brought = (own,) if "auto_map" in config else ()
+        brought = (own,) if "auto_map" in config and not isinstance(self.setup.skeleton, ByName) else ()
         accounted = account(self.setup.skeleton, self.setup.linears)
         left = left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights)
         notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left)
@@ -106,6 +107,8 @@ class HuggingFaceFolder(Backend):
     @property
     def _why_transformers_does_not_load_it(self) -> str | None:
         skeleton, formats = self.setup.skeleton, self.setup.recipe.formats
+        if isinstance(skeleton, ByName):
+            return None  # it does not have the family, which is said
         quantized = [x for x in self.setup.linears if self.schemes[x.name] is not None]
         kind = skeleton.config.model_type
         if any(skeleton.experts_around(x) is not None for x in quantized) and any(

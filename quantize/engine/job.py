@@ -1,7 +1,9 @@
 """A recipe that has been found to fit its model: everything a run needs to know before the work."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +12,9 @@ from ..artifact.original import OriginalCheckpoint, check_no_codes
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
+from ..core.schema import matches
+from ..models.architecture import is_unknown, unknown_family
+from ..models.by_name import ByName
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.skeleton import Skeleton
 from ..numbers.grid import Grid
@@ -47,6 +52,8 @@ def prepare(
     """
     machine.flush_denormals()
     checkpoint = headers or OriginalCheckpoint(source.path)
+    if unknown := is_unknown(checkpoint.config):
+        _check_data_free(recipe, checkpoint.config)
     source = replace(source, caveat="; ".join(filter(None, (source.caveat, *checkpoint.notes))) or None)
     if checkpoint.quantization is not None and recipe.calibrated and recipe.calibration.source == "self":
         raise BadInput(
@@ -55,12 +62,35 @@ def prepare(
         )
     first = recipe.transforms[0] if recipe.transforms else None
     reader = RotatedCheckpoint(checkpoint, first.seed) if isinstance(first, Hadamard) else checkpoint
-    skeleton = Skeleton(reader, device=device or machine.device())
+    there = device or machine.device()
+    skeleton = _by_name(recipe, reader, there) if unknown else Skeleton(reader, device=there)
     skeleton.check_shapes(reader.shape)
     check_no_codes(skeleton, checkpoint)
     setup = Setup(recipe, source, checkpoint, reader, skeleton, skeleton.linears())
     backend = _backend(setup)
     return Job(**vars(setup), backend=backend, plan=backend.plan())
+
+
+def _check_data_free(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Raise BadInput for a recipe that has to run the model, or to know its family."""
+    why = f"{unknown_family(config)}: no text can be run through it"
+    if recipe.is_gguf:
+        raise BadInput(
+            f"{unknown_family(config)}; make a 16-bit .gguf file with llama.cpp's converter, and give that as the model"
+        )
+    if recipe.calibrated or recipe.transforms:
+        raise BadInput(
+            f"{why}, which this recipe needs. Its weights can be rounded without: `method: rtn`, dynamic activations, "
+            "no transforms, no scale_search: activation (recipes w4a16-rtn, w8a16-rtn, w8a8-rtn, fp8-dynamic, nvfp4a16)"
+        )
+    if recipe.smoke is not None:
+        raise BadInput(f"{why}, and the smoke test compares the server with a forward pass: set `smoke: null`")
+
+
+def _by_name(recipe: Recipe, reader: Any, device: torch.device) -> ByName:
+    """The model by the names of its tensors; a matrix that an override matches is a linear whatever its name says."""
+    patterns = [override.match for override in recipe.overrides]
+    return ByName(reader, device=device, chosen=lambda name: any(matches(pattern, name) for pattern in patterns))
 
 
 def _backend(setup: Setup) -> Backend:

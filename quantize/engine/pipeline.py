@@ -25,6 +25,7 @@ from ..calibrate.tokens import (
 from ..core import machine
 from ..core.errors import BadInput
 from ..core.plugins import packages
+from ..models.by_name import ByName
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.vetting import vetting
 from ..recipe import Calibration
@@ -51,6 +52,9 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     """
     started = time.monotonic()
     _check_room(settings)
+    if isinstance(job.skeleton, ByName):
+        for line in job.skeleton.about():
+            settings.on_note(line)
     tokenizer = checked_tokenizer(job, settings.trust_remote_code)
     if _is_finished(settings):
         return _finished(job, tokenizer, settings)
@@ -78,7 +82,12 @@ def quantize(job: Job, settings: Settings) -> Manifest:
 
 
 def checked_tokenizer(job: Job, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer. Raises BadInput for one that is not this model's, or not fit for the calibration."""
+    """The model's tokenizer. Raises BadInput for one that is not this model's, or not fit for the calibration.
+
+    None for a model that is not run, of a family that transformers does not have: its tokenizer may be as unknown.
+    """
+    if isinstance(job.skeleton, ByName):
+        return None
     tokenizer = open_tokenizer(job.source.path, trust_remote_code)
     check_vocabulary(tokenizer, job.skeleton.vocabulary)
     if not job.recipe.calibrated:
@@ -99,7 +108,12 @@ def checked_tokenizer(job: Job, trust_remote_code: bool = False) -> Any:
 
 def _forward(job: Job) -> ForwardCheck | None:
     """The comparison with transformers' model; None where the blocks are not run, or transformers cannot."""
-    if not job.backend.rounds_blocks or job.checkpoint.quantization is not None or job.checkpoint.wrapper:
+    if (
+        isinstance(job.skeleton, ByName)
+        or not job.backend.rounds_blocks
+        or job.checkpoint.quantization is not None
+        or job.checkpoint.wrapper
+    ):
         return None
     return check_forward(job.source.path, job.checkpoint, job.parameters)
 

@@ -85,6 +85,11 @@ def is_known(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("model_type"), str) and config["model_type"] in CONFIG_MAPPING
 
 
+def is_unknown(config: Mapping[str, Any]) -> bool:
+    """Whether config.json names a family that transformers does not have; not where it names none."""
+    return bool(config.get("model_type")) and not is_known(config)
+
+
 def is_multimodal(config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint has a text decoder within a larger model; its config may have the text settings on top."""
     try:
@@ -143,16 +148,18 @@ def check_outside_blocks(kind: str, missing: list[str], heads: list[str]) -> Non
     )
 
 
+def unknown_family(config: Mapping[str, Any]) -> str:
+    """What is wrong with a model_type that transformers has no class for."""
+    kind, library = config.get("model_type"), f"transformers {version('transformers')}"
+    said = f"unknown architecture: model_type {kind!r} is not one that {library} knows"
+    own = ", and a model's own code (auto_map) cannot be run block by block" if "auto_map" in config else ""
+    return said + own
+
+
 def _unknown(config: Mapping[str, Any]) -> str:
-    kind, installed = config.get("model_type"), f"transformers {version('transformers')}"
-    if not kind:
+    if not config.get("model_type"):
         return "config.json has no model_type, which says what model it is; add that of the original"
-    if "auto_map" in config:
-        return (
-            f"model_type {kind!r} is unknown to {installed}, and a model's own code (auto_map) cannot be run block by "
-            "block; use a release of transformers that has the family"
-        )
-    return f"unknown architecture: model_type {kind!r} is not one that {installed} knows"
+    return f"{unknown_family(config)}; use a release of transformers that has the family"
 
 
 def _check_dtype(name: Any) -> None:
