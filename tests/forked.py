@@ -11,20 +11,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FORK = """
-import json, os, sys
-import compressed_tensors.quantization, quantpress.api, transformers.models.llama.modeling_llama
+import atexit, json, os, sys, traceback
+import compressed_tensors.quantization, quantpress.api, quantpress.cli, transformers.models.llama.modeling_llama
 def child(code, arguments, place):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = ["quantpress", *arguments]
-    exec(code + "\\nfrom quantpress.cli import main; main()", {"__name__": "__main__"})
+    try:
+        exec(code + "\\nfrom quantpress.cli import main; main()", {"__name__": "__main__"})
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking the interpreter apart takes seconds
 place, steps = sys.argv[1], json.load(sys.stdin)
 for number, (code, arguments) in enumerate(steps):
     pid = os.fork()
     if pid == 0:
         child(code, arguments, f"{place}/{number}")
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 

@@ -18,9 +18,9 @@ from quantpress.calibrate.tokens import bos_id, check_ids, open_tokenizer
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import fingerprint, remembered
+from quantpress.core.untrusted import read_json
 from quantpress.exports.serving.reference import Reference
 from quantpress.models.architecture import is_unknown, unknown_family
-from quantpress.models.checkpoint import read_json
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation, Gates
 

@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 from quantpress.artifact.manifest import MANIFEST, own_manifest
 from quantpress.core.errors import BadInput
 from quantpress.core.files import changed
+from quantpress.core.untrusted import read_json
 from quantpress.gguf.reader import LAYOUT, gguf_files
-from quantpress.models.checkpoint import FORMAT_FILES, INDEX, Checkpoint, companions, read_json
+from quantpress.models.checkpoint import FORMAT_FILES, INDEX, Checkpoint, companions
 
 from ..servers.deployment import EXPORT_RECORD
 

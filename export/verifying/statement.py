@@ -10,9 +10,9 @@ from transformers.models.auto import modeling_auto
 from quantpress.artifact.artifact import Artifact
 from quantpress.artifact.manifest import Manifest, own_manifest
 from quantpress.core.errors import BadInput
+from quantpress.core.untrusted import read_json
 from quantpress.formats import FORMATS
 from quantpress.formats.statement import stated_quantization
-from quantpress.models.checkpoint import read_json
 
 _TWIN_KEYS = ("bits", "group_size", "sym", "desc_act", "lm_head", "checkpoint_format", "quant_algo")
 _OWN_CODE = "own code (auto_map) is not run"  # of the note in a manifest whose original has such code

@@ -23,10 +23,11 @@ from quantpress.artifact.artifact import Artifact
 from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate import kv_cache
 from quantpress.core.errors import BadInput
+from quantpress.core.untrusted import read_json
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.models.architecture import is_unknown
 from quantpress.models.by_name import ByName
-from quantpress.models.checkpoint import INDEX, Checkpoint, read_json
+from quantpress.models.checkpoint import INDEX, Checkpoint
 from quantpress.models.placed_model import LinearLayer
 from quantpress.models.skeleton import Skeleton
 from quantpress.models.vetting import all_finite

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..calibrate import kv_cache
 from ..core.errors import BadInput
 from ..core.files import changed
+from ..core.untrusted import read_json
 from ..formats import FORMATS, detect
 from ..gguf.reader import GgufCheckpoint, gguf_files
 from ..models.architecture import model_config, stated_dtype
 from ..models.building import auto_class
-from ..models.checkpoint import Checkpoint, read_json
+from ..models.checkpoint import Checkpoint
 from ..models.skeleton import Skeleton
 from ..numbers.activations import round_inputs
 from ..numbers.grid import Grid, Inputs, QuantizedLinear

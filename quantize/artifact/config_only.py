@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..core.untrusted import read_json
 from ..formats.packed_weights import TensorType
 from ..formats.statement import stated_quantization, without_quantization
 from ..models.architecture import empty_model, model_config, stated_dtype
-from ..models.checkpoint import Stored, read_json
+from ..models.checkpoint import Stored
 from ..models.names import saved_tensors
 from .original import OriginalCheckpoint
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import file_sha256
+from ..core.untrusted import read_json
 from ..formats.packed_weights import PackedWeight, TensorType, is_code, packed_weights
 from ..formats.statement import stated_quantization, without_quantization
-from ..models.checkpoint import FORMAT_FILES, Checkpoint, read_json
+from ..models.checkpoint import FORMAT_FILES, Checkpoint
 from ..models.skeleton import Skeleton
 
 _TOLD_IN = (*FORMAT_FILES, "quant_config.json")  # files that say how weights are quantized; the last is AutoAWQ's

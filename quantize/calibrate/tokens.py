@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..core.errors import BadInput
+from ..core.untrusted import check_content, read_json
 from ..models.architecture import load_whole
-from ..models.checkpoint import check_content, read_json
 from ..recipe import Bos, Calibration
+from .chat_template import check_templates, rendered
 
 _CHARACTERS_A_TOKEN = 6  # a first guess, generous for English; doubled until the text read is long enough
 _TOKENIZER_FILES = (
@@ -126,6 +126,7 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     template = folder / "chat_template.json"
     if not tokenizer.chat_template and template.is_file():
         tokenizer.chat_template = read_json(template).get("chat_template")
+    check_templates(tokenizer.chat_template, str(folder))
     return tokenizer
 
 
@@ -176,12 +177,9 @@ def encode(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
         if not getattr(tokenizer, "chat_template", None):
             raise BadInput("calibration.chat_template: this model's tokenizer has no chat template; set it to false")
         try:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
-        except (ValueError, TemplateError) as error:  # also: several templates, none of them the default
-            raise BadInput(
-                f"calibration.chat_template: the tokenizer's template fails ({' '.join(str(error).split())[:200]}); "
-                "mend it or set chat_template to false"
-            ) from error
+            text = rendered(tokenizer, [{"role": "user", "content": text}])
+        except BadInput as error:
+            raise BadInput(f"calibration.chat_template: {error}; mend it or set chat_template to false") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 

@@ -1,7 +1,6 @@
 """Building blocks of documents: strict models for recipes, lenient ones for records; fractions, name patterns."""
 
 import fnmatch
-import re
 from typing import Annotated, Any
 
 from pydantic import (
@@ -15,6 +14,8 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+
+from .patterns import check_regex, regex_matches
 
 
 class Strict(BaseModel):
@@ -80,10 +81,7 @@ def _pattern(value: str) -> str:
     if not value:
         raise ValueError("an empty pattern matches nothing")
     if value.startswith("re:"):
-        try:
-            re.compile(value[3:])
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
+        check_regex(value[3:])
     return value
 
 
@@ -101,5 +99,5 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 def matches(pattern: str, name: str) -> bool:
     """Whether `pattern`, a glob or `re:` and a regular expression that matches from the start, matches `name`."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
+        return regex_matches(pattern[3:], name)
     return fnmatch.fnmatchcase(name, pattern)

@@ -23,6 +23,11 @@ def meant(typed: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def printable(text: str) -> str:
+    """`text` with what a terminal would act on, or a reader not see, as Python writes it: \\x1b, \\u202e, \\ud800."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many leading characters, or items, two texts or lists share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

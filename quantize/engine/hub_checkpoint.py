@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ..artifact.config_only import HeadersOnly
 from ..core.errors import BadInput
+from ..core.untrusted import read_json
 from ..formats.packed_weights import TensorType
-from ..models.checkpoint import INDEX, SAFETENSORS_DTYPES, read_json
+from ..models.checkpoint import INDEX, SAFETENSORS_DTYPES
 from ..models.hub import commit, hub_errors
 
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import BadInput
 from ..core.files import file_sha256, sweep, temporary_folder, whole_folder
+from ..core.untrusted import check_content, check_files, read_json
 from ..models.hub import fetch_wheel, hub_errors, near
 
 if TYPE_CHECKING:
@@ -107,8 +108,7 @@ def resolve_config(model: str) -> Source:
 
 def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool) -> Path:
     """`folder` itself, or its safetensors copy in the cache when the weights are pickles."""
-    from ..models.checkpoint import read_json
-
+    check_files(folder)
     _check_not_adapter(folder, name)
     file = folder / "config.json"
     if not file.is_file():
@@ -133,8 +133,6 @@ def _check_not_adapter(folder: Path, name: str) -> None:
     others = [p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_model")]
     if not settings.is_file() or others or any(not p.name.startswith("adapter_model") for p in _pickles(folder)):
         return
-    from ..models.checkpoint import read_json
-
     base = read_json(settings).get("base_model_name_or_path")
     raise BadInput(
         f"{name}: a LoRA adapter{f' of {base}' if base else ''}, not a model; merge it into its base first "
@@ -184,13 +182,22 @@ def _load_pickle(path: Path, tied: bool) -> dict[str, Any]:
 
     import torch
 
-    from ..models.checkpoint import check_content
+    from ..core.memory import is_out_of_memory
 
     check_content(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a pickle can have the library raise anything
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to load it with weights_only=False
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f"it names {found[1]}" if found else "it is no list of tensors, or damaged"
+            raise BadInput(
+                f"{path}: cannot be read as weights: {what}, and what is no tensor in a pickle may run code as it "
+                "is read; have it converted to safetensors where it comes from"
+            ) from None
+        raise BadInput(f"{path}: cannot be read as weights: {' '.join(str(error).split())[:160]}") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise BadInput(f"{path}: not a flat mapping of tensor names to tensors")
     embeddings = {t.data_ptr() for n, t in state.items() if n != "lm_head.weight" and t.ndim == 2}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..core.patterns import regex_matches
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
 from ..plugin import FileFormat
@@ -211,7 +212,7 @@ def left_out(format: str, schemes: dict[str, Grid | None], extra: Iterable[str])
     for layer in dict.fromkeys(name.partition(".experts.")[0] for name in names if ".experts." in name):
         names.append(f"{layer}.experts")
     for name in names:
-        taken = next((q for q in quantized if name in q or re.match(name, q)), None)
+        taken = next((q for q in quantized if name in q or regex_matches(name, q)), None)
         if taken is not None:
             raise BadInput(
                 f"{format} leaves out modules by a part of their name, and {name} (16 bit) is part of {taken} "

@@ -4,7 +4,6 @@ Static scales of the inputs are stored beside the weight: input_scale [1] float3
 are asymmetric), or for nvfp4 input_global_scale [1] float32.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..core.patterns import regex_matches
 from ..numbers.activations import columns_of
 from ..numbers.grid import BLOCK, Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
@@ -274,4 +274,4 @@ def _has(name: str, read: Callable[[str], Tensor]) -> bool:
 
 
 def _matches(name: str, targets: Iterable[str]) -> bool:
-    return any(re.match(t[3:], name) is not None if t.startswith("re:") else t == name for t in targets)
+    return any(regex_matches(t[3:], name) if t.startswith("re:") else t == name for t in targets)

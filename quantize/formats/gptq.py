@@ -8,7 +8,6 @@ sum leaves its bits: a zero of 0 does not survive. So symmetric models are versi
 asymmetric ones version 2 (`checkpoint_format: gptq_v2`), which stores zeros as they are.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..core.patterns import regex_matches
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Activations, Grid
 from . import bits as bitstream
@@ -207,11 +207,7 @@ def _with_fused(kinds: dict[str, Kind | None]) -> dict[str, Kind | None]:
 def _override(dynamic: dict[str, Any], name: str) -> dict[str, Any] | None:
     """The settings of the first matching rule; None when it excludes the layer."""
     for rule, values in dynamic.items():
-        try:
-            matched = re.match(rule.removeprefix("-:").removeprefix("+:"), name)
-        except re.error as error:
-            raise BadInput(f"quantization_config: dynamic rule {rule!r} is not a regular expression: {error}") from None
-        if matched:
+        if regex_matches(rule.removeprefix("-:").removeprefix("+:"), name):
             return None if rule.startswith("-:") else dict(values)
     return {}
 

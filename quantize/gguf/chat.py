@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from ..calibrate.chat_template import rendered
+from ..core.errors import BadInput
 
 _MESSAGES = [{"role": "user", "content": "a"}]
 _SWITCHES = ("enable_thinking",)
@@ -28,7 +29,6 @@ def template_arguments(tokenizer: Any) -> dict[str, bool]:
 
 def _rendered(tokenizer: Any, arguments: dict[str, bool]) -> str | None:
     try:
-        text: str = tokenizer.apply_chat_template(_MESSAGES, tokenize=False, add_generation_prompt=True, **arguments)
-    except (TemplateError, ValueError, TypeError, KeyError):
+        return rendered(tokenizer, _MESSAGES, prompt=True, arguments=arguments)
+    except BadInput:
         return None
-    return text

@@ -11,8 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from ..calibrate.chat_template import rendered
 from ..core.errors import BadInput
 
 CONTEXT = 8192  # tokens at most: the model's full context may need more memory than there is
@@ -182,12 +181,9 @@ def _message(role: str, content: str) -> Message:
 
 def _rendered(tokenizer: Any, messages: Sequence[Message], prompt: bool = True) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(
-            f"the chat template refuses a plain conversation ({' '.join(str(error).split())[:80]})"
-        ) from None
-    return text
+        return rendered(tokenizer, messages, prompt=prompt)
+    except BadInput as error:
+        raise BadInput(f"of a plain conversation {error}") from None
 
 
 def _cut(text: str, *marks: str) -> list[str]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import file_sha256
+from ..core.untrusted import read_json
 from ..models.architecture import decoder_config, model_config
 from ..models.building import build_model
-from ..models.checkpoint import companions, read_json
+from ..models.checkpoint import check_checkpoint_files, companions
 from ..models.names import saved_shapes
 from ..models.skeleton import Skeleton
 from ..recipe.gguf_file import FLOATS
@@ -117,6 +118,7 @@ class GgufCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        check_checkpoint_files(folder)
         self.config: dict[str, Any] = read_json(folder / "config.json", "a GGUF file is read beside one")
         self.tensors = GgufTensors(gguf_files(folder))
         whole = model_config(self.config)

@@ -1,5 +1,6 @@
 """What config.json says the model is, and whether that is a decoder stack that can be quantized block by block."""
 
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -9,12 +10,20 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM
 
 from ..core.errors import BadInput
+from ..core.untrusted import read_json
 from .building import auto_class, build_model
-from .checkpoint import read_json
 
 _OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering")
 # How the original was to be run, which says nothing of its weights; a kernel that is not installed would stop the run.
 _NOT_OF_THE_MODEL = ("quantization_config", "attn_implementation", "_attn_implementation")
+_COUNTS = (  # of what is built one by one
+    "num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "num_experts", "num_local_experts",
+    "n_routed_experts", "moe_num_experts", "num_labels",
+)  # fmt: skip
+_MOST = 10_000
+_POSITIVE = (
+    "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "n_embd", "n_head", "d_model", "n_heads",
+)  # fmt: skip
 
 
 def model_config(config: Mapping[str, Any]) -> Any:
@@ -30,6 +39,7 @@ def model_config(config: Mapping[str, Any]) -> Any:
     if not is_known(plain):
         raise BadInput(_unknown(plain))
     _check_dtype(stated_dtype(plain))
+    _check_sizes(plain)
     try:
         built = AutoConfig.for_model(**plain)
     except Exception as error:
@@ -102,7 +112,11 @@ def is_multimodal(config: Mapping[str, Any]) -> bool:
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """The model without its weights; raises BadInput for a config that its class cannot be built from."""
     try:
-        return build_model(config, dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about sizes of 0; the shapes are compared with the checkpoint's
+            return build_model(config, dtype)
+    except BadInput:
+        raise
     except ImportError as error:
         said = " ".join(str(error).split())[:200]
         raise BadInput(f"{config.model_type}: transformers needs another package for it: {said}") from error
@@ -131,6 +145,15 @@ def special_tokens(config: Any) -> set[int]:
             elif str(key).endswith(("_token_id", "_token_index")):
                 found |= {one for one in (value if isinstance(value, list) else [value]) if type(one) is int}
     return found
+
+
+def check_block_count(config: Any, tensors: int) -> None:
+    """Raise BadInput for a config with more blocks than the checkpoint has tensors, before all of them are built."""
+    if isinstance(blocks := config.num_hidden_layers, int) and blocks > tensors:
+        raise BadInput(
+            f"config.json describes {blocks} blocks and the checkpoint has {tensors} tensors; is it the one that "
+            "belongs to these weights?"
+        )
 
 
 def check_outside_blocks(kind: str, missing: list[str], heads: list[str]) -> None:
@@ -167,14 +190,26 @@ def _check_dtype(name: Any) -> None:
         raise BadInput(f"config.json: dtype {name!r} is not bfloat16, float16 or float32")
 
 
+def _check_sizes(config: Mapping[str, Any], inside: str = "") -> None:
+    """Raise BadInput for a count that no model has: transformers would build it for hours, or fail on it darkly."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, f"{inside}{key}.")
+        elif type(value) is int:
+            if key in _COUNTS and value > _MOST:
+                raise BadInput(f"config.json: {inside}{key} is {value}; no model has more than {_MOST}")
+            if value < 1 and key in _POSITIVE and inside in ("", "text_config."):
+                raise BadInput(f"config.json: {inside}{key} is {value}; it has to be at least 1")
+
+
 def _check_rope(config: Any) -> None:
     """Raise BadInput for a kind of rotary embedding that transformers has no function for."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    settings = getattr(config, "rope_parameters", None) or {}
-    for one in (settings, *settings.values()):
+    settings = getattr(config, "rope_parameters", None)
+    for one in (settings, *settings.values()) if isinstance(settings, dict) else ():
         kind = one.get("rope_type", "default") if isinstance(one, dict) else "default"
-        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        if kind != "default" and str(kind) not in ROPE_INIT_FUNCTIONS:
             raise BadInput(
                 f"config.json: rope type {kind!r} is not one that transformers computes for {config.model_type} "
                 f"({', '.join(sorted(ROPE_INIT_FUNCTIONS))}); is this config.json of another model?"

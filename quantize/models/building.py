@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+from ..core.errors import BadInput
+
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 _LARGE = 1 << 26  # elements; no buffer that a model computes is as large
+_MOST_PARAMETERS = 300_000  # of a model; the largest have 100,000
 
 
 def auto_class(config: Any) -> Any:
@@ -46,6 +49,8 @@ class _LargeOnMeta(TorchFunctionMode):
         given = dict(kwargs or {})
         if func in _FACTORIES and given.get("device") is None and _elements(args) > _LARGE:
             given["device"] = "meta"
+        if func is torch.arange and any(isinstance(n, int | float) and abs(n) > _LARGE for n in args):
+            raise BadInput(f"config.json describes a model that numbers {max(args)} places; is it of a real one?")
         return func(*args, **given)
 
 
@@ -60,9 +65,15 @@ def _elements(args: tuple[Any, ...]) -> int:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters that are registered meanwhile lose their memory."""
-    register = nn.Module.register_parameter
+    register, count = nn.Module.register_parameter, 0
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_PARAMETERS:
+            raise BadInput(
+                f"config.json describes a model of more than {_MOST_PARAMETERS} tensors; is it of a real one?"
+            )
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)

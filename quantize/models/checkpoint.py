@@ -3,7 +3,6 @@
 Files are read, not memory-mapped: a reader holds only the tensor it asked for, whatever the size of the model.
 """
 
-import codecs
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import file_sha256, whole_file, write_json
+from ..core.untrusted import check_content, check_files, read_json
 
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (
@@ -38,7 +38,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 # those of its text model.
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
 _HEADS, _EMBEDDINGS = ("lm_head.weight", "embed_out.weight"), ("embed_tokens.weight", "embed_in.weight", "wte.weight")
-_POINTER = b"version https://git-lfs.github.com/spec"  # how the small file begins that stands for a large one
+_HEADER_BYTES = 100_000_000  # the most that the safetensors library reads
 _CHUNK = 1 << 22  # bytes copied at a time
 _WRITERS = 4  # shards written at once
 _PIECE = 1 << 26  # bytes of a device's tensor that are brought to the host at a time
@@ -81,6 +81,7 @@ class Checkpoint:
         """config.json, and where each tensor lies."""
         if not self.folder.is_dir():
             raise BadInput(f"{self.folder}: no such folder")
+        check_checkpoint_files(self.folder)
         config = read_json(self.folder / "config.json", "a checkpoint folder needs one")
         sharded = (self.folder / INDEX).exists()
         return config, self._open_shards() if sharded else _read_header(self._single_file())
@@ -306,32 +307,6 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     return copied
 
 
-def read_json(path: Path, why: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises BadInput when there is none; `why` says what it is needed for."""
-    try:
-        check_content(path)
-        raw = path.read_bytes()
-        if raw.startswith(codecs.BOM_UTF8):
-            raise BadInput(f"{path}: begins with a byte order mark, which no reader of JSON takes; save it without")
-        content = json.loads(raw)
-    except BadInput:  # a ValueError, too
-        raise
-    except FileNotFoundError:
-        raise BadInput(f"{path.parent}: no {path.name}; {why}") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def check_content(path: Path) -> None:
-    """Raise BadInput for a file that is only Git LFS's pointer to the content; OSError when it cannot be read."""
-    with open(path, "rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise BadInput(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` there, or download it again")
-
-
 def _read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, in byte order; raises BadInput for an incomplete or corrupt file."""
     try:
@@ -339,14 +314,14 @@ def _read_header(path: Path) -> dict[str, Stored]:
         with open(path, "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            raw = file.read(length) if length <= file_bytes else b""
+            raw = file.read(length) if length <= min(file_bytes, _HEADER_BYTES) else b""
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
     if len(raw) < max(length, 2):
         raise BadInput(f"{path}: truncated or not a safetensors file ({file_bytes} bytes)")
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: corrupt safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise BadInput(f"{path}: corrupt safetensors header: not a JSON object")
@@ -416,6 +391,12 @@ def _fill(file: Any, buffer: memoryview, path: Path) -> None:
         if not n:
             raise BadInput(f"{path}: the file ended early; it was truncated after it was opened")
         buffer = buffer[n:]
+
+
+def check_checkpoint_files(folder: Path) -> None:
+    """Raise BadInput for a pipe, a device, or a link that leads out of the folder, among the files of a model."""
+    check_files(folder)
+    check_files(folder, (file for pattern in COMPANIONS if "/" in pattern for file in sorted(folder.glob(pattern))))
 
 
 def companions(folder: Path) -> list[Path]:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import BadInput
-from .architecture import check_outside_blocks, decoder_config, empty_model, model_config, stated_dtype
+from .architecture import (
+    check_block_count,
+    check_outside_blocks,
+    decoder_config,
+    empty_model,
+    model_config,
+    stated_dtype,
+)
 from .building import computed_buffers
 from .experts import CONTAINERS, Part, routers, split_experts
 from .families import family_of
@@ -51,6 +58,7 @@ class PlacedModel:
     def __init__(self, reader: TensorReader, *, dtype: torch.dtype | None = None) -> None:
         whole = model_config(reader.config)
         self.config = decoder_config(whole)
+        check_block_count(self.config, len(reader.names()))
         self.family = family_of(self.config.model_type)
         stated = _dtype(reader.config)
         self.dtype = dtype or (torch.float32 if self.config.model_type in _FLOAT32 else stated)

@@ -54,7 +54,7 @@ class Grid(Strict):
     @model_validator(mode="before")
     @classmethod
     def _most_types_fix_their_layout(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") in _LAYOUT:
+        if isinstance(value, dict) and isinstance(value.get("type"), str) and value["type"] in _LAYOUT:
             bits, groups, symmetric = _LAYOUT[value["type"]]
             return {"bits": bits, "group_size": groups[0], "symmetric": symmetric} | value
         return value

@@ -20,9 +20,18 @@ from ..core.text import meant
 from .document import Recipe
 from .targets import Target
 
+_BYTES, _NODES = 200_000, 10_000  # of a recipe; the longest shipped one has 3,000 and 60
+_DIGITS, _DEPTH = 100, 50  # of a number; of nested brackets
+_SHOWN, _PROBLEMS, _PARTS = 80, 8, 20  # characters of a wrong value, problems in one message, parts of a key of --set
+
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a duplicate key is an error instead of silently the last one."""
+    """YAML in which a duplicate key is an error instead of silently the last one; nested as recipes are at most."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= _DEPTH:  # each token takes time in proportion to it
+            raise yaml.scanner.ScannerError(None, None, f"nested deeper than {_DEPTH} levels", self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -66,13 +75,10 @@ def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in file `where`, or the shipped one of that name, with `key.path=value` overrides applied."""
     path = Path(where)
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else text_of(where)
+        text = path.read_text(encoding="utf-8") if _is_recipe_file(path) else text_of(where)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"recipe {where}: cannot be read: {error}") from error
-    try:
-        document = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise BadInput(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
+    document = _read_yaml(text, f"recipe {where}")
     if not isinstance(document, dict):
         found = "an empty file" if document is None else type(document).__name__
         raise BadInput(f"recipe {where}: expected a mapping of keys, found {found}")
@@ -80,6 +86,53 @@ def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(document, override)
     return parse(document, where)
+
+
+def _is_recipe_file(path: Path) -> bool:
+    """Whether there is such a file. Raises BadInput for one that is no recipe by its size."""
+    if not path.is_file():
+        return False
+    if (size := path.stat().st_size) > _BYTES:
+        raise BadInput(f"recipe {path}: {size} bytes; a recipe has at most {_BYTES}")
+    return True
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    """The document in a YAML text. Raises BadInput, also for one that aliases make large without end."""
+    try:
+        loader = _UniqueKeys(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count(node, {}) > _NODES:
+            raise BadInput(f"{where}: over {_NODES} values with its aliases written out; a recipe has some hundreds")
+        return loader.construct_document(node)
+    except BadInput:
+        raise
+    except Exception as error:  # PyYAML's own kinds, and what Python says of its dates, numbers and depth
+        raise BadInput(f"{where}: not YAML: {_short(' '.join(str(error).split()), 300)}") from error
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """The values in a document with every alias written out. Raises ValueError for one that holds itself."""
+    if known.setdefault(id(node), 0):
+        return known[id(node)]
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and len(node.value) > _DIGITS:
+        raise ValueError(f"a number of {len(node.value)} digits")
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    if any(known.get(id(part)) == 0 for part in parts):
+        raise ValueError("an alias stands inside of what it means")
+    known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _short(text: str, length: int = _SHOWN) -> str:
+    """`text`, or its beginning where it is longer than `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -104,7 +157,8 @@ def _problems(error: ValidationError, root: Any) -> str:
     inner = [e["loc"] for e in errors]
     # A list with a wrong item is reported as too short, too: report only the item.
     errors = [e for e in errors if e["type"] != "too_short" or not any(_inside(place, e["loc"]) for place in inner)]
-    return "; ".join(_problem(e, root) for e in errors)
+    told = [_problem(e, root) for e in errors[:_PROBLEMS]]
+    return "; ".join([*told, *([f"and {len(errors) - _PROBLEMS} more"] if len(errors) > _PROBLEMS else [])])
 
 
 _GONE = {  # removed keys, by section: what to write instead
@@ -123,20 +177,21 @@ def _inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
 
 
 def _problem(error: Any, root: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
+    place = ".".join(_short(str(part), 40) for part in error["loc"][:_PARTS])
+    message = _short(_PLAIN.get(error["type"], error["msg"].removeprefix("Value error, ")), 600)
     if error["type"] == "extra_forbidden" and error["loc"][-2:] in _GONE:
         message = _GONE[error["loc"][-2:]]
     elif error["type"] == "extra_forbidden":
         known = _keys_at(root, error["loc"][:-1])
-        message = f"unknown key{meant(str(error['loc'][-1]), known)} (known: {', '.join(known)})"
+        message = f"unknown key{meant(_short(str(error['loc'][-1])), known)} (known: {', '.join(known)})"
     elif error["type"] == "union_tag_invalid":
         known = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
-        message = f"unknown name {error['ctx']['tag']!r}{meant(error['ctx']['tag'], known)} (known: {', '.join(known)})"
+        tag = _short(error["ctx"]["tag"])
+        message = f"unknown name {tag!r}{meant(tag, known)} (known: {', '.join(known)})"
     elif not isinstance(error["input"], dict | Recipe):
-        message += f", not {error['input']!r}"
+        message += f", not {_short(repr(error['input']))}"
         if error["type"] == "literal_error":
-            message += meant(str(error["input"]), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+            message += meant(_short(str(error["input"])), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     return f"{place}: {message}" if place else message
 
 
@@ -167,16 +222,16 @@ def _names(model: type[BaseModel]) -> tuple[Any, ...]:
 def apply_override(document: dict[str, Any], override: str) -> None:
     """Apply one `key.path=value` to the document; the value is read as YAML."""
     key, equals, value = override.partition("=")
+    shown = _short(repr(override))
     if not equals or not key:
-        raise BadInput(f"--set {override!r}: write key.path=value, such as method.damp=0.02")
+        raise BadInput(f"--set {shown}: write key.path=value, such as method.damp=0.02")
     *parents, last = key.split(".")
+    if len(parents) >= _PARTS:
+        raise BadInput(f"--set {shown}: a key of {len(parents) + 1} parts; none has more than {_PARTS}")
     node = document
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise BadInput(f"--set {override!r}: {parent!r} is not a mapping in this recipe")
+            raise BadInput(f"--set {shown}: {_short(parent)!r} is not a mapping in this recipe")
         node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise BadInput(f"--set {override!r}: the value is not YAML") from error
+    node[last] = _read_yaml(value, f"--set {shown}")

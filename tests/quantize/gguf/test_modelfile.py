@@ -129,7 +129,7 @@ def test_the_file() -> None:
         (CHATML.replace("m['content']", "m['content'] | upper"), "repeats a message or leaves it out"),
         (CHATML.replace("m['content'] +", "m['content'] + (' (long)' if m['content'] | length > 9 else '') +"), "more"),
         (CHATML + "{{ '{{' }}", "several ways|braces"),
-        ("{{ raise_exception('never') }}", "refuses a plain conversation"),
+        ("{{ raise_exception('never') }}", "of a plain conversation the chat template fails"),
     ],
 )
 def test_a_template_that_does_more_is_refused(template: str, words: str) -> None:

@@ -94,7 +94,7 @@ def test_set_changes_the_document(tmp_path: Path) -> None:
         ("weights=", "weights: has to be a mapping"),
         ("weights.bits", "write key.path=value"),
         ("=4", "write key.path=value"),
-        ("weights.bits=[", "the value is not YAML"),
+        ("weights.bits=[", "--set 'weights.bits=[': not YAML"),
         ("calibration.samples=1.5", "calibration.samples"),
     ],
 )
