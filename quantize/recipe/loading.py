@@ -73,11 +73,13 @@ def text_of(name: str) -> str:
 
 def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in file `where`, or the shipped one of that name, with `key.path=value` overrides applied."""
-    path = Path(where)
+    path, where = Path(where), _short(where, 300)
     try:
         text = path.read_text(encoding="utf-8") if _is_recipe_file(path) else text_of(where)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"recipe {where}: cannot be read: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a null byte
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"recipe {where}: cannot be read: {_short(str(error), 300)}") from error
     document = _read_yaml(text, f"recipe {where}")
     if not isinstance(document, dict):
         found = "an empty file" if document is None else type(document).__name__
