@@ -16,6 +16,7 @@ from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, whole_folder, write_json
 from quantpress.core.text import size
+from quantpress.core.untrusted import check_files
 from quantpress.formats import FORMATS
 from quantpress.gguf.chat import template_arguments
 from quantpress.gguf.reader import gguf_files
@@ -164,11 +165,13 @@ def _loadable(run: Path, artifact: Path, target: ServerSettings) -> tuple[Path, 
 
 def _place(source: Path, model: Path, to: str | None) -> None:
     """Put the model's files into `model`: converted, or shards linked and the rest copied."""
+    files = sorted(source.rglob("*"))
+    check_files(source, files)
     if to is not None:
         convert(source, model, to)
         return
     model.mkdir()
-    for file in sorted(source.rglob("*")):
+    for file in files:
         there = model / file.relative_to(source)
         if file.is_dir():
             there.mkdir()

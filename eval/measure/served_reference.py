@@ -20,9 +20,9 @@ from quantpress.artifact.manifest import own_manifest
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import fingerprint, remembered
+from quantpress.core.untrusted import read_json
 from quantpress.exports.serving.forward import last_states, log_probabilities
 from quantpress.exports.serving.reference import Asked, Kind, Noise, Paragraph, Reference, RoundTrip, divergence
-from quantpress.models.checkpoint import read_json
 from quantpress.models.skeleton import Skeleton
 from quantpress.numbers.activations import round_inputs
 from quantpress.numbers.grid import Inputs

@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from quantpress.artifact.artifact import verify
 from quantpress.core.errors import BadInput
+from quantpress.core.untrusted import check_files
 from quantpress.exports.verifying.listing import check_unlisted
 
 from ..measure.baselines import doubt
@@ -62,6 +63,7 @@ def prepare_upload(
     check_unlisted(run, run / "quantized", allow)
     write_card(run, base_model, license, repo)
     folder = run / "quantized"
+    check_files(folder, sorted(folder.rglob("*")))
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     files = tuple((file.relative_to(folder).as_posix(), file.stat().st_size) for file in found)
     said = message or f"{measured.manifest.model.id} quantized with quantpress, recipe {measured.manifest.name}"

@@ -58,6 +58,15 @@ def test_the_folder_holds_the_artifact_and_its_checksums(run: Path, tmp_path: Pa
     assert subprocess.run(check, cwd=made.folder, check=False).returncode == 0
 
 
+def test_a_link_out_of_the_artifact_is_not_followed(tmp_path: Path) -> None:
+    make(tmp_path / "run" / "quantized", "compressed-tensors", uniform(W4))
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "run" / "quantized" / "NOTICE").symlink_to("../../key")
+    with pytest.raises(BadInput, match="NOTICE: a link out of the folder, to .*key"):
+        export(tmp_path / "run", Vllm(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_are_not_read_again_for_their_checksums(run: Path, tmp_path: Path) -> None:
     """The manifest's are taken, so that an export of a shard that was damaged since does not count as whole."""
     shutil.copytree(run, tmp_path / "run")
