@@ -37,13 +37,21 @@ class _Place:
 class RunnableBlock:
     """A block, the linears {name: module} to halt at, and the arguments it takes besides the hidden states.
 
-    Its modules have one hook each, whatever the number of batches: it is for the run whose coroutine is at work.
+    all_experts: what experts are about to receive is shown for all tokens, not for those routed to each; what the block
+    computes is the same. Its modules have one hook each, whatever the number of batches: it is for the run whose
+    coroutine is at work.
     """
 
     def __init__(
-        self, module: nn.Module, linears: Mapping[str, nn.Module], arguments: BlockArguments, transfers: Transfers
+        self,
+        module: nn.Module,
+        linears: Mapping[str, nn.Module],
+        arguments: BlockArguments,
+        transfers: Transfers,
+        all_experts: bool = False,
     ) -> None:
         self.module, self.linears, self.arguments, self.transfers = module, linears, arguments, transfers
+        self.all_experts = all_experts
         self.experts = {path: part for path, part in module.named_modules() if isinstance(part, SplitExperts)}
         names = {linear: name for name, linear in linears.items()}
         self.places = {
@@ -95,13 +103,26 @@ class RunnableBlock:
         run = self._runs.get(getcurrent())
         if run is not None:
             run.enter(path, last, rows, routing)
+            if self.all_experts:
+                inputs = partial(self._inner, run, self.experts[path], rows) if last else lambda _: rows
             run.halt((path, last), inputs)
+
+    def _inner(self, run: "_Run", experts: SplitExperts, rows: Tensor, e: int) -> Tensor:
+        """What the down projection of expert `e` receives for all tokens, as if `run` sent them there."""
+        here, expert = getcurrent(), experts[e]
+        assert isinstance(expert, Expert)
+        self._runs[here] = run
+        try:
+            with torch.no_grad():
+                return expert.inner(rows)
+        finally:
+            del self._runs[here]
 
     def with_module(self, other: nn.Module) -> "RunnableBlock":
         """The same for the original's block, which has this structure."""
         paths = {part: path for path, part in self.module.named_modules()}
         linears = {name: other.get_submodule(paths[linear]) for name, linear in self.linears.items()}
-        return RunnableBlock(other, linears, self.arguments.of_original, self.transfers)
+        return RunnableBlock(other, linears, self.arguments.of_original, self.transfers, self.all_experts)
 
 
 @dataclass(frozen=True)
@@ -189,7 +210,7 @@ class PairedBatch:
             self._go_on()
         _, routing = self._run.entered[place.experts]
         entering, _ = self._original.entered[place.experts]
-        x0 = entering[routing.tokens(place.index)]
+        x0 = entering if self._block.all_experts else entering[routing.tokens(place.index)]
         with torch.no_grad():
             return place.expert.inner(x0) if place.last else x0
 

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby, zip_longest
+from itertools import groupby, product, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..models.block_arguments import BlockArguments
 from ..numbers.activations import measured, round_inputs
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
-from .batches import Group, PairedBatch, RestartingBatch, RunnableBlock, States
+from .batches import Group, Halt, PairedBatch, RestartingBatch, RunnableBlock, States
 from .moments import Moments
 
 # Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
@@ -68,7 +68,8 @@ class BlockPass:
     [in]. watch: called with a group's first name and rows of X [tokens, in] float32, until all of X has passed. begin:
     called once, before the pass that computes what leaves the block, but after the block has run on one sample, which
     shows the order of its linears. restarts: batches do not wait before each linear but are run again from the block's
-    beginning, which takes less memory, more time, and gives the same.
+    beginning, which takes less memory, more time, and gives the same. all_experts: experts are summed up over all
+    tokens, not over those that are routed to each.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class BlockPass:
         watch: Callable[[str, Tensor], None] | None = None,
         begin: Callable[[], None] = lambda: None,
         restarts: bool = False,
+        all_experts: bool = False,
     ) -> None:
         self._block, self._arguments, self._transfers = block, arguments, Transfers(device)
         self._linears, self._batch, self._keep = dict(linears), batch, keep
@@ -99,7 +101,7 @@ class BlockPass:
             into = reference if reference_leaving is None else reference_leaving
             self._reference = States(reference, into, everything)
         self._activations, self._diagonal, self._watch, self._begin = activations, diagonal, watch, begin
-        self._restarts = restarts
+        self._restarts, self._all_experts = restarts, all_experts
         self._inputs: dict[str, Inputs] = {}
         self._original: RunnableBlock | None = None
 
@@ -111,7 +113,7 @@ class BlockPass:
         """The shared inputs in lists: none of a list depends on how the linears of another of it are rounded."""
         first = self._hidden.entering[:1].to(self._transfers.device)
         shared = shared_inputs(self._block, first, self._arguments, self._linears)
-        now = RunnableBlock(self._block, self._linears, self._arguments, self._transfers)
+        now = RunnableBlock(self._block, self._linears, self._arguments, self._transfers, self._all_experts)
         if self._reference is not None:
             # Shares the parameters, which the caller replaces in the block and never writes to.
             original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
@@ -125,8 +127,18 @@ class BlockPass:
         if not self._restarts:
             self._begin()
         try:
+            summed: dict[Halt, tuple[Moments, Inputs | None]] = {}  # where all experts receive the same
             for groups in self._lists(now, shared):
-                yield self._shared_inputs(groups, batches)
+                halt = now.halt_before(groups[0][0])
+                if not self._all_experts or isinstance(halt, str) or halt[1]:
+                    yield self._shared_inputs(groups, batches)
+                    continue
+                others = groups if halt in summed else groups[1:]
+                if halt not in summed:
+                    summed = {halt: self._summed(groups[:1], batches)[0]}
+                for names, batch in product(others, batches):
+                    batch.let_go(names)
+                yield [self._shared_input(names, *summed[halt]) for names in groups]
             reached = {name for names in shared for name in names}
             yield from (self._shared_inputs([(name,)], ()) for name in self._linears if name not in reached)
             if self._keep:
@@ -167,6 +179,13 @@ class BlockPass:
         self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
     ) -> list[SharedInput]:
         """Advance every batch to the linears of `groups` and sum up what they are about to receive."""
+        sums = self._summed(groups, batches)
+        return [self._shared_input(names, *one) for names, one in zip(groups, sums, strict=True)]
+
+    def _summed(
+        self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
+    ) -> list[tuple[Moments, Inputs | None]]:
+        """The sums for each group, and how its inputs are rounded."""
         inputs = self._measured(groups, batches)
         for names, how in zip(groups, inputs, strict=True):
             if how is not None:
@@ -178,10 +197,13 @@ class BlockPass:
                 self._add(moments, names, x, batch.original_input(names), how)
                 batch.let_go(names)
             batch.rest()
-        return [
-            SharedInput(names, moments.moment(), moments.tokens, *self._drift(names, moments), moments.unmatched, how)
-            for names, how, moments in zip(groups, inputs, sums, strict=True)
-        ]
+        return list(zip(sums, inputs, strict=True))
+
+    def _shared_input(self, names: Group, sums: Moments, inputs: Inputs | None) -> SharedInput:
+        if inputs is not None:
+            self._inputs |= dict.fromkeys(names, inputs)
+        drift, power = self._drift(names, sums)
+        return SharedInput(names, sums.moment(), sums.tokens, drift, power, sums.unmatched, inputs)
 
     def _add(self, sums: Moments, names: Group, x: Tensor, original: Tensor | None, inputs: Inputs | None) -> None:
         """Add a batch's x [tokens, in], and the same tokens' inputs in the original."""

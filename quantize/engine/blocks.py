@@ -218,6 +218,7 @@ class _Run:
             reference_leaving=into.get("reference"),
             activations=inputs,
             restarts=self._room.restarts,
+            all_experts=job.recipe.calibration.all_experts,
             begin=(lambda: None) if cache is None else cache.start,
         ).together()
 

@@ -66,6 +66,11 @@ def prepare(
     skeleton = _by_name(recipe, reader, there) if unknown else Skeleton(reader, device=there)
     skeleton.check_shapes(reader.shape)
     check_no_codes(skeleton, checkpoint)
+    if recipe.calibrated and recipe.calibration.all_experts and not skeleton.tells_experts_apart:
+        raise BadInput(
+            f"calibration.all_experts: {skeleton.config.model_type} gives its experts tokens weighed or sorted "
+            "by the router, so that none can see all of them; leave it out"
+        )
     setup = Setup(recipe, source, checkpoint, reader, skeleton, skeleton.linears())
     backend = _backend(setup)
     return Job(**vars(setup), backend=backend, plan=backend.plan())

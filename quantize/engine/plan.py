@@ -128,7 +128,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
     disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
     tried = sum(transform.scales_tried for transform in recipe.transforms)
     solves = _solves(linears, schemes, streams, calibrated)
-    operations = _passes(skeleton, linears, schemes, tokens, streams, calibrated) + solves
+    everywhere = recipe.calibration.all_experts
+    operations = _passes(skeleton, linears, schemes, tokens, streams, calibrated, everywhere) + solves
     if tried:  # one more pass of each block, to observe its inputs; it needs no more memory than rounding
         operations += _passes(skeleton, linears, schemes, tokens, 1, calibrated)
         operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
@@ -211,11 +212,15 @@ def _passes(
     tokens: int,
     streams: int,
     calibrated: bool,
+    everywhere: bool = False,
 ) -> float:
-    """Operations of the passes through the blocks, and of the sums over what each linear receives."""
+    """Operations of the passes through the blocks, and of the sums over what each linear receives.
+
+    everywhere: experts receive all tokens.
+    """
     total = 0.0
     for x in linears:
-        reaching = tokens * _share(skeleton, x)
+        reaching = tokens * (1.0 if everywhere else _share(skeleton, x))
         total += 2.0 * streams * reaching * x.in_features * x.out_features
         if schemes[x.name] is not None and calibrated:
             # The moment, the drift at twice its work, and the drift's own moment.

@@ -22,7 +22,7 @@ from .architecture import (
     stated_dtype,
 )
 from .building import computed_buffers
-from .experts import CONTAINERS, Part, routers, split_experts
+from .experts import CONTAINERS, Part, SplitExperts, routers, split_experts
 from .families import family_of
 from .model_tensors import ModelTensors, TensorReader
 from .names import TensorNames
@@ -223,6 +223,12 @@ class PlacedModel:
         """The number of experts among which a linear's expert is chosen; None for a linear of no routed expert."""
         containers = self._experts[linear.block].items()
         return next((n for path, n in containers if linear.module.startswith(f"{path}.")), None)
+
+    @property
+    def tells_experts_apart(self) -> bool:
+        """Whether every expert of the model is given plain hidden states, of any tokens one likes."""
+        modules = (module for block in self._blocks for module in block.modules())
+        return all(isinstance(module, SplitExperts) for module in modules if isinstance(module, CONTAINERS))
 
     def head_names(self) -> list[str]:
         """On-disk names of the linears outside the blocks: the output head."""

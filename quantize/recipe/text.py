@@ -49,6 +49,11 @@ class Calibration(Text):
     seq_len: int = Field(512, ge=8, description="tokens a sequence")
     seed: int = Field(0, ge=0, description="chooses the part of the text that is used, and what `self` generates")
     chat_template: bool = Field(False, description="wrap each text as a user's turn in the model's chat template")
+    all_experts: bool = Field(
+        False,
+        description="round each expert of a mixture for all tokens, not for those that are routed to it; what a block "
+        "computes stays routed",
+    )
 
     @model_validator(mode="after")
     def _the_model_itself_takes_no_text(self) -> Self:

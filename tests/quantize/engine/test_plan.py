@@ -128,3 +128,6 @@ def test_experts_cost_the_tokens_that_reach_them(tmp_path: Path, monkeypatch: py
     four = planned(tmp_path / "model", "cpu", monkeypatch, samples=64, seq_len=64).operations
     expert = sum(4 * n * out + 4 * n * n for n, out in ((64, 96), (64, 96), (96, 64)))
     assert four - two == 2 * 4 * (64 * 64 / 2) * expert  # 2 blocks of 4 experts, half of all tokens
+    monkeypatch.undo()
+    everywhere = {"samples": 64, "seq_len": 64, "all_experts": True}
+    assert planned(tmp_path / "model", "cpu", monkeypatch, **everywhere).operations == four
