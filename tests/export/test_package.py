@@ -62,7 +62,7 @@ def test_a_link_out_of_the_artifact_is_not_followed(tmp_path: Path) -> None:
     make(tmp_path / "run" / "quantized", "compressed-tensors", uniform(W4))
     (tmp_path / "key").write_text("secret")
     (tmp_path / "run" / "quantized" / "NOTICE").symlink_to("../../key")
-    with pytest.raises(BadInput, match="NOTICE: a link out of the folder, to .*key"):
+    with pytest.raises(BadInput, match=r"NOTICE: a link out of the folder, to .*key"):
         export(tmp_path / "run", Vllm(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -222,12 +222,12 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     finally:
         stray.unlink()
     (tmp_path / "key").write_text("secret")
-    (made / "quantized" / "LICENSE").symlink_to(tmp_path / "key")
+    (made / "quantized" / "NOTICE").symlink_to(tmp_path / "key")
     try:
-        with pytest.raises(BadInput, match="LICENSE: a link out of the folder"):
-            prepare_upload(made, "org/name", private=True, allow=["LICENSE"])
+        with pytest.raises(BadInput, match="NOTICE: a link out of the folder"):
+            prepare_upload(made, "org/name", private=True, allow=["NOTICE"])
     finally:
-        (made / "quantized" / "LICENSE").unlink()
+        (made / "quantized" / "NOTICE").unlink()
     results = made / "eval" / "results.json"
     before = results.read_text()
     write_json(results, fake_results(18.4, "REGRESSION"))
