@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantpress.core.errors import BadInput
-from quantpress.core.files import file_sha256, remembered
+from quantpress.core.files import expanded, file_sha256, remembered
 from quantpress.recipe import Task
 
 from .results import Score, TaskResult
@@ -91,7 +91,7 @@ class Tasks:
             if task.name not in self._manager.all_tasks:
                 raise BadInput(f"evaluation.tasks: lm-eval knows no task {task.name!r} (`lm-eval ls tasks` lists them)")
             return task.name
-        return _read_file(Path(task.file).expanduser())
+        return _read_file(expanded(task.file))
 
     def _load(self, task: Task, spec: str | dict[str, Any]) -> Any:
         """The library's task objects with their data, set to the same few-shot examples each time."""

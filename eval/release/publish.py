@@ -20,6 +20,9 @@ from ..report.measured_run import MeasuredRun, open_run
 
 _LARGE = ("tokenizer.json", "vocab.json")  # a vocabulary, which is not searched for local paths
 _TOKEN = "HF_TOKEN"
+# The HTTP library's own error, whichever library this huggingface_hub is built on.
+_NOT_REACHED: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError)
+_FAILURES = (*_NOT_REACHED, OSError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,12 @@ def upload(what: Upload, endpoint: str | None = None) -> str:
             commit_message=what.message,
             allow_patterns=[name for name, _ in what.files],
         )
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except _FAILURES as error:
         # a proxy may echo the headers it was sent
-        reason = " ".join(str(error).replace(token, "***").split())[:300]
-        raise BadInput(f"{what.repo}: the hub refused the upload: {reason}") from None
+        reason = " ".join(str(error).replace(token, "***").split())[:300] or type(error).__name__
+        answered = isinstance(error, HfHubHTTPError) or not isinstance(error, _NOT_REACHED)
+        happened = "the hub refused the upload" if answered else "the hub cannot be reached"
+        raise BadInput(f"{what.repo}: {happened}: {reason}") from None
     return commit.commit_url
 
 

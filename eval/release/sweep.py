@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantpress.core.errors import BadInput
-from quantpress.core.files import file_sha256, write_json
+from quantpress.core.files import expanded, file_sha256, write_json
 from quantpress.core.notebook import table
 from quantpress.engine.sources import default_cache
 from quantpress.models.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ def make_sweep(
 
 def _absolute(model: str) -> str:
     """A local model by a path that holds from any folder; a hub id as it is."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return str(path.absolute()) if path.exists() else model
 
 
@@ -154,7 +154,7 @@ def plan_runs(
 
 def _texts(recipe: Recipe) -> list[str]:
     """The sha256 of those texts of the recipe that are local files."""
-    sources = [Path(text.source).expanduser() for text in (recipe.calibration, recipe.evaluation) if text is not None]
+    sources = [expanded(text.source) for text in (recipe.calibration, recipe.evaluation) if text is not None]
     return [file_sha256(file) for file in sources if file.is_file()]
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from quantpress.artifact.artifact import auto_class_of
 from quantpress.core.errors import BadInput
-from quantpress.core.files import whole_file
+from quantpress.core.files import expanded, whole_file
 from quantpress.exports import contracts
 from quantpress.exports.servers import SERVERS
 from quantpress.exports.servers.loader import notes as loader_notes
@@ -158,7 +158,7 @@ def _short(run: MeasuredRun) -> str:
 
 def _original_card(run: MeasuredRun) -> dict[str, Any]:
     """Licence and languages from the original's own card, where its folder holds one."""
-    source = Path(str(run.manifest.recipe.get("model", ""))).expanduser()
+    source = expanded(str(run.manifest.recipe.get("model", "")))
     readme = source / "README.md"
     if not readme.is_file():
         return {}

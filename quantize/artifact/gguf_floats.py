@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.errors import BadInput
+from ..core.files import expanded
 from ..gguf.conversion import Conversion, FloatType
 from ..gguf.requantized import requantize
 from ..gguf.writer import write
@@ -37,7 +38,7 @@ def write_rounded(
     on_tensor: Callable[[int, int], None] = lambda done, all: None,
 ) -> list[Path]:
     """Round the GGUF file of floats that `model` names, of whatever architecture; see `requantize`."""
-    source = Path(model).expanduser()
+    source = expanded(model)
     if source.suffix.lower() != ".gguf" or not source.is_file():
         raise BadInput(f"--type {file_type}: only a .gguf file of floats is rounded as it is; for {model} run a recipe")
     return requantize(source, target, file_type, imatrix, split_bytes, on_tensor)

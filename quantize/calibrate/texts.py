@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import BadInput
+from ..core.files import expanded
 from ..models.hub import commit, fetch_wheel, hub_errors, near
 from ..recipe import Text
 
@@ -41,7 +42,7 @@ def load_documents(text: Text, *, cache: Path, role: Role) -> Documents:
     Raises BadInput for text that is missing, empty or cannot be fetched, and for a column that is not there.
     """
     assert text.source != "self", "the model's own text comes from generated_tokens"
-    path = Path(text.source).expanduser()
+    path = expanded(text.source)
     if text.source == "default":
         documents, source = _default(role, cache)
     elif path.suffix.lower() == ".txt":

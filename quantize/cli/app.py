@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import BadInput, OutOfMemory
-from .printing import out_console, say
+from .printing import say, show
 
 _ORDER = (  # of the commands in the help
     "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",
@@ -54,7 +54,7 @@ _OF_THE_PATH = {
 
 def _tell_version(wanted: bool) -> None:
     if wanted:
-        out_console.print(f"quantpress {version('quantpress')}")
+        show(f"quantpress {version('quantpress')}")
         raise typer.Exit
 
 

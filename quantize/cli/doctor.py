@@ -6,13 +6,11 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rich.table import Table
-
 from ..core.plugins import packages
 from ..core.text import size
 from .app import app
 from .options import JsonOpt, make_options, quiet_libraries
-from .printing import out_console, print_json
+from .printing import print_json, show_table
 
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "safetensors", "gguf", "tokenizers")
 _EXTRAS = {  # module: the extra it comes with, what it is for, and how to get it
@@ -30,10 +28,7 @@ def doctor(as_json: JsonOpt = False) -> None:
     if as_json:
         print_json(facts)
         return
-    table = Table.grid(padding=(0, 2))
-    for name, found in facts.items():
-        table.add_row(name, _in_words(name, found))
-    out_console.print(table, markup=False)
+    show_table((), [(name, _in_words(name, found)) for name, found in facts.items()])
 
 
 def _facts() -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
-from rich.table import Table
 
 from quantpress.eval.release.callbacks import Options
 
@@ -28,7 +27,7 @@ from .options import (
     quiet_libraries,
     with_options,
 )
-from .printing import followed, out_console, print_json, say, show, show_path
+from .printing import followed, print_json, say, show, show_path, show_table
 
 if TYPE_CHECKING:
     from ..engine.plan import Plan
@@ -77,10 +76,9 @@ def plan(
         asked = {"targets": found.targets, "servability": found.servability}
         print_json(found.plan.as_dict() | asked | {"fits": lacking is None, "lacking": lacking})
         return
-    table = Table("linears", "number", "scheme", box=None, pad_edge=False)
-    for module, number, scheme in found.linears:
-        table.add_row(module, str(number), scheme)
-    out_console.print(table)
+    show_table(
+        ("linears", "number", "scheme"), [(module, str(number), scheme) for module, number, scheme in found.linears]
+    )
     p = found.plan
     show(
         f"artifact {size(p.artifact_bytes)} (original {size(p.original_bytes)}), memory up to {size(p.memory_bytes)}, "
@@ -212,11 +210,11 @@ def _copied(file: Path, text: str) -> Path:
 
 
 def _list(chosen: Collection[str]) -> None:
-    table = Table("recipe", "what for", box=None, pad_edge=False)
-    for group, names in recipes.groups().items():
-        inside = [name for name in names if name in chosen]
-        if inside:
-            table.add_row(f"[bold]{group}[/bold]", "")
-        for name in inside:
-            table.add_row(f"  {name}", recipes.load(name).description)
-    out_console.print(table)
+    shown = {group: [name for name in names if name in chosen] for group, names in recipes.groups().items()}
+    rows = [
+        row
+        for group, names in shown.items()
+        if names
+        for row in ((group, ""), *((f"  {name}", recipes.load(name).description) for name in names))
+    ]
+    show_table(("recipe", "what for"), rows, bold=shown)

@@ -94,8 +94,8 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 def make_options(**chosen: Any) -> Options:
     """Options of a command, with what the environment says: QUANTPRESS_CACHE and QUANTPRESS_API_KEY."""
-    if "QUANTPRESS_CACHE" in os.environ:
-        chosen["cache"] = Path(os.environ["QUANTPRESS_CACHE"])
+    if cache := os.environ.get("QUANTPRESS_CACHE"):  # an empty one would be the current folder
+        chosen["cache"] = Path(cache)
     return Options(**chosen, api_key=os.environ.get("QUANTPRESS_API_KEY"))
 
 

@@ -1,40 +1,62 @@
-"""What the commands print: results on stdout, everything beside them (progress, notes) on stderr."""
+"""What the commands print: results on stdout, everything beside them (progress, notes) on stderr.
+
+Names, paths and messages are users' and models': nothing in them is markup, an emoji's name or a terminal's command.
+"""
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from quantpress.eval.release.callbacks import Callbacks
 
-from ..core.text import size
+from ..core.text import printable, size
 
 if TYPE_CHECKING:
     from quantpress.eval.measure.results import Results
     from quantpress.exports.serving.record import Check, Serving
 
 _SILENCE_SECONDS = 60  # longest without a line where there is no bar, once a block is finished
-_SIGNS = {"pass": "pass", "fail": "[bold red]FAIL[/]", "skip": "skip"}
 _VERDICTS = {"ACCEPT": "ok  ", "REGRESSION": "MISS", "INCONCLUSIVE": "?   "}
 
-out_console, err_console = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+_FAILED = "bold red"  # the style of what has to be seen
+
+_out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def show(line: str) -> None:
-    """A line of the result, on stdout; nothing in it is taken for markup."""
-    out_console.print(line, markup=False)
+def show(text: str, *, style: str = "") -> None:
+    """A line of the result, or several, on stdout."""
+    _out.print(_plain(text), style=style)
 
 
-def say(line: str) -> None:
-    """A line beside the result, on stderr; nothing in it is taken for markup or wrapped."""
-    err_console.print(line, markup=False, soft_wrap=True)
+def say(line: str, *, style: str = "") -> None:
+    """A line beside the result, on stderr; it is not wrapped."""
+    err_console.print(_plain(line), style=style, soft_wrap=True)
+
+
+def show_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, bold: Collection[str] = (), right: int = -1
+) -> None:
+    """A table on stdout; without heads where these are empty. bold: first cells in bold. right: a column of numbers."""
+    table = Table(*heads, box=None, pad_edge=False) if heads else Table.grid(padding=(0, 2))
+    if right >= 0:
+        table.columns[right].justify = "right"
+    for first, *others in rows:
+        table.add_row(Text(_plain(first), "bold" if first in bold else ""), *map(_plain, others))
+    _out.print(table)
+
+
+def _plain(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def print_json(document: Any) -> None:
@@ -95,9 +117,11 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
 
         yield plain
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("block {task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-                  TextColumn("{task.fields[remark]}"), console=err_console, transient=True) as progress:  # fmt: skip
+    left, remark = TimeRemainingColumn(), TextColumn("{task.fields[remark]}", markup=False)
+    done = TextColumn("block {task.completed}/{task.total}")
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), done, TimeElapsedColumn(),
+               TextColumn("elapsed,"), left, TextColumn("left"), remark)  # fmt: skip
+    with Progress(*columns, console=err_console, transient=True) as progress:
         task = progress.add_task(what, total=blocks or None, remark="")
 
         def advance(done: int, remark: str, total: int = blocks) -> None:
@@ -120,7 +144,7 @@ def print_results(results: "Results") -> None:
         how = "gates.strict: false lets it pass" if results.gates.strict else "which gates.strict: false lets pass"
         say(f"note: a gate is too close to call (exit code {results.gates.exit_code}); {how}")
     if (wrong := doubt(results)) is not None:
-        err_console.print(f"\n[bold red]WARNING[/] {escape(wrong)}\n", soft_wrap=True)
+        say(f"\nWARNING {wrong}\n", style=_FAILED)
 
 
 def _figures(results: "Results") -> Iterator[str]:
@@ -184,7 +208,9 @@ def _efficiency(results: "Results") -> Iterator[str]:
 
 def print_check(check: "Check") -> None:
     """A check of a server, as it is made."""
-    out_console.print(f"{_SIGNS[check.status]}  {check.name:<13} {check.seconds:6.1f} s  {escape(check.reason)}")
+    failed = check.status == "fail"
+    sign = "FAIL" if failed else check.status
+    show(f"{sign}  {check.name:<13} {check.seconds:6.1f} s  {check.reason}", style=_FAILED if failed else "")
 
 
 def print_serving(record: "Serving", file: str) -> None:

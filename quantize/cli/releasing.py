@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from quantpress.eval.release.callbacks import Options
 
@@ -25,7 +24,7 @@ from .options import (
     quiet_libraries,
     with_options,
 )
-from .printing import followed, out_console, print_json, print_results, print_serving, say, show, show_path
+from .printing import followed, print_json, print_results, print_serving, say, show, show_path, show_table
 
 if TYPE_CHECKING:
     from quantpress.eval.release.recommend import Candidate, Recommendation
@@ -189,11 +188,8 @@ def _print_recommendation(found: "Recommendation") -> None:
         show(f"take {found.choice.run.label}  {found.choice.run.folder}")
     for line in found.why:
         show(f"  {line}")
-    table = Table("not taken", "because", box=None, pad_edge=False)
-    for label, reason in found.others:
-        table.add_row(label, reason)
     if found.others:
-        out_console.print(table)
+        show_table(("not taken", "because"), found.others)
 
 
 @app.command()
@@ -255,11 +251,7 @@ def publish(
     what = prepare_upload(run, to, private=not public, message=message, base_model=base_model, license=license,
                           although_missed=although_missed, allow=allow)  # fmt: skip
     if not as_json:
-        table = Table("file", "bytes", box=None, pad_edge=False)
-        table.columns[1].justify = "right"
-        for name, count in what.files:
-            table.add_row(name, f"{count:,}")
-        out_console.print(table)
+        show_table(("file", "bytes"), [(name, f"{count:,}") for name, count in what.files], right=1)
         kind = "public" if public else "private"
         show(f"{len(what.files)} files, {size(what.bytes)}, to {to} ({kind} if it is new)")
         show(f"commit message: {what.message}")

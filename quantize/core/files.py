@@ -24,6 +24,11 @@ _STALE_SECONDS = 24 * 3600
 _BEING_MADE = 2.0  # seconds in which a new folder may not have its lock yet
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with a leading ~ or ~user written out; as it is where there is no such user, and so no such file."""
+    return Path(os.path.expanduser(path))
+
+
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:

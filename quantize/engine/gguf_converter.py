@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..core.errors import BadInput
-from ..core.files import whole_folder
+from ..core.files import expanded, whole_folder
 from ..gguf.conversion import FloatType
 from .sources import default_cache
 
@@ -20,7 +20,7 @@ def convert(checkout: Path, checkpoint: Path, kind: FloatType) -> Path:
     It is kept in the cache for as long as neither changes. Raises BadInput, with the converter's reason, where it makes
     none.
     """
-    script = checkout.expanduser()
+    script = expanded(checkout)
     script = script / _SCRIPT if script.is_dir() else script
     if script.name != _SCRIPT or not script.is_file():
         raise BadInput(f"gguf.converter {checkout}: no {_SCRIPT} there; give the folder of a checkout of llama.cpp")

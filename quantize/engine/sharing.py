@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from ..calibrate.tokens import Tokens
 from ..core import machine
-from ..core.files import file_sha256, fingerprint, intact, seal, whole_folder
+from ..core.files import expanded, file_sha256, fingerprint, intact, seal, whole_folder
 from ..gguf import imatrix
 from .backend import Setup
 
@@ -28,7 +28,7 @@ def tokens(folder: Path | None, setup: Setup, make: Callable[[], Tokens]) -> Tok
     """
     if folder is None:
         return make()
-    wanted, text = setup.recipe.calibration, Path(setup.recipe.calibration.source).expanduser()
+    wanted, text = setup.recipe.calibration, expanded(setup.recipe.calibration.source)
     here = file_sha256(text) if text.is_file() else None
     place = folder / "tokens" / _digest(_model(setup) | {"text": wanted.model_dump(mode="json"), "file": here})
     if not intact(place):

