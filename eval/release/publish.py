@@ -22,7 +22,7 @@ _LARGE = ("tokenizer.json", "vocab.json")  # a vocabulary, which is not searched
 _TOKEN = "HF_TOKEN"
 # The HTTP library's own error, whichever library this huggingface_hub is built on.
 _NOT_REACHED: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError)
-_FAILURES = (*_NOT_REACHED, OSError, ValueError, RuntimeError)
+_FAILURES: tuple[type[Exception], ...] = (*_NOT_REACHED, OSError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
