@@ -42,7 +42,7 @@ from quantpress.exports.package import LOOPBACK, Exported, find_artifact
 from quantpress.exports.package import check as check_export
 from quantpress.exports.package import export as export_target
 from quantpress.exports.serving.record import Serving
-from quantpress.exports.verify import artifact_in
+from quantpress.exports.verify import artifact_in, check_unchanged, original_at_hand
 from quantpress.exports.verify import verify as verify_files
 
 from .artifact.artifact import open_artifact
@@ -200,6 +200,8 @@ def evaluate(
         evaluate("artifacts/smollm2-135m/w4a16-rtn").perplexity_increase
     """
     what, chosen, where = _subject(subject, original, recipe, out)
+    if isinstance(what, Path) and not options.although_changed:
+        check_unchanged(what)
     inputs = evaluation_inputs(chosen, options)
     with alone_in(where):
         return subjects.evaluate_subject(what, chosen, where, inputs, options, callbacks)
@@ -262,19 +264,27 @@ def verify(
     python: str | None = None,
     way: Way | None = None,
     allow: Collection[str] = (),
+    original: str | None = None,
+    forward: bool = True,
+    options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
 ) -> Verification:
-    """Check the checksums, then every tensor against config and model; then whether each of `targets` would load it.
+    """Check the checksums, then every tensor against config and model, then against the original; then whether each of
+    `targets` would load it.
 
     folder: a run folder, an artifact folder or an exported one. python: the interpreter that has the server. way: how
     targets are asked, by default the strongest way that works here. allow: files, by their path in the folder, that may
-    lie there without being listed. Raises BadInput for a folder that is none of these.
+    lie there without being listed. original: the model it was made from, by default the one that the manifest names
+    where it is on this machine. forward: without an original, whether a short forward pass has to predict something.
+    Raises BadInput for a folder that is none of these.
 
         verify("artifacts/smollm2-135m/w4a16-rtn", ["vllm"]).sound
     """
     where = Path(folder)
     chosen = choose_targets(where, targets) if targets else ()
-    found = verify_files(where, allow=allow)
+    named = None if original is None else open_source(original, options).path
+    made_from = named or original_at_hand(where, options.cache)
+    found = verify_files(where, allow=allow, original=made_from, forward=forward)
     loads: dict[str, LoadAnswer] = {}
     if not found.problems:  # what is damaged is not asked about
         for target in chosen:
@@ -300,6 +310,8 @@ def smoke(
     """
     given = changes.model_dump(exclude_unset=True) if isinstance(changes, Smoke) else dict(changes or {})
     subject = find_served(Path(path), given)
+    if not options.although_changed:
+        check_unchanged(Path(path))
     where = _path(out) or subject.run or Path("artifacts") / subject.artifact.stem / "smoke"
     with alone_in(where):
         subjects.forget(where, "smoke")

@@ -26,6 +26,7 @@ class Options:
     cache: downloads, conversions and the original's evaluation; default ~/.cache/quantpress.
     api_key: sent as a bearer token to a server that is already running.
     share: folder of what runs of different recipes on one model have in common: tokens and importance matrix.
+    although_changed: measure or serve an artifact whose files are not what its checksums say.
     """
 
     overwrite: bool = False
@@ -35,6 +36,7 @@ class Options:
     cache: Path = field(default_factory=_default_cache)
     api_key: str | None = field(default=None, repr=False)
     share: Path | None = None
+    although_changed: bool = False
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,13 @@ def _against_config(folder: Path, artifact: GgufCheckpoint, said: Mapping[str, A
     yield from unlike_metadata(folder, wanted, said, strict=own_manifest(folder) is not None)
 
 
-def unlike_metadata(folder: Path, wanted: Mapping[str, Any], said: Mapping[str, Any], strict: bool) -> Iterator[str]:
-    """A line for each key of a model's metadata that a file has otherwise; strict: or lacks, or has beyond them."""
+def unlike_metadata(
+    folder: Path, wanted: Mapping[str, Any], said: Mapping[str, Any], strict: bool, whose: str = "config and tokenizer"
+) -> Iterator[str]:
+    """A line for each key of a model's metadata that a file has otherwise; strict: or lacks, or has beyond them.
+
+    whose: where the wanted ones are from.
+    """
     kinds = [f"{said[ARCHITECTURE]}.", ARCHITECTURE]
     kinds += ["tokenizer."] if any(key.startswith("tokenizer.") for key in wanted) else []
     prefixes = tuple(kinds)
@@ -167,13 +172,13 @@ def unlike_metadata(folder: Path, wanted: Mapping[str, Any], said: Mapping[str, 
     for key, value in ours.items():
         if key not in said:
             if strict:
-                yield f"{folder}: the GGUF file lacks {key}, {_short(value)} by config.json and tokenizer"
+                yield f"{folder}: the GGUF file lacks {key}, {_short(value)} by {whose}"
         elif not _equal(value, said[key]):
             at = _first_unlike(value, said[key])
-            yield f"{folder}: the GGUF file says {key} {at[1]}, and config.json and tokenizer {at[0]}"
+            yield f"{folder}: the GGUF file says {key} {at[1]}, and {whose} {at[0]}"
     for key in said if strict else ():
         if key.startswith(prefixes) and key not in ours:
-            yield f"{folder}: the GGUF file says {key} {_short(said[key])}, which config.json and tokenizer do not"
+            yield f"{folder}: the GGUF file says {key} {_short(said[key])}, which {whose} does not say"
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -87,6 +87,16 @@ def check_unlisted(where: Path, artifact: Path, allow: Collection[str] = ()) -> 
         raise BadInput(f"{listing.folder / name}: {_why(name, listing.source)}")
 
 
+def check_sums(where: Path, artifact: Path) -> None:
+    """Raise BadInput for a listed file that is not as listed; without a list there is nothing to compare with."""
+    listing = listing_of(where, artifact)
+    for name, what in changed(listing.folder, listing.files):
+        raise BadInput(
+            f"{listing.folder / name}, which {(listing.source or where).name} lists, {what}: what would be measured is "
+            "not what was made; restore it, or --although-changed"
+        )
+
+
 def _sums(file: Path) -> dict[str, str]:
     """The sha256 of each file that SHA256SUMS names. Raises BadInput for what `sha256sum --check` would not read."""
     try:

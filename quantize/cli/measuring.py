@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @app.command("eval")
-@with_options("allow_pickle", "trust_remote_code")
+@with_options("allow_pickle", "trust_remote_code", "although_changed")
 def evaluate(
     options: Options,
     subject: Annotated[

@@ -54,6 +54,9 @@ _OPTIONS: dict[str, Any] = {  # fields of Options
     "trust_remote_code": Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that comes with the tokenizer")
     ],
+    "although_changed": Annotated[
+        bool, typer.Option("--although-changed", help="take an artifact whose files differ from its checksums")
+    ],
     "share": Annotated[
         Path | None,
         typer.Option(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from quantpress.eval.release.callbacks import Options
+
 from ..core.errors import BadInput
 from ..core.text import meant
 from .app import app
@@ -19,6 +21,7 @@ from .options import (
     make_options,
     names,
     quiet_libraries,
+    with_options,
 )
 from .printing import followed, print_check, print_json, print_serving, say, show
 
@@ -58,18 +61,28 @@ def export(
 
 
 @app.command()
+@with_options("allow_pickle")
 def verify(
     where: Annotated[Path, typer.Argument(help="a run folder, an artifact folder or an exported one")],
     target: TargetOpt = [],  # noqa: B006
     sets: SetOpt = [],  # noqa: B006
     server_python: ServerPythonOpt = None,
     way: Annotated[str | None, typer.Option(help="server, parser or contract; default: the strongest there is")] = None,
+    original: Annotated[
+        str | None,
+        typer.Option("--original", help="what it was made from; default: what its manifest names, if it is here"),
+    ] = None,
+    no_forward: Annotated[
+        bool, typer.Option("--no-forward", help="without the original: no short forward pass in its place")
+    ] = False,
     allow: AllowOpt = [],  # noqa: B006
     as_json: JsonOpt = False,
+    options: Options = Options(),
 ) -> None:
-    """Check checksums, then every tensor against config and model; with --target also whether a server would load it.
+    """Check checksums, every tensor against config and model, every weight against the original; with --target also
+    whether a server would load it.
 
-    Exit code 1 when something is wrong.
+    Says what it compared, and what it did not and why. Exit code 1 when something is wrong.
     """
     if way is not None and way not in _WAYS:
         raise BadInput(f"--way {way!r}{meant(way, _WAYS)} (known: {', '.join(_WAYS)})")
@@ -85,7 +98,7 @@ def verify(
     with followed() as callbacks:
         found = api.verify(
             where, targets, python=server_python, way=cast(Literal["server", "parser", "contract"] | None, way),
-            allow=allow, callbacks=callbacks,
+            allow=allow, original=original, forward=not no_forward, options=options, callbacks=callbacks,
         )  # fmt: skip
     if as_json:
         loads = {name: asdict(answer) for name, answer in found.loads.items()}
@@ -143,6 +156,7 @@ def check(
 
 
 @app.command()
+@with_options("although_changed")
 def smoke(
     artifact: Annotated[
         Path,
@@ -161,6 +175,7 @@ def smoke(
     deadline: Annotated[float | None, typer.Option(help="seconds to become healthy; default: 600")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="run folder for eval/serving.json and the log")] = None,
     as_json: JsonOpt = False,
+    options: Options = Options(),
 ) -> None:
     """Start a real server on the artifact, check it, compare it with our own forward pass, time it, end it.
 
@@ -173,7 +188,7 @@ def smoke(
     from .. import api
 
     with followed(quiet=as_json) as callbacks:
-        record = api.smoke(artifact, changes, out, make_options(), callbacks)
+        record = api.smoke(artifact, changes, out, options, callbacks)
     if as_json:
         print_json(record.model_dump(mode="json", by_alias=True))
     else:

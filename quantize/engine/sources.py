@@ -106,6 +106,25 @@ def resolve_config(model: str) -> Source:
         return Source(Path(hf_hub_download(name, "config.json", revision=at)), "hub", name, at, caveat)
 
 
+def at_hand(kind: str, model: str, revision: str | None, *, cache: Path) -> Path | None:
+    """The checkpoint folder of a model that a manifest names, where it needs no download; None where it is not there.
+
+    kind, revision: as in `Source`. Raises BadInput for one that is there and cannot be read.
+    """
+    if kind == "hub":
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(model.partition("@")[0], revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            return None
+    if model == EMBEDDED:
+        folder = _gguf_folder(_EMBEDDED_WHEEL[2], cache)
+        return folder if folder.is_dir() else None
+    return resolve(model, cache=cache).path if model and Path(model).expanduser().exists() else None
+
+
 def _checked(folder: Path, name: str, cache: Path, allow_pickle: bool) -> Path:
     """`folder` itself, or its safetensors copy in the cache when the weights are pickles."""
     check_files(folder)

@@ -79,7 +79,7 @@ class BlockTransforms:
         if not self._wanted or hidden is None or arguments is None:
             return changes
         links = {
-            link.into[0]: link for link in _links(block, self._skeleton.family.feeds) if set(link.into) & set(grids)
+            link.into[0]: link for link in links_of(block, self._skeleton.family.feeds) if set(link.into) & set(grids)
         }
         watch = _Watch(stride=max(1, hidden.shape[0] * hidden.shape[1] // _ROWS))
         looks = BlockPass(
@@ -100,7 +100,9 @@ class BlockTransforms:
         # Folded only now: batches that waited before the linears were computed with the old weights.
         for name, link in links.items():
             if name in scales:
-                changes.parameters |= fold(block, link, scales[name], _tie(block, link, self._skeleton.config))
+                changes.parameters |= fold(
+                    block, link, scales[name], source_channels(block, link, self._skeleton.config)
+                )
         return changes
 
     def _chosen(
@@ -113,7 +115,7 @@ class BlockTransforms:
         if why is not None or shared.moment is None:
             names = ", ".join(transform.name for transform in self._wanted)
             return None, [{"note": f"{names} left out: {why}"}]
-        inputs = watch.inputs(shared.moment, _tie(block, link, self._skeleton.config))
+        inputs = watch.inputs(shared.moment, source_channels(block, link, self._skeleton.config))
         weights = [(columns(block.get_submodule(name)), grids[name]) for name in link.into if name in grids]
         total, records = torch.ones_like(inputs.peak), []
         for transform in self._wanted:
@@ -228,17 +230,20 @@ def _queries(config: Any) -> int:
     return heads // int(getattr(config, "num_key_value_heads", None) or heads)
 
 
-def _tie(block: nn.Module, link: Link, config: Any) -> Tensor:
-    """The source channel, counted among its last ones, that each column of what it feeds reads: int64 [in]."""
+def source_channels(block: nn.Module, link: Link, config: Any, device: torch.device | None = None) -> Tensor:
+    """The source channel, counted among its last ones, that each column of what it feeds reads: int64 [in].
+
+    device: that of the result, by default the weights'.
+    """
     weight = columns(block.get_submodule(link.into[0]))
-    index = torch.arange(weight.shape[1], device=weight.device)
+    index = torch.arange(weight.shape[1], device=device or weight.device)
     if not link.feed.heads:
         return index
     width = weight.shape[1] // int(config.num_attention_heads)
     return index // width // _queries(config) * width + index % width
 
 
-def _links(block: nn.Module, feeds: tuple[Feed, ...]) -> Iterator[Link]:
+def links_of(block: nn.Module, feeds: tuple[Feed, ...]) -> Iterator[Link]:
     """The feeds of a block; a feed of experts once for each expert."""
     names = [name for name, _ in block.named_modules()]
     for feed in feeds:

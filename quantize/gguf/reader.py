@@ -161,6 +161,10 @@ class GgufCheckpoint:
         """Whether `names` has it."""
         return name in self.names()
 
+    def holds(self, name: str) -> bool:
+        """Whether the file's tensors make up this parameter."""
+        return name in self._where
+
     def entry(self, name: str) -> Entry:
         """The tensor of the file that holds a parameter."""
         if name not in self._where:

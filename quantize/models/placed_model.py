@@ -166,6 +166,10 @@ class PlacedModel:
             return self._disk[name]
         return name if name in self.reader else self._names.saved(name)
 
+    def places(self) -> dict[str, str]:
+        """Name in `reader` of each parameter and saved buffer of the model that the file has."""
+        return self._disk
+
     def block_names(self, k: int) -> dict[str, str]:
         """Name in `reader` of each parameter and saved buffer of block `k`, by its name inside the block."""
         return self._inside[k]
