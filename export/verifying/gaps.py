@@ -17,7 +17,8 @@ _SAMPLED = 64  # rows whose rounding to nearest is the measure of what is lost a
 class Gap:
     """Squared errors over the squares of the original weight, of the whole, its worst row and its worst group.
 
-    nearest: of the whole when it is rounded to nearest. row, group: where the worst are.
+    nearest: of the whole when it is rounded to nearest. row, group: where the worst are. columns: by how much columns
+    are longer or shorter, root mean square, where they were scaled.
     """
 
     whole: float
@@ -26,6 +27,7 @@ class Gap:
     nearest: float
     row: int = 0
     group: int = 0
+    columns: float = 0.0
 
 
 def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by_rows: Tensor | None = None) -> Gap:
@@ -36,13 +38,15 @@ def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by
     error, power, worst_row, worst_group = 0.0, 0.0, (0.0, 0), (0.0, 0, 0)
     mean = float(weight.to(torch.float32).square().mean()) or 1.0
     order, columns = _order(q)
+    along, lengths = torch.zeros(q.in_features), torch.zeros(q.in_features)
     for rows, part in _pieces(q):
         wanted = weight[rows].to(torch.float32)
         found = part.dequantize()
-        if by_columns is not None:
-            found /= by_columns
         if by_rows is not None:
             found /= by_rows[rows, None]
+        if by_columns is not None:
+            found /= by_columns
+            along, lengths = along + (found * wanted).sum(0), lengths + wanted.square().sum(0)
         squared, off = wanted.square(), (found - wanted).square_()
         error, power = error + float(off.sum()), power + float(squared.sum())
         floor = 0.02 * mean  # a row or group of next to nothing is compared with the rest
@@ -57,9 +61,11 @@ def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by
             at = int(by_group.argmax())
             place = divmod(at, by_group.shape[1])
             worst_group = max(worst_group, (float(by_group.view(-1)[at]), rows.start + place[0], place[1]))
+    seen = lengths > 0.02 * lengths.mean()
+    stretched = (along[seen] / lengths[seen] - 1).square().mean().sqrt() if bool(seen.any()) else along.new_zeros(())
     return Gap(
         error / (power or 1.0), worst_row[0], worst_group[0], nearest(weight, q.grid, q.global_scale),
-        worst_row[1], worst_group[2],
+        worst_row[1], worst_group[2], float(stretched),
     )  # fmt: skip
 
 

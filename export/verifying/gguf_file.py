@@ -97,9 +97,9 @@ def _damage(tensor: Any) -> str | None:
     bad = sum(int((scale & 0x7C00 == 0x7C00).sum()) for scale in scales)
     if bad:
         return f"{tensor.name}: {bad} of its {len(blocks)} block scales are NaN or inf"
-    empty = np.flatnonzero(np.logical_and.reduce([scale & 0x7FFF == 0 for scale in scales]))
-    if len(empty) == len(blocks):
+    if not any((scale & 0x7FFF).any() for scale in scales):
         return f"{tensor.name}: all its weights are zero"
+    empty = np.flatnonzero(scales[0] & 0x7FFF == 0)
     lost = sum(len(np.unique(blocks[i])) > _CODES for i in empty[:1000])
     return f"{tensor.name}: {lost} of its {len(blocks)} block scales are zero over codes that are not" if lost else None
 

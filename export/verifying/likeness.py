@@ -16,7 +16,7 @@ from quantpress.models.checkpoint import companions, read_json
 # Fields that say who wrote a config, or that readers compute.
 _NO_MATTER = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "_attn_implementation_autoset", "use_cache",
-    "quantization_config",
+    "quantization_config", "_from_model_config",
 }  # fmt: skip
 _MAY_LACK = (".py",)  # code of the original's own, which is only fetched where it is asked for
 _MAY_LACK_NAMES = ("LICENSE", "NOTICE")
@@ -35,6 +35,9 @@ def beside_problems(folder: Path, original: Path, config: Mapping[str, Any]) -> 
     else:
         yield from _fields("config.json", _meaning(stored), _meaning(config), _NO_MATTER)
         yield from _tokenizers(folder, original)
+        name = "generation_config.json"
+        if (folder / name).is_file() and (original / name).is_file():
+            yield from _fields(name, read_json(folder / name), read_json(original / name), _NO_MATTER)
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ _MOST = 2e4  # a transform's scale is within 1e-4 and 1e4
 # constant, plus a share of the error in the manifest, at most. A calibrated method moves weights on purpose.
 _NEAREST = ((3.0, 1e-6, 0.0, 0.5), (8.0, 1e-6, 0.0, 0.6), (14.0, 1e-6, 0.0, 0.9))
 _CALIBRATED = ((3.0, 0.1, 0.5, 0.7), (4.0, 0.3, 1.0, 0.95), (15.0, 0.6, 1.0, 4.0))
+_STRETCHED = (0.06, 2.0)  # how far columns may be longer or shorter: a constant, and times what rounding loses
 _NO_GROUPS = 2  # bits at which a calibrated method may leave any value in a group
 
 
@@ -145,6 +146,12 @@ def _too_far(pair: _Pair, gaps: Mapping[str, Gap], scales: _Scales, manifest: Ma
                     f"would lose {one.nearest:.2g} to the nearest: they are not that weight's"
                 )
                 break
+        else:
+            if one.columns > _STRETCHED[0] + _STRETCHED[1] * one.nearest:
+                yield (
+                    f"{name}: its columns are {one.columns:.0%} off the original's, as what is before them was "
+                    "scaled: the two do not belong together"
+                )
 
 
 def _unlike(pair: _Pair, before: str, after: str, scales: _Scales) -> str | None:

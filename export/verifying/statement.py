@@ -24,7 +24,12 @@ def contradictions(artifact: Artifact, scattered: bool) -> Iterator[str]:
 
     scattered: whether groups of any linear are scattered columns.
     """
-    stated, manifest = artifact.config["quantization_config"], own_manifest(artifact.checkpoint.folder)
+    folder, stated = artifact.checkpoint.folder, artifact.config["quantization_config"]
+    manifest = own_manifest(folder)
+    if "quantization_config" not in read_json(folder / "config.json"):  # a file beside it states it, as old tools write
+        if manifest is not None:
+            yield "config.json has no quantization_config: loaders that read no other file would take codes for weights"
+        return
     if stated["quant_method"] == "compressed-tensors":
         yield from _of_compressed_tensors(stated)
     if stated["quant_method"] == "gptq" and scattered and stated.get("desc_act") is False:

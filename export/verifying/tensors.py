@@ -35,7 +35,7 @@ from quantpress.numbers.grid import Inputs, QuantizedLinear
 
 from .beside import companions_of
 from .statement import contradictions, model_statement
-from .values import impossible, unlike_parts
+from .values import impossible, typical, unlike_layers, unlike_parts
 
 _ALIKE = (torch.float16, torch.bfloat16, torch.float32)  # loaders cast scales between these
 _LEFT_BY_OLD_TOOLS = (".rotary_emb.inv_freq",)  # every loader computes it
@@ -64,6 +64,7 @@ def problems(folder: Path) -> list[str]:
         found += _left_out(artifact, skeleton, linears)
         found += contradictions(artifact, artifact.scattered)
     found += _fused(artifact, checked)
+    found += unlike_layers({one.name: one.size for one in checked if one.size is not None and not one.problems})
     corrected = artifact.config if isinstance(artifact.checkpoint, Checkpoint) else None
     found += model_statement(folder, skeleton.vocabulary, corrected)
     found += _cache(artifact, skeleton, claimed)
@@ -151,12 +152,13 @@ def _never_zero(skeleton: Skeleton, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Checked:
-    """What was found of a linear: problems, the stored tensors that are its own, and its tensor-wide scales."""
+    """What was found of a linear: problems, the stored tensors that are its own, its scales and their typical size."""
 
     name: str
     problems: list[str]
     claimed: set[str] = field(default_factory=set)
     overall: float | None = None
+    size: float | None = None
     inputs: Inputs | None = None
 
 
@@ -177,9 +179,10 @@ def _linear(artifact: Artifact, name: str) -> _Checked:
     record = artifact.linear(name)
     inputs = artifact.inputs(name)
     overall = None if record.global_scale is None else float(record.global_scale)
+    size = typical(record)
     if wrong := list(impossible(name, record)):
         claimed = {n for n in artifact.checkpoint.names() if n.startswith(f"{name}.")}
-        return _Checked(name, wrong, claimed, overall, inputs)
+        return _Checked(name, wrong, claimed, overall, size, inputs)
     packed = FORMATS[artifact.format].pack(name, _writable(artifact.format, record, inputs))
     found = []
     for tensor_name, expected in packed.items():
@@ -189,7 +192,7 @@ def _linear(artifact: Artifact, name: str) -> _Checked:
         dtype = artifact.checkpoint.dtype(tensor_name)
         if dtype != expected.dtype and not {dtype, expected.dtype} <= set(_ALIKE):
             found.append(f"{tensor_name}: {_kind(dtype)} where {_kind(expected.dtype)} is read")
-    return _Checked(name, found, set(packed), overall, inputs)
+    return _Checked(name, found, set(packed), overall, size, inputs)
 
 
 def _writable(format: str, record: QuantizedLinear, inputs: Any) -> QuantizedLinear:

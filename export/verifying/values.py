@@ -1,6 +1,8 @@
 """Whether the numbers of a quantized linear can be those of a weight, judged without the weight."""
 
+import re
 from collections.abc import Iterator, Mapping
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -10,7 +12,12 @@ from quantpress.numbers.grid import Inputs, QuantizedLinear, decode
 
 from ..servers.served_model import FUSED
 
-_RUN = 64  # columns in a row that no weight fills with one number other than zero
+_RUN = 32  # columns in a row that no weight fills with one number other than zero
+_NOTHING = 2.0**-120  # a scale below is zero: E8M0 has none, and 2^-127 in the place of it
+_UNLIKE = (
+    32  # times the scales of like layers, or a part of them: no layer of a trained model is so far from the others
+)
+_LIKE = 4  # layers that have to be alike before one counts as unlike
 _NAN = 0x7F  # the code of NaN in E4M3, sign aside
 
 
@@ -26,7 +33,7 @@ def impossible(name: str, q: QuantizedLinear) -> Iterator[str]:
     if bool((scales < 0).any()):
         yield f"{name}: {int((scales < 0).sum())} of its {scales.numel()} scales are negative"
         return
-    zero = scales == 0
+    zero = scales < _NOTHING
     if bool(zero.any()) and _lost(q, zero):
         yield f"{name}: {int(zero.sum())} of its {scales.numel()} scales are zero, and the codes under them are not"
     if not bool(_numbers(q, slice(0, 1)).any()) and not bool(_numbers(q, slice(None)).any()):
@@ -51,6 +58,28 @@ def unlike_parts(globals_: Mapping[str, float], inputs: Mapping[str, Inputs], sh
                 if len({values[part] for part in parts if part in values}) > 1:
                     said = ", ".join(f"{part} {values[part]:.6g}" for part in parts if part in values)
                     yield f"{what} of what servers fuse differ, and one is used for all: {said}"
+
+
+def typical(q: QuantizedLinear) -> float:
+    """The middle one of a linear's scales."""
+    scales = q.scales.to(torch.float32).median()
+    return float(scales if q.global_scale is None else scales / q.global_scale)
+
+
+def unlike_layers(sizes: Mapping[str, float]) -> Iterator[str]:
+    """A line for each linear whose scales are not of the size that those of the same linears in other blocks have.
+
+    sizes: `typical` by linear.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in sizes:
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    for kind, names in alike.items():
+        middle = median(sizes[name] for name in names)
+        for name in names if len(names) >= _LIKE and middle > 0 else ():
+            times = sizes[name] / middle
+            if not 1 / _UNLIKE < times < _UNLIKE:
+                yield f"{name}: its scales are {times:.3g} times those of {len(names) - 1} other layers ({kind})"
 
 
 def _numbers(q: QuantizedLinear, rows: slice | Tensor) -> Tensor:

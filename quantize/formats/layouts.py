@@ -90,7 +90,7 @@ def unpack_weight(
         if grid.bits == 8:
             codes = take(f"{name}.weight", read, shape).view(torch.uint8)
         else:
-            pairs = take(f"{name}.weight_packed", read, (n_out, n_in // 2))
+            pairs = take(f"{name}.weight_packed", read, (n_out, n_in // 2), torch.uint8)
             codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).reshape(n_out, n_in)
         overall = None
         if grid.type == "nvfp4":

@@ -90,11 +90,11 @@ class ModelOpt(Format):
                 codes = take(f"{name}.weight", read, shape).view(torch.uint8)
                 scales = _scale(name, read).reshape(1, 1) if grid.group_size == 0 else _rows(name, read, n_out)
             case "nvfp4", _:
-                codes = _halves(take(f"{name}.weight", read, (n_out, n_in // 2)), -1)
+                codes = _halves(take(f"{name}.weight", read, (n_out, n_in // 2), torch.uint8), -1)
                 scales = take(f"{name}.weight_scale", read, (n_out, groups))
                 overall = 1 / _scale(name, read, "weight_scale_2")
             case _, 4:
-                codes = _halves(take(f"{name}.weight", read, (n_out // 2, n_in)), 0) ^ 8
+                codes = _halves(take(f"{name}.weight", read, (n_out // 2, n_in), torch.uint8), 0) ^ 8
                 scales = take(f"{name}.weight_scale", read, (n_out, groups))
                 if not bool((take(f"{name}.pre_quant_scale", read, (n_in,)) == 1).all()):
                     raise BadInput(f"{name}.pre_quant_scale: inputs are scaled there, which cannot be read")

@@ -53,7 +53,11 @@ def document(name: str, change: Callable[[dict[str, Any]], bool | None]) -> Dama
 
 
 def config(**values: Any) -> Damage:
-    return document("config.json", lambda content: content.update(values))
+    return document("config.json", changed(**values))
+
+
+def changed(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.update(values)
 
 
 def quantization(change: Callable[[dict[str, Any]], bool | None]) -> Damage:
@@ -154,9 +158,13 @@ def rolled(held: Tensors) -> bool | None:
 
 
 def cleared(held: Tensors) -> bool | None:
-    """The codes of a page of the file set to zero bytes."""
-    held[codes(held)].view(-1).view(torch.uint8)[: 4096].zero_()
+    """The codes of a page of the file set to zero bytes: of fp8 that is zeros, which a padded weight may hold too."""
+    held[codes(held)].view(-1).view(torch.uint8)[:4096].zero_()
     return True
+
+
+def cleared_integers(held: Tensors) -> bool | None:
+    return held[codes(held)].dtype == torch.int32 and cleared(held)
 
 
 def permuted_g_idx(held: Tensors) -> bool | None:
@@ -247,6 +255,12 @@ def only(method: str, change: Callable[[dict[str, Any]], bool | None]) -> Damage
     return quantization(lambda content: change(content) if content["quant_method"] == method else False)
 
 
+def unstated(folder: Path) -> bool | None:
+    for twin in ("quantize_config.json", "hf_quant_config.json"):
+        (folder / twin).unlink(missing_ok=True)
+    return document("config.json", lambda content: content.pop("quantization_config") is not None)(folder)
+
+
 def group_changed(content: dict[str, Any]) -> bool | None:
     content["config_groups"]["group_0"]["input_activations"] = None
     return True
@@ -279,7 +293,7 @@ BY_ITSELF: dict[str, tuple[Damage, str]] = {
     "a negative scale": (one_scale(-1), "negative|positive, finite"),
     "a scale of zero": (one_scale(0.0), "scales are zero|positive, finite|have one code"),
     "all scales zero": (all_scales(0.0), "scales are zero|positive, finite"),
-    "codes of a page cleared": (tensors(cleared), "have one code|all its weights are zero|positive|no weight is so"),
+    "codes of a page cleared": (tensors(cleared_integers), "have one code"),
     "a global scale of inf": (global_scale(torch.inf), "NaN or inf|positive, finite"),
     "a global scale unlike q's": (global_scale(None), "of what servers fuse differ"),
     "an input scale unlike q's": (tensors(input_scale), "of what servers fuse differ"),
@@ -289,7 +303,7 @@ BY_ITSELF: dict[str, tuple[Damage, str]] = {
     "a plain weight beside the packed": (tensors(plain_beside), "loaders differ in which of the two they take"),
     "a tensor of no layer": (tensors(lambda t: t.update({"model.extra.weight": torch.ones(4)})), "no such parameter"),
     "a norm gone": (dropped("model.layers.0.input_layernorm.weight"), "lacks 1 tensors"),
-    "scales gone": (tensors(lambda t: t.pop(scales(t)) is not None), "weight_scale|scales|on disk|lacks|no tensor"),
+    "scales gone": (tensors(lambda t: t.pop(scales(t)) is not None), "scale|on disk|lacks|in 16 bit|where a weight"),
     "a head gone": (dropped("lm_head.weight"), "lm_head.weight is missing"),
     "a norm of zeros": (set_to("model.norm.weight", 0.0), "is zero in all"),
     "a norm of NaN": (set_to("model.layers.1.input_layernorm.weight", torch.nan), "NaN or inf"),
@@ -300,16 +314,16 @@ BY_ITSELF: dict[str, tuple[Damage, str]] = {
     "a shard cut short": (shard(lambda b: b[:-9]), "truncated"),
     "bytes after a shard": (shard(lambda b: b + b"more"), "too long"),
     "a broken header": (shard(lambda b: b[:8] + b"x" + b[9:]), "corrupt safetensors header|not a safetensors"),
-    "another status": (only("compressed-tensors", lambda c: c.update(quantization_status="initialized")), "initialized"),
-    "another format above": (only("compressed-tensors", lambda c: c.update(format="naive-quantized")), "config_groups are"),
-    "another group size": (only("compressed-tensors", other_group), "shape|group_size"),
-    "another width": (quantization(other_width), "shape|bits|wide|where"),
-    "no quantization": (document("config.json", lambda c: c.pop("quantization_config") is not None),
-                        "not quantized|no format|not of|lacks|format that is not|codes"),
+    "another status": (only("compressed-tensors", changed(quantization_status="initialized")), "initialized"),
+    "another format above": (only("compressed-tensors", changed(format="naive-quantized")), "config_groups are"),
+    "another group size": (only("compressed-tensors", other_group), "shape|group_size|cannot be read"),
+    "another width": (quantization(other_width), "shape|bit|where"),
+    "no quantization": (unstated, "not quantized|no format|not of|lacks|format that is not|codes"),
     "another method": (quantization(lambda c: c.update(quant_method="fbgemm_fp8")), "fbgemm|format|not|lacks"),
     "a twin that differs": (document("quantize_config.json", lambda c: c.update(bits=8)), "disagree"),
-    "ModelOpt's twin differs": (document("hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="W8A16")),
-                                "disagree"),
+    "ModelOpt's twin differs": (
+        document("hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="W8A16")), "disagree",
+    ),
     "no tokenizer.json": (file("tokenizer.json", None), "without its vocabulary|is absent"),
     "a tokenizer.json of no JSON": (file("tokenizer.json", b"{"), "not readable as JSON"),
     "a tokenizer.json of another kind": (file("tokenizer.json", b"[]"), "expected a JSON object"),
@@ -324,7 +338,9 @@ BY_ITSELF: dict[str, tuple[Damage, str]] = {
     "tied, with another head": (other_head, "ties the head to the embedding, and another head"),
     "unknown architectures": (config(architectures=["LlamaForCausalLMX"]), "no class of that name"),
     "another family's architectures": (config(architectures=["GPT2LMHeadModel"]), "no class of that name"),
-    "code of another repository": (config(auto_map={"AutoModelForCausalLM": "evil/repo--m.Model"}), "another repository"),
+    "code of another repository": (
+        config(auto_map={"AutoModelForCausalLM": "evil/repo--m.Model"}), "another repository",
+    ),
     "code that is not there": (config(auto_map={"AutoModelForCausalLM": "m.Model"}), "which is not there"),
     "another width of the model": (config(hidden_size=128), "shape|model has|lacks"),
     "more layers": (config(num_hidden_layers=3), "lacks"),
@@ -337,14 +353,13 @@ BY_ITSELF: dict[str, tuple[Damage, str]] = {
 
 BY_MANIFEST: dict[str, tuple[Damage, str]] = {
     "inputs dropped": (only("compressed-tensors", no_inputs), "inputs|on disk"),
-    "template gone": (file("chat_template.jinja", None), "chat_template.jinja"),
 }
 
 BY_ORIGINAL: dict[str, tuple[Damage, str]] = {
     "scales doubled": (all_scales(2.0), "off the original's"),
     "scales a third": (all_scales(1 / 3), "off the original's"),
     "a global scale doubled in all": (tensors(lambda t: _all_globals(t)), "off the original's"),
-    "one linear for another": (swapped(Q, OTHER_Q), "off the original's"),
+    "one linear for another": (swapped(Q, OTHER_Q), "off the original's|servers fuse differ"),
     "gate and up swapped": (swapped(GATE, UP), "off the original's"),
     "rows rolled": (tensors(rolled), "off the original's"),
     "a norm doubled": (doubled("model.norm.weight"), "is not the original's"),
@@ -355,7 +370,9 @@ BY_ORIGINAL: dict[str, tuple[Damage, str]] = {
         tensors(lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].roll(1, 0)})),
         "is not the original's",
     ),
-    "one weight of the head": (tensors(lambda t: t["lm_head.weight"].view(-1)[5].neg_() is None), "is not the original's"),
+    "one weight of the head": (
+        tensors(lambda t: t["lm_head.weight"].view(-1)[5].neg_() is None), "is not the original's",
+    ),
     "rope_theta": (document("config.json", rope), "rope_theta"),
     "eps": (config(rms_norm_eps=1e-2), "rms_norm_eps"),
     "activation": (config(hidden_act="gelu"), "hidden_act"),
@@ -367,6 +384,8 @@ BY_ORIGINAL: dict[str, tuple[Damage, str]] = {
     "the template edited": (
         file("chat_template.jinja", b"{% for m in messages %}{{ m.content }}! Obey.{% endfor %}"), "template",
     ),
+    "the template gone": (file("chat_template.jinja", None), "template"),
+    "codes of a page cleared": (tensors(cleared), "off the original's|have one code"),
     "a special token": (document("tokenizer_config.json", lambda c: c.update(eos_token="<pad>")), "tokenizer|eos"),
 }  # fmt: skip
 
