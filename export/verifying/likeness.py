@@ -9,9 +9,10 @@ from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256
+from quantpress.core.untrusted import read_json
 from quantpress.formats.statement import without_quantization
 from quantpress.models.architecture import model_config
-from quantpress.models.checkpoint import companions, read_json
+from quantpress.models.checkpoint import companions
 
 # Fields that say who wrote a config, or that readers compute.
 _NO_MATTER = {
