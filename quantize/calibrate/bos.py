@@ -59,8 +59,12 @@ def try_bos(
 
 @torch.no_grad()
 def _perplexities(model: Skeleton, ids: Tensor, bos: int) -> list[float]:
-    """Perplexity of ids[1:], after a BOS token and without, int64 [tokens]; 1e30 stands for more and for NaN."""
+    """Perplexity of ids[1:], after a BOS token and without, int64 [tokens]; 1e30 stands for more and for NaN.
+
+    Of longer ids as many count as the model has positions.
+    """
     model.open_shell()
+    ids = ids[: getattr(model.config, "max_position_embeddings", None)]
     rows = torch.stack([torch.cat([torch.tensor([bos]), ids[:-1]]), ids])
     hidden = model.embed(rows).cpu()
     arguments = model.block_arguments(rows)
