@@ -30,11 +30,11 @@ def test_a_trial_is_what_transformers_computes_and_is_made_once(tmp_path: Path) 
     again = try_bos(folder, model, tokenizer, text, "auto", tmp_path / "cache")
     assert (found, opened) == (again, 1)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:512])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: plain.config.max_position_embeddings])
     for value, front in ((found.after_bos, [tokenizer.bos_token_id]), (found.without, [])):
         row = torch.cat([torch.tensor(front, dtype=torch.int64), ids])
         with torch.no_grad():
-            logits = plain(row[None]).logits[0, :-1].float()[-511:]
+            logits = plain(row[None]).logits[0, :-1].float()[1 - len(ids) :]
         assert value == pytest.approx(math.exp(torch.nn.functional.cross_entropy(logits, ids[1:])), rel=1e-4)
 
 
