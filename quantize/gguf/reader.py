@@ -18,6 +18,7 @@ from ..models.checkpoint import check_checkpoint_files, companions
 from ..models.names import saved_shapes
 from ..models.skeleton import Skeleton
 from ..recipe.gguf_file import FLOATS
+from .header import check_header
 from .hyperparameters import form_of
 from .layout import Entry, layout
 from .tensor_map import from_gguf
@@ -97,9 +98,23 @@ def dequantized(tensor: Any, part: int | None, file: Path) -> Tensor:
 def open_gguf(file: Path) -> gguf.GGUFReader:
     """The `gguf` package's reader; raises BadInput for a file that is not GGUF or is incomplete."""
     try:
-        return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OSError, TypeError, OverflowError) as error:
-        raise BadInput(f"{file}: not a whole GGUF file: {' '.join(str(error).split())}") from error
+        check_header(file)
+        reader = gguf.GGUFReader(file)
+        _check_places(reader, file)
+        return reader
+    except BadInput:
+        raise
+    except Exception as error:  # whatever the package's reader meets in a damaged file
+        raise BadInput(f"{file}: not a whole GGUF file: {' '.join(str(error).split())[:200]}") from error
+
+
+def _check_places(reader: gguf.GGUFReader, file: Path) -> None:
+    """Raise BadInput unless the tensors lie one after the other, as llama.cpp demands."""
+    at = reader.data_offset
+    for tensor in reader.tensors:
+        if tensor.data_offset != at:
+            raise BadInput(f"{file}: not a whole GGUF file: {tensor.name} does not lie where the tensor before it ends")
+        at += -(-tensor.n_bytes // reader.alignment) * reader.alignment
 
 
 def not_read_back(lost: list[str]) -> str:

@@ -6,6 +6,8 @@ describes. A tensor that is missing, left over or of another shape is an error.
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,29 @@ def write_checkpoint(source: Path, folder: Path) -> None:
     Raises BadInput for a file that is not a whole GGUF, an architecture, tensor type or tokenizer without support,
     and tensors that do not fit the model.
     """
-    meta = _read(source)
-    config = model_config(meta)
+    with _understood(source):
+        meta = _read(source)
+        config = model_config(meta)
     plan = _plan(meta, config)
-    tokenizer = save_tokenizer(meta, source, folder, model_max_length=int(meta.hparam("context_length")))
-    _save_config(meta, config, folder)
-    check_reads_back(tokenizer, source, folder)
+    with _understood(source):
+        tokenizer = save_tokenizer(meta, source, folder, model_max_length=int(meta.hparam("context_length")))
+        _save_config(meta, config, folder)
+        check_reads_back(tokenizer, source, folder)
     _save_weights(meta, config, plan, folder)
+
+
+@contextmanager
+def _understood(source: Path) -> Iterator[None]:
+    """Metadata may be of any type and value, and transformers and tokenizers refuse them each in a way of its own."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:  # tokenizers raises plain Exceptions
+        said = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{source}: its metadata describe no model or tokenizer: {type(error).__name__}: {said}"
+        ) from error
 
 
 def _read(source: Path) -> Metadata:
@@ -51,10 +69,11 @@ Place = tuple[str, int | None, Changes]  # a tensor of the file, the expert whos
 
 def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
     """The place in the file of each parameter of the checkpoint, by its on-disk name."""
-    from ..models.building import build_model
+    from ..models.architecture import check_block_count, empty_model
     from ..models.names import saved_shapes
 
-    model = build_model(config)
+    check_block_count(config, len(meta.tensors))
+    model = empty_model(config, torch.bfloat16)
     config.architectures = [type(model).__name__]
     form = form_of(config)
     names = names_of(form, int(config.num_hidden_layers))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInput
+from ..models.architecture import check_sizes
 from ..models.families import FAMILIES
 from ..models.family import GgufForm
 
@@ -26,6 +27,8 @@ class Metadata(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         field = self._fields[key]
         value = field.contents()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"{self.path}: {key} is {value}")
         if field.types[0] == gguf.GGUFValueType.FLOAT32:
             return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
         return value
@@ -152,9 +155,11 @@ def model_config(meta: Metadata) -> Any:
         )
         if key in meta
     }
+    settings = _settings(meta, form)
+    check_sizes(settings, str(meta.path))
     return AutoConfig.for_model(
         model_type,
-        **_settings(meta, form),
+        **settings,
         vocab_size=meta.vocab_size,
         tie_word_embeddings=not untied,
         dtype="bfloat16",

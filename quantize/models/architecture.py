@@ -39,7 +39,7 @@ def model_config(config: Mapping[str, Any]) -> Any:
     if not is_known(plain):
         raise BadInput(_unknown(plain))
     _check_dtype(stated_dtype(plain))
-    _check_sizes(plain)
+    check_sizes(plain, "config.json")
     try:
         built = AutoConfig.for_model(**plain)
     except Exception as error:
@@ -190,16 +190,19 @@ def _check_dtype(name: Any) -> None:
         raise BadInput(f"config.json: dtype {name!r} is not bfloat16, float16 or float32")
 
 
-def _check_sizes(config: Mapping[str, Any], inside: str = "") -> None:
-    """Raise BadInput for a count that no model has: transformers would build it for hours, or fail on it darkly."""
+def check_sizes(config: Mapping[str, Any], where: str, inside: str = "") -> None:
+    """Raise BadInput for a count that no model has: transformers would build it for hours, or fail on it darkly.
+
+    where: what says so, for the message.
+    """
     for key, value in config.items():
         if isinstance(value, Mapping):
-            _check_sizes(value, f"{inside}{key}.")
+            check_sizes(value, where, f"{inside}{key}.")
         elif type(value) is int:
             if key in _COUNTS and value > _MOST:
-                raise BadInput(f"config.json: {inside}{key} is {value}; no model has more than {_MOST}")
+                raise BadInput(f"{where}: {inside}{key} is {value}; no model has more than {_MOST}")
             if value < 1 and key in _POSITIVE and inside in ("", "text_config."):
-                raise BadInput(f"config.json: {inside}{key} is {value}; it has to be at least 1")
+                raise BadInput(f"{where}: {inside}{key} is {value}; it has to be at least 1")
 
 
 def _check_rope(config: Any) -> None:
