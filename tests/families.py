@@ -73,6 +73,7 @@ _LATENTS = "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe
 FAMILIES: dict[str, dict[str, Any]] = {
     **{family: {} for family in _PLAIN.split()},
     **dict.fromkeys(_LATENTS.split(), _LATENT),
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "codegen": {"rotary_dim": 8},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},

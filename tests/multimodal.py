@@ -91,6 +91,16 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
             | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
         },
     ),
+    "step3p7": (  # its experts' projections are stacked on disk, each in a tensor of its own
+        "Step3p7Config",
+        {
+            "text_config": _TEXT
+            | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            | {"share_expert_dim": 32, "mlp_layer_types": ["dense", "sparse", "sparse"], "sliding_window": 8}
+            | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "vision_config": {k: v for k, v in _CLIP.items() if k != "model_type"},
+        },
+    ),
 }  # fmt: skip
 
 

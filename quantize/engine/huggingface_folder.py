@@ -131,7 +131,7 @@ class HuggingFaceFolder(Backend):
             if any(self.schemes[name] is not None for name in named):
                 raise BadInput(
                     f"{kind}: nothing loads the experts of {min(unread)} quantized, neither transformers nor a server; "
-                    "write a GGUF file, or leave them out with `ignore`"
+                    "leave them out with `ignore`, or write a GGUF file if llama.cpp has the family"
                 )
         if not self.setup.recipe.targets and (why := self._why_transformers_does_not_load_it) is not None:
             raise BadInput(

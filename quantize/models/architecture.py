@@ -14,6 +14,7 @@ from ..core.untrusted import read_json
 from .building import auto_class, build_model
 
 _OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering")
+_BOTH_WAYS = ("bert-generation", "xlnet")  # unless they are decoders by config.json
 # How the original was to be run, which says nothing of its weights; a kernel that is not installed would stop the run.
 _NOT_OF_THE_MODEL = ("quantization_config", "attn_implementation", "_attn_implementation")
 _COUNTS = (  # of what is built one by one
@@ -50,10 +51,17 @@ def model_config(config: Mapping[str, Any]) -> Any:
         raise BadInput(
             f"model_type {kind!r} is an encoder, as of embeddings and rerankers; only decoders are quantized"
         )
+    if kind in _BOTH_WAYS and not getattr(built, "is_decoder", False):
+        raise BadInput(f"model_type {kind!r} reads text in both directions; only decoders are quantized")
     if auto_class(built) is None:
         raise BadInput(f"model_type {kind!r} is not a causal language model; only these are quantized")
     if not hasattr(decoder_config(built), "num_hidden_layers"):
         raise BadInput(f"model_type {kind!r} is not a plain stack of decoder blocks; only these are quantized")
+    if crossed := getattr(decoder_config(built), "cross_attention_layers", None):
+        raise BadInput(
+            f"model_type {kind!r}: its blocks {', '.join(map(str, crossed))} run on images only, and what is compared, "
+            "calibrated and evaluated here is text; not supported"
+        )
     named = config.get("architectures")
     for name in named if isinstance(named, list) else ():
         if str(name).endswith(_OTHER_TASKS):

@@ -160,8 +160,21 @@ class ParallelLinears(nn.ModuleList):
         return torch.cat([linear(x) for linear, x in zip(self, torch.split(inputs, expert_size), strict=True)])
 
 
+class RoutingExperts(SplitExperts):
+    """Experts that choose among themselves, `chosen` for each token, by the router's logits (Aria)."""
+
+    def __init__(self, experts: Iterable[nn.Module], chosen: int) -> None:
+        super().__init__(experts)
+        self._chosen = chosen
+
+    def forward(self, hidden: Tensor, router_logits: Tensor) -> Tensor:  # type: ignore[override]
+        """As `SplitExperts`, for logits [tokens, experts]."""
+        logits, index = torch.topk(router_logits, self._chosen, dim=1)
+        return super().forward(hidden, index, logits.softmax(-1))
+
+
 # Whose experts neither transformers nor a server loads one by one, and servers not quantized.
-UNREAD = {"DbrxExpertGLU", "JetMoeParallelExperts"}
+UNREAD = {"DbrxExpertGLU", "JetMoeParallelExperts", "AriaGroupedExpertsGemm", "Step3p7Experts"}
 CONTAINERS = (SplitExperts, WeighedInputs, ParallelLinears)
 
 
@@ -226,6 +239,15 @@ def _split(
         where = dict(_places(path, n, GATED, "gate_up_proj", "down_proj", "weight", halves, False))
         experts = _experts(n, GATED, hidden, intermediate, False, _Gate(module.act_fn))
         return SplitExperts(experts, module.zero_expert_num), where
+    if kind == "Step3p7Experts":  # as transformers' decorator would describe it
+        module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, False, True
+        return _stacked(path, module, names_of)
+    if kind == "AriaExperts":
+        n, hidden, both = module.fc1.weight.shape
+        experts = _experts(n, GATED, hidden, both // 2, False, _Gate(nn.SiLU()))
+        halves = slice(0, both // 2), slice(both // 2, None)
+        where = dict(_places(path, n, GATED, "fc1.weight", "fc2.weight", "weight", halves, True))
+        return RoutingExperts(experts, module.config.moe_topk), where
     if kind == "JetMoeParallelExperts":
         n, out, size = module.weight.shape
         with torch.device("meta"):

@@ -58,7 +58,7 @@ class ModelTensors:
             return next((name for name in names if name in self._reader), None)
         if (own := origin.stacked(part.source, part.expert)) is not None:
             return own
-        if len(origin.tensors) > 1:
+        if len(origin.tensors) > 1 and not origin.is_joined:
             if origin.converter is not None and not isinstance(origin.converter.operations[0], MergeModulelist):
                 raise BadInput(
                     f"{origin.tensors[0][0]}: the experts on disk are joined in a way that is not known here "
@@ -88,7 +88,7 @@ class ModelTensors:
             tensor: Tensor = self._reader.read(name)
             return tensor
         fused, part, _ = self._parts[name]
-        (disk,) = self._names.origins[fused].on_disk
+        disk = self._names.origins[fused].on_disk[0]
         flipped = self._names.transposes(fused, self._reader.shape(disk))
         if flipped is None:
             if self._last is None or self._last[0] != fused:

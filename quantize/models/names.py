@@ -43,6 +43,13 @@ class Origin:
     def on_disk(self) -> list[str]:
         return [name for name, _ in self.tensors]
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether it is its tensors one beside the other."""
+        if self.converter is None or len(self.tensors) != len(self.converter.source_patterns):
+            return False
+        return all(isinstance(operation, Concatenate) for operation in self.converter.operations)
+
     def stacked(self, source: int, expert: int) -> str | None:
         """The tensor of `expert` among those of the converter's pattern `source`.
 

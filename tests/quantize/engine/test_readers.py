@@ -46,11 +46,12 @@ def test_experts_that_transformers_takes_apart_are_loaded(tmp_path: Path) -> Non
     assert not [note for note in prepared(tmp_path).plan.notes if "does not load" in note]
 
 
-def test_experts_that_nothing_loads_are_refused_whatever_the_target(tmp_path: Path) -> None:
-    families.build("dbrx", tmp_path)
-    with pytest.raises(BadInput, match="nothing loads the experts of DbrxExpertGLU quantized"):
+@pytest.mark.parametrize(("family", "kind"), [("dbrx", "DbrxExpertGLU"), ("aria_text", "AriaGroupedExpertsGemm")])
+def test_experts_that_nothing_loads_are_refused_whatever_the_target(family: str, kind: str, tmp_path: Path) -> None:
+    families.build(family, tmp_path)
+    with pytest.raises(BadInput, match=f"nothing loads the experts of {kind} quantized"):
         prepared(tmp_path, targets=["vllm"])
-    prepared(tmp_path, ignore=["*.ffn.experts.*"])
+    prepared(tmp_path, ignore=["*.experts.*"])
 
 
 def test_few_linears_that_the_groups_do_not_fill_stay_and_are_named(tmp_path: Path) -> None:

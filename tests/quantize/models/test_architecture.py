@@ -35,10 +35,12 @@ def config(family: str, folder: Path) -> dict[str, Any]:
         ({"model_type": "vit"}, "'vit' is not a causal language model"),
         ({"model_type": "bert"}, "'bert' is an encoder"),
         ({"model_type": "xlm-roberta"}, "'xlm-roberta' is an encoder"),
+        ({"model_type": "bert-generation"}, "'bert-generation' reads text in both directions"),
         ({"model_type": "bart"}, "'bart' is an encoder with a decoder"),
         ({"model_type": "marian", "decoder_vocab_size": 256}, "'marian' is an encoder with a decoder"),
         ({"model_type": "whisper"}, "'whisper' is an encoder with a decoder"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is a classification or reward model"),
+        ({"model_type": "mllama", "text_config": {"cross_attention_layers": [1, 3]}}, "blocks 1, 3 run on images only"),
         ({"dtype": "auto"}, "dtype 'auto' is not bfloat16"),
         ({"num_attention_heads": "four"}, "does not describe a llama model"),
     ],
@@ -47,6 +49,11 @@ def test_what_is_no_decoder_is_refused(change: dict[str, Any], words: str, tmp_p
     with pytest.raises(BadInput, match=words) as caught:
         text_config(config("llama", tmp_path) | change)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_reads_both_ways_is_refused() -> None:
+    with pytest.raises(BadInput, match="'xlnet' reads text in both directions"):
+        text_config({"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"]})
 
 
 def test_a_family_that_transformers_has_needs_no_code_of_its_own(tmp_path: Path) -> None:
