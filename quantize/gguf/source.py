@@ -1,4 +1,4 @@
-"""Converting a GGUF file to a bf16 Hugging Face folder.
+"""Converting a GGUF file to a Hugging Face folder of 16-bit weights, or of 32-bit ones where 16 do not hold them.
 
 Tensor names come from the `gguf` package's map, looked up for every parameter of the transformers model that the file
 describes. A tensor that is missing, left over or of another shape is an error.
@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..recipe.gguf_file import FLOATS
 from .hyperparameters import form_of
 from .reader import dequantized, open_gguf
 from .source_config import Metadata, model_config
@@ -23,18 +25,20 @@ from .source_tokenizer import check_reads_back, save_tokenizer
 from .tensor_map import EXPERT, Changes, from_gguf, names_of, places_of
 
 SHARD_BYTES = 1_000_000_000
+_VALUES = 1 << 22  # looked at together
 _LEFT_OVER = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # derived from config.json
 
 
 def write_checkpoint(source: Path, folder: Path) -> None:
-    """Write the model in GGUF file `source` to the empty `folder` as a bf16 checkpoint with its tokenizer.
+    """Write the model in GGUF file `source` to the empty `folder` as a checkpoint with its tokenizer.
 
+    Its type is bfloat16, or what a file of floats needs so that no matrix changes: float16 or float32.
     Raises BadInput for a file that is not a whole GGUF, an architecture, tensor type or tokenizer without support,
     and tensors that do not fit the model.
     """
     with _understood(source):
         meta = _read(source)
-        config = model_config(meta)
+        config = model_config(meta, float_type(meta))
     plan = _plan(meta, config)
     with _understood(source):
         tokenizer = save_tokenizer(meta, source, folder, model_max_length=int(meta.hparam("context_length")))
@@ -62,6 +66,24 @@ def _read(source: Path) -> Metadata:
     if meta.get("split.count", 1) > 1:
         raise BadInput(f"{source}: one part of a GGUF split in {meta['split.count']}; merge the parts first")
     return meta
+
+
+def float_type(meta: Metadata) -> torch.dtype:
+    """The type of the checkpoint: bfloat16 where it holds every matrix exactly, or where one is quantized."""
+    matrices = [tensor for tensor in meta.tensors.values() if len(tensor.shape) > 1]
+    kinds = {tensor.tensor_type.name for tensor in matrices}
+    if not kinds <= set(FLOATS) or all(map(_fits_bfloat16, matrices)):
+        return torch.bfloat16
+    return torch.float16 if kinds <= {"F16"} else torch.float32
+
+
+def _fits_bfloat16(tensor: Any) -> bool:
+    """Whether the lower 16 bits of every value are zero in float32."""
+    if tensor.tensor_type.name == "BF16":
+        return True
+    values = tensor.data.reshape(-1)
+    parts = (values[start : start + _VALUES].astype(np.float32) for start in range(0, len(values), _VALUES))
+    return not any((part.view(np.uint32) & 0xFFFF).any() for part in parts)
 
 
 Place = tuple[str, int | None, Changes]  # a tensor of the file, the expert whose slice of it is meant, its changes
@@ -115,7 +137,7 @@ def _save_weights(meta: Metadata, config: Any, plan: dict[str, Place], folder: P
     shards: list[list[str]] = [[]]
     size = total = 0
     for parameter, (tensor, expert, _) in plan.items():
-        n_bytes = 2 * math.prod(meta.shape(tensor)[0 if expert is None else 1 :])
+        n_bytes = config.dtype.itemsize * math.prod(meta.shape(tensor)[0 if expert is None else 1 :])
         if shards[-1] and size + n_bytes > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -134,7 +156,7 @@ def _save_weights(meta: Metadata, config: Any, plan: dict[str, Place], folder: P
 
 
 def _weight(meta: Metadata, config: Any, place: Place) -> Tensor:
-    """A parameter in bf16, in transformers' layout."""
+    """A parameter in the checkpoint's type and transformers' layout."""
     tensor, expert, changes = place
     weight = dequantized(meta.tensors[tensor], expert, meta.path)
-    return from_gguf(changes, [weight], config).to(torch.bfloat16).contiguous()
+    return from_gguf(changes, [weight], config).to(config.dtype).contiguous()

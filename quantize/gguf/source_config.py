@@ -140,8 +140,11 @@ def _llama3_scaling(meta: Metadata, theta: float, head_dim: int) -> dict[str, An
     }
 
 
-def model_config(meta: Metadata) -> Any:
-    """The transformers config the file describes; raises BadInput for an architecture without a row."""
+def model_config(meta: Metadata, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The transformers config the file describes, for weights of type `dtype`.
+
+    Raises BadInput for an architecture without a row.
+    """
     from transformers import AutoConfig
 
     model_type, form = _family_of(meta)
@@ -162,7 +165,7 @@ def model_config(meta: Metadata) -> Any:
         **settings,
         vocab_size=meta.vocab_size,
         tie_word_embeddings=not untied,
-        dtype="bfloat16",
+        dtype=dtype,
         **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | tokens,
     )
 

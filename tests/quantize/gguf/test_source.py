@@ -14,6 +14,7 @@ from quantpress.artifact.gguf_floats import write_floats
 from quantpress.core import files
 from quantpress.core.errors import BadInput
 from quantpress.engine.sources import resolve
+from quantpress.gguf.conversion import FloatType
 
 from ..originals import ORIGINALS, refused, tiny, write_gguf
 from .models import FAMILIES, IDS, build, logits
@@ -80,6 +81,31 @@ def test_and_so_do_scaled_rope_biases_and_ties(tmp_path: Path, family: str, sett
     source = resolve(str(tmp_path / "model.gguf"), cache=tmp_path / "cache")
     back = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(back, IDS), logits(model, IDS), rtol=0.03, atol=0.03)  # bf16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "wanted"),
+    [
+        (torch.bfloat16, "F16", torch.bfloat16),
+        (torch.bfloat16, "F32", torch.bfloat16),
+        (torch.float16, "F16", torch.float16),
+        (torch.float32, "F32", torch.float32),
+        (torch.float32, "BF16", torch.bfloat16),
+    ],
+)
+def test_matrices_of_a_file_of_floats_lose_nothing(
+    dtype: torch.dtype, kind: FloatType, wanted: torch.dtype, tmp_path: Path
+) -> None:
+    build("llama", tmp_path / "m", dtype=dtype)
+    write_floats(tmp_path / "m", tmp_path / "model.gguf", kind)
+    folder = resolve(str(tmp_path / "model.gguf"), cache=tmp_path / "cache").path
+    after = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {wanted}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(wanted).removeprefix("torch.")
+    for name, tensor in load_file(tmp_path / "m" / "model.safetensors").items():
+        if tensor.dim() > 1:
+            in_file = tensor.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+            assert torch.equal(after[name].float(), in_file.float()), name
 
 
 def test_a_file_with_a_sliding_window_is_not_taken_for_one_without(tmp_path: Path) -> None:
