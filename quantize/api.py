@@ -16,6 +16,7 @@ import torch
 
 from quantpress.eval.measure.draft_acceptance import Draft
 from quantpress.eval.measure.endpoint import Endpoint
+from quantpress.eval.measure.foresight import foreseen
 from quantpress.eval.measure.results import Results
 from quantpress.eval.release import subjects
 from quantpress.eval.release.callbacks import Callbacks, Options
@@ -138,7 +139,8 @@ def plan(
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.module), job.plan.layers[linear.name])
         kinds[key] = kinds.get(key, 0) + 1
     linears = tuple((module, count, scheme) for (module, scheme), count in kinds.items())
-    return Forecast(job.plan, linears, targets, tuple(advice(job)))
+    said = (*advice(job), *foreseen(job.recipe.gates, job.recipe.evaluation))
+    return Forecast(job.plan, linears, targets, said)
 
 
 def quantize(

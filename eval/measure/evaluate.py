@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from quantpress.exports.serving.reference import Reference
 from quantpress.models.architecture import is_unknown, unknown_family
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import Evaluation, Gates
+from quantpress.recipe.evaluation import UntilClear
 
 from . import capacity
 from .baselines import unigram_nll
@@ -36,14 +37,19 @@ from .results import Efficiency, Results, Subject
 from .served_reference import PASSES, Models, make_reference
 from .speed import time_model
 from .task_scores import Tasks, TaskScores, compare_tasks, kept
+from .until_clear import more_questions, more_windows
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything an evaluation reads apart from the two models, found and checked before they run."""
+    """Everything an evaluation reads apart from the two models, found and checked before they run.
+
+    cut: as many windows of the text; raises BadInput where it is too short.
+    """
 
     wanted: Evaluation
     text: Windows
+    cut: Callable[[int], Windows]
     tokenizer: Any
     bos_trial: BosTrial | None
     tasks: Tasks | None
@@ -95,10 +101,17 @@ def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: 
     whole = "\n\n".join(text.documents)
     trial = try_bos(original, lambda: open_original(original, machine.device())[1], tokenizer, whole, wanted.bos, cache)
     wanted = wanted if trial is None else wanted.model_copy(update={"bos": trial.bos})
-    cut = windows(tokenizer, whole, text.source, wanted)
-    if isinstance(rows := config.get("vocab_size"), int):
-        check_ids(cut.tokens.ids, rows, text.source)
-    return Prepared(wanted, cut, tokenizer, trial, Tasks(wanted.tasks) if wanted.tasks else None, cache)
+    rows = config.get("vocab_size")
+
+    def cut(count: int) -> Windows:
+        found = windows(tokenizer, whole, text.source, wanted.model_copy(update={"windows": count}))
+        if isinstance(rows, int):
+            check_ids(found.tokens.ids, rows, text.source)
+        return found
+
+    return Prepared(
+        wanted, cut(wanted.windows), cut, tokenizer, trial, Tasks(wanted.tasks) if wanted.tasks else None, cache
+    )
 
 
 def evaluate(
@@ -150,6 +163,7 @@ class _Evaluation:
         _, plain = self._original()
         reader, quantized = open_artifact(artifact, self._device, plain.dtype)
         self._same_model(plain, quantized, artifact)
+        self._all_placed(plain, quantized, artifact)
         if subject is not None and subject.kind != "run":  # known once it is opened
             kind = "checkpoint" if reader.format is None else "artifact"
             subject = subject.model_copy(update={"kind": kind, "format": reader.format})
@@ -157,7 +171,9 @@ class _Evaluation:
         self._text(reader, quantized)
         self._capacity(reader, quantized)
         self._reference(artifact, quantized)
-        self._tasks(lambda: Scorer(self._open(artifact), self._prepared.tokenizer, self._steps("tasks")))
+        self._tasks(self._prepared.tasks, lambda: self._scorer(artifact))
+        if (until := self._prepared.wanted.until_clear) is not None:
+            self._go_on(artifact, until)
         self._generations(artifact)
         self._timing(artifact)
         return self._add(complete=True)
@@ -170,8 +186,22 @@ class _Evaluation:
         before = compare((plain, plain), (hidden, hidden), text).original_nll
         after = served_nll(server, text, lambda done, total: self._watch.step("served text", done, total))
         self._quality(before, after, reader.total_bytes, 0)
-        self._tasks(lambda: server, server.room)
+        self._tasks(self._prepared.tasks, lambda: server, server.room)
         return self._add(complete=True)
+
+    def _go_on(self, artifact: Path, until: UntilClear) -> None:
+        """Measure more windows and ask more questions until no gate is too close to call, or the limits are reached."""
+        try:
+            while (count := more_windows(self._results, until)) is not None:
+                self._prepared = replace(self._prepared, text=self._prepared.cut(count))
+                self._text(*open_artifact(artifact, self._device, getattr(torch, self._results.dtype)))
+        except BadInput as error:  # the text has no more windows
+            self._note(f"until_clear: {error}")
+        tasks = self._prepared.wanted.tasks
+        while again := more_questions(self._results, until, tasks):
+            self._tasks(Tasks(again), lambda: self._scorer(artifact))
+            longer = {task.label: task for task in again}
+            tasks = tuple(longer.get(task.label, task) for task in tasks)
 
     def _text(self, reader: Artifact, quantized: Skeleton) -> None:
         text, cache = self._prepared.text, self._prepared.cache
@@ -227,9 +257,13 @@ class _Evaluation:
         on_block = self._blocks(PASSES * quantized.n_blocks, "reference")
         self._watch.keep(make_reference(models, self._results, on_block))
 
-    def _tasks(self, answers: Callable[[], Any], room: Room | None = None) -> None:
-        """room: that of the artifact, where it has less than the original."""
-        tasks = self._prepared.tasks
+    def _scorer(self, artifact: Path) -> Scorer:
+        return Scorer(self._open(artifact), self._prepared.tokenizer, self._steps("tasks"))
+
+    def _tasks(self, tasks: Tasks | None, answers: Callable[[], Any], room: Room | None = None) -> None:
+        """The results of `tasks`, in place of earlier ones. room: that of the artifact, where it has less than the
+        original.
+        """
         if tasks is None:
             return
         from .lm_eval_model import LmEvalModel
@@ -243,7 +277,9 @@ class _Evaluation:
         what = [machine.libraries(), *self._known_as, self._prepared.bos]
         what += [] if room is None else [room.scored, room.written]
         before = kept(self._prepared.cache / "tasks", tasks, what, ask_original)
-        self._add(tasks=compare_tasks(ask(answers()), before))
+        found = compare_tasks(ask(answers()), before)
+        asked = {task.task for task in found}
+        self._add(tasks=(*(task for task in self._results.tasks if task.task not in asked), *found))
 
     def _generations(self, artifact: Path) -> None:
         wanted, tokenizer = self._prepared.wanted, self._prepared.tokenizer
@@ -321,6 +357,23 @@ class _Evaluation:
             self._watch.step(section, done, total)
 
         return on_block
+
+    def _all_placed(self, plain: Skeleton, quantized: Skeleton, artifact: Path) -> None:
+        """Account for every tensor of the artifact. Raises BadInput for one beside a weight that nothing reads: a scale
+        or zero point, without which the weight is not what it looks like.
+        """
+        own = set(plain.unused)
+        beyond = [name for name in quantized.unused if name not in own]
+        for name in beyond:
+            weight = f"{name.rpartition('.')[0]}.weight"
+            if weight in quantized.reader:
+                raise BadInput(
+                    f"{artifact}: {name} lies beside {weight}, and nothing says how they belong together: the weight "
+                    "may be codes of a format that config.json does not name; give an artifact whose config.json does"
+                )
+        if beyond:
+            more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
+            self._note(f"{beyond[0]}{more}: the model has no place for this, so it was passed over")
 
     def _same_model(self, plain: Skeleton, quantized: Skeleton, artifact: Path) -> None:
         if quantized.n_blocks != plain.n_blocks or quantized.config.vocab_size != plain.config.vocab_size:

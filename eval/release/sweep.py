@@ -136,6 +136,11 @@ def plan_runs(
             raise BadInput(f"sweep: two recipes are called {name}; give each its own `name`")
     if without := [recipe.name for recipe in recipes if recipe.evaluation is None]:
         raise BadInput(f"sweep: {', '.join(without)} has `evaluation: null`, so there is nothing to compare it by")
+    if going_on := [recipe.name for recipe in recipes if recipe.evaluation and recipe.evaluation.until_clear]:
+        raise BadInput(
+            f"sweep: {', '.join(going_on)} has evaluation.until_clear, and runs that are compared need the same "
+            "windows; --set evaluation.until_clear=null"
+        )
     if out.exists() and not (out / ".recipes").is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} is not empty and holds no sweep; give another --out")
     tasks = []

@@ -86,6 +86,13 @@ class EfficiencySettings(Strict):
         return self
 
 
+class UntilClear(Strict):
+    """How far an evaluation goes on while a gate is too close to call; each step measures at least twice as much."""
+
+    windows: int = Field(128, ge=1, description="of the text, at most")
+    questions: int = Field(2000, ge=1, description="of each task that a gate limits, at most")
+
+
 class Evaluation(Text):
     """Perplexity and divergence from the original over windows of one text, tasks, continuations of a few prompts,
     memory and speed.
@@ -97,6 +104,9 @@ class Evaluation(Text):
     stride: int | None = Field(None, ge=1, description="tokens between window starts; default: the window")
     tasks: tuple[Annotated[Task, BeforeValidator(named, json_schema_input_type=Task | str)], ...] = Field(
         (), strict=False, description="tasks of lm-eval; needs the extra quantpress[tasks]"
+    )
+    until_clear: UntilClear | None = Field(
+        None, description="measure more while a gate is too close to call, {} with defaults; null: stop at `windows`"
     )
     prompts: tuple[str, ...] = Field(
         (
