@@ -380,13 +380,19 @@ def compare(folders: Sequence[Path | str], out: Path | str) -> Path:
     return write_comparison([Path(folder) for folder in folders], Path(out))
 
 
-def card(folder: Path | str, base_model: str | None = None, license: str | None = None) -> Path:
+def card(
+    folder: Path | str, base_model: str | None = None, license: str | None = None, *, overwrite: bool = False
+) -> Path:
     """Write the model card, quantized/README.md, of an evaluated run; returns its path.
 
     base_model: the original's hub id, where it was quantized from a folder. license: where the original names none.
+    Raises BadInput for a card that was edited by hand, unless `overwrite`.
     """
     with alone_in(Path(folder)):
-        return write_card(Path(folder), base_model, license)
+        written = write_card(Path(folder), base_model, license, overwrite=overwrite)
+    if written.edited is not None:
+        raise BadInput(f"{written.path} was edited by hand and is left as it is; --overwrite-card replaces it")
+    return written.path
 
 
 def sweep(

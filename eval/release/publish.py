@@ -1,11 +1,10 @@
 """Upload of an artifact to the Hugging Face hub: first a list of what would be uploaded, then exactly that."""
 
-import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -16,9 +15,9 @@ from quantpress.exports.verifying.listing import check_unlisted
 
 from ..measure.baselines import doubt
 from ..report.card import write_card
-from ..report.measured_run import MeasuredRun, open_run
+from ..report.measured_run import open_run
+from .redaction import redacted
 
-_LARGE = ("tokenizer.json", "vocab.json")  # a vocabulary, which is not searched for local paths
 _TOKEN = "HF_TOKEN"
 # The HTTP library's own error, whichever library this huggingface_hub is built on.
 _NOT_REACHED: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], ConnectionError)
@@ -27,14 +26,19 @@ _FAILURES: tuple[type[Exception], ...] = (*_NOT_REACHED, OSError, ValueError, Ru
 
 @dataclass(frozen=True)
 class Upload:
-    """What is uploaded where. files: (path, bytes) inside `folder`, in the order they are shown."""
+    """What is uploaded where. files: (path, bytes) inside `folder`, in the order they are shown.
+
+    redacted: files that are uploaded without the paths of this machine that they name. card: how a card that was edited
+    by hand differs from what would be written; it is uploaded as it is.
+    """
 
     folder: Path
     repo: str
     private: bool
     message: str
     files: tuple[tuple[str, int], ...]
-    warnings: tuple[str, ...] = ()
+    redacted: Mapping[str, bytes] = field(default_factory=dict)
+    card: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -43,13 +47,15 @@ class Upload:
 
 def prepare_upload(
     run: Path, repo: str, *, private: bool, message: str | None = None, base_model: str | None = None,
-    license: str | None = None, although_missed: bool = False, allow: Collection[str] = (),
+    license: str | None = None, although_missed: bool = False, overwrite_card: bool = False,
+    allow: Collection[str] = (),
 ) -> Upload:  # fmt: skip
     """Check the run, write its card, and list what would be uploaded. Nothing leaves this machine.
 
-    allow: files that may go with it though the manifest does not list them. Raises BadInput for an invalid repository
-    id, files that differ from the manifest or are not in it, an original that predicts no text, and, unless
-    `although_missed`, a run that missed its gates or whose gates are too close to call.
+    overwrite_card: replace a card that was edited by hand. allow: files that may go with it though the manifest does
+    not list them. Raises BadInput for an invalid repository id, files that differ from the manifest or are not in it,
+    an original that predicts no text, and, unless `although_missed`, a run that missed its gates or whose gates are too
+    close to call.
     """
     try:
         validate_repo_id(repo)
@@ -64,13 +70,15 @@ def prepare_upload(
         raise BadInput(f"{run} did not pass its gates ({gates.reason}); --although-missed publishes it all the same")
     verify(run)
     check_unlisted(run, run / "quantized", allow)
-    write_card(run, base_model, license, repo)
+    edited = write_card(run, base_model, license, repo, overwrite=overwrite_card).edited
     folder = run / "quantized"
     check_files(folder, sorted(folder.rglob("*")))
+    changed = redacted(folder, measured.manifest.recipe)
     found = sorted(file for file in folder.rglob("*") if file.is_file())
-    files = tuple((file.relative_to(folder).as_posix(), file.stat().st_size) for file in found)
+    names = [file.relative_to(folder).as_posix() for file in found]
+    files = tuple((name, len(changed.get(name, b"")) or (folder / name).stat().st_size) for name in names)
     said = message or f"{measured.manifest.model.id} quantized with quantpress, recipe {measured.manifest.name}"
-    return Upload(folder, repo, private, said, files, tuple(_warnings(measured, folder)))
+    return Upload(folder, repo, private, said, files, changed, edited)
 
 
 def upload(what: Upload, endpoint: str | None = None) -> str:
@@ -85,12 +93,8 @@ def upload(what: Upload, endpoint: str | None = None) -> str:
     api = HfApi(endpoint=endpoint, token=token)
     try:
         api.create_repo(what.repo, private=what.private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=what.repo,
-            folder_path=what.folder,
-            commit_message=what.message,
-            allow_patterns=[name for name, _ in what.files],
-        )
+        added = [CommitOperationAdd(name, what.redacted.get(name, what.folder / name)) for name, _ in what.files]
+        commit = api.create_commit(what.repo, added, commit_message=what.message)
     except _FAILURES as error:
         # a proxy may echo the headers it was sent
         reason = " ".join(str(error).replace(token, "***").split())[:300] or type(error).__name__
@@ -98,14 +102,3 @@ def upload(what: Upload, endpoint: str | None = None) -> str:
         happened = "the hub refused the upload" if answered else "the hub cannot be reached"
         raise BadInput(f"{what.repo}: {happened}: {reason}") from None
     return commit.commit_url
-
-
-def _warnings(run: MeasuredRun, folder: Path) -> list[str]:
-    """A line for each file that would show readers of the repository paths of this machine."""
-    recipe, home = run.manifest.recipe, os.path.expanduser("~")
-    named = [recipe.get("model"), *((recipe.get(key) or {}).get("source") for key in ("calibration", "evaluation"))]
-    places = {str(run.folder.resolve().parent), *(str(place) for place in named if os.path.isabs(str(place)))}
-    places |= {home} if home != "/" else set()
-    small = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".md") and file.name not in _LARGE]
-    local = [file.name for file in small if any(place in file.read_text("utf-8", "replace") for place in places)]
-    return [f"{name} contains a path of this machine" for name in local]

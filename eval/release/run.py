@@ -79,7 +79,14 @@ def make_release(recipe: Recipe, out: Path, options: Options, callbacks: Callbac
     for target in recipe.targets:  # with the reference that the evaluation made
         stages.export(target)
     serving = stages.smoke()
-    report, card = (None, None) if results is None else (write_report(out), write_card(out))
+    report = card = None
+    if results is not None:
+        report, written = write_report(out), write_card(out)
+        card = written.path
+        if written.edited is not None:
+            callbacks.on_note(
+                f"{card} was edited by hand and is left as it is; quantpress card --overwrite-card replaces it"
+            )
     done = {name: stage.summary for name, stage in read_manifest(out).stages.items()}
     return Release(out, results, serving, report, card, done)
 

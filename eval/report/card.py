@@ -1,5 +1,7 @@
 """The model card: README.md of an artifact in the hub's format, from measurements only."""
 
+import difflib
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from .page_text import without_defaults
 from .verdict import verdict
 
 CHART = "quality.png"
+_SEAL = "<!-- written by quantpress, sha256 {} -->"
 # What the embedded model is called on the hub, and its licence there.
 _EMBEDDED = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 _KEPT = ("license", "license_name", "license_link", "language")
@@ -41,11 +44,28 @@ class ServeCommand:
     notes: tuple[str, ...] = ()
 
 
-def write_card(folder: Path, base_model: str | None = None, license: str | None = None, repo: str = "org/name") -> Path:
-    """Write FOLDER/quantized/README.md and its chart for a run folder that has been evaluated; the path of README.md.
+@dataclass(frozen=True)
+class Card:
+    """README.md of an artifact. edited: how it differs from what would be written, where it was edited by hand and so
+    was left as it is; None where it was written.
+    """
+
+    path: Path
+    edited: str | None
+
+
+def write_card(
+    folder: Path,
+    base_model: str | None = None,
+    license: str | None = None,
+    repo: str = "org/name",
+    *,
+    overwrite: bool = False,
+) -> Card:
+    """Write FOLDER/quantized/README.md and its chart for a run folder that has been evaluated.
 
     base_model: the original's hub id, where it was quantized from a folder. license: where the original names none.
-    repo: the id it will have on the hub, for the commands that serve it.
+    repo: the id it will have on the hub, for the commands that serve it. overwrite: a card that was edited, too.
     Raises BadInput for a base_model that is no hub id.
     """
     run = open_run(folder)
@@ -53,13 +73,32 @@ def write_card(folder: Path, base_model: str | None = None, license: str | None 
     data = metadata(run, base_model, license)
     said, shown = verdict(run), _shown(run)
     text = render("card.md", run=run, verdict=said, data=data, servers=servers(run, repo), chart=CHART, recipe=shown)
-    content = f"---\n{data.to_yaml()}\n---\n\n{text}"
+    content = _sealed(f"---\n{data.to_yaml()}\n---\n\n{text}")
     ModelCard(content)  # parses the block as the hub does
     with whole_file(card.with_name(CHART)) as file:
         file.write(chart(run))
+    if not overwrite and (edited := _edited(card, content)) is not None:
+        return Card(card, edited)
     with whole_file(card) as file:
         file.write(content.encode())
-    return card
+    return Card(card, None)
+
+
+def _sealed(content: str) -> str:
+    """The card with its own hash at the end, by which an edit shows."""
+    return f"{content.rstrip()}\n\n{_SEAL.format(hashlib.sha256(content.rstrip().encode()).hexdigest())}\n"
+
+
+def _edited(card: Path, new: str) -> str | None:
+    """The lines in which a card that was edited by hand differs from `new`; None where there is none to keep."""
+    if not card.is_file():
+        return None
+    old = card.read_text(encoding="utf-8")
+    body, mark, _ = old.rpartition("\n\n" + _SEAL.partition("{")[0])
+    if (mark and _sealed(body) == old) or old == new:
+        return None
+    there, here = old.splitlines(), new.splitlines()
+    return "\n".join(difflib.unified_diff(there, here, "as edited", "as it would be written", lineterm="", n=0))
 
 
 def metadata(run: MeasuredRun, base_model: str | None = None, license: str | None = None) -> ModelCardData:

@@ -1,6 +1,5 @@
 """The commands about whole runs: run, sweep, recommend, reproduce, card and publish."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +34,7 @@ RunArg = Annotated[Path, typer.Argument(help="a run folder that has been evaluat
 BaseOpt = Annotated[
     str | None, typer.Option("--base-model", help="the original's hub id, where it was quantized from a folder")
 ]
+OverwriteCardOpt = Annotated[bool, typer.Option("--overwrite-card", help="replace a README.md that was edited by hand")]
 LicenseOpt = Annotated[str | None, typer.Option("--license", help="where the original's own card names none")]
 
 
@@ -222,11 +222,17 @@ def reproduce(
 
 
 @app.command()
-def card(run: RunArg, base_model: BaseOpt = None, license: LicenseOpt = None, as_json: JsonOpt = False) -> None:
+def card(
+    run: RunArg,
+    base_model: BaseOpt = None,
+    license: LicenseOpt = None,
+    overwrite_card: OverwriteCardOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
     """Write the artifact's README.md, the hub's model card, with what was measured."""
     from .. import api
 
-    show_path("card", api.card(run, base_model, license), as_json)
+    show_path("card", api.card(run, base_model, license, overwrite=overwrite_card), as_json)
 
 
 @app.command()
@@ -241,6 +247,7 @@ def publish(
     although_missed: Annotated[
         bool, typer.Option("--although-missed", help="publish a run that missed its gates")
     ] = False,
+    overwrite_card: OverwriteCardOpt = False,
     allow: AllowOpt = [],  # noqa: B006
     as_json: JsonOpt = False,
 ) -> None:
@@ -249,17 +256,27 @@ def publish(
     from quantpress.eval.release.publish import prepare_upload, upload
 
     what = prepare_upload(run, to, private=not public, message=message, base_model=base_model, license=license,
-                          although_missed=although_missed, allow=allow)  # fmt: skip
+                          although_missed=although_missed, overwrite_card=overwrite_card, allow=allow)  # fmt: skip
     if not as_json:
         show_table(("file", "bytes"), [(name, f"{count:,}") for name, count in what.files], right=1)
         kind = "public" if public else "private"
         show(f"{len(what.files)} files, {size(what.bytes)}, to {to} ({kind} if it is new)")
         show(f"commit message: {what.message}")
-    for line in what.warnings:
-        say(f"note: {line}")
+    for name in what.redacted:
+        say(f"note: {name} is uploaded without the paths of this machine that it names")
+    if what.card is not None:
+        say("note: README.md was edited by hand and is uploaded as it is; --overwrite-card writes it anew:")
+        say(what.card)
     url = upload(what) if yes else None
     if as_json:
         files = [{"name": name, "bytes": count} for name, count in what.files]
-        print_json(asdict(what) | {"folder": str(what.folder), "files": files, "bytes": what.bytes, "commit": url})
+        more = {
+            "bytes": what.bytes,
+            "redacted": list(what.redacted),
+            "edited_card": what.card is not None,
+            "commit": url,
+        }
+        said = {"folder": str(what.folder), "repo": what.repo, "private": what.private, "message": what.message}
+        print_json(said | {"files": files} | more)
     else:
         show(f"published: {url}" if url else "nothing was uploaded: --yes does it")

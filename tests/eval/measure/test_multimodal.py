@@ -31,7 +31,7 @@ def test_a_run_is_measured_and_reported(tmp_path: Path, monkeypatch: pytest.Monk
     assert 0 < results.divergence.kl_mean < 1
     assert results.efficiency is not None
     assert results.efficiency.parameters == sum(tensor.numel() for tensor in tensors.values())
-    card = write_card(tmp_path / "run").read_text()
+    card = write_card(tmp_path / "run").path.read_text()
     assert "pipeline_tag: image-text-to-text" in card
     assert "model = AutoModelForImageTextToText.from_pretrained(" in card
     assert "no figure says how it answers on images or sound" in card

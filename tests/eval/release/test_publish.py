@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 
+from quantpress import api
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
 from quantpress.eval.release.publish import Upload, prepare_upload, upload
+from quantpress.eval.release.redaction import redacted
 from quantpress.eval.report.card import metadata, servers, write_card
 from quantpress.eval.report.measured_run import open_run
 from quantpress.recipe.loading import parse
@@ -51,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_hub_reads_the_card(made: Path) -> None:
-    path = write_card(made, base_model="org/base")
+    path = write_card(made, base_model="org/base").path
     data = metadata_load(path)
     assert data is not None
     assert data["base_model"] == "org/base"
@@ -79,7 +81,7 @@ def test_only_servers_that_load_the_files_are_named(made: Path) -> None:
     assert set(by_title) == {"vLLM", "SGLang", "TGI", "transformers"}
     assert by_title["vLLM"].refused  # gptq, which vLLM takes symmetric only
     assert not by_title["transformers"].refused
-    text = write_card(made, repo="me/it").read_text()
+    text = write_card(made, repo="me/it").path.read_text()
     assert "vllm serve" not in text
     assert f"Not with vLLM: {by_title['vLLM'].refused[0][:12]}" in text
     assert 'AutoModelForCausalLM.from_pretrained("me/it"' in text
@@ -177,7 +179,8 @@ def test_exactly_what_was_shown_is_what_arrives(made: Path, hub: tuple[str, type
     address, seen = hub
     what = prepare_upload(made, "org/name", private=True, base_model="org/base")
     assert seen.log == []  # a dry run sends nothing
-    assert what.bytes == sum((made / "quantized" / name).stat().st_size for name, _ in what.files)
+    there = {name: (made / "quantized" / name).read_bytes() for name, _ in what.files} | dict(what.redacted)
+    assert what.bytes == sum(map(len, there.values()))
     assert {"README.md", "LICENSE", "config.json", "model.safetensors", "quality.png"} <= {n for n, _ in what.files}
     assert upload(what, address).endswith("/org/name/commit/abc")
     create, header, *operations = seen.commit
@@ -189,7 +192,7 @@ def test_exactly_what_was_shown_is_what_arrives(made: Path, hub: tuple[str, type
         content = b64decode(value["content"]) if one["key"] == "file" else seen.stored[value["oid"]]
         assert one["key"] == "file" or hashlib.sha256(content).hexdigest() == value["oid"]
         arrived[value["path"]] = content
-    assert arrived == {name: (made / "quantized" / name).read_bytes() for name, _ in what.files}
+    assert arrived == there
     assert f"Bearer {TOKEN}" in seen.tokens
     said = capfd.readouterr()
     everything = (
@@ -249,7 +252,11 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
     finally:
         results.write_text(before)
     what = prepare_upload(made, "org/name", private=True)
-    assert what.warnings == ("manifest.json contains a path of this machine",)  # the recipe's model; not the card
+    assert list(what.redacted) == ["manifest.json"]  # the recipe's model; not the card
+    said = json.loads(what.redacted["manifest.json"])
+    assert said["recipe"]["model"] == "original"
+    assert str(made.parent).encode() not in what.redacted["manifest.json"]
+    assert dict(what.files)["manifest.json"] == len(what.redacted["manifest.json"])
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("quantpress.eval.release.publish.get_token", lambda: None)
     with pytest.raises(BadInput, match="needs a hub login"):
@@ -262,6 +269,47 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
             prepare_upload(made, "org/name", private=True)
     finally:
         tokenizer.write_bytes(kept)
+
+
+def test_paths_become_names_and_checksums_follow(tmp_path: Path) -> None:
+    folder = tmp_path / "release" / "quantized"
+    folder.mkdir(parents=True)
+    config = json.dumps(
+        {"_name_or_path": "/data/secret project/base", "of": f"{tmp_path}/release/x.txt", "n": "/data/secret"}
+    )
+    (folder / "config.json").write_text(config)
+    before = hashlib.sha256(config.encode()).hexdigest()
+    manifest = {"recipe": {"model": "/data/secret project/base"}, "artifact": {"files": {"config.json": before}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "model.safetensors").write_bytes(b"/data/secret project/base")
+    found = redacted(folder, manifest["recipe"])
+    assert set(found) == {"config.json", "manifest.json"}
+    assert json.loads(found["config.json"]) == {"_name_or_path": "base", "of": "x.txt", "n": "/data/secret"}
+    after = json.loads(found["manifest.json"])
+    assert after["artifact"]["files"]["config.json"] == hashlib.sha256(found["config.json"]).hexdigest()
+    assert after["recipe"]["model"] == "base"
+
+
+def test_a_card_that_was_edited_by_hand_is_never_overwritten(made: Path) -> None:
+    path = write_card(made).path
+    written = path.read_text()
+    edited = written.replace("## Limits", "## Limits\n\n- Speaks no Welsh.")
+    path.write_text(edited)
+    try:
+        what = prepare_upload(made, "org/name", private=True)
+        assert path.read_text() == edited
+        assert what.card is not None
+        assert "-- Speaks no Welsh." in what.card
+        card = write_card(made)
+        assert card.edited is not None
+        assert path.read_text() == edited
+        with pytest.raises(BadInput, match="was edited by hand and is left as it is; --overwrite-card"):
+            api.card(made)
+        assert prepare_upload(made, "org/name", private=True, overwrite_card=True).card is None
+        assert "Welsh" not in path.read_text()
+    finally:
+        path.write_text(written)
+    assert write_card(made, license="mit").edited is None  # ours, so it may be written anew
 
 
 class XetHub(Hub):

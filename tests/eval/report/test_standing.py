@@ -89,7 +89,7 @@ def test_page_summary_recommend_and_card_say_the_same(sweep: Path, monkeypatch: 
         assert said(sweep / label / "report" / "index.html").count(verdict(open_run(sweep / label)).reason) >= 1
         (sweep / label / "quantized").mkdir()
         (sweep / label / "quantized" / "config.json").write_text('{"model_type": "llama"}')
-        card = write_card(sweep / label).read_text(encoding="utf-8")
+        card = write_card(sweep / label).path.read_text(encoding="utf-8")
         assert f"**{ {'fine': 'Fine', 'broken': 'Broken'}[level] }:**" in card
     markdown = (page.parent / "summary.md").read_text(encoding="utf-8").replace("\\", "")
     assert "**The smallest that is fine: w4-g64" in markdown
