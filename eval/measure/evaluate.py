@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from quantpress.core.untrusted import read_json
 from quantpress.exports.serving.reference import Reference
 from quantpress.models.architecture import is_unknown, unknown_family
 from quantpress.models.skeleton import Skeleton
-from quantpress.recipe import Evaluation, Gates
+from quantpress.recipe import Calibration, Evaluation, Gates
 from quantpress.recipe.evaluation import UntilClear
 
 from . import capacity
 from .baselines import unigram_nll
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase, quality, windows
+from .domains import DomainText, load, result
 from .endpoint import ServedModel, served_nll
 from .gates import judge
 from .generations import side_by_side
@@ -54,6 +55,8 @@ class Prepared:
     bos_trial: BosTrial | None
     tasks: Tasks | None
     cache: Path
+    domains: Sequence[DomainText] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def bos(self) -> int | None:
@@ -79,8 +82,14 @@ def positions_of(model: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: bool = False) -> Prepared:
-    """Read the text, the tokenizer and the tasks.
+def prepare(
+    original: Path,
+    wanted: Evaluation,
+    cache: Path,
+    trust_remote_code: bool = False,
+    calibration: Calibration | None = None,
+) -> Prepared:
+    """Read the texts, the tokenizer and the tasks. calibration: for the text beside it; None for no such text.
 
     Raises BadInput for text that is missing or too short, windows longer than the model's context, a missing tokenizer,
     tasks that are unknown or have no data, and a family that transformers does not have.
@@ -109,9 +118,13 @@ def prepare(original: Path, wanted: Evaluation, cache: Path, trust_remote_code: 
             check_ids(found.tokens.ids, rows, text.source)
         return found
 
-    return Prepared(
-        wanted, cut(wanted.windows), cut, tokenizer, trial, Tasks(wanted.tasks) if wanted.tasks else None, cache
-    )
+    notes: list[str] = []
+    domains = [] if calibration is None else load(wanted, calibration, tokenizer, cache, notes.append)
+    for domain in domains:
+        if positions is not None and domain.text.tokens.ids.shape[1] > positions:
+            raise BadInput(f"evaluation.domains, {domain.name}: windows longer than the model's {positions} positions")
+    tasks = Tasks(wanted.tasks) if wanted.tasks else None
+    return Prepared(wanted, cut(wanted.windows), cut, tokenizer, trial, tasks, cache, domains, tuple(notes))
 
 
 def evaluate(
@@ -156,7 +169,7 @@ class _Evaluation:
         self._quantization, self._vocabulary = source.quantization, int(plain.config.vocab_size)
         self._results = Results(
             complete=False, dtype=str(plain.dtype).removeprefix("torch."), device=str(self._device), seconds=0.0,
-            notes=source.notes,
+            notes=(*source.notes, *prepared.notes),
         )  # fmt: skip
 
     def of_folder(self, artifact: Path, subject: Subject | None) -> Results:
@@ -169,6 +182,7 @@ class _Evaluation:
             subject = subject.model_copy(update={"kind": kind, "format": reader.format})
         self._add(subject=subject)
         self._text(reader, quantized)
+        self._domains(quantized)
         self._capacity(reader, quantized)
         self._reference(artifact, quantized)
         self._tasks(self._prepared.tasks, lambda: self._scorer(artifact))
@@ -213,6 +227,16 @@ class _Evaluation:
             scores.original_nll, scores.artifact_nll, source.total_bytes, reader.total_bytes,
             divergence=divergence(scores, noise),
         )  # fmt: skip
+
+    def _domains(self, quantized: Skeleton) -> None:
+        cache, done = self._prepared.cache, []
+        for domain in self._prepared.domains:
+            plain = self._original()[1]
+            on_block = self._blocks(plain.n_blocks + quantized.n_blocks, f"text, {domain.name}")
+            hidden, _ = reference(plain, self._folder, domain.text, cache, on_block, noise=False)
+            other = last_hidden(quantized, domain.text.tokens.ids, on_block)
+            done.append(result(domain.name, domain.text, compare((plain, quantized), (hidden, other), domain.text)))
+        self._add(domains=tuple(done))
 
     def _quality(self, before: Any, after: Any, original_bytes: int, bytes: int, **more: Any) -> None:
         text = self._prepared.text

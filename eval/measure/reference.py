@@ -31,14 +31,22 @@ _NOISE_WINDOWS = 4
 
 
 def reference(
-    original: Skeleton, folder: Path, text: Windows, cache: Path, on_block: Callable[[], None] = lambda: None
-) -> tuple[Tensor, NoiseFloor]:
+    original: Skeleton,
+    folder: Path,
+    text: Windows,
+    cache: Path,
+    on_block: Callable[[], None] = lambda: None,
+    *,
+    noise: bool = True,
+) -> tuple[Tensor, NoiseFloor | None]:
     """Hidden states [windows, window, hidden] of the original in `folder`, and its noise floor; opens its shell.
+
+    noise: whether to measure the noise floor, which runs the original once more in float32.
 
     From the cache when the same weights were run over the same windows before, in the same dtype, with the same
     versions of torch and transformers, on the same kind of device. on_block is called once per block in either case.
     """
-    place = cache / "reference" / _key(original, folder, text)
+    place = cache / "reference" / (_key(original, folder, text) + ("" if noise else "-only"))
     if intact(place):
         os.utime(place)
         original.open_shell()
@@ -46,18 +54,21 @@ def reference(
             on_block()
     else:
         hidden = last_hidden(original, text.tokens.ids, on_block)
-        noise = _noise(original, folder, hidden, text)
+        floor = _noise(original, folder, hidden, text) if noise else None
         with whole_folder(place) as new:
             with (new / "hidden.bin").open("wb") as file:
                 for window in hidden:
                     file.write(window.contiguous().view(torch.uint8).numpy().data)
-            (new / "noise.json").write_text(noise.model_dump_json(), encoding="utf-8")
+            if floor is not None:
+                (new / "noise.json").write_text(floor.model_dump_json(), encoding="utf-8")
             seal(new)
         _forget_old(place.parent)
     ids = text.tokens.ids
     width = (place / "hidden.bin").stat().st_size // (ids.numel() * original.dtype.itemsize)
     shape = (*ids.shape, width)
     mapped = torch.from_file(str(place / "hidden.bin"), size=ids.numel() * width, dtype=original.dtype)
+    if not noise:
+        return mapped.view(shape), None
     return mapped.view(shape), NoiseFloor.model_validate(json.loads((place / "noise.json").read_text("utf-8")))
 
 

@@ -108,6 +108,21 @@ class Divergence(Section):
     noise: NoiseFloor | None = None
 
 
+class DomainResult(Section):
+    """Both models on another text than the first; fields as there."""
+
+    name: str
+    text: EvaluationText
+    original_perplexity: Number
+    artifact_perplexity: Number
+    perplexity_increase: Number
+    perplexity_increase_interval: Interval | None = None
+    kl_mean: Number
+    kl_interval: Interval | None = None
+    top1_agreement: Number
+    top1_interval: Interval | None = None
+
+
 class Score(Section):
     """One model's mean score on a task."""
 
@@ -118,7 +133,9 @@ class Score(Section):
 class TaskResult(Section):
     """One metric of one task. Differences are paired: both models answered the same `n` documents.
 
-    difference: artifact minus original, with its standard error and interval. recovery: the artifact's score as a
+    difference: artifact minus original, with its standard error and interval. lost, won: how many answers that were
+    right became wrong, and the other way round; None where answers are not right or wrong. flips: the share of answers
+    that changed either way. recovery: the artifact's score as a
     fraction of the original's; None without an original, or when that scores 0.
     """
 
@@ -135,6 +152,13 @@ class TaskResult(Section):
     difference_interval: Interval | None = None
     recovery: Number | None = None
     recovery_interval: Interval | None = None
+    lost: int | None = None
+    won: int | None = None
+    flips_interval: Interval | None = None
+
+    @property
+    def flips(self) -> float | None:
+        return None if self.lost is None or self.won is None else (self.lost + self.won) / self.n
 
 
 class Speed(Section):
@@ -275,6 +299,7 @@ class Results(Section):
     perplexity_increase: Number | None = None
     perplexity_increase_interval: Interval | None = None
     divergence: Divergence | None = None
+    domains: tuple[DomainResult, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
     efficiency: Efficiency | None = None
     generations: tuple[Generation, ...] = ()

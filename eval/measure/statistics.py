@@ -93,6 +93,20 @@ def paired_difference(before: Array, after: Array) -> tuple[float, float, Interv
     return mean, error, around(middle, spread)
 
 
+def flips(before: Array, after: Array) -> tuple[int, int, Interval] | None:
+    """How many of the answers [n] went from right to wrong and from wrong to right, and the interval of the share of
+    both together (Wilson 1927); None for scores other than 0 and 1.
+    """
+    if not np.isin(np.concatenate([before, after]), (0.0, 1.0)).all():
+        return None
+    lost, won = int((before > after).sum()), int((after > before).sum())
+    n, z = len(before), float(ndtri(0.975))
+    share = (lost + won) / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return lost, won, (max(0.0, middle - half), min(1.0, middle + half))
+
+
 def recovery(before: Array, after: Array) -> tuple[float | None, Interval | None]:
     """mean(after) / mean(before) and its interval; None when mean(before) is 0.
 

@@ -25,7 +25,7 @@ from quantpress.core.files import expanded, file_sha256, remembered
 from quantpress.recipe import Task
 
 from .results import Score, TaskResult
-from .statistics import paired_difference, recovery, standard_error
+from .statistics import flips, paired_difference, recovery, standard_error
 
 if TYPE_CHECKING:
     from .lm_eval_model import LmEvalModel
@@ -249,6 +249,8 @@ def compare_tasks(artifact: list[TaskScores], original: list[TaskScores] | None)
                 "original": _score(base), "difference": mean, "difference_stderr": error,
                 "difference_interval": interval, "recovery": left, "recovery_interval": ends,
             }  # fmt: skip
+            if (changed := flips(base, after)) is not None:
+                row |= {"lost": changed[0], "won": changed[1], "flips_interval": changed[2]}
         out.append(TaskResult(**row))
     return tuple(out)
 

@@ -144,7 +144,7 @@ class _Stages:
 
         wanted = prepared.wanted.model_dump(mode="json")
         tasks = None if prepared.tasks is None else hashlib.sha256(prepared.tasks.identity().encode()).hexdigest()
-        text = prepared.text.tokens.sha256
+        text = [prepared.text.tokens.sha256, *(domain.text.tokens.sha256 for domain in prepared.domains)]
         inputs = self._artifact | {"evaluation": wanted, "text": text, "tasks and their data": tasks}
         self._ledger.run(ReleaseStage("eval", inputs, ("eval/results.json", f"eval/{REFERENCE}"), work))
         results = read_results(self.out)

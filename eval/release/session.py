@@ -104,7 +104,8 @@ def evaluation_inputs(recipe: Recipe, options: Options) -> Prepared:
     if recipe.evaluation is None:
         raise BadInput("the recipe has `evaluation: null`; --set evaluation={} measures with the defaults")
     source = open_source(recipe.model, options)
-    return prepare_evaluation(source.path, recipe.evaluation, options.cache, options.trust_remote_code)
+    remote_code = options.trust_remote_code
+    return prepare_evaluation(source.path, recipe.evaluation, options.cache, remote_code, recipe.calibration)
 
 
 def measure_run(recipe: Recipe, out: Path, inputs: Prepared, options: Options, callbacks: Callbacks) -> Results:

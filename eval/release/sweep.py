@@ -254,10 +254,10 @@ def _why(log: Path, code: int) -> str:
     """The last line of the log, without our name before it; or the signal that ended the process."""
     if code < 0:
         hint = " (out of memory?)" if code == -9 else ""
-        return f"ended by signal {-code}{hint}; see {log}"
+        return f"ended by signal {-code}{hint}; see {log.name}"
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1].strip().removeprefix("quantpress: ") if lines else f"exit code {code}"
-    return last if code == 2 else f"{last}; see {log}"
+    return last if code == 2 else f"{last}; see {log.name}"
 
 
 def _gates(printed: bytes) -> str:

@@ -62,3 +62,12 @@ def recovery_axis(tasks: Sequence[TaskResult], start: float, stop: float) -> Cal
         return start + place * (stop - start)
 
     return at
+
+
+def recovery_ticks(at: Callable[[float], float]) -> list[float]:
+    """Round recoveries for the scale of an axis, 40 px or more apart: 100 % and those to either side."""
+    for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        if at(1.0 + step) - at(1.0) >= 40 or at(1.0) - at(1.0 - step) >= 40:
+            break
+    found = [1.0 + step * k for k in range(-5, 6)]
+    return [value for value in found if value >= 0 and (value == 1.0 or at(value) not in (at(-9.0), at(9.0)))]

@@ -14,7 +14,7 @@ from quantpress.exports.serving.record import read as read_serving
 
 from ..measure.formatting import change, interval, number, points, share, size
 from ..measure.metrics import Metric, MetricValue, measured
-from ..measure.results import Divergence, EvaluationText, Quality, Results, read_results
+from ..measure.results import Divergence, DomainResult, EvaluationText, Quality, Results, read_results
 from .heatmap import Heat, heat, measure_in_words
 from .page_text import program, sentence
 
@@ -100,6 +100,18 @@ class MeasuredRun:
             f"({change(self.increase)}). The same next token as the original "
             f"{share(self.divergence.top1_agreement)} of the time."
         )
+
+    @property
+    def by_text(self) -> list[DomainResult]:
+        """The figures on every text, the first text among them."""
+        results, away = self.results, self.divergence
+        first = DomainResult(
+            name="evaluation", text=self.text, original_perplexity=self.original.perplexity,
+            artifact_perplexity=self.artifact.perplexity, perplexity_increase=self.increase,
+            perplexity_increase_interval=results.perplexity_increase_interval, kl_mean=away.kl_mean,
+            kl_interval=away.kl_interval, top1_agreement=away.top1_agreement, top1_interval=away.top1_interval,
+        )  # fmt: skip
+        return [first, *results.domains]
 
     @property
     def served(self) -> str:
@@ -194,7 +206,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[LeftOut]
             if run.results.complete:
                 runs.append(run)
                 continue
-        reason = f"not finished: `quantpress eval {folder}` measures what is missing"
+        reason = "not finished: `quantpress eval` of its folder measures what is missing"
         left_out[folder.name] = LeftOut(folder.name, reason)
     if not runs:
         reasons = "; ".join(f"{one.name} {one.reason}" for one in left_out.values())

@@ -26,7 +26,7 @@ from ..measure.metrics import METRICS, Metric, MetricValue
 from ..measure.results import TaskResult
 from . import page_text
 from .charts import charts
-from .figures import divergence_axis, png, recovery_axis, svg
+from .figures import divergence_axis, png, recovery_axis, recovery_ticks, svg
 from .heatmap import DARK, LIGHT, HeatScale
 from .measured_run import LeftOut, MeasuredRun, comparable, find_runs, labelled, open_run
 from .standing import judge_runs
@@ -239,7 +239,11 @@ def _environment() -> Environment:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     formats = {name: getattr(module, name) for module in (formatting, page_text) for name in module.__all__}
-    environment.globals |= formats | {"axis": recovery_axis, "divergence_axis": divergence_axis}
+    environment.globals |= formats | {
+        "axis": recovery_axis,
+        "divergence_axis": divergence_axis,
+        "ticks": recovery_ticks,
+    }
     environment.filters |= formats | {
         "gate": show_limit, "gate_name": limit_name, "yaml": _yaml, "estimate": _estimate, "changed": _changed,
         "by_task": _by_task,

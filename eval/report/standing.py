@@ -65,6 +65,13 @@ class Judged:
     beaten: str | None = None
 
     @property
+    def remark(self) -> str | None:
+        """What speaks against it; None where nothing does."""
+        if self.standing.usable and self.beaten is not None:
+            return self.beaten
+        return None if self.standing.level == "fine" else f"{self.standing.level}: {self.standing.reason}"
+
+    @property
     def kl(self) -> float:
         return self.run.divergence.kl_mean
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..measure.formatting import change, plain, share, size, small
+from ..measure.formatting import plain, share, size, small
 from .measured_run import LeftOut, MeasuredRun
 from .standing import Judged, Level, best_quality, judge_runs, pick
 
@@ -130,8 +130,7 @@ def _headline(judged: Sequence[Judged], take: Judged | None, best: Judged | None
 def _named(one: Judged) -> str:
     run = one.run
     same = share(run.divergence.top1_agreement)
-    figures = f"KL {small(one.kl)}, perplexity {change(run.increase)}, the same next token {same} of the time"
-    return f"{run.label}, {run.smaller}, {figures}"
+    return f"{run.label}, {run.smaller}, KL {small(one.kl)}, the same next token {same} of the time"
 
 
 def _advice(take: Judged | None, best: Judged | None) -> list[str]:

@@ -22,6 +22,7 @@ Role = Literal["calibration", "evaluation"]
 _WHEEL = ("exllamav3", "1.6.5", "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded")
 _FOLDER = "exllamav3/conversion/standard_cal_data"
 _WHEEL_FILES: dict[Role, str] = {"calibration": "c4.utf8", "evaluation": "wiki.utf8"}  # never the same text
+_NAMED = ("code", "multilingual", "technical")  # further texts of the wheel, by their names
 _WIKI_DOCUMENT = re.compile(r"^<doc [^>\n]*>\n(.*?)\n</doc>$", re.MULTILINE | re.DOTALL)
 
 
@@ -37,14 +38,15 @@ class Documents:
 def load_documents(text: Text, *, cache: Path, role: Role) -> Documents:
     """The documents of `text`, without empty ones.
 
-    `default` is C4 for calibration and Wikipedia for evaluation. A .txt file is one document, as is each line of a
+    `default` is C4 for calibration and Wikipedia for evaluation; `code`, `multilingual` and `technical` are of the same
+    package. A .txt file is one document, as is each line of a
     JSONL file and each row of a dataset; WikiText's paragraphs are joined by blank lines into one, as is customary.
     Raises BadInput for text that is missing, empty or cannot be fetched, and for a column that is not there.
     """
     assert text.source != "self", "the model's own text comes from generated_tokens"
     path = expanded(text.source)
-    if text.source == "default":
-        documents, source = _default(role, cache)
+    if text.source == "default" or text.source in _NAMED:
+        documents, source = _default(role, text.source, cache)
     elif path.suffix.lower() == ".txt":
         documents, source = [_read(path)], path.name
     elif path.suffix.lower() == ".jsonl":
@@ -61,12 +63,12 @@ def load_documents(text: Text, *, cache: Path, role: Role) -> Documents:
     return Documents(tuple(documents), source, _sha256(documents))
 
 
-def _default(role: Role, cache: Path) -> tuple[list[str], str]:
+def _default(role: Role, wanted: str, cache: Path) -> tuple[list[str], str]:
     name, version, sha256 = _WHEEL
-    file = _WHEEL_FILES[role]
+    file = _WHEEL_FILES[role] if wanted == "default" else f"{wanted}.utf8"
     with zipfile.ZipFile(fetch_wheel(name, version, sha256, cache)) as archive:
         content = archive.read(f"{_FOLDER}/{file}").decode()
-    documents = content.split("\n") if role == "calibration" else _WIKI_DOCUMENT.findall(content)
+    documents = _WIKI_DOCUMENT.findall(content) if file == _WHEEL_FILES["evaluation"] else content.split("\n")
     return [document.strip() for document in documents], f"{file} of {name} {version}"
 
 

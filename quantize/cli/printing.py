@@ -148,7 +148,7 @@ def print_results(results: "Results") -> None:
 
 
 def _figures(results: "Results") -> Iterator[str]:
-    from quantpress.eval.measure.formatting import NBSP, change, interval
+    from quantpress.eval.measure.formatting import NBSP, change, interval, number, small
     from quantpress.eval.measure.metrics import measured
 
     for metric, value in measured(results):
@@ -162,6 +162,12 @@ def _figures(results: "Results") -> Iterator[str]:
         yield line.replace(NBSP, " ")
     if results.divergence is not None and results.divergence.noise is not None:
         yield f"{'noise floor of the divergence':<32} {results.divergence.noise.kl_mean:.5f}"
+    for domain in results.domains:
+        before, after = number(domain.original_perplexity), number(domain.artifact_perplexity)
+        ends = domain.perplexity_increase_interval
+        told = change(domain.perplexity_increase) + (f", 95 %: {interval(ends, change)}" if ends else "")
+        line = f"{f'on {domain.name}':<32} perplexity {before} -> {after} ({told}), KL {small(domain.kl_mean)}"
+        yield line.replace(NBSP, " ")
     yield from _tasks(results)
     yield from _efficiency(results)
     for generation in results.generations:
@@ -181,6 +187,8 @@ def _tasks(results: "Results") -> Iterator[str]:
             )
         if task.recovery is not None:
             line += f", recovery {task.recovery:.1%}"
+        if task.flips is not None:
+            line += f", {task.lost} answers lost, {task.won} won"
         yield f"task        {line}"
 
 

@@ -93,6 +93,32 @@ class UntilClear(Strict):
     questions: int = Field(2000, ge=1, description="of each task that a gate limits, at most")
 
 
+class Domain(Text):
+    """Another text that both models are measured on, beside the first: another domain, language or length."""
+
+    name: str | None = Field(None, min_length=1, description="what the report calls it; default: the source")
+    source: str = Field(
+        "calibration",
+        description="as for evaluation; `calibration`: a part of the calibration's text that it does not calibrate on",
+    )
+    split: str = Field("test", description="dataset split")
+    windows: int = Field(4, ge=2, description="number of windows")
+    window: int | None = Field(None, ge=16, description="tokens a window; default: the evaluation's")
+
+    @property
+    def label(self) -> str:
+        """What results and the report call it."""
+        return self.name or Path(self.source).stem
+
+
+def _domain(value: object) -> object:
+    """`code` is `{source: code}`."""
+    return {"source": value} if isinstance(value, str) else value
+
+
+_NamedDomain = Annotated[Domain, BeforeValidator(_domain, json_schema_input_type=Domain | str)]
+
+
 class Evaluation(Text):
     """Perplexity and divergence from the original over windows of one text, tasks, continuations of a few prompts,
     memory and speed.
@@ -107,6 +133,12 @@ class Evaluation(Text):
     )
     until_clear: UntilClear | None = Field(
         None, description="measure more while a gate is too close to call, {} with defaults; null: stop at `windows`"
+    )
+    domains: tuple[_NamedDomain, ...] | None = Field(
+        None,
+        strict=False,
+        description="further texts, such as [calibration, code, multilingual] or {name: long, source: default, window: "
+        "8192}; null: `calibration` where no further download is needed; []: none",
     )
     prompts: tuple[str, ...] = Field(
         (
@@ -126,6 +158,11 @@ class Evaluation(Text):
             raise ValueError(f"stride {self.stride} is larger than window {self.window}: tokens would be left out")
         if self.source == "self":
             raise ValueError("`self` is a calibration source; evaluate on text the model did not write")
+        if any(domain.source == "self" for domain in self.domains or ()):
+            raise ValueError("domains: `self` is a calibration source; evaluate on text the model did not write")
+        names = [domain.label for domain in self.domains or ()]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"domains: {repeated} is listed twice; give one of them another `name`")
         labels = [task.label for task in self.tasks]
         for label in labels:
             if labels.count(label) > 1:

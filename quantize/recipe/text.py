@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from ..core.schema import Strict
 
 Bos = Literal["auto", "always", "never"]
+_EMBEDDED = ("default", "code", "multilingual", "technical", "calibration", "self")  # sources that are no dataset
 
 
 class Text(Strict):
@@ -15,8 +16,8 @@ class Text(Strict):
 
     source: str = Field(
         "default",
-        description="`default` (the embedded text), a .txt or .jsonl file, or a hub dataset id such as "
-        "Salesforce/wikitext; for calibration also `self`: text the model itself generates",
+        description="`default` (the embedded text), `code`, `multilingual`, `technical`, a .txt or .jsonl file, or a "
+        "hub dataset id such as Salesforce/wikitext; for calibration also `self`: text the model itself generates",
     )
     config: str | None = Field(None, description="dataset configuration, such as wikitext-2-raw-v1")
     split: str = Field("train", description="dataset split")
@@ -31,7 +32,7 @@ class Text(Strict):
     @model_validator(mode="after")
     def _dataset_keys_need_a_dataset(self) -> Self:
         kind = Path(self.source).suffix.lower()
-        if kind not in (".txt", ".jsonl") and self.source not in ("default", "self"):
+        if kind not in (".txt", ".jsonl") and self.source not in _EMBEDDED:
             return self
         for key in ("config", "split", "revision") + (() if kind == ".jsonl" else ("column",)):
             if getattr(self, key) != type(self).model_fields[key].default:

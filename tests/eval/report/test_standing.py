@@ -113,7 +113,7 @@ def test_a_destroyed_model_is_never_taken_whatever_a_tasks_noise_says(sweep: Pat
 def test_what_failed_or_is_not_finished_is_left_out_with_a_note(sweep: Path) -> None:
     notes = {
         "nvfp4": "failed: group_size 16 does not divide 100",
-        "w3-slow": f"not finished: `quantpress eval {sweep / 'w3-slow'}` measures what is missing",
+        "w3-slow": "not finished: `quantpress eval` of its folder measures what is missing",
         "w3-never": "not finished: it has no artifact yet",
     }
     others = dict(recommend([sweep], Wish.parse(memory="24GiB", context=64)).others)
