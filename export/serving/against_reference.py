@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantpress.core.text import common_prefix
+
 from .client import Client, Refused, ServerError, at_once
 from .outcome import Failed, Skipped, made
 from .record import Against, Check
@@ -22,6 +24,7 @@ _AT_ONCE = 4
 _FLOOR = 0.002  # nats: what kernels may differ by beside the noise that was measured
 _TIMES = 2.0  # the noise
 _MEAN = 0.01  # nats a token of the paragraph, beside that
+_TEXT = 0.2  # share of the answers' text
 _POSITIONS = 24  # of the paragraph, where they have to be asked for one by one
 _LIKELY = -3.0  # log-probability of those: they are among the likeliest tokens that a server lists
 _OTHER_TEMPLATE = "a chat template that is missing or not the original's"
@@ -42,17 +45,21 @@ class Held:
 
 @dataclass(frozen=True)
 class ServedCheck:
-    """A served model and its reference. context: tokens of prompt and answer that the server takes; None: any."""
+    """A served model and its reference. context: tokens of prompt and answer that the server takes; None: any.
+
+    rounds_inputs: whether its kernel may round to int8 what comes into quantized linears.
+    """
 
     client: Client
     reference: Reference
     context: int | None
     held: Held
+    rounds_inputs: bool = True
 
     @property
     def limit(self) -> float:
         noise = self.reference.noise
-        return _FLOOR + _TIMES * max(noise.bfloat16, noise.rounded_inputs)
+        return _FLOOR + _TIMES * max(noise.bfloat16, noise.rounded_inputs if self.rounds_inputs else 0.0)
 
     def fits(self, one: Asked) -> bool:
         return self.context is None or len(one.ids) + len(one.answer) <= self.context
@@ -125,11 +132,11 @@ def distributions(on: ServedCheck) -> str:
     try:
         on.client.complete(asked[0].ids, 1, **LOGPROBS)
     except Refused as refusal:
-        raise Skipped(f"the server takes no token ids with log-probabilities: {refusal}") from None
+        return _texts(on, asked, f"the server takes no token ids with log-probabilities: {refusal}")
     tops = _in_parallel(lambda one: served_tops(on.client, one), asked)
     rows = [(one, i, top) for one, found in zip(asked, tops, strict=True) for i, top in enumerate(found) if top]
     if not rows:
-        raise Skipped("the server tells no log-probabilities by token id")
+        return _texts(on, asked, "the server tells no log-probabilities by token id")
     away: dict[str, list[float]] = {}
     lost, expected, agreed, first = [], [], 0, 0
     for one, i, top in rows:
@@ -158,6 +165,28 @@ def distributions(on: ServedCheck) -> str:
     return line
 
 
+def _texts(on: ServedCheck, asked: Sequence[Asked], why: str) -> str:
+    """How far the server's answers follow the original's, as texts: coarse, and all that such a server shows."""
+    shares, expected = [], []
+    for one in asked:
+        if not one.answer_text.strip():
+            continue
+        tokens = len(one.answer)
+        messages = ({"role": "user", "content": one.text},)
+        answer = on.client.chat(messages, tokens) if one.chat else on.client.complete(one.text, tokens)
+        shares.append(common_prefix(answer.text, one.answer_text) / len(one.answer_text))
+        same = [row.index(max(row)) == top.index(token) if token in top else False
+                for row, top, token in zip(one.artifact, one.top, one.answer, strict=True)]  # fmt: skip
+        expected.append(same.index(False) / tokens if False in same else 1.0)
+    if not shares:
+        raise Skipped(why)
+    follows, wanted = sum(shares) / len(shares), sum(expected) / len(expected)
+    line = f"{len(shares)} answers follow the original's for {follows:.0%} of their text, evaluated {wanted:.0%}; {why}"
+    if follows < wanted - _TEXT:
+        raise Failed(line)
+    return line
+
+
 def paragraph(on: ServedCheck) -> str:
     """The perplexity of the paragraph: as the evaluation saw it."""
     text = on.reference.paragraph
@@ -172,7 +201,10 @@ def paragraph(on: ServedCheck) -> str:
     if not scores:
         able = [i for i in range(text.start, min(len(ids), longest)) if text.artifact[i - text.start] > _LIKELY]
         chosen = able[:: max(1, len(able) // _POSITIONS)]
-        found = _in_parallel(lambda i: _one_token(on.client, ids, i), chosen)
+        try:
+            found = _in_parallel(lambda i: _one_token(on.client, ids, i), chosen)
+        except Refused as refusal:
+            raise Skipped(f"the server takes no token ids with log-probabilities: {refusal}") from None
         scores = {i: value for i, value in zip(chosen, found, strict=True) if value is not None}
     if not scores:
         raise Skipped("the server tells no log-probabilities by token id")
@@ -192,10 +224,11 @@ CHECKS: dict[str, Callable[[ServedCheck], str]] = {
 
 
 def hold(
-    client: Client, reference: Reference, context: int | None, lacks: Mapping[str, str], tell: Callable[[Check], None]
-) -> Against:
+    client: Client, reference: Reference, context: int | None, lacks: Mapping[str, str], tell: Callable[[Check], None],
+    *, rounds_inputs: bool = True,
+) -> Against:  # fmt: skip
     """Make every check of the served model against its reference; returns what was measured."""
-    on = ServedCheck(client, reference, context, Held())
+    on = ServedCheck(client, reference, context, Held(), rounds_inputs)
     for name, check in CHECKS.items():
         tell(made(name, lambda check=check: check(on), lacks))  # type: ignore[misc]
     return on.held.against

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quantpress.artifact.artifact import Artifact, open_artifact
-from quantpress.calibrate.tokens import encode
 from quantpress.core import machine
-from quantpress.models.skeleton import Skeleton, run_block
 
-from .client import Client, Messages, Prompt, Refused, Step
+from .asking import prompt_ids, template_ids, turn
+from .client import Client, Prompt, Refused, Step
+from .forward import last_states, log_probabilities
 from .record import Agreement, Tolerance
 
 PROMPTS = (
@@ -54,39 +53,24 @@ def refused(client: Client, tokenizer: Any) -> dict[str, str]:
     return found
 
 
-def prompt_ids(tokenizer: Any, text: str, lacks: Mapping[str, str]) -> list[int]:
-    """The tokens the server makes of a prompt; one that lacks plain prompts wraps them in the chat template."""
-    if "plain_prompts" in lacks:
-        return template_ids(tokenizer, _turn(text))
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids
-
-
-def _turn(text: str) -> Messages:
-    return ({"role": "user", "content": text},)
-
-
-def template_ids(tokenizer: Any, messages: Messages) -> list[int]:
-    """The tokens of a chat by the artifact's own template."""
-    made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-    ids: list[int] = made["input_ids"]
-    return ids
-
-
 def ask(client: Client, tokenizer: Any, lacks: Mapping[str, str]) -> list[Continuation]:
-    """The server's continuations of the prompts; a prompt that the model ends at once is asked again as a chat. Text is
-    tokenized again where the server gives no token ids."""
-    more = {} if "logprobs" in lacks else _LOGPROBS
+    """The server's continuations of the prompts, as its own token ids; none where it gives no ids.
+
+    A prompt that the model ends at once is asked again in the chat template. Text is never tokenized again: other ids
+    may spell it, and the model would be asked about what it did not say.
+    """
+    if "logprobs" in lacks:
+        return []
+    takes_ids = not {"token_ids", "plain_prompts"} & lacks.keys()
     found = []
     for text in PROMPTS:
         prompt = prompt_ids(tokenizer, text, lacks)
-        takes_ids = not {"token_ids", "plain_prompts"} & lacks.keys()
-        answer = client.complete(prompt if takes_ids else text, TOKENS, **more)
-        if not answer.text and getattr(tokenizer, "chat_template", None):
-            prompt, answer = template_ids(tokenizer, _turn(text)), client.chat(_turn(text), TOKENS)
+        answer = client.complete(prompt if takes_ids else text, TOKENS, **_LOGPROBS)
+        if not answer.text and getattr(tokenizer, "chat_template", None) and takes_ids:
+            prompt = template_ids(tokenizer, turn(text))
+            answer = client.complete(prompt, TOKENS, **_LOGPROBS)
         steps = answer.steps()
-        tokens = [step.token for step in steps] or encode(tokenizer, answer.text)
-        found.append(Continuation(prompt, tokens, steps))
+        found.append(Continuation(prompt, [step.token for step in steps], steps))
     return [one for one in found if one.tokens]
 
 
@@ -96,10 +80,10 @@ def compare(folder: Path, answers: Sequence[Continuation], tolerance: Tolerance)
     folder: the artifact, or the checkpoint that a .gguf file was dequantized to.
     """
     _, skeleton = open_artifact(folder, machine.device(), torch.float32)
-    ours = log_probabilities(skeleton, [torch.tensor(one.prompt + one.tokens) for one in answers])
+    states = last_states(skeleton, [torch.tensor(one.prompt + one.tokens) for one in answers])
     equal, behind, off = 0, 0.0, []
-    for one, scores in zip(answers, ours, strict=True):
-        scores = scores[len(one.prompt) - 1 : -1]  # row i scores token i
+    for one, hidden in zip(answers, states, strict=True):
+        scores = log_probabilities(skeleton, hidden[len(one.prompt) - 1 : -1])  # row i scores token i
         tokens = torch.tensor(one.tokens)
         gaps = scores.amax(-1) - scores.gather(1, tokens[:, None])[:, 0]
         behind = max(behind, float(gaps.max()))
@@ -109,19 +93,8 @@ def compare(folder: Path, answers: Sequence[Continuation], tolerance: Tolerance)
     return Agreement(
         answers=len(answers), tokens=sum(len(one.tokens) for one in answers), equal_tokens=equal, behind=behind,
         logprobs=len(off), logprob_mean=sum(off) / len(off) if off else None, logprob_largest=max(off, default=None),
-        tokens_from="ids" if all(one.steps for one in answers) else "text", tolerance=tolerance,
+        tolerance=tolerance,
     )  # fmt: skip
-
-
-def log_probabilities(skeleton: Skeleton, sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Next-token log-probabilities [len, vocab], float32, of each sequence [len]; each block is read once."""
-    skeleton.open_shell()
-    hidden = [skeleton.embed(ids[None]).cpu() for ids in sequences]
-    arguments = [skeleton.block_arguments(ids[None]) for ids in sequences]
-    for k, block in skeleton.blocks():
-        for states, args in zip(hidden, arguments, strict=True):
-            run_block(block, states, args[k], device=skeleton.device, batch=1)
-    return [skeleton.logits(states[0]).float().log_softmax(-1).cpu() for states in hidden]
 
 
 def tolerance_for(artifact: Path, folder: Path, *, may_round_inputs: bool) -> Tolerance:
@@ -133,13 +106,20 @@ def tolerance_for(artifact: Path, folder: Path, *, may_round_inputs: bool) -> To
         return _LLAMA_CPP
     reader = Artifact(folder)
     four_bit = any(grid.type == "int" and grid.bits == 4 for grid in reader.linears.values())
-    # As vLLM's 4-bit kernel does on a CPU with AMX.
-    amx = may_round_inputs and machine.device().type == "cpu" and machine.has_amx()
+    amx = rounds_inputs(may=may_round_inputs)
     if reader.activations is not None and reader.activations.type == "int8" and not reader.activations.dynamic:
         return _ROUNDED_STATIC
     if reader.activations is not None or (four_bit and amx):
         return _ROUNDED
     return _SIXTEEN_BIT
+
+
+def rounds_inputs(*, may: bool) -> bool:
+    """Whether a kernel for 4-bit weights rounds inputs to int8 here, as vLLM's does on a CPU with AMX.
+
+    may: as `Launcher.may_round_inputs`.
+    """
+    return may and machine.device().type == "cpu" and machine.has_amx()
 
 
 def judged(found: Agreement) -> tuple[bool, str]:

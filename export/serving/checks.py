@@ -1,13 +1,16 @@
 """The checks of a server. Each returns what it saw, or raises Failed or Skipped with the reason."""
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quantpress.core.text import common_prefix
 
-from .agreement import prompt_ids, template_ids
-from .client import Answer, Client, Messages, Refused, at_once
+from .asking import Way, find_way, prompt_ids, template_ids
+from .client import Answer, Client, Messages, Refused, Stream, at_once
 from .outcome import Failed, Skipped, made
 from .record import Check
 from .starting import Running
@@ -26,6 +29,11 @@ _PROMPTS = (
 _UNICODE = "Café naïve — Ω≈ç√ 東京 дом 😀👩‍🚀 \u05e9\u05dc\u05d5\u05dd:"
 _MESSAGES: Messages = ({"role": "user", "content": "Name two colours. — 東京 😀"},)
 _STREAM_TOKENS = (24, 96, 256)  # a busy machine may deliver several chunks of a fast server at once
+_SCHEMA = {
+    "type": "object", "properties": {"answer": {"type": "string", "enum": ["yes", "no"]}}, "required": ["answer"],
+    "additionalProperties": False,
+}  # fmt: skip
+_TIE = 0.05  # log-probability: two tokens that a 16-bit sum may exchange
 _PORTS = 3  # listed one by one in a message
 _STREAMED_SHARE = 0.1  # of the answer's time that has to lie between its first and last chunk
 
@@ -39,6 +47,21 @@ class CheckedServer:
     tokenizer: Any
     max_model_len: int
     concurrency: int
+
+    @cached_property
+    def way(self) -> Way:
+        """How prompts are asked: as they are, unless the model ends its answers at once."""
+        return find_way(self.client, self.tokenizer, self.running.lacks, _PROMPTS[0], _TOKENS)
+
+    def ask(self, text: str, tokens: int, **more: Any) -> Answer:
+        """A completion that says something; raises Failed for an empty one."""
+        answer = self.client.complete(self.way.prompt(text), tokens, **self.way.more, **more)
+        if not answer.text.strip():
+            raise Failed(f"the answer to {_quoted(text)} is empty{self.way.tried}")
+        return answer
+
+    def stream(self, text: str, tokens: int) -> Stream:
+        return self.client.stream(self.way.prompt(text), tokens, **self.way.more)
 
 
 def make(subject: CheckedServer, tell: Callable[[Check], None] = lambda check: None) -> list[Check]:
@@ -58,20 +81,11 @@ def _models(on: CheckedServer) -> str:
 
 
 def _completion(on: CheckedServer) -> str:
-    answer = on.client.complete(_PROMPTS[0], _TOKENS)
-    _says_something(answer)
+    answer = on.ask(_PROMPTS[0], _TOKENS)
     if answer.completion_tokens is not None and answer.completion_tokens > _TOKENS:
         raise Failed(f"{answer.completion_tokens} tokens, and max_tokens was {_TOKENS}")
-    _counts_alike(on, _PROMPTS[0], answer.prompt_tokens)
-    return f"continues {_quoted(_PROMPTS[0])} with {_quoted(answer.text)}"
-
-
-def _says_something(answer: Answer) -> None:
-    """Raise for an answer without text: Skipped where the model itself generated its end token first."""
-    if not answer.text and answer.finish_reason == "stop" and answer.completion_tokens == 1:
-        raise Skipped("the model ends its answer at once, as chat models may; the agreement check asks it in a chat")
-    if not answer.text:
-        raise Failed("the answer is empty")
+    _counts_alike(on, _PROMPTS[0], on.client.complete(_PROMPTS[0], 1).prompt_tokens)
+    return f"continues {_quoted(_PROMPTS[0])} with {_quoted(answer.text)}{on.way.words}"
 
 
 def _chat(on: CheckedServer) -> str:
@@ -79,25 +93,43 @@ def _chat(on: CheckedServer) -> str:
     if not getattr(on.tokenizer, "chat_template", None):
         raise Skipped("the artifact has no chat template")
     ids = template_ids(on.tokenizer, _MESSAGES)
-    answer = on.client.chat(_MESSAGES, _TOKENS)
-    if not answer.text:
-        raise Failed("the answer is empty")
+    answer = _in_chat(on)
     if answer.prompt_tokens is not None and answer.prompt_tokens != len(ids):
         raise Failed(f"the server's prompt has {answer.prompt_tokens} tokens, the artifact's template makes {len(ids)}")
     if {"token_ids", "plain_prompts"} & on.running.lacks.keys():
         return f"as many prompt tokens as the artifact's template makes ({len(ids)}): {_quoted(answer.text)}"
-    plain = on.client.complete(ids, _TOKENS)
+    plain = on.client.complete(ids, _TOKENS, **on.way.more)
     if settled(plain.text).strip() != settled(answer.text).strip():
         raise Failed(f"{_quoted(answer.text)}, and the artifact's template completed gives {_quoted(plain.text)}")
     return f"as the artifact's template completed: {_quoted(answer.text)}"
 
 
+def _in_chat(on: CheckedServer, tokens: int = _TOKENS, **more: Any) -> Answer:
+    """A chat that is answered; raises Skipped without a template and Failed for an empty answer."""
+    if not getattr(on.tokenizer, "chat_template", None):
+        raise Skipped("the artifact has no chat template")
+    answer = on.client.chat(_MESSAGES, tokens, **on.way.more, **more)
+    if not answer.text.strip():
+        raise Failed(f"the answer of the chat is empty{on.way.tried}")
+    return answer
+
+
 def _streaming(on: CheckedServer) -> str:
     """Chunks arrive while the answer is generated, and together they equal the unstreamed answer."""
+    return _streams(on, lambda tokens: on.ask(_PROMPTS[2], tokens), lambda tokens: on.stream(_PROMPTS[2], tokens))
+
+
+def _chat_streaming(on: CheckedServer) -> str:
+    """The same of a chat."""
+    return _streams(
+        on, lambda tokens: _in_chat(on, tokens), lambda tokens: on.client.chat_stream(_MESSAGES, tokens, **on.way.more)
+    )
+
+
+def _streams(on: CheckedServer, asked: Callable[[int], Answer], streamed: Callable[[int], Stream]) -> str:
     for tokens in _STREAM_TOKENS:
-        whole = on.client.complete(_PROMPTS[2], min(tokens, on.max_model_len // 2))
-        _says_something(whole)
-        stream = on.client.stream(_PROMPTS[2], min(tokens, on.max_model_len // 2))
+        whole = asked(min(tokens, on.max_model_len // 2))
+        stream = streamed(min(tokens, on.max_model_len // 2))
         if "text/event-stream" not in stream.content_type:
             raise Failed(f"content type {stream.content_type!r} in place of text/event-stream")
         if settled(stream.text) != settled(whole.text):
@@ -111,19 +143,22 @@ def _streaming(on: CheckedServer) -> str:
 
 
 def _done(on: CheckedServer) -> str:
-    if not on.client.stream(_PROMPTS[2], 2).done:
+    stream = on.stream(_PROMPTS[2], _TOKENS)
+    if not stream.text.strip():
+        raise Failed(f"the streamed answer is empty{on.way.tried}")
+    if not stream.done:
         raise Failed("the stream ends without [DONE]")
     return "the stream ends with [DONE]"
 
 
 def _stop(on: CheckedServer) -> str:
-    whole = on.client.complete(_PROMPTS[2], _TOKENS).text
+    whole = on.ask(_PROMPTS[2], _TOKENS).text
     stops = [whole[i : i + 3] for i in range(len(whole) // 2, len(whole) - 2)]
     stop = next((s for s in stops if "\ufffd" not in s), None)  # a replacement character stands for a cut one
     if stop is None:
         raise Skipped(f"the answer {_quoted(whole)} is too short to be stopped in the middle")
     expected = whole[: whole.index(stop)]
-    answer = on.client.complete(_PROMPTS[2], _TOKENS, stop=[stop])
+    answer = on.client.complete(on.way.prompt(_PROMPTS[2]), _TOKENS, **on.way.more, stop=[stop])
     left_in = whole.startswith(answer.text) and expected + stop in answer.text and len(answer.text) < len(whole)
     if left_in and "stop_left_out" in on.running.lacks:
         return f"ends at {_quoted(stop)}; {on.running.lacks['stop_left_out']}"
@@ -155,9 +190,9 @@ def _context(on: CheckedServer) -> str:
 
 
 def _unicode(on: CheckedServer) -> str:
-    whole = on.client.complete(_UNICODE, _TOKENS)
-    _counts_alike(on, _UNICODE, whole.prompt_tokens)
-    stream = on.client.stream(_UNICODE, _TOKENS)
+    _counts_alike(on, _UNICODE, on.client.complete(_UNICODE, 1).prompt_tokens)
+    whole = on.ask(_UNICODE, _TOKENS)
+    stream = on.stream(_UNICODE, _TOKENS)
     if settled(stream.text) != settled(whole.text):
         raise Failed(f"streamed {_quoted(stream.text)}, unstreamed {_quoted(whole.text)}")
     return f"the prompt arrives whole, and is continued {_quoted(whole.text)}"
@@ -166,8 +201,8 @@ def _unicode(on: CheckedServer) -> str:
 def _concurrent(on: CheckedServer) -> str:
     """Concurrent answers reach the right requests; rounding may make them differ from answers made one by one."""
     prompts = [_PROMPTS[i % len(_PROMPTS)] + "," * (i // len(_PROMPTS)) for i in range(max(2, on.concurrency))]
-    alone = [on.client.complete(prompt, _TOKENS).text for prompt in prompts]
-    together = [answer.text for answer in at_once(lambda p: on.client.complete(p, _TOKENS), prompts)]
+    alone = [on.ask(prompt, _TOKENS).text for prompt in prompts]
+    together = [answer.text for answer in at_once(lambda p: on.ask(p, _TOKENS), prompts)]
     for i, text in enumerate(together):
         likeness = [common_prefix(text, other) for other in alone]
         if likeness[i] < max(likeness):
@@ -180,7 +215,7 @@ def _concurrent(on: CheckedServer) -> str:
 
 
 def _greedy(on: CheckedServer) -> str:
-    first, second = (on.client.complete(_PROMPTS[1], _TOKENS).text for _ in range(2))
+    first, second = (on.ask(_PROMPTS[1], _TOKENS).text for _ in range(2))
     if first != second:
         raise Failed(f"the same greedy request gives {_quoted(first)} and {_quoted(second)}")
     return "the same request, the same answer"
@@ -188,9 +223,7 @@ def _greedy(on: CheckedServer) -> str:
 
 def _seed(on: CheckedServer) -> str:
     def sampled(seed: int) -> str:
-        answer = on.client.complete(_PROMPTS[1], _TOKENS, temperature=1.0, seed=seed)
-        _says_something(answer)
-        return answer.text
+        return on.ask(_PROMPTS[1], _TOKENS, temperature=1.0, seed=seed).text
 
     first, second = sampled(1), sampled(1)
     if first != second:
@@ -198,6 +231,67 @@ def _seed(on: CheckedServer) -> str:
     if all(sampled(seed) == first for seed in (2, 3, 4)):
         raise Failed(f"seeds 1 to 4 at temperature 1 all give {_quoted(first)}: nothing is sampled")
     return "the same seed, the same answer; another seed, another answer"
+
+
+def _several(on: CheckedServer) -> str:
+    """n answers to one request."""
+    try:
+        answer = on.ask(_PROMPTS[1], _TOKENS, n=2, temperature=1.0, seed=1)
+    except Refused as refusal:
+        raise Skipped(f"the server refuses n=2: {refusal}") from None
+    if len(answer.texts) == 1:
+        raise Skipped("the server answers once, whatever n says")
+    if len(answer.texts) != 2 or not all(text.strip() for text in answer.texts):
+        raise Failed(f"n=2 gives {len(answer.texts)} answers: {', '.join(map(_quoted, answer.texts))}")
+    return f"{_quoted(answer.texts[0])} and {_quoted(answer.texts[1])}"
+
+
+def _logprobs(on: CheckedServer) -> str:
+    """What OpenAI's clients get with logprobs in a chat: a row for each token, the greedy token the likeliest."""
+    try:
+        answer = _in_chat(on, _TOKENS, logprobs=True, top_logprobs=3)
+    except Refused as refusal:
+        raise Skipped(f"the server refuses logprobs in chats: {refusal}") from None
+    rows = (answer.choice.get("logprobs") or {}).get("content") or []
+    if not rows:
+        raise Skipped("the server gives none in chats")
+    for row in rows:
+        tops = [top["logprob"] for top in row.get("top_logprobs") or ()]
+        if row["logprob"] > 0 or (tops and not on.way.more and row["logprob"] < max(tops) - _TIE):
+            raise Failed(f"the greedy token {row['token']!r} has log-probability {row['logprob']:.3f}, the likeliest "
+                         f"{max(tops, default=0):.3f}")  # fmt: skip
+    if answer.completion_tokens is not None and abs(len(rows) - answer.completion_tokens) > 1:  # the end token
+        raise Failed(f"{len(rows)} rows of log-probabilities for {answer.completion_tokens} tokens")
+    return f"{len(rows)} rows, each greedy token the likeliest"
+
+
+def _abort(on: CheckedServer) -> str:
+    """A client that leaves in the middle of an answer leaves a server that still answers."""
+    most = max(_TOKENS, on.max_model_len // 2)
+    if not on.client.leave(on.way.prompt(_PROMPTS[2]), most, **on.way.more):
+        raise Failed("the stream holds no chunk")
+    started = time.perf_counter()
+    on.ask(_PROMPTS[2], 2)
+    took = time.perf_counter() - started
+    return f"left an answer of {most} tokens after its first chunk; the next came after {took:.1f} s"
+
+
+def _json(on: CheckedServer) -> str:
+    """An answer held to a JSON schema."""
+    if not getattr(on.tokenizer, "chat_template", None):
+        raise Skipped("the artifact has no chat template")
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": _SCHEMA}}
+    try:
+        answer = on.client.chat(_MESSAGES, 2 * _TOKENS, response_format=form)
+    except Refused as refusal:
+        raise Skipped(f"the server refuses a JSON schema: {refusal}") from None
+    try:
+        found = json.loads(answer.text)
+    except ValueError:
+        raise Failed(f"no JSON: {_quoted(answer.text)}") from None
+    if not isinstance(found, dict) or found.get("answer") not in ("yes", "no"):
+        raise Failed(f"not by the schema: {_quoted(answer.text)}")
+    return f"{_quoted(answer.text)}, as its schema says"
 
 
 def _loopback(on: CheckedServer) -> str:
@@ -219,6 +313,7 @@ CHECKS: dict[str, Callable[[CheckedServer], str]] = {
     "completion": _completion,
     "chat": _chat,
     "streaming": _streaming,
+    "chat stream": _chat_streaming,
     "done": _done,
     "stop": _stop,
     "context": _context,
@@ -226,6 +321,10 @@ CHECKS: dict[str, Callable[[CheckedServer], str]] = {
     "concurrent": _concurrent,
     "greedy": _greedy,
     "seed": _seed,
+    "n": _several,
+    "logprobs": _logprobs,
+    "abort": _abort,
+    "json": _json,
     "loopback": _loopback,
 }
 

@@ -55,6 +55,7 @@ class Answer:
     completion_tokens: int | None
     choice: dict[str, Any] = field(repr=False)
     prompt_ids: tuple[int, ...] | None = None  # the server's own, where it was asked for them and gives them
+    texts: tuple[str, ...] = ()  # of all choices
 
     def steps(self) -> list[Step]:
         """The generated tokens; empty when the server gives no log-probabilities or no token ids."""
@@ -280,11 +281,12 @@ def _answer(document: dict[str, Any]) -> Answer:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise ServerError(f"no `choices` in the answer: {str(document)[:_QUOTED]}")
     choice, usage = choices[0], document.get("usage") or {}
-    text = choice["message"].get("content") if "message" in choice else choice.get("text")
+    texts = [one["message"].get("content") if "message" in one else one.get("text") for one in choices]
     ids = choice.get("prompt_token_ids") or document.get("prompt_token_ids")
     return Answer(
-        text or "", choice.get("finish_reason"), usage.get("prompt_tokens"), usage.get("completion_tokens"), choice,
+        texts[0] or "", choice.get("finish_reason"), usage.get("prompt_tokens"), usage.get("completion_tokens"), choice,
         tuple(ids) if isinstance(ids, list) else None,
+        tuple(text or "" for text in texts),
     )  # fmt: skip
 
 

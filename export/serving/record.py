@@ -45,7 +45,6 @@ class Agreement(Section):
     logprobs: int  # how many were compared
     logprob_mean: float | None
     logprob_largest: float | None
-    tokens_from: Literal["ids", "text"]  # text: the answer was tokenized again
     tolerance: Tolerance
 
 

@@ -51,6 +51,10 @@ class _Served:
     options: Options
     reference: Reference | None
 
+    @property
+    def is_gguf(self) -> bool:
+        return self.artifact.suffix == ".gguf"
+
 
 def smoke(
     artifact: Path,
@@ -86,7 +90,7 @@ def smoke(
     try:
         with _running(row, served, log, listener.line) as server_now:
             state.running = server_now
-            _talk(server_now, served, told, state)
+            _talk(row, server_now, served, told, state)
     except ServerFailed as error:
         told.check(Check(name="start", status="fail", reason=str(error), seconds=0))
         for name in (*CHECKS, *(REFERENCE_CHECKS if reference else ()), "agreement", "speed"):
@@ -151,7 +155,7 @@ def _running(row: Launcher | None, served: _Served, log: Path | None, tell: Call
             yield found
 
 
-def _talk(running: Running, served: _Served, told: Listener, state: _State) -> None:
+def _talk(row: Launcher | None, running: Running, served: _Served, told: Listener, state: _State) -> None:
     """Everything that needs the server: checks, answers to compare, speed. If the server dies, the rest fails."""
     key, own = served.options.api_key, running.child is not None
     if own:
@@ -164,7 +168,10 @@ def _talk(running: Running, served: _Served, told: Listener, state: _State) -> N
         make(subject, told.check)
         lacks = running.lacks
         if served.reference is not None:
-            state.against = hold(client, served.reference, served.context, lacks, told.check)
+            rounds = agreement.rounds_inputs(may=row is None or row.may_round_inputs)
+            state.against = hold(
+                client, served.reference, served.context, lacks, told.check, rounds_inputs=rounds or served.is_gguf
+            )
         try:
             state.answers = agreement.ask(client, served.tokenizer, lacks)
         except ServerError as error:
@@ -188,7 +195,7 @@ def _agree(row: Launcher | None, served: _Served, state: _State) -> str:
     if isinstance(state.answers, ServerError):
         raise state.answers
     if not state.answers:
-        raise Skipped("the server's greedy answers are empty")
+        raise Skipped("the server gives no token ids with log-probabilities: its text cannot be held to our forward")
     rounds = row is None or row.may_round_inputs
     tolerance = agreement.tolerance_for(served.artifact, served.folder, may_round_inputs=rounds)
     state.agreed = agreement.compare(served.folder, state.answers, tolerance)

@@ -63,15 +63,29 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": {"message": said}}, 500 if fault == "breaks" else 400)
         pieces = self.pieces(body, prompt, fault)
         text = "".join(pieces)
-        finish = "stop" if fault == "ends" else "length"
+        finish = "stop" if pieces == [""] else "length"
         for stop in [] if fault == "no-stop" else body.get("stop", []):
             if stop in text:
                 text, finish = text[: text.index(stop)], "stop"
         usage = {"prompt_tokens": self.count(prompt, fault), "completion_tokens": len(pieces)}
+        chat = "messages" in body
         if body.get("stream"):
-            return self.stream(pieces, usage, fault)
-        content = {"message": {"content": text}} if "messages" in body else {"text": text}
-        self.answer({"choices": [content | {"index": 0, "finish_reason": finish}], "usage": usage})
+            return self.stream(pieces, usage, fault, chat)
+        if "response_format" in body:
+            text = '{"answer": "maybe"}' if fault == "other-schema" else '{"answer": "yes"}'
+        content = {"message": {"content": text}} if chat else {"text": text}
+        if chat and body.get("logprobs"):
+            rows = [{"token": p, "logprob": -0.1, "top_logprobs": [{"token": p, "logprob": -0.1}]} for p in pieces]
+            rows[-1]["logprob"] = -2.0 if fault == "not-likeliest" else -0.1
+            content["logprobs"] = {"content": rows[1:-1] if fault == "few-rows" else rows}
+        if not chat and body.get("logprobs"):
+            named = [f"token_id:{ord(piece[1]) % 256}" for piece in pieces if piece]
+            content["logprobs"] = {"tokens": named, "token_logprobs": [-0.1] * len(named)}
+        number = 1 if fault == "once" else body.get("n", 1)
+        choices = [content | {"index": i, "finish_reason": finish} for i in range(number)]
+        if fault == "one-is-empty" and number > 1:
+            choices[1] |= {"text": ""}
+        self.answer({"choices": choices, "usage": usage})
 
     def pieces(self, body: dict[str, Any], prompt: str, fault: str) -> list[str]:
         seed = prompt
@@ -82,20 +96,27 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "crosstalk":
             earlier.append(prompt)
             seed = earlier[0] if len(earlier) > 4 else prompt  # four alone, and then four together
-        return [] if fault == "empty" else [""] if fault == "ends" else words(seed, body["max_tokens"])
+        if fault == "empty":
+            return []
+        if fault == "ends-always" or (fault == "ends" and not body.get("ignore_eos")):
+            return [""]
+        return words(seed, body["max_tokens"])
 
     def count(self, prompt: str, fault: str) -> int:
         text = prompt.encode("ascii", "ignore").decode() if fault == "ascii" else prompt
         return len(text.encode()) + (fault == "other-template")
 
-    def stream(self, pieces: list[str], usage: dict[str, int], fault: str) -> None:
+    def stream(self, pieces: list[str], usage: dict[str, int], fault: str, chat: bool) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/plain" if fault == "plain" else "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         if fault == "wrong-text":
             pieces = [*pieces[:-1], " instead"]
-        chunks = [{"choices": [{"text": piece, "finish_reason": None}]} for piece in pieces]
+        if fault == "chat-wrong-text" and chat:
+            pieces = [*pieces[:-1], " instead"]
+        forms = [{"delta": {"content": piece}} if chat else {"text": piece} for piece in pieces]
+        chunks = [{"choices": [form | {"finish_reason": None}]} for form in forms]
         events = [json.dumps(chunk) for chunk in [*chunks, {"choices": [], "usage": usage}]]
         if fault == "breaks-midway":
             events = [*events[:3], json.dumps({"error": {"message": "engine died"}})]
@@ -108,7 +129,8 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "closes" and number == 3:
                 self.close_connection = True
                 return
-            self.chunk(f"data: {event}\n\n".encode())
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.chunk(f"data: {event}\n\n".encode())
             time.sleep(0.002)
         self.chunk(b"")
 

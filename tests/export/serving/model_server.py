@@ -25,6 +25,7 @@ class ModelServer:
 
     folder: Path
     style: Style = "vllm"
+    text_only: bool = False  # no token ids, no log-probabilities and none of the paths beside OpenAI's
     bos_twice: bool = False
     url: str = ""
     asked: dict[str, int] = field(default_factory=dict)
@@ -143,6 +144,8 @@ def handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
 
         def made(self, body: dict[str, Any]) -> dict[str, Any] | None:
             vllm = server.style == "vllm"
+            if server.text_only and (self.path[:4] != "/v1/" or {"logprobs", "return_token_ids"} & body.keys()):
+                return None
             if self.path == "/v1/completions":
                 return server.answer(body, chat=False)
             if self.path == "/v1/chat/completions":
@@ -194,9 +197,11 @@ def handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
 
 
 @contextlib.contextmanager
-def served(folder: Path, style: Style = "vllm", *, bos_twice: bool = False) -> Iterator[ModelServer]:
+def served(
+    folder: Path, style: Style = "vllm", *, text_only: bool = False, bos_twice: bool = False
+) -> Iterator[ModelServer]:
     """The artifact in `folder`, served until the block ends."""
-    server = ModelServer(folder, style, bos_twice)
+    server = ModelServer(folder, style, text_only, bos_twice)
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler(server))
     http.daemon_threads = True
     thread = threading.Thread(target=http.serve_forever, daemon=True)

@@ -102,6 +102,19 @@ def test_rubbish_fails_with_its_cause(kind: str, run: Path, reference: Reference
     assert cause in found[name]
 
 
+def test_a_server_that_shows_texts_alone_is_held_to_them(run: Path, reference: Reference, tmp_path: Path) -> None:
+    with served(run / "quantized", text_only=True) as server:
+        found = check_served(server.url, reference)
+    said = {check.name: check for check in found.checks}
+    assert found.passed
+    assert "follow the original's" in said["distributions"].reason
+    assert said["tokenizer"].reason.startswith("as many tokens as the original's")
+    assert said["paragraph"].status == "skip"
+    spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.block_zeroed)
+    with served(spoilt, text_only=True) as server:
+        assert not check_served(server.url, reference).passed
+
+
 def test_bos_twice_is_named(run: Path, reference: Reference) -> None:
     assert reference.bos is None  # the tiny tokenizer puts none
     found = failed(run / "quantized", reference, bos_twice=True)

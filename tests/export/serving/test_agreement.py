@@ -1,6 +1,7 @@
 """Our own forward against transformers', and what counts as agreement with a server."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
 from quantpress.exports.servers import launchers
 from quantpress.exports.serving import agreement
-from quantpress.exports.serving.agreement import Continuation, compare, judged, log_probabilities, tolerance_for
+from quantpress.exports.serving.agreement import Continuation, compare, judged, tolerance_for
 from quantpress.exports.serving.client import Answer, Client, Step
+from quantpress.exports.serving.forward import last_states, log_probabilities
 from quantpress.exports.serving.record import Tolerance
 from quantpress.numbers.types import Activations, Grid
 from quantpress.recipe.loading import parse
@@ -47,8 +49,9 @@ def answered(model: object, prompts: tuple[list[int], ...] = PROMPTS, count: int
 def test_log_probabilities_of_sequences_of_any_length_are_those_of_a_plain_pass(family: str, tmp_path: Path) -> None:
     model = build(family, tmp_path)
     sequences = [torch.arange(n) * 7 % 256 for n in (3, 17, 9)]
-    found = log_probabilities(open_artifact(tmp_path, CPU)[1], sequences)
-    for ids, scores in zip(sequences, found, strict=True):
+    skeleton = open_artifact(tmp_path, CPU)[1]
+    for ids, states in zip(sequences, last_states(skeleton, sequences), strict=True):
+        scores = log_probabilities(skeleton, states)
         with torch.no_grad():
             torch.testing.assert_close(scores, model(ids[None]).logits[0].log_softmax(-1), rtol=1e-4, atol=1e-4)
 
@@ -78,7 +81,6 @@ def test_equal_tokens_are_counted_up_to_the_first_difference(tmp_path: Path) -> 
     wrong = [*second.tokens[:2], (second.tokens[2] + 1) % 256, *second.tokens[3:]]
     found = compare(tmp_path, [first, Continuation(second.prompt, wrong, [])], TIGHT)
     assert found.equal_tokens == 6 + 2
-    assert found.tokens_from == "text"
     assert found.behind > 0
     only = compare(tmp_path, [Continuation(first.prompt, first.tokens, [])], TIGHT)
     assert (only.logprobs, only.logprob_mean, only.logprob_largest) == (0, None, None)
@@ -114,24 +116,34 @@ def test_the_tolerance_is_that_of_the_kernel(tmp_path: Path, monkeypatch: pytest
     assert "llama.cpp" in tolerance_for(tmp_path / "a.gguf", tmp_path / "four/quantized", may_round_inputs=True).kernel
 
 
+class Templated(Bytes):
+    """A template that shows in the ids."""
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
+        return self("<" + "".join(message["content"] for message in messages))
+
+
 class Chatty(Client):
-    """A server of a model that ends plain prompts at once, and answers chats."""
+    """A server of a model that ends plain prompts at once, and answers in its chat template with tokens of its own: the
+    tokenizer would spell `yes` with others."""
 
     def __init__(self) -> None:
         super().__init__("http://127.0.0.1:9", "fake")
 
     def complete(self, prompt: object, max_tokens: int, **more: object) -> Answer:
-        return Answer("", "stop", 5, 1, {})
+        assert isinstance(prompt, list)
+        if prompt[:1] != [ord("<")]:
+            return Answer("", "stop", 5, 1, {})
+        rows = [{"id": 7, "logprob": -0.5, "top_logprobs": []}]
+        return Answer("yes", "length", 5, 1, {"logprobs": {"content": rows}})
 
-    def chat(self, messages: object, max_tokens: int, **more: object) -> Answer:
-        return Answer("yes", "length", 5, 3, {})
 
-
-def test_what_is_ended_at_once_is_asked_as_a_chat() -> None:
-    tokenizer = Bytes()
+def test_what_is_ended_at_once_is_asked_in_the_template_and_never_tokenized_again() -> None:
+    tokenizer = Templated()
     found = agreement.ask(Chatty(), tokenizer, {})
     assert [(one.prompt, one.tokens) for one in found] == [
-        (list(text.encode()), list(b"yes")) for text in agreement.PROMPTS
+        (list(f"<{text}".encode()), [7]) for text in agreement.PROMPTS
     ]
     tokenizer.chat_template = ""  # type: ignore[misc]
     assert agreement.ask(Chatty(), tokenizer, {}) == []
+    assert agreement.ask(Chatty(), tokenizer, {"logprobs": "none"}) == []

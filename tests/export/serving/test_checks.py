@@ -45,7 +45,7 @@ def test_a_good_server_passes_every_check(server: Running) -> None:
 @pytest.mark.parametrize(
     ("fault", "name", "words"),
     [
-        ("empty", "completion", "the answer is empty"),
+        ("empty", "completion", "the answer to 'The capital of France is' is empty, as it is"),
         ("html", "completion", "not JSON: <html>Bad gateway"),
         ("ascii", "unicode", "the server counts"),
         ("other-template", "chat", "the artifact's template makes"),
@@ -63,6 +63,12 @@ def test_a_good_server_passes_every_check(server: Running) -> None:
         ("not-greedy", "greedy", "the same greedy request gives"),
         ("no-seed", "seed", "seed 1 gives"),
         ("always-greedy", "seed", "nothing is sampled"),
+        ("ends-always", "completion", "is empty, as it is, with ignore_eos and in the chat template"),
+        ("chat-wrong-text", "chat stream", "streamed ' "),
+        ("one-is-empty", "n", "n=2 gives 2 answers: ' .*', ''"),
+        ("not-likeliest", "logprobs", "has log-probability -2.000, the likeliest -0.100"),
+        ("few-rows", "logprobs", "22 rows of log-probabilities for 24 tokens"),
+        ("other-schema", "json", "not by the schema"),
     ],
 )
 def test_a_planted_fault_fails_its_check(server: Running, fault: str, name: str, words: str) -> None:
@@ -71,11 +77,20 @@ def test_a_planted_fault_fails_its_check(server: Running, fault: str, name: str,
     assert re.search(words, found.reason), found.reason
 
 
-@pytest.mark.parametrize("name", ["completion", "streaming", "seed"])
-def test_a_model_that_ends_at_once_is_not_the_servers_fault(server: Running, name: str) -> None:
-    found = check(name, subject(server, "ends"))
-    assert found.status == "skip"
-    assert "ends its answer at once" in found.reason
+def test_a_model_that_ends_at_once_is_asked_to_go_on(server: Running) -> None:
+    found = make(subject(server, "ends"))
+    assert [(c.name, c.status) for c in found[1:]] == [(name, "pass") for name in list(CHECKS)[1:]], found
+    assert "(with ignore_eos)" in found[1].reason
+
+
+def test_nothing_passes_on_empty_answers(server: Running) -> None:
+    passed = {c.name for c in make(subject(server, "ends-always")) if c.status == "pass"}
+    assert passed <= {"models", "context", "json", "loopback"}
+
+
+def test_a_server_that_answers_once_says_so(server: Running) -> None:
+    found = check("n", subject(server, "once"))
+    assert (found.status, found.reason) == ("skip", "the server answers once, whatever n says")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
