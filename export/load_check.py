@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
+from quantpress.gguf.chat import template_arguments
 from quantpress.gguf.reader import gguf_files
 
 from . import contracts
@@ -98,10 +100,11 @@ def _by_server(
     if (launcher.reads == "gguf") != bool(gguf):
         raise CannotAsk(f"{launcher.name} reads {launcher.reads} artifacts, and this is not one")
     length = min(target.max_model_len or _LENGTH, model.positions or _LENGTH)
+    said = template_arguments(open_tokenizer(folder)) if (folder / "tokenizer_config.json").is_file() else {}
     options = Options(python, None, min(target.max_num_seqs, 4), length)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with serve(launcher, gguf[0] if gguf else folder, Path(scratch) / "log", options, tell) as running:
+            with serve(launcher, gguf[0] if gguf else folder, Path(scratch) / "log", options, tell, said) as running:
                 by = f"the real server ({running.version}), healthy after {running.load_seconds or 0:.0f} s"
                 return by, _unlike_the_evaluated(folder, running, length)
         except ServerTooSlow:

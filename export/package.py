@@ -16,7 +16,7 @@ from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, whole_folder, write_json
 from quantpress.core.text import size
-from quantpress.core.untrusted import check_files
+from quantpress.core.untrusted import check_files, read_json
 from quantpress.formats import FORMATS
 from quantpress.gguf.chat import template_arguments
 from quantpress.gguf.reader import gguf_files
@@ -102,10 +102,19 @@ def _model_folder(model: Path, name: str, target: ServerSettings, served: Served
         of_target(target, served, _weights_bytes(model)),
         served.kv_cache,
         served.named_positions,
+        _has_template(model),
         file,
         template_arguments(open_tokenizer(model)) if file and has_tokenizer else {},
         modelfile.read_text(encoding="utf-8") if modelfile.exists() else None,
     )
+
+
+def _has_template(model: Path) -> bool:
+    """Whether the model has a chat template, in any of the places where one may lie."""
+    if (model / "chat_template.jinja").is_file() or (model / "chat_template.json").is_file():
+        return True
+    config = model / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
 
 
 def check(run: Path, target: ServerSettings) -> None:

@@ -35,7 +35,7 @@ from .generations import side_by_side
 from .likelihood import Room, Scorer
 from .reference import reference
 from .results import Efficiency, Results, Subject
-from .served_reference import PASSES, Models, make_reference
+from .served_reference import PASSES, Models, by_prompt, make_reference
 from .speed import time_model
 from .task_scores import Tasks, TaskScores, compare_tasks, kept
 from .until_clear import more_questions, more_windows
@@ -279,7 +279,9 @@ class _Evaluation:
             return
         models = Models(self._folder, artifact, quantized.dtype, self._prepared.tokenizer, self._prepared.cache)
         on_block = self._blocks(PASSES * quantized.n_blocks, "reference")
-        self._watch.keep(make_reference(models, self._results, on_block))
+        reference = make_reference(models, self._results, on_block)
+        self._watch.keep(reference)
+        self._add(prompts=by_prompt(reference))
 
     def _scorer(self, artifact: Path) -> Scorer:
         return Scorer(self._open(artifact), self._prepared.tokenizer, self._steps("tasks"))

@@ -20,6 +20,7 @@ Number = Annotated[
 Interval = tuple[Number, Number]  # 95 % confidence interval, from sampling error alone
 Verdict = Literal["ACCEPT", "REGRESSION", "INCONCLUSIVE", "NONE"]
 RESULTS_SCHEMA = 2
+_FAR, _FAR_FROM_TEXT = 1.0, 10.0  # KL on chats: nats, and times that on the text
 
 
 class Subject(Section):
@@ -121,6 +122,18 @@ class DomainResult(Section):
     kl_interval: Interval | None = None
     top1_agreement: Number
     top1_interval: Interval | None = None
+
+
+class ByPrompt(Section):
+    """The divergence on prompts as a server sees them, at the greedy answers' tokens: plain ones, and chats in the
+    model's template, whose marks a text for evaluation does not hold. KL in nats over the likeliest tokens and the
+    rest; top1_agreement: how often the artifact ranks the original's likeliest token first.
+    """
+
+    kind: Literal["raw", "chat"]
+    positions: int
+    kl_mean: Number
+    top1_agreement: Number
 
 
 class Score(Section):
@@ -300,12 +313,25 @@ class Results(Section):
     perplexity_increase_interval: Interval | None = None
     divergence: Divergence | None = None
     domains: tuple[DomainResult, ...] = ()
+    prompts: tuple[ByPrompt, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
     efficiency: Efficiency | None = None
     generations: tuple[Generation, ...] = ()
     gates: GateReport = GateReport()
     notes: tuple[str, ...] = ()  # what was asked for and could not be measured, with the reason
     seconds: float
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line where chats fare far worse than the text that was evaluated, which its figures do not show."""
+        text = None if self.divergence is None else self.divergence.kl_mean
+        return [
+            f"chats: KL {one.kl_mean:.2f} from the original over {one.positions} tokens of answers, and {text:.3f} on "
+            "the evaluation's text: what only chats hold, such as the template's marks, is more than the artifact can "
+            "represent (static input scales?)"
+            for one in self.prompts
+            if one.kind == "chat" and text is not None and one.kl_mean > max(_FAR, _FAR_FROM_TEXT * text)
+        ]
 
     def document(self) -> dict[str, Any]:
         """The JSON values that are written."""

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from quantpress.artifact.artifact import open_artifact, open_original
 from quantpress.artifact.manifest import own_manifest
+from quantpress.calibrate.chat_template import rendered
+from quantpress.calibrate.tokens import encode
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import fingerprint, remembered
@@ -30,7 +31,7 @@ from quantpress.numbers.types import Activations
 
 from .likelihood import Scorer, fits_or_fails
 from .reference_texts import ABOUT, AWKWARD, CHAT, MORE_RAW, PARAGRAPHS, RAW, SUBJECTS
-from .results import Results
+from .results import ByPrompt, Results
 
 PASSES = 3  # over the artifact's blocks
 _LAYOUT = "1"  # raise when what is computed of the original changes
@@ -102,6 +103,20 @@ def make_reference(models: Models, results: Results, on_block: Callable[[], None
     )  # fmt: skip
 
 
+def by_prompt(reference: Reference) -> tuple[ByPrompt, ...]:
+    """How far the artifact is from the original on plain prompts, and on chats."""
+    found = []
+    kinds: tuple[Literal["raw", "chat"], ...] = ("raw", "chat")
+    for kind in kinds:
+        pairs = [pair for one in reference.asked if one.chat == (kind == "chat")
+                 for pair in zip(one.original, one.artifact, strict=True)]  # fmt: skip
+        if pairs:
+            kl = sum(divergence(p, q) for p, q in pairs) / len(pairs)
+            same = sum(max(q) == q[0] for _, q in pairs) / len(pairs)
+            found.append(ByPrompt(kind=kind, positions=len(pairs), kl_mean=kl, top1_agreement=same))
+    return tuple(found)
+
+
 def _of_original(models: Models, paragraphs: Sequence[tuple[list[int], int]], positions: int) -> dict[str, Any]:
     """Everything of the original: the likeliest paragraph, the prompts, the answers and the log-probabilities."""
     plain = models.open_original(torch.float32)
@@ -170,9 +185,10 @@ def _rows(
     prompt. rounded: whether kernels that round to int8 what comes into quantized linears are imitated."""
     reader, skeleton = open_artifact(models.artifact, machine.device(), dtype)
     if rounded:
+        columns = 32 if reader.is_gguf else 0  # of a token that share a scale: ggml's Q8_0 blocks, or all
         for linear in skeleton.linears():
             if (reader.is_gguf or linear.name in reader.linears) and reader.inputs(linear.name) is None:
-                skeleton.round_inputs(linear, partial(round_inputs, inputs=Inputs(Activations(type="int8"), 0)))
+                skeleton.round_inputs(linear, partial(round_inputs, inputs=Inputs(Activations(type="int8"), columns)))
     states = last_states(skeleton, sequences, on_block)
     starts = [*(len(p.ids) - 1 for p in prompts), *([0] * (len(sequences) - len(prompts)))]
     return [log_probabilities(skeleton, s[start:-1]) for s, start in zip(states, starts, strict=True)]
@@ -216,13 +232,9 @@ def _whole(tokenizer: Any, text: str) -> list[int]:
 def _chat(tokenizer: Any, text: str) -> list[int] | None:
     """The ids of a chat of one turn; None where the template does not take it."""
     try:
-        made = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-        )
-    except (ValueError, TemplateError):  # also: several templates, none of them the default
+        return encode(tokenizer, rendered(tokenizer, [{"role": "user", "content": text}], prompt=True))
+    except BadInput:
         return None
-    ids: list[int] = made["input_ids"]
-    return ids
 
 
 def _round_trip(tokenizer: Any, text: str) -> RoundTrip:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .resources import Resources
 
@@ -22,14 +23,15 @@ class ModelFolder:
     """What a launch command has to know about the exported model.
 
     name: under which it is served; kv_cache: the type that the files have cache scales for; positions: that its config
-    states, whether or not rotary scaling extends them. Of a GGUF model: its (first) file, the arguments that llama.cpp
-    has to give its chat template, and the text of its Modelfile.
+    states, whether or not rotary scaling extends them; chat: whether it has a chat template. Of a GGUF model: its
+    (first) file, the arguments that llama.cpp has to give its chat template, and the text of its Modelfile.
     """
 
     name: str
     resources: Resources
     kv_cache: str | None = None
     positions: int | None = None
+    chat: bool = False
     gguf_file: str = ""
     template_arguments: Mapping[str, bool] = field(default_factory=dict)
     modelfile: str | None = None
@@ -118,7 +120,12 @@ def curl_free_check(port: int, path: str) -> tuple[str, ...]:
     return ("python3", "-c", f"import urllib.request as r; r.urlopen('http://127.0.0.1:{port}{path}', timeout=5)")
 
 
-def completion(name: str, port: int) -> str:
-    """A completion request to any OpenAI-compatible server, as a shell command."""
-    body = json.dumps({"model": name, "prompt": "The sea is", "max_tokens": 16, "temperature": 0})
-    return f"curl -fsS http://127.0.0.1:{port}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+def completion(folder: ModelFolder, port: int, name: str | None = None) -> str:
+    """A request to any OpenAI-compatible server, as a shell command: in a chat where the model has a template, since
+    chat models may end other prompts at once. name: under which it is served, where not folder.name."""
+    request: dict[str, Any] = {"model": name or folder.name, "prompt": "The sea is"}
+    if folder.chat:
+        request = {"model": name or folder.name, "messages": [{"role": "user", "content": "What is the sea?"}]}
+    path = "chat/completions" if folder.chat else "completions"
+    body = json.dumps({**request, "max_tokens": 16, "temperature": 0})
+    return f"curl -fsS http://127.0.0.1:{port}/v1/{path} -H 'Content-Type: application/json' -d '{body}'"

@@ -69,7 +69,7 @@ def deploy(target: LlamaCpp, folder: ModelFolder) -> Deployment:
         port=target.port,
         health=_HEALTH,
         check=("curl", "-fsS", f"http://127.0.0.1:{target.port}{_HEALTH}"),
-        probe=completion(folder.name, target.port),
+        probe=completion(folder, target.port),
         resources=folder.resources,
         cuda=cuda,
     )

@@ -59,7 +59,7 @@ def deploy(target: Ollama, folder: ModelFolder) -> Deployment:
         port=target.port,
         health=f"/v1/models/{folder.name}",  # / answers before the model is there (server/routes.go)
         check=("ollama", "show", folder.name),
-        probe=completion(folder.name, target.port),
+        probe=completion(folder, target.port),
         resources=folder.resources,
         cuda=False,
         env=env,

@@ -145,7 +145,7 @@ def deploy(target: Sglang, folder: ModelFolder) -> Deployment:
         port=target.port,
         health=_HEALTH,
         check=curl_free_check(target.port, _HEALTH),
-        probe=completion(folder.name, target.port),
+        probe=completion(folder, target.port),
         resources=folder.resources,
         env={"HF_HUB_OFFLINE": "1"} if target.draft_for is None or target.draft_for.startswith("/") else {},
         mounts=tuple(mounts),

@@ -59,7 +59,7 @@ def deploy(target: TensorRtLlm, folder: ModelFolder) -> Deployment:
         port=target.port,
         health=_HEALTH,
         check=curl_free_check(target.port, _HEALTH),
-        probe=completion("model", target.port),  # it calls a model after its folder
+        probe=completion(folder, target.port, "model"),  # it calls a model after its folder
         resources=folder.resources,
         env={"HF_HUB_OFFLINE": "1"},
     )

@@ -89,7 +89,7 @@ def deploy(target: Tgi, folder: ModelFolder) -> Deployment:
         port=target.port,
         health=_HEALTH,
         check=("curl", "-fsS", f"http://127.0.0.1:{target.port}{_HEALTH}"),
-        probe=completion(folder.name, target.port),
+        probe=completion(folder, target.port),
         resources=folder.resources,
         env={"HF_HUB_OFFLINE": "1"},
     )

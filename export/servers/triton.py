@@ -82,7 +82,7 @@ def deploy(target: Triton, folder: ModelFolder) -> Deployment:
     repository = _REPOSITORY if vllm else "/app/all_models/llmapi"
     start: tuple[str, ...] = ("tritonserver",)
     if target.frontend == "openai":
-        start, health, probe = ("python3", _FRONTEND), "/health/ready", completion(folder.name, target.port)
+        start, health, probe = ("python3", _FRONTEND), "/health/ready", completion(folder, target.port)
         arguments = ["--model-repository", repository, "--tokenizer", MODEL, "--host", HOST, "--openai-port", PORT]
     else:
         health = _HEALTH

@@ -237,7 +237,7 @@ def deploy(target: Vllm, folder: ModelFolder) -> Deployment:
         port=target.port,
         health="/health",
         check=curl_free_check(target.port, "/health"),
-        probe=completion(folder.name, target.port),
+        probe=completion(folder, target.port),
         resources=folder.resources,
         cuda=not cpu,
         env=env,

@@ -25,6 +25,7 @@ _FLOOR = 0.002  # nats: what kernels may differ by beside the noise that was mea
 _TIMES = 2.0  # the noise
 _MEAN = 0.01  # nats a token of the paragraph, beside that
 _TEXT = 0.2  # share of the answers' text
+_NONSENSE, _KEPT = 1.5, 0.5  # KL in nats, and share of first tokens, of an artifact that answers chats with nonsense
 _POSITIONS = 24  # of the paragraph, where they have to be asked for one by one
 _LIKELY = -3.0  # log-probability of those: they are among the likeliest tokens that a server lists
 _OTHER_TEMPLATE = "a chat template that is missing or not the original's"
@@ -160,9 +161,26 @@ def distributions(on: ServedCheck) -> str:
         f"original (evaluated {found.expected:.3f}), whose first token it shares at {found.agreement:.0%} of {n} "
         f"positions (evaluated {found.expected_agreement:.0%})"
     )
+    if expected_chats(on.reference):
+        raise Failed(f"{line}; {expected_chats(on.reference)}")
     if found.away is not None and found.away > on.limit:
         raise Failed(f"{line}; likeliest cause: {_of_weights(found.by_kind, on.limit)}")
     return line
+
+
+def expected_chats(reference: Reference) -> str:
+    """Why the artifact itself, as it was evaluated, is of no use in chats; "" where it is."""
+    pairs = [pair for one in reference.asked if one.chat for pair in zip(one.original, one.artifact, strict=True)]
+    if not pairs:
+        return ""
+    kl = sum(divergence(p, q) for p, q in pairs) / len(pairs)
+    same = sum(max(q) == q[0] for _, q in pairs) / len(pairs)
+    if kl <= _NONSENSE or same >= _KEPT:
+        return ""
+    return (
+        f"in chats the artifact itself was evaluated at KL {kl:.2f} from the original, whose first token it shares at "
+        f"{same:.0%}: likeliest cause: static input scales, or too few bits"
+    )
 
 
 def _texts(on: ServedCheck, asked: Sequence[Asked], why: str) -> str:

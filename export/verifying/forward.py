@@ -9,7 +9,7 @@ from quantpress.artifact.artifact import open_artifact
 from quantpress.calibrate.tokens import encode, open_tokenizer
 from quantpress.core import machine
 
-from ..serving.agreement import log_probabilities
+from ..serving.forward import last_states, log_probabilities
 
 # A model need not know each; it has to know one.
 TEXTS = (
@@ -38,8 +38,8 @@ def forward_problem(folder: Path) -> tuple[str | None, str]:
     ids = [([bos] if bos is not None else []) + encode(tokenizer, text)[:_TOKENS] for text in TEXTS]
     ids = [one for one in ids if len(one) > 8]
     found = []
-    for scores, tokens in zip(log_probabilities(skeleton, [torch.tensor(one) for one in ids]), ids, strict=True):
-        right = scores[:-1].gather(1, torch.tensor(tokens[1:])[:, None])
+    for states, tokens in zip(last_states(skeleton, [torch.tensor(one) for one in ids]), ids, strict=True):
+        right = log_probabilities(skeleton, states[:-1]).gather(1, torch.tensor(tokens[1:])[:, None])
         found.append(math.exp(min(-float(right.mean()), 100.0)) if bool(right.isfinite().all()) else math.inf)
     best, rows = min(found, default=math.nan), skeleton.vocabulary
     words = f"perplexity {best:.4g} of the best of {len(found)} built-in texts; guessing has {rows}"

@@ -21,13 +21,14 @@ from transformers.pytorch_utils import Conv1D
 from ..core.transfers import Transfers
 from ..methods.layer_error import output_power
 from ..models.block_arguments import BlockArguments
-from ..numbers.activations import measured, round_inputs
+from ..numbers.activations import measured, round_inputs, static_int8
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
 from .batches import Group, Halt, PairedBatch, RestartingBatch, RunnableBlock, States
 from .moments import Moments
 
 # Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
+_SAMPLED = 64  # rows of a batch on which a static range is chosen
 _ROWS = 1024
 
 # Of moments, drifts and squares of experts that are summed up together; on a CPU it is one expert after the other.
@@ -45,7 +46,8 @@ class SharedInput:
     the same tokens' inputs in the original model; None where the original does not run beside. drift_power: ||D W^T||^2
     for each row of the weight W, [out] by linear; empty without a drift. unmatched: the original runs beside, but which
     of its inputs belong to the same tokens is not known. inputs: how X is rounded as the artifact runs, None where it
-    is not; X in the moments is X so rounded.
+    is not; X in the moments is X so rounded. lost: how much a static int8 range loses of the token that fits it worst,
+    as a share of that token's norm.
     """
 
     names: Group
@@ -55,6 +57,7 @@ class SharedInput:
     drift_power: Mapping[str, Tensor] = field(default_factory=dict)
     unmatched: bool = False
     inputs: Inputs | None = None
+    lost: float = 0.0
 
 
 class BlockPass:
@@ -127,7 +130,7 @@ class BlockPass:
         if not self._restarts:
             self._begin()
         try:
-            summed: dict[Halt, tuple[Moments, Inputs | None]] = {}  # where all experts receive the same
+            summed: dict[Halt, tuple[Moments, Inputs | None, float]] = {}  # where all experts receive the same
             for groups in self._lists(now, shared):
                 halt = now.halt_before(groups[0][0])
                 if not self._all_experts or isinstance(halt, str) or halt[1]:
@@ -184,9 +187,9 @@ class BlockPass:
 
     def _summed(
         self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
-    ) -> list[tuple[Moments, Inputs | None]]:
-        """The sums for each group, and how its inputs are rounded."""
-        inputs = self._measured(groups, batches)
+    ) -> list[tuple[Moments, Inputs | None, float]]:
+        """The sums for each group, how its inputs are rounded, and what that loses."""
+        inputs, lost = self._measured(groups, batches)
         for names, how in zip(groups, inputs, strict=True):
             if how is not None:
                 self._inputs |= dict.fromkeys(names, how)
@@ -197,13 +200,13 @@ class BlockPass:
                 self._add(moments, names, x, batch.original_input(names), how)
                 batch.let_go(names)
             batch.rest()
-        return list(zip(sums, inputs, strict=True))
+        return list(zip(sums, inputs, lost, strict=True))
 
-    def _shared_input(self, names: Group, sums: Moments, inputs: Inputs | None) -> SharedInput:
+    def _shared_input(self, names: Group, sums: Moments, inputs: Inputs | None, lost: float) -> SharedInput:
         if inputs is not None:
             self._inputs |= dict.fromkeys(names, inputs)
         drift, power = self._drift(names, sums)
-        return SharedInput(names, sums.moment(), sums.tokens, drift, power, sums.unmatched, inputs)
+        return SharedInput(names, sums.moment(), sums.tokens, drift, power, sums.unmatched, inputs, lost)
 
     def _add(self, sums: Moments, names: Group, x: Tensor, original: Tensor | None, inputs: Inputs | None) -> None:
         """Add a batch's x [tokens, in], and the same tokens' inputs in the original."""
@@ -226,26 +229,41 @@ class BlockPass:
 
     def _measured(
         self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
-    ) -> list[Inputs | None]:
-        """How the inputs of each group will be rounded; for a static range every batch is looked at first."""
+    ) -> tuple[list[Inputs | None], list[float]]:
+        """How the inputs of each group will be rounded, and `lost` of each; for a static range every batch is looked at
+        first."""
+        lost = [0.0] * len(groups)
         if self._activations is None:
-            return [None] * len(groups)
+            return [None] * len(groups), lost
         spec, columns = self._activations
+        chosen = spec.type == "int8" and spec.calibrated
         ranges: list[list[Tensor]] = [[] for _ in groups]
+        samples: list[list[Tensor]] = [[] for _ in groups]
         if spec.calibrated:
             for batch in _prefetched(batches):
-                for names, found in zip(groups, ranges, strict=True):
+                for names, found, some in zip(groups, ranges, samples, strict=True):
                     x = batch.advance(names)
                     found += [torch.stack(x.aminmax())] if x.numel() else []
+                    some += [_some(x)] if x.numel() and chosen else []
                 batch.rest()
         inputs: list[Inputs | None] = []
-        for found in ranges:
+        for i, found in enumerate(ranges):
             low, high = 0.0, 0.0
             if found:
                 lows, highs = torch.stack(found, 1).to(torch.float64).tolist()  # in one go: a GPU waits for it
                 low, high = min(lows), max(highs)
-            inputs.append(measured(spec, columns, low, high))
-        return inputs
+            if samples[i]:
+                best, lost[i] = static_int8(spec, torch.cat(samples[i]), low, high)
+                inputs.append(best)
+            else:
+                inputs.append(measured(spec, columns, low, high))
+        return inputs, lost
+
+
+def _some(x: Tensor) -> Tensor:
+    """Some of the rows of x [tokens, in], the one with the largest value among them."""
+    largest = x.abs().amax(-1).argmax()
+    return torch.cat([x[:: max(1, len(x) // _SAMPLED)], x[largest][None]])
 
 
 def _split(states: States, batch: int) -> list[States]:

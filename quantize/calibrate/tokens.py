@@ -68,6 +68,51 @@ def calibration_tokens(tokenizer: Any, documents: Sequence[str], source: str, wa
     return Tokens(with_bos(windows[: wanted.samples], bos), source, bos is not None)
 
 
+def with_served_starts(tokenizer: Any, tokens: Tokens, documents: Sequence[str]) -> Tokens:
+    """The calibration sequences, the last quarter of them replaced by such as servers see: half are chats in the
+    model's template (where it has one), half begin with a document as the tokenizer itself has it.
+
+    For static ranges. A model's largest activations stand at the first tokens of a sequence and at the marks of its
+    template, and a range in which they are missing clips them: text cut out of documents holds neither.
+    """
+    length, count = tokens.ids.shape[1], len(tokens.ids) // 4
+    templated = _takes_chats(tokenizer)
+    rows: list[list[int]] = []
+    for i in range(len(documents)):
+        if len(rows) == count:
+            break
+        row: list[int] = []
+        for document in (*documents[i:], *documents[:i]):  # more than one where they are short
+            chat = templated and len(rows) % 2 == 0
+            row += _as_chat(tokenizer, document) if chat else tokenizer(document, verbose=False)["input_ids"]
+            if len(row) >= length:
+                rows.append(row[:length])
+                break
+        else:
+            break  # all of the text is shorter than one sequence
+    if not rows:
+        return tokens
+    ids = torch.cat([tokens.ids[: len(tokens.ids) - len(rows)], torch.tensor(rows)])
+    return Tokens(ids, f"{tokens.source}, {len(rows)} sequences as servers see them", tokens.bos)
+
+
+def _takes_chats(tokenizer: Any) -> bool:
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    try:
+        _as_chat(tokenizer, "a b")
+    except BadInput:
+        return False
+    return True
+
+
+def _as_chat(tokenizer: Any, document: str) -> list[int]:
+    """A chat whose question is the document's first sentence and whose answer is the rest."""
+    question, _, answer = document.partition(". ")
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer or question}]
+    return encode(tokenizer, rendered(tokenizer, turns))
+
+
 def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration, device: torch.device) -> Tokens:
     """`samples` sequences that the model generates from BOS at temperature 1 (LLM-QAT, arXiv:2305.17888, 3.1).
 

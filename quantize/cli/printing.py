@@ -136,6 +136,8 @@ def print_results(results: "Results") -> None:
 
     for line in _figures(results):
         show(line)
+    for line in results.warnings:
+        say(f"note: {line}")
     for note in results.notes:
         say(f"note: not measured: {note}")
     for check in results.gates.checks:
@@ -168,6 +170,9 @@ def _figures(results: "Results") -> Iterator[str]:
         told = change(domain.perplexity_increase) + (f", 95 %: {interval(ends, change)}" if ends else "")
         line = f"{f'on {domain.name}':<32} perplexity {before} -> {after} ({told}), KL {small(domain.kl_mean)}"
         yield line.replace(NBSP, " ")
+    for one in results.prompts:
+        what = "divergence on chats" if one.kind == "chat" else "divergence on prompts"
+        yield f"{what:<32} {one.kl_mean:.4f} (first token {one.top1_agreement:.0%} of {one.positions})"
     yield from _tasks(results)
     yield from _efficiency(results)
     for generation in results.generations:

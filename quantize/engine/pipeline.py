@@ -21,6 +21,7 @@ from ..calibrate.tokens import (
     check_vocabulary,
     generated_tokens,
     open_tokenizer,
+    with_served_starts,
 )
 from ..core import machine
 from ..core.errors import BadInput
@@ -191,7 +192,10 @@ def _tokens(job: Job, tokenizer: Any, settings: Settings) -> Tokens | None:
         if wanted.source == "self":
             return generated_tokens(job.source.path, tokenizer, wanted, _writes_on(job))
         text = load_documents(wanted, cache=settings.cache, role="calibration")
-        return calibration_tokens(tokenizer, text.documents, text.source, _with_bos(job, tokenizer, text, settings))
+        chosen = _with_bos(job, tokenizer, text, settings)
+        tokens = calibration_tokens(tokenizer, text.documents, text.source, chosen)
+        static = job.recipe.kv_cache is not None or bool(job.recipe.activations and job.recipe.activations.calibrated)
+        return with_served_starts(tokenizer, tokens, text.documents) if static else tokens
 
     tokens = sharing.tokens(settings.share, job, make)
     check_ids(tokens.ids, job.skeleton.vocabulary, tokens.source)

@@ -23,6 +23,7 @@ from ..models.placed_model import LinearLayer
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
 from ..recipe import Gptq, MethodSettings
 
+_TOO_MUCH = 0.5  # of a token's norm: a static range that loses more does not fit
 _TOGETHER = 1 << 28  # elements of the matrices of linears that are solved together
 
 
@@ -39,9 +40,18 @@ class _Stack:
         """[out, in]"""
         return sum(x.out_features for x in self.linears), self.linears[0].in_features
 
+    def clipped_token(self) -> str | None:
+        """A note where no static range fits all tokens."""
+        if self.shared.lost <= _TOO_MUCH:
+            return None
+        return (
+            f"no static int8 range fits its inputs: one token loses {self.shared.lost:.0%} of its norm; leave it out "
+            f"(ignore: ['{self.linears[0].name}']) or round its inputs dynamically"
+        )
+
     def notes(self, method: MethodSettings) -> list[str]:
         """What was not done as asked, for the manifest, of a solve by the Hessian."""
-        notes = []
+        notes = [] if (clipped := self.clipped_token()) is None else [clipped]
         if self.shared.tokens < self.shape[1]:
             notes.append(f"saw {self.shared.tokens} tokens, fewer than its {self.shape[1]} inputs")
         if self.shared.unmatched and method.paired:
@@ -255,7 +265,7 @@ def _round(method: MethodSettings, weight: Tensor, stack: _Stack) -> tuple[Round
         raise BadInput(f"{shared.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")
     if not method.calibrated:
         result = ROUNDERS[method.name](weight, grid, method, moment, None)
-        return result, [] if result.note is None else [result.note]
+        return result, [note for note in (result.note, stack.clipped_token()) if note is not None]
     if moment is None or not bool(column_power(moment).any()):
         nearest = ROUNDERS["rtn"](weight, grid, method, None, None)
         return nearest, ["no calibration token reached it: rounded to nearest"]

@@ -11,6 +11,7 @@ _E4M3 = Grid(type="fp8")
 _E2M1 = Grid(type="mxfp4")
 _ROWS = 512  # tokens rounded at a time, so that intermediates stay in cache
 _SMALLEST = 1e-10
+_CLIPS = 33  # ranges tried, from the whole to 1/256 of it in quarters of an octave
 _COLUMNS = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 
 
@@ -34,6 +35,23 @@ def measured(spec: Activations, columns: int, low: float, high: float) -> Inputs
     low = min(low, 0.0)
     scale = max(max(high, 0.0) - low, _SMALLEST) / 255
     return Inputs(spec, columns, torch.tensor(scale), torch.tensor(-128 - low / scale).round().clamp(-128, 127))
+
+
+def static_int8(spec: Activations, x: Tensor, low: float, high: float) -> tuple[Inputs, float]:
+    """The static int8 rounding that loses the least of tokens x [tokens, in], whose range is [low, high], and how much
+    the worst of them loses: the norm of its error over its own.
+
+    What counts is each token's loss, not the sum of squares: a model's first token may be fifty times as large as all
+    others, and one step of its range larger than what they hold.
+    """
+    norms = x.to(torch.float32).square().sum(-1).clamp_(min=_SMALLEST)
+    best, mean, worst = measured(spec, 0, low, high), torch.inf, 1.0
+    for step in range(_CLIPS):
+        inputs = measured(spec, 0, low * 2 ** (-step / 4), high * 2 ** (-step / 4))
+        losses = (round_inputs(x, inputs) - x).to(torch.float32).square().sum(-1) / norms
+        if (now := float(losses.mean())) < mean:
+            best, mean, worst = inputs, now, float(losses.max()) ** 0.5
+    return best, worst
 
 
 def round_inputs(x: Tensor, inputs: Inputs) -> Tensor:

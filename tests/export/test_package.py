@@ -314,3 +314,13 @@ def test_no_secret_of_the_environment_is_written(run: Path, tmp_path: Path, monk
     folder = export(run, Vllm(draft_for="org/private"), tmp_path / "out").folder
     texts = [f.read_text() for f in folder.iterdir() if f.is_file()]
     assert not any("hf_secret_of_mine" in text for text in texts)
+
+
+def test_the_request_of_the_readme_is_a_chat_where_the_model_has_a_template(tmp_path: Path) -> None:
+    """A chat model may end a plain prompt at once, and the request would answer with nothing."""
+    make(tmp_path / "run" / "quantized", "compressed-tensors", uniform(Grid(bits=4, group_size=32)))
+    plain = export(tmp_path / "run", Vllm(), tmp_path / "plain").folder
+    assert "/v1/completions" in (plain / "README.md").read_text()
+    (tmp_path / "run" / "quantized" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    chatty = export(tmp_path / "run", Vllm(), tmp_path / "chatty").folder
+    assert "/v1/chat/completions" in (chatty / "README.md").read_text()

@@ -11,8 +11,8 @@ from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.cli import main
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
-from quantpress.eval.measure.results import Results
-from quantpress.eval.measure.served_reference import Models, make_reference
+from quantpress.eval.measure.results import Divergence, Results
+from quantpress.eval.measure.served_reference import Models, by_prompt, make_reference
 from quantpress.exports.serving.reference import Reference, divergence, read_reference
 from quantpress.exports.serving.served_check import check_served
 from quantpress.recipe.loading import parse
@@ -100,6 +100,26 @@ def test_rubbish_fails_with_its_cause(kind: str, run: Path, reference: Reference
     name, cause = CAUSES[kind]
     assert name in found, found
     assert cause in found[name]
+
+
+def test_an_artifact_that_answers_chats_with_nonsense_fails_though_it_is_served_as_it_is(
+    run: Path, reference: Reference
+) -> None:
+    asked = tuple(
+        one.model_copy(update={"artifact": tuple((-9.0,) * 9 + (-0.01,) for _ in one.answer)}) if one.chat else one
+        for one in reference.asked
+    )
+    said = failed(run / "quantized", reference.model_copy(update={"asked": asked}))["distributions"]
+    assert "in chats the artifact itself was evaluated at KL" in said
+    chats, plain = by_prompt(reference.model_copy(update={"asked": asked}))[::-1]
+    assert (chats.kind, plain.kind) == ("chat", "raw")
+    assert chats.kl_mean > 3 > 0.1 > plain.kl_mean
+    text = Divergence(
+        kl_mean=0.02, kl_stderr=0, kl_median=0, kl_p90=0, kl_p99=0, kl_max=0, top1_agreement=1
+    )  # fmt: skip
+    results = Results(dtype="float32", device="cpu", seconds=0, divergence=text, prompts=(plain, chats))
+    assert len(results.warnings) == 1
+    assert not results.model_copy(update={"prompts": (plain,)}).warnings
 
 
 def test_a_server_that_shows_texts_alone_is_held_to_them(run: Path, reference: Reference, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantpress.calibrate.tokens import calibration_tokens, encode
+from quantpress.calibrate.tokens import Tokens, calibration_tokens, encode, with_served_starts
 from quantpress.core.errors import BadInput
 from quantpress.recipe import Calibration
 
@@ -53,3 +53,23 @@ def test_all_of_a_text_can_be_asked_for_and_no_more() -> None:
     assert ids(LONG, samples=most).shape == (most, 32)
     with pytest.raises(BadInput, match=f"gives {most} sequences of 32 tokens, {most + 1} are asked for"):
         ids(LONG, samples=most + 1)
+
+
+def test_static_ranges_see_chats_and_whole_prompts() -> None:
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}"
+    before = Tokens(ids(LONG, samples=16), "text", False)
+    after = with_served_starts(words, before, [f"One thing. Another {k}. " * 9 for k in range(8)])
+    assert after.ids.shape == before.ids.shape
+    assert torch.equal(after.ids[:12], before.ids[:12])
+    starts = [words.decode(row[:8]) for row in after.ids[12:].tolist()]
+    assert sum(start.startswith("<s>user") for start in starts) == 2
+    assert "4 sequences as servers see them" in after.source
+    words.chat_template = None
+    plain = with_served_starts(words, before, [f"One thing. Another {k}. " * 9 for k in range(8)])
+    assert not any(words.decode(row[:8]).startswith("<s>user") for row in plain.ids.tolist())
+
+
+def test_a_text_of_less_than_a_sequence_changes_nothing() -> None:
+    before = Tokens(ids(LONG, samples=16), "text", False)
+    assert with_served_starts(tokenizer(), before, ["short"]) is before

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from quantpress.methods import ROUNDERS
-from quantpress.numbers.activations import columns_of, measured, round_inputs
-from quantpress.numbers.grid import Grid, decode, encode, fit, global_scale, ranges, scale_dtype, snap
+from quantpress.numbers.activations import columns_of, measured, round_inputs, static_int8
+from quantpress.numbers.grid import Grid, Inputs, decode, encode, fit, global_scale, ranges, scale_dtype, snap
 from quantpress.numbers.types import Activations, NumberType, ScaleSearch
 from quantpress.recipe import Gptq, Rtn
 
@@ -348,3 +348,25 @@ def test_nvfp4_inputs_have_a_scale_in_e4m3_a_group_of_16() -> None:
         scale = (row.abs().max() / 6 * inputs.scale).to(torch.float8_e4m3fn).float() / inputs.scale
         assert set((back / scale).abs().tolist()) <= {0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0}
         assert (back - row).abs().max() <= scale * 1.01
+
+
+def test_a_static_range_is_chosen_by_what_each_token_loses() -> None:
+    """One token fifty times the others: the whole range would round these to nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    spec = Activations(type="int8", dynamic=False)
+    own, lost = static_int8(spec, x, float(x.min()), float(x.max()))
+    assert lost < 0.1
+    x[0, 3] = 500.0
+    whole = measured(spec, 0, -4.0, 500.0)
+    best, worst = static_int8(spec, x, -4.0, 500.0)
+    assert worst > 0.5  # and says that no range fits
+    assert best.scale is not None
+    assert own.scale is not None
+    assert float(best.scale) < 3 * float(own.scale)
+
+    def losses(inputs: Inputs) -> torch.Tensor:
+        found: torch.Tensor = (round_inputs(x, inputs) - x).norm(dim=-1) / x.norm(dim=-1)
+        return found
+
+    assert float(losses(best)[1:].max()) < 0.2 < float(losses(whole)[1:].min())
