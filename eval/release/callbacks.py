@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantpress.core.ranks import ALONE, Ranks
+
 if TYPE_CHECKING:
     from quantpress.exports.serving.record import Check
 
@@ -27,6 +29,7 @@ class Options:
     api_key: sent as a bearer token to a server that is already running.
     share: folder of what runs of different recipes on one model have in common: tokens and importance matrix.
     although_changed: measure or serve an artifact whose files are not what its checksums say.
+    ranks: the processes that share the quantizing of a run, of which this is one; only the first does the rest.
     """
 
     overwrite: bool = False
@@ -37,6 +40,7 @@ class Options:
     api_key: str | None = field(default=None, repr=False)
     share: Path | None = None
     although_changed: bool = False
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.engine.pipeline import Job, Settings, prepare, quantize
+from quantpress.engine.pipeline import take_part as engine_take_part
 from quantpress.engine.sources import Source, headers, resolve, resolve_config
 from quantpress.exports.contracts import check_job
 from quantpress.exports.serving.reference import FILE as REFERENCE
@@ -77,6 +78,7 @@ def settings(out: Path, options: Options, callbacks: Callbacks) -> Settings:
         lambda p: callbacks.on_step("quantizing", p.block, p.blocks, "" if p.loss is None else f"error {p.loss:.2%}"),
         callbacks.on_note,
         options.share,
+        options.ranks,
     )
 
 
@@ -94,6 +96,11 @@ def make_artifact(recipe: Recipe, out: Path, options: Options, callbacks: Callba
     for line in manifest.fallbacks:
         tell(line)
     return manifest
+
+
+def take_part(recipe: Recipe, out: Path, options: Options) -> None:
+    """What the other processes of a shared run do; see `engine.pipeline.take_part`."""
+    engine_take_part(lambda: make_job(recipe, options)[0], settings(out, options, Callbacks()))
 
 
 def evaluation_inputs(recipe: Recipe, options: Options) -> Prepared:

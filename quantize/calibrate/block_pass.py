@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby, product, zip_longest
+from itertools import groupby, islice, product, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..numbers.activations import measured, round_inputs, static_int8
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
 from .batches import Group, Halt, PairedBatch, RestartingBatch, RunnableBlock, States
+from .lanes import Lanes
 from .moments import Moments
 
 # Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
@@ -63,16 +64,16 @@ class SharedInput:
 class BlockPass:
     """Iterate over the shared inputs of `block`; the caller replaces the weights of their linears before the next one.
 
-    hidden [samples, seq_len, hidden]: what enters the block, `batch` samples at a time. leaving: where what leaves it
-    is put, `hidden` itself if not given; if `keep` is false nothing is, and the block is not run beyond its last
-    linear. linears {name: module}: where to halt. reference, reference_leaving: the same for the original model, which
-    is the block with the weights it has at the start. All of them on `device` or on the host. activations: how the
-    linears' inputs are rounded, and how many columns share a dynamic scale. diagonal: sum up only the moments' diagonal
-    [in]. watch: called with a group's first name and rows of X [tokens, in] float32, until all of X has passed. begin:
-    called once, before the pass that computes what leaves the block, but after the block has run on one sample, which
-    shows the order of its linears. restarts: batches do not wait before each linear but are run again from the block's
-    beginning, which takes less memory, more time, and gives the same. all_experts: experts are summed up over all
-    tokens, not over those that are routed to each.
+    hidden [samples, seq_len, hidden]: what enters the block, of this process's samples. lanes: how all are divided.
+    leaving: where what leaves it is put, `hidden` itself if not given; if `keep` is false nothing is, and the block is
+    not run beyond its last linear. linears {name: module}: where to halt. reference, reference_leaving: the same for
+    the original model, which is the block with the weights it has at the start. All of them on `device` or on the host.
+    activations: how the linears' inputs are rounded, and how many columns share a dynamic scale. diagonal: sum up only
+    the moments' diagonal [in]. watch: called with a group's first name, rows of X [tokens, in] float32 and their lane,
+    until all of X has passed. begin: called once, before the pass that computes what leaves the block, but after the
+    block has run on one sample, which shows the order of its linears. restarts: batches do not wait before each linear
+    but are run again from the block's beginning, which takes less memory, more time, and gives the same. all_experts:
+    experts are summed up over all tokens, not over those that are routed to each.
     """
 
     def __init__(
@@ -83,20 +84,20 @@ class BlockPass:
         linears: Mapping[str, nn.Module],
         *,
         device: torch.device,
-        batch: int,
+        lanes: Lanes,
         keep: bool = True,
         reference: Tensor | None = None,
         leaving: Tensor | None = None,
         reference_leaving: Tensor | None = None,
         activations: tuple[Activations, int] | None = None,
         diagonal: bool = False,
-        watch: Callable[[str, Tensor], None] | None = None,
+        watch: Callable[[str, Tensor, int], None] | None = None,
         begin: Callable[[], None] = lambda: None,
         restarts: bool = False,
         all_experts: bool = False,
     ) -> None:
         self._block, self._arguments, self._transfers = block, arguments, Transfers(device)
-        self._linears, self._batch, self._keep = dict(linears), batch, keep
+        self._linears, self._lanes, self._keep = dict(linears), lanes, keep
         everything = slice(0, len(hidden))
         self._hidden = States(hidden, hidden if leaving is None else leaving, everything)
         self._reference = None
@@ -121,8 +122,8 @@ class BlockPass:
             # Shares the parameters, which the caller replaces in the block and never writes to.
             original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
             self._original = now.with_module(original)
-        hidden = _split(self._hidden, self._batch)
-        reference = hidden if self._reference is None else _split(self._reference, self._batch)
+        hidden = _split(self._hidden, self._lanes.batch)
+        reference = hidden if self._reference is None else _split(self._reference, self._lanes.batch)
         batches: list[PairedBatch | RestartingBatch] = []
         for parts in zip(hidden, reference, strict=True):
             make = partial(self._batch_of, now, *parts)
@@ -176,7 +177,8 @@ class BlockPass:
 
     def _memory_for_moments(self) -> int:
         """Bytes that the sums of experts may take together."""
-        return 0 if self._transfers.device.type == "cpu" and not self._restarts else _MOMENT_BYTES
+        alone = self._transfers.device.type == "cpu" and not self._restarts and self._lanes.ranks.size == 1
+        return 0 if alone else _MOMENT_BYTES
 
     def _shared_inputs(
         self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
@@ -193,13 +195,20 @@ class BlockPass:
         for names, how in zip(groups, inputs, strict=True):
             if how is not None:
                 self._inputs |= dict.fromkeys(names, how)
-        sums = [Moments(diagonal=self._diagonal) for _ in groups]
-        for batch in _prefetched(batches):
-            for names, how, moments in zip(groups, inputs, sums, strict=True):
-                x = batch.advance(names)
-                self._add(moments, names, x, batch.original_input(names), how)
-                batch.let_go(names)
-            batch.rest()
+        sums = [self._moments(names) for names in groups]
+        coming = _prefetched(batches)
+        for lane in self._lanes.rounds() if batches else ():
+            for batch in islice(coming, lane.batches):
+                for names, how, moments in zip(groups, inputs, sums, strict=True):
+                    x = batch.advance(names)
+                    self._add(moments, names, x, batch.original_input(names), how, lane.lane)
+                    batch.let_go(names)
+                batch.rest()
+            for moments in sums:
+                moments.end_lane(lane.holders)
+        counts = self._lanes.ranks.gather([(moments.tokens, moments.unmatched) for moments in sums])
+        for moments, counted in zip(sums, zip(*counts, strict=True), strict=True):
+            moments.finish(sum(tokens for tokens, _ in counted), any(unmatched for _, unmatched in counted))
         return list(zip(sums, inputs, lost, strict=True))
 
     def _shared_input(self, names: Group, sums: Moments, inputs: Inputs | None, lost: float) -> SharedInput:
@@ -208,14 +217,21 @@ class BlockPass:
         drift, power = self._drift(names, sums)
         return SharedInput(names, sums.moment(), sums.tokens, drift, power, sums.unmatched, inputs, lost)
 
-    def _add(self, sums: Moments, names: Group, x: Tensor, original: Tensor | None, inputs: Inputs | None) -> None:
-        """Add a batch's x [tokens, in], and the same tokens' inputs in the original."""
+    def _moments(self, names: Group) -> Moments:
+        linear = self._linears[names[0]]
+        weight, paired = _matrix(linear), self._original is not None
+        return Moments(weight, weight.shape[1], paired=paired, diagonal=self._diagonal, ranks=self._lanes.ranks)
+
+    def _add(
+        self, sums: Moments, names: Group, x: Tensor, original: Tensor | None, inputs: Inputs | None, lane: int
+    ) -> None:
+        """Add x [tokens, in] of a batch of `lane`, and the same tokens' inputs in the original."""
         step = _ROWS if x.device.type == "cpu" else max(1, x.shape[0])  # a GPU is fast only with all rows at once
         for start in range(0, x.shape[0], step):
             part = x[start : start + step]
             seen = part if inputs is None else round_inputs(part, inputs)
             if self._watch is not None:
-                self._watch(names[0], seen.to(torch.float32))
+                self._watch(names[0], seen.to(torch.float32), lane)
             sums.add(seen, None if original is None else original[start : start + step])
         sums.count(x, unmatched=self._original is not None and original is None)
 
@@ -236,28 +252,36 @@ class BlockPass:
         if self._activations is None:
             return [None] * len(groups), lost
         spec, columns = self._activations
-        chosen = spec.type == "int8" and spec.calibrated
+        if not spec.calibrated:
+            return [measured(spec, columns, 0.0, 0.0)] * len(groups), lost
         ranges: list[list[Tensor]] = [[] for _ in groups]
-        samples: list[list[Tensor]] = [[] for _ in groups]
-        if spec.calibrated:
-            for batch in _prefetched(batches):
-                for names, found, some in zip(groups, ranges, samples, strict=True):
-                    x = batch.advance(names)
-                    found += [torch.stack(x.aminmax())] if x.numel() else []
-                    some += [_some(x)] if x.numel() and chosen else []
-                batch.rest()
+        samples: list[list[tuple[int, Tensor]]] = [[] for _ in groups]
+        for at, batch in zip(self._lanes.own_batches(), _prefetched(batches), strict=False):
+            for names, found, some in zip(groups, ranges, samples, strict=True):
+                x = batch.advance(names)
+                found += [torch.stack(x.aminmax())] if x.numel() else []
+                some += [(at, _some(x))] if x.numel() and spec.type == "int8" else []
+            batch.rest()
+        # In one go: a GPU waits for it.
+        own = [torch.stack(found, 1).to(torch.float64).tolist() if found else None for found in ranges]
         inputs: list[Inputs | None] = []
-        for i, found in enumerate(ranges):
-            low, high = 0.0, 0.0
-            if found:
-                lows, highs = torch.stack(found, 1).to(torch.float64).tolist()  # in one go: a GPU waits for it
-                low, high = min(lows), max(highs)
-            if samples[i]:
-                best, lost[i] = static_int8(spec, torch.cat(samples[i]), low, high)
+        for i, ends in enumerate(zip(*self._lanes.ranks.gather(own), strict=True)):
+            lows, highs = [x for end in ends if end for x in end[0]], [x for end in ends if end for x in end[1]]
+            low, high = min(lows, default=0.0), max(highs, default=0.0)
+            if tokens := self._from_all(samples[i]):
+                best, lost[i] = static_int8(spec, torch.cat(tokens), low, high)
                 inputs.append(best)
             else:
                 inputs.append(measured(spec, columns, low, high))
         return inputs, lost
+
+    def _from_all(self, samples: list[tuple[int, Tensor]]) -> list[Tensor]:
+        """The samples of all processes, in the order of their batches."""
+        if self._lanes.ranks.size == 1:
+            return [x for _, x in samples]
+        here = self._linears[next(iter(self._linears))].weight.device
+        told = self._lanes.ranks.gather([(at, x.cpu()) for at, x in samples])
+        return [x.to(here) for _, x in sorted((one for own in told for one in own), key=lambda one: one[0])]
 
 
 def _some(x: Tensor) -> Tensor:

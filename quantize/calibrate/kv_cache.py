@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..core.errors import BadInput
+from ..core.ranks import ALONE, Ranks
 from ..models.skeleton import Skeleton
 from ..numbers.grid import E4M3_MAX, Grid, round_numbers_
 
@@ -73,13 +74,14 @@ class Largest:
     def start(self) -> None:
         tap(self._attention, self._note)
 
-    def scales(self, kind: str) -> tuple[Tensor, Tensor]:
-        """The key and value scales of a cache of `kind`, float32 []. Ends the measurement.
+    def scales(self, kind: str, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+        """The key and value scales of a cache of `kind`, float32 [], by what all ranks saw. Ends the measurement.
 
         Raises BadInput when all keys or all values were 0.
         """
         _taps.pop(self._attention, None)
-        keys, values = torch.stack(self._largest).amax(0).tolist() if self._largest else (0.0, 0.0)
+        own = torch.stack(self._largest).amax(0).tolist() if self._largest else (0.0, 0.0)
+        keys, values = map(max, zip(*ranks.gather(own), strict=True))
         if not keys or not values:
             raise BadInput(f"{self.name}: all keys or all values were 0 in calibration; leave kv_cache out")
         largest = _LARGEST[kind]

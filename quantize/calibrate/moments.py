@@ -8,54 +8,86 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.ranks import ALONE, Ranks
 from ..methods.symmetric_products import panels
 
 
 class Moments:
-    """Sums over rows of a linear's inputs X and of D = X0 - X: X^T X, D^T X (the drift) and D^T D."""
+    """Sums over rows of a linear's inputs X and of D = X0 - X: X^T X, D^T X (the drift) and D^T D.
 
-    def __init__(self, *, diagonal: bool) -> None:
-        self._diagonal = diagonal
-        self._moment: Tensor | None = None
-        self._squares: Tensor | None = None  # D^T D [in, in], its upper triangle
-        self.drift: Tensor | None = None
+    Of all processes of a run: each adds the rows of its lane, `end_lane` joins them, `finish` ends it. like: a tensor
+    of the device. width: columns of X. paired: whether there may be a D. diagonal: only X^T X, and its diagonal only.
+    """
+
+    def __init__(
+        self, like: Tensor, width: int, *, paired: bool = False, diagonal: bool = False, ranks: Ranks = ALONE
+    ) -> None:
+        self._like, self._diagonal, self._ranks = like, diagonal, ranks
+        self._shape = (width,) if diagonal else (width, width)
+        self._names = ("moment", "drift", "squares") if paired and not diagonal else ("moment",)
+        self._lane: dict[str, Tensor] = {}  # X^T X and D^T D: their upper triangles
+        self._sums: dict[str, Tensor] = {}
         self.tokens, self.unmatched = 0, False
 
     def add(self, seen: Tensor, original: Tensor | None) -> None:
         """Add rows of X [tokens, in] in the model's dtype, and the same rows of X0."""
         if self._diagonal:
-            squares = seen.to(torch.float32).square().sum(0)
-            self._moment = squares if self._moment is None else self._moment.add_(squares)
+            self._of_lane("moment").add_(seen.to(torch.float32).square().sum(0))
             return
-        if self._moment is None:
-            self._moment = seen.new_zeros(seen.shape[1], seen.shape[1], dtype=torch.float32)
-        add_product(self._moment, seen, seen)
+        add_product(self._of_lane("moment"), seen, seen)
         if original is None:
             return
-        if self.drift is None or self._squares is None:
-            self.drift, self._squares = torch.zeros_like(self._moment), torch.zeros_like(self._moment)
         # The difference is small: bfloat16's 8 bits of it are enough, at twice the speed.
         factor = seen if seen.dtype == torch.bfloat16 else seen.to(torch.float32)
-        difference = original - factor
+        difference, drift = original - factor, self._of_lane("drift")
         if seen.is_cuda:
-            add_product(self.drift, difference, factor)
+            add_product(drift, difference, factor)
         else:
-            self.drift += difference.T @ factor
-        add_product(self._squares, difference, difference)
+            drift += difference.T @ factor
+        add_product(self._of_lane("squares"), difference, difference)
 
     def count(self, x: Tensor, *, unmatched: bool) -> None:
         """Count a batch x [tokens, in] whose rows have been added."""
         self.tokens += x.shape[0]
         self.unmatched |= unmatched
 
+    def end_lane(self, holders: int) -> None:
+        """Add the lane of this process, and those of the others; the first `holders` of them have one."""
+        for name in self._names if self._ranks.size > 1 else tuple(self._lane):
+            lane = self._of_lane(name)
+            before = self._sums.get(name)
+            self._sums[name] = self._ranks.add(before, lane, holders)
+            if self._sums[name] is lane:
+                del self._lane[name]
+            else:
+                lane.zero_()
+
+    def finish(self, tokens: int, unmatched: bool) -> None:
+        """No more rows come. tokens, unmatched: of all processes."""
+        self.tokens, self.unmatched = tokens, unmatched
+        self._lane.clear()
+        if not tokens:
+            self._sums.clear()
+        self._sums = {name: self._ranks.whole(part, self._shape[0]) for name, part in self._sums.items()}
+
+    @property
+    def drift(self) -> Tensor | None:
+        """D^T X [in, in]; None when no row of D has passed."""
+        return self._sums.get("drift")
+
     def moment(self) -> Tensor | None:
         """X^T X [in, in], or its diagonal [in]; None when no row has passed."""
-        return self._moment if self._moment is None or self._diagonal else _whole(self._moment)
+        moment = self._sums.get("moment")
+        return moment if moment is None or self._diagonal else _whole(moment)
 
     def drift_moment(self) -> Tensor:
         """D^T D [in, in]."""
-        assert self._squares is not None
-        return _whole(self._squares)
+        return _whole(self._sums["squares"])
+
+    def _of_lane(self, name: str) -> Tensor:
+        if name not in self._lane:
+            self._lane[name] = self._like.new_zeros(self._shape, dtype=torch.float32)
+        return self._lane[name]
 
 
 def _whole(upper: Tensor) -> Tensor:

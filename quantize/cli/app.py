@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..core.errors import BadInput, OutOfMemory
+from ..core.errors import BadInput, LostRank, OutOfMemory
 from .printing import say, show
+from .ranks import LAUNCHED, LOST
 
 _ORDER = (  # of the commands in the help
     "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",
@@ -85,6 +86,12 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _fail(_stopped(sys.argv[1:]), _INTERRUPTED)
+    except LostRank as error:
+        if LAUNCHED in os.environ:
+            sys.exit(LOST)
+        if os.environ.get("RANK") == "0":
+            _fail(f"{error}; {_goes_on(sys.argv[1:])}", 1)
+        sys.exit(1)  # the first process speaks
     except OutOfMemory as error:
         _fail(f"{error}; {_goes_on(sys.argv[1:])}", 1)
     except BrokenPipeError:  # the reader of our output has gone away

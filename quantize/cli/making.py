@@ -28,6 +28,7 @@ from .options import (
     with_options,
 )
 from .printing import followed, print_json, say, show, show_path, show_table
+from .ranks import GpusOpt, joined
 
 if TYPE_CHECKING:
     from ..engine.plan import Plan
@@ -41,13 +42,18 @@ def quantize(
     model: ModelOpt = None,
     out: OutOpt = None,
     sets: SetOpt = [],  # noqa: B006
+    gpus: GpusOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Make the artifact only: no evaluation, no report."""
     chosen = chosen_recipe(recipe, model, sets)
+    options = joined(options, gpus)
     quiet_libraries()
     from .. import api
 
+    if not options.ranks.leads:
+        api.take_part(chosen, out=out, options=options)
+        return
     with followed() as callbacks:
         artifact = api.quantize(chosen, out=out, options=options, callbacks=callbacks)
     show_path("artifact", artifact, as_json)

@@ -24,6 +24,7 @@ from .options import (
     with_options,
 )
 from .printing import followed, print_json, print_results, print_serving, say, show, show_path, show_table
+from .ranks import GpusOpt, joined
 
 if TYPE_CHECKING:
     from quantpress.eval.release.recommend import Candidate, Recommendation
@@ -46,13 +47,18 @@ def run(
     model: ModelOpt = None,
     out: OutOpt = None,
     sets: SetOpt = [],  # noqa: B006
+    gpus: GpusOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Do the whole recipe: quantize, export, verify, evaluate, smoke test, report, card. Again: only what changed."""
     chosen = chosen_recipe(recipe, model, sets)
+    options = joined(options, gpus)
     quiet_libraries()
     from .. import api
 
+    if not options.ranks.leads:
+        api.take_part(chosen, out=out, options=options)
+        return
     with followed(quiet=as_json) as callbacks:
         release = api.run(chosen, out=out, options=options, callbacks=callbacks)
     if as_json:

@@ -19,3 +19,7 @@ class BadInput(ValueError):
 
 class OutOfMemory(Exception):
     """Memory ended; the message says in one line what was being done, and what to lower."""
+
+
+class LostRank(Exception):
+    """A run that several processes share cannot go on: one of them has ended, or has said why it cannot."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..artifact.manifest import BlockRecord
 from ..calibrate import kv_cache
 from ..calibrate.block_pass import BlockPass, SharedInput, shared_inputs
+from ..calibrate.lanes import Lanes
 from ..calibrate.tokens import Tokens
 from ..core import machine
-from ..core.errors import BadInput
 from ..core.memory import doing, is_out_of_memory
+from ..core.ranks import ALONE, Ranks
 from ..core.transfers import Transfers, host_empty
 from ..formats import FORMATS
 from ..models.block_arguments import BlockArguments, ModelArguments
@@ -31,7 +32,7 @@ from ..numbers.types import Activations
 from ..recipe import Qat, Tuned
 from .end_to_end import QuantizedModel, train_scales
 from .job import Job
-from .journal import Journal
+from .journal import FollowedJournal, Journal
 from .rounding import BlockRounding, lend_input_scales, record, weight_of
 from .settings import BlockDone, Settings
 from .transforms import BlockTransforms
@@ -39,18 +40,19 @@ from .tuning import Tuning
 
 
 @machine.collecting_only_what_is_new()
-def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Settings) -> None:
+def run_blocks(job: Job, tokens: Tokens | None, journal: Journal | FollowedJournal, settings: Settings) -> None:
     """Quantize each block that the journal does not hold yet; its outputs are the next block's inputs.
 
     tokens: the calibration text; not needed where the user's importance matrix stands in for it. On a GPU whose memory
-    is used up in a block, the block is begun again with half as many tokens at once.
+    is used up in a block, the block is begun again with half as many tokens at once; not where several processes share
+    the run, of which the others would wait.
     """
     skeleton = job.skeleton
     if len(journal.done) == skeleton.n_blocks:
         return
     what = "lower calibration.samples or calibration.seq_len" if tokens is not None else "free some, or use more"
     with journal, doing(lambda: _at_work(job, journal), what, skeleton.device):
-        run = _Run(job, None if job.backend.importance else tokens, journal)
+        run = _Run(job, None if job.backend.importance else tokens, journal, settings.ranks)
         while len(journal.done) < skeleton.n_blocks:
             tried = run.batch_tokens
             try:
@@ -68,7 +70,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal, settings: Sett
                 machine.release_memory(skeleton.device)
 
 
-def _at_work(job: Job, journal: Journal) -> str:
+def _at_work(job: Job, journal: Journal | FollowedJournal) -> str:
     return f"block {len(journal.done) + 1} of {job.skeleton.n_blocks} was quantized"
 
 
@@ -76,12 +78,16 @@ class _Run:
     """The blocks of one run, from the first one that is not finished.
 
     hidden: the states [samples, seq_len, hidden] that enter the next block, out of the rounded blocks; `reference`, for
-    error correction and tuning, out of the original ones. Without calibration there are none. arguments: the further
-    ones of each block; without calibration only where linears with a common input must share a scale.
+    error correction and tuning, out of the original ones. Without calibration there are none. Of the samples each
+    process has its own. arguments: the further ones of each block; without calibration only where linears with a common
+    input must share a scale.
     """
 
-    def __init__(self, job: Job, tokens: Tokens | None, journal: Journal) -> None:
-        self._job, self._journal, self._skeleton = job, journal, job.skeleton
+    def __init__(
+        self, job: Job, tokens: Tokens | None, journal: Journal | FollowedJournal, ranks: Ranks = ALONE
+    ) -> None:
+        self._job, self._journal, self._skeleton, self._ranks = job, journal, job.skeleton, ranks
+        self._samples, self._seq_len = (0, 1) if tokens is None else tokens.ids.shape
         self._room = job.plan.room
         if journal.batch_tokens is not None:
             self._room = replace(self._room, batch_tokens=journal.batch_tokens)
@@ -98,7 +104,7 @@ class _Run:
     def halves(self) -> bool:
         """Put half as many tokens through a block at once; False where that is not possible."""
         seq_len = self.hidden["hidden"].shape[1] if self.hidden else 0
-        if not self._room.spare or self.batch_tokens < 2 * seq_len or not seq_len:
+        if not self._room.spare or self.batch_tokens < 2 * seq_len or not seq_len or self._ranks.size > 1:
             return False
         self._room = replace(self._room, batch_tokens=self.batch_tokens // 2)
         return True
@@ -110,7 +116,8 @@ class _Run:
         linears = {x.name: x for x in job.linears if x.block == k}
         passing = self._arguments[k] if self._arguments else None
         grids = {x.module: grid for x in linears.values() if (grid := job.schemes[x.name]) is not None}
-        changes = self._transforms.apply(k, block, grids, self.hidden.get("hidden"), passing, self._room)
+        states, restarts = self.hidden.get("hidden"), self._room.restarts
+        changes = self._transforms.apply(k, block, grids, states, passing, self._lanes(states), restarts=restarts)
         kept = None
         if changes.parameters and _trains_end_to_end(job):  # which measures errors against these weights
             kept = self._transfers.hand_over({n: weight_of(block, x).detach() for n, x in linears.items()})
@@ -120,7 +127,7 @@ class _Run:
         leaving = self.hidden
         if self._room.spare and whole:
             leaving = {name: torch.empty_like(states) for name, states in self.hidden.items()}
-        rounding = BlockRounding(job.recipe.rounder, job.schemes, block)
+        rounding = BlockRounding(job.recipe.rounder, job.schemes, block, self._ranks)
         for inputs in self._inputs(block, linears.values(), passing, leaving if whole else None, cache):
             rounding.round(inputs, linears)
         rounded, records = rounding.rounded, rounding.finish()
@@ -128,18 +135,24 @@ class _Run:
         leaving = dict(leaving)
         if tuning is not None and passing is not None:
             tuning.run(rounded, records, leaving, passing, self._skeleton.device)
-        _check_finite(leaving, k, self._skeleton.device)
+        self._check_finite(leaving, k)
         self.hidden = leaving
         layers = tuple(records.get(name) or record(x, None) for name, x in linears.items())
         seconds = time.monotonic() - started
-        tensors = _block_tensors(job, k, block, rounded, changes.parameters, cache)
+        tensors: dict[str, Tensor] = {}
+        if self._ranks.leads:
+            tensors = _block_tensors(job, k, block, rounded, changes.parameters)
+        if cache is not None and job.recipe.kv_cache is not None:
+            scales = cache.scales(job.recipe.kv_cache, self._ranks)
+            named = zip(FORMATS[job.recipe.formats[0]].cache_suffixes, scales, strict=True)
+            tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in named}
         if last and keep_final is not None:
             tensors |= keep_final(self.hidden["hidden"])
         line = BlockRecord(block=k, seconds=round(seconds, 3), layers=layers, transforms=tuple(changes.records))
         dump = None
-        if self.hidden and not last and self._journal.keeps_hidden:
+        if self.hidden and not last and self._ranks.tell(self._journal.keeps_hidden):
             carried = self._arguments.carried(k) if self._arguments else {}
-            dump = self._transfers.hand_over(self.hidden | carried)
+            dump = self._transfers.hand_over(self._of_all_samples(self.hidden | carried))
         tensors_there = self._transfers.hand_over(tensors)
         self._journal.commit(tensors_there, line, self.batch_tokens, hidden=dump, transformed=kept)
         if dump is not None and not self._room.spare:  # the next block would overwrite them
@@ -160,21 +173,61 @@ class _Run:
             arguments = skeleton.block_arguments(torch.zeros(1, 1, dtype=torch.long))
             skeleton.close_shell()
             return {}, arguments
-        kept = self._journal.hidden() if self._journal.done else {}
+        kept = self._kept_states(tokens)
+        own = self._own(tokens.ids)
         if kept:
             hidden = {n: self._placed(states) for n, states in kept.items() if n in ("hidden", "reference")}
         else:
-            hidden = {"hidden": skeleton.embed(tokens.ids, self._memory)}
-            _check_finite(hidden, -1, skeleton.device)
+            hidden = {"hidden": skeleton.embed(own, self._memory)}
+            self._check_finite(hidden, -1)
             if job.recipe.paired:
                 hidden["reference"] = self._placed(hidden["hidden"])
-        arguments = skeleton.block_arguments(tokens.ids)
+        arguments = skeleton.block_arguments(own)
         skeleton.close_shell()
         if _trains_end_to_end(job):
             arguments.refuse_gradients("end-to-end training", skeleton.config.model_type)
         if kept:
             arguments.restore(len(self._journal.done) - 1, kept)
         return hidden, arguments
+
+    def _lanes(self, states: Tensor | None) -> Lanes | None:
+        """How the samples are divided whose states [samples, seq_len, hidden], this process's, are given."""
+        if states is None:
+            return None
+        return Lanes.of(self._samples, states.shape[1], self.batch_tokens, self._ranks)
+
+    def _own(self, values: Tensor) -> Tensor:
+        """This process's part of values [samples, …]."""
+        if self._ranks.size == 1:
+            return values
+        return values[Lanes.of(self._samples, self._seq_len, self.batch_tokens, self._ranks).own()]
+
+    def _kept_states(self, tokens: Tokens) -> dict[str, Tensor]:
+        """What the journal has kept of the states of this process's samples; the blocks after them are done again."""
+        kept = self._journal.hidden() if self._journal.done else {}
+        self._journal.follow(*self._ranks.tell((len(self._journal.done), self._journal.batch_tokens)))
+        names = self._ranks.tell(list(kept))
+        return {name: self._own(self._ranks.tell(kept.get(name))) for name in names}
+
+    def _of_all_samples(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors [samples, …] of all samples out of what each process has, for the leader; {} for the others."""
+        if self._ranks.size == 1:
+            return dict(own)
+        whole: dict[str, Tensor] = {}
+        for name, tensor in own.items():
+            parts = self._ranks.collect(tensor.cpu())
+            if parts:
+                whole[name] = tensor.new_empty(self._samples, *tensor.shape[1:], device="cpu")
+            for rank, part in enumerate(parts):
+                there = replace(self._ranks, rank=rank)
+                whole[name][Lanes.of(self._samples, self._seq_len, self.batch_tokens, there).own()] = part
+        return whole
+
+    def _check_finite(self, hidden: dict[str, Tensor], k: int) -> None:
+        """Raise BadInput for NaN or inf in the hidden states of a process."""
+        where = "the embedding" if k < 0 else f"block {k}"
+        problem = f"activations that leave {where} hold NaN or inf; try bfloat16 or another text"
+        self._ranks.agree(None if _finite(hidden, self._skeleton.device) else problem)
 
     def _memory(self, like: Tensor, samples: int) -> Tensor:
         """For hidden states of `samples` samples."""
@@ -211,7 +264,7 @@ class _Run:
             arguments,
             wanted,
             device=self._skeleton.device,
-            batch=max(1, self.batch_tokens // states.shape[1]),
+            lanes=Lanes.of(self._samples, states.shape[1], self.batch_tokens, self._ranks),
             keep=leaving is not None,
             reference=self.hidden.get("reference"),
             leaving=into.get("hidden"),
@@ -243,16 +296,12 @@ def _uncalibrated(
     return [SharedInput(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
 
 
-def _check_finite(hidden: dict[str, Tensor], k: int, device: torch.device) -> None:
-    """Raise BadInput for NaN or inf in hidden states; a GPU is waited for once."""
+def _finite(hidden: dict[str, Tensor], device: torch.device) -> bool:
+    """Whether no hidden state is NaN or inf; a GPU is waited for once."""
     if device.type == "cpu":
-        finite = all(map(all_finite, hidden.values()))
-    else:
-        parts = [part.to(device, non_blocking=True) for states in hidden.values() for part in torch.split(states, 16)]
-        finite = not parts or bool(torch.stack([end for part in parts for end in part.aminmax()]).isfinite().all())
-    if not finite:
-        where = "the embedding" if k < 0 else f"block {k}"
-        raise BadInput(f"activations that leave {where} hold NaN or inf; try bfloat16 or another text")
+        return all(map(all_finite, hidden.values()))
+    parts = [part.to(device, non_blocking=True) for states in hidden.values() for part in torch.split(states, 16)]
+    return not parts or bool(torch.stack([end for part in parts for end in part.aminmax()]).isfinite().all())
 
 
 def _block_tensors(
@@ -261,10 +310,9 @@ def _block_tensors(
     block: nn.Module,
     rounded: dict[str, QuantizedLinear],
     changed: set[str],
-    cache: kv_cache.Largest | None,
 ) -> dict[str, Tensor]:
-    """All tensors of block `k` by on-disk name: packed linears, cache scales, and the other parameters, of which a
-    transform has replaced those in `changed`.
+    """All tensors of block `k` by on-disk name: packed linears and the other parameters, of which a transform has
+    replaced those in `changed`.
     """
     format = FORMATS[job.recipe.formats[0]]
     tensors: dict[str, Tensor] = {}
@@ -280,9 +328,6 @@ def _block_tensors(
             tensors[disk] = block.get_parameter(name).detach().to(before.dtype) if name in changed else before
         else:
             tensors |= {n: reader.read(n) for n in reader.on_disk(disk) if n not in tensors}
-    if cache is not None and job.recipe.kv_cache is not None:
-        scales = zip(format.cache_suffixes, cache.scales(job.recipe.kv_cache), strict=True)
-        tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in scales}
     return tensors
 
 

@@ -105,6 +105,9 @@ class Journal:
         self._keep(0)
         return {}
 
+    def follow(self, done: int, batch_tokens: int | None) -> None:
+        """For the processes that have no journal of their own."""
+
     @property
     def keeps_hidden(self) -> bool:
         """Whether hidden states are to be kept after this block: not so often that it takes much of the time."""
@@ -206,6 +209,36 @@ class Journal:
         if path.exists() and path.read_bytes() != content:
             with whole_file(path) as file:
                 file.write(content)
+
+
+class FollowedJournal:
+    """What the other processes of a shared run have in the place of the journal, which the leader writes."""
+
+    keeps_hidden = False
+
+    def __init__(self, done: int, batch_tokens: int | None) -> None:
+        self.done: list[BlockRecord | None] = []
+        self.batch_tokens: int | None = None
+        self.follow(done, batch_tokens)
+
+    def follow(self, done: int, batch_tokens: int | None) -> None:
+        """The leader's journal holds `done` blocks."""
+        self.done, self.batch_tokens = [None] * done, batch_tokens
+
+    def hidden(self) -> dict[str, Tensor]:
+        return {}
+
+    def commit(self, tensors: object, record: BlockRecord, batch_tokens: int, **files: object) -> None:
+        self.done.append(record)
+
+    def settle(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def differences(before: Any, now: Any, place: str = "") -> list[str]:

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ from ..models.by_name import ByName
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.vetting import vetting
 from ..recipe import Calibration
-from . import sharing
+from . import shared_run, sharing
 from .blocks import Trained, run_blocks, train_end_to_end
 from .description import describe
 from .guard import check_forward
 from .job import Job, prepare
-from .journal import Journal, finished
+from .journal import FollowedJournal, Journal, finished
 from .settings import BlockDone, Settings
 
 __all__ = ["BlockDone", "Job", "Settings", "prepare", "quantize"]
@@ -51,19 +51,24 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     another run. A run that was killed resumes after its last finished block and writes the same bytes; a finished run
     is left as it is.
     """
-    started = time.monotonic()
+    started, ranks = time.monotonic(), settings.ranks
     _check_room(settings)
     if isinstance(job.skeleton, ByName):
         for line in job.skeleton.about():
             settings.on_note(line)
     tokenizer = checked_tokenizer(job, settings.trust_remote_code)
-    if _is_finished(settings):
+    if ranks.size > 1:
+        job, _ = shared_run.meet(lambda: job, ranks)
+        shared_run.check_count(job, ranks)
+    if ranks.tell(_is_finished(settings)):
+        ranks.close()
         return _finished(job, tokenizer, settings)
     job.plan.check(settings.out, ignore=settings.ignore_limits)
     with vetting(job.checkpoint) as vetted:
         itself = job.recipe.calibrated and job.recipe.calibration.source == "self"
         tokens = None if itself else _tokens(job, tokenizer, settings)
         files = vetted.hashes()
+    shared_run.compare_files(files, ranks)
     _check_rotated(job)
     forward = _forward(job)
     if itself:
@@ -72,14 +77,30 @@ def quantize(job: Job, settings: Settings) -> Manifest:
         _make_room(settings.out)
     journal = Journal(settings.work, _key(job, files, tokens), settings.on_note)
     job, trained = job.settled(tokens, settings.work), Trained([])
+    ranks.tell(None if tokens is None else shared_run.Start(tokens, len(journal.done), journal.batch_tokens))
     if job.backend.rounds_blocks:
         run_blocks(job, tokens, journal, settings)
+        ranks.close()
         trained = train_end_to_end(job, tokens, journal)
     manifest = describe(job, files, tokens, journal.done, trained)
     if forward is not None:
         manifest = manifest.changed(forward=forward)
     manifest = job.backend.assemble(manifest, trained.parts, tokens, settings)
     return _signed(manifest, job, settings, started, [done.seconds for done in journal.done])
+
+
+@machine.exact_float32_products()
+def take_part(make: Callable[[], Job], settings: Settings) -> None:
+    """What every process of a shared run does but the first, which calls `quantize`; nothing is written.
+
+    make: the job. Raises LostRank where the first tells the user why the run ends.
+    """
+    ranks = settings.ranks
+    found = shared_run.follow(make, ranks)
+    if found is not None:
+        job, start = found
+        run_blocks(job, start.tokens, FollowedJournal(start.done, start.batch_tokens), settings)
+    ranks.close()
 
 
 def checked_tokenizer(job: Job, trust_remote_code: bool = False) -> Any:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..artifact.manifest import LayerRecord
 from ..calibrate.block_pass import SharedInput
 from ..core.errors import BadInput
+from ..core.ranks import ALONE, Ranks
 from ..methods import ROUNDERS, Rounded, solves_batches
 from ..methods.gptq import raised_note
 from ..methods.group_scales import clipped_note
@@ -22,6 +23,10 @@ from ..methods.rtn import column_power
 from ..models.placed_model import LinearLayer
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
 from ..recipe import Gptq, MethodSettings
+from .shared_rounding import Solved, exchanged, parts
+
+if TYPE_CHECKING:
+    from ..methods.gptq_batch import SolvedBatch
 
 _TOO_MUCH = 0.5  # of a token's norm: a static range that loses more does not fit
 _TOGETHER = 1 << 28  # elements of the matrices of linears that are solved together
@@ -39,6 +44,11 @@ class _Stack:
     def shape(self) -> tuple[int, int]:
         """[out, in]"""
         return sum(x.out_features for x in self.linears), self.linears[0].in_features
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What stacks that are solved together have in common."""
+        return self.grid, self.shape, len(self.linears), self.shared.drift is None
 
     def clipped_token(self) -> str | None:
         """A note where no static range fits all tokens."""
@@ -84,8 +94,10 @@ class BlockRounding:
     On a GPU the figures of the records stay there until `finish`: reading one waits for all the work before it.
     """
 
-    def __init__(self, method: MethodSettings, schemes: Mapping[str, Grid | None], block: nn.Module) -> None:
-        self._method, self._schemes, self._block = method, schemes, block
+    def __init__(
+        self, method: MethodSettings, schemes: Mapping[str, Grid | None], block: nn.Module, ranks: Ranks = ALONE
+    ) -> None:
+        self._method, self._schemes, self._block, self._ranks = method, schemes, block, ranks
         self.rounded: dict[str, QuantizedLinear] = {}
         self._records: dict[str, LayerRecord] = {}
         self._unread: list[_Rounded] = []
@@ -94,17 +106,21 @@ class BlockRounding:
 
     def round(self, inputs: Sequence[SharedInput], linears: Mapping[str, LinearLayer]) -> None:
         """Round the linears of `inputs`, by name; where several are given, those of one shape together."""
+        stacks = [
+            stack for shared in inputs for stack in self._stacks([linears[name] for name in shared.names], shared)
+        ]
+        if self._ranks.size > 1:
+            self._round_shared(stacks)
+            return
         together: dict[Any, list[_Stack]] = {}
-        for shared in inputs:
-            for stack in self._stacks([linears[name] for name in shared.names], shared):
-                refused = self._refused(stack)
-                if refused is None:
-                    key = stack.grid, stack.shape, len(stack.linears), shared.drift is None
-                    together.setdefault(key, []).append(stack)
-                else:
-                    self._round_alone(stack, refused)
-        for stacks in together.values():
-            for some in _pieces(stacks):
+        for stack in stacks:
+            refused = self._refused(stack)
+            if refused is None:
+                together.setdefault(stack.alike, []).append(stack)
+            else:
+                self._round_alone(stack, refused)
+        for alike in together.values():
+            for some in _pieces(alike):
                 self._round_together(some)
 
     def _refused(self, stack: _Stack) -> str | None:
@@ -133,52 +149,110 @@ class BlockRounding:
 
     def _round_alone(self, stack: _Stack, refused: str = "") -> None:
         """Solve one stack. refused: a note on why no kernels are used."""
-        shared = stack.shared
-        weight = torch.cat([weight_of(self._block, linear) for linear in stack.linears])
         try:
-            result, notes = _round(self._method, weight, stack)
+            solved, new = self._solved(stack, refused, slice(0, stack.shape[0]))
         except BadInput:
             self._read()  # an earlier linear may be the cause
             raise
+        self._keep_solved(stack, solved, new)
+
+    def _solved(self, stack: _Stack, refused: str, rows: slice) -> tuple[Solved, Tensor]:
+        """Rows of a stack, solved by themselves, and their weight [rows, in] float32. refused: for the notes."""
+        shared, weight = stack.shared, torch.cat([weight_of(self._block, linear) for linear in stack.linears])[rows]
+        result, notes = _round(self._method, weight, stack)
         notes += [refused] if refused else []
         new = result.linear.dequantize()
         powers = [shared.drift_power[x.name] for x in stack.linears] if shared.drift is not None else []
-        power = torch.cat(powers) if powers else None
+        power = torch.cat(powers)[rows] if powers else None
         error = layer_error(weight.to(torch.float32), new, shared.moment, shared.drift, power)
+        return Solved(result.linear, error.error, error.power, error.measure, result.damp, notes), new
+
+    def _keep_solved(self, stack: _Stack, solved: Solved, new: Tensor) -> None:
         start = 0
         for linear in stack.linears:
             rows = slice(start, start + linear.out_features)
-            self._keep(linear, result.linear.rows(rows.start, rows.stop), new[rows], shared)
-            mine = error.rows(rows)
-            sums = self._figure(mine.error.sum()), self._figure(mine.power.sum())
-            self._unread.append(_Rounded(linear, stack, error.measure, result.damp, None, notes, *sums))
+            self._keep(linear, solved.linear.rows(rows.start, rows.stop), new[rows], stack.shared)
+            sums = self._figure(solved.error[rows].sum()), self._figure(solved.power[rows].sum())
+            self._unread.append(_Rounded(linear, stack, solved.measure, solved.damp, None, solved.notes, *sums))
             start = rows.stop
-        if weight.device.type == "cpu":
+        if new.device.type == "cpu":
             self._read()
 
-    def _round_together(self, stacks: list[_Stack]) -> None:
-        """Solve stacks of one shape and grid in one go."""
-        from ..methods.gptq_batch import UnsolvableError, gptq_batch  # needs Triton
+    def _round_shared(self, stacks: list[_Stack]) -> None:
+        """Solve this process's share of stacks and have the others' from them."""
+        solved: list[tuple[int, Solved]] = []
+        together: dict[Any, list[tuple[int, slice]]] = {}
+        problem = None
+        try:
+            for i, rows in parts([(stack.grid, stack.shape[0]) for stack in stacks], self._ranks):
+                refused = self._refused(stacks[i])
+                if refused is None:
+                    together.setdefault((*stacks[i].alike, rows.start, rows.stop), []).append((i, rows))
+                else:
+                    solved.append((i, self._solved(stacks[i], refused, rows)[0]))
+            for alike in together.values():
+                solved += self._solved_together(stacks, alike)
+        except BadInput as error:
+            problem = str(error)
+        self._ranks.agree(problem)
+        to = weight_of(self._block, stacks[0].linears[0])
+        for stack, whole in zip(stacks, exchanged(solved, len(stacks), self._ranks, to), strict=True):
+            self._keep_solved(stack, whole, whole.linear.dequantize())
+
+    def _solved_together(self, stacks: list[_Stack], alike: list[tuple[int, slice]]) -> list[tuple[int, Solved]]:
+        """The same rows of stacks of one shape and grid, given as (index, rows)."""
+        from ..methods.gptq_batch import UnsolvableError
+
+        found: list[tuple[int, Solved]] = []
+        assert isinstance(self._method, Gptq)
+        rows, chosen = alike[0][1], [stacks[i] for i, _ in alike]
+        for some in _pieces(chosen):
+            mine, alike = alike[: len(some)], alike[len(some) :]
+            try:
+                batch, measure = self._batch(some, rows)
+            except UnsolvableError:
+                found += [(i, self._solved(stacks[i], "", rows)[0]) for i, _ in mine]
+                continue
+            for at, (i, _) in enumerate(mine):
+                clipped = None if batch.clipped is None else clipped_note(int(batch.clipped[at]), batch.groups)
+                raised, stack = raised_note(self._method.damp, batch.damp[at]), stacks[i]
+                notes = [*filter(None, (raised, clipped)), *stack.notes(self._method)]
+                one = Solved(batch.linears[at], batch.error[at], batch.power[at], measure, batch.damp[at], notes)
+                found.append((i, one))
+        return found
+
+    def _batch(self, stacks: list[_Stack], rows: slice) -> "tuple[SolvedBatch, ErrorMeasure]":
+        """Rows of stacks of one shape and grid, solved in one go. Raises UnsolvableError."""
+        from ..methods.gptq_batch import gptq_batch  # needs Triton
 
         shape, shared = stacks[0].shape, [stack.shared for stack in stacks]
         assert isinstance(self._method, Gptq)
         weights = [weight_of(self._block, linear) for stack in stacks for linear in stack.linears]
         moment, drift = _together([x.moment for x in shared]), _together([x.drift for x in shared])
         powers = [stack.shared.drift_power[x.name] for stack in stacks for x in stack.linears if drift is not None]
-        power = torch.cat(powers).view(len(stacks), -1) if powers else None
+        power = torch.cat(powers).view(len(stacks), -1)[:, rows] if powers else None
         assert moment is not None
+        weight = torch.cat(weights).view(len(stacks), *shape)[:, rows]
+        measure: ErrorMeasure = "output_local" if power is None else "output_accumulated"
+        return gptq_batch(weight, stacks[0].grid, self._method, moment, drift, power), measure
+
+    def _round_together(self, stacks: list[_Stack]) -> None:
+        """Solve stacks of one shape and grid in one go."""
+        from ..methods.gptq_batch import UnsolvableError
+
+        assert isinstance(self._method, Gptq)
+        failed = None
         try:
-            weight = torch.cat(weights).view(len(stacks), *shape)
-            solved = gptq_batch(weight, stacks[0].grid, self._method, moment, drift, power)
+            solved, measure = self._batch(stacks, slice(0, stacks[0].shape[0]))
         except UnsolvableError as error:
-            del moment, drift
-            self._round_alone(stacks[error.index])
-            if others := [stack for i, stack in enumerate(stacks) if i != error.index]:
+            failed = error.index
+        if failed is not None:  # only here, where nothing refers to the failed attempt any more
+            self._round_alone(stacks[failed])
+            if others := [stack for i, stack in enumerate(stacks) if i != failed]:
                 self._round_together(others)
             return
-        measure: ErrorMeasure = "output_local" if power is None else "output_accumulated"
         clipped = None if solved.clipped is None else self._figure(solved.clipped)
-        new, start = solved.weight.to(weights[0].dtype), 0
+        new, start = solved.weight.to(weight_of(self._block, stacks[0].linears[0]).dtype), 0
         for j, member in enumerate(stacks[0].linears):
             rows = slice(start, start + member.out_features)
             error_sum, power_sum = (self._figure(x[:, rows].sum(1)) for x in (solved.error, solved.power))

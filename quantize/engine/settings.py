@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.ranks import ALONE, Ranks
+
 
 @dataclass(frozen=True)
 class BlockDone:
@@ -25,6 +27,7 @@ class Settings:
     out: the run folder. cache: downloads and converted models. overwrite: replace what `out` holds. ignore_limits:
     start although memory or disk look too small. share: a folder in which runs of other recipes on the same model find
     the calibration tokens and the importance matrix that this one computes, and the other way round; None: not shared.
+    ranks: the processes that share the work.
     """
 
     out: Path
@@ -35,6 +38,7 @@ class Settings:
     on_block: Callable[[BlockDone], None] = lambda done: None
     on_note: Callable[[str], None] = lambda line: None
     share: Path | None = None
+    ranks: Ranks = ALONE
 
     @property
     def work(self) -> Path:

@@ -14,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..artifact.manifest import TransformRecord
 from ..calibrate.block_pass import BlockPass, SharedInput
+from ..calibrate.lanes import Lanes
 from ..core.errors import BadInput
+from ..core.ranks import Ranks
 from ..methods import TRANSFORMS
 from ..methods.channel_scales import Observed, Rounding
 from ..models.block_arguments import BlockArguments
@@ -23,7 +25,6 @@ from ..models.skeleton import Skeleton
 from ..numbers.activations import columns_of, measured, round_inputs
 from ..numbers.grid import Grid
 from ..recipe import Hadamard, Recipe, SmoothQuant
-from .room import IN_HOST_MEMORY, Room
 
 _ROWS = 1024  # input rows kept, on which the error with rounded inputs is measured
 
@@ -69,23 +70,24 @@ class BlockTransforms:
         grids: dict[str, Grid],
         hidden: Tensor | None,
         arguments: BlockArguments | None,
-        room: Room = IN_HOST_MEMORY,
+        lanes: Lanes | None,
+        *,
+        restarts: bool = False,
     ) -> Changes:
         """Transform block `k` in place; its inputs hidden [samples, seq_len, hidden] are not changed.
 
-        grids: of each linear that will be rounded, by its name in the block.
+        grids: of each linear that will be rounded, by its name in the block. lanes, restarts: as for BlockPass.
         """
         changes = Changes()
-        if not self._wanted or hidden is None or arguments is None:
+        if not self._wanted or hidden is None or arguments is None or lanes is None:
             return changes
         links = {
             link.into[0]: link for link in links_of(block, self._skeleton.family.feeds) if set(link.into) & set(grids)
         }
-        watch = _Watch(stride=max(1, hidden.shape[0] * hidden.shape[1] // _ROWS))
+        watch = _Watch(max(1, lanes.samples * hidden.shape[1] // _ROWS), lanes.ranks)
         looks = BlockPass(
             block, hidden, arguments, {name: block.get_submodule(name) for name in links},
-            device=self._skeleton.device, batch=max(1, room.batch_tokens // hidden.shape[1]), keep=False, watch=watch,
-            restarts=room.restarts,
+            device=self._skeleton.device, lanes=lanes, keep=False, watch=watch, restarts=restarts,
             diagonal=self._by_rows,
         )  # fmt: skip
         scales: dict[str, Tensor] = {}
@@ -115,7 +117,8 @@ class BlockTransforms:
         if why is not None or shared.moment is None:
             names = ", ".join(transform.name for transform in self._wanted)
             return None, [{"note": f"{names} left out: {why}"}]
-        inputs = watch.inputs(shared.moment, source_channels(block, link, self._skeleton.config))
+        tie = source_channels(block, link, self._skeleton.config)
+        inputs = watch.inputs(shared.names[0], shared.moment, tie)
         weights = [(columns(block.get_submodule(name)), grids[name]) for name in link.into if name in grids]
         total, records = torch.ones_like(inputs.peak), []
         for transform in self._wanted:
@@ -264,18 +267,25 @@ def _regex(name: str, star: str) -> str:
 class _Watch:
     """Observes the inputs of one group of linears: the largest of each channel, and a sample of rows."""
 
-    def __init__(self, stride: int) -> None:
-        self._stride, self._name = stride, ""
-        self._peak = torch.empty(0)
-        self._rows: list[Tensor] = []
+    def __init__(self, stride: int, ranks: Ranks) -> None:
+        self._stride, self._ranks, self._name = stride, ranks, ""
+        self._peaks: list[Tensor] = []  # one, or none yet
+        self._rows: list[tuple[int, Tensor]] = []  # with their lane
 
-    def __call__(self, name: str, rows: Tensor) -> None:
-        peak = rows.abs().amax(0)
+    def __call__(self, name: str, rows: Tensor, lane: int) -> None:
         if name != self._name:
-            self._name, self._peak, self._rows = name, peak, []
-        self._peak = torch.maximum(self._peak, peak)
-        self._rows.append(rows[:: self._stride].clone())
+            self._name, self._peaks, self._rows = name, [], []
+        peak = rows.abs().amax(0)
+        self._peaks = [torch.maximum(before, peak) for before in self._peaks] or [peak]
+        self._rows.append((lane, rows[:: self._stride].clone()))
 
-    def inputs(self, moment: Tensor, tie: Tensor) -> Observed:
-        """What was observed of the group, with its second moments and `tie`."""
-        return Observed(moment, self._peak, torch.cat(self._rows), tie)
+    def inputs(self, name: str, moment: Tensor, tie: Tensor) -> Observed:
+        """What all processes have observed of the group `name`, with its second moments and `tie`."""
+        here = name == self._name
+        tensors = [*self._peaks, *(rows for _, rows in self._rows)] if here else []
+        peaks, rows = list[Tensor](), list[tuple[int, Tensor]]()
+        for found, lanes in self._ranks.exchange(tensors, [lane for lane, _ in self._rows] if here else [], moment):
+            peaks += found[:1]
+            rows += zip(lanes, found[1:], strict=True)
+        rows.sort(key=lambda one: one[0])
+        return Observed(moment, torch.stack(peaks).amax(0), torch.cat([part for _, part in rows]), tie)

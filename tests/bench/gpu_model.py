@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantpress.calibrate import block_pass
+from quantpress.calibrate.tokens import Tokens
 from quantpress.core import machine
 from quantpress.engine import blocks, rounding
 from quantpress.engine.room import Room
@@ -105,7 +106,7 @@ class _Run(blocks._Run):
     """A run whose hidden states are already there."""
 
     def _states(self, tokens: Any) -> Any:
-        samples, seq_len = tokens
+        samples, seq_len = tokens.ids.shape
         config = self._skeleton.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         hidden = torch.empty(
@@ -114,8 +115,8 @@ class _Run(blocks._Run):
         turn = torch.empty(1, seq_len, size, dtype=torch.bfloat16, device=CUDA)
         position = torch.empty(1, seq_len, dtype=torch.int64, device=CUDA)
         given: Given = (), {"attention_mask": None, "position_ids": position, "position_embeddings": (turn, turn)}
-        seen, ids = [given] * self._skeleton.n_blocks, torch.empty(samples, seq_len, dtype=torch.int64)
-        arguments = ModelArguments(ids, CUDA, seen, None, SAMPLES_FIRST, (config.hidden_size,))
+        seen = [given] * self._skeleton.n_blocks
+        arguments = ModelArguments(tokens.ids, CUDA, seen, None, SAMPLES_FIRST, (config.hidden_size,))
         names = ("hidden", "reference") if self._job.recipe.paired else ("hidden",)
         return {name: hidden.clone() for name in names}, arguments
 
@@ -146,7 +147,8 @@ def one_block(name: str, samples: int, seq_len: int, room: Room, recipe: Recipe)
         for undo in PaperValues(gpu).patches():
             stack.callback(undo)
         stack.enter_context(gpu)
-        run = _Run(job, (samples, seq_len), journal)  # type: ignore[arg-type]
+        ids = torch.empty(samples, seq_len, dtype=torch.int64, device="cpu")
+        run = _Run(job, Tokens(ids, "", bos=False), journal)
         reading = skeleton.blocks()
         k, block = next(reading)
         gpu.reset()

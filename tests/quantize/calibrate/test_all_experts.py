@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantpress import api
 from quantpress.calibrate import block_pass
 from quantpress.calibrate.block_pass import BlockPass
+from quantpress.calibrate.lanes import Lanes
 from quantpress.core.errors import BadInput
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
@@ -62,7 +63,15 @@ def test_it_is_what_a_pass_without_routing_would_see(
     if together:
         monkeypatch.setattr(BlockPass, "_memory_for_moments", lambda self: 1 << 20)
     passing = BlockPass(
-        block, hidden, arguments, linears, device=CPU, batch=5, reference=reference, restarts=restarts, all_experts=True
+        block,
+        hidden,
+        arguments,
+        linears,
+        device=CPU,
+        lanes=Lanes(len(hidden), 5),
+        reference=reference,
+        restarts=restarts,
+        all_experts=True,
     )
     seen: list[str] = []
     for groups in passing.together():
@@ -100,7 +109,16 @@ def test_inputs_are_rounded_on_the_way_to_the_down_projection(tmp_path: Path) ->
     linears = {n: block.get_submodule(x.module) for n, x in places.items() if ".experts." in n}
     entering = hidden.clone()
     spec = Activations(type="int8", dynamic=False)
-    passing = BlockPass(block, hidden, arguments, linears, device=CPU, batch=2, activations=(spec, 0), all_experts=True)
+    passing = BlockPass(
+        block,
+        hidden,
+        arguments,
+        linears,
+        device=CPU,
+        lanes=Lanes(len(hidden), 2),
+        activations=(spec, 0),
+        all_experts=True,
+    )
     given: list[Inputs] = []  # of the gate and up projections
     checked = 0
     for shared in passing:

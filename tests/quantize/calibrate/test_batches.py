@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from quantpress.calibrate.block_pass import BlockPass
+from quantpress.calibrate.lanes import Lanes
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.experts import Routing
 from quantpress.models.skeleton import Skeleton
@@ -27,7 +28,7 @@ def test_a_linear_has_one_hook_whatever_the_number_of_batches(family: str, tmp_p
     reference, arguments = hidden + 0.1, skeleton.block_arguments(tokens)[0]
     _, block = next(skeleton.blocks())
     linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-    common: dict[str, Any] = {"device": CPU, "batch": 1, "reference": reference}
+    common: dict[str, Any] = {"device": CPU, "lanes": Lanes(len(hidden), 1), "reference": reference}
     for _ in BlockPass(block, hidden, arguments, linears, **common):
         hooks = [len(module._forward_pre_hooks) for module in linears.values()]
         assert hooks == [1] * len(linears)
@@ -62,7 +63,12 @@ def test_experts_that_are_summed_up_together_get_the_same_sums(
     found: list[dict[tuple[str, ...], Any]] = []
     for together in (False, True):
         hidden, reference = start.clone(), start + 0.1
-        common: dict[str, Any] = {"device": CPU, "batch": 4, "reference": reference, "restarts": restarts and together}
+        common: dict[str, Any] = {
+            "device": CPU,
+            "lanes": Lanes(len(hidden), 4),
+            "reference": reference,
+            "restarts": restarts and together,
+        }
         passing = BlockPass(block, hidden, arguments, linears, **common)
         if together:  # as on a GPU
             monkeypatch.setattr(passing, "_memory_for_moments", lambda: 1 << 32)

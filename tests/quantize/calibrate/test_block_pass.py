@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantpress.calibrate.block_pass import BlockPass, paired_batches
+from quantpress.calibrate.lanes import Lanes
 from quantpress.calibrate.moments import add_second_moment, exact_products
 from quantpress.models.block_arguments import SAMPLES_FIRST, BlockArguments, ModelArguments
 from quantpress.models.checkpoint import Checkpoint
@@ -53,7 +54,9 @@ def test_a_shared_input_is_what_a_plain_pass_would_see(family: str, keep: bool, 
     modules = {x.name: x.module for x in skeleton.linears() if x.block == 0}
     original = copy.deepcopy(block)
     arriving, wanted = (hidden.clone(), reference.clone()), _outputs(original, reference, arguments)
-    passing = BlockPass(block, hidden, arguments, linears, device=CPU, batch=20, keep=keep, reference=reference)
+    passing = BlockPass(
+        block, hidden, arguments, linears, device=CPU, lanes=Lanes(len(hidden), 20), keep=keep, reference=reference
+    )
     seen: list[str] = []
     elsewhere = 0
     for shared in passing:
@@ -99,7 +102,9 @@ def test_the_original_waits_where_it_holds_the_least(tmp_path: Path) -> None:
         _, block = next(skeleton.blocks(0))
         linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
         wanted = _outputs(block, reference, arguments)
-        for shared in BlockPass(block, hidden, arguments, linears, device=CPU, batch=20, reference=reference):
+        for shared in BlockPass(
+            block, hidden, arguments, linears, device=CPU, lanes=Lanes(len(hidden), 20), reference=reference
+        ):
             if torch.equal(reference, wanted):
                 done_at.setdefault(family, shared.names[0])
     assert done_at == {"llama": "mlp.down_proj", "mixtral": "self_attn.o_proj"}
@@ -128,8 +133,8 @@ def test_tokens_that_cannot_be_matched_are_not_compared() -> None:
     linears = {"first": block.first, "some": block.some}
     reference = torch.randn(6, 10, 8)
     first, some = BlockPass(
-        block, hidden, _none(len(hidden)), linears, device=CPU, batch=2, reference=reference
-    )  # fmt: skip
+        block, hidden, _none(len(hidden)), linears, device=CPU, lanes=Lanes(len(hidden), 2), reference=reference
+    )
     assert first.drift is not None
     assert not first.unmatched
     assert some.tokens == 30
@@ -142,7 +147,7 @@ def test_a_static_range_is_the_largest_over_all_batches() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
     hidden = torch.full((4, 8, 4), 0.5)
     hidden[1, 3, 2], hidden[2, 5, 1] = 9.0, -7.0
-    common: dict[str, Any] = {"device": CPU, "batch": 1}
+    common: dict[str, Any] = {"device": CPU, "lanes": Lanes(len(hidden), 1)}
     for symmetric, wanted in ((True, 9 / 127), (False, 16 / 255)):
         spec = Activations(type="int8", dynamic=False, symmetric=symmetric)
         shared, _ = BlockPass(
@@ -191,7 +196,7 @@ def test_what_moves_a_bfloat16_model_is_summed_to_its_precision() -> None:
     reference = (hidden + 0.05 * torch.randn(hidden.shape, generator=g)).bfloat16()
     x, x0 = hidden.double().flatten(0, 1), reference.double().flatten(0, 1)
     block = nn.Sequential(nn.Linear(96, 96, dtype=torch.bfloat16))
-    common: dict[str, Any] = {"device": CPU, "batch": 20, "reference": reference}
+    common: dict[str, Any] = {"device": CPU, "lanes": Lanes(len(hidden), 20), "reference": reference}
     (shared,) = BlockPass(block, hidden, _none(len(hidden)), {"0": block[0]}, **common)
     assert shared.moment is not None
     assert shared.drift is not None
@@ -209,7 +214,7 @@ def test_a_pass_for_diagonals_and_one_with_rounded_inputs_see_the_same_as_a_plai
     arguments = skeleton.block_arguments(tokens)[0]
     _, block = next(skeleton.blocks(0))
     linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-    common: dict[str, Any] = {"device": CPU, "batch": 20}
+    common: dict[str, Any] = {"device": CPU, "lanes": Lanes(len(hidden), 20)}
     for shared in BlockPass(block, hidden.clone(), arguments, linears, keep=False, diagonal=True, **common):
         x = _inputs(block, shared.names[0], hidden, arguments)
         assert shared.moment is not None
@@ -246,7 +251,11 @@ def test_moments_are_those_of_each_linears_own_input(family: str, tmp_path: Path
         handle.remove()
     expected = hidden.clone()
     run_block(block, expected, arguments[0], device=CPU, batch=2)
-    passing = list(BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=hidden.clone()))
+    passing = list(
+        BlockPass(
+            block, hidden, arguments[0], linears, device=CPU, lanes=Lanes(len(hidden), 2), reference=hidden.clone()
+        )
+    )
     torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
     assert sorted(name for shared in passing for name in shared.names) == sorted(linears)
     for shared in passing:
@@ -273,7 +282,9 @@ def test_a_block_pass_goes_on_with_what_was_rounded(tmp_path: Path) -> None:
     original, reference, hidden = start.clone(), start.clone(), start.clone()
     run_block(block, original, arguments[0], device=CPU, batch=2)
     drifted = []
-    for shared in BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2, reference=reference):
+    for shared in BlockPass(
+        block, hidden, arguments[0], linears, device=CPU, lanes=Lanes(len(hidden), 2), reference=reference
+    ):
         assert shared.drift is not None
         drifted.append(bool(shared.drift.any()))
         for name in shared.names:
@@ -295,7 +306,7 @@ def test_a_block_pass_given_up_leaves_no_trace(tmp_path: Path) -> None:
     before = hidden.clone()
     _, block = next(skeleton.blocks())
     linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == 0}
-    passing = BlockPass(block, hidden, arguments[0], linears, device=CPU, batch=2).__iter__()
+    passing = BlockPass(block, hidden, arguments[0], linears, device=CPU, lanes=Lanes(len(hidden), 2)).__iter__()
     next(passing)
     passing.close()  # what an exception in the caller comes to
     assert torch.equal(hidden, before)
@@ -376,7 +387,9 @@ def test_what_blocks_hand_on_goes_with_its_own_states(family: str, tmp_path: Pat
     wanted = alone(hidden), alone(reference)
     for k, block in model.blocks():
         linears = {x.name: block.get_submodule(x.module) for x in model.linears() if x.block == k}
-        for _ in BlockPass(block, hidden, arguments[k], linears, device=CPU, batch=2, reference=reference):
+        for _ in BlockPass(
+            block, hidden, arguments[k], linears, device=CPU, lanes=Lanes(len(hidden), 2), reference=reference
+        ):
             pass
         if k == 2:  # as a run that is stopped here and resumed
             kept, arguments = arguments.carried(k), model.block_arguments(tokens)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from quantpress.artifact.artifact import open_artifact
+from quantpress.calibrate.lanes import Lanes
 from quantpress.core.errors import BadInput
 from quantpress.engine import blocks
 from quantpress.engine.pipeline import prepare
@@ -62,6 +63,7 @@ class Opened:
         self.skeleton.open_shell()
         tokens = torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(0))
         self.hidden, self.arguments = self.skeleton.embed(tokens), self.skeleton.block_arguments(tokens)
+        self.lanes = Lanes(len(tokens), 4)
 
     def blocks(self) -> Iterator[tuple[int, nn.Module, Tensor]]:
         for k, block in self.skeleton.blocks():
@@ -90,7 +92,7 @@ def test_a_transformed_block_computes_what_it_did(
         originals, hidden = dict(block.named_parameters()), model.hidden.clone()
         copies = {name: p.clone() for name, p in originals.items()}
         grids = dict.fromkeys(model.modules(k), settings.weights)
-        changes = transforms.apply(k, block, grids, model.hidden, model.arguments[k])
+        changes = transforms.apply(k, block, grids, model.hidden, model.arguments[k], model.lanes)
         assert torch.equal(model.hidden, hidden)
         after = model.run(k, block)
         assert_close(after, before, rtol=0, atol=3e-6 * float(before.abs().max()))
@@ -105,7 +107,9 @@ def test_every_feed_of_a_family_is_found(family: str, tmp_path: Path) -> None:
     model = Opened(family, tmp_path)
     k, block, _ = next(model.blocks())
     grids = dict.fromkeys(model.modules(k), recipe().weights)
-    changes = BlockTransforms(recipe(), model.skeleton).apply(k, block, grids, model.hidden, model.arguments[k])
+    changes = BlockTransforms(recipe(), model.skeleton).apply(
+        k, block, grids, model.hidden, model.arguments[k], model.lanes
+    )
     assert [record.note for record in changes.records] == [None] * len(changes.records)
     feeds = {record.feed.split(".0.", 1)[1] for record in changes.records}
     assert feeds == set(FEEDS.get(family, LLAMA))
@@ -122,7 +126,7 @@ def test_the_router_is_scaled_with_the_experts(family: str, tmp_path: Path) -> N
     names = [n for n, _ in block.named_modules() if n == "mlp.gate" or n.endswith(("shared_expert_gate", "experts.3"))]
     before = {n: p.clone() for n, p in block.named_parameters()}
     grids = dict.fromkeys(model.modules(k), recipe().weights)
-    BlockTransforms(recipe(), model.skeleton).apply(k, block, grids, model.hidden, model.arguments[k])
+    BlockTransforms(recipe(), model.skeleton).apply(k, block, grids, model.hidden, model.arguments[k], model.lanes)
     norm = before["post_attention_layernorm.weight"] / block.get_parameter("post_attention_layernorm.weight")
     assert float(norm.max() / norm.min()) > 1.1
     for name in names:
