@@ -20,6 +20,7 @@ from . import memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _LARGE = 1 << 21  # bytes: a huge page
+_KEPT = 1 << 26  # bytes of freed memory that stay for the next small tensors: getting them back costs page faults
 
 
 def device() -> torch.device:
@@ -48,7 +49,7 @@ def set_up_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_ARENA_MAX, 1)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-        library.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
+        library.mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 @contextmanager

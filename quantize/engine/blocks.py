@@ -127,7 +127,7 @@ class _Run:
         leaving = self.hidden
         if self._room.spare and whole:
             leaving = {name: torch.empty_like(states) for name, states in self.hidden.items()}
-        rounding = BlockRounding(job.recipe.rounder, job.schemes, block, self._ranks)
+        rounding = BlockRounding(job.recipe.rounder, job.schemes, block, self._ranks, runs_on=bool(self.hidden))
         for inputs in self._inputs(block, linears.values(), passing, leaving if whole else None, cache):
             rounding.round(inputs, linears)
         rounded, records = rounding.rounded, rounding.finish()

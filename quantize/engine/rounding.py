@@ -19,9 +19,10 @@ from ..methods.gptq import raised_note
 from ..methods.group_scales import clipped_note
 from ..methods.kernel_check import kernels_refused
 from ..methods.layer_error import ErrorMeasure, error_fields, layer_error
-from ..methods.rtn import column_power
+from ..methods.rtn import column_power, rtn_by_rows
 from ..models.placed_model import LinearLayer
 from ..numbers.grid import Grid, Inputs, QuantizedLinear
+from ..numbers.types import BlockGrid
 from ..recipe import Gptq, MethodSettings
 from .shared_rounding import Solved, exchanged, parts
 
@@ -44,6 +45,11 @@ class _Stack:
     def shape(self) -> tuple[int, int]:
         """[out, in]"""
         return sum(x.out_features for x in self.linears), self.linears[0].in_features
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows are rounded to nearest each by itself, from nothing but their weights."""
+        return self.shared.moment is None and not self.grid.shares_rows and not isinstance(self.grid, BlockGrid)
 
     @property
     def alike(self) -> tuple[Any, ...]:
@@ -91,13 +97,21 @@ class _Rounded:
 class BlockRounding:
     """Rounds the linears of a block, puts the new weights into it, and keeps a record of each.
 
-    On a GPU the figures of the records stay there until `finish`: reading one waits for all the work before it.
+    runs_on: whether the block is run with the new weights; otherwise it keeps the old ones. On a GPU the figures of the
+    records stay there until `finish`: reading one waits for all the work before it.
     """
 
     def __init__(
-        self, method: MethodSettings, schemes: Mapping[str, Grid | None], block: nn.Module, ranks: Ranks = ALONE
+        self,
+        method: MethodSettings,
+        schemes: Mapping[str, Grid | None],
+        block: nn.Module,
+        ranks: Ranks = ALONE,
+        *,
+        runs_on: bool = True,
     ) -> None:
         self._method, self._schemes, self._block, self._ranks = method, schemes, block, ranks
+        self._runs_on = runs_on
         self.rounded: dict[str, QuantizedLinear] = {}
         self._records: dict[str, LayerRecord] = {}
         self._unread: list[_Rounded] = []
@@ -149,6 +163,11 @@ class BlockRounding:
 
     def _round_alone(self, stack: _Stack, refused: str = "") -> None:
         """Solve one stack. refused: a note on why no kernels are used."""
+        if not self._runs_on and self._method.name == "rtn" and stack.by_rows:
+            weight = torch.cat([weight_of(self._block, linear) for linear in stack.linears])
+            linear, error, power = rtn_by_rows(weight, stack.grid)
+            self._keep_solved(stack, Solved(linear, error, power, "weight", None, []), None)
+            return
         try:
             solved, new = self._solved(stack, refused, slice(0, stack.shape[0]))
         except BadInput:
@@ -167,15 +186,17 @@ class BlockRounding:
         error = layer_error(weight.to(torch.float32), new, shared.moment, shared.drift, power)
         return Solved(result.linear, error.error, error.power, error.measure, result.damp, notes), new
 
-    def _keep_solved(self, stack: _Stack, solved: Solved, new: Tensor) -> None:
+    def _keep_solved(self, stack: _Stack, solved: Solved, new: Tensor | None) -> None:
+        """new: the weight [out, in] that the block gets; None where it keeps the old one."""
         start = 0
         for linear in stack.linears:
             rows = slice(start, start + linear.out_features)
-            self._keep(linear, solved.linear.rows(rows.start, rows.stop), new[rows], stack.shared)
+            weight = None if new is None else new[rows]
+            self._keep(linear, solved.linear.rows(rows.start, rows.stop), weight, stack.shared)
             sums = self._figure(solved.error[rows].sum()), self._figure(solved.power[rows].sum())
             self._unread.append(_Rounded(linear, stack, solved.measure, solved.damp, None, solved.notes, *sums))
             start = rows.stop
-        if new.device.type == "cpu":
+        if solved.error.device.type == "cpu":
             self._read()
 
     def _round_shared(self, stacks: list[_Stack]) -> None:
@@ -264,9 +285,10 @@ class BlockRounding:
                 self._unread.append(_Rounded(linear, stack, measure, damp, raised, notes, *figures))
             start = rows.stop
 
-    def _keep(self, linear: LinearLayer, rounded: QuantizedLinear, weight: Tensor, shared: SharedInput) -> None:
+    def _keep(self, linear: LinearLayer, rounded: QuantizedLinear, weight: Tensor | None, shared: SharedInput) -> None:
         self.rounded[linear.name] = replace(rounded, inputs=shared.inputs)
-        put(self._block, linear, weight)
+        if weight is not None:
+            put(self._block, linear, weight)
 
     def _figure(self, values: Tensor) -> int:
         """Note figures that are to be read later; returns the place of the first."""

@@ -4,6 +4,8 @@ GPTQ and compressed-tensors store codes so. compressed-tensors before 0.19 left 
 its packer does what the installed version does, and a file must not depend on that.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,6 +19,11 @@ def n_words(n: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., n] uint8 -> int32 [..., n_words(n, bits)]."""
     *rows, n = codes.shape
+    if bits in (2, 4, 8) and n * bits % 32 == 0 and sys.byteorder == "little":
+        stream = codes.contiguous()
+        for width in (w for w in (2, 4) if w >= bits):  # two numbers into one of twice the width
+            stream = stream[..., ::2] | stream[..., 1::2] << width
+        return _as(stream, torch.int32, *rows, n * bits // 32)
     eights = pad(codes, (0, -n % 8)).reshape(*rows, -1, 8)  # eight codes fill exactly `bits` bytes
     word = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)
     for i in range(8):

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from ..core.machine import one_thread
 from ..numbers.ggml_scales import by_size
-from ..numbers.grid import scale_dtype, snap
+from ..numbers.grid import QuantizedLinear, encode, fit, global_scale, scale_dtype, snap
 from ..numbers.types import BlockGrid, Grid
 from ..plugin import MethodSettings
 from .group_scales import GroupScales
 from .rounded import Rounded
 
+_PIECE = 1 << 18  # weights rounded at a time and thread where rows are independent
 _WIDEST = 256  # columns of a group whose whole block of the moment is used
 
 
@@ -51,6 +52,35 @@ def rtn(
             scale, zero = fitting.fit(group, w[:, part], importance, block)
             numbers[:, part] = snap(w[:, part], scale[:, None], zero[:, None], grid)
     return Rounded(fitting.linear(numbers))
+
+
+def rtn_by_rows(weight: Tensor, grid: Grid) -> tuple[QuantizedLinear, Tensor, Tensor]:
+    """As `rtn` where nothing is known of the inputs, for grids whose rows share nothing but a global scale; with the
+    error of each row and its power [out], as in `layer_error`.
+
+    A few rows at a time, so that what is made of them stays in the cache and in memory that is used again.
+    """
+    out_features, in_features = weight.shape
+    columns, stored, overall = grid.columns(in_features), scale_dtype(weight, grid), global_scale(weight, grid)
+    groups = in_features // columns
+    codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(out_features, groups, dtype=stored, device=weight.device)
+    zeros = torch.empty(out_features, groups, dtype=torch.uint8, device=weight.device)
+    error, power = torch.empty(2, out_features, device=weight.device).unbind()
+    step = max(1, _PIECE // in_features) * torch.get_num_threads()
+    for start in range(0, out_features, step):
+        rows = slice(start, start + step)
+        w = weight[rows].to(torch.float32).view(-1, groups, columns)
+        scale, zero = (x.view(-1, groups, 1) for x in fit(w.view(-1, columns), grid, stored, None, overall))
+        numbers = snap(w, scale, zero, grid)
+        codes[rows] = encode(numbers, grid).flatten(1)
+        scales[rows] = (scale if overall is None else scale * overall).squeeze(2)  # rounded as they are stored
+        zeros[rows] = zero.squeeze(2)
+        if grid.uniform:
+            numbers -= zero
+        error[rows] = numbers.mul_(scale).sub_(w).flatten(1).square_().sum(1)
+        power[rows] = w.flatten(1).square().sum(1)  # w may be the weight itself
+    return QuantizedLinear(codes, scales, zeros, grid, global_scale=overall), error, power
 
 
 def column_power(moment: Tensor) -> Tensor:

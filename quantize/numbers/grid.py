@@ -180,7 +180,7 @@ def global_scale(weight: Tensor, grid: Grid) -> Tensor | None:
     """
     if grid.type != "nvfp4":
         return None
-    amax = weight.to(torch.float32).abs().amax((-2, -1)).clamp(min=2.0**-60)
+    amax = torch.maximum(weight.amax((-2, -1)), -weight.amin((-2, -1))).to(torch.float32).clamp(min=2.0**-60)
     return torch.exp2(torch.floor(torch.log2(E4M3_MAX * E2M1_MAX / max(_FLOAT_RANGES) / amax)))
 
 

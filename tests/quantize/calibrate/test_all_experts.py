@@ -141,7 +141,7 @@ def test_all_tokens_are_multiplied_once_for_all_experts(tmp_path: Path, monkeypa
     (tmp_path / "text.txt").write_text(tiny.text(4000))
     sums: list[int] = []
     real = block_pass.Moments
-    monkeypatch.setattr(block_pass, "Moments", lambda **how: sums.append(1) or real(**how))
+    monkeypatch.setattr(block_pass, "Moments", lambda *of, **how: sums.append(1) or real(*of, **how))
     calibration = {"source": str(tmp_path / "text.txt"), "samples": 4, "seq_len": 16, "all_experts": True}
     recipe = {"method": "gptq", "weights": {"group_size": 32}, "calibration": calibration}
     api.quantize(recipe, str(tmp_path / "model"), tmp_path / "run")

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from quantpress.methods.fake_quant import storable
 from quantpress.methods.group_scales import GroupScales
-from quantpress.methods.rtn import rtn
+from quantpress.methods.layer_error import layer_error
+from quantpress.methods.rtn import rtn, rtn_by_rows
 from quantpress.numbers.ggml_scales import by_size
 from quantpress.numbers.grid import SMALLEST_SCALE
 from quantpress.numbers.types import BlockGrid, GgmlType, Grid
@@ -54,3 +55,31 @@ def test_groups_that_outgrow_the_global_scale_are_counted_on_both_sides(sign: fl
     grown = torch.cat([weight[:1, 16:], weight[1:, 16:] * 3 * sign])
     fitting.fit(1, grown, None)
     assert fitting.clipped == "1 of 4 groups outgrew the global scale and are clipped"
+
+
+BY_ROWS = [
+    Grid(type="fp8"), Grid(type="mxfp4"), Grid(type="mxfp8", scale_search="minmax"), Grid(type="nvfp4"),
+    Grid(bits=4, group_size=32), Grid(bits=3, group_size=32, symmetric=False), Grid(bits=8, group_size=-1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("grid", BY_ROWS, ids=str)
+def test_pieces_of_rows_are_rounded_as_the_whole_weight(
+    grid: Grid, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rtn_by_rows.__globals__, "_PIECE", 96 * 5)
+    weight = (torch.randn(33, 96, generator=torch.Generator().manual_seed(0)) * 0.05).to(dtype)
+    before = weight.clone()
+    linear, error, power = rtn_by_rows(weight, grid)
+    assert torch.equal(weight, before)
+    wanted = rtn(weight, grid, Rtn()).linear
+    assert torch.equal(linear.codes, wanted.codes)
+    assert linear.scales.dtype == wanted.scales.dtype
+    assert torch.equal(linear.scales.float(), wanted.scales.float())
+    assert torch.equal(linear.zeros, wanted.zeros)
+    assert (linear.global_scale is None) == (grid.type != "nvfp4")
+    assert linear.global_scale == wanted.global_scale
+    measured = layer_error(weight.float(), wanted.dequantize(), None)
+    assert torch.equal(error, measured.error)
+    assert torch.equal(power, measured.power)
