@@ -13,6 +13,7 @@ from quantpress.core.untrusted import read_json
 from quantpress.formats.statement import without_quantization
 from quantpress.models.architecture import model_config
 from quantpress.models.checkpoint import companions
+from quantpress.models.config_forms import readable_by_all
 
 # Fields that say who wrote a config, or that readers compute.
 _NO_MATTER = {
@@ -31,7 +32,7 @@ def beside_problems(folder: Path, original: Path, config: Mapping[str, Any]) -> 
     """
     stored = without_quantization(read_json(folder / "config.json"))
     if own_manifest(folder) is not None:
-        yield from _fields("config.json", stored, config)
+        yield from _fields("config.json", readable_by_all(stored), readable_by_all(config))
         yield from _companions(folder, original)
     else:
         yield from _fields("config.json", _meaning(stored), _meaning(config), _NO_MATTER)

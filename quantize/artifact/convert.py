@@ -16,6 +16,7 @@ from ..formats import FORMATS, Format, ModelScheme, detect
 from ..gguf.reader import gguf_files
 from ..models.architecture import is_multimodal, stated_dtype
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from ..models.config_forms import readable_by_all
 from ..models.skeleton import Skeleton
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Grid
@@ -80,7 +81,8 @@ def convert(source: Path, target: Path, to: str) -> None:
         _write_weights(
             checkpoint, {f"{n}.{suffix}": n for n in shapes for suffix in reader.suffixes}, repack, renamed, partial
         )
-        write_json(partial / "config.json", checkpoint.config | {"quantization_config": quantization})
+        config = readable_by_all(checkpoint.config) | {"quantization_config": quantization}
+        write_json(partial / "config.json", config)
         for name, content in writer.extra_files(quantization).items():
             write_json(partial / name, content)
         copy_companions(source, partial)

@@ -19,6 +19,7 @@ from ..formats import FORMATS, ModelScheme
 from ..formats.layouts import packs
 from ..models.by_name import ByName
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from ..models.config_forms import readable_by_all
 from ..models.experts import UNREAD
 from ..models.loading import loads_single_experts, why_no_packed_linears
 from ..models.rotated_checkpoint import RotatedCheckpoint
@@ -76,7 +77,8 @@ class HuggingFaceFolder(Backend):
             written = merge_parts([shell, *parts], partial)
             format = FORMATS[self.setup.recipe.formats[0]]
             quantization = format.config(self._model_scheme)
-            write_json(partial / "config.json", dict(self.setup.reader.config) | {"quantization_config": quantization})
+            config = readable_by_all(self.setup.reader.config) | {"quantization_config": quantization}
+            write_json(partial / "config.json", config)
             for name, content in format.extra_files(quantization).items():
                 write_json(partial / name, content)
             copy_companions(self.setup.source.path, partial)
