@@ -1,11 +1,11 @@
 """The launch files of a deployment: a script, a compose file and a Kubernetes manifest, all from one record."""
 
-import shlex
 from typing import Any
 
 import yaml
 
-from .servers.deployment import HOST, PORT, PYTHON, Deployment, fill
+from .quoting import comment, for_compose, for_kubernetes, in_double_quotes, shell_word, variable
+from .servers.deployment import HOST, PORT, PYTHON, Deployment, Mount
 from .servers.resources import quantity
 
 _HOST_BYTES = 8 * 2**30  # of host memory for a GPU server's processes, beside the weights; assumed, not measured
@@ -17,18 +17,19 @@ def serve_sh(deployment: Deployment, host: str) -> str:
     """The launch script. The environment may set HOST and PORT; arguments are passed to the server."""
     lines = [
         "#!/bin/sh",
-        f"# {deployment.title}. Needs {deployment.needs}.",
-        f"# Listens on {host}; HOST and PORT change that, further arguments go to the server.",
+        f"# {comment(deployment.title)}. Needs {comment(deployment.needs)}.",
+        f"# Listens on {comment(host)}; HOST and PORT change that, further arguments go to the server.",
         "set -eu",
         'here=$(CDPATH=\'\' cd -- "$(dirname -- "$0")" && pwd)',
     ]
     if deployment.contained:
         return "\n".join([*lines, *_docker_run(deployment, host)]) + "\n"
-    blanks = {HOST: f"${{HOST:-{host}}}", PORT: f"${{PORT:-{deployment.port}}}", PYTHON: "${PYTHON:-python3}"}
-    blanks |= {mount.blank: mount.on_host("$here") for mount in deployment.mounts}
-    inside_url = blanks | {HOST: f"${{HOST:-{_bracketed(host)}}}"}  # there it is followed by a port
-    lines += [f'export {key}="${{{key}:-{fill(value, inside_url)}}}"' for key, value in deployment.env.items()]
-    words = [_shell_word(part, blanks) for part in (*deployment.local, *deployment.arguments)]
+    blanks = {HOST: variable("HOST", host), PORT: variable("PORT", str(deployment.port))}
+    blanks |= {PYTHON: "${PYTHON:-python3}"} | {mount.blank: _on_host(mount) for mount in deployment.mounts}
+    inside_url = blanks | {HOST: variable("HOST", _bracketed(host))}  # there it is followed by a port
+    for key, value in deployment.env.items():
+        lines += [f'[ -n "${{{key}:-}}" ] || {key}={shell_word(value, inside_url)}', f"export {key}"]
+    words = [shell_word(part, blanks) for part in (*deployment.local, *deployment.arguments)]
     lines += ["exec " + _wrapped([*words, _REST])]
     return "\n".join(lines) + "\n"
 
@@ -38,14 +39,9 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _shell_word(part: str, blanks: dict[str, str]) -> str:
-    """One word of the command, quoted; the shell expands what fills its blanks."""
-    if part in blanks:
-        return f'"{blanks[part]}"'
-    word = shlex.quote(part)
-    for blank, variable in blanks.items():
-        word = word.replace(blank, f"'\"{variable}\"'")
-    return word
+def _on_host(mount: Mount) -> str:
+    """The folder of a mount, between double quotes."""
+    return in_double_quotes(mount.folder) if mount.folder.startswith("/") else f"$here/{in_double_quotes(mount.folder)}"
 
 
 def _wrapped(words: list[str]) -> str:
@@ -64,14 +60,15 @@ def _docker_run(deployment: Deployment, host: str) -> list[str]:
     words += ["--gpus", "all"] if deployment.cuda else []
     words += ["--shm-size", "2g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
     words += ["--security-opt", "no-new-privileges"]
-    shell = [shlex.quote(word) for word in words]
-    shell += ["--publish", f'"${{HOST:-{_bracketed(host)}}}:${{PORT:-{deployment.port}}}:{deployment.port}"']
+    host, port = variable("HOST", _bracketed(host)), variable("PORT", str(deployment.port))
+    shell = [*words, "--publish", f'"{host}:{port}:{deployment.port}"']
     for mount in deployment.mounts:
-        shell += ["--volume", f'"{mount.on_host("$here")}:{mount.path}:ro"']
+        shell += ["--volume", f'"{_on_host(mount)}:{in_double_quotes(mount.path)}:ro"']
     for key, value in deployment.container_env().items():
-        shell += ["--env", shlex.quote(f"{key}={value}")]
-    entrypoint, *inside = (shlex.quote(word) for word in deployment.in_container())
-    return ["exec " + _wrapped([*shell, "--entrypoint", entrypoint, deployment.image, *inside, _REST])]
+        shell += ["--env", shell_word(f"{key}={value}", {})]
+    entrypoint, *inside = (shell_word(word, {}) for word in deployment.in_container())
+    image = shell_word(deployment.image, {})
+    return ["exec " + _wrapped([*shell, "--entrypoint", entrypoint, image, *inside, _REST])]
 
 
 def compose(deployment: Deployment, host: str) -> str:
@@ -79,12 +76,12 @@ def compose(deployment: Deployment, host: str) -> str:
     service: dict[str, Any] = {
         "image": deployment.image,
         "entrypoint": deployment.in_container()[:1],
-        "command": [_undollared(word) for word in deployment.in_container()[1:]],
+        "command": deployment.in_container()[1:],
         "ports": [f"{_bracketed(host)}:{deployment.port}:{deployment.port}"],
         "volumes": [
             {"type": "bind", "source": m.on_host("."), "target": m.path, "read_only": True} for m in deployment.mounts
         ],
-        "environment": {key: _undollared(value) for key, value in deployment.container_env().items()},
+        "environment": deployment.container_env(),
         "security_opt": ["no-new-privileges:true"],
         "shm_size": "2gb",
         "restart": "unless-stopped",
@@ -100,12 +97,9 @@ def compose(deployment: Deployment, host: str) -> str:
         gpus = {"driver": "nvidia", "count": deployment.resources.gpus, "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [gpus]}}}
     return _document(
-        f"{deployment.title}: docker compose up", {"name": deployment.name, "services": {"server": service}}
+        f"{deployment.title}: docker compose up",
+        {"name": deployment.name, "services": {"server": for_compose(service)}},
     )
-
-
-def _undollared(word: str) -> str:
-    return word.replace("$", "$$")  # compose substitutes variables
 
 
 def kubernetes(deployment: Deployment) -> str:
@@ -124,10 +118,10 @@ def kubernetes(deployment: Deployment) -> str:
     container: dict[str, Any] = {
         "name": "server",
         "image": deployment.image,
-        "command": argv[:1],
-        "args": [word.replace("$(", "$$(") for word in argv[1:]],
+        "command": for_kubernetes(argv[:1]),
+        "args": for_kubernetes(argv[1:]),
         "ports": [{"name": "http", "containerPort": deployment.port}],
-        "env": [{"name": key, "value": value} for key, value in deployment.container_env().items()],
+        "env": [{"name": key, "value": for_kubernetes(value)} for key, value in deployment.container_env().items()],
         "resources": needs,
         "startupProbe": probe | {"periodSeconds": 10, "failureThreshold": _START_SECONDS // 10},
         "readinessProbe": probe | {"periodSeconds": 10},
@@ -180,4 +174,4 @@ class _Plain(yaml.SafeDumper):
 
 def _document(heading: str, *contents: dict[str, Any]) -> str:
     written = yaml.dump_all(contents, Dumper=_Plain, sort_keys=False, width=118)
-    return f"# {heading}\n{written}"
+    return f"# {comment(heading)}\n{written}"

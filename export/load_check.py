@@ -24,7 +24,7 @@ from .servers.served_model import ServedModel
 from .servers.target_settings import ServerSettings
 from .serving.against_reference import hold
 from .serving.client import Client
-from .serving.process import ServerFailed, ServerTooSlow
+from .serving.process import ServerFailed, ServerTooSlow, inherited
 from .serving.record import Check
 from .serving.reference import find_reference, read_reference
 from .serving.starting import Options, Running, installed, interpreter, serve
@@ -145,7 +145,7 @@ def _run(python: str | None, server: str, script: Path, *arguments: str) -> dict
     command = [found, "-I", str(script), *arguments]  # -I: the modules beside the script are not to be imported
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PARSER_SECONDS, env=os.environ | quiet,
+            command, capture_output=True, text=True, timeout=_PARSER_SECONDS, env=inherited(os.environ) | quiet,
             cwd=tempfile.gettempdir(),
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -307,7 +307,12 @@ def _name(run: Path, artifact: Path) -> str:
 
 
 def _address(host: str) -> str:
+    """The address, as the ipaddress module writes it; the zone of one of IPv6 is the name of an interface."""
     try:
-        return str(ipaddress.ip_address(host))
+        address = ipaddress.ip_address(host)
     except ValueError:
-        raise BadInput(f"--host {host!r} is not an address; 127.0.0.1 is loopback, 0.0.0.0 everywhere") from None
+        address = None
+    zone = getattr(address, "scope_id", None)
+    if address is None or (zone is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", zone)):
+        raise BadInput(f"--host {host!r} is not an address; 127.0.0.1 is loopback, 0.0.0.0 everywhere")
+    return str(address)

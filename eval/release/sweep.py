@@ -22,6 +22,7 @@ from quantpress.core.errors import BadInput
 from quantpress.core.files import expanded, file_sha256, write_json
 from quantpress.core.notebook import table
 from quantpress.engine.sources import default_cache
+from quantpress.exports.serving.process import guarded
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.recipe import Recipe
 
@@ -32,6 +33,7 @@ from .session import open_source
 
 _SHARED = ".shared"
 _COMMAND = (sys.executable, "-m", "quantpress", "run")
+_SIGNALLED = 128  # what the guard adds to the number of a signal, as shells do
 _ENDED = {0: "done", 3: "gate", 4: "unclear"}  # exit codes of a run that was measured
 
 
@@ -230,11 +232,15 @@ def run_one(task: SweepRun) -> RunOutcome:
     log = task.log
     with log.open("wb") as errors:
         environment = os.environ | ({} if task.cache is None else {"QUANTPRESS_CACHE": str(task.cache)})
-        done = subprocess.run(task.command, stdout=subprocess.PIPE, stderr=errors, check=False, env=environment)
-    if done.returncode in _ENDED:
-        status = _ENDED[done.returncode]
-        return RunOutcome(task.name, status, "" if status == "done" else _gates(done.stdout))
-    return RunOutcome(task.name, "failed", _why(log, done.returncode))
+        with subprocess.Popen(  # its guard ends it when this process ends, however that is
+            guarded(task.command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
+        ) as run:
+            assert run.stdout is not None
+            printed, code = run.stdout.read(), run.wait()
+    if code in _ENDED:
+        status = _ENDED[code]
+        return RunOutcome(task.name, status, "" if status == "done" else _gates(printed))
+    return RunOutcome(task.name, "failed", _why(log, code))
 
 
 def _seen(task: SweepRun, ready: Any, ray: Any) -> RunOutcome:
@@ -252,9 +258,10 @@ def _seen(task: SweepRun, ready: Any, ray: Any) -> RunOutcome:
 
 def _why(log: Path, code: int) -> str:
     """The last line of the log, without our name before it; or the signal that ended the process."""
-    if code < 0:
-        hint = " (out of memory?)" if code == -9 else ""
-        return f"ended by signal {-code}{hint}; see {log.name}"
+    if code < 0 or code > _SIGNALLED:
+        signal = -code if code < 0 else code - _SIGNALLED
+        hint = " (out of memory?)" if signal == 9 else ""
+        return f"ended by signal {signal}{hint}; see {log.name}"
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1].strip().removeprefix("quantpress: ") if lines else f"exit code {code}"
     return last if code == 2 else f"{last}; see {log.name}"

@@ -6,6 +6,7 @@ Everything on it comes from `manifest.json` and `eval/results.json`; the same in
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -154,6 +155,12 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _fenced(text: str, language: str) -> str:
+    """A block of code in Markdown, which no run of backticks in the text closes."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def _yaml(value: Any, flow: bool = False) -> str:
     text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100, default_flow_style=flow)
     return text.removesuffix("...\n").strip()
@@ -245,7 +252,7 @@ def _environment() -> Environment:
         "ticks": recovery_ticks,
     }
     environment.filters |= formats | {
-        "gate": show_limit, "gate_name": limit_name, "yaml": _yaml, "estimate": _estimate, "changed": _changed,
-        "by_task": _by_task,
+        "gate": show_limit, "gate_name": limit_name, "yaml": _yaml, "fenced": _fenced, "estimate": _estimate,
+        "changed": _changed, "by_task": _by_task,
     }  # fmt: skip
     return environment

@@ -71,8 +71,8 @@ def deploy(target: Ollama, folder: ModelFolder) -> Deployment:
 def _modelfile(target: Ollama, folder: ModelFolder) -> str:
     """The artifact's Modelfile, pointed at the GGUF file beside it, with the target's context length."""
     lines = [f"FROM ./{folder.gguf_file}"]
-    if folder.modelfile is not None:
-        lines += [line for line in folder.modelfile.splitlines() if not re.match(r"(?i)\s*from\s", line)]
+    if folder.modelfile is not None:  # its first line is its own FROM; further ones are text of the chat template
+        lines += folder.modelfile.splitlines()[1:]
     if target.max_model_len is not None:
         lines = [line for line in lines if not _sets("num_ctx", line)]
         lines.append(f"PARAMETER num_ctx {target.max_model_len}")

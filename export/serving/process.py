@@ -20,7 +20,18 @@ _GRACE_S = 10.0  # between SIGTERM and SIGKILL
 _QUOTED_LINES = 12
 _POLL_S = 0.2
 _TELL_AFTER_S, _TELL_AT_LEAST_EVERY_S = 5.0, 40.0
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # servers load local files and need no tokens
+# What a server may need of our environment: where things are, languages, and settings of libraries and devices.
+_INHERITED = {
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TERM", "TMPDIR", "TEMP", "TMP", "PWD",
+    "HOSTNAME", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX", "HF_HOME", "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE", "SSL_CERT_FILE", "SSL_CERT_DIR",
+}  # fmt: skip
+_FAMILIES = (
+    "LC_", "XDG_", "PYTHON", "CUDA_", "NVIDIA_", "NCCL_", "ROCR_", "HIP_", "HSA_", "OMP_", "KMP_", "GOMP_", "MKL_",
+    "OPENBLAS_", "TORCH", "PYTORCH_", "TRITON_", "VLLM_", "SGLANG_", "GGML_", "LLAMA_", "OLLAMA_", "TRANSFORMERS_",
+    "TOKENIZERS_", "DOCKER_",
+)  # fmt: skip
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL", "AUTH")  # in a name, whatever family it is of
 
 
 class ServerFailed(Exception):
@@ -104,20 +115,33 @@ class Child:
             self._guard.wait()
 
 
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that a server is started with: by an allow-list, since it loads files of others."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name in _INHERITED or name.startswith(_FAMILIES)) and not any(word in name.upper() for word in _SECRET)
+    }
+
+
+def guarded(command: Sequence[str], grace_s: float = _GRACE_S) -> list[str]:
+    """`command` under guard.py, which ends it and all it has started once the guard's stdin closes."""
+    return [sys.executable, "-P", str(_GUARD), str(grace_s), *command]
+
+
 @contextlib.contextmanager
 def running(
     command: Sequence[str], environment: Mapping[str, str], log: Path, grace_s: float = _GRACE_S
 ) -> Iterator[Child]:
     """Run `command` with additions to the environment, its output in `log`; it ends with the block, however that ends.
 
-    The child has a session of its own: Ctrl-C reaches us, and we end it. Hub tokens are removed from its environment.
+    The child has a session of its own: Ctrl-C reaches us, and we end it. Of our environment it has `inherited` alone.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         guard = subprocess.Popen(
-            [sys.executable, "-P", str(_GUARD), str(grace_s), *command], stdin=subprocess.PIPE, stdout=out, stderr=out,
-            env=inherited | dict(environment), cwd=log.parent, start_new_session=True,
+            guarded(command, grace_s), stdin=subprocess.PIPE, stdout=out, stderr=out,
+            env=inherited(os.environ) | dict(environment), cwd=log.parent, start_new_session=True,
         )  # fmt: skip
     child, over = Child(guard, log, grace_s), threading.Event()
     watcher = threading.Thread(target=child.watch_memory, args=(over,), daemon=True)

@@ -106,7 +106,7 @@ def translate(tokenizer: Any, add_bos: bool) -> Turns:
         if turns.render(messages) != want:
             raise BadInput("the chat template does more than put a text before and after each message")
     pieces = (turns.start, turns.prompt, *turns.user, *turns.answer, *(turns.system or ()), turns.default or "")
-    if any(mark in piece for piece in pieces for mark in ("{{", "}}", '"""')):
+    if any(mark in piece for piece in pieces for mark in ("{{", "}}", '"""')) or turns.prompt.endswith('"'):
         raise BadInput("the chat template holds braces or quotes that a Modelfile cannot")
     return turns
 
@@ -205,4 +205,4 @@ def _stops(tokenizer: Any, config: Any, turns: Turns | None) -> list[str]:
         around = turns.answer[1] + turns.user[0]
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t) in around}
         found += sorted(special - {tokenizer.bos_token} if turns.start else special, key=around.index)
-    return [stop for stop in dict.fromkeys(found) if stop and '"' not in stop]
+    return [stop for stop in dict.fromkeys(found) if stop and stop.isprintable() and '"' not in stop]

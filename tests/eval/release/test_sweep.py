@@ -1,10 +1,14 @@
 """Sweeps: what is run, what is not run again, and what becomes of a run that fails."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -167,3 +171,23 @@ def test_real_runs_over_ray_write_what_runs_in_turn_write(tmp_path: Path, monkey
     assert shared == [True] * 4
     assert len(artifacts[0]) == 2
     assert artifacts[0] == artifacts[1]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_ends_with_the_sweep_that_started_it(kind: signal.Signals, tmp_path: Path) -> None:
+    """And so does what the run has started itself."""
+    sleeper = "import subprocess, sys, time; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    started = (
+        "import sys; from pathlib import Path; from quantpress.eval.release.sweep import SweepRun, run_one; "
+        f"run_one(SweepRun('it', (sys.executable, '-c', {sleeper!r}), Path({str(tmp_path / 'it')!r}), 'key'))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", started])
+    below: list[psutil.Process] = []
+    end = time.monotonic() + 60
+    while len(below) < 3 and time.monotonic() < end:  # the guard, the run, what it runs
+        below = psutil.Process(parent.pid).children(recursive=True)
+        time.sleep(0.05)
+    assert len(below) == 3
+    parent.send_signal(kind)
+    parent.wait()
+    assert psutil.wait_procs(below, timeout=30)[1] == []
