@@ -1,8 +1,8 @@
 """config.json in a form that transformers 4 and 5, and the servers that carry either, read alike.
 
 transformers 5 moved what rotary embeddings are made of into `rope_parameters`, renamed `torch_dtype` to `dtype` and in
-some families `num_experts`. Version 4, which TGI and older vLLM carry, takes its defaults instead, without a word: theta
-10000, no scaling. Version 5 reads both forms, the older winning where both are there.
+some families `num_experts`. Version 4, which TGI and older vLLM carry, takes its defaults instead, without a word:
+theta 10000, no scaling. Version 5 reads both forms, the older winning where both are there.
 """
 
 from collections.abc import Mapping
