@@ -31,8 +31,9 @@ _SECTIONS = (  # of the reference: the key, and the models that it may hold
     ("method", ("Rtn", "Gptq", "AutoRound", "Qat", "EndToEnd", "LlamaCppQuantizer")),
     ("weights", ("Grid",)),
     ("activations", ("Activations",)),
+    ("budget", ("Budget",)),
     ("overrides", ("Override",)),
-    ("gguf", ("Gguf", "Budget")),
+    ("gguf", ("Gguf", "GgufBudget")),
     ("targets", tuple(server.settings.__name__ for server in SERVERS.values() if server.settings is not None)),
     ("evaluation", ("Evaluation", "Task", "EfficiencySettings", "Timing")),
     ("gates", ("Gates",)),
@@ -58,7 +59,7 @@ def recipe_reference() -> str:
             model = SCHEMA["$defs"][name]
             tag = model["properties"].get("name", {}).get("const")
             if len(models) > 1:
-                title = f"{key}: {tag}" if tag else {"EndToEnd": "method.end_to_end", "Budget": "gguf.budget",
+                title = f"{key}: {tag}" if tag else {"EndToEnd": "method.end_to_end", "GgufBudget": "gguf.budget",
                         "Task": "evaluation.tasks", "EfficiencySettings": "evaluation.efficiency",
                         "Timing": "evaluation.efficiency.timing"}.get(name, key)  # fmt: skip
                 lines += ["", f"### {title} {{ #{name.lower()} }}", ""]

@@ -14,8 +14,8 @@ from quantpress.engine.job import Job
 from quantpress.gguf.reader import gguf_files, open_gguf
 from quantpress.models.architecture import with_text_settings
 
+from .servers.loader import Loader, refusal
 from .servers.loader import notes as loader_notes
-from .servers.loader import refusal
 from .servers.served_model import FUSED, ServedModel, row_parallel
 from .servers.target_settings import ServerSettings
 from .servers.transformers_serve import loading
@@ -32,15 +32,22 @@ _BLOCK = 128  # rows and columns of a weight that share a scale in fp8-block
 
 def of_job(job: Job, format: str) -> ServedModel:
     """The model that a run will write in `format`."""
+    reader = job.skeleton.reader
+    outside = {name: _sides(reader.shape(f"{name}.weight")) for name in job.backend.outside}
     return ServedModel(
         format,
-        {x.name: (x.out_features, x.in_features) for x in job.linears},
-        job.schemes,
+        {x.name: (x.out_features, x.in_features) for x in job.linears} | outside,
+        job.schemes | dict(job.backend.outside),
         job.recipe.activations,
         job.recipe.kv_cache,
         job.recipe.shuffled,
         with_text_settings(job.checkpoint.config),
     )
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    n_out, n_in = shape
+    return n_out, n_in
 
 
 def of_artifact(artifact: Artifact) -> ServedModel:
@@ -100,6 +107,7 @@ def problems(target: ServerSettings, model: ServedModel) -> list[str]:
     found += (f"{label} {line}" for line in _fused(model))
     found += loader.limits(model, target.gpus)
     found += (f"{label} {line}" for line in _parallel(model, target.gpus))
+    found += _outside(target.loader, model)
     longest, asked = model.positions, target.max_model_len
     if longest is not None and asked is not None and asked > longest:
         found.append(f"{label} is asked for max_model_len {asked}, and the model has {longest} positions: lower it")
@@ -113,7 +121,11 @@ def check_job(job: Job) -> dict[str, str]:
     """
     taken: dict[str, str] = {}
     for target in job.recipe.targets:
-        refused = {format: problems(target, of_job(job, format)) for format in job.recipe.formats}
+        alternatives = [replace(job, backend=backend) for backend in job.backend.alternatives()]
+        refused = {
+            format: [line for one in alternatives for line in problems(target, of_job(one, format))]
+            for format in job.recipe.formats
+        }
         found = next((format for format, lines in refused.items() if not lines), None)
         if found is None:
             raise BadInput(f"targets: {sentence(next(iter(refused.values())))}")
@@ -156,6 +168,20 @@ def _fused(model: ServedModel) -> Iterator[str]:
             parts = [name.removesuffix(fused[0]) + part for part in fused]
             if len({model.schemes[part] for part in parts if part in model.schemes}) > 1:
                 yield f"fuses {', '.join(parts)} and needs one scheme for all of them"
+
+
+def _outside(loader: Loader, model: ServedModel) -> Iterator[str]:
+    """Quantized head or embeddings, which few servers load."""
+    kind = model.config.get("model_type")
+    for name, grid in model.schemes.items() if model.format == "compressed-tensors" else ():
+        key = "embeddings" if name.rpartition(".")[2].startswith("embed") else "head"
+        if grid is not None and _is_outside(name) and kind not in loader.outer.get(key, ()):
+            yield f"{loader.label} is not known to load {name} of a {kind} quantized: set {key}: null"
+
+
+def _is_outside(name: str) -> bool:
+    """Whether a module lies outside of the blocks, which are numbered: the head or the embeddings."""
+    return not any(part.isdigit() for part in name.split("."))
 
 
 def _parallel(model: ServedModel, n: int) -> Iterator[str]:

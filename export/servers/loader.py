@@ -5,7 +5,7 @@ model's shapes are functions of their own: `Loader.limits`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Loader:
 
     label: its name in messages. limits(model, gpus): one line for each thing it refuses because of the model's shapes.
     parse: asks the server's own classes or library; returns what was asked, and why it refuses ("" when it does not).
+    outer: the model types whose head and embeddings it loads packed in compressed-tensors files, by recipe key.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Loader:
     rows: tuple[Loadable, ...]
     limits: Callable[[ServedModel, int], Iterable[str]] = lambda model, gpus: ()
     parse: Callable[[ParserQuestion], tuple[str, str]] | None = None
+    outer: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def formats(self) -> list[str]:

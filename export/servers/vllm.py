@@ -165,7 +165,13 @@ def _parse(question: ParserQuestion, device: str) -> tuple[str, str]:
     return f"vLLM {answer['version']}'s own {what}", answer.get("refused", "")
 
 
-LOADER = Loader("vllm", "vLLM", _ROWS, _limits, lambda question: _parse(question, "cuda"))
+# compressed_tensors.py: get_quant_method of ParallelLMHead and VocabParallelEmbedding. They ask for the scheme of their
+# name; those model classes are left out that give no quantization config to their head, or no name to their embeddings.
+_OUTER = {
+    "head": frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", "phi3", "granite"}),
+    "embeddings": frozenset({"qwen2", "qwen3", "qwen3_moe"}),
+}
+LOADER = Loader("vllm", "vLLM", _ROWS, _limits, lambda question: _parse(question, "cuda"), _OUTER)
 CPU_LOADER = Loader("vllm-cpu", "vLLM on a CPU", _CPU_ROWS, _cpu_limits, lambda question: _parse(question, "cpu"))
 
 

@@ -83,7 +83,7 @@ def _twins(artifact: Artifact, manifest: Manifest | None) -> Iterator[str]:
 
 def _unlike_manifest(artifact: Artifact, manifest: Manifest) -> Iterator[str]:
     """The config's numbers are those that the manifest's recipe and records of layers name."""
-    recorded = {layer.name: layer.scheme for layer in manifest.layers if layer.tensor is None}
+    recorded = {layer.name: layer.scheme for layer in manifest.layers if layer.tensor is None} | manifest.outside
     if recorded:
         held = {name: str(grid) for name, grid in artifact.linears.items()}
         unlike = [n for n in (*recorded, *held) if held.get(n, "16 bit") != recorded.get(n, "16 bit")]

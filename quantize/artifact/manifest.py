@@ -168,6 +168,7 @@ class Manifest(Record):
     error_measure: str | None = None
     transforms: tuple[TransformRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
+    outside: dict[str, str] = {}  # schemes of what is quantized outside of the blocks: head, embeddings
     fallbacks: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()  # tensors of the original that its transformers model has no place for, copied
     forward: ForwardCheck | None = None

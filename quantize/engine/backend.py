@@ -6,7 +6,7 @@ artifact together from what the blocks left. `job.prepare` is the one place that
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -96,6 +96,11 @@ class Backend(ABC):
     imatrix_sha256: str | None = None
     keep_final: Callable[[Tensor], dict[str, Tensor]] | None = None
 
+    @property
+    def outside(self) -> Mapping[str, Grid]:
+        """The grids of what is quantized outside of the blocks, head and embeddings, by on-disk name."""
+        return {}
+
     @classmethod
     @abstractmethod
     def of(cls, setup: Setup) -> Self:
@@ -104,6 +109,10 @@ class Backend(ABC):
     @abstractmethod
     def plan(self) -> Plan:
         """What the run will need."""
+
+    def alternatives(self) -> Sequence[Self]:
+        """The backend with each of the schemes that a budget may choose, or only as it is."""
+        return [self]
 
     def settled(self, tokens: Tokens | None, work: Path) -> Self:
         """The backend with what only the calibration text can decide; `work` keeps that for a resumed run."""

@@ -7,11 +7,9 @@ from ..gguf.conversion import Conversion, FloatType
 from ..gguf.rounded_file import RoundedFile
 from ..gguf.tensor_types import expected_types, fallbacks, summed_up
 from ..gguf.writer import sizes
-from ..models.placed_model import LinearLayer
-from ..models.skeleton import Skeleton
-from ..recipe import Recipe
 from ..recipe.gguf_file import FLOATS
 from .backend import Setup
+from .budgeting import with_sensitivity
 from .plan import PROCESS_BYTES, Plan, make_plan
 
 
@@ -22,7 +20,7 @@ def plan_rounded(setup: Setup, file: RoundedFile) -> Plan:
     plan = make_plan(recipe, setup.skeleton, setup.linears, file.schemes(setup.linears))
     if artifact is not None:
         file.check_budget()
-        plan = _with_sensitivity(plan, recipe, setup.skeleton, setup.linears)
+        plan = with_sensitivity(plan, recipe, setup.skeleton, setup.linears)
         plan = replace(plan, layers=dict.fromkeys(plan.layers, "within the budget"))
     else:
         artifact = sum(file.sizes())
@@ -82,28 +80,3 @@ def _calibration_bytes(setup: Setup) -> int:
 def _weights_bytes(setup: Setup) -> int:
     """Bytes of the weights as they are read: dequantized, where the original is itself quantized."""
     return sum(setup.checkpoint.nbytes(name) for name in setup.checkpoint.names())
-
-
-def _with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer]) -> Plan:
-    """The plan with the pass that measures what errors cost: in float32, forwards, then backwards block by block.
-
-    On disk are the states that enter each block. In memory is a block and the next one, or embedding and head with the
-    logits of one sequence; what one sequence keeps for the gradient; states and gradients of all tokens.
-    """
-    hidden, seq_len = int(skeleton.config.hidden_size), recipe.calibration.seq_len
-    tokens, outside = recipe.calibration.samples * seq_len, int(skeleton.config.vocab_size) * hidden
-    blocks, widths = [0] * skeleton.n_blocks, [0] * skeleton.n_blocks
-    for x in linears:
-        blocks[x.block] += x.in_features * x.out_features
-        widths[x.block] += x.in_features + x.out_features
-    shell = 2 * outside + 4 * seq_len * int(skeleton.config.vocab_size)
-    work = 4 * (max(shell, 2 * max(blocks) + 3 * seq_len * max(widths)) + 3 * tokens * hidden)
-    operations = 2.0 * tokens * (4 * sum(blocks) + 3 * outside)  # each block runs forwards twice, and backwards
-    return replace(
-        plan,
-        memory_bytes=max(plan.memory_bytes, PROCESS_BYTES + work),
-        disk_bytes=max(plan.disk_bytes, 4 * tokens * hidden * skeleton.n_blocks),  # gone before the blocks are rounded
-        operations=plan.operations + operations,
-        seconds=plan.seconds * (1 + operations / plan.operations),
-        passes=plan.passes + 1,
-    )

@@ -1,5 +1,6 @@
 """A Hugging Face folder of packed weights as the artifact, and the same weights in further formats beside it."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..artifact.convert import convert
 from ..artifact.manifest import Manifest, Sizes
 from ..calibrate import kv_cache
+from ..calibrate.sensitivity import measure
 from ..calibrate.tokens import Tokens
 from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
@@ -23,8 +25,12 @@ from ..models.config_forms import readable_by_all
 from ..models.experts import UNREAD
 from ..models.loading import loads_single_experts, why_no_packed_linears
 from ..models.rotated_checkpoint import RotatedCheckpoint
+from ..models.skeleton import Skeleton
+from ..numbers.types import Grid
 from .accounting import account, few, left_for_their_width
 from .backend import Backend, Setup
+from .budgeting import SAMPLES, Menu, with_sensitivity
+from .outer import NOTHING, Outer
 from .plan import Plan, make_plan
 from .settings import Settings
 from .transforms import BlockTransforms
@@ -34,10 +40,13 @@ from .transforms import BlockTransforms
 class HuggingFaceFolder(Backend):
     """Shards in the recipe's first format; each further format is converted from them.
 
-    undivided: linears that stay in 16 bit because the recipe's groups do not fill their rows.
+    undivided: linears that stay in 16 bit because the recipe's groups do not fill their rows. menu: of the recipe's
+    budget, which replaces `schemes`, until then the smallest that it has, once the text is known; None without one.
     """
 
     undivided: tuple[str, ...] = ()
+    outer: Outer = NOTHING
+    menu: Menu | None = None
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
@@ -47,9 +56,24 @@ class HuggingFaceFolder(Backend):
         left = recipe.undivided(widths)
         if not few(skeleton, setup.linears, left):
             left = []  # refused
-        made = cls(setup=setup, schemes=recipe.schemes(widths, left), undivided=tuple(left))
-        for format in recipe.formats:
-            made._check_format(format)
+        if recipe.budget is None:
+            schemes = recipe.schemes(widths, left)
+            outer, menu = Outer.of(recipe, skeleton, schemes.values()), None
+        else:
+            outer = Outer.of(recipe, skeleton, recipe.budget.grids)
+            menu = Menu.of(recipe, skeleton, setup.linears, outer.saved_bytes(skeleton))
+            schemes, left = menu.schemes(menu.smallest(), setup.linears), []
+        made = cls(
+            setup=setup,
+            schemes=schemes,
+            undivided=tuple(left),
+            outer=outer,
+            menu=menu,
+            keep_final=outer.solved_head(recipe, skeleton),
+        )
+        for one in made.alternatives():
+            for format in recipe.formats:
+                one._check_format(format)
         made._check_readers()
         BlockTransforms(recipe, skeleton)
         if recipe.kv_cache is not None:
@@ -59,16 +83,46 @@ class HuggingFaceFolder(Backend):
     def plan(self) -> Plan:
         setup = self.setup
         plan = make_plan(setup.recipe, setup.skeleton, setup.linears, self.schemes)
-        notes, original = (*self._notes, *plan.notes), setup.checkpoint.total_bytes
+        plan = replace(plan, artifact_bytes=plan.artifact_bytes - self.outer.saved_bytes(setup.skeleton))
+        if self.menu is not None:
+            spare = self.menu.room - sum(min(options.values()) for options in self.menu.sizes.values())
+            plan = with_sensitivity(plan, setup.recipe, setup.skeleton, setup.linears)
+            layers = dict.fromkeys(plan.layers, "within the budget")
+            plan = replace(plan, artifact_bytes=plan.artifact_bytes + spare, layers=layers)
+            plan = replace(plan, notes=(*plan.notes, "the artifact takes at most that size: the budget chooses"))
+        notes, original = (*self._notes, *self.outer.left, *plan.notes), setup.checkpoint.total_bytes
         if setup.checkpoint.quantization is not None and plan.artifact_bytes >= original:
             notes = (*notes, "the artifact is no smaller than the original, which is itself quantized")
         return replace(plan, original_bytes=original, notes=notes)
+
+    def alternatives(self) -> list["HuggingFaceFolder"]:
+        if self.menu is None or self.setup.recipe.budget is None:
+            return [self]
+        linears, menu = self.setup.linears, self.menu
+        return [replace(self, schemes=menu.schemes(menu.with_(g), linears)) for g in self.setup.recipe.budget.grids]
+
+    def settled(self, tokens: Tokens | None, work: Path) -> Self:
+        """With the number formats that the recipe's budget allows."""
+        if self.menu is None:
+            return self
+        assert tokens is not None
+        kept, skeleton, linears = work / "schemes.json", self.setup.skeleton, self.setup.linears
+        if kept.exists():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            chosen = {name: None if grid is None else Grid.model_validate(grid) for name, grid in found.items()}
+        else:
+            exact = Skeleton(self.setup.reader, device=skeleton.device, dtype=torch.float32)
+            chosen = self.menu.choose(measure(exact, tokens.ids[:SAMPLES], work), skeleton.reader.read)
+            write_json(kept, {n: None if grid is None else grid.model_dump(mode="json") for n, grid in chosen.items()})
+        return replace(self, schemes=self.menu.schemes(chosen, linears))
 
     def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
         partial, final = settings.out / "quantized.partial", settings.out / "quantized"
         manifest = manifest.changed(fallbacks=(*self._notes, *manifest.fallbacks))
         if self.setup.skeleton.unused:
             manifest = manifest.changed(kept=tuple(self.setup.skeleton.unused))
+        if self.outer.grids:
+            manifest = manifest.changed(outside={name: str(grid) for name, grid in self.outer.grids.items()})
         shutil.rmtree(partial, ignore_errors=True)
         if not final.exists():
             partial.mkdir(parents=True)
@@ -94,6 +148,10 @@ class HuggingFaceFolder(Backend):
         return manifest.changed(converted=self.setup.recipe.formats[1:])
 
     @property
+    def outside(self) -> Mapping[str, Grid]:
+        return self.outer.grids
+
+    @property
     def _notes(self) -> tuple[str, ...]:
         """What is not as the original has it before anything is rounded."""
         rotated = self.setup.reader.notes if isinstance(self.setup.reader, RotatedCheckpoint) else ()
@@ -102,7 +160,7 @@ class HuggingFaceFolder(Backend):
         brought = (own,) if "auto_map" in config and not isinstance(self.setup.skeleton, ByName) else ()
         accounted = account(self.setup.skeleton, self.setup.linears)
         left = left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights)
-        notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left)
+        notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left, *self.outer.notes)
         why = self._why_transformers_does_not_load_it
         return notes if why is None else (*notes, f"transformers does not load this artifact: {why}")
 
@@ -121,6 +179,8 @@ class HuggingFaceFolder(Backend):
             return f"its {kind} wants weights for the experts that have none"
         if formats[0] != "compressed-tensors":
             return None
+        if self.outer.names.get("embeddings") in self.outer.grids:
+            return "it does not know quantized embeddings"
         packed = [x for x in quantized if (grid := self.schemes[x.name]) and packs(grid, self.setup.recipe.activations)]
         why = why_no_packed_linears(skeleton, packed)
         return None if why is None else f"in its {kind} {why}"
@@ -144,7 +204,8 @@ class HuggingFaceFolder(Backend):
     def _model_scheme(self) -> ModelScheme:
         recipe, outside = self.setup.recipe, self.setup.skeleton.unquantized_modules()
         schemes = self.setup.skeleton.by_all_names(self.schemes)
-        return ModelScheme(schemes, outside, recipe.shuffled, recipe.activations, recipe.kv_cache)
+        outside = [name for name in outside if name not in self.outer.grids]
+        return ModelScheme(schemes, outside, recipe.shuffled, recipe.activations, recipe.kv_cache, self.outer.grids)
 
     def _check_format(self, format: str) -> None:
         """Raise BadInput for what `format` cannot hold, linear by linear and as a whole."""
@@ -164,10 +225,14 @@ class HuggingFaceFolder(Backend):
         FORMATS[format].config(self._model_scheme)
 
     def _shell_tensors(self) -> dict[str, Tensor]:
-        """The tensors outside the blocks; a head that is tied and equal to the embedding is stored once."""
+        """The tensors outside the blocks; a head that is tied and equal to the embedding is stored once. Of what is
+        quantized out there, those that no block's part has.
+        """
         skeleton, reader = self.setup.skeleton, self.setup.reader
         inside = skeleton.on_disk_of_blocks()
-        tensors = {name: reader.read(name) for name in reader.names() if name not in inside}
+        packed = {f"{name}.weight" for name in self.outer.grids}
+        tensors = {name: reader.read(name) for name in reader.names() if name not in inside | packed}
+        tensors |= self.outer.tensors(self.setup.recipe, reader.read)
         if reader.config.get("tie_word_embeddings", skeleton.tied):
             for head in skeleton.head_names():
                 twin = tensors.get(f"{head}.weight")

@@ -3,8 +3,8 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,8 @@ Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: the part
 class ModelScheme:
     """What a quantized model consists of, as far as its quantization_config has to say.
 
-    schemes: the grid of each linear, None for one left in 16 bit; outside: linears outside of the blocks, left in 16
+    schemes: the grid of each linear, None for one left in 16 bit; outer: of head and embeddings, where they are
+    quantized; outside: linears outside of the blocks, left in 16
     bit; shuffled: groups are scattered columns, named by g_idx; activations: what the inputs of every quantized linear
     are rounded to; kv_cache: `fp8` or `int8` when the files hold scales for it.
     """
@@ -36,6 +37,7 @@ class ModelScheme:
     shuffled: bool = False
     activations: Activations | None = None
     kv_cache: str | None = None
+    outer: Mapping[str, Grid] = field(default_factory=dict)
 
 
 class Format(ABC):
@@ -81,7 +83,9 @@ class Format(ABC):
             raise BadInput(f"{self.name} holds weights only: no activations, no kv_cache; use compressed-tensors")
         if contents.kv_cache not in (None, "fp8"):
             raise BadInput(f"kv_cache {contents.kv_cache}: {self.name} holds fp8 scales for it; use fp8")
-        grids = {kind(grid): grid for grid in contents.schemes.values() if grid is not None}
+        grids = {
+            kind(grid): grid for grid in (*contents.schemes.values(), *contents.outer.values()) if grid is not None
+        }
         if not grids:
             raise BadInput("no linear is quantized")
         return list(grids.values())

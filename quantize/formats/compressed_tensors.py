@@ -100,7 +100,8 @@ class CompressedTensors(Format):
             QuantizationStatus,
         )
 
-        kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in contents.schemes.items()}
+        schemes = {**contents.schemes, **contents.outer}
+        kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in schemes.items()}
         ignored = [name for name, value in kinds.items() if value is None]
         ignored += [name for name in contents.outside if name not in ignored]
         if "embed_out" in ignored:
@@ -111,7 +112,9 @@ class CompressedTensors(Format):
         named = patterns(kinds | dict.fromkeys(ignored))
         groups = {
             f"group_{k}": QuantizationScheme(
-                targets=["Linear"] if len(grids) == 1 else [f"re:{p}" for p, v in named.items() if v == kind(grid)],
+                targets=["Linear"]
+                if len(grids) == 1 and not contents.outer
+                else [f"re:{p}" for p, v in named.items() if v == kind(grid)],
                 weights=QuantizationArgs(**_weight_args(grid)),
                 input_activations=None
                 if contents.activations is None

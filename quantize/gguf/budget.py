@@ -5,17 +5,16 @@ from typing import get_args
 
 import torch
 from gguf import GGMLQuantizationType
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 from torch import Tensor
 
+from ..calibrate import budget
+from ..calibrate.sensitivity import Sensitivity
 from ..core.errors import BadInput
 from ..methods import ROUNDERS
 from ..numbers.types import BlockGrid, GgmlType
 from ..recipe import Rtn
 from .mixes import TensorType
-from .sensitivity import Sensitivity
-from .writer import ALIGNMENT, padded_bytes
+from .writer import padded_bytes
 
 _ROWS = 64  # sampled from a tensor to estimate its error
 _FEWEST_ROWS = 8  # sampled from each expert
@@ -58,25 +57,13 @@ def assign(
 ) -> dict[str, TensorType]:
     """The types with the least total cost that take at most `room` bytes, padding included.
 
-    An integer program: one type per tensor, one limit. Raises BadInput when even the smallest types do not fit.
+    Raises BadInput when even the smallest types do not fit.
     """
-    options = [(name, kind) for name in costs for kind in costs[name]]
-    sizes = [bytes_in_file(shapes[name], kind) // ALIGNMENT for name, kind in options]
-    smallest = sum(min(bytes_in_file(shapes[name], kind) for kind in costs[name]) for name in costs)
-    if smallest > room:
+    sizes = {name: {kind: bytes_in_file(shapes[name], kind) for kind in costs[name]} for name in costs}
+    try:
+        return budget.assign(costs, sizes, room)
+    except ValueError:
+        smallest = sum(min(kinds.values()) for kinds in sizes.values())
         raise BadInput(
             f"gguf.budget: {room} bytes are left for the tensors and the smallest types take {smallest}; raise it"
-        )
-    index = {name: i for i, name in enumerate(costs)}
-    rows = [index[name] for name, _ in options]
-    one = coo_array(([1.0] * len(options), (rows, range(len(options)))), shape=(len(index), len(options)))
-    scale = max(sum(min(c.values()) for c in costs.values()), 1e-30)
-    found = milp(
-        [costs[name][kind] / scale for name, kind in options],
-        constraints=[LinearConstraint(one.tocsr(), 1, 1), LinearConstraint([sizes], ub=room // ALIGNMENT)],
-        integrality=[1] * len(options),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6},
-    )
-    assert found.x is not None, found.message
-    return {name: kind for (name, kind), x in zip(options, found.x, strict=True) if x > 0.5}
+        ) from None

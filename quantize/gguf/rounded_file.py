@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from safetensors import safe_open
 
+from ..calibrate.sensitivity import measure
 from ..core.errors import BadInput
 from ..formats import ggml_blocks as ggml
 from ..methods import ROUNDERS
@@ -25,7 +26,6 @@ from .conversion import Conversion
 from .imatrix import Array
 from .layout import Entry, float_type
 from .mixes import Choice, TensorType
-from .sensitivity import measure
 from .tensor_map import to_gguf
 from .tensor_types import Types, our_types, own_types
 from .writer import FileTensor, sizes, write

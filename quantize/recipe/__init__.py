@@ -2,11 +2,12 @@
 
 from ..core.schema import Strict, matches
 from ..plugin import MethodSettings
+from .budget import Budget
 from .document import Override, Recipe
 from .evaluation import GPUS, EfficiencySettings, Evaluation, Task, Timing
 from .file_formats import FILE_FORMATS
 from .gate_limits import Gates
-from .gguf_file import Budget, FileType, Gguf, TensorType
+from .gguf_file import FileType, Gguf, GgufBudget, TensorType
 from .methods import (
     AutoRound,
     Awq,
@@ -28,7 +29,7 @@ from .text import Bos, Calibration, Text
 
 __all__ = [
     "FILE_FORMATS", "GPUS", "AutoRound", "Awq", "Bos", "Budget", "Calibration", "EfficiencySettings", "EndToEnd",
-    "Evaluation", "FileType", "Gates", "Gguf", "Gptq", "Hadamard", "LlamaCppQuantizer", "Method",
+    "Evaluation", "FileType", "Gates", "Gguf", "GgufBudget", "Gptq", "Hadamard", "LlamaCppQuantizer", "Method",
     "MethodSettings", "Objective", "Override", "Qat", "Recipe", "Rtn", "ServerName", "Smoke", "SmoothQuant",
     "Strict", "Target", "Task", "TensorType", "Text", "Timing", "Transform", "Tuned", "matches",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from ..core.errors import BadInput
 from ..core.schema import Pattern, Strict, matches, named
 from ..numbers.types import Activations, Bits, Grid, GroupSize, NumberType, ScaleSearch
 from ..plugin import MethodSettings
+from .budget import Budget
 from .evaluation import Evaluation
 from .file_formats import FILE_FORMATS, FormatName
 from .gate_limits import Gates
@@ -26,6 +27,9 @@ _INPUTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("int", 8): ("int8",), ("int", 4): ("int8", "fp8"), ("fp8", 8): ("fp8",), ("fp8-block", 8): ("fp8",),
     ("mxfp8", 8): ("mxfp8",), ("mxfp4", 4): ("mxfp4",), ("nvfp4", 4): ("nvfp4",),
 }  # fmt: skip
+
+
+Outside = Grid | Literal["auto"] | None  # what lies outside the blocks
 
 
 class Override(Strict):
@@ -85,6 +89,15 @@ class Recipe(Strict):
     ignore: tuple[Pattern, ...] = Field(
         (), strict=False, description="patterns of linears left in 16 bit, beside embeddings and head"
     )
+    budget: Budget | None = Field(
+        None, description="a size for the artifact, in the place of `weights` and `overrides`: see its keys"
+    )
+    head: Outside = Field(
+        "auto",
+        description="number format of the output head; null: 16 bit; auto: 8 bits, one scale a row, where the weights "
+        "are symmetric integers with 16-bit inputs and every named target and transformers load it so",
+    )
+    embeddings: Outside = Field("auto", description="the same for the embeddings, where the head does not share them")
     overrides: tuple[Override, ...] = Field(
         (), strict=False, description="another number format for some layers; of several that match, the last decides"
     )
@@ -126,6 +139,8 @@ class Recipe(Strict):
             raise ValueError(
                 "transform hadamard comes first, and once: what follows it has to work on the rotated model"
             )
+        if self.budget is not None:
+            self._check_budget()
         self._check_grids([grid for _, grid in self._stated_grids()])
         if self.tuned and (self.activations is not None or self.kv_cache is not None):
             raise ValueError(
@@ -149,7 +164,9 @@ class Recipe(Strict):
         return self
 
     def _stated_grids(self) -> list[tuple[str, Grid]]:
-        """`weights`, and what each override alone makes of it, each with its recipe key."""
+        """`weights`, and what each override alone makes of it, or the menu of the budget; each with its recipe key."""
+        if self.budget is not None:
+            return [(f"budget.menu.{k}", grid) for k, grid in enumerate(self.budget.menu) if grid is not None]
         return [
             ("weights", self.weights),
             *((f"overrides.{k}", o.applied_to(self.weights)) for k, o in enumerate(self.overrides)),
@@ -191,6 +208,16 @@ class Recipe(Strict):
             if all(refused):
                 raise ValueError(f"targets: {refused[0]}")
 
+    def _check_budget(self) -> None:
+        """Raise ValueError for what a budget decides itself, or cannot be combined with."""
+        if self.is_gguf:
+            raise ValueError("budget is for safetensors; a GGUF file has gguf.budget")
+        for key in ("weights", "overrides", "activations", "kv_cache"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} beside budget: its menu names the number formats, with inputs in 16 bit")
+        if self.formats != ("compressed-tensors",):
+            raise ValueError("a budget mixes number formats, which only compressed-tensors holds: leave `formats` out")
+
     def _check_gguf(self) -> None:
         """Raise ValueError for what a GGUF file excludes, or what only it can have."""
         if "gguf" not in self.formats:
@@ -207,7 +234,7 @@ class Recipe(Strict):
             raise ValueError(
                 "gguf.budget chooses a type for each tensor; method llama.cpp chooses by gguf.type: drop one"
             )
-        for key in ("weights", "overrides", "ignore", "activations", "kv_cache", "transforms"):
+        for key in ("weights", "head", "embeddings", "overrides", "ignore", "activations", "kv_cache", "transforms"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
                     f"{key} has no effect on a GGUF file: gguf.type and gguf.tensor_types choose its number types"
@@ -250,6 +277,8 @@ class Recipe(Strict):
             return True
         if self.is_gguf:
             return self.gguf_file.calibrated or self.gguf_file.budget is not None
+        if self.budget is not None:
+            return True
         searches = {self.weights.scale_search, *(o.scale_search for o in self.overrides)}
         return (
             any(transform.calibrated for transform in self.transforms)

@@ -34,7 +34,7 @@ def _bytes(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 
 
-class Budget(Strict):
+class GgufBudget(Strict):
     """A size for the file; the types of its tensors are chosen to meet it."""
 
     bytes: Bytes | None = Field(None, description="size of the whole file, such as 100M")
@@ -62,7 +62,7 @@ class Gguf(Strict):
         description="importance matrix: true computes it from the calibration text, else a file that llama.cpp made; "
         "with gptq, which has the blocks' Hessians, it is used for the embedding and the output head only",
     )
-    budget: Budget | None = Field(
+    budget: GgufBudget | None = Field(
         None,
         description="a size for the file instead of `type`: each tensor gets the type that loses least",
     )

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from quantpress.calibrate.sensitivity import Sensitivity
 from quantpress.core.errors import BadInput
 from quantpress.gguf.budget import assign, bytes_in_file, candidates, costs
-from quantpress.gguf.sensitivity import Sensitivity
 from quantpress.methods import ROUNDERS
 from quantpress.numbers.types import BlockGrid, GgmlType
 from quantpress.recipe import Rtn

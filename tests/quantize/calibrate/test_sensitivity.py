@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantpress.gguf.sensitivity import Sensitivity, measure
+from quantpress.calibrate.sensitivity import Sensitivity, measure
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 

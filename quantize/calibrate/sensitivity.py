@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..calibrate.block_pass import BATCH_TOKENS
 from ..models.block_arguments import BlockArguments
 from ..models.skeleton import Skeleton, run_block
+from .block_pass import BATCH_TOKENS
 
 _STATES = "states"
 

@@ -1,0 +1,173 @@
+"""A recipe's `budget`: the number format of each group of linears, chosen within a number of bytes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..calibrate import budget
+from ..calibrate.sensitivity import Sensitivity
+from ..core.errors import BadInput
+from ..core.schema import matches
+from ..formats import FORMATS
+from ..formats.gptq import FUSED
+from ..methods import ROUNDERS
+from ..models.placed_model import LinearLayer
+from ..models.skeleton import Skeleton
+from ..numbers.grid import Grid, scale_dtype
+from ..recipe import Recipe, Rtn
+from .plan import PROCESS_BYTES, Plan
+
+SAMPLES = 32  # of the calibration text that sensitivities are measured on
+_ROWS = 64  # sampled from a weight to estimate its error
+_FEWEST_ROWS = 8  # sampled from each expert
+
+Schemes = dict[str, Grid | None]
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What the budget may choose: bytes of each option of each group, {group: {grid, None for 16 bit: bytes}}.
+
+    members: the linears of each group. room: the most bytes that all groups may take together.
+    """
+
+    sizes: Mapping[str, Mapping[Grid | None, int]]
+    members: Mapping[str, Sequence[LinearLayer]]
+    room: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, skeleton: Skeleton, linears: Sequence[LinearLayer], saved: int = 0) -> "Menu":
+        """saved: bytes that head and embeddings take less. Linears in `ignore` are none of the menu.
+
+        Raises BadInput for a budget that even the smallest options exceed.
+        """
+        wanted = recipe.budget
+        assert wanted is not None
+        members = _groups([x for x in linears if not any(matches(pattern, x.name) for pattern in recipe.ignore)])
+        if not members:
+            raise BadInput(f"`ignore` {list(recipe.ignore)} matches every linear layer: nothing is left to quantize")
+        sizes = {name: _options(wanted.menu, group, recipe, skeleton) for name, group in members.items()}
+        weights = sum(x.out_features * x.in_features for group in members.values() for x in group)
+        nbytes = skeleton.reader.nbytes
+        if wanted.bytes is None:
+            assert wanted.bits is not None
+            room, asked = int(wanted.bits * weights / 8), f"{wanted.bits:g} bits"
+        else:
+            inside = sum(nbytes(f"{x.name}.weight") for group in members.values() for x in group)
+            fixed = sum(nbytes(name) for name in skeleton.reader.names()) - inside - saved
+            room, asked = wanted.bytes - fixed, f"{wanted.bytes} bytes"
+        least = sum(min(options.values()) for options in sizes.values())
+        if least > room:
+            raise BadInput(
+                f"budget: {asked} leave {max(room, 0)} bytes for the linears, and the smallest number formats of the "
+                f"menu take {least} ({8 * least / weights:.2f} bits a weight): raise it, or add smaller ones"
+            )
+        return cls(sizes, members, room)
+
+    def schemes(self, chosen: Mapping[str, Grid | None], linears: Sequence[LinearLayer]) -> Schemes:
+        """The grid of each linear, by the options chosen for the groups."""
+        found: Schemes = {x.name: None for x in linears}
+        return found | {x.name: chosen[name] for name, group in self.members.items() for x in group}
+
+    def smallest(self) -> dict[str, Grid | None]:
+        """The smallest option of each group."""
+        return {name: min(options, key=options.__getitem__) for name, options in self.sizes.items()}
+
+    def with_(self, grid: Grid) -> dict[str, Grid | None]:
+        """`grid` wherever it is an option, else the smallest."""
+        return {name: grid if grid in self.sizes[name] else small for name, small in self.smallest().items()}
+
+    def choose(
+        self, uses: Mapping[str, Sequence[Sensitivity]], read: Callable[[str], Tensor]
+    ) -> dict[str, Grid | None]:
+        """The options that change the predictions least. uses: by linear, from `sensitivity.measure`; read: tensors of
+        the original."""
+        costs = {name: _costs(group, list(self.sizes[name]), uses, read) for name, group in self.members.items()}
+        return budget.assign(costs, self.sizes, self.room)
+
+
+def _groups(linears: Sequence[LinearLayer]) -> dict[str, list[LinearLayer]]:
+    """Linears that servers hold as one and that have one scheme: fused ones, and all experts of a block."""
+    parts = {part: fused for fused, several in FUSED.items() for part in several}
+    found: dict[str, list[LinearLayer]] = {}
+    for x in linears:
+        parent, _, last = x.name.rpartition(".")
+        name = f"{parent}.{parts.get(last, last)}"
+        if ".experts." in x.name:
+            name = f"{x.name.partition('.experts.')[0]}.experts"
+        found.setdefault(name, []).append(x)
+    return found
+
+
+def _options(
+    menu: Sequence[Grid | None], group: Sequence[LinearLayer], recipe: Recipe, skeleton: Skeleton
+) -> dict[Grid | None, int]:
+    """The bytes of each format of the menu that every linear of the group can have; 16 bit where there is none."""
+    format, some = FORMATS[recipe.formats[0]], torch.empty(0, dtype=skeleton.dtype)
+    sixteen = sum(skeleton.reader.nbytes(f"{x.name}.weight") for x in group)
+    found: dict[Grid | None, int] = {None: sixteen} if None in menu else {}
+    for grid in menu:
+        if grid is None:
+            continue
+        try:
+            for x in group:
+                grid.check(x.name, x.in_features)
+                format.check(grid, x.out_features, x.in_features, recipe.shuffled)
+        except BadInput:
+            continue
+        scale_bytes = scale_dtype(some, grid).itemsize
+        found[grid] = sum(format.packed_bytes(grid, x.out_features, x.in_features, scale_bytes) for x in group)
+    return found or {None: sixteen}
+
+
+def _costs(
+    group: Sequence[LinearLayer],
+    options: Sequence[Grid | None],
+    uses: Mapping[str, Sequence[Sensitivity]],
+    read: Callable[[str], Tensor],
+) -> dict[Grid | None, float]:
+    """The KL divergence, in nats per token, that each option would cause, from a sample of rows rounded to nearest.
+
+    The method's own errors are smaller, by about the same factor for all options.
+    """
+    found = dict.fromkeys(options, 0.0)
+    few = max(_FEWEST_ROWS, _ROWS // len(group))
+    for x in group:
+        weight = read(f"{x.name}.weight")
+        weight = weight.T if x.transposed else weight
+        rows = torch.arange(0, len(weight), max(1, len(weight) // few))
+        w = weight[rows].float()
+        for grid in options:
+            if grid is not None:
+                error = ROUNDERS["rtn"](w, grid, Rtn(), None, None).linear.dequantize() - w
+                # An expert that no token reached has no sensitivity.
+                found[grid] += sum(use.cost(error, rows) for use in uses[x.name] if use.rows.dim())
+    return found
+
+
+def with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: Sequence[LinearLayer]) -> Plan:
+    """The plan with the pass that measures what errors cost: in float32, forwards, then backwards block by block.
+
+    On disk are the states that enter each block. In memory is a block and the next one, or embedding and head with the
+    logits of one sequence; what one sequence keeps for the gradient; states and gradients of all tokens.
+    """
+    hidden, seq_len = int(skeleton.config.hidden_size), recipe.calibration.seq_len
+    samples = recipe.calibration.samples if recipe.is_gguf else min(SAMPLES, recipe.calibration.samples)
+    tokens, outside = samples * seq_len, int(skeleton.config.vocab_size) * hidden
+    blocks, widths = [0] * skeleton.n_blocks, [0] * skeleton.n_blocks
+    for x in linears:
+        blocks[x.block] += x.in_features * x.out_features
+        widths[x.block] += x.in_features + x.out_features
+    shell = 2 * outside + 4 * seq_len * int(skeleton.config.vocab_size)
+    work = 4 * (max(shell, 2 * max(blocks) + 3 * seq_len * max(widths)) + 3 * tokens * hidden)
+    operations = 2.0 * tokens * (4 * sum(blocks) + 3 * outside)  # each block runs forwards twice, and backwards
+    return replace(
+        plan,
+        memory_bytes=max(plan.memory_bytes, PROCESS_BYTES + work),
+        disk_bytes=max(plan.disk_bytes, 4 * tokens * hidden * skeleton.n_blocks),  # gone before the blocks are rounded
+        operations=plan.operations + operations,
+        seconds=plan.seconds * (1 + operations / plan.operations),
+        passes=plan.passes + 1,
+    )

@@ -1,0 +1,180 @@
+"""The output head and the embeddings, which lie outside the blocks: whether they are quantized, and to what."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.errors import BadInput
+from ..core.text import size
+from ..formats import FORMATS
+from ..methods import ROUNDERS
+from ..models.skeleton import Skeleton
+from ..numbers.grid import QuantizedLinear, scale_dtype, stacked_rows
+from ..numbers.types import Grid
+from ..recipe import Gptq, MethodSettings, Recipe, Rtn
+
+EIGHT_BITS = Grid(bits=8, group_size=-1)
+_TOGETHER = 1 << 26  # weights rounded at a time: those of a vocabulary may not fit in memory several times
+_FORMAT = "compressed-tensors"
+_TIED = "head and embeddings are one tensor (tie_word_embeddings), which readers of packed weights do not share"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Which of the two are quantized, by the recipe's `head` and `embeddings`.
+
+    names: on disk, without `.weight`, by recipe key; those that the model has. grids: of those that are quantized.
+    notes: what that saves. left: why the others stay in 16 bit.
+    """
+
+    names: Mapping[str, str]
+    grids: Mapping[str, Grid]
+    notes: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, recipe: Recipe, skeleton: Skeleton, weights: Iterable[Grid | None]) -> "Outer":
+        """weights: of the blocks' linears. Raises BadInput where the recipe asks for what cannot be written."""
+        names, grids, left, weights = _names(skeleton), dict[str, Grid](), list[str](), list(weights)
+        for key, wanted in (("head", recipe.head), ("embeddings", recipe.embeddings)):
+            name = names.get(key)
+            if wanted is None or (wanted == "auto" and name is None):
+                continue
+            if name is None:
+                raise BadInput(
+                    f"{key}: {_TIED if skeleton.tied else 'the model has none that is read'}: set {key}: null"
+                )
+            why = _why_not(recipe, skeleton, weights)
+            if wanted == "auto":
+                why = why or _why_no_reader(recipe, str(skeleton.config.model_type), key)
+                if why is None:
+                    grids[name] = EIGHT_BITS
+                elif recipe.targets:
+                    left.append(f"{name} stays in 16 bit ({size(_stored(skeleton, name))}): {why}")
+                continue
+            if why is not None:
+                raise BadInput(f"{key}: {name} has to stay in 16 bit, {why}: set {key}: null")
+            _check(key, wanted, name, skeleton)
+            grids[name] = wanted
+        made = cls(names, grids)
+        saved = [
+            f"{name} in {grid}: {size(made.bytes_of(name, skeleton))} in place of {size(_stored(skeleton, name))}"
+            for name, grid in grids.items()
+        ]
+        return cls(names, grids, tuple(saved), tuple(left))
+
+    def bytes_of(self, name: str, skeleton: Skeleton) -> int:
+        """Bytes that it takes packed."""
+        grid = self.grids[name]
+        rows, columns = skeleton.reader.shape(f"{name}.weight")
+        scale_bytes = scale_dtype(torch.empty(0, dtype=skeleton.dtype), grid).itemsize
+        return FORMATS[_FORMAT].packed_bytes(grid, rows, columns, scale_bytes)
+
+    def saved_bytes(self, skeleton: Skeleton) -> int:
+        """Bytes that the artifact is smaller by."""
+        return sum(_stored(skeleton, name) - self.bytes_of(name, skeleton) for name in self.grids)
+
+    def with_moment(self, recipe: Recipe) -> str | None:
+        """The head, where the recipe's method rounds it by the second moment of its inputs; below 8 bits that pays."""
+        head = self.names.get("head")
+        grid = None if head is None else self.grids.get(head)
+        return head if isinstance(recipe.method, Gptq) and grid is not None and grid.bits < 8 else None
+
+    def tensors(self, recipe: Recipe, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The packed tensors of those that are rounded to nearest, by on-disk name. read: the original's tensors."""
+        packed: dict[str, Tensor] = {}
+        for name, grid in self.grids.items():
+            if name != self.with_moment(recipe):
+                packed |= FORMATS[_FORMAT].pack(name, _rounded(read(f"{name}.weight"), grid, Rtn()))
+        return packed
+
+    def solved_head(self, recipe: Recipe, skeleton: Skeleton) -> Callable[[Tensor], dict[str, Tensor]] | None:
+        """Makes the packed head from the states [samples, seq_len, hidden] that leave the last block; None where it is
+        not rounded by its inputs."""
+        head = self.with_moment(recipe)
+        if head is None:
+            return None
+
+        def solve(hidden: Tensor) -> dict[str, Tensor]:
+            moment = _moment(skeleton, hidden)
+            weight = skeleton.reader.read(f"{head}.weight").to(moment.device)
+            rounded = _rounded(weight, self.grids[head], recipe.method, moment)
+            return FORMATS[_FORMAT].pack(head, rounded)
+
+        return solve
+
+
+NOTHING = Outer({}, {})
+
+
+def _names(skeleton: Skeleton) -> dict[str, str]:
+    """By recipe key; without those that the file calls other than transformers does, or that lie in a shared module."""
+    found: dict[str, str] = {}
+    heads, tables = skeleton.head_modules(), skeleton.model.get_input_embeddings()
+    module = next((n for n, m in skeleton.model.named_modules() if m is tables), None)
+    for key, name in (("head", heads[0] if len(heads) == 1 else None), ("embeddings", module)):
+        if name is None or f"{name}.weight" not in skeleton.reader or not isinstance(tables, torch.nn.Embedding):
+            continue
+        if skeleton.disk_name(f"{name}.weight") == f"{name}.weight":
+            found[key] = name
+    return found
+
+
+def _why_not(recipe: Recipe, skeleton: Skeleton, grids: Collection[Grid | None]) -> str | None:
+    """Why neither can be quantized in this artifact."""
+    if recipe.formats != (_FORMAT,):
+        return f"only in artifacts of {_FORMAT} alone"
+    if skeleton.tied:
+        return _TIED
+    if skeleton.tower_tensors():
+        return "readers call the parts of a multimodal model by several names"
+    if recipe.activations is not None or recipe.kv_cache is not None:
+        return "readers know one kind of inputs for a file, and theirs are in 16 bit"
+    if any(grid is not None and grid.type != "int" for grid in grids):
+        return "it is measured beside integers only"
+    if any(grid is not None and not grid.symmetric for grid in grids):
+        return "transformers from 5.23 on takes weights with zero points only where there are no others"
+    return None
+
+
+def _why_no_reader(recipe: Recipe, kind: str, key: str) -> str | None:
+    """Why the default leaves it as it is: a server that is named does not read it, or none is named."""
+    if key == "embeddings":
+        return "transformers does not load it quantized"  # modeling_utils.py: _init_weights reads Embedding.weight
+    if not recipe.targets:
+        return "name `targets` that load it quantized"
+    unable = [target.loader.label for target in recipe.targets if kind not in target.loader.outer.get(key, ())]
+    return f"{unable[0]} is not known to load it quantized ({kind})" if unable else None
+
+
+def _check(key: str, grid: Grid, name: str, skeleton: Skeleton) -> None:
+    """Raise BadInput for a grid that readers do not take there."""
+    if grid.type != "int" or not grid.symmetric:
+        raise BadInput(f"{key}: {name} can be of symmetric integers only, not {grid}")
+    if key == "embeddings" and 32 % grid.bits:
+        raise BadInput(f"{key}: vLLM unpacks embeddings of 2, 4 and 8 bits, not {grid.bits}")
+    grid.check(name, skeleton.reader.shape(f"{name}.weight")[1])
+
+
+def _stored(skeleton: Skeleton, name: str) -> int:
+    return int(skeleton.reader.nbytes(f"{name}.weight"))
+
+
+def _moment(skeleton: Skeleton, hidden: Tensor) -> Tensor:
+    """X^T X [hidden, hidden] float32 of the head's inputs, from the last block's outputs [samples, seq_len, hidden]."""
+    skeleton.open_shell()
+    moment = torch.zeros(hidden.shape[-1], hidden.shape[-1], device=skeleton.device)
+    for states in hidden:
+        x = skeleton.final_norm(states).to(torch.float32)
+        moment.addmm_(x.T, x)
+    skeleton.close_shell()
+    return moment
+
+
+def _rounded(weight: Tensor, grid: Grid, method: MethodSettings, moment: Tensor | None = None) -> QuantizedLinear:
+    """A weight [out, in] rounded some rows at a time, which share nothing."""
+    rows = max(1, _TOGETHER // weight.shape[1])
+    parts = [ROUNDERS[method.name](part, grid, method, moment, None).linear for part in torch.split(weight, rows)]
+    return stacked_rows(parts)
