@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         draft,
         evaluate,
         export,
+        fit,
         plan,
         quantize,
         recommend,
@@ -51,8 +52,8 @@ _HOME = {  # where a name comes from, and its name there
 
 __all__ = [
     "BadInput", "Callbacks", "Endpoint", "Forecast", "Options", "Recipe", "Verification", "card", "compare", "convert",
-    "draft", "evaluate", "export", "load", "load_recipe", "plan", "quantize", "recommend", "report", "reproduce", "run",
-    "smoke", "sweep", "verify",
+    "draft", "evaluate", "export", "fit", "load", "load_recipe", "plan", "quantize", "recommend", "report", "reproduce",
+    "run", "smoke", "sweep", "verify",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from quantpress.eval.measure.foresight import foreseen
 from quantpress.eval.measure.results import Results
 from quantpress.eval.release import subjects
 from quantpress.eval.release.callbacks import Callbacks, Options
+from quantpress.eval.release.fit import fit
 from quantpress.eval.release.recommend import recommend
 from quantpress.eval.release.reproduce import Reproduction, make_again, open_recorded
 from quantpress.eval.release.run import Release, make_release
@@ -62,7 +63,7 @@ from .recipe.loading import load, parse
 
 __all__ = [
     "Callbacks", "Endpoint", "Forecast", "Options", "Verification", "card", "compare", "convert", "draft", "evaluate",
-    "export", "load_model", "plan", "quantize", "recommend", "report", "reproduce", "run", "run_folder", "smoke",
+    "export", "fit", "load_model", "plan", "quantize", "recommend", "report", "reproduce", "run", "run_folder", "smoke",
     "sweep", "verify",
 ]  # fmt: skip
 

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "eval.measure": ("core", "numbers", "recipe", "models", "calibrate", "gguf", "artifact", "engine",
                      "exports.serving"),
     "eval.report": ("core", "recipe", "artifact", "exports", "exports.servers", "exports.serving", "eval.measure"),
-    "eval.release": ("core", "recipe", "models", "calibrate", "gguf", "artifact", "engine", "exports",
+    "eval.release": ("core", "numbers", "recipe", "models", "calibrate", "gguf", "artifact", "engine", "exports",
                      "exports.servers", "exports.serving", "eval.measure", "eval.report"),
     "api": ("core", "recipe", "artifact", "engine", "exports", "exports.serving", "eval.measure", "eval.report",
             "eval.release"),

@@ -88,8 +88,8 @@ def test_a_command_of_the_documents_parses(page: str, line: str, tmp_path: Path)
 
 
 def test_the_refusal_that_a_page_shows_is_what_is_said() -> None:
-    with pytest.raises(ValueError, match="vLLM") as error:
-        load("w3a16-gptq", ["targets=[vllm]"])
+    with pytest.raises(ValueError, match="SGLang") as error:
+        load("w3a16-gptq", ["targets=[sglang]"])
     assert f"quantpress: {error.value}\n" in PAGES["docs/choosing.md"]
 
 
@@ -130,7 +130,7 @@ def test_editors_accept_what_loads_and_refuse_what_does_not() -> None:
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
     for text in (*texts, "{method: rtn, transforms: [awq], gates: {max_kl: 0.1}, evaluation: {tasks: [a]}}"):
         schema.validate(yaml.safe_load(text))
-    for wrong in ("{method: {name: gtpq}}", "{methud: rtn}", "{weights: {bits: 5}}", "{calibration: {samples: many}}"):
+    for wrong in ("{method: {name: gtpq}}", "{methud: rtn}", "{weights: {bits: 9}}", "{calibration: {samples: many}}"):
         assert not schema.is_valid(yaml.safe_load(wrong)), wrong
 
 

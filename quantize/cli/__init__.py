@@ -5,7 +5,7 @@ import sys
 from ..core.errors import BadInput
 
 try:
-    from . import doctor, making, measuring, releasing, serving  # noqa: F401  each adds its commands to the app
+    from . import doctor, fitting, making, measuring, releasing, serving  # noqa: F401  each adds its commands to the app
     from .app import main
 except KeyboardInterrupt:  # while libraries were imported, before `main` could report it
     print("quantpress: stopped", file=sys.stderr)  # noqa: T201

@@ -1,0 +1,270 @@
+"""The best recipe for a model, a memory and a server: proposed from config and headers alone, or made and measured."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantpress.core.errors import BadInput
+from quantpress.core.text import size
+from quantpress.engine.job import Job
+from quantpress.exports.servers.loader import refusal
+from quantpress.numbers.types import Grid
+from quantpress.recipe import GPUS, Recipe
+from quantpress.recipe.loading import parse, parse_target
+
+from ..measure.capacity import cache
+from .callbacks import Options
+from .recommend import Recommendation, Wish, cache_bytes, recommend
+from .session import plan_job
+
+# Cards whose tensor cores multiply these types (CUDA's compute capability 8.9 and up; 10.0 and 12.0).
+_FP8 = ("L4", "L40S", "RTX 4090", "RTX 5090", "H100 80GB", "H200", "B200")
+_NVFP4 = ("RTX 5090", "B200")
+_MIB = 1 << 20
+_GGUF = "gguf"
+_FORMATS = ("compressed-tensors", "modelopt", "gptq")  # in which an option is tried, as far as the server reads them
+_WIDTHS = (8, 6, 5, 4, 3, 2)
+_MENU = (6, 5, 4, 3, 8)  # widths of a mixture's menu, as far as the server loads them
+_MIXED = "mixed"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the model has to fit and reach. memory: bytes; None: no limit, the smallest is wanted."""
+
+    target: str
+    memory: int | None
+    gpu: str | None = None
+    context: int = 8192
+    concurrency: int = 1
+    min_recovery: float | None = None
+
+    @property
+    def wish(self) -> Wish:
+        """The same for a measured run."""
+        memory = self.memory or 1 << 60
+        return Wish(memory=memory, context=self.context, concurrency=self.concurrency, min_recovery=self.min_recovery)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A recipe that was considered. bytes: of its weights, None where it was refused; why: what speaks for it, or why
+    it was not taken."""
+
+    name: str
+    document: Mapping[str, Any]
+    bytes: int | None
+    fits: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """choice: the option to take, or None. options: all, the best first. room: bytes that weights may take; None: any.
+
+    cache_bytes: of all sequences. original_bytes: of the weights as they are.
+    """
+
+    need: Need
+    choice: Option | None
+    options: tuple[Option, ...]
+    room: int | None
+    cache_bytes: int
+    original_bytes: int
+
+    def why(self, chosen: Option | None) -> list[str]:
+        """Why this option, a line each."""
+        lines = []
+        if self.room is not None:
+            lines.append(f"the weights may take {size(self.room)} beside a key-value cache of {size(self.cache_bytes)}")
+            if self.original_bytes <= self.room:
+                lines.append(f"the original fits as it is ({size(self.original_bytes)}): quantized it is faster")
+        if chosen is not None:
+            lines.append(chosen.why)
+        return lines
+
+
+def fit(
+    model: str,
+    target: str = "vllm",
+    *,
+    memory: int | None = None,
+    gpu: str | None = None,
+    context: int = 8192,
+    concurrency: int = 1,
+    min_recovery: float | None = None,
+    options: Options | None = None,
+    config_only: bool = False,
+) -> Proposal:
+    """The best recipe for `model` on the server `target` within a memory, from config and headers; nothing is made.
+
+    memory: bytes, by default the GPU's; without either, what is smallest comes first, and `run_in_turn` finds the first
+    that keeps `min_recovery`. gpu: a card of the table, for the number types that it multiplies. context: tokens per
+    sequence; concurrency: sequences at a time. config_only: as for a plan. Raises BadInput for a model that cannot be
+    opened, an unknown target or GPU, and where neither memory nor quality is asked for.
+
+        fit("smollm2-135m", memory=2 * 2**30, context=2048).choice.document
+    """
+    card = None if gpu is None else _card(gpu)
+    if memory is None and card is not None:
+        memory = GPUS[card] * _MIB
+    if memory is None and min_recovery is None:
+        raise BadInput("fit needs a limit: --memory or --gpu for the best that fits, --min-recovery for the smallest")
+    need = Need(target, memory, card, context, concurrency, min_recovery)
+    wanted = {"name": target, "max_model_len": context, "max_num_seqs": concurrency}
+    loader = parse_target(wanted, "target").loader
+    look = _Look(model, wanted, options or Options(), config_only)
+    first = look.first(_plain(loader.formats))
+    held = cache(first.skeleton.config, None, _dtype(first), need.context)
+    whole = need.concurrency * cache_bytes(held, need.context)
+    room = None if memory is None else memory - need.wish.kept - whole
+    tried: list[Option] = []
+    for name, document, why in _documents(need, loader, room):
+        if name == _MIXED and any(one.fits for one in tried):
+            continue  # 8 bits fit everywhere
+        tried.append(look.option(name, document, why, room))
+    fit = [one for one in tried if one.fits]
+    if room is None:
+        tried.sort(key=lambda one: (not one.fits, one.bytes or 0))
+        fit = [one for one in tried if one.fits]
+    choice = fit[0] if fit else None
+    tried.sort(key=lambda one: (one is not choice, not one.fits))
+    return Proposal(need, choice, tuple(tried), room, whole, first.plan.original_bytes)
+
+
+def run_in_turn(
+    proposal: Proposal, make: Callable[[Option], Path], told: Callable[[Option, Recommendation], None]
+) -> Option | None:
+    """Make and measure the options that fit, the proposed one first, until one holds; None where none does.
+
+    make: makes and evaluates an option, and returns its run folder. told: is called with what was found of each.
+    """
+    wish = proposal.need.wish
+    for option in proposal.options:
+        if option.fits:
+            found = recommend([make(option)], wish)
+            told(option, found)
+            if found.choice is not None:
+                return option
+    return None
+
+
+def written(proposal: Proposal, chosen: Option, file: Path) -> Path:
+    """Write a recipe as an ordinary file, with the reasons as its comment."""
+    comment = "".join(f"# {line}\n" for line in proposal.why(chosen))
+    body = yaml.safe_dump(dict(chosen.document), sort_keys=False, default_flow_style=None, width=120)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{comment}\n{body}", encoding="utf-8")
+    return file
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Looks at recipes for one model and one target."""
+
+    model: str
+    target: Mapping[str, Any]
+    options: Options
+    config_only: bool
+
+    def job(self, document: Mapping[str, Any]) -> Job:
+        """Raises BadInput for what model, recipe or target refuse."""
+        return plan_job(self._recipe(document), self.options, config_only=self.config_only)[0]
+
+    def first(self, document: Mapping[str, Any]) -> Job:
+        """Of any recipe that can be planned, to know the model."""
+        plain = parse({"model": self.model} | dict(document))
+        return plan_job(plain, self.options, config_only=self.config_only)[0]
+
+    def option(self, name: str, document: Mapping[str, Any], why: str, room: int | None) -> Option:
+        shown = {"model": self.model} | dict(document) | {"targets": [dict(self.target)]}
+        try:
+            found = self.job(document).plan.artifact_bytes
+        except BadInput as error:
+            return Option(name, shown, None, False, f"refused: {error}")
+        if room is not None and found > room:
+            why = f"does not fit: {size(found)} of weights, and {size(room)} are left"
+            return Option(name, shown, found, False, why)
+        return Option(name, shown, found, True, f"{size(found)}: {why}")
+
+    def _recipe(self, document: Mapping[str, Any]) -> Recipe:
+        return parse({"model": self.model} | dict(document) | {"targets": [dict(self.target)]})
+
+
+def _documents(need: Need, loader: Any, room: int | None) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(name, recipe, what speaks for it) of what is considered, by the quality that is to be expected."""
+    if loader.formats == [_GGUF]:
+        yield from _gguf(room)
+        return
+    formats = [format for format in _FORMATS if format in loader.formats]
+
+    def able(grid: Grid, inputs: str | None = None) -> str | None:
+        """The format in which the server loads it."""
+        spec = None if inputs is None else parse({"weights": {"type": grid.type}, "activations": {"type": inputs}})
+        given = None if spec is None else spec.activations
+        return next((f for f in formats if refusal(loader, f, [("weights", grid)], given) is None), None)
+
+    if need.gpu in _FP8 and (format := able(Grid(type="fp8"), "fp8")):
+        weights = {"weights": {"type": "fp8"}, "activations": {"type": "fp8"}, "method": "gptq", "formats": [format]}
+        yield "fp8", weights, f"8-bit floats, which {need.gpu} multiplies at twice the speed of 16 bit"
+    widths = {bits: _grid(bits) for bits in _WIDTHS}
+    usable = {bits: format for bits, grid in widths.items() if (format := able(grid))}
+    if 8 in usable:
+        yield "int8", _document(widths[8], usable[8]), "8-bit integers, almost as good as 16 bit"
+    menu = [widths[bits] for bits in _MENU if usable.get(bits) == "compressed-tensors"]
+    if room is not None and len(menu) > 1:
+        budget = {"bytes": max(room, 1), "menu": [_stated(grid) for grid in menu]}
+        yield _MIXED, {"budget": budget, "method": "gptq"}, "each part in the bits that cost least, all memory used"
+    for bits, format in usable.items():
+        if bits < 8:
+            yield f"int{bits}", _document(widths[bits], format), f"{bits}-bit integers everywhere"
+    if need.gpu in _NVFP4 and (format := able(Grid(type="nvfp4"), "nvfp4")):
+        both = {"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}, "method": "gptq", "formats": [format]}
+        yield "nvfp4", both, f"4-bit floats, which {need.gpu} multiplies; faster than integers, with rounded inputs"
+
+
+def _gguf(room: int | None) -> Iterator[tuple[str, dict[str, Any], str]]:
+    base = {"formats": [_GGUF], "method": "gptq"}
+    yield "q8_0", base | {"gguf": {"type": "Q8_0"}}, "8 bits, almost as good as 16 bit"
+    if room is not None:
+        yield _MIXED, base | {"gguf": {"budget": {"bytes": max(room, 1)}}}, "each tensor in the type that costs least"
+    for kind, bits in (("Q6_K", 6), ("Q5_K_M", 5), ("Q4_K_M", 4), ("Q3_K_M", 3), ("Q2_K", 2)):
+        yield kind.lower(), base | {"gguf": {"type": kind}}, f"llama.cpp's mix of about {bits} bits"
+
+
+def _plain(formats: Sequence[str]) -> dict[str, Any]:
+    """A recipe that nearly every model takes, to learn its sizes."""
+    if list(formats) == [_GGUF]:
+        return {"formats": [_GGUF], "gguf": {"type": "Q8_0"}, "method": "rtn"}
+    return {"weights": {"bits": 8, "group_size": -1}, "method": "rtn"}
+
+
+def _grid(bits: Any) -> Grid:
+    """8 bits have one scale a row, which all kernels know; 2 bits need zeros and small groups."""
+    if bits == 8:
+        return Grid(bits=8, group_size=-1)
+    return Grid(bits=bits, group_size=32 if bits == 2 else 64, symmetric=bits > 2)
+
+
+def _stated(grid: Grid) -> dict[str, Any]:
+    return grid.model_dump(mode="json", exclude_defaults=True) | {"bits": grid.bits}
+
+
+def _document(grid: Grid, format: str) -> dict[str, Any]:
+    return {"weights": _stated(grid), "method": "gptq"} | ({} if format == _FORMATS[0] else {"formats": [format]})
+
+
+def _dtype(job: Job) -> str:
+    return str(job.skeleton.dtype).removeprefix("torch.")
+
+
+def _card(name: str) -> str:
+    """The GPU of the table that is meant."""
+    exact = [gpu for gpu in GPUS if gpu.lower() == name.lower()]
+    near = exact or [gpu for gpu in GPUS if name.lower() in gpu.lower()]
+    if len(near) != 1:
+        raise BadInput(f"--gpu {name}: {'which of ' if near else 'not one of '}{', '.join(near or GPUS)}")
+    return near[0]

@@ -1,0 +1,134 @@
+"""fit: what it proposes fits, is taken by the server, and has the bytes that it says."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from quantpress import api
+from quantpress.core.errors import BadInput
+from quantpress.eval.release import fit as fitting
+from quantpress.eval.release.fit import fit, run_in_turn, written
+from quantpress.recipe.loading import load
+
+from ...forked import commands
+from ...quantize.gguf.models import tokenizer
+
+_KEPT = 1 << 30  # that a server keeps, and a tenth of all
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Qwen3, wide enough for groups of 64 and for every kernel: 4.2 MB of weights in 16 bit."""
+    folder = tmp_path_factory.mktemp("fit") / "model"
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(
+        **sizes, head_dim=64, num_hidden_layers=2, vocab_size=len(tokenizer()), max_position_embeddings=1024,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def memory(room: int, cache: int = 0) -> int:
+    """The memory that leaves `room` for the weights."""
+    return -(-(room + cache + _KEPT) * 10 // 9) + 9
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang", "tensorrt-llm", "llama.cpp"])
+def test_the_choice_fits_and_the_server_takes_it(model: str, target: str, tmp_path: Path) -> None:
+    found = fit(model, target, memory=memory(2_600_000, 2 * 2 * 2 * 64 * 2 * 64), context=64)
+    assert found.choice is not None
+    assert found.room is not None
+    recipe = load(str(written(found, found.choice, tmp_path / "fit.yaml")))
+    assert recipe.targets[0].name == target
+    planned = api.plan(recipe).plan  # raises BadInput where the target refuses it
+    assert planned.artifact_bytes == found.choice.bytes
+    assert planned.artifact_bytes <= found.room
+    assert all(one.bytes is None or one.fits == (one.bytes <= found.room) for one in found.options)
+
+
+def test_all_the_memory_is_used_where_8_bits_do_not_fit(model: str) -> None:
+    whole = {one.name: one for one in fit(model, memory=memory(10**9), context=64).options}
+    assert next(iter(whole)) == "int8"
+    assert "mixed" not in whole
+    sizes = {name: one.bytes or 0 for name, one in whole.items()}
+    room = (sizes["int8"] + sizes["int4"]) // 2
+    found = fit(model, memory=memory(room, found_cache := 2 * 2 * 2 * 64 * 2 * 64), context=64)
+    assert found.cache_bytes == found_cache
+    assert found.choice is not None
+    assert found.choice.name == "mixed"
+    assert found.room is not None
+    assert 0 <= found.room - (found.choice.bytes or 0) <= 16
+    refused = next(one for one in found.options if one.name == "int8")
+    assert not refused.fits
+    assert refused.why.startswith("does not fit")
+    nothing = fit(model, memory=memory(sizes["int2"] // 2), context=64)
+    assert nothing.choice is None
+
+
+def test_the_cards_number_types_decide(model: str) -> None:
+    names = {gpu: [one.name for one in fit(model, gpu=gpu, context=64).options] for gpu in ("A10G", "l40s", "B200")}
+    assert [("fp8" in n, "nvfp4" in n) for n in names.values()] == [(False, False), (True, False), (True, True)]
+    assert names["l40s"][0] == "fp8"
+
+
+def test_without_a_memory_the_smallest_is_first(model: str) -> None:
+    found = fit(model, min_recovery=0.99, context=64)
+    sizes = [one.bytes for one in found.options if one.fits]
+    assert sizes == sorted(sizes, key=lambda size: size or 0)
+    assert found.choice is found.options[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "fit needs a limit"),
+        ({"gpu": "A100"}, "which of A100 40GB, A100 80GB"),
+        ({"gpu": "H9"}, "not one of T4"),
+        ({"target": "torchserve", "memory": 10}, "known: vllm"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(model: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        fit(model, **keys)
+
+
+def test_the_next_is_tried_where_one_does_not_hold(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, made = fit(model, min_recovery=0.99, context=64), []
+
+    def judged(folders: list[Path], wish: Any) -> Any:
+        assert wish.min_recovery == 0.99
+        return SimpleNamespace(choice=folders[0] if folders[0].name == "int4" else None)
+
+    def make(option: Any) -> Path:
+        made.append(option.name)
+        return Path(option.name)
+
+    monkeypatch.setattr(fitting, "recommend", judged)
+    chosen = run_in_turn(found, make, lambda option, result: None)
+    assert chosen is not None
+    assert chosen.name == made[-1] == "int4"
+    assert made == [one.name for one in found.options if one.fits][: len(made)]
+
+
+def test_the_command_writes_a_recipe(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "fit.yaml"
+    done, nothing = commands(
+        tmp_path,
+        [
+            ("", ["fit", model, "--memory", "2GiB", "--context", "64", "--write", str(file), "--json"]),
+            ("", ["fit", model, "--memory", "1GiB", "--context", "64"]),
+        ],
+    )
+    answer = json.loads(done.stdout)
+    assert answer["choice"] == "int8"
+    assert yaml.safe_load(file.read_text())["weights"] == {"bits": 8, "group_size": -1}
+    assert nothing.returncode == 1
+    assert nothing.stdout.startswith("nothing fits")
