@@ -95,7 +95,7 @@ def _plan(meta: Metadata, config: Any) -> dict[str, Place]:
     from ..models.names import saved_shapes
 
     check_block_count(config, len(meta.tensors))
-    model = empty_model(config, torch.bfloat16)
+    model = empty_model(config, config.dtype)
     config.architectures = [type(model).__name__]
     form = form_of(config)
     names = names_of(form, int(config.num_hidden_layers))
