@@ -10,6 +10,7 @@ import transformers
 from quantpress.core.files import write_json
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from quantpress.models.config_forms import readable_by_all
 from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.numbers.types import Activations
 
@@ -67,7 +68,7 @@ def make(
     (folder / "part").unlink()
     head = "embed_out" if family == "gpt_neox" else "lm_head"
     quantization = FORMATS[format].config(ModelScheme(schemes, outside=[head], shuffled=shuffled, activations=spec))
-    write_json(folder / "config.json", original.config | {"quantization_config": quantization})
+    write_json(folder / "config.json", readable_by_all(original.config) | {"quantization_config": quantization})
     for file, content in FORMATS[format].extra_files(quantization).items():
         write_json(folder / file, content)
     copy_companions(plain, folder)
