@@ -161,5 +161,5 @@ def _meant(said: str) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    say(f"quantpress: {' '.join(message.split())}")
+    say(f"quantpress: {BadInput(message)}")  # one line, whatever is in it
     sys.exit(code)
