@@ -172,6 +172,7 @@ smoke: dev .venv/.servers
 bench: dev
 	@$(BIN)/python tests/bench/peers.py $(ARGS)
 	@$(BIN)/python tests/bench/memory.py $(MEMORY_ARGS)
+	@$(BIN)/python -m tests.bench.ranks $(RANKS_ARGS)
 
 support-table: dev
 	@$(BIN)/python -m tests.support $(ARGS)
