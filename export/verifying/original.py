@@ -97,7 +97,8 @@ def tensor_problems(folder: Path, original: Path) -> tuple[list[str], dict[str, 
 def _opened(folder: Path, original: Path, manifest: Manifest | None) -> _Pair:
     reader = rotated(OriginalCheckpoint(original), manifest)
     artifact = Artifact(folder)
-    pair = _Pair(model_of(reader, original), model_of(artifact, folder), artifact)
+    taken = artifact.linears
+    pair = _Pair(model_of(reader, original, taken), model_of(artifact, folder, taken), artifact)
     artifact.transposed = frozenset(x.name for x in pair.artifact.linears() if x.transposed)
     return pair
 

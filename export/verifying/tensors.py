@@ -9,7 +9,7 @@ import copy
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +52,7 @@ def problems(folder: Path) -> list[str]:
         if artifact.foreign is not None:
             raise BadInput(f"{folder}: its weights are {artifact.foreign}, in a format that is not written here")
         raise BadInput(f"{folder} is not quantized: config.json has no quantization_config")
-    skeleton = model_of(artifact, folder)
+    skeleton = model_of(artifact, folder, artifact.linears)
     linears = skeleton.linears()
     artifact.transposed = frozenset(x.name for x in linears if x.transposed)
     misshapen = dict(_shapes(artifact, linears))
@@ -73,13 +73,13 @@ def problems(folder: Path) -> list[str]:
     return found
 
 
-def model_of(artifact: Any, folder: Path) -> Skeleton:
+def model_of(artifact: Any, folder: Path, taken: Collection[str] = ()) -> Skeleton:
     """The artifact's model on the meta device. Raises BadInput for a config of which transformers builds none.
 
-    Of a family that transformers does not have, what the names on disk tell.
+    Of a family that transformers does not have, what the names on disk tell. taken: linears of it, by on-disk name.
     """
-    if isinstance(artifact, Artifact) and is_unknown(artifact.config):
-        return ByName(artifact, device=torch.device("meta"), chosen=artifact.linears.__contains__)
+    if is_unknown(artifact.config):
+        return ByName(artifact, device=torch.device("meta"), chosen=taken.__contains__)
     try:
         return Skeleton(artifact, device=torch.device("meta"))
     except BadInput:

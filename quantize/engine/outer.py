@@ -10,6 +10,7 @@ from ..core.errors import BadInput
 from ..core.text import size
 from ..formats import FORMATS
 from ..methods import ROUNDERS
+from ..models.by_name import ByName
 from ..models.skeleton import Skeleton
 from ..numbers.grid import QuantizedLinear, scale_dtype, stacked_rows
 from ..numbers.types import Grid
@@ -112,6 +113,8 @@ NOTHING = Outer({}, {})
 def _names(skeleton: Skeleton) -> dict[str, str]:
     """By recipe key; without those that the file calls other than transformers does, or that lie in a shared module."""
     found: dict[str, str] = {}
+    if isinstance(skeleton, ByName):
+        return found  # of a family that transformers does not have
     heads, tables = skeleton.head_modules(), skeleton.model.get_input_embeddings()
     module = next((n for n, m in skeleton.model.named_modules() if m is tables), None)
     for key, name in (("head", heads[0] if len(heads) == 1 else None), ("embeddings", module)):

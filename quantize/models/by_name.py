@@ -75,6 +75,7 @@ class ByName(Skeleton):
         self.experts_per_token = None
         self.fused_experts, self.padded_experts = set(), False
         self._computed, self._wide = [{} for _ in self._inside], []
+        self._disk, self._shared = {name: name for name in self._shapes}, set()
 
     def _check_no_codes(self) -> None:
         for name, shape in self._shapes.items():
@@ -171,9 +172,6 @@ class ByName(Skeleton):
 
     def linears(self) -> list[LinearLayer]:
         return list(self._linears)
-
-    def disk_name(self, name: str) -> str:
-        return name
 
     def written_with(self, k: int) -> dict[str, str]:
         return self._inside[k]
