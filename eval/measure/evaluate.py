@@ -33,6 +33,7 @@ from .endpoint import ServedModel, served_nll
 from .gates import judge
 from .generations import side_by_side
 from .likelihood import Room, Scorer
+from .pairing import check_same_model, unplaced
 from .reference import reference
 from .results import Efficiency, Results, Subject
 from .served_reference import PASSES, Models, by_prompt, make_reference
@@ -175,8 +176,9 @@ class _Evaluation:
     def of_folder(self, artifact: Path, subject: Subject | None) -> Results:
         _, plain = self._original()
         reader, quantized = open_artifact(artifact, self._device, plain.dtype)
-        self._same_model(plain, quantized, artifact)
-        self._all_placed(plain, quantized, artifact)
+        check_same_model(plain, quantized, artifact, self._folder)
+        if (line := unplaced(plain, quantized, artifact)) is not None:
+            self._note(line)
         if subject is not None and subject.kind != "run":  # known once it is opened
             kind = "checkpoint" if reader.format is None else "artifact"
             subject = subject.model_copy(update={"kind": kind, "format": reader.format})
@@ -383,26 +385,3 @@ class _Evaluation:
             self._watch.step(section, done, total)
 
         return on_block
-
-    def _all_placed(self, plain: Skeleton, quantized: Skeleton, artifact: Path) -> None:
-        """Account for every tensor of the artifact. Raises BadInput for one beside a weight that nothing reads: a scale
-        or zero point, without which the weight is not what it looks like.
-        """
-        own = set(plain.unused)
-        beyond = [name for name in quantized.unused if name not in own]
-        for name in beyond:
-            weight = f"{name.rpartition('.')[0]}.weight"
-            if weight in quantized.reader:
-                raise BadInput(
-                    f"{artifact}: {name} lies beside {weight}, and nothing says how they belong together: the weight "
-                    "may be codes of a format that config.json does not name; give an artifact whose config.json does"
-                )
-        if beyond:
-            more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
-            self._note(f"{beyond[0]}{more}: the model has no place for this, so it was passed over")
-
-    def _same_model(self, plain: Skeleton, quantized: Skeleton, artifact: Path) -> None:
-        if quantized.n_blocks != plain.n_blocks or quantized.config.vocab_size != plain.config.vocab_size:
-            raise BadInput(
-                f"{artifact} is not a version of {self._folder}: they differ in the number of blocks or the vocabulary"
-            )
