@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantpress.artifact.manifest import read_manifest
+from quantpress.artifact.manifest import Manifest, read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256, write_json
 from quantpress.core.notebook import table
@@ -23,7 +23,7 @@ from ..measure.evaluate import Prepared
 from ..measure.gates import judge
 from ..measure.results import Results, read_results
 from ..report.card import write_card
-from ..report.junit import write_junit
+from ..report.junit import Stage, write_junit
 from ..report.page import write_report
 from .callbacks import Callbacks, Options
 from .ledger import Ledger, ReleaseStage
@@ -87,8 +87,18 @@ def make_release(recipe: Recipe, out: Path, options: Options, callbacks: Callbac
             callbacks.on_note(
                 f"{card} was edited by hand and is left as it is; quantpress card --overwrite-card replaces it"
             )
+        write_junit(out / "eval" / "junit.xml", recipe.name, results, _stages_of(read_manifest(out)))
     done = {name: stage.summary for name, stage in read_manifest(out).stages.items()}
     return Release(out, results, serving, report, card, done)
+
+
+def _stages_of(manifest: Manifest) -> list[Stage]:
+    """What the run has done, for a test reporter."""
+    out = [Stage("quantize", 0.0 if manifest.timing is None else manifest.timing.seconds)]
+    for name, done in manifest.stages.items():
+        failed = "the server failed its checks" if done.summary.get("verdict") == "FAILED" else None
+        out.append(Stage(name, done.seconds, failed))
+    return out
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
-"""The verdict for a CI: JUnit XML with a test case per gate, and a Markdown summary."""
+"""The verdict for a CI: JUnit XML with a test case per gate and per stage, and a Markdown summary."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,12 +15,24 @@ from .page_text import cell
 _SIGNS = {"ACCEPT": "✅", "REGRESSION": "❌", "INCONCLUSIVE": "❔", "NONE": ""}
 
 
-def write_junit(path: Path, name: str, results: Results) -> None:
-    """Write the suite quantpress.gates with a case per gate.
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run. failed: why it failed; None where it did not."""
+
+    name: str
+    seconds: float
+    failed: str | None = None
+
+
+def write_junit(path: Path, name: str, results: Results, stages: Sequence[Stage] = ()) -> None:
+    """Write the suite quantpress.gates with a case per gate, and quantpress.stages with one per stage.
 
     A missed gate fails; an inconclusive one is skipped with its reason, or fails too where the recipe is strict.
+    stages: by default the evaluation, which fails while it is not complete, so that the file is never empty.
     """
     gates = results.gates
+    own = None if results.complete else "the evaluation was interrupted: sections are missing"
+    done = stages or (Stage("eval", results.seconds, own),)
     suite = ElementTree.Element("testsuite", name="quantpress.gates", tests=str(len(gates.checks)))
     failed = skipped = 0
     for check in gates.checks:
@@ -33,9 +47,23 @@ def write_junit(path: Path, name: str, results: Results) -> None:
     suite.attrib |= {"failures": str(failed), "skipped": str(skipped), "errors": "0", "time": f"{results.seconds:.3f}"}
     root = ElementTree.Element("testsuites")
     root.append(suite)
+    root.append(_stages(name, done))
     ElementTree.indent(root)
     with whole_file(path) as file:
         file.write(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
+
+
+def _stages(name: str, done: Sequence[Stage]) -> ElementTree.Element:
+    failed = sum(stage.failed is not None for stage in done)
+    counts = {"tests": str(len(done)), "failures": str(failed), "skipped": "0", "errors": "0"}
+    seconds = sum(stage.seconds for stage in done)
+    suite = ElementTree.Element("testsuite", {"name": "quantpress.stages", "time": f"{seconds:.3f}"} | counts)
+    for stage in done:
+        about = {"classname": _clean(name), "name": stage.name, "time": f"{stage.seconds:.3f}"}
+        case = ElementTree.SubElement(suite, "testcase", about)
+        if stage.failed is not None:
+            ElementTree.SubElement(case, "failure", {"message": stage.failed, "type": "FAILED"}).text = stage.failed
+    return suite
 
 
 def fails(check: GateCheck, gates: GateReport) -> bool:

@@ -31,6 +31,7 @@ from .figures import divergence_axis, png, recovery_axis, recovery_ticks, svg
 from .heatmap import DARK, LIGHT, HeatScale
 from .measured_run import LeftOut, MeasuredRun, comparable, find_runs, labelled, open_run
 from .standing import judge_runs
+from .table import as_csv, as_parquet, rows
 from .verdict import choose, verdict
 
 _SPEED = "Speed against quality"
@@ -196,13 +197,18 @@ def _write(
         figures["divergence"] = svg(pages, "divergence", caption, runs=runs)
     if tasks:
         figures["tasks"] = svg(pages, "tasks", caption, rows=tasks)
+    table = rows(choice)
+    parquet = as_parquet(table) if len(runs) > 1 else None
     files = {f"{name}.svg": drawing.encode() for name, drawing in figures.items()}
     files |= {f"{name}.png": png(drawing) for name, drawing in figures.items()}
     files |= {
         "summary.md": pages.get_template(f"{template}.md").render(context).encode("utf-8", "replace"),
         "summary.json": (json.dumps(_finite({"schema": 1} | summary), indent=2) + "\n").encode(),
+        **({"runs.csv": as_csv(table)} if len(runs) > 1 else {}),
         "index.html": pages.get_template(f"{template}.html").render(context).encode("utf-8", "replace"),
     }
+    if parquet is not None:
+        files["runs.parquet"] = parquet
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -76,6 +76,14 @@ def run(
 
 
 def _print_release(release: "Release") -> None:
+    if release.results is not None:
+        from quantpress.eval.report.measured_run import open_run
+        from quantpress.eval.report.verdict import verdict
+
+        told = verdict(open_run(release.out))
+        show(f"{told.word}: {told.reason}")
+        for line in told.todo:
+            show(f"  {line}")
     if release.serving is not None:
         print_serving(release.serving, str(release.out / "eval" / "serving.json"))
     if release.results is not None:

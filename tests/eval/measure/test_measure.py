@@ -17,7 +17,7 @@ from quantpress.eval.measure import evaluate as measure
 from quantpress.eval.measure import speed
 from quantpress.eval.measure.evaluate import Watch, evaluate, prepare
 from quantpress.eval.measure.results import Generation, Results, Runtime, read_results
-from quantpress.eval.report.junit import step_summary, write_junit
+from quantpress.eval.report.junit import Stage, step_summary, write_junit
 from quantpress.recipe import Evaluation, Gates
 
 from ...quantize.engine.test_pipeline import make
@@ -79,7 +79,7 @@ def test_a_run_is_measured_by_its_own_recipe(place: Path, monkeypatch: pytest.Mo
     assert results.gates.verdict == "ACCEPT"
     assert "| max\\_bytes | ✅ ACCEPT |" in (place / "summary.md").read_text(encoding="utf-8")
     cases = ElementTree.parse(place / "run" / "eval" / "junit.xml").findall(".//testcase")
-    assert [case.get("name") for case in cases] == ["max_bytes"]
+    assert [case.get("name") for case in cases] == ["max_bytes", "eval"]
 
 
 def test_an_artifact_alone_equals_its_run(
@@ -241,6 +241,15 @@ def test_junit_has_a_case_a_gate(strict: bool, failures: set[str], tmp_path: Pat
     skipped = [name for name, case in cases.items() if case.find("skipped") is not None]
     assert skipped == ([] if strict else ["min_top1_agreement"])
     assert cases["max_kl"].get("classname") == "a name with & signs"
+    stopped = results.model_copy(update={"complete": False, "gates": results.gates.model_copy(update={"checks": ()})})
+    write_junit(tmp_path / "junit.xml", "a", stopped)
+    _, stages = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert [(case.get("name"), case[0].get("message")) for case in stages] == [
+        ("eval", "the evaluation was interrupted: sections are missing")
+    ]
+    write_junit(tmp_path / "junit.xml", "a", results, [Stage("quantize", 95.2), Stage("smoke", 3, "it failed")])
+    _, stages = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert (stages.get("tests"), stages.get("failures"), stages.get("time")) == ("2", "1", "98.200")
     assert "too much | <of it>" in str(cases["max_kl"][0].get("message"))
 
 
