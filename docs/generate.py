@@ -35,7 +35,7 @@ _SECTIONS = (  # of the reference: the key, and the models that it may hold
     ("overrides", ("Override",)),
     ("gguf", ("Gguf", "GgufBudget")),
     ("targets", tuple(server.settings.__name__ for server in SERVERS.values() if server.settings is not None)),
-    ("evaluation", ("Evaluation", "Task", "EfficiencySettings", "Timing")),
+    ("evaluation", ("Evaluation", "Domain", "UntilClear", "Task", "EfficiencySettings", "Timing")),
     ("gates", ("Gates",)),
     ("smoke", ("Smoke",)),
 )
@@ -61,7 +61,8 @@ def recipe_reference() -> str:
             if len(models) > 1:
                 title = f"{key}: {tag}" if tag else {"EndToEnd": "method.end_to_end", "GgufBudget": "gguf.budget",
                         "Task": "evaluation.tasks", "EfficiencySettings": "evaluation.efficiency",
-                        "Timing": "evaluation.efficiency.timing"}.get(name, key)  # fmt: skip
+                        "Timing": "evaluation.efficiency.timing", "Domain": "evaluation.domains",
+                        "UntilClear": "evaluation.until_clear"}.get(name, key)  # fmt: skip
                 lines += ["", f"### {title} {{ #{name.lower()} }}", ""]
             lines += [_cell(model.get("description", "")), "", *_keys(model)]
     return "\n".join(lines)
