@@ -8,7 +8,7 @@ nothing is printed. A mistake of the caller is a `BadInput`, one line that says 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from quantpress.exports.load_check import LoadAnswer, Way, will_load
 from quantpress.exports.package import LOOPBACK, Exported, find_artifact
 from quantpress.exports.package import check as check_export
 from quantpress.exports.package import export as export_target
+from quantpress.exports.serving.load import Wanted
 from quantpress.exports.serving.record import Serving
 from quantpress.exports.verify import artifact_in, check_unchanged, original_at_hand
 from quantpress.exports.verify import verify as verify_files
@@ -314,17 +315,20 @@ def smoke(
     out: Path | str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
+    load: Wanted | None = None,
+    original: Path | None = None,
 ) -> Serving:
     """Start a real server on an artifact, check it, compare it with our own forward pass, time it, end it.
 
     path: a run folder, an artifact folder, a .gguf file or RUN/export/<target>. changes: keys of the recipe's `smoke`
-    section in place of the run's own. out: where eval/serving.json and the log go, by default the run. A server that
+    section in place of the run's own. load: requests at a fixed rate, measured too; original: a model put under the
+    same load on a server of its own. out: where eval/serving.json and the log go, by default the run. A server that
     fails is a failed check; BadInput is raised for one that is not installed.
 
         smoke("artifacts/smollm2-135m/w4a16-rtn", {"server": "vllm"}).verdict
     """
     given = changes.model_dump(exclude_unset=True) if isinstance(changes, Smoke) else dict(changes or {})
-    subject = find_served(Path(path), given)
+    subject = replace(find_served(Path(path), given), load=load, original=original)
     if not options.although_changed:
         check_unchanged(Path(path))
     where = _path(out) or subject.run or Path("artifacts") / subject.artifact.stem / "smoke"

@@ -10,6 +10,7 @@ from quantpress.artifact.manifest import MANIFEST, own_manifest
 from quantpress.core.errors import BadInput
 from quantpress.exports.servers import SERVERS, launchers
 from quantpress.exports.serving.containers import composed, lacking
+from quantpress.exports.serving.load import Wanted
 from quantpress.exports.serving.record import Check, Serving
 from quantpress.exports.serving.reference import find_reference, read_reference
 from quantpress.exports.serving.smoke_test import Listener
@@ -45,7 +46,8 @@ class ServedArtifact:
     """What is tested, and how.
 
     artifact: a folder or a .gguf file. run: the run folder it lies in, if any.
-    listed: the folder whose checksums are compared first, None where they were just written. exported: the export
+    load: what arrives in the test under load, None without one; original: the model to put under it too. listed: the
+    folder whose checksums are compared first, None where they were just written. exported: the export
     folder it lies in, if any; in_container: whether the server is started from that folder's
     compose.yaml, in place of smoke.server.
     """
@@ -53,6 +55,8 @@ class ServedArtifact:
     artifact: Path
     smoke: Smoke
     run: Path | None = None
+    load: Wanted | None = None
+    original: Path | None = None
     listed: Path | None = None
     exported: Path | None = None
     in_container: bool = False
@@ -64,6 +68,7 @@ def run_smoke(subject: ServedArtifact, out: Path, options: Options, callbacks: C
     settings = ServerOptions(
         smoke.python, smoke.url, smoke.concurrency, smoke.max_model_len, smoke.deadline_s,
         options.api_key, lacking(exported) if exported is not None and smoke.url is not None else {},
+        subject.load, subject.original,
     )  # fmt: skip
     server = composed(exported) if exported is not None and subject.in_container else smoke.server
     listener = Listener(callbacks.on_line, callbacks.on_check)
@@ -101,7 +106,10 @@ def find_served(path: Path, changes: Mapping[str, Any]) -> ServedArtifact:
     in_container = exported is not None and not {"server", "url"} & changes.keys()
     folder = artifact if artifact.is_dir() else artifact.parent
     listed = exported or (folder if artifact.is_dir() or (folder / MANIFEST).is_file() else None)
-    return ServedArtifact(artifact, _settings(run, artifact, changes), run, listed, exported, in_container)
+    settings = _settings(run, artifact, changes)
+    return ServedArtifact(
+        artifact, settings, run, listed=listed, exported=exported, in_container=in_container
+    )  # fmt: skip
 
 
 def served_file(folder: Path) -> Path:

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantpress.calibrate.chat_template import rendered
+from quantpress.calibrate.tokens import encode
+
 from .client import Client, Messages, Prompt, Refused
 
 _ENOUGH = 8  # tokens of an answer, to check anything on it
@@ -23,17 +26,17 @@ class Way:
 
 def find_way(client: Client, tokenizer: Any, lacks: Mapping[str, str], text: str, tokens: int) -> Way:
     """The plainest way in which `text` is answered with some tokens; the plain one where none is."""
-    ways = [Way(str, {}), Way(str, _GOES_ON, " (with ignore_eos)")]
+    ways = [Way(str, {})]
     if getattr(tokenizer, "chat_template", None):
 
         def templated(text: str) -> Prompt:
             if {"token_ids", "plain_prompts"} & lacks.keys():
-                chat: str = tokenizer.apply_chat_template(list(turn(text)), add_generation_prompt=True, tokenize=False)
-                return chat
+                return rendered(tokenizer, turn(text), prompt=True)
             return template_ids(tokenizer, turn(text))
 
         ways += [Way(templated, {}, " (in its chat template)"),
                  Way(templated, _GOES_ON, " (in its chat template, with ignore_eos)")]  # fmt: skip
+    ways.append(Way(str, _GOES_ON, " (with ignore_eos)"))
     for way in ways:
         try:
             answer = client.complete(way.prompt(text), tokens, **way.more)
@@ -59,6 +62,4 @@ def prompt_ids(tokenizer: Any, text: str, lacks: Mapping[str, str]) -> list[int]
 
 def template_ids(tokenizer: Any, messages: Messages) -> list[int]:
     """The tokens of a chat by the artifact's own template."""
-    made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-    ids: list[int] = made["input_ids"]
-    return ids
+    return encode(tokenizer, rendered(tokenizer, messages, prompt=True))

@@ -33,6 +33,7 @@ _SCHEMA = {
     "type": "object", "properties": {"answer": {"type": "string", "enum": ["yes", "no"]}}, "required": ["answer"],
     "additionalProperties": False,
 }  # fmt: skip
+_ALIKE = 5  # characters in which two greedy answers to one prompt agree
 _TIE = 0.05  # log-probability: two tokens that a 16-bit sum may exchange
 _PORTS = 3  # listed one by one in a message
 _STREAMED_SHARE = 0.1  # of the answer's time that has to lie between its first and last chunk
@@ -99,9 +100,12 @@ def _chat(on: CheckedServer) -> str:
     if {"token_ids", "plain_prompts"} & on.running.lacks.keys():
         return f"as many prompt tokens as the artifact's template makes ({len(ids)}): {_quoted(answer.text)}"
     plain = on.client.complete(ids, _TOKENS, **on.way.more)
-    if settled(plain.text).strip() != settled(answer.text).strip():
+    first, second = settled(plain.text).strip(), settled(answer.text).strip()
+    # The same tokens, but one prompt may be read out of the server's cache: a near tie then falls the other way.
+    if common_prefix(first, second) < min(_ALIKE, len(first), len(second)):
         raise Failed(f"{_quoted(answer.text)}, and the artifact's template completed gives {_quoted(plain.text)}")
-    return f"as the artifact's template completed: {_quoted(answer.text)}"
+    same = "as" if first == second else f"as, for {common_prefix(first, second)} characters,"
+    return f"{same} the artifact's template completed: {_quoted(answer.text)}"
 
 
 def _in_chat(on: CheckedServer, tokens: int = _TOKENS, **more: Any) -> Answer:
@@ -201,8 +205,14 @@ def _unicode(on: CheckedServer) -> str:
 def _concurrent(on: CheckedServer) -> str:
     """Concurrent answers reach the right requests; rounding may make them differ from answers made one by one."""
     prompts = [_PROMPTS[i % len(_PROMPTS)] + "," * (i // len(_PROMPTS)) for i in range(max(2, on.concurrency))]
-    alone = [on.ask(prompt, _TOKENS).text for prompt in prompts]
-    together = [answer.text for answer in at_once(lambda p: on.ask(p, _TOKENS), prompts)]
+
+    def answer(text: str) -> str:
+        return on.client.complete(on.way.prompt(text), _TOKENS, **on.way.more).text
+
+    alone = [answer(prompt) for prompt in prompts]
+    if sum(bool(text.strip()) for text in alone) < len(alone) / 2:
+        raise Failed(f"most of {len(alone)} answers are empty{on.way.tried}")
+    together = at_once(answer, prompts)
     for i, text in enumerate(together):
         likeness = [common_prefix(text, other) for other in alone]
         if likeness[i] < max(likeness):
@@ -260,8 +270,10 @@ def _logprobs(on: CheckedServer) -> str:
         if row["logprob"] > 0 or (tops and not on.way.more and row["logprob"] < max(tops) - _TIE):
             raise Failed(f"the greedy token {row['token']!r} has log-probability {row['logprob']:.3f}, the likeliest "
                          f"{max(tops, default=0):.3f}")  # fmt: skip
-    if answer.completion_tokens is not None and abs(len(rows) - answer.completion_tokens) > 1:  # the end token
-        raise Failed(f"{len(rows)} rows of log-probabilities for {answer.completion_tokens} tokens")
+    # A row more for the end token; llama.cpp has one for tokens that make up a character together.
+    counted = answer.completion_tokens
+    if counted is not None and not counted / 2 <= len(rows) <= counted + 1:
+        raise Failed(f"{len(rows)} rows of log-probabilities for {counted} tokens")
     return f"{len(rows)} rows, each greedy token the likeliest"
 
 

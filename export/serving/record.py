@@ -77,6 +77,30 @@ class Percentiles(Section):
     p99: float
 
 
+class Load(Section):
+    """Requests that arrive at a fixed average rate, as `vllm bench serve` counts them.
+
+    rate: requests a second; seconds: until the last answer. ttft_ms: time to first token; itl_ms: between chunks;
+    tpot_ms: time a token after the first. goodput: requests a second that met both limits. error: the first of those
+    that failed. what: whose, the artifact's or the original's.
+    """
+
+    what: Literal["artifact", "original"] = "artifact"
+    rate: float
+    seconds: float
+    requests: int
+    completed: int
+    error: str | None
+    ttft_ms: Percentiles | None
+    itl_ms: Percentiles | None
+    tpot_ms: Percentiles | None
+    goodput: float
+    limit_ttft_ms: float
+    limit_tpot_ms: float
+    requests_per_second: float
+    tokens_per_second: float
+
+
 class Serving(Section):
     """eval/serving.json: an artifact on a server. Latencies are of `requests` streamed answers, one at a time.
 
@@ -102,6 +126,7 @@ class Serving(Section):
     itl_ms: Percentiles | None
     tokens_per_second: dict[int, float]
     peak_rss_bytes: int | None
+    load: tuple[Load, ...] = ()
     log: str | None  # relative to the run folder
 
     def write(self, folder: Path) -> Path:

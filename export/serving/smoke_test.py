@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core import machine
@@ -23,9 +23,10 @@ from .against_reference import CHECKS as REFERENCE_CHECKS
 from .against_reference import hold
 from .checks import CHECKS, CheckedServer, make
 from .client import Client, ServerError
+from .load import Wanted, measure_load
 from .outcome import Failed, Skipped, made
 from .process import ServerFailed
-from .record import Against, Agreement, Check, Serving
+from .record import Against, Agreement, Check, Load, Serving
 from .reference import Reference
 from .starting import DEFAULT_CONTEXT, Options, Running, interpreter, reach, serve
 
@@ -97,6 +98,8 @@ def smoke(
             told.check(Check(name=name, status="skip", reason="the server did not start", seconds=0))
     else:
         told.check(made("agreement", partial(_agree, row, served, state), {}))
+        if options.load is not None and options.original is not None and row is not None and log is not None:
+            told.check(made("load, original", partial(_load_of_original, row, served, state, log, listener.line), {}))
     record = _record(row, served, state, checks, None if log is None else log.relative_to(out))
     record.write(out)
     return record
@@ -111,6 +114,7 @@ class _State:
     agreed: Agreement | None = None
     against: Against | None = None
     speed: figures.Figures | None = None
+    load: tuple[Load, ...] = ()
     peak_rss_bytes: int | None = None
 
 
@@ -183,12 +187,43 @@ def _talk(row: Launcher | None, running: Running, served: _Served, told: Listene
             return rates if found.ttft_ms is None else f"{rates}; first token after {found.ttft_ms:.0f} ms"
 
         told.check(made("speed", speed, {}))
+        if served.options.load is not None:
+            told.check(made("load", partial(_load, client, served.options.load, state, "artifact"), {}))
     if running.child is not None:
         if "memory" not in running.lacks:
             state.peak_rss_bytes = running.child.peak_rss_bytes
         if (status := running.child.ended()) is not None:
             reason = f"ended by itself with status {status}:\n{running.child.last_lines()}"
             told.check(Check(name="alive", status="fail", reason=reason, seconds=0))
+
+
+def _load(client: Client, wanted: Wanted, state: _State, what: Literal["artifact", "original"]) -> str:
+    found = measure_load(client, wanted).model_copy(update={"what": what})
+    state.load += (found,)
+    if not found.completed:
+        raise Failed(f"none of {found.requests} requests was answered: {found.error}")
+    first, token = found.ttft_ms, found.itl_ms
+    return (
+        f"{found.completed} of {found.requests} requests at {found.rate:g}/s answered, {found.goodput:.2f}/s within "
+        f"{found.limit_ttft_ms:.0f} ms to the first token and {found.limit_tpot_ms:.0f} ms a token"
+        + (f"; first token p50 {first.p50:.0f}, p99 {first.p99:.0f} ms" if first else "")
+        + (f"; between chunks p50 {token.p50:.1f}, p99 {token.p99:.1f} ms" if token else "")
+    )
+
+
+def _load_of_original(row: Launcher, served: _Served, state: _State, log: Path, tell: Callable[[str], None]) -> str:
+    """The same load on the original, once the artifact's server has ended."""
+    options, log = served.options, log.with_name(f"{log.stem}-original.log")
+    assert options.original is not None
+    assert options.load is not None
+    try:
+        with (
+            serve(row, options.original, log, options, tell) as running,
+            Client(running.url, running.model, options.api_key) as client,
+        ):
+            return _load(client, options.load, state, "original")
+    except (ServerFailed, BadInput) as error:
+        raise Failed(str(error)) from None
 
 
 def _agree(row: Launcher | None, served: _Served, state: _State) -> str:
@@ -226,5 +261,6 @@ def _record(row: Launcher | None, served: _Served, state: _State, checks: list[C
         itl_ms=None if found is None else found.itl_ms,
         tokens_per_second={} if found is None else found.tokens_per_second,
         peak_rss_bytes=state.peak_rss_bytes,
+        load=state.load,
         log=None if log is None else str(log),
     )

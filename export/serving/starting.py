@@ -19,6 +19,7 @@ from quantpress.core import machine
 from quantpress.core.errors import BadInput
 
 from ..servers.server import Launch, Launcher
+from .load import Wanted
 from .process import Child, ServerFailed, free_port, running, wait_until_healthy
 
 DEFAULT_CONTEXT = 1024  # tokens of prompt and answer
@@ -40,6 +41,8 @@ class Options:
     deadline_s: float = 600  # vLLM compiles as it starts: minutes on a busy CPU
     api_key: str | None = field(default=None, repr=False)
     lacks: Mapping[str, str] = field(default_factory=dict)  # as Launcher.lacks, of the server at `url`
+    load: Wanted | None = None
+    original: Path | None = None  # whose load is measured beside the artifact's, on a server started for it
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Figures:
 def measure(client: Client, concurrency: int) -> Figures:
     """One warm-up request, then REQUESTS one after another, then rounds of `concurrency` concurrent ones; fewer of both
     on a slow server."""
-    prompts = map(_prompt, itertools.count())
+    prompts = map(prompt, itertools.count())
     client.stream(next(prompts), _TOKENS)
     alone: list[Stream] = []
     started = time.perf_counter()
@@ -42,18 +42,18 @@ def measure(client: Client, concurrency: int) -> Figures:
         rounds = _ROUNDS if time.perf_counter() - started < _ENOUGH_S / 2 else 1
         each = [list(itertools.islice(prompts, rounds)) for _ in range(concurrency)]
         started = time.perf_counter()
-        together = at_once(lambda mine: [client.stream(prompt, _TOKENS) for prompt in mine], each)
+        together = at_once(lambda mine: [client.stream(text, _TOKENS) for text in mine], each)
         speeds[concurrency] = _tokens(list(itertools.chain(*together))) / (time.perf_counter() - started)
     firsts = [stream.times[0] for stream in alone if stream.times]
     gaps = [gap for stream in alone for gap in np.diff(stream.times)]
     counts = [stream.prompt_tokens for stream in alone if stream.prompt_tokens is not None]
     return Figures(
         len(alone), round(sum(counts) / len(counts)) if counts else None,
-        float(np.median(firsts)) * 1000 if firsts else None, _percentiles(gaps), speeds,
+        float(np.median(firsts)) * 1000 if firsts else None, percentiles(gaps), speeds,
     )  # fmt: skip
 
 
-def _prompt(number: int) -> str:
+def prompt(number: int) -> str:
     """About 40 words, the first of them unique, so that no request finds another's prefix in the cache."""
     return f"{number}: {_WORDS * 2}"
 
@@ -63,7 +63,8 @@ def _tokens(streams: Sequence[Stream]) -> int:
     return sum(s.completion_tokens if s.completion_tokens is not None else len(s.times) for s in streams)
 
 
-def _percentiles(seconds: Sequence[float]) -> Percentiles | None:
+def percentiles(seconds: Sequence[float]) -> Percentiles | None:
+    """In milliseconds; None of nothing."""
     if not len(seconds):
         return None
     p50, p95, p99 = np.percentile(np.asarray(seconds) * 1000, [50, 95, 99]).tolist()

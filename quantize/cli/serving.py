@@ -173,6 +173,11 @@ def smoke(
     concurrency: Annotated[int | None, typer.Option(help="requests at a time; default: 4")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens of prompt and answer")] = None,
     deadline: Annotated[float | None, typer.Option(help="seconds to become healthy; default: 600")] = None,
+    load: Annotated[bool, typer.Option("--load", help="also a minute of requests at a fixed rate")] = False,
+    rate: Annotated[float, typer.Option("--rate", min=0.01, help="requests a second, with --load")] = 1.0,
+    original: Annotated[
+        Path | None, typer.Option("--original", help="with --load: a model to put under the same load after it")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="run folder for eval/serving.json and the log")] = None,
     as_json: JsonOpt = False,
     options: Options = Options(),
@@ -184,11 +189,16 @@ def smoke(
     changes: dict[str, Any] = {"server": server, "url": url, "python": server_python, "concurrency": concurrency,
                                "max_model_len": max_model_len, "deadline_s": deadline}  # fmt: skip
     changes = {key: value for key, value in changes.items() if value is not None}
+    if original is not None and not load:
+        raise BadInput("--original: of a test under load; add --load")
     quiet_libraries()
+    from quantpress.exports.serving.load import Wanted
+
     from .. import api
 
     with followed(quiet=as_json) as callbacks:
-        record = api.smoke(artifact, changes, out, options, callbacks)
+        wanted = Wanted(rate=rate) if load else None
+        record = api.smoke(artifact, changes, out, options, callbacks, wanted, original)
     if as_json:
         print_json(record.model_dump(mode="json", by_alias=True))
     else:

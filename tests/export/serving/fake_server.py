@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if chat and body.get("logprobs"):
             rows = [{"token": p, "logprob": -0.1, "top_logprobs": [{"token": p, "logprob": -0.1}]} for p in pieces]
             rows[-1]["logprob"] = -2.0 if fault == "not-likeliest" else -0.1
-            content["logprobs"] = {"content": rows[1:-1] if fault == "few-rows" else rows}
+            content["logprobs"] = {"content": rows[:3] if fault == "few-rows" else rows}
         if not chat and body.get("logprobs"):
             named = [f"token_id:{ord(piece[1]) % 256}" for piece in pieces if piece]
             content["logprobs"] = {"tokens": named, "token_logprobs": [-0.1] * len(named)}

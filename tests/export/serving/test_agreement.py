@@ -119,8 +119,8 @@ def test_the_tolerance_is_that_of_the_kernel(tmp_path: Path, monkeypatch: pytest
 class Templated(Bytes):
     """A template that shows in the ids."""
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
-        return self("<" + "".join(message["content"] for message in messages))
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return "<" + "".join(message["content"] for message in messages)
 
 
 class Chatty(Client):
