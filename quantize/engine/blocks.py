@@ -147,7 +147,8 @@ class _Run:
             named = zip(FORMATS[job.recipe.formats[0]].cache_suffixes, scales, strict=True)
             tensors |= {f"{cache.name}.{suffix}": scale for suffix, scale in named}
         if last and keep_final is not None:
-            tensors |= keep_final(self.hidden["hidden"])
+            final = self._of_all_samples({"hidden": self.hidden["hidden"]})
+            tensors |= keep_final(final["hidden"]) if self._ranks.leads else {}
         line = BlockRecord(block=k, seconds=round(seconds, 3), layers=layers, transforms=tuple(changes.records))
         dump = None
         if self.hidden and not last and self._ranks.tell(self._journal.keeps_hidden):

@@ -23,11 +23,11 @@ from ...forked import Done
 from ...tiny import build, text
 from ...together import Step, runs
 
-INT4: dict[str, Any] = {"weights": {"bits": 4, "group_size": 32, "symmetric": False}}
+INT4: dict[str, Any] = {"weights": {"bits": 4, "group_size": 32}}  # and a head in 8 bits, by all samples
 STATIC: dict[str, Any] = {
     "weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}, "transforms": [{"name": "awq"}], "kv_cache": "fp8",
 }  # fmt: skip
-SHARED = {"llama": ("llama", INT4), "experts": ("qwen3_moe", INT4), "static": ("qwen2_moe", STATIC)}
+SHARED = {"dense": ("qwen3", INT4), "experts": ("qwen3_moe", INT4), "static": ("qwen2_moe", STATIC)}
 KILL = """
 import os, signal, quantpress.engine.blocks as b
 block = b._Run.block
@@ -57,13 +57,13 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     place = tmp_path_factory.mktemp("runs")
     dump = {0: DUMP}
     steps = {
-        "1": step(place, "1", "llama", 1),
-        "4": step(place, "4", "llama", 4),
-        "killed": step(place, "cut", "llama", 2, codes=dump | {1: KILL}),
-        "resumed": step(place, "cut", "llama", 3, codes=dump),
-        "other-files": step(place, "files", "llama", 2, own={1: ["--model", str(place / "other")]}),
+        "1": step(place, "1", "dense", 1),
+        "4": step(place, "4", "dense", 4),
+        "killed": step(place, "cut", "dense", 2, codes=dump | {1: KILL}),
+        "resumed": step(place, "cut", "dense", 3, codes=dump),
+        "other-files": step(place, "files", "dense", 2, own={1: ["--model", str(place / "other")]}),
     }
-    shutil.copytree(place / "llama", place / "other")
+    shutil.copytree(place / "qwen3", place / "other")
     weights = place / "other" / "model.safetensors"
     changed = {n: t + 1 if "norm" in n else t for n, t in load_file(weights).items()}
     save_file(changed, weights, metadata={"format": "pt"})
@@ -87,7 +87,7 @@ def test_four_processes_make_the_bytes_of_one(ended: tuple[Path, dict[str, list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sizes"), [("llama", (2, 3)), ("experts", (2, 4)), ("static", (2, 4))])
+@pytest.mark.parametrize(("name", "sizes"), [("dense", (2, 3)), ("experts", (2, 4)), ("static", (2, 4))])
 def test_any_number_of_processes_makes_the_bytes_of_one(name: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
     steps = {str(size): step(tmp_path, str(size), name, size) for size in (1, *sizes)}
     check_equal(tmp_path, runs(tmp_path, steps), (1, *sizes))
