@@ -160,9 +160,9 @@ def _version(python: str, needs: tuple[str, ...]) -> str | None:
             [python, "-c", _PROBE, *needs],
             capture_output=True, text=True, timeout=60, check=True, cwd=tempfile.gettempdir(),
         )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
+        found = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: a program that is no Python
         return None
-    found = json.loads(done.stdout)
     return " ".join(found[0]) if found else None
 
 

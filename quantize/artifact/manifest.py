@@ -208,12 +208,14 @@ _M = TypeVar("_M", bound=Manifest)
 def read_manifest(path: Path) -> Manifest:
     """The manifest `path`, or that of the folder `path`; raises BadInput when there is none that can be read."""
     file = path / MANIFEST if path.is_dir() else path
+    if file.exists() and not file.is_file():
+        raise BadInput(f"{file}: not a file")  # a pipe would be waited for
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = f"holds no finished run (no {MANIFEST})" if path.is_dir() else "no such file or folder"
         raise BadInput(f"{path}: {what}; give the folder of a run, or its {MANIFEST}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise BadInput(f"{file}: not the manifest of a quantpress run")

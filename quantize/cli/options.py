@@ -119,6 +119,6 @@ def quiet_libraries() -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)  # its errors are told in one line of ours
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

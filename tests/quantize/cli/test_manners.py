@@ -1,6 +1,7 @@
 """What a person at a terminal expects: -h, completion, the nearest name for a mistyped one, JSON from every command."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from quantpress.cli.app import app, main
 from quantpress.cli.options import complete_recipe
+from quantpress.exports.serving.starting import _version
 from quantpress.recipe.loading import shipped, text_of
 
 
@@ -92,3 +94,15 @@ def test_the_nearest_name_is_said(
     code, line = said(arguments, monkeypatch, capfd)
     assert (code, line.count("\n")) == (2, 1)
     assert hint in line
+
+
+def test_a_manifest_that_is_a_pipe_and_a_python_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    assert said(["reproduce", "pipe"], monkeypatch, capfd) == (2, "quantpress: pipe: not a file\n")
+    Path("deep.json").write_text("[" * 100_000)
+    code, line = said(["reproduce", "deep.json"], monkeypatch, capfd)
+    assert (code, line.count("\n")) == (2, 1)
+    assert _version("/bin/echo", ("vllm",)) is None
