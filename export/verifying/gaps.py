@@ -18,7 +18,7 @@ class Gap:
     """Squared errors over the squares of the original weight, of the whole, its worst row and its worst group.
 
     nearest: of the whole when it is rounded to nearest. row, group: where the worst are. columns: by how much columns
-    are longer or shorter, root mean square, where they were scaled.
+    are longer or shorter, root mean square, where they were scaled. length: of the whole along the original, in it.
     """
 
     whole: float
@@ -28,6 +28,7 @@ class Gap:
     row: int = 0
     group: int = 0
     columns: float = 0.0
+    length: float = 1.0
 
 
 def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by_rows: Tensor | None = None) -> Gap:
@@ -35,7 +36,7 @@ def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by
 
     by_columns [in], by_rows [out]: what a transform has multiplied the weight with before it was rounded.
     """
-    error, power, worst_row, worst_group = 0.0, 0.0, (0.0, 0), (0.0, 0, 0)
+    error, power, overlap, worst_row, worst_group = 0.0, 0.0, 0.0, (0.0, 0), (0.0, 0, 0)
     mean = float(weight.to(torch.float32).square().mean()) or 1.0
     order, columns = _order(q)
     along, lengths = torch.zeros(q.in_features), torch.zeros(q.in_features)
@@ -47,6 +48,7 @@ def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by
         if by_columns is not None:
             found /= by_columns
             along, lengths = along + (found * wanted).sum(0), lengths + wanted.square().sum(0)
+        overlap += float(torch.dot(found.reshape(-1), wanted.reshape(-1)))
         squared, off = wanted.square(), (found - wanted).square_()
         error, power = error + float(off.sum()), power + float(squared.sum())
         floor = 0.02 * mean  # a row or group of next to nothing is compared with the rest
@@ -65,7 +67,7 @@ def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by
     stretched = (along[seen] / lengths[seen] - 1).square().mean().sqrt() if bool(seen.any()) else along.new_zeros(())
     return Gap(
         error / (power or 1.0), worst_row[0], worst_group[0], nearest(weight, q.grid, q.global_scale),
-        worst_row[1], worst_group[2], float(stretched),
+        worst_row[1], worst_group[2], float(stretched), overlap / (power or 1.0),
     )  # fmt: skip
 
 

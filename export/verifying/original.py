@@ -31,6 +31,7 @@ _MOST = 2e4  # a transform's scale is within 1e-4 and 1e4
 _NEAREST = ((3.0, 1e-6, 0.0, 0.5), (8.0, 1e-6, 0.0, 0.6), (14.0, 1e-6, 0.0, 0.9))
 _CALIBRATED = ((3.0, 0.1, 0.5, 0.7), (4.0, 0.3, 1.0, 0.95), (15.0, 0.6, 1.0, 4.0))
 _STRETCHED = (0.06, 2.0)  # how far columns may be longer or shorter: a constant, and times what rounding loses
+_LONGER = (0.15, 1.5)  # how far a weight as a whole may be longer or shorter; methods clip and shrink by less
 _NO_GROUPS = 2  # bits at which a calibrated method may leave any value in a group
 
 
@@ -148,6 +149,8 @@ def _too_far(pair: _Pair, gaps: Mapping[str, Gap], scales: _Scales, manifest: Ma
                 )
                 break
         else:
+            if abs(one.length - 1) > _LONGER[0] + _LONGER[1] * one.nearest:
+                yield f"{name}: its weights are {one.length:.3g} times the original's: its scales are not its own"
             if one.columns > _STRETCHED[0] + _STRETCHED[1] * one.nearest:
                 yield (
                     f"{name}: its columns are {one.columns:.0%} off the original's, as what is before them was "

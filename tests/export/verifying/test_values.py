@@ -40,6 +40,7 @@ def test_a_gap_is_that_of_rounding_and_of_each_kind_of_damage() -> None:
     exact = (q.dequantize() - WEIGHT).square().sum() / WEIGHT.square().sum()
     torch.testing.assert_close(found.whole, float(exact))
     assert found.whole < 1.5 * nearest(WEIGHT, GRID)
+    assert abs(found.length - 1) < 0.02
     q.scales[5, 2] *= 2
     off = gap(q, WEIGHT)
     assert (off.row, off.group) == (5, 2)
