@@ -41,7 +41,7 @@ def deploy(target: Acme, folder: ModelFolder) -> Deployment:
         port=target.port,
         health="/health",
         check=("acme-server", "check"),
-        probe=completion(folder.name, target.port),
+        probe=completion(folder, target.port),
         resources=folder.resources,
     )
 
