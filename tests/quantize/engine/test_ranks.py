@@ -23,7 +23,7 @@ from ...forked import Done
 from ...tiny import build, text
 from ...together import Step, runs
 
-INT4: dict[str, Any] = {"weights": {"bits": 4, "group_size": 32}}  # and a head in 8 bits, by all samples
+INT4: dict[str, Any] = {"weights": {"bits": 4, "group_size": 32}, "head": {"bits": 8, "group_size": 32}}
 STATIC: dict[str, Any] = {
     "weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}, "transforms": [{"name": "awq"}], "kv_cache": "fp8",
 }  # fmt: skip
@@ -84,6 +84,7 @@ def check_equal(place: Path, done: dict[str, list[Done]], sizes: Iterable[int]) 
 
 def test_four_processes_make_the_bytes_of_one(ended: tuple[Path, dict[str, list[Done]]]) -> None:
     check_equal(*ended, (1, 4))
+    assert "lm_head.weight_packed" in load_file(ended[0] / "4" / "quantized" / "model.safetensors")  # by all samples
 
 
 @pytest.mark.slow
@@ -127,7 +128,7 @@ def test_processes_that_see_other_files_are_refused_in_one_line(ended: tuple[Pat
     ],
 )  # fmt: skip
 def test_what_is_not_shared_is_refused(changes: dict[str, Any], why: str, tmp_path: Path) -> None:
-    build("llama", tmp_path / "model")
+    build("qwen3", tmp_path / "model")
     recipe = parse(INT4 | {"model": str(tmp_path / "model"), "calibration": {"samples": 18, "seq_len": 128}} | changes)
     job = prepare(recipe, resolve(recipe.model, cache=tmp_path / "cache"))
 
