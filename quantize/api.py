@@ -34,7 +34,6 @@ from quantpress.eval.release.session import (
     plan_job,
     settings,
 )
-from quantpress.eval.release.session import take_part as take_part_in
 from quantpress.eval.release.smoke_run import find_served, run_smoke
 from quantpress.eval.release.sweep import Runner, RunOutcome, Sweep, in_turn, make_sweep
 from quantpress.eval.report.card import write_card
@@ -186,17 +185,6 @@ def run(
     where = _path(out) or run_folder(chosen)
     with alone_in(where):
         return make_release(chosen, where, options, callbacks)
-
-
-def take_part(
-    recipe: RecipeLike, model: str | None = None, out: Path | str | None = None, options: Options = Options()
-) -> None:
-    """Help to quantize: what the processes `options.ranks` of a run do that are not the first, which calls `run`.
-
-    Arguments as for `run`. Writes nothing. Raises LostRank where the run ends early; the first process says why.
-    """
-    chosen = _recipe(recipe, model)
-    take_part_in(chosen, _path(out) or run_folder(chosen), options)
 
 
 def evaluate(

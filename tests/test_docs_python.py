@@ -31,7 +31,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
     session: dict[str, Any] = {}
     examples = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
-    assert len(examples) == 7
+    assert len(examples) == 8
     for example in examples:
         exec(example.replace("smollm2-135m", str(tmp_path / "model")), session)
     said = capsys.readouterr().out

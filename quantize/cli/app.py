@@ -20,8 +20,8 @@ from .printing import say, show
 from .ranks import LAUNCHED, LOST
 
 _ORDER = (  # of the commands in the help
-    "run", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "report", "compare",
-    "card", "publish", "convert", "gguf", "reproduce", "recipes", "schema", "doctor",
+    "run", "fit", "sweep", "recommend", "plan", "quantize", "export", "verify", "eval", "smoke", "check",
+    "report", "compare", "card", "publish", "convert", "gguf", "reproduce", "recipes", "schema", "doctor",
 )  # fmt: skip
 
 

@@ -52,7 +52,9 @@ def quantize(
     from .. import api
 
     if not options.ranks.leads:
-        api.take_part(chosen, out=out, options=options)
+        from quantpress.eval.release.session import take_part
+
+        take_part(chosen, out or api.run_folder(chosen), options)
         return
     with followed() as callbacks:
         artifact = api.quantize(chosen, out=out, options=options, callbacks=callbacks)

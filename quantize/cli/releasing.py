@@ -57,7 +57,9 @@ def run(
     from .. import api
 
     if not options.ranks.leads:
-        api.take_part(chosen, out=out, options=options)
+        from quantpress.eval.release.session import take_part
+
+        take_part(chosen, out or api.run_folder(chosen), options)
         return
     with followed(quiet=as_json) as callbacks:
         release = api.run(chosen, out=out, options=options, callbacks=callbacks)
