@@ -26,7 +26,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(texts, "_default", lambda role, cache: ([text(8000)], "some text"))
+    monkeypatch.setattr(texts, "_default", lambda role, name, cache: ([text(8000)], "some text"))
     monkeypatch.setenv("HOME", str(tmp_path))  # the cache
     monkeypatch.chdir(tmp_path)
     session: dict[str, Any] = {}
@@ -42,6 +42,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     _shows_itself(session["results"], "Perplexity", "KL divergence")
     _shows_itself(session["release"], "<td style='text-align:left'>runs/first/report/index.html", "Perplexity")
     _shows_itself(session["found"], "w4a16-rtn" if session["found"].choice is None else "Take ")
+    _shows_itself(session["proposal"], "Take ", "the weights may take")
     _shows_itself(verify("runs/steps"), "Sound", "files compared")
 
 

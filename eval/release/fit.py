@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from quantpress.core.errors import BadInput
+from quantpress.core.notebook import table
 from quantpress.core.text import size
 from quantpress.engine.job import Job
 from quantpress.exports.servers.loader import refusal
@@ -85,6 +86,11 @@ class Proposal:
         if chosen is not None:
             lines.append(chosen.why)
         return lines
+
+    def _repr_html_(self) -> str:
+        title = "None fits" if self.choice is None else f"Take {self.choice.name}"
+        rows = [(one.name, "" if one.bytes is None else size(one.bytes), one.why) for one in self.options]
+        return table(title, rows, self.why(self.choice))
 
 
 def fit(
