@@ -225,11 +225,13 @@ def _left_out(artifact: Artifact, skeleton: Skeleton, linears: list[LinearLayer]
     )
     names = [*schemes, *outside]
     wanted, said = format.grids(format.config(spec), names), format.grids(stated, names)
+    unknown = is_unknown(artifact.config)
+    family = f" (model_type {artifact.config.get('model_type')!r}, unknown to transformers)" if unknown else ""
     for name in names:
         if wanted.get(name) is None and said.get(name) is not None:
             near = difflib.get_close_matches(name, _strings(stated), n=1, cutoff=0.6)
             hint = f"; the nearest entry is {near[0]!r}" if near else ""
-            yield f"{name} is in 16 bit, and config.json does not leave it out{hint}"
+            yield f"{name} is in 16 bit, and config.json{family} does not leave it out{hint}"
 
 
 def _cache(artifact: Artifact, skeleton: Skeleton, claimed: set[str]) -> Iterator[str]:

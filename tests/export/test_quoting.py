@@ -104,7 +104,9 @@ def test_so_is_the_default_of_a_variable(value: str, shell: str, tmp_path: Path)
 def test_a_template_keeps_its_lines_in_ollamas_modelfile() -> None:
     """Also one that reads like an instruction; only the file's own FROM is another."""
     template = 'TEMPLATE """From now on\nFROM x\n{{ .Content }}"""'
-    folder = ModelFolder("it", Resources(1, 1, 1, 1, 1), None, None, "model.gguf", {}, f"FROM ./old.gguf\n{template}\n")
+    folder = ModelFolder(
+        "it", Resources(1, 1, 1, 1, 1), gguf_file="model.gguf", modelfile=f"FROM ./old.gguf\n{template}\n"
+    )
     text = deploy(Ollama(), folder).files["model/Modelfile"]
     assert text.startswith(f"FROM ./model.gguf\n{template}\n")
 

@@ -91,8 +91,6 @@ def test_a_model_that_predicts_nothing_is_told_of(run: Path, monkeypatch: pytest
     monkeypatch.setattr(forward, "_SMALLEST", 100)
     (line,) = verify(run, forward=True).problems
     assert line.startswith("a short forward pass predicts as if it guessed: perplexity ")
-    monkeypatch.setattr(
-        forward, "log_probabilities", lambda _, ids: [torch.full((len(i), 352), torch.nan) for i in ids]
-    )
+    monkeypatch.setattr(forward, "log_probabilities", lambda _, states: torch.full((len(states), 352), torch.nan))
     (line,) = verify(run, forward=True).problems
     assert "NaN or inf" in line

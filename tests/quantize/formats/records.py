@@ -18,6 +18,7 @@ GRIDS = [
     for group in ((16, 32, -1) if bits in (2, 3, 4, 8) else (32,))
     for symmetric in (True, False)
 ]
+GPTQ_GRIDS = [grid for grid in GRIDS if grid.bits in (2, 3, 4, 8)]
 
 
 FLOATS = [

@@ -8,7 +8,7 @@ from quantpress.formats import FORMATS, ModelScheme, detect
 from quantpress.numbers.grid import Grid
 from quantpress.recipe import FILE_FORMATS
 
-from .records import GRIDS, equal, record, with_scales
+from .records import GPTQ_GRIDS, GRIDS, equal, record, with_scales
 
 WRITTEN = ("compressed-tensors", "gptq")
 SHAPES = ((32, 64), (64, 96), (96, 32))
@@ -19,8 +19,11 @@ def ids(value: object) -> str:
     return str(value).replace(" ", "-")
 
 
-@pytest.mark.parametrize("format", WRITTEN)
-@pytest.mark.parametrize("grid", GRIDS, ids=ids)
+@pytest.mark.parametrize(
+    ("grid", "format"),
+    [*((grid, "compressed-tensors") for grid in GRIDS), *((grid, "gptq") for grid in GPTQ_GRIDS)],
+    ids=ids,
+)
 def test_a_record_comes_back(format: str, grid: Grid) -> None:
     for n_out, n_in in SHAPES + (ODD if format == "compressed-tensors" else ()):
         q = record(grid, n_out, n_in, dtype=torch.float16)

@@ -11,7 +11,7 @@ from quantpress.core.errors import BadInput
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.numbers.grid import Grid
 
-from .records import GRIDS, equal, record
+from .records import GPTQ_GRIDS, equal, record
 
 GPTQ, V1 = FORMATS["gptq"], FORMATS["gptq-v1-asymmetric"]
 FOUR = Grid(group_size=32)
@@ -41,7 +41,7 @@ def published(tensors: dict[str, Tensor], bits: int, *, version: int) -> Any:
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GPTQ_GRIDS, ids=str)
 def test_the_published_rule_gives_our_weights(grid: Grid, shuffled: bool) -> None:
     q = record(grid, 32, 96, shuffled=shuffled and grid.group_size != -1)
     tensors = GPTQ.pack("x", q)
