@@ -238,9 +238,8 @@ def test_what_the_run_has_converted_is_taken_first(tmp_path: Path) -> None:
 
 def test_nothing_fits_is_said_in_one_line(tmp_path: Path) -> None:
     make(tmp_path / "quantized", "gptq", uniform(Grid(bits=2, group_size=16)))
-    with pytest.raises(
-        BadInput, match=r"vLLM does not take gptq files of int2 g16 sym weights: set weights\.group_size: 32"
-    ):
+    said = r"vLLM does not take gptq files of int2 g16 sym weights: set weights.bits: 4, weights.group_size: 32$"
+    with pytest.raises(BadInput, match=said):
         export(tmp_path, Vllm())
     with pytest.raises(BadInput, match="holds no artifact"):
         export(tmp_path.parent, Vllm())

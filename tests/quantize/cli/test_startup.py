@@ -33,7 +33,7 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["schema"], 0),
         (["run", "w4a16-gtpq"], 2),
         (["quantize", "w4a16-gptq", "--set", "methud=rtn"], 2),
-        (["plan", "w4a16-gptq", "--set", "weights.bits=5"], 2),
+        (["plan", "w4a16-gptq", "--set", "weights.bits=9"], 2),
         (["sweep", "w4a16-gptq", "no-such-recipe"], 2),
         (["eval"], 2),
         (["verify", "x", "--way", "guess"], 2),

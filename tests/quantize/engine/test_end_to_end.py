@@ -103,10 +103,11 @@ def test_scales_that_only_get_worse_stay_as_they_were(tmp_path: Path, monkeypatc
         assert torch.equal(q.scales, trained.quantized[name].scales)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_only_scales_differ_from_a_run_without_it(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "lr"), [("llama", 0.001), ("gpt2", 0.001), ("mixtral", 0.002)])
+def test_only_scales_differ_from_a_run_without_it(family: str, lr: float, tmp_path: Path) -> None:
     lively(family, tmp_path / "model", torch.bfloat16)
-    manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT))
+    qat = QAT | {"end_to_end": QAT["end_to_end"] | {"lr": lr}}
+    manifest = make(tmp_path / "run", tmp_path / "model", document(family, qat))
     make(tmp_path / "plain", tmp_path / "model", document(family, PLAIN))
     assert manifest.end_to_end["loss_after"] < manifest.end_to_end["loss_before"]
     assert {layer.error_measure for layer in manifest.layers} == {"output_accumulated"}
