@@ -127,6 +127,12 @@ def fit(
     held = cache(first.skeleton.config, None, _dtype(first), need.context)
     whole = need.concurrency * cache_bytes(held, need.context)
     room = None if memory is None else memory - need.wish.kept - whole
+    if memory is not None and room is not None and room <= 0:
+        raise BadInput(
+            f"{size(memory)} of memory leave no room for weights: {size(need.wish.kept)} are kept for the server, "
+            f"and a key-value cache of {concurrency} x {context} tokens takes {size(whole)}; give more "
+            "--memory, or lower --context or --concurrency"
+        )
     tried: list[Option] = []
     for name, document, why in _documents(need, loader, room):
         if name == _MIXED and any(one.fits for one in tried):

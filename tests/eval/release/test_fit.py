@@ -93,6 +93,7 @@ def test_without_a_memory_the_smallest_is_first(model: str) -> None:
         ({"gpu": "A100"}, "which of A100 40GB, A100 80GB"),
         ({"gpu": "H9"}, "not one of T4"),
         ({"target": "torchserve", "memory": 10}, "known: vllm"),
+        ({"memory": 2**30}, r"1\.07 GB of memory leave no room for weights: 1\.\d+ GB are kept for the server"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(model: str, keys: dict[str, Any], message: str) -> None:
@@ -124,7 +125,7 @@ def test_the_command_writes_a_recipe(model: str, tmp_path: Path) -> None:
         tmp_path,
         [
             ("", ["fit", model, "--memory", "2GiB", "--context", "64", "--write", str(file), "--json"]),
-            ("", ["fit", model, "--memory", "1GiB", "--context", "64"]),
+            ("", ["fit", model, "--memory", str(memory(200_000)), "--context", "64"]),
         ],
     )
     answer = json.loads(done.stdout)
