@@ -57,6 +57,11 @@ class Answer:
     prompt_ids: tuple[int, ...] | None = None  # the server's own, where it was asked for them and gives them
     texts: tuple[str, ...] = ()  # of all choices
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether it ended at the length that was asked for."""
+        return self.finish_reason == "length"
+
     def steps(self) -> list[Step]:
         """The generated tokens; empty when the server gives no log-probabilities or no token ids."""
         return _steps(self.choice.get("logprobs") or {})

@@ -28,6 +28,13 @@ def words(seed: str, count: int) -> list[str]:
     return [f" {picks.choice(WORDS)}" for _ in range(count)]
 
 
+_JSON = {  # what the fault answers where JSON is asked for
+    "other-schema": '{"answer": "maybe"}',
+    "no-json": "Yes, it is.",
+    "blanks": '{\n  "answer"\n  \n      \n  ',
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -72,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             return self.stream(pieces, usage, fault, chat)
         if "response_format" in body:
-            text = '{"answer": "maybe"}' if fault == "other-schema" else '{"answer": "yes"}'
+            text = _JSON.get(fault, '{"answer": "yes"}')
         content = {"message": {"content": text}} if chat else {"text": text}
         if chat and body.get("logprobs"):
             rows = [{"token": p, "logprob": -0.1, "top_logprobs": [{"token": p, "logprob": -0.1}]} for p in pieces]

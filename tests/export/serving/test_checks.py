@@ -69,6 +69,7 @@ def test_a_good_server_passes_every_check(server: Running) -> None:
         ("not-likeliest", "logprobs", "has log-probability -2.000, the likeliest -0.100"),
         ("few-rows", "logprobs", "3 rows of log-probabilities for 24 tokens"),
         ("other-schema", "json", "not by the schema"),
+        ("no-json", "json", "no JSON: 'Yes, it is.'"),
     ],
 )
 def test_a_planted_fault_fails_its_check(server: Running, fault: str, name: str, words: str) -> None:
@@ -81,6 +82,13 @@ def test_a_model_that_ends_at_once_is_asked_to_go_on(server: Running) -> None:
     found = make(subject(server, "ends"))
     assert [(c.name, c.status) for c in found[1:]] == [(name, "pass") for name in list(CHECKS)[1:]], found
     assert "with ignore_eos)" in found[1].reason
+
+
+def test_json_that_its_length_cuts_off_is_not_held_against_a_model(server: Running) -> None:
+    """Small models fill the blanks that JSON allows, to the end."""
+    found = check("json", subject(server, "blanks"))
+    assert found.status == "pass"
+    assert "the beginning of such an object, cut at" in found.reason
 
 
 def test_nothing_passes_on_empty_answers(server: Running) -> None:
