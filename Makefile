@@ -135,8 +135,13 @@ setup-vllm: .venv-vllm/.installed
 
 # ---- the job ----------------------------------------------------------------------------------------------------
 
+# With nothing given it is a trial with less text; what that costs: "Fewer samples" in docs/measured.md.
+TRIAL = $(if $(MODEL)$(ARGS)$(filter-out w4a16-gptq,$(RECIPE)),,--set calibration.samples=32 --set evaluation.windows=8)
+
 quantize: setup
-	@$(BIN)/quantpress run $(call quoted,$(RECIPE)) $(if $(MODEL),--model $(call quoted,$(MODEL))) \
+	@[ -z '$(TRIAL)' ] || echo "a trial of 32 calibration samples and 8 windows of text; with the recipe's own amounts:" \
+	  "make quantize MODEL=smollm2-135m"
+	@$(BIN)/quantpress run $(call quoted,$(RECIPE)) $(TRIAL) $(if $(MODEL),--model $(call quoted,$(MODEL))) \
 	  $(if $(OUT),--out $(call quoted,$(OUT))) $(ARGS)
 
 # ---- proving it -------------------------------------------------------------------------------------------------
