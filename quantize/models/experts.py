@@ -174,7 +174,7 @@ class RoutingExperts(SplitExperts):
 
 
 # Whose experts neither transformers nor a server loads one by one, and servers not quantized.
-UNREAD = {"DbrxExpertGLU", "JetMoeParallelExperts", "AriaGroupedExpertsGemm", "Step3p7Experts"}
+UNREAD = {"DbrxExpertGLU", "JetMoeParallelExperts", "AriaGroupedExpertsGemm", "AriaExperts", "Step3p7Experts"}
 CONTAINERS = (SplitExperts, WeighedInputs, ParallelLinears)
 
 

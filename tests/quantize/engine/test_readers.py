@@ -46,7 +46,7 @@ def test_experts_that_transformers_takes_apart_are_loaded(tmp_path: Path) -> Non
     assert not [note for note in prepared(tmp_path).plan.notes if "does not load" in note]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("dbrx", "DbrxExpertGLU"), ("aria_text", "AriaGroupedExpertsGemm")])
+@pytest.mark.parametrize(("family", "kind"), [("dbrx", "DbrxExpertGLU"), ("aria_text", "Aria[A-Za-z]+")])
 def test_experts_that_nothing_loads_are_refused_whatever_the_target(family: str, kind: str, tmp_path: Path) -> None:
     families.build(family, tmp_path)
     with pytest.raises(BadInput, match=f"nothing loads the experts of {kind} quantized"):
