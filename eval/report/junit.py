@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from quantpress.core.files import whole_file
 
-from ..measure.formatting import NBSP, share
+from ..measure.formatting import plain, share
 from ..measure.metrics import measured
 from ..measure.results import GateCheck, GateReport, Results
 from .page_text import cell
@@ -80,7 +80,7 @@ def step_summary(name: str, results: Results) -> str:
     if gates.checks:
         lines += ["", "| gate | | reason |", "|---|---|---|"]
         lines += [f"| {cell(c.name)} | {_SIGNS[c.verdict]} {c.verdict} | {cell(c.reason)} |" for c in gates.checks]
-    return "\n".join(lines).replace(NBSP, " ") + "\n"
+    return plain("\n".join(lines)) + "\n"
 
 
 def _rows(results: Results) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from quantpress.core.errors import BadInput
 from quantpress.core.files import whole_file
 
 from ..measure import formatting
-from ..measure.formatting import NBSP, change, interval
+from ..measure.formatting import change, interval
 from ..measure.gates import limit_name, show_limit
 from ..measure.metrics import METRICS, Metric, MetricValue
 from ..measure.results import TaskResult
@@ -44,7 +44,7 @@ def write_report(run: Path) -> Path:
     Raises BadInput when RUN lacks manifest.json or eval/results.json, or they cannot be read.
     """
     one = open_run(run)
-    document = {"summary": _figures(one), "headline": one.headline.replace(NBSP, " ")}
+    document = {"summary": _figures(one), "headline": formatting.plain(one.headline)}
     return _write(run / "report", "report", [one], f"{one.manifest.name}: size against quality", document)
 
 

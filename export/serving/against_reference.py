@@ -14,7 +14,7 @@ from typing import Any
 from quantpress.core.text import common_prefix
 
 from .client import Client, Refused, ServerError, at_once
-from .outcome import Failed, Skipped, made
+from .outcome import Failed, Skipped, made, quoted
 from .record import Against, Check
 from .reference import Asked, Reference, divergence
 from .tokenization import chat_ids, decoded, text_ids, unlike
@@ -77,25 +77,25 @@ def tokenizer(on: ServedCheck) -> str:
             _counted(on.client.complete(one.text, 1).prompt_tokens, one)
         elif found != one.ids:
             why = unlike(one.ids, found, on.reference.bos)
-            raise Failed(f"{_quoted(one.text)}: {why}; likeliest cause: {_of_tokens(why, 'another tokenizer')}")
+            raise Failed(f"{quoted(one.text)}: {why}; likeliest cause: {_of_tokens(why, 'another tokenizer')}")
         told += found is not None
     wrong = [
         trip.text for trip in on.reference.round_trips if (ids := text_ids(on.client, trip.text)) != trip.ids and ids
     ]
     if len(wrong) > _AWKWARD * len(on.reference.round_trips):
-        raise Failed(f"{len(wrong)} awkward strings are tokenized otherwise, such as {_quoted(wrong[0])}; likeliest "
+        raise Failed(f"{len(wrong)} awkward strings are tokenized otherwise, such as {quoted(wrong[0])}; likeliest "
                      "cause: another tokenizer")  # fmt: skip
     for trip in on.reference.round_trips:
         back = decoded(on.client, trip.ids)
         if back is not None and trip.text.strip() not in back and trip.decoded.strip() != back.strip():
-            raise Failed(f"the ids of {_quoted(trip.text)} are read as {_quoted(back)}; likeliest cause: another "
+            raise Failed(f"the ids of {quoted(trip.text)} are read as {quoted(back)}; likeliest cause: another "
                          "tokenizer")  # fmt: skip
     how = (
         f"the original's ids for {told} prompts"
         if told
         else "as many tokens as the original's; the server tells no ids"
     )
-    return how + (f"; {len(wrong)} awkward string(s) otherwise, such as {_quoted(wrong[0])}" if wrong else "")
+    return how + (f"; {len(wrong)} awkward string(s) otherwise, such as {quoted(wrong[0])}" if wrong else "")
 
 
 def template(on: ServedCheck) -> str:
@@ -117,7 +117,7 @@ def template(on: ServedCheck) -> str:
                          "template is missing") from None  # fmt: skip
         if found is not None and not _same_but_date(one.ids, found, on.reference.dated):
             why = unlike(one.ids, found, on.reference.bos)
-            raise Failed(f"the chat {_quoted(one.text)}: {why}; likeliest cause: "
+            raise Failed(f"the chat {quoted(one.text)}: {why}; likeliest cause: "
                          f"{_of_tokens(why, _OTHER_TEMPLATE)}")  # fmt: skip
         told += found is not None
     return (
@@ -230,7 +230,7 @@ def paragraph(on: ServedCheck) -> str:
         sum(values) / len(scores) for values in (scores.values(), (text.artifact[i - text.start] for i in scores))
     )
     on.held.add(perplexity=math.exp(-mine), expected_perplexity=math.exp(-theirs))
-    line = f"{math.exp(-mine):.3f} over {len(scores)} tokens of {_quoted(text.text)}, evaluated {math.exp(-theirs):.3f}"
+    line = f"{math.exp(-mine):.3f} over {len(scores)} tokens of {quoted(text.text)}, evaluated {math.exp(-theirs):.3f}"
     # A token's log-probability differs by about the root of twice the KL; of the mean that is left by chance.
     if abs(mine - theirs) > on.limit + _MEAN + 2 * math.sqrt(2 * on.limit / len(scores)):
         raise Failed(f"perplexity {line}; more than kernels differ")
@@ -295,7 +295,7 @@ def _in_parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 def _counted(counted: int | None, one: Asked) -> None:
     if counted is not None and counted != len(one.ids):
-        raise Failed(f"the server counts {counted} tokens in {_quoted(one.text)}, the original's tokenizer makes "
+        raise Failed(f"the server counts {counted} tokens in {quoted(one.text)}, the original's tokenizer makes "
                      f"{len(one.ids)}; likeliest cause: another tokenizer, template or BOS")  # fmt: skip
 
 
@@ -323,7 +323,3 @@ def _of_weights(kinds: Mapping[str, float], limit: float) -> str:
     if kinds.get("raw", math.inf) <= limit < kinds.get("chat", 0.0) / _FAR:
         return "static input scales: plain prompts are as evaluated, chats are not"
     return "a layer's weights, scales or zero points"
-
-
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:59] + "…")

@@ -11,7 +11,7 @@ from quantpress.core.text import common_prefix
 
 from .asking import Way, find_way, prompt_ids, template_ids
 from .client import Answer, Client, Messages, Refused, Stream, at_once
-from .outcome import Failed, Skipped, made
+from .outcome import Failed, Skipped, made, quoted
 from .record import Check
 from .starting import Running
 
@@ -58,7 +58,7 @@ class CheckedServer:
         """A completion that says something; raises Failed for an empty one."""
         answer = self.client.complete(self.way.prompt(text), tokens, **self.way.more, **more)
         if not answer.text.strip():
-            raise Failed(f"the answer to {_quoted(text)} is empty{self.way.tried}")
+            raise Failed(f"the answer to {quoted(text)} is empty{self.way.tried}")
         return answer
 
     def stream(self, text: str, tokens: int) -> Stream:
@@ -86,7 +86,7 @@ def _completion(on: CheckedServer) -> str:
     if answer.completion_tokens is not None and answer.completion_tokens > _TOKENS:
         raise Failed(f"{answer.completion_tokens} tokens, and max_tokens was {_TOKENS}")
     _counts_alike(on, _PROMPTS[0], on.client.complete(_PROMPTS[0], 1).prompt_tokens)
-    return f"continues {_quoted(_PROMPTS[0])} with {_quoted(answer.text)}{on.way.words}"
+    return f"continues {quoted(_PROMPTS[0])} with {quoted(answer.text)}{on.way.words}"
 
 
 def _chat(on: CheckedServer) -> str:
@@ -98,14 +98,14 @@ def _chat(on: CheckedServer) -> str:
     if answer.prompt_tokens is not None and answer.prompt_tokens != len(ids):
         raise Failed(f"the server's prompt has {answer.prompt_tokens} tokens, the artifact's template makes {len(ids)}")
     if {"token_ids", "plain_prompts"} & on.running.lacks.keys():
-        return f"as many prompt tokens as the artifact's template makes ({len(ids)}): {_quoted(answer.text)}"
+        return f"as many prompt tokens as the artifact's template makes ({len(ids)}): {quoted(answer.text)}"
     plain = on.client.complete(ids, _TOKENS, **on.way.more)
     first, second = settled(plain.text).strip(), settled(answer.text).strip()
     # The same tokens, but one prompt may be read out of the server's cache: a near tie then falls the other way.
     if common_prefix(first, second) < min(_ALIKE, len(first), len(second)):
-        raise Failed(f"{_quoted(answer.text)}, and the artifact's template completed gives {_quoted(plain.text)}")
+        raise Failed(f"{quoted(answer.text)}, and the artifact's template completed gives {quoted(plain.text)}")
     same = "as" if first == second else f"as, for {common_prefix(first, second)} characters,"
-    return f"{same} the artifact's template completed: {_quoted(answer.text)}"
+    return f"{same} the artifact's template completed: {quoted(answer.text)}"
 
 
 def _in_chat(on: CheckedServer, tokens: int = _TOKENS, **more: Any) -> Answer:
@@ -137,7 +137,7 @@ def _streams(on: CheckedServer, asked: Callable[[int], Answer], streamed: Callab
         if "text/event-stream" not in stream.content_type:
             raise Failed(f"content type {stream.content_type!r} in place of text/event-stream")
         if settled(stream.text) != settled(whole.text):
-            raise Failed(f"streamed {_quoted(stream.text)}, unstreamed {_quoted(whole.text)}")
+            raise Failed(f"streamed {quoted(stream.text)}, unstreamed {quoted(whole.text)}")
         if len(stream.times) < 2:
             raise Failed(f"{len(stream.times)} chunk for an answer of {tokens} tokens")
         spread = (stream.times[-1] - stream.times[0]) / stream.seconds
@@ -160,17 +160,17 @@ def _stop(on: CheckedServer) -> str:
     stops = [whole[i : i + 3] for i in range(len(whole) // 2, len(whole) - 2)]
     stop = next((s for s in stops if "\ufffd" not in s), None)  # a replacement character stands for a cut one
     if stop is None:
-        raise Skipped(f"the answer {_quoted(whole)} is too short to be stopped in the middle")
+        raise Skipped(f"the answer {quoted(whole)} is too short to be stopped in the middle")
     expected = whole[: whole.index(stop)]
     answer = on.client.complete(on.way.prompt(_PROMPTS[2]), _TOKENS, **on.way.more, stop=[stop])
     left_in = whole.startswith(answer.text) and expected + stop in answer.text and len(answer.text) < len(whole)
     if left_in and "stop_left_out" in on.running.lacks:
-        return f"ends at {_quoted(stop)}; {on.running.lacks['stop_left_out']}"
+        return f"ends at {quoted(stop)}; {on.running.lacks['stop_left_out']}"
     if answer.text != expected:
-        raise Failed(f"with stop {_quoted(stop)} {_quoted(answer.text)}, expected {_quoted(expected)}")
+        raise Failed(f"with stop {quoted(stop)} {quoted(answer.text)}, expected {quoted(expected)}")
     if answer.finish_reason != "stop":
         raise Failed(f"finish_reason {answer.finish_reason!r} after a stop sequence")
-    return f"ends before {_quoted(stop)}"
+    return f"ends before {quoted(stop)}"
 
 
 def _context(on: CheckedServer) -> str:
@@ -198,8 +198,8 @@ def _unicode(on: CheckedServer) -> str:
     whole = on.ask(_UNICODE, _TOKENS)
     stream = on.stream(_UNICODE, _TOKENS)
     if settled(stream.text) != settled(whole.text):
-        raise Failed(f"streamed {_quoted(stream.text)}, unstreamed {_quoted(whole.text)}")
-    return f"the prompt arrives whole, and is continued {_quoted(whole.text)}"
+        raise Failed(f"streamed {quoted(stream.text)}, unstreamed {quoted(whole.text)}")
+    return f"the prompt arrives whole, and is continued {quoted(whole.text)}"
 
 
 def _concurrent(on: CheckedServer) -> str:
@@ -217,9 +217,9 @@ def _concurrent(on: CheckedServer) -> str:
         likeness = [common_prefix(text, other) for other in alone]
         if likeness[i] < max(likeness):
             other = prompts[likeness.index(max(likeness))]
-            raise Failed(f"{_quoted(prompts[i])} was answered as {_quoted(other)}: {_quoted(text)}")
+            raise Failed(f"{quoted(prompts[i])} was answered as {quoted(other)}: {quoted(text)}")
         if alone[i] and not likeness[i]:
-            raise Failed(f"{_quoted(prompts[i])}: together {_quoted(text)}, alone {_quoted(alone[i])}")
+            raise Failed(f"{quoted(prompts[i])}: together {quoted(text)}, alone {quoted(alone[i])}")
     same = sum(a == b for a, b in zip(alone, together, strict=True))
     return f"{len(prompts)} concurrent requests are answered, {same} exactly as when asked alone"
 
@@ -227,7 +227,7 @@ def _concurrent(on: CheckedServer) -> str:
 def _greedy(on: CheckedServer) -> str:
     first, second = (on.ask(_PROMPTS[1], _TOKENS).text for _ in range(2))
     if first != second:
-        raise Failed(f"the same greedy request gives {_quoted(first)} and {_quoted(second)}")
+        raise Failed(f"the same greedy request gives {quoted(first)} and {quoted(second)}")
     return "the same request, the same answer"
 
 
@@ -237,9 +237,9 @@ def _seed(on: CheckedServer) -> str:
 
     first, second = sampled(1), sampled(1)
     if first != second:
-        raise Failed(f"seed 1 gives {_quoted(first)} and {_quoted(second)}")
+        raise Failed(f"seed 1 gives {quoted(first)} and {quoted(second)}")
     if all(sampled(seed) == first for seed in (2, 3, 4)):
-        raise Failed(f"seeds 1 to 4 at temperature 1 all give {_quoted(first)}: nothing is sampled")
+        raise Failed(f"seeds 1 to 4 at temperature 1 all give {quoted(first)}: nothing is sampled")
     return "the same seed, the same answer; another seed, another answer"
 
 
@@ -252,8 +252,8 @@ def _several(on: CheckedServer) -> str:
     if len(answer.texts) == 1:
         raise Skipped("the server answers once, whatever n says")
     if len(answer.texts) != 2 or not all(text.strip() for text in answer.texts):
-        raise Failed(f"n=2 gives {len(answer.texts)} answers: {', '.join(map(_quoted, answer.texts))}")
-    return f"{_quoted(answer.texts[0])} and {_quoted(answer.texts[1])}"
+        raise Failed(f"n=2 gives {len(answer.texts)} answers: {', '.join(map(quoted, answer.texts))}")
+    return f"{quoted(answer.texts[0])} and {quoted(answer.texts[1])}"
 
 
 def _logprobs(on: CheckedServer) -> str:
@@ -302,11 +302,11 @@ def _json(on: CheckedServer) -> str:
     except json.JSONDecodeError as error:
         # Small models fill the blanks that JSON allows until the answer's length ends it.
         if answer.text.lstrip().startswith("{") and error.pos >= len(answer.text.rstrip()) and answer.was_cut:
-            return f"{_quoted(answer.text)}, the beginning of such an object, cut at {2 * _TOKENS} tokens"
-        raise Failed(f"no JSON: {_quoted(answer.text)}") from None
+            return f"{quoted(answer.text)}, the beginning of such an object, cut at {2 * _TOKENS} tokens"
+        raise Failed(f"no JSON: {quoted(answer.text)}") from None
     if not isinstance(found, dict) or found.get("answer") not in ("yes", "no"):
-        raise Failed(f"not by the schema: {_quoted(answer.text)}")
-    return f"{_quoted(answer.text)}, as its schema says"
+        raise Failed(f"not by the schema: {quoted(answer.text)}")
+    return f"{quoted(answer.text)}, as its schema says"
 
 
 def _loopback(on: CheckedServer) -> str:
@@ -352,8 +352,4 @@ def settled(text: str) -> str:
 def _counts_alike(on: CheckedServer, text: str, counted: int | None) -> None:
     ours = len(prompt_ids(on.tokenizer, text, on.running.lacks))
     if counted is not None and counted != ours:
-        raise Failed(f"the server counts {counted} tokens in {_quoted(text)}, the artifact's tokenizer {ours}")
-
-
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:59] + "…")
+        raise Failed(f"the server counts {counted} tokens in {quoted(text)}, the artifact's tokenizer {ours}")

@@ -29,3 +29,8 @@ def made(name: str, check: Callable[[], str], lacks: Mapping[str, str]) -> Check
     return Check.model_validate(
         {"name": name, "status": status, "reason": reason, "seconds": time.perf_counter() - started}
     )
+
+
+def quoted(text: str) -> str:
+    """The beginning of a text, for a reason."""
+    return repr(text if len(text) <= 60 else text[:59] + "…")

@@ -150,7 +150,7 @@ def print_results(results: "Results") -> None:
 
 
 def _figures(results: "Results") -> Iterator[str]:
-    from quantpress.eval.measure.formatting import NBSP, change, interval, number, small
+    from quantpress.eval.measure.formatting import change, interval, number, plain, small
     from quantpress.eval.measure.metrics import measured
 
     for metric, value in measured(results):
@@ -161,7 +161,7 @@ def _figures(results: "Results") -> Iterator[str]:
         if metric.limits_change and value.interval:
             told += f", 95 %: {interval(value.interval, change)}"
         line = f"{metric.heading:<32} {before}{metric.show(value.artifact)}{spread}" + (f" ({told})" if told else "")
-        yield line.replace(NBSP, " ")
+        yield plain(line)
     if results.divergence is not None and results.divergence.noise is not None:
         yield f"{'noise floor of the divergence':<32} {results.divergence.noise.kl_mean:.5f}"
     for domain in results.domains:
@@ -169,7 +169,7 @@ def _figures(results: "Results") -> Iterator[str]:
         ends = domain.perplexity_increase_interval
         told = change(domain.perplexity_increase) + (f", 95 %: {interval(ends, change)}" if ends else "")
         line = f"{f'on {domain.name}':<32} perplexity {before} -> {after} ({told}), KL {small(domain.kl_mean)}"
-        yield line.replace(NBSP, " ")
+        yield plain(line)
     for one in results.prompts:
         what = "divergence on chats" if one.kind == "chat" else "divergence on prompts"
         yield f"{what:<32} {one.kl_mean:.4f} (first token {one.top1_agreement:.0%} of {one.positions})"
