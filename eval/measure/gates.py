@@ -1,7 +1,7 @@
 """The recipe's limits against what was measured, each with its uncertainty."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from quantpress.recipe import Gates
@@ -16,7 +16,16 @@ _MOST = 100  # times what was measured: beyond that no amount that anyone would 
 
 def judge(gates: Gates, results: Results) -> GateReport:
     """Every limit of `gates` against `results`, and the verdict, which is the worst of them: NONE without limits."""
-    checks = [_judged(name, limit, results) for name, limit in gates.limits().items()]
+    return _judged_by(gates.limits(), gates.strict, results)
+
+
+def judge_again(before: GateReport, results: Results) -> GateReport:
+    """The limits of an earlier report against other results."""
+    return _judged_by({check.name: check.limit for check in before.checks}, before.strict, results)
+
+
+def _judged_by(limits: Mapping[str, float], strict: bool, results: Results) -> GateReport:
+    checks = [_judged(name, limit, results) for name, limit in limits.items()]
     if not checks:
         return GateReport()
     verdict = next(v for v in _WORST if any(check.verdict == v for check in checks))
@@ -26,7 +35,7 @@ def judge(gates: Gates, results: Results) -> GateReport:
         if verdict == "ACCEPT"
         else "; ".join(check.reason for check in decisive)
     )
-    return GateReport(verdict=verdict, reason=reason, strict=gates.strict, checks=tuple(checks))
+    return GateReport(verdict=verdict, reason=reason, strict=strict, checks=tuple(checks))
 
 
 def limit_name(limit: str) -> str:
@@ -49,7 +58,8 @@ def _judged(name: str, limit: float, results: Results) -> GateCheck:
         metric = gated(name)
         value = metric.read(results)
         judged, ends = (None, None) if value is None else (metric.judged(value), value.interval)
-        windows = results.text.windows if results.text is not None and metric.of_text else None
+        alone = results.text is not None and metric.of_text and not results.repeats  # more text narrows no seeds
+        windows = results.text.windows if results.text is not None and alone else None
         return _check(name, limit, judged, ends, windows, "windows", upper=metric.better == "lower")
     found = [t for t in results.tasks if t.task == task and t.recovery is not None]
     each = [_check(name, limit, t.recovery, t.recovery_interval, t.n, "questions", upper=False) for t in found]

@@ -246,6 +246,16 @@ class Efficiency(Section):
     cost: Cost | None = None
 
 
+class Repeat(Section):
+    """The figures of one of several runs of a recipe, by the seed of its calibration."""
+
+    seed: int
+    perplexity: Number
+    perplexity_increase: Number
+    kl_mean: Number
+    top1_agreement: Number
+
+
 class Generation(Section):
     """Greedy continuations of one prompt by both models.
 
@@ -298,7 +308,7 @@ class Results(Section):
     """eval/results.json, schema 2. perplexity_increase: a fraction.
 
     A section that was not measured is None or empty. An interrupted evaluation keeps the sections it finished, with
-    `complete` false.
+    `complete` false. repeats: the runs whose means these figures are, this artifact's own first; empty for one run.
     """
 
     schema_: Literal[2] = Field(2, alias="schema")
@@ -317,6 +327,7 @@ class Results(Section):
     tasks: tuple[TaskResult, ...] = ()
     efficiency: Efficiency | None = None
     generations: tuple[Generation, ...] = ()
+    repeats: tuple[Repeat, ...] = ()
     gates: GateReport = GateReport()
     notes: tuple[str, ...] = ()  # what was asked for and could not be measured, with the reason
     seconds: float

@@ -27,6 +27,7 @@ class Options:
     trust_remote_code: run code that comes with the tokenizer.
     cache: downloads, conversions and the original's evaluation; default ~/.cache/quantpress.
     api_key: sent as a bearer token to a server that is already running.
+    repeat: runs of the recipe, each with other calibration samples and seeds; the first is the one to serve.
     share: folder of what runs of different recipes on one model have in common: tokens and importance matrix.
     although_changed: measure or serve an artifact whose files are not what its checksums say.
     ranks: the processes that share the quantizing of a run, of which this is one; only the first does the rest.
@@ -38,6 +39,7 @@ class Options:
     trust_remote_code: bool = False
     cache: Path = field(default_factory=_default_cache)
     api_key: str | None = field(default=None, repr=False)
+    repeat: int = 1
     share: Path | None = None
     although_changed: bool = False
     ranks: Ranks = ALONE

@@ -24,9 +24,11 @@ from ..measure.gates import judge
 from ..measure.results import Results, read_results
 from ..report.card import write_card
 from ..report.junit import Stage, write_junit
+from ..report.measured_run import open_run
 from ..report.page import write_report
 from .callbacks import Callbacks, Options
 from .ledger import Ledger, ReleaseStage
+from .repeat import check_repeat, measured_alike, repeat_folder, reseeded, told_apart
 from .session import evaluation_inputs, make_artifact, measure_run
 from .smoke_run import ServedArtifact, check_server, run_smoke, served_file
 
@@ -72,10 +74,16 @@ def make_release(recipe: Recipe, out: Path, options: Options, callbacks: Callbac
     # Read before the work, so that a missing text or server does not cost a run.
     inputs = None if recipe.evaluation is None else evaluation_inputs(recipe, options)
     check_server(recipe)
-    make_artifact(recipe, out, options, callbacks)
-    stages = _Stages(recipe, out, options, callbacks)
-    stages.verify()
-    results = None if inputs is None else stages.evaluate(inputs)
+    count = check_repeat(recipe, options, inputs)
+    if count < options.repeat:
+        callbacks.on_note("--repeat: nothing in this recipe is drawn at random, so one run says it all")
+    stages = _made(recipe, out, options, callbacks)
+    if inputs is not None:
+        stages.evaluate(inputs)
+        for k in range(1, count):
+            again = _made(reseeded(recipe, k), repeat_folder(out, k), options, told_apart(callbacks, k, count))
+            again.evaluate(measured_alike(inputs), served=False)
+    results = None if inputs is None else open_run(out).results
     for target in recipe.targets:  # with the reference that the evaluation made
         stages.export(target)
     serving = stages.smoke()
@@ -90,6 +98,14 @@ def make_release(recipe: Recipe, out: Path, options: Options, callbacks: Callbac
         write_junit(out / "eval" / "junit.xml", recipe.name, results, _stages_of(read_manifest(out)))
     done = {name: stage.summary for name, stage in read_manifest(out).stages.items()}
     return Release(out, results, serving, report, card, done)
+
+
+def _made(recipe: Recipe, out: Path, options: Options, callbacks: Callbacks) -> "_Stages":
+    """The artifact made in `out`, and looked at."""
+    make_artifact(recipe, out, options, callbacks)
+    stages = _Stages(recipe, out, options, callbacks)
+    stages.verify()
+    return stages
 
 
 def _stages_of(manifest: Manifest) -> list[Stage]:
@@ -145,18 +161,19 @@ class _Stages:
                 f"{wrong[0]}{more}; `quantpress verify {self.out}` lists everything, --overwrite makes the run anew"
             )
 
-    def evaluate(self, prepared: Prepared) -> Results:
-        """What was measured, judged by the gates that the recipe has now."""
+    def evaluate(self, prepared: Prepared, *, served: bool = True) -> Results:
+        """What was measured, judged by the gates that the recipe has now. served: as for `measure_run`."""
 
         def work() -> dict[str, Any]:
-            found = measure_run(self.recipe, self.out, prepared, self.options, self.callbacks)
+            found = measure_run(self.recipe, self.out, prepared, self.options, self.callbacks, served=served)
             return {"seconds": found.seconds, "device": found.device}
 
         wanted = prepared.wanted.model_dump(mode="json")
         tasks = None if prepared.tasks is None else hashlib.sha256(prepared.tasks.identity().encode()).hexdigest()
         text = [prepared.text.tokens.sha256, *(domain.text.tokens.sha256 for domain in prepared.domains)]
         inputs = self._artifact | {"evaluation": wanted, "text": text, "tasks and their data": tasks}
-        self._ledger.run(ReleaseStage("eval", inputs, ("eval/results.json", f"eval/{REFERENCE}"), work))
+        made = ("eval/results.json", *([f"eval/{REFERENCE}"] if served else []))
+        self._ledger.run(ReleaseStage("eval", inputs, made, work))
         results = read_results(self.out)
         judged = results.model_copy(update={"gates": judge(self.recipe.gates, results)})
         if judged != results:

@@ -115,11 +115,17 @@ def evaluation_inputs(recipe: Recipe, options: Options) -> Prepared:
     return prepare_evaluation(source.path, recipe.evaluation, options.cache, remote_code, recipe.calibration)
 
 
-def measure_run(recipe: Recipe, out: Path, inputs: Prepared, options: Options, callbacks: Callbacks) -> Results:
-    """Evaluate `out`/quantized; every section is in `out`/eval as soon as it is measured."""
+def measure_run(
+    recipe: Recipe, out: Path, inputs: Prepared, options: Options, callbacks: Callbacks, *, served: bool = True
+) -> Results:
+    """Evaluate `out`/quantized; every section is in `out`/eval as soon as it is measured.
+
+    served: make what servers of the artifact are held against, too.
+    """
     source = open_source(recipe.model, options)
     subject = Subject(kind="run", name=recipe.name, format=recipe.formats[0], original=recipe.model)
     watch = saved(out, recipe.name, callbacks)
+    watch = watch if served else replace(watch, keep=None)
     return evaluate(source.path, out / "quantized", inputs, recipe.gates, watch, subject)
 
 

@@ -104,6 +104,7 @@ def make_sweep(
         "--trust-remote-code": options.trust_remote_code,
     }
     chosen = [flag for flag, on in flags.items() if on]
+    chosen += [f"--repeat={options.repeat}"] if options.repeat > 1 else []
     cache = None if options.cache == default_cache() else options.cache
     planned = plan_runs(recipes, model, identity, out, chosen, cache=cache)
     ended = run_all(planned, out, runner, on_outcome)

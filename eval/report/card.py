@@ -215,18 +215,18 @@ def _bit_tags(run: MeasuredRun) -> list[str]:
 
 
 def _eval_results(run: MeasuredRun) -> list[EvalResult]:
-    """The artifact's own scores for the hub's `model-index`; the original's are in the card's table."""
-    text, out = run.text, []
+    """This artifact's own scores for the hub's `model-index`; the original's are in the card's table."""
+    text, own, out = run.text, run.own.artifact or run.artifact, []
     quality: Sequence[tuple[str, str, float]] = [
-        ("perplexity", "Perplexity", run.artifact.perplexity),
-        ("bits_per_byte", "Bits per byte", run.artifact.bits_per_byte),
+        ("perplexity", "Perplexity", own.perplexity),
+        ("bits_per_byte", "Bits per byte", own.bits_per_byte),
     ]
     for kind, name, value in quality:
         out.append(EvalResult(
             task_type="text-generation", task_name="Text generation", dataset_type="text", dataset_name=text.source,
             metric_type=kind, metric_name=name, metric_value=round(value, 4),
         ))  # fmt: skip
-    for task in run.results.tasks:
+    for task in run.own.tasks:
         out.append(EvalResult(
             task_type="text-generation", task_name="Text generation", dataset_type=task.task, dataset_name=task.task,
             dataset_args={"num_few_shot": task.few_shot, "documents": task.n}, metric_type=task.metric,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from quantpress.artifact.manifest import RunManifest, read_run_manifest
 from quantpress.core.errors import BadInput
@@ -14,23 +15,27 @@ from quantpress.exports.serving.record import read as read_serving
 
 from ..measure.formatting import change, interval, number, points, share, size
 from ..measure.metrics import Metric, MetricValue, measured
+from ..measure.repeats import folded
 from ..measure.results import Divergence, DomainResult, EvaluationText, Quality, Results, read_results
 from .heatmap import Heat, heat, measure_in_words
 from .page_text import program, sentence
 
 SWEEP_STATE = "sweep.json"  # how each run of a sweep ended
+REPEATS = "repeats"  # further runs of the same recipe, with other seeds
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
     """An evaluated run folder. label: its name in charts and tables; serving: the record of its smoke test, if any.
 
-    text, original, artifact, divergence: those of `results`, which are there.
+    results: the means over the recipe's runs where it has several; own: this artifact's. text, original, artifact,
+    divergence: those of `results`, which are there.
     """
 
     folder: Path
     manifest: RunManifest
     results: Results
+    own: Results
     label: str
     serving: Serving | None
     text: EvaluationText
@@ -164,12 +169,44 @@ class MeasuredRun:
 
 def open_run(folder: Path) -> MeasuredRun:
     """The run in `folder`; raises BadInput when there is none, or it was not evaluated against its original."""
-    manifest, results = read_run_manifest(folder), read_results(folder)
+    manifest, own = read_run_manifest(folder), read_results(folder)
+    results = _with_repeats(folder, manifest, own)
     text, original, artifact, away = results.text, results.original, results.artifact, results.divergence
     if text is None or original is None or artifact is None or away is None:
         raise BadInput(f"{folder}: eval/results.json holds no perplexity and divergence; quantpress eval {folder}")
     serving = read_serving(folder)
-    return MeasuredRun(folder, manifest, results, manifest.name, serving, text, original, artifact, away)
+    return MeasuredRun(folder, manifest, results, own, manifest.name, serving, text, original, artifact, away)
+
+
+def _with_repeats(folder: Path, manifest: RunManifest, own: Results) -> Results:
+    """The figures over all finished runs of the recipe on the text; `own` where this is the only one.
+
+    A repeat of another recipe, model or text, which an earlier command left, is passed over with a note.
+    """
+    runs, notes = [(manifest.seed, own)], []
+    for again in sorted((folder / REPEATS).glob("*/manifest.json"), key=lambda file: (len(file.parent.name), file)):
+        if not (again.parent / "eval" / "results.json").is_file():
+            continue
+        there, results = read_run_manifest(again.parent), read_results(again.parent)
+        alike = results.complete and results.text == own.text and there.model.files == manifest.model.files
+        if alike and _but_for_chance(there.recipe) == _but_for_chance(manifest.recipe):
+            runs.append((there.seed, results))
+        else:
+            notes.append(f"{REPEATS}/{again.parent.name} is of another recipe, model or text, and does not count")
+    means = folded(runs) if len(runs) > 1 and own.divergence is not None else own
+    return means.model_copy(update={"notes": (*means.notes, *notes)}) if notes else means
+
+
+def _but_for_chance(recipe: dict[str, Any]) -> Any:
+    """What decides the artifact apart from seeds."""
+    beside = ("name", "description", "model", "formats", "targets", "smoke", "gates", "evaluation")
+
+    def seedless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: seedless(item) for key, item in value.items() if key != "seed"}
+        return [seedless(item) for item in value] if isinstance(value, list) else value
+
+    return seedless({key: value for key, value in recipe.items() if key not in beside})
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _figures(run: MeasuredRun) -> dict[str, Any]:
         "size_ratio": run.ratio,
         "size": run.manifest.artifact.model_dump(),
         "perplexity_increase": run.increase,
-        **run.results.model_dump(include={"text", "original", "artifact", "divergence", "gates"}),
+        **run.results.model_dump(include={"text", "original", "artifact", "divergence", "repeats", "gates"}),
         "timing": run.manifest.timing.model_dump(exclude={"per_block_seconds"}),
         "metrics": {metric.name: asdict(value) for metric, value in run.metrics},
         "warnings": run.warnings,

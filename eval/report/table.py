@@ -24,7 +24,7 @@ def _row(choice: Choice, k: int, tasks: list[tuple[str, str]], texts: list[str])
     run = one.run
     row: Row = {
         "run": run.label, "model": run.manifest.model.id, "level": one.standing.level, "beaten": one.beaten is not None,
-        "take": one is choice.take, "remark": one.remark,
+        "take": one is choice.take, "remark": one.remark, "runs": max(1, len(run.results.repeats)),
     }  # fmt: skip
     for metric in METRICS:
         value = run.value(metric)

@@ -57,6 +57,12 @@ _OPTIONS: dict[str, Any] = {  # fields of Options
     "although_changed": Annotated[
         bool, typer.Option("--although-changed", help="take an artifact whose files differ from its checksums")
     ],
+    "repeat": Annotated[
+        int,
+        typer.Option(
+            "--repeat", min=1, help="make it so often, with other calibration samples and seeds: intervals hold both"
+        ),
+    ],
     "share": Annotated[
         Path | None,
         typer.Option(
@@ -71,7 +77,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
     names: fields of `Options`.
     """
-    added = {name: (_OPTIONS[name], None if name == "share" else False) for name in names}
+    added = {name: (_OPTIONS[name], {"share": None, "repeat": 1}.get(name, False)) for name in names}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)

@@ -162,6 +162,9 @@ def _figures(results: "Results") -> Iterator[str]:
             told += f", 95 %: {interval(value.interval, change)}"
         line = f"{metric.heading:<32} {before}{metric.show(value.artifact)}{spread}" + (f" ({told})" if told else "")
         yield plain(line)
+    if results.repeats:
+        each = ", ".join(f"{change(one.perplexity_increase)} KL {small(one.kl_mean)}" for one in results.repeats)
+        yield plain(f"{f'means over {len(results.repeats)} runs':<32} {each}")
     if results.divergence is not None and results.divergence.noise is not None:
         yield f"{'noise floor of the divergence':<32} {results.divergence.noise.kl_mean:.5f}"
     for domain in results.domains:

@@ -40,7 +40,7 @@ LicenseOpt = Annotated[str | None, typer.Option("--license", help="where the ori
 
 
 @app.command()
-@with_options("overwrite", "ignore_limits", "allow_pickle", "trust_remote_code", "share")
+@with_options("overwrite", "ignore_limits", "allow_pickle", "trust_remote_code", "repeat", "share")
 def run(
     options: Options,
     recipe: RecipeArg = DEFAULT_RECIPE,
@@ -101,7 +101,7 @@ def _print_release(release: "Release") -> None:
 
 
 @app.command()
-@with_options("ignore_limits", "allow_pickle", "trust_remote_code")
+@with_options("ignore_limits", "allow_pickle", "trust_remote_code", "repeat")
 def sweep(
     options: Options,
     recipe: Annotated[
