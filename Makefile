@@ -177,6 +177,7 @@ smoke: dev .venv/.servers
 bench: dev
 	@$(BIN)/python tests/bench/peers.py $(ARGS)
 	@$(BIN)/python tests/bench/memory.py $(MEMORY_ARGS)
+	@$(BIN)/python tests/bench/streaming.py $(STREAMING_ARGS)
 	@$(BIN)/python -m tests.bench.ranks $(RANKS_ARGS)
 
 support-table: dev

@@ -164,7 +164,7 @@ class BlockRounding:
     def _round_alone(self, stack: _Stack, refused: str = "") -> None:
         """Solve one stack. refused: a note on why no kernels are used."""
         if not self._runs_on and self._method.name == "rtn" and stack.by_rows:
-            weight = torch.cat([weight_of(self._block, linear) for linear in stack.linears])
+            weight = self._weight(stack)
             linear, error, power = rtn_by_rows(weight, stack.grid)
             self._keep_solved(stack, Solved(linear, error, power, "weight", None, []), None)
             return
@@ -175,9 +175,14 @@ class BlockRounding:
             raise
         self._keep_solved(stack, solved, new)
 
+    def _weight(self, stack: _Stack) -> Tensor:
+        """[out, in]; that of a single linear is not copied."""
+        weights = [weight_of(self._block, linear) for linear in stack.linears]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
     def _solved(self, stack: _Stack, refused: str, rows: slice) -> tuple[Solved, Tensor]:
         """Rows of a stack, solved by themselves, and their weight [rows, in] float32. refused: for the notes."""
-        shared, weight = stack.shared, torch.cat([weight_of(self._block, linear) for linear in stack.linears])[rows]
+        shared, weight = stack.shared, self._weight(stack)[rows]
         result, notes = _round(self._method, weight, stack)
         notes += [refused] if refused else []
         new = result.linear.dequantize()

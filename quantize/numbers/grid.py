@@ -27,6 +27,7 @@ _SHRINKS = tuple(1.0 - 0.05 * i for i in range(13))  # 1.00 … 0.40 of the min-
 # largest number (Four Over Six, arXiv:2512.02010). A twelfth of an octave is less than a step of E4M3, so that none of
 # nvfp4's scales between the ends is left out. Min-max itself is first: the first of equals is kept.
 _FLOAT_RANGES = (1.0, *(2.0 ** (i / 12) for i in range(-4, 12) if i))
+_OCTAVE = tuple(factor for factor in _FLOAT_RANGES if factor >= 1)  # E4M3 repeats itself beyond, but for its ends
 _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and its neighbours
 _SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end of the range, in widths of it
 _EXPONENT = 0x7F800000  # the bits of a float32 that hold it
@@ -307,7 +308,9 @@ def ranges(grid: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
         return _constant((1.0,), device)
     if dtype == torch.float8_e8m0fnu:
         return _constant(_POWERS, device)
-    return _constant(_SHRINKS if grid.type == "int" else _FLOAT_RANGES, device)
+    if grid.type == "int":
+        return _constant(_SHRINKS, device)
+    return _constant(_OCTAVE if grid.bits == 8 else _FLOAT_RANGES, device)
 
 
 def end_shifts(grid: Grid, device: torch.device) -> Tensor:
