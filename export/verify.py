@@ -69,7 +69,7 @@ def verify(where: Path, *, allow: Collection[str] = (), original: Path | str = "
     elif original:
         not_reached.append(f"weights against the original: {original}")
     if forward and not wrong and not alone and not isinstance(original, Path):
-        problem, words = forward_problem(artifact)
+        problem, words = forward_problem(artifact, where)
         wrong += [] if problem is None else [problem]
         reached += [] if problem or found else [f"a short forward pass: {words}"]
     return Verified(len(listing.files), tuple(dict.fromkeys(found + wrong)), tuple(reached), tuple(not_reached))

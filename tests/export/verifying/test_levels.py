@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantpress import api
+from quantpress.artifact.artifact import open_artifact
+from quantpress.artifact.manifest import read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.eval.release.callbacks import Options
+from quantpress.exports.serving.reference import Noise, Paragraph, Reference
 from quantpress.exports.verify import check_unchanged, original_at_hand, verify
 from quantpress.exports.verifying import forward
 
@@ -94,3 +97,40 @@ def test_a_model_that_predicts_nothing_is_told_of(run: Path, monkeypatch: pytest
     monkeypatch.setattr(forward, "log_probabilities", lambda _, states: torch.full((len(states), 352), torch.nan))
     (line,) = verify(run, forward=True).problems
     assert "NaN or inf" in line
+
+
+def test_what_rounding_has_left_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 2-bit artifact may guess: by its manifest, and without one by its bits."""
+    monkeypatch.setattr(forward, "_SMALLEST", 100)
+    document = json.loads((run / "manifest.json").read_text())
+    for layer in document["layers"]:
+        layer["relative_error"] = 0.2
+    for place in (run, run / "quantized"):
+        (place / "manifest.json").write_text(json.dumps(document))
+    found = verify(run, forward=True)
+    assert found.problems == ()
+    assert "no damage that can be told without the original: its manifest records 20% lost" in found.reached[2]
+    bare = run / "quantized"
+    (bare / "manifest.json").unlink()
+    assert "predicts as if it guessed" in verify(bare, forward=True).problems[0]
+    monkeypatch.setattr(forward, "_POOR_BITS", 4)
+    assert verify(bare, forward=True).problems == ()
+
+
+def test_a_forward_pass_is_held_against_what_the_evaluation_recorded(run: Path) -> None:
+    """The random model's perplexity is no better than a guess: as recorded, or not."""
+    ids = tuple(range(5, 40))
+    _, skeleton = open_artifact(run / "quantized", torch.device("cpu"), torch.float32)
+    (loss,) = forward._losses(skeleton, [ids])
+    for off, said in ((0.0, None), (0.02, None), (0.3, "a short forward pass is not as it was: perplexity ")):
+        paragraph = Paragraph(text="", ids=ids, start=1, original=(0.0,) * 34, artifact=(-loss - off,) * 34)
+        digest = read_manifest(run).artifact.digest
+        reference = Reference(
+            schema=1, model="it", artifact=digest, libraries={}, bos=None, chat_template=None, asked=(),
+            paragraph=paragraph, round_trips=(), noise=Noise(bfloat16=0, rounded_inputs=0),
+        )  # fmt: skip
+        (run / "eval").mkdir(exist_ok=True)
+        reference.write(run / "eval" / "reference.json")
+        found = verify(run, forward=True)
+        assert [line.startswith(said or "") for line in found.problems] == ([] if said is None else [True])
+        assert said is not None or "of a paragraph" in found.reached[2]
