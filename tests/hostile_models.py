@@ -74,7 +74,7 @@ QUICK = (  # of each kind a few, for the suite that runs at every change
     "chat_template.jinja is a folder", "model.safetensors is a folder", "template raises", "template loops in a loop",
     "template adds what cannot be", "template = 1",
     "shard is float8 without scales", "shard shape = [1.5, 2.5]", "shard length 2**60", "shard name with a line break",
-    "index shard = 'a\\x00b'", "generation eos_token_id = 'x'", "vocabulary with an id of 2**32 - 1",
+    "index shard = 'a\\x00b'", "generation eos_token_id = 'x'", "vocabulary with an id of 2**31",
 )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def tries(model: Path) -> dict[str, Try]:
         for inner in value if isinstance(value, dict) else ():
             made |= {f"vocabulary {key}.{inner} = {new!r}": _json(TOKENIZER, key, new, inner) for new in _VALUES}
     made["vocabulary with an id of 300"] = _added_token(300)
+    made["vocabulary with an id of 2**31"] = _added_token(2**31)
     made["vocabulary with an id of 2**32 - 1"] = _added_token(2**32 - 1)
     for name in _NAMES:
         made |= {f"{name} is {kind}": _written(name, content) for kind, content in _CONTENTS.items()}

@@ -22,6 +22,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "vocab.json", "tekken.json", "vocab.txt",
 )  # fmt: skip
+_MOST_IDS = 1 << 22  # of a vocabulary; the tokenizers library counts up to the last id, the largest in use are near 2^20
 _MARGIN = 64  # tokens before a cut in the text, discarded because the cut may have changed them
 
 
@@ -150,7 +151,7 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
-            read_json(folder / name) if name == "tokenizer_config.json" else check_content(folder / name)
+            _check_last_id(folder / name) if name.endswith(".json") else check_content(folder / name)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         raise BadInput(f"{folder}: no tokenizer; copy the original's tokenizer files there")
     if _is_sentencepiece_only(folder) and not _has_protobuf():
@@ -173,6 +174,20 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         tokenizer.chat_template = read_json(template).get("chat_template")
     check_templates(tokenizer.chat_template, str(folder))
     return tokenizer
+
+
+def _check_last_id(file: Path) -> None:
+    """Raise BadInput for a file of a tokenizer that is no JSON, or has an id beyond any vocabulary."""
+    content = read_json(file)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else content if file.name == "vocab.json" else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [one.get("id") for one in added if isinstance(one, dict)] if isinstance(added, list) else []
+    decoder = content.get("added_tokens_decoder")
+    ids += [int(key[:20]) for key in decoder if key.isdecimal()] if isinstance(decoder, dict) else []
+    last = max((one for one in ids if isinstance(one, int)), default=0)
+    if last >= _MOST_IDS:
+        raise BadInput(f"{file}: a token has the id {last}; no vocabulary has more than {_MOST_IDS} tokens")
 
 
 def _is_sentencepiece_only(folder: Path) -> bool:
