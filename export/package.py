@@ -32,7 +32,8 @@ from .servers.served_model import ServedModel
 from .servers.target_settings import Drafting, ServerSettings
 from .serving.reference import FILE as REFERENCE
 from .serving.reference import read_reference
-from .verifying.listing import SUMS, check_unlisted
+from .signing import Signer
+from .verifying.listing import SIGNATURE, SUMS, check_unlisted, sums
 
 LOOPBACK = "127.0.0.1"
 _SHARDS = (".safetensors", ".gguf")
@@ -48,14 +49,20 @@ class Exported:
 
 
 def export(
-    run: Path, target: ServerSettings, out: Path | None = None, *, host: str = LOOPBACK, overwrite: bool = False
+    run: Path,
+    target: ServerSettings,
+    out: Path | None = None,
+    *,
+    host: str = LOOPBACK,
+    overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> Exported:
     """Write the folder of `target`, `run/export/<target>` unless `out` says otherwise.
 
-    run: a run folder or an artifact folder; host: the address to listen on. Shards are hard links to the artifact's
-    where the file system allows. Raises BadInput, before anything is written, for an artifact that the target cannot
-    load, for files in it that nothing lists, for a folder that exists (with `overwrite`: unless an export made it), and
-    for a host that is no IP address.
+    run: a run folder or an artifact folder; host: the address to listen on; signer: signs the checksums. Shards are
+    hard links to the artifact's where the file system allows. Raises BadInput, before anything is written, for an
+    artifact that the target cannot load, for files in it that nothing lists, for a folder that exists (with
+    `overwrite`: unless an export made it), and for a host that is no IP address.
     """
     host = _address(host)
     named = out or run / "export" / target.name
@@ -86,6 +93,8 @@ def export(
         _write(new, deployment, host, notes)
         write_json(new / EXPORT_RECORD, record)
         _sums(new, {} if to is not None else _known(run, artifact, source))
+        if signer is not None:
+            (new / SIGNATURE).write_bytes(signer.sign((new / SUMS).read_bytes()))
     if folder.exists():
         shutil.rmtree(folder)
     ready.rename(folder)
@@ -287,8 +296,7 @@ def _known(run: Path, artifact: Path, source: Path) -> dict[str, str]:
 def _sums(folder: Path, known: Mapping[str, str]) -> None:
     """Write SHA256SUMS for `sha256sum --check`; known: sha256 of files that are not read for it."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    (folder / SUMS).write_bytes(sums({name: known.get(name) or file_sha256(folder / name) for name in names}))
 
 
 def _weights_bytes(model: Path) -> int:

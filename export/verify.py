@@ -18,6 +18,7 @@ from quantpress.engine.sources import at_hand
 from quantpress.gguf.reader import gguf_files
 
 from .package import find_artifact
+from .signing import PublicKey
 from .verifying import gguf_file, tensors
 from .verifying.forward import forward_problem
 from .verifying.gguf_original import gguf_problems
@@ -40,18 +41,29 @@ class Verified:
     not_reached: tuple[str, ...] = ()
 
 
-def verify(where: Path, *, allow: Collection[str] = (), original: Path | str = "", forward: bool = False) -> Verified:
+def verify(
+    where: Path,
+    *,
+    allow: Collection[str] = (),
+    original: Path | str = "",
+    forward: bool = False,
+    key: PublicKey | None = None,
+) -> Verified:
     """Compare what is in `where` with its list of checksums, with config and model, and with the original.
 
     where: a run folder, an artifact folder or an exported one. allow: files, by relative path, that may lie there
     without being listed. original: the folder of the model it was made from, or in words why there is none. forward:
-    whether a short forward pass stands in for an original that is not there. Raises BadInput when `where` is none of
+    whether a short forward pass stands in for an original that is not there. key: whose signature the list of checksums
+    has to have. Raises BadInput when `where` is none of
     these, and for an original that cannot be read.
     """
     artifact = artifact_in(where)
     reached, not_reached = [], []
     listing = listing_of(where, artifact)
-    found = listing.problems(allow)
+    unsigned = None if key is None else key.problem(where)
+    found = ([] if unsigned is None else [unsigned]) + listing.problems(allow)
+    if key is not None and unsigned is None:
+        reached.append(f"{SUMS} is signed by key {key.name}")
     if listing.source is None:
         not_reached.append(f"checksums: neither {SUMS} nor a manifest lists any")
     elif not found:
@@ -135,4 +147,4 @@ def check_unchanged(where: Path) -> None:
 
 def artifact_in(where: Path) -> Path:
     """The artifact folder in a run folder, an artifact folder or an exported one."""
-    return find_artifact(where / "model" if is_export(where) else where)
+    return find_artifact(where / "model" if is_export(where) and (where / "model").is_dir() else where)

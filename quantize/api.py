@@ -45,6 +45,7 @@ from quantpress.exports.package import check as check_export
 from quantpress.exports.package import export as export_target
 from quantpress.exports.serving.load import Wanted
 from quantpress.exports.serving.record import Serving
+from quantpress.exports.signing import Signer, read_public_key
 from quantpress.exports.verify import artifact_in, check_unchanged, original_at_hand
 from quantpress.exports.verify import verify as verify_files
 
@@ -239,12 +240,14 @@ def export(
     *,
     host: str = LOOPBACK,
     overwrite: bool = False,
+    signer: Signer | None = None,
 ) -> dict[str, Exported]:
     """Write a folder for each target: the model in a format it loads, launch files, checksums.
 
     folder: a run folder or an artifact folder. targets: by name, mapping or object; by default those of the run's
     recipe. out: the folder of a single target, by default `folder`/export/<target>. host: the address to listen on.
-    Raises BadInput, before anything is written, for an artifact that a target cannot load.
+    signer: signs the checksums (`quantpress.exports.signing.read_secret_key`). Raises BadInput, before anything is
+    written, for an artifact that a target cannot load.
 
         export("artifacts/smollm2-135m/w4a16-rtn", ["vllm", {"name": "tgi", "tensor_parallel": 2}])
     """
@@ -256,7 +259,7 @@ def export(
         for target in chosen:  # all of them before the first is written
             check_export(Path(folder), target)
         return {
-            target.name: export_target(Path(folder), target, _path(out), host=host, overwrite=overwrite)
+            target.name: export_target(Path(folder), target, _path(out), host=host, overwrite=overwrite, signer=signer)
             for target in chosen
         }
 
@@ -270,6 +273,7 @@ def verify(
     allow: Collection[str] = (),
     original: str | None = None,
     forward: bool = True,
+    key: str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
 ) -> Verification:
@@ -280,15 +284,17 @@ def verify(
     targets are asked, by default the strongest way that works here. allow: files, by their path in the folder, that may
     lie there without being listed. original: the model it was made from, by default the one that the manifest names
     where it is on this machine. forward: without an original, whether a short forward pass has to predict something.
-    Raises BadInput for a folder that is none of these.
+    key: the public key, or the file that holds it, that has to have signed the checksums (minisign's). Raises BadInput
+    for a folder that is none of these, and for a key that is none.
 
         verify("artifacts/smollm2-135m/w4a16-rtn", ["vllm"]).sound
     """
     where = Path(folder)
+    signed_by = None if key is None else read_public_key(key)
     chosen = choose_targets(where, targets) if targets else ()
     named = None if original is None else open_source(original, options).path
     made_from = named or original_at_hand(where, options.cache)
-    found = verify_files(where, allow=allow, original=made_from, forward=forward)
+    found = verify_files(where, allow=allow, original=made_from, forward=forward, key=signed_by)
     loads: dict[str, LoadAnswer] = {}
     if not found.problems:  # what is damaged is not asked about
         for target in chosen:

@@ -1,5 +1,6 @@
 """Upload of an artifact to the Hugging Face hub: first a list of what would be uploaded, then exactly that."""
 
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from quantpress.artifact.artifact import verify
 from quantpress.core.errors import BadInput
+from quantpress.core.files import file_sha256
 from quantpress.core.untrusted import check_files
-from quantpress.exports.verifying.listing import check_unlisted
+from quantpress.exports.signing import Signer
+from quantpress.exports.verifying.listing import SIGNATURE, SUMS, check_unlisted, sums
 
 from ..measure.baselines import doubt
 from ..report.card import write_card
@@ -28,8 +31,9 @@ _FAILURES: tuple[type[Exception], ...] = (*_NOT_REACHED, OSError, ValueError, Ru
 class Upload:
     """What is uploaded where. files: (path, bytes) inside `folder`, in the order they are shown.
 
-    redacted: files that are uploaded without the paths of this machine that they name. card: how a card that was edited
-    by hand differs from what would be written; it is uploaded as it is.
+    redacted: files that are uploaded without the paths of this machine that they name. sums: SHA256SUMS and its
+    signature, where it is signed, which are uploaded alone. card: how a card that was edited by hand differs from what
+    would be written; it is uploaded as it is.
     """
 
     folder: Path
@@ -38,6 +42,7 @@ class Upload:
     message: str
     files: tuple[tuple[str, int], ...]
     redacted: Mapping[str, bytes] = field(default_factory=dict)
+    sums: Mapping[str, bytes] = field(default_factory=dict)
     card: str | None = None
 
     @property
@@ -48,14 +53,14 @@ class Upload:
 def prepare_upload(
     run: Path, repo: str, *, private: bool, message: str | None = None, base_model: str | None = None,
     license: str | None = None, although_missed: bool = False, overwrite_card: bool = False,
-    allow: Collection[str] = (),
+    allow: Collection[str] = (), signer: Signer | None = None,
 ) -> Upload:  # fmt: skip
     """Check the run, write its card, and list what would be uploaded. Nothing leaves this machine.
 
     overwrite_card: replace a card that was edited by hand. allow: files that may go with it though the manifest does
-    not list them. Raises BadInput for an invalid repository id, files that differ from the manifest or are not in it,
-    an original that predicts no text, and, unless `although_missed`, a run that missed its gates or whose gates are too
-    close to call.
+    not list them. signer: signs a list of the checksums of all that is uploaded. Raises BadInput for an invalid
+    repository id, files that differ from the manifest or are not in it, an original that predicts no text, and, unless
+    `although_missed`, a run that missed its gates or whose gates are too close to call.
     """
     try:
         validate_repo_id(repo)
@@ -76,9 +81,21 @@ def prepare_upload(
     changed = redacted(folder, measured.manifest.recipe)
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     names = [file.relative_to(folder).as_posix() for file in found]
+    signed = {} if signer is None else _signed(folder, names, changed, measured.manifest.artifact.files, signer)
     files = tuple((name, len(changed.get(name, b"")) or (folder / name).stat().st_size) for name in names)
+    files += tuple((name, len(content)) for name, content in signed.items())
     said = message or f"{measured.manifest.model.id} quantized with quantpress, recipe {measured.manifest.name}"
-    return Upload(folder, repo, private, said, files, changed, edited)
+    return Upload(folder, repo, private, said, files, changed, signed, edited)
+
+
+def _signed(
+    folder: Path, names: Collection[str], changed: Mapping[str, bytes], known: Mapping[str, str], signer: Signer
+) -> dict[str, bytes]:
+    """SHA256SUMS of the files as they are uploaded, and its signature. known: by the manifest."""
+    hashes = {name: known.get(name) or file_sha256(folder / name) for name in names if name not in changed}
+    hashes |= {name: hashlib.sha256(content).hexdigest() for name, content in changed.items()}
+    listed = sums(hashes)
+    return {SUMS: listed, SIGNATURE: signer.sign(listed)}
 
 
 def upload(what: Upload, endpoint: str | None = None) -> str:
@@ -93,7 +110,8 @@ def upload(what: Upload, endpoint: str | None = None) -> str:
     api = HfApi(endpoint=endpoint, token=token)
     try:
         api.create_repo(what.repo, private=what.private, exist_ok=True)
-        added = [CommitOperationAdd(name, what.redacted.get(name, what.folder / name)) for name, _ in what.files]
+        made = {**what.redacted, **what.sums}
+        added = [CommitOperationAdd(name, made.get(name, what.folder / name)) for name, _ in what.files]
         commit = api.create_commit(what.repo, added, commit_message=what.message)
     except _FAILURES as error:
         # a proxy may echo the headers it was sent

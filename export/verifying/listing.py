@@ -18,6 +18,8 @@ SUMS = "SHA256SUMS"
 SIGNATURE = f"{SUMS}.minisig"
 CARD = ("README.md", "quality.png")  # the model card and its chart, written after the list and again with each report
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+# What the hub's client notes in a folder that it downloads into.
+_HUB_CLIENT = re.compile(r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|download/.+\.(metadata|lock))")
 # What may lie beside the weights of an artifact that no list names, by whoever made it.
 _BESIDE = {
     "config.json", MANIFEST, LAYOUT, *CARD, *FORMAT_FILES, "quant_config.json", "recipe.yaml", "Modelfile",
@@ -47,21 +49,21 @@ class Listing:
 
     def unlisted(self, allow: Collection[str] = ()) -> list[str]:
         """The files, by relative path, that are neither listed nor, where there is no list, known to belong there."""
-        known = {*self.files, *allow}
+        known = {*self.files, *allow, ".gitattributes"}
         if self.source is not None and self.source.name == SUMS:
             known |= {SUMS, SIGNATURE}
         else:
-            known |= {MANIFEST, *CARD, f"{MANIFEST}.minisig"} if self.files else _belonging(self.folder)
+            known |= {MANIFEST, *CARD} if self.files else _belonging(self.folder)
         return [
             name
             for file in sorted(self.folder.rglob("*"))
             if (file.is_file() or file.is_symlink()) and (name := file.relative_to(self.folder).as_posix()) not in known
-            and not (not self.files and name.startswith(".cache/huggingface/"))
+            and not _HUB_CLIENT.fullmatch(name)
         ]  # fmt: skip
 
 
 def listing_of(where: Path, artifact: Path) -> Listing:
-    """The list of an exported folder (SHA256SUMS), else of an artifact (its run's manifest, or its own).
+    """The list of an exported or published folder (SHA256SUMS), else of an artifact (its run's manifest, or its own).
 
     where: what the user named; artifact: the folder of weights in it.
     """
@@ -76,7 +78,7 @@ def listing_of(where: Path, artifact: Path) -> Listing:
 
 
 def is_export(where: Path) -> bool:
-    """Whether a folder is that of an export, with its model in model/."""
+    """Whether a folder is that of an export, with its model in model/, or has the list of a published artifact."""
     return (where / SUMS).is_file() or ((where / EXPORT_RECORD).is_file() and (where / "model").is_dir())
 
 
@@ -111,6 +113,11 @@ def _sums(file: Path) -> dict[str, str]:
             raise BadInput(f"{file}: line {number} {what}: {line[:80]!r}; export again")
         found[match[2]] = match[1]
     return found
+
+
+def sums(hashes: Mapping[str, str]) -> bytes:
+    """The text of SHA256SUMS, for `sha256sum --check`, from the sha256 of each file by relative path."""
+    return "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()
 
 
 def _belonging(folder: Path) -> set[str]:

@@ -22,7 +22,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "vocab.json", "tekken.json", "vocab.txt",
 )  # fmt: skip
-_MOST_IDS = 1 << 22  # of a vocabulary; the tokenizers library counts up to the last id, the largest in use are near 2^20
+_MOST_IDS = 1 << 22  # of a vocabulary, near 2^20 at most in use; the tokenizers library counts up to the last
 _MARGIN = 64  # tokens before a cut in the text, discarded because the cut may have changed them
 
 

@@ -3,16 +3,21 @@
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantpress.eval.release.callbacks import Options
 
+from ..core.errors import BadInput
 from ..recipe import Recipe
 from ..recipe import loading as recipes
+
+if TYPE_CHECKING:
+    from quantpress.exports.signing import Signer
 
 DEFAULT_RECIPE = "w4a16-gptq"
 
@@ -41,6 +46,7 @@ AllowOpt = Annotated[
     list[str],
     typer.Option("--allow", help="a file that may lie there though nothing lists it, by its path in the folder"),
 ]
+SignOpt = Annotated[Path | None, typer.Option("--sign", help="sign the checksums with this secret key of minisign's")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="replace what the run folder holds")]
 PickleOpt = Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights (they can run code)")]
@@ -106,6 +112,21 @@ def make_options(**chosen: Any) -> Options:
     if cache := os.environ.get("QUANTPRESS_CACHE"):  # an empty one would be the current folder
         chosen["cache"] = Path(cache)
     return Options(**chosen, api_key=os.environ.get("QUANTPRESS_API_KEY"))
+
+
+def signer(key: Path | None) -> "Signer | None":
+    """The secret key that --sign names; its passphrase from QUANTPRESS_SIGN_PASSPHRASE, or asked for."""
+    if key is None:
+        return None
+    from quantpress.exports.signing import read_secret_key
+
+    def passphrase() -> str:
+        said = os.environ.get("QUANTPRESS_SIGN_PASSPHRASE")
+        if said is None and not sys.stdin.isatty():
+            raise BadInput(f"--sign {key} has a passphrase; set QUANTPRESS_SIGN_PASSPHRASE where nobody can be asked")
+        return typer.prompt(f"passphrase of {key}", hide_input=True, err=True) if said is None else said
+
+    return read_secret_key(key, passphrase)
 
 
 def chosen_recipe(where: str, model: str | None, overrides: list[str]) -> Recipe:

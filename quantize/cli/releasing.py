@@ -18,9 +18,11 @@ from .options import (
     OutOpt,
     RecipeArg,
     SetOpt,
+    SignOpt,
     chosen_recipe,
     complete_recipe,
     quiet_libraries,
+    signer,
     with_options,
 )
 from .printing import followed, print_json, print_results, print_serving, say, show, show_path, show_table
@@ -265,6 +267,7 @@ def publish(
     ] = False,
     overwrite_card: OverwriteCardOpt = False,
     allow: AllowOpt = [],  # noqa: B006
+    sign: SignOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Upload the artifact to the Hugging Face hub: shows exactly what would be uploaded, and does it with --yes."""
@@ -272,7 +275,8 @@ def publish(
     from quantpress.eval.release.publish import prepare_upload, upload
 
     what = prepare_upload(run, to, private=not public, message=message, base_model=base_model, license=license,
-                          although_missed=although_missed, overwrite_card=overwrite_card, allow=allow)  # fmt: skip
+                          although_missed=although_missed, overwrite_card=overwrite_card, allow=allow,
+                          signer=signer(sign))  # fmt: skip
     if not as_json:
         show_table(("file", "bytes"), [(name, f"{count:,}") for name, count in what.files], right=1)
         kind = "public" if public else "private"

@@ -17,10 +17,12 @@ from .options import (
     OverwriteOpt,
     ServerPythonOpt,
     SetOpt,
+    SignOpt,
     TargetOpt,
     make_options,
     names,
     quiet_libraries,
+    signer,
     with_options,
 )
 from .printing import followed, print_check, print_json, print_serving, say, show
@@ -39,6 +41,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="where; default: RUN/export/<target>")] = None,
     host: Annotated[str, typer.Option("--host", help="the address to listen on")] = "127.0.0.1",
     sets: SetOpt = [],  # noqa: B006
+    sign: SignOpt = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -48,7 +51,7 @@ def export(
     from .. import api
 
     targets = choose_targets(run_folder, names(target), sets)
-    done = api.export(run_folder, targets, out, host=host, overwrite=overwrite)
+    done = api.export(run_folder, targets, out, host=host, overwrite=overwrite, signer=signer(sign))
     if as_json:
         print_json({
             name: {"folder": str(made.folder), "format": made.format, "converted_from": made.converted_from}
@@ -76,6 +79,9 @@ def verify(
         bool, typer.Option("--no-forward", help="without the original: no short forward pass in its place")
     ] = False,
     allow: AllowOpt = [],  # noqa: B006
+    key: Annotated[
+        str | None, typer.Option("--key", help="minisign's public key, or its file, that has to have signed SHA256SUMS")
+    ] = None,
     as_json: JsonOpt = False,
     options: Options = Options(),
 ) -> None:
@@ -98,7 +104,8 @@ def verify(
     with followed() as callbacks:
         found = api.verify(
             where, targets, python=server_python, way=cast(Literal["server", "parser", "contract"] | None, way),
-            allow=allow, original=original, forward=not no_forward, options=options, callbacks=callbacks,
+            allow=allow, original=original, forward=not no_forward, key=key, options=options,
+            callbacks=callbacks,
         )  # fmt: skip
     if as_json:
         loads = {name: asdict(answer) for name, answer in found.loads.items()}

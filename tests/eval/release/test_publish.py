@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import random
+import re
 import threading
 import time
 from base64 import b64decode
@@ -24,6 +25,8 @@ from quantpress.eval.release.publish import Upload, prepare_upload, upload
 from quantpress.eval.release.redaction import redacted
 from quantpress.eval.report.card import metadata, servers, write_card
 from quantpress.eval.report.measured_run import open_run
+from quantpress.exports.signing import PublicKey, Signer
+from quantpress.exports.verify import verify
 from quantpress.recipe.loading import parse
 
 from ... import tiny
@@ -269,6 +272,45 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
             prepare_upload(made, "org/name", private=True)
     finally:
         tokenizer.write_bytes(kept)
+
+
+def test_a_signed_upload_is_verified_where_it_is_downloaded(made: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="the extra `sign` is not installed")
+    signer = Signer(b"numbered", b"s" * 32)
+    key = PublicKey(signer.number, _public(signer))
+    what = prepare_upload(made, "org/name", private=True, signer=signer)
+    assert [name for name, _ in what.files][-2:] == ["SHA256SUMS", "SHA256SUMS.minisig"]
+    content = {**what.redacted, **what.sums}
+    there = tmp_path / "download"
+    for name, _ in what.files:
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(content.get(name) or (made / "quantized" / name).read_bytes())
+    (there / ".gitattributes").write_text("*.safetensors filter=lfs\n")  # the hub's own
+    note = there / ".cache" / "huggingface" / "download" / "config.json.metadata"  # and its client's
+    note.parent.mkdir(parents=True)
+    note.touch()
+    found = verify(there, key=key)
+    assert found.problems == ()
+    assert found.reached[0] == f"SHA256SUMS is signed by key {key.name}"
+    (note.parent / "model.safetensors").touch()
+    assert "weights that SHA256SUMS does not list" in verify(there, key=key).problems[0]
+    (note.parent / "model.safetensors").unlink()
+    sums = there / "SHA256SUMS"
+    (there / "quality.png").write_bytes(b"better")
+    digest = hashlib.sha256(b"better").hexdigest()
+    sums.write_text(re.sub(r"\w+  quality.png", f"{digest}  quality.png", sums.read_text()))
+    assert verify(there).problems == ()
+    (line,) = verify(there, key=key).problems
+    assert line == f"{sums}: not what key {key.name} has signed"
+    (there / "SHA256SUMS.minisig").unlink()
+    assert "not signed" in verify(there, key=key).problems[0]
+    assert "it has no SHA256SUMS" in verify(made, key=key).problems[0]
+
+
+def _public(signer: Signer) -> bytes:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    return Ed25519PrivateKey.from_private_bytes(signer.seed).public_key().public_bytes_raw()
 
 
 def test_paths_become_names_and_checksums_follow(tmp_path: Path) -> None:
