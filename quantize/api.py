@@ -45,7 +45,9 @@ from quantpress.exports.package import check as check_export
 from quantpress.exports.package import export as export_target
 from quantpress.exports.serving.load import Wanted
 from quantpress.exports.serving.record import Serving
-from quantpress.exports.signing import Signer, read_public_key
+from quantpress.exports.signing import Signer as Signer  # for the command line, which knows no exports
+from quantpress.exports.signing import read_public_key
+from quantpress.exports.signing import read_secret_key as read_secret_key
 from quantpress.exports.verify import artifact_in, check_unchanged, original_at_hand
 from quantpress.exports.verify import verify as verify_files
 

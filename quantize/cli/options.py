@@ -17,7 +17,7 @@ from ..recipe import Recipe
 from ..recipe import loading as recipes
 
 if TYPE_CHECKING:
-    from quantpress.exports.signing import Signer
+    from ..api import Signer
 
 DEFAULT_RECIPE = "w4a16-gptq"
 
@@ -118,7 +118,7 @@ def signer(key: Path | None) -> "Signer | None":
     """The secret key that --sign names; its passphrase from QUANTPRESS_SIGN_PASSPHRASE, or asked for."""
     if key is None:
         return None
-    from quantpress.exports.signing import read_secret_key
+    from ..api import read_secret_key
 
     def passphrase() -> str:
         said = os.environ.get("QUANTPRESS_SIGN_PASSPHRASE")
