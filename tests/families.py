@@ -121,12 +121,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(family: str) -> Any:
-    """The transformers config of a tiny model of `family`."""
+def config_of(family: str, **more: Any) -> Any:
+    """The transformers config of a tiny model of `family`, with these fields."""
     kind = CONFIG_MAPPING[family]
     fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     fields |= set(inspect.signature(kind.__init__).parameters)
-    return kind(**{name: value for name, value in _SMALL.items() if name in fields} | FAMILIES[family])
+    return kind(**{name: value for name, value in _SMALL.items() if name in fields} | FAMILIES[family] | more)
 
 
 def build(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -134,8 +134,13 @@ def build(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any
 
     Weights are drawn so wide, and all saved values differ so much, that whatever is lost or misread shows.
     """
+    return save(config_of(family), folder, dtype)
+
+
+def save(config: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """As `build`, for the config of a model."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -62,7 +62,8 @@ class Loader:
 
     label: its name in messages. limits(model, gpus): one line for each thing it refuses because of the model's shapes.
     parse: asks the server's own classes or library; returns what was asked, and why it refuses ("" when it does not).
-    outer: the model types whose head and embeddings it loads packed in compressed-tensors files, by recipe key.
+    outer: the model types whose head, embeddings and towers it loads quantized in compressed-tensors files, by recipe
+    key.
     """
 
     name: str

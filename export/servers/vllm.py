@@ -170,7 +170,14 @@ def _parse(question: ParserQuestion, device: str) -> tuple[str, str]:
 _OUTER = {
     "head": frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", "phi3", "granite"}),
     "embeddings": frozenset({"qwen2", "qwen3", "qwen3_moe"}),
-}
+    # Classes that give the quantization config to their towers' blocks (0.32), by the model_type of the whole.
+    "towers": frozenset(
+        {
+            "gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
+            "qwen3_5_moe",
+        }
+    ),
+}  # fmt: skip
 LOADER = Loader("vllm", "vLLM", _ROWS, _limits, lambda question: _parse(question, "cuda"), _OUTER)
 CPU_LOADER = Loader("vllm-cpu", "vLLM on a CPU", _CPU_ROWS, _cpu_limits, lambda question: _parse(question, "cpu"))
 

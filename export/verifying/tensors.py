@@ -219,7 +219,7 @@ def _left_out(artifact: Artifact, skeleton: Skeleton, linears: list[LinearLayer]
     stated = artifact.config["quantization_config"]
     format = FORMATS["gptq" if artifact.format.startswith("gptq") else artifact.format]
     schemes = {x.name: artifact.linears.get(x.name) for x in linears}
-    outside = [name for name in skeleton.unquantized_modules() if name not in artifact.linears]
+    outside = skeleton.unquantized_modules(but=artifact.linears)
     spec = ModelScheme(
         skeleton.by_all_names(schemes), outside, artifact.scattered, artifact.activations, artifact.kv_cache
     )

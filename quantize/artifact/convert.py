@@ -142,7 +142,7 @@ def _by_all_names(
     if not is_multimodal(artifact.config):
         return schemes, heads
     skeleton = Skeleton(artifact, device=torch.device("meta"))
-    outside = [name for name in skeleton.unquantized_modules() if schemes.get(name) is None]
+    outside = skeleton.unquantized_modules(but=[name for name, grid in schemes.items() if grid is not None])
     return skeleton.by_all_names(schemes), [*heads, *outside]
 
 

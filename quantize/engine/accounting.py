@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..models.by_name import ByName
 from ..models.placed_model import LinearLayer
@@ -18,8 +18,11 @@ def share_of_linears(skeleton: Skeleton, linears: list[LinearLayer]) -> float:
     return inside / max(1, inside + sum(n for _, n, _ in skeleton.left_out()))
 
 
-def account(skeleton: Skeleton, linears: list[LinearLayer]) -> tuple[str, ...]:
-    """Lines on all that no recipe quantizes, like layers together. Routers are only mentioned where they are many."""
+def account(skeleton: Skeleton, linears: list[LinearLayer], towers: Mapping[str, Grid]) -> tuple[str, ...]:
+    """Lines on all that no recipe quantizes, like layers together. Routers are only mentioned where they are many.
+
+    towers: the grids of what is quantized in a multimodal model's towers, by on-disk name.
+    """
     if isinstance(skeleton, ByName):
         return tuple(skeleton.about())
     groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
@@ -32,23 +35,28 @@ def account(skeleton: Skeleton, linears: list[LinearLayer]) -> tuple[str, ...]:
     for (pattern, why), found in groups.items():
         if share < LEAST or not why.startswith("it chooses"):
             lines.append(f"{pattern} stays in 16 bit ({len(found)} tensors, {sum(n for _, n in found)} weights): {why}")
-    lines += _towers(skeleton)
+    lines += _towers(skeleton, towers)
     if beyond := skeleton.unused:
         more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
         lines.append(f"{beyond[0]}{more}: transformers' {kind} has no place for this; copied as it is")
     return tuple(lines)
 
 
-def _towers(skeleton: Skeleton) -> list[str]:
+def _towers(skeleton: Skeleton, quantized: Mapping[str, Grid]) -> list[str]:
     """What becomes of a multimodal model's towers, and what the figures do not tell of it."""
     towers = skeleton.tower_tensors()
     if not towers:
         return []
     shared = next(iter(skeleton.block_names(0).values())).split(".")[0]  # with the text decoder
     parts = dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith(f"{shared}.")]) for name in towers)
+    names, all_of_it = ", ".join(parts), f"({len(towers)} tensors, {sum(towers.values())} weights)"
+    what = f"copied as it is {all_of_it}, since text does not pass through it"
+    if quantized:
+        taken = sum(towers[f"{name}.weight"] for name in quantized)
+        grid = next(iter(quantized.values()))
+        what = f"{len(quantized)} linears ({taken} weights) rounded to the nearest {grid}, the rest copied {all_of_it}"
     return [
-        f"{', '.join(parts)}: beside the text decoder, copied as it is ({len(towers)} tensors, "
-        f"{sum(towers.values())} weights), since text does not pass through it",
+        f"{names}: beside the text decoder, {what}",
         "a multimodal model, calibrated and evaluated on text alone: no figure says how it answers on images or sound",
     ]
 

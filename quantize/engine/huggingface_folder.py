@@ -121,8 +121,8 @@ class HuggingFaceFolder(Backend):
         manifest = manifest.changed(fallbacks=(*self._notes, *manifest.fallbacks))
         if self.setup.skeleton.unused:
             manifest = manifest.changed(kept=tuple(self.setup.skeleton.unused))
-        if self.outer.grids:
-            manifest = manifest.changed(outside={name: str(grid) for name, grid in self.outer.grids.items()})
+        if self.outer.quantized:
+            manifest = manifest.changed(outside={name: str(grid) for name, grid in self.outer.quantized.items()})
         shutil.rmtree(partial, ignore_errors=True)
         if not final.exists():
             partial.mkdir(parents=True)
@@ -149,7 +149,7 @@ class HuggingFaceFolder(Backend):
 
     @property
     def outside(self) -> Mapping[str, Grid]:
-        return self.outer.grids
+        return self.outer.quantized
 
     @property
     def _notes(self) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ class HuggingFaceFolder(Backend):
         config = self.setup.checkpoint.config
         own = f"the checkpoint's own code (auto_map) is not run, but transformers' class for {config.get('model_type')}"
         brought = (own,) if "auto_map" in config and not isinstance(self.setup.skeleton, ByName) else ()
-        accounted = account(self.setup.skeleton, self.setup.linears)
+        accounted = account(self.setup.skeleton, self.setup.linears, self.outer.towers)
         left = left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights)
         notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left, *self.outer.notes)
         why = self._why_transformers_does_not_load_it
@@ -202,9 +202,11 @@ class HuggingFaceFolder(Backend):
 
     @property
     def _model_scheme(self) -> ModelScheme:
-        recipe, outside = self.setup.recipe, self.setup.skeleton.unquantized_modules()
-        schemes = self.setup.skeleton.by_all_names(self.schemes)
-        outside = [name for name in outside if name not in self.outer.grids]
+        recipe, skeleton, towers = self.setup.recipe, self.setup.skeleton, self.outer.towers
+        schemes: dict[str, Grid | None] = {**skeleton.by_all_names(self.schemes), **towers}
+        if towers:
+            schemes |= {own: towers[name] for own, name in skeleton.tower_linears().items() if name in towers}
+        outside = skeleton.unquantized_modules(but=self.outer.quantized)
         return ModelScheme(schemes, outside, recipe.shuffled, recipe.activations, recipe.kv_cache, self.outer.grids)
 
     def _check_format(self, format: str) -> None:
@@ -230,7 +232,7 @@ class HuggingFaceFolder(Backend):
         """
         skeleton, reader = self.setup.skeleton, self.setup.reader
         inside = skeleton.on_disk_of_blocks()
-        packed = {f"{name}.weight" for name in self.outer.grids}
+        packed = {f"{name}.weight" for name in self.outer.quantized}
         tensors = {name: reader.read(name) for name in reader.names() if name not in inside | packed}
         tensors |= self.outer.tensors(self.setup.recipe, reader.read)
         if reader.config.get("tie_word_embeddings", skeleton.tied):

@@ -1,7 +1,7 @@
-"""The output head and the embeddings, which lie outside the blocks: whether they are quantized, and to what."""
+"""Head, embeddings and a multimodal model's towers, outside the blocks: whether they are quantized, and to what."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,28 +12,32 @@ from ..formats import FORMATS
 from ..methods import ROUNDERS
 from ..models.by_name import ByName
 from ..models.skeleton import Skeleton
-from ..numbers.grid import QuantizedLinear, scale_dtype, stacked_rows
+from ..numbers.activations import columns_of
+from ..numbers.grid import Inputs, QuantizedLinear, scale_dtype, stacked_rows
 from ..numbers.types import Grid
 from ..recipe import Gptq, MethodSettings, Recipe, Rtn
 
 EIGHT_BITS = Grid(bits=8, group_size=-1)
 _TOGETHER = 1 << 26  # weights rounded at a time: those of a vocabulary may not fit in memory several times
 _FORMAT = "compressed-tensors"
+_KERNEL = 16  # rows and columns that 8-bit matrix products want multiples of (cutlass, torch._scaled_mm)
 _TIED = "head and embeddings are one tensor (tie_word_embeddings), which readers of packed weights do not share"
 
 
 @dataclass(frozen=True)
 class Outer:
-    """Which of the two are quantized, by the recipe's `head` and `embeddings`.
+    """What of it is quantized, by the recipe's `head`, `embeddings` and `towers`.
 
-    names: on disk, without `.weight`, by recipe key; those that the model has. grids: of those that are quantized.
-    notes: what that saves. left: why the others stay in 16 bit.
+    names: of head and embeddings on disk, without `.weight`, by recipe key; those that the model has. grids: of those
+    of the two that are quantized; towers: of the towers' linears. notes: what head and embeddings save. left: why the
+    others stay in 16 bit.
     """
 
     names: Mapping[str, str]
     grids: Mapping[str, Grid]
     notes: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    towers: Mapping[str, Grid] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recipe: Recipe, skeleton: Skeleton, weights: Iterable[Grid | None]) -> "Outer":
@@ -59,23 +63,28 @@ class Outer:
                 raise BadInput(f"{key}: {name} has to stay in 16 bit, {why}: set {key}: null")
             _check(key, wanted, name, skeleton)
             grids[name] = wanted
-        made = cls(names, grids)
+        made = cls(names, grids, towers=_towers(recipe, skeleton) if recipe.towers else {})
         saved = [
             f"{name} in {grid}: {size(made.bytes_of(name, skeleton))} in place of {size(_stored(skeleton, name))}"
             for name, grid in grids.items()
         ]
-        return cls(names, grids, tuple(saved), tuple(left))
+        return replace(made, notes=tuple(saved), left=tuple(left))
+
+    @property
+    def quantized(self) -> Mapping[str, Grid]:
+        """The grid of all that is quantized outside the blocks, by on-disk name."""
+        return {**self.grids, **self.towers}
 
     def bytes_of(self, name: str, skeleton: Skeleton) -> int:
         """Bytes that it takes packed."""
-        grid = self.grids[name]
+        grid = self.quantized[name]
         rows, columns = skeleton.reader.shape(f"{name}.weight")
         scale_bytes = scale_dtype(torch.empty(0, dtype=skeleton.dtype), grid).itemsize
         return FORMATS[_FORMAT].packed_bytes(grid, rows, columns, scale_bytes)
 
     def saved_bytes(self, skeleton: Skeleton) -> int:
         """Bytes that the artifact is smaller by."""
-        return sum(_stored(skeleton, name) - self.bytes_of(name, skeleton) for name in self.grids)
+        return sum(_stored(skeleton, name) - self.bytes_of(name, skeleton) for name in self.quantized)
 
     def with_moment(self, recipe: Recipe) -> str | None:
         """The head, where the recipe's method rounds it by the second moment of its inputs; below 8 bits that pays."""
@@ -86,9 +95,13 @@ class Outer:
     def tensors(self, recipe: Recipe, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The packed tensors of those that are rounded to nearest, by on-disk name. read: the original's tensors."""
         packed: dict[str, Tensor] = {}
-        for name, grid in self.grids.items():
+        spec = recipe.activations  # in 16 bit for head and embeddings
+        for name, grid in self.quantized.items():
             if name != self.with_moment(recipe):
-                packed |= FORMATS[_FORMAT].pack(name, _rounded(read(f"{name}.weight"), grid, Rtn()))
+                rounded = _rounded(read(f"{name}.weight"), grid, Rtn())
+                if spec is not None:
+                    rounded = replace(rounded, inputs=Inputs(spec, columns_of(spec, grid)))
+                packed |= FORMATS[_FORMAT].pack(name, rounded)
         return packed
 
     def solved_head(self, recipe: Recipe, skeleton: Skeleton) -> Callable[[Tensor], dict[str, Tensor]] | None:
@@ -123,6 +136,23 @@ def _names(skeleton: Skeleton) -> dict[str, str]:
         if skeleton.disk_name(f"{name}.weight") == f"{name}.weight":
             found[key] = name
     return found
+
+
+def _towers(recipe: Recipe, skeleton: Skeleton) -> dict[str, Grid]:
+    """The grids of the linears in the towers' blocks that kernels of 8 bits take, by on-disk name."""
+    kind = "it" if isinstance(skeleton, ByName) else str(skeleton.model.config.model_type)
+    if isinstance(skeleton, ByName) or not skeleton.tower_tensors():
+        raise BadInput(f"towers: {kind} has none that is known: leave towers out")
+    for loader in [target.loader for target in recipe.targets]:
+        if kind not in loader.outer.get("towers", ()):
+            raise BadInput(f"towers: {loader.label} is not known to load those of {kind} quantized: leave towers out")
+    shapes = {name: skeleton.reader.shape(f"{name}.weight") for name in skeleton.tower_linears().values()}
+    found = [name for name, shape in shapes.items() if not any(side % _KERNEL for side in shape)]
+    if not found:
+        raise BadInput(
+            f"towers: no linear in those of {kind} has multiples of {_KERNEL} rows and columns: leave it out"
+        )
+    return dict.fromkeys(found, recipe.weights)
 
 
 def _why_not(recipe: Recipe, skeleton: Skeleton, grids: Collection[Grid | None]) -> str | None:

@@ -229,7 +229,15 @@ def _with_bos(job: Job, tokenizer: Any, text: Documents, settings: Settings) -> 
     if wanted.chat_template:
         return wanted
     start, device = "\n\n".join(text.documents[:20]), job.skeleton.device
-    found = try_bos(folder, lambda: open_original(folder, device)[1], tokenizer, start, wanted.bos, settings.cache)
+    try:
+        found = try_bos(folder, lambda: open_original(folder, device)[1], tokenizer, start, wanted.bos, settings.cache)
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the class of the first model that is run raises
+        raise BadInput(
+            f"the {job.skeleton.config.model_type} model does not run with this config.json: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
     if found is None or found.bos == wanted.bos:
         return wanted
     settings.on_note(f"calibration with a BOS token (bos: auto): {found}")

@@ -14,6 +14,10 @@ from ..core.untrusted import read_json
 from .building import auto_class, build_model
 
 _OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering")
+_NOT_ALONE = {  # why a decoder cannot be given text alone, block by block
+    "cpmant": "it puts tokens of its own before the text",
+    "idefics": "some blocks run on images only, and what is compared, calibrated and evaluated here is text",
+}
 _BOTH_WAYS = ("bert-generation", "xlnet")  # unless they are decoders by config.json
 # How the original was to be run, which says nothing of its weights; a kernel that is not installed would stop the run.
 _NOT_OF_THE_MODEL = ("quantization_config", "attn_implementation", "_attn_implementation")
@@ -57,6 +61,8 @@ def model_config(config: Mapping[str, Any]) -> Any:
         raise BadInput(f"model_type {kind!r} is not a causal language model; only these are quantized")
     if not hasattr(decoder_config(built), "num_hidden_layers"):
         raise BadInput(f"model_type {kind!r} is not a plain stack of decoder blocks; only these are quantized")
+    if why := _NOT_ALONE.get(str(kind)):
+        raise BadInput(f"model_type {kind!r} is not supported: {why}")
     if crossed := getattr(decoder_config(built), "cross_attention_layers", None):
         raise BadInput(
             f"model_type {kind!r}: its blocks {', '.join(map(str, crossed))} run on images only, and what is compared, "

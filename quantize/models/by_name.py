@@ -211,7 +211,7 @@ class ByName(Skeleton):
     def head_modules(self) -> list[str]:
         return []
 
-    def unquantized_modules(self) -> list[str]:
+    def unquantized_modules(self, but: Collection[str] = ()) -> list[str]:
         return linears_on_disk({name: len(self._shapes[name]) for name, why in self._why.items() if why})
 
     def tower_tensors(self) -> dict[str, int]:

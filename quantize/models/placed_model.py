@@ -4,7 +4,8 @@ The model is transformers' class on the meta device. Its blocks are found in it,
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from .names import TensorNames
 from .towers import decoder_of, linears_on_disk, text_model, tower_names
 
 _T = TypeVar("_T")
+_NUMBERED = re.compile(r"\.\d+\.")
 _ROUTER = "it chooses or weighs experts"
 _FLOAT32 = {"deepseek_v4"}  # transformers' class multiplies float32 by what is loaded, and fails on 16 bit
 
@@ -246,9 +248,11 @@ class PlacedModel:
             if isinstance(module, nn.Linear) and self._in_shell(f"{name}.weight")
         ]
 
-    def unquantized_modules(self) -> list[str]:
+    def unquantized_modules(self, but: Collection[str] = ()) -> list[str]:
         """Names of modules that stay in 16 bit though a reader may take them for linears: head, routers, towers, and
         what the model has no place for. On disk, and as transformers calls those that are linears there.
+
+        but: on-disk names of what is quantized of it.
         """
         routers = [f"{self.blocks_name}.{k}.{name}" for k, names in enumerate(self._routers) for name in names]
         routers += [f"{self.blocks_name}.{k}.{name}" for k, name in sorted(self._shared)]
@@ -263,12 +267,26 @@ class PlacedModel:
         own = [name for name in routers + towers if isinstance(self.model.get_submodule(name), nn.Linear)]
         own += self.head_modules()
         beyond = linears_on_disk({name: len(self.reader.shape(name)) for name in self.unused})
-        return list(dict.fromkeys([*self.head_names(), *on_disk, *own, *beyond]))
+        taken = {*but, *(name for name, disk in self.tower_linears().items() if disk in but)}
+        return [n for n in dict.fromkeys([*self.head_names(), *on_disk, *own, *beyond]) if n not in taken]
 
     def tower_tensors(self) -> dict[str, int]:
         """The tensors of the file that the towers are made of, and how many weights each has."""
         names = dict.fromkeys(disk for name in self._towers.values() for disk in self.reader.on_disk(name))
         return {name: math.prod(self.reader.shape(name)) for name in names}
+
+    def tower_linears(self) -> dict[str, str]:
+        """On-disk name of each linear in the numbered blocks of the towers, by its name in the transformers class.
+
+        Only those that are one tensor of the file, and that are called as linears.
+        """
+        found = {}
+        for name, module in self.model.named_modules():
+            if type(module) is nn.Linear and f"{name}.weight" in self._towers and _NUMBERED.search(name):
+                disk = self._towers[f"{name}.weight"]
+                if self.reader.on_disk(disk) == [disk] and disk.endswith(".weight"):
+                    found[name] = disk.removesuffix(".weight")
+        return found
 
     def by_all_names(self, schemes: dict[str, _T]) -> dict[str, _T]:
         """`schemes`, by on-disk names and by what readers call the linears.

@@ -98,6 +98,11 @@ class Recipe(Strict):
         "are symmetric integers with 16-bit inputs and every named target and transformers load it so",
     )
     embeddings: Outside = Field("auto", description="the same for the embeddings, where the head does not share them")
+    towers: bool = Field(
+        False,
+        description="also quantize, without calibration, the linears in the blocks of a multimodal model's towers, to "
+        "8-bit `weights` with dynamic `activations`; for families whose towers vLLM is known to load so",
+    )
     overrides: tuple[Override, ...] = Field(
         (), strict=False, description="another number format for some layers; of several that match, the last decides"
     )
@@ -141,6 +146,8 @@ class Recipe(Strict):
             )
         if self.budget is not None:
             self._check_budget()
+        if self.towers:
+            self._check_towers()
         self._check_grids([grid for _, grid in self._stated_grids()])
         if self.tuned and (self.activations is not None or self.kv_cache is not None):
             raise ValueError(
@@ -218,6 +225,22 @@ class Recipe(Strict):
         if self.formats != ("compressed-tensors",):
             raise ValueError("a budget mixes number formats, which only compressed-tensors holds: leave `formats` out")
 
+    def _check_towers(self) -> None:
+        """Raise ValueError for number formats in which no server is known to load towers."""
+        eight = self.weights.type in ("int", "fp8") and self.weights.bits == 8
+        if not eight or self.activations is None or not self.activations.dynamic:
+            raise ValueError(
+                "towers: servers take those in 8 bits with dynamic activations, as in the recipes fp8-dynamic and "
+                "w8a8-rtn; leave towers out to keep them in 16 bit"
+            )
+        if not self.targets:
+            raise ValueError("towers: few servers load them quantized; name yours: targets: [vllm]")
+        if self.overrides or self.formats != ("compressed-tensors",):
+            raise ValueError(
+                "towers: one number format for all layers, in compressed-tensors files alone: leave overrides and "
+                "formats out"
+            )
+
     def _check_gguf(self) -> None:
         """Raise ValueError for what a GGUF file excludes, or what only it can have."""
         if "gguf" not in self.formats:
@@ -234,7 +257,17 @@ class Recipe(Strict):
             raise ValueError(
                 "gguf.budget chooses a type for each tensor; method llama.cpp chooses by gguf.type: drop one"
             )
-        for key in ("weights", "head", "embeddings", "overrides", "ignore", "activations", "kv_cache", "transforms"):
+        for key in (
+            "weights",
+            "head",
+            "embeddings",
+            "towers",
+            "overrides",
+            "ignore",
+            "activations",
+            "kv_cache",
+            "transforms",
+        ):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
                     f"{key} has no effect on a GGUF file: gguf.type and gguf.tensor_types choose its number types"

@@ -26,7 +26,7 @@ def test_tensors_beyond_the_model_are_said_at_plan_and_copied(tmp_path: Path) ->
     extra = torch.randn(64, 128)
     save_file(load_file(file) | {EXTRA: extra}, file)
     skeleton = Skeleton(Checkpoint(tmp_path / "model"), device=CPU)
-    (line,) = account(skeleton, skeleton.linears())
+    (line,) = account(skeleton, skeleton.linears(), {})
     assert line.startswith(f"{EXTRA}: ")
     make(tmp_path / "run", tmp_path / "model", RECIPE)
     torch.testing.assert_close(load_file(tmp_path / "run/quantized/model.safetensors")[EXTRA], extra, rtol=0, atol=0)
@@ -41,10 +41,10 @@ def test_experts_that_cannot_be_split_are_named_with_their_share(
 ) -> None:
     tiny.build("qwen3_moe", tmp_path)
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    assert account(skeleton, skeleton.linears()) == ()
+    assert account(skeleton, skeleton.linears(), {}) == ()
     monkeypatch.setattr("quantpress.models.placed_model.split_experts", lambda block, names_of: {})
     skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    lines = account(skeleton, skeleton.linears())
+    lines = account(skeleton, skeleton.linears(), {})
     inside = sum(x.out_features * x.in_features for x in skeleton.linears())
     share = inside / (inside + 2 * (4 * 64 + 4 * 3 * 64 * 32))
     assert lines[0] == f"only {share:.0%} of the blocks' weights are in layers that can be quantized"

@@ -16,6 +16,7 @@ from quantpress.engine.pipeline import prepare
 from quantpress.engine.sources import resolve
 from quantpress.recipe.loading import parse
 
+from ... import families
 from ...forked import commands
 from ...tiny import build, text
 from .test_pipeline import BASE, make
@@ -25,6 +26,16 @@ def test_conv1d_is_refused_for_compressed_tensors(tmp_path: Path) -> None:
     build("gpt2", tmp_path / "model", torch.bfloat16)
     with pytest.raises(BadInput, match="is a Conv1D"):
         make(tmp_path / "run", tmp_path / "model", {})
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_model_that_cannot_run_is_refused_whatever_runs_it_first(method: str, tmp_path: Path) -> None:
+    """Its last block takes keys and values of an earlier one of its kind, of which there is none."""
+    kinds = [*["sliding_attention"] * 3, "full_attention"]
+    config = families.config_of("gemma4_text", layer_types=kinds, num_hidden_layers=4)
+    families.save(config, tmp_path / "model")
+    with pytest.raises(BadInput, match=r"gemma4_text model does not run with this config\.json: KeyError"):
+        make(tmp_path / "run", tmp_path / "model", {"method": method})
 
 
 def spoil(folder: Path, how: str) -> None:

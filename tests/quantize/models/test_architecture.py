@@ -41,6 +41,8 @@ def config(family: str, folder: Path) -> dict[str, Any]:
         ({"model_type": "whisper"}, "'whisper' is an encoder with a decoder"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is a classification or reward model"),
         ({"model_type": "mllama", "text_config": {"cross_attention_layers": [1, 3]}}, "blocks 1, 3 run on images only"),
+        ({"model_type": "cpmant"}, "puts tokens of its own before the text"),
+        ({"model_type": "idefics"}, "run on images only"),
         ({"dtype": "auto"}, "dtype 'auto' is not bfloat16"),
         ({"num_attention_heads": "four"}, "does not describe a llama model"),
     ],
