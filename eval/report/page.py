@@ -19,6 +19,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import whole_file
+from quantpress.core.text import shortened
 
 from ..measure import formatting
 from ..measure.formatting import change, interval
@@ -259,6 +260,6 @@ def _environment() -> Environment:
     }
     environment.filters |= formats | {
         "gate": show_limit, "gate_name": limit_name, "yaml": _yaml, "fenced": _fenced, "estimate": _estimate,
-        "changed": _changed, "by_task": _by_task,
+        "changed": _changed, "by_task": _by_task, "shortened": shortened,
     }  # fmt: skip
     return environment

@@ -6,7 +6,7 @@ from typing import Any
 
 from quantpress.recipe import Recipe
 
-__all__ = ["cell", "first_word", "program", "sentence", "shorten", "squeezed", "without_defaults"]
+__all__ = ["cell", "first_word", "program", "sentence", "squeezed", "without_defaults"]
 
 
 def sentence(text: str) -> str:
@@ -58,8 +58,3 @@ def first_word(text: str) -> str:
 def squeezed(text: str) -> str:
     """Collapse blank lines to at most one in a row: a broken model writes hundreds."""
     return re.sub(r"\n[ \t]*(?:\n\s*)+\n", "\n\n", text)
-
-
-def shorten(text: str, most: int = 30) -> str:
-    """At most `most` characters, ending with an ellipsis when the text was cut."""
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from quantpress.core.text import byte_unit
-
-from .page_text import shorten
+from quantpress.core.text import byte_unit, shortened
 
 FONT = 12  # px
 _EM = 0.6  # assumed mean width of a character over the font size, wide for common fonts
@@ -165,7 +163,7 @@ def tradeoff(
     worthy = [i for i, p in enumerate(points) if p.role in ("front", "original")]
     worth = [spots[worthy[k]] for k in pareto([points[i] for i in worthy], axes)]
     steps = _staircase(sorted(worth, key=lambda s: (s[0], s[1] if axes.rises else -s[1])), axes) if several else []
-    texts = [str(i) if number_only and p is not first else shorten(p.label) for i, p in enumerate(points)]
+    texts = [str(i) if number_only and p is not first else shortened(p.label, 30) for i, p in enumerate(points)]
     whiskers = [_whisker(p, y) for p in points]
     bars = [_pad((at[0], ends[0], at[0], ends[1]), 2) for at, ends in zip(spots, whiskers, strict=True) if ends]
     labels = _place(spots, texts, frame, [_pad(a + b, 3) for a, b in pairwise(steps)] + bars)

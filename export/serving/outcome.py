@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Mapping
 
+from quantpress.core.text import shortened
+
 from .client import ServerError
 from .record import Check
 
@@ -33,4 +35,4 @@ def made(name: str, check: Callable[[], str], lacks: Mapping[str, str]) -> Check
 
 def quoted(text: str) -> str:
     """The beginning of a text, for a reason."""
-    return repr(text if len(text) <= 60 else text[:59] + "…")
+    return repr(shortened(text, 60))

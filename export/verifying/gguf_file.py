@@ -13,6 +13,7 @@ import numpy as np
 
 from quantpress.artifact.manifest import own_manifest
 from quantpress.core.errors import BadInput
+from quantpress.core.text import shortened
 from quantpress.gguf.conversion import Conversion
 from quantpress.gguf.hyperparameters import form_of, hyperparameters
 from quantpress.gguf.reader import LAYOUT, GgufCheckpoint, gguf_files, open_gguf
@@ -172,13 +173,13 @@ def unlike_metadata(
     for key, value in ours.items():
         if key not in said:
             if strict:
-                yield f"{folder}: the GGUF file lacks {key}, {_short(value)} by {whose}"
+                yield f"{folder}: the GGUF file lacks {key}, {_said(value)} by {whose}"
         elif not _equal(value, said[key]):
             at = _first_unlike(value, said[key])
             yield f"{folder}: the GGUF file says {key} {at[1]}, and {whose} {at[0]}"
     for key in said if strict else ():
         if key.startswith(prefixes) and key not in ours:
-            yield f"{folder}: the GGUF file says {key} {_short(said[key])}, which {whose} does not say"
+            yield f"{folder}: the GGUF file says {key} {_said(said[key])}, which {whose} does not say"
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -194,11 +195,10 @@ def _first_unlike(one: Any, other: Any) -> tuple[str, str]:
     if isinstance(one, list) and isinstance(other, list):
         for i, (a, b) in enumerate(zip(one, other, strict=False)):
             if not _equal(a, b):
-                return f"{_short(a)} at place {i}", _short(b)
+                return f"{_said(a)} at place {i}", _said(b)
         return f"{len(one)} values", f"{len(other)} values"
-    return _short(one), _short(other)
+    return _said(one), _said(other)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _said(value: Any) -> str:
+    return shortened(repr(value), 60)

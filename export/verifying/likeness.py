@@ -9,6 +9,7 @@ from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.core.errors import BadInput
 from quantpress.core.files import file_sha256
+from quantpress.core.text import shortened
 from quantpress.core.untrusted import read_json
 from quantpress.formats.statement import without_quantization
 from quantpress.models.architecture import model_config
@@ -63,8 +64,7 @@ def _fields(
 def _said(values: Mapping[str, Any], key: str) -> str:
     if key not in values:
         return "absent"
-    text = json.dumps(values[key], ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return shortened(json.dumps(values[key], ensure_ascii=False, default=str), 80)
 
 
 def _companions(folder: Path, original: Path) -> Iterator[str]:

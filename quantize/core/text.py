@@ -1,4 +1,4 @@
-"""Text: sizes in bytes, how far two texts agree, and which name was meant."""
+"""Text: sizes in bytes, beginnings, how far two texts agree, and which name was meant."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -26,6 +26,11 @@ def meant(typed: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """`text` with what a terminal would act on, or a reader not see, as Python writes it: \\x1b, \\u202e, \\ud800."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """`text`; where it is longer than `most` characters, so much of it with an ellipsis at the end."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

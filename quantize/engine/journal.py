@@ -17,6 +17,7 @@ from torch import Tensor
 from ..artifact.manifest import BlockRecord, Manifest, read_manifest
 from ..core.errors import BadInput
 from ..core.files import file_sha256, whole_file, write_json
+from ..core.text import shortened
 from ..models.checkpoint import write_part
 
 DUMP_SECONDS = 60.0  # between two copies of the hidden states: what a resumed run has to do again
@@ -248,9 +249,8 @@ def differences(before: Any, now: Any, place: str = "") -> list[str]:
         for key in sorted(before.keys() | now.keys()):
             found += differences(before.get(key), now.get(key), f"{place}.{key}" if place else key)
         return found
-    return [] if before == now else [f"{place}: {_short(before)} there, {_short(now)} now"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 24 else text[:20] + "…"
+    return (
+        []
+        if before == now
+        else [f"{place}: {shortened(json.dumps(before), 24)} there, {shortened(json.dumps(now), 24)} now"]
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..calibrate.tokens import open_tokenizer
 from ..core.errors import BadInput
+from ..core.text import shortened
 from .source_tokenizer import PRE, Pre, steps_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
@@ -124,7 +125,7 @@ def pre_tokenizer(folder: Path, fast: Any, document: dict[str, Any]) -> str:
     rules = json.dumps(document["pre_tokenizer"])
     raise BadInput(
         f"{folder}: unknown pre-tokenizer: the probe text's hash {digest[:16]}… is not one of llama.cpp's, and its "
-        f"rules ({rules if len(rules) < 200 else rules[:200] + '…'}) match no label; a guess could "
+        f"rules ({shortened(rules, 200)}) match no label; a guess could "
         "split text wrongly"
     )
 

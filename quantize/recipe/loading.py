@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..core.errors import BadInput
-from ..core.text import meant
+from ..core.text import meant, shortened
 from .document import Recipe
 from .targets import Target
 
@@ -73,13 +73,13 @@ def text_of(name: str) -> str:
 
 def load(where: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in file `where`, or the shipped one of that name, with `key.path=value` overrides applied."""
-    path, where = Path(where), _short(where, 300)
+    path, where = Path(where), shortened(where, 300)
     try:
         text = path.read_text(encoding="utf-8") if _is_recipe_file(path) else text_of(where)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a null byte
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"recipe {where}: cannot be read: {_short(str(error), 300)}") from error
+        raise BadInput(f"recipe {where}: cannot be read: {shortened(str(error), 300)}") from error
     document = _read_yaml(text, f"recipe {where}")
     if not isinstance(document, dict):
         found = "an empty file" if document is None else type(document).__name__
@@ -112,7 +112,7 @@ def _read_yaml(text: str, where: str) -> Any:
     except BadInput:
         raise
     except Exception as error:  # PyYAML's own kinds, and what Python says of its dates, numbers and depth
-        raise BadInput(f"{where}: not YAML: {_short(' '.join(str(error).split()), 300)}") from error
+        raise BadInput(f"{where}: not YAML: {shortened(' '.join(str(error).split()), 300)}") from error
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
@@ -130,11 +130,6 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         raise ValueError("an alias stands inside of what it means")
     known[id(node)] = 1 + sum(_count(part, known) for part in parts)
     return known[id(node)]
-
-
-def _short(text: str, length: int = _SHOWN) -> str:
-    """`text`, or its beginning where it is longer than `length` characters."""
-    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def parse(document: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -179,21 +174,21 @@ def _inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
 
 
 def _problem(error: Any, root: Any) -> str:
-    place = ".".join(_short(str(part), 40) for part in error["loc"][:_PARTS])
-    message = _short(_PLAIN.get(error["type"], error["msg"].removeprefix("Value error, ")), 600)
+    place = ".".join(shortened(str(part), 40) for part in error["loc"][:_PARTS])
+    message = shortened(_PLAIN.get(error["type"], error["msg"].removeprefix("Value error, ")), 600)
     if error["type"] == "extra_forbidden" and error["loc"][-2:] in _GONE:
         message = _GONE[error["loc"][-2:]]
     elif error["type"] == "extra_forbidden":
         known = _keys_at(root, error["loc"][:-1])
-        message = f"unknown key{meant(_short(str(error['loc'][-1])), known)} (known: {', '.join(known)})"
+        message = f"unknown key{meant(shortened(str(error['loc'][-1]), _SHOWN), known)} (known: {', '.join(known)})"
     elif error["type"] == "union_tag_invalid":
         known = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
-        tag = _short(error["ctx"]["tag"])
+        tag = shortened(error["ctx"]["tag"], _SHOWN)
         message = f"unknown name {tag!r}{meant(tag, known)} (known: {', '.join(known)})"
     elif not isinstance(error["input"], dict | Recipe):
-        message += f", not {_short(repr(error['input']))}"
+        message += f", not {shortened(repr(error['input']), _SHOWN)}"
         if error["type"] == "literal_error":
-            message += meant(_short(str(error["input"])), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+            message += meant(shortened(str(error["input"]), _SHOWN), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     return f"{place}: {message}" if place else message
 
 
@@ -224,7 +219,7 @@ def _names(model: type[BaseModel]) -> tuple[Any, ...]:
 def apply_override(document: dict[str, Any], override: str) -> None:
     """Apply one `key.path=value` to the document; the value is read as YAML."""
     key, equals, value = override.partition("=")
-    shown = _short(repr(override))
+    shown = shortened(repr(override), _SHOWN)
     if not equals or not key:
         raise BadInput(f"--set {shown}: write key.path=value, such as method.damp=0.02")
     *parents, last = key.split(".")
@@ -234,6 +229,6 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise BadInput(f"--set {shown}: {_short(parent)!r} is not a mapping in this recipe")
+            raise BadInput(f"--set {shown}: {shortened(parent, _SHOWN)!r} is not a mapping in this recipe")
         node = child
     node[last] = _read_yaml(value, f"--set {shown}")
