@@ -64,6 +64,7 @@ class Loader:
     parse: asks the server's own classes or library; returns what was asked, and why it refuses ("" when it does not).
     outer: the model types whose head, embeddings and towers it loads quantized in compressed-tensors files, by recipe
     key.
+    inside: the versions of transformers and compressed-tensors that its pinned container holds, by import name.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Loader:
     limits: Callable[[ServedModel, int], Iterable[str]] = lambda model, gpus: ()
     parse: Callable[[ParserQuestion], tuple[str, str]] | None = None
     outer: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    inside: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def formats(self) -> list[str]:

@@ -1,6 +1,6 @@
 """A quantized model as a server's loader sees it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,40 @@ def row_parallel(linear: str) -> bool:
 def is_expert(linear: str) -> bool:
     """Whether the linear belongs to an expert of a mixture."""
     return ".experts." in linear
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Linears as a server fuses them, whose share on one GPU is `rows` outputs and `columns` inputs."""
+
+    names: list[str]
+    grid: Grid
+    rows: int
+    columns: int
+
+    @property
+    def said(self) -> str:
+        together = "are together" if self.names[1:] else "is"
+        return f"{', '.join(self.names)} {together} {self.rows} x {self.columns} on a GPU"
+
+
+def marlin_misfits(model: "ServedModel", gpus: int, types: tuple[str, ...]) -> Iterator[Misfit]:
+    """What Marlin's kernel for weights of `types` with 16-bit inputs has no threads for: it takes outputs x inputs in
+    multiples of 128 x 64 or of 64 x 128."""
+    narrow = min(gpus, model.kv_heads or gpus)  # GPUs beyond the key-value heads hold copies of them
+    for name, (n_out, n_in) in model.shapes.items():
+        grid = model.schemes.get(name)
+        block, _, part = name.rpartition(".")
+        fused = next((f for f in FUSED if part in f), (part,))
+        if grid is None or grid.type not in types or part != fused[0] or is_expert(name):
+            continue
+        names = [f"{block}.{p}" for p in fused if f"{block}.{p}" in model.shapes]
+        rows, columns = n_out, n_in // gpus
+        if not row_parallel(name):
+            shares = (model.shapes[n][0] // (narrow if n.endswith((".k_proj", ".v_proj")) else gpus) for n in names)
+            rows, columns = sum(shares), n_in
+        if (rows % 128 or columns % 64) and (rows % 64 or columns % 128):
+            yield Misfit(names, grid, rows, columns)
 
 
 @dataclass(frozen=True)

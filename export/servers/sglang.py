@@ -11,7 +11,7 @@ from pydantic import Field
 
 from .deployment import HOST, MODEL, PORT, PYTHON, Deployment, ModelFolder, completion, curl_free_check, drafted
 from .loader import ANY_SYMMETRY, FP8_INPUTS, MARLIN_GROUPS, SIXTEEN_BIT, Loadable, Loader
-from .served_model import FUSED, ServedModel, is_expert, row_parallel
+from .served_model import FUSED, ServedModel, is_expert, marlin_misfits
 from .server import Server
 from .target_settings import LISTENS_ON, Drafting
 
@@ -74,29 +74,13 @@ def _marlin(model: ServedModel, gpus: int) -> Iterator[str]:
     kernels/jit/csrc/gemm/marlin/gptq_marlin.cuh. AWQ files have a second kernel for them; nvfp4 weights are padded."""
     if model.activations is not None or model.format not in ("compressed-tensors", "gptq"):
         return
-    narrow = min(gpus, model.kv_heads or gpus)  # GPUs beyond the key-value heads hold copies of them
-    for name, (n_out, n_in) in model.shapes.items():
-        grid = model.schemes.get(name)
-        block, _, part = name.rpartition(".")
-        fused = next((f for f in FUSED if part in f), (part,))
-        if grid is None or grid.type not in ("int", "fp8") or part != fused[0] or is_expert(name):
-            continue
-        names = [f"{block}.{p}" for p in fused if f"{block}.{p}" in model.shapes]
-        rows, columns = n_out, n_in // gpus
-        if not row_parallel(name):
-            shares = (model.shapes[n][0] // (narrow if n.endswith((".k_proj", ".v_proj")) else gpus) for n in names)
-            rows, columns = sum(shares), n_in
-        if (rows % 128 or columns % 64) and (rows % 64 or columns % 128):
-            yield (
-                f"SGLang's kernel for 16-bit inputs takes multiples of 128 x 64 or of 64 x 128, and {', '.join(names)} "
-                f"{'are together' if names[1:] else 'is'} {rows} x {columns} on a GPU: "
-                + (
-                    "set formats: [awq]"
-                    if (grid.type, grid.bits) == ("int", 4)
-                    else "round the inputs (activations) too"
-                )
-            )
-            return
+    found = next(marlin_misfits(model, gpus, ("int", "fp8")), None)
+    if found is not None:
+        four_bits = (found.grid.type, found.grid.bits) == ("int", 4)
+        yield (
+            "SGLang's kernel for 16-bit inputs takes multiples of 128 x 64 or of 64 x 128, and "
+            f"{found.said}: {'set formats: [awq]' if four_bits else 'round the inputs (activations) too'}"
+        )
 
 
 LOADER = Loader("sglang", "SGLang", _ROWS, _limits)

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from .deployment import HOST, MODEL, PORT, Deployment, ModelFolder, completion
 from .loader import ANY_SYMMETRY, FP8_INPUTS, MARLIN_GROUPS, CannotAsk, Loadable, Loader, ParserQuestion
-from .served_model import ServedModel
+from .served_model import ServedModel, marlin_misfits
 from .server import Server
 from .target_settings import LISTENS_ON, MultiGpu
 
-VERSION = "3.3.5"
+VERSION = "3.3.7"
 _HEALTH = "/health"
 
 _ROWS = (  # server/text_generation_server/layers of huggingface/text-generation-inference, 3.3
@@ -23,9 +23,9 @@ _ROWS = (  # server/text_generation_server/layers of huggingface/text-generation
     Loadable("gptq", bits=(4, 8), groups=MARLIN_GROUPS, scattered=True),
     # awq/quantize/cuda.py, and Marlin for its own group sizes.
     Loadable("awq", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
-    # compressed_tensors/loader.py: one format for all groups of layers. wna16_int.py repacks for Marlin.
-    Loadable("compressed-tensors", bits=(4,), groups=MARLIN_GROUPS, symmetric=ANY_SYMMETRY),
-    Loadable("compressed-tensors", bits=(8,), groups=MARLIN_GROUPS),
+    # compressed_tensors/loader.py: one format for all groups of layers. wna16_int.py repacks for Marlin; of fused
+    # linears it asks for zeros called qzeros, which no such file has.
+    Loadable("compressed-tensors", bits=(4, 8), groups=MARLIN_GROUPS),
     # w8a8_int.py rounds static inputs dynamically, which is not the model that was measured.
     Loadable("compressed-tensors", bits=(8,), groups=(-1,), inputs=("int8 dynamic",)),
     # w8an_fp.py: one scale a row or a tensor, none a block.
@@ -35,12 +35,23 @@ _ROWS = (  # server/text_generation_server/layers of huggingface/text-generation
 
 def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
     """server/text_generation_server: GPTQMarlinWeightsLoader has no list of excluded layers and one kind of weight."""
+    yield from _marlin(model, gpus)
     dense = next((name for name, grid in model.schemes.items() if grid is None), None)
     if model.format in ("gptq", "awq") and dense is not None:
         yield f"TGI wants every linear of {model.format} files quantized, and {dense} is not: use compressed-tensors"
     if model.format == "gptq" and len(model.grids) > 1:
         kinds = ", ".join(map(str, model.grids))
         yield f"TGI reads one kind of weight in gptq files, and these have {kinds}: drop `overrides`"
+
+
+def _marlin(model: ServedModel, gpus: int) -> Iterator[str]:
+    """marlin/gptq.py: _check_valid_shape, of what flash_llama_modeling.py fuses."""
+    found = None if model.activations is not None else next(marlin_misfits(model, gpus, ("int",)), None)
+    if found is not None:
+        yield (
+            f"TGI's kernel for 16-bit inputs takes multiples of 128 x 64 or of 64 x 128, and {found.said}: "
+            "set weights of 8 bits a channel and activations: {type: int8}"
+        )
 
 
 def _parse(question: ParserQuestion) -> tuple[str, str]:
@@ -57,7 +68,7 @@ def _parse(question: ParserQuestion) -> tuple[str, str]:
     return by, ""
 
 
-LOADER = Loader("tgi", "TGI", _ROWS, _limits, _parse)
+LOADER = Loader("tgi", "TGI", _ROWS, _limits, _parse, inside={"transformers": "4.51.3", "compressed_tensors": "0.9.4"})
 
 
 class Tgi(MultiGpu):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantpress.cli import main
-from quantpress.numbers.types import Grid
+from quantpress.numbers.types import Activations, Grid
 
 from ..quantize.formats.artifacts import make, uniform
 from .test_servers import write_gguf
@@ -18,7 +18,7 @@ from .test_servers import write_gguf
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands") / "artifact"
-    make(folder, "compressed-tensors", uniform(Grid(group_size=32)))
+    make(folder, "compressed-tensors", uniform(Grid(bits=8, group_size=-1)), spec=Activations(type="int8"))
     return folder
 
 
@@ -79,7 +79,7 @@ def test_export_makes_what_is_asked_with_its_settings(call: Any, run: Path) -> N
         (["--target", "vllm", "--set", "vllm.tensor_paralel=2"], "did you mean 'tensor_parallel'?"),
         (["--target", "vllm", "--set", "port=1"], "write target.key=value, with one of vllm"),
         (["--target", "vllm,tgi", "--out", "elsewhere"], "--out is the folder of one target"),
-        (["--target", "vllm", "--set", "vllm.tensor_parallel=2"], "would cut a scale group of 32"),
+        (["--target", "vllm", "--set", "vllm.tensor_parallel=8"], "would cut 4 attention heads unevenly"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(
@@ -158,7 +158,7 @@ def test_verify_takes_an_exported_folder(call: Any, run: Path) -> None:
 
 def test_many_problems_are_counted_and_not_all_told(call: Any, run: Path) -> None:
     config = json.loads((run / "quantized" / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 16
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= {"strategy": "group", "group_size": 16}
     (run / "quantized" / "config.json").write_text(json.dumps(config))
     _, out, _ = call("verify", run, "--json")
     problems = json.loads(out)["problems"]

@@ -17,7 +17,7 @@ from quantpress.exports.servers.tgi import Tgi
 from quantpress.exports.servers.triton import Triton
 from quantpress.exports.servers.vllm import Vllm
 from quantpress.exports.serving.starting import Options
-from quantpress.numbers.types import Grid
+from quantpress.numbers.types import Activations, Grid
 
 from ..quantize.formats.artifacts import make, uniform
 from .test_servers import write_gguf
@@ -122,8 +122,9 @@ def test_a_server_for_other_hardware_is_not_started(artifact: Path, tmp_path: Pa
     assert "several devices" in answer.passed_over[0]
 
 
-def test_other_parsers(artifact: Path, tmp_path: Path) -> None:
-    answer = will_load(artifact, Tgi(), python=HERE)
+def test_other_parsers(tmp_path: Path) -> None:
+    make(tmp_path / "eight", "compressed-tensors", uniform(Grid(bits=8, group_size=-1)), spec=Activations(type="int8"))
+    answer = will_load(tmp_path / "eight", Tgi(), python=HERE)
     assert (answer.loads, answer.way) == (True, "parser")
     assert "compressed-tensors" in answer.by
     write_gguf(tmp_path / "quantized" / "model.gguf")

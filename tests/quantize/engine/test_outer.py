@@ -89,7 +89,7 @@ def decided(model: Path, **keys: Any) -> Outer:
         ({}, False),  # no server is named that would load it
         ({"targets": ["vllm"]}, True),
         ({"targets": ["vllm"], "head": None}, False),
-        ({"targets": ["vllm", "tgi"]}, False),
+        ({"targets": [{"name": "vllm", "device": "cpu"}]}, False),
         ({"targets": ["vllm"], "weights": {"group_size": 32, "symmetric": False}}, False),
         ({"targets": ["vllm"], "weights": {"type": "nvfp4"}}, False),
         ({"targets": ["vllm"], "weights": {"bits": 8, "group_size": -1}, "activations": {"type": "int8"}}, False),
