@@ -1,12 +1,11 @@
 """A format is added by its file, a row of FILE_FORMATS and a line in FORMATS: a toy one, written, read, converted."""
 
-from collections.abc import Callable, Iterable
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from quantpress.artifact.artifact import open_artifact
 from quantpress.artifact.convert import convert
@@ -14,10 +13,8 @@ from quantpress.artifact.manifest import Manifest
 from quantpress.core.errors import BadInput
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
-from quantpress.formats import FORMATS, Format, ModelScheme, detect
-from quantpress.formats.base import grid_of, take
-from quantpress.numbers.grid import QuantizedLinear
-from quantpress.numbers.types import Activations, Grid
+from quantpress.formats import FORMATS, detect
+from quantpress.numbers.types import Grid
 from quantpress.plugin import FileFormat
 from quantpress.recipe import FILE_FORMATS
 from quantpress.recipe.loading import parse
@@ -27,41 +24,19 @@ from ...tiny import build
 CPU = torch.device("cpu")
 
 
-class Toy(Format):
-    """Codes, scales and zeros as they are; the names of the quantized linears stand in the config."""
+EXAMPLE = Path(__file__).parents[3] / "docs" / "plug-in-example" / "quantpress_example" / "byte_format.py"
+Bytes = runpy.run_path(str(EXAMPLE))["Bytes"]
+
+
+class Toy(Bytes):
+    """The documented example, with a limit and a file of its own."""
 
     name = method = "toy"
-    suffixes = ("codes", "scales", "zeros")
 
     def check(self, grid: Grid, out_features: int, in_features: int, shuffled: bool) -> None:
         super().check(grid, out_features, in_features, shuffled)
         if grid.bits == 2:
             raise BadInput("toy takes 3 bits and more; use compressed-tensors")
-
-    def pack(self, name: str, q: QuantizedLinear) -> dict[str, Tensor]:
-        return {f"{name}.codes": q.codes, f"{name}.scales": q.scales, f"{name}.zeros": q.zeros}
-
-    def unpack(self, name: str, read: Callable[[str], Tensor], grid: Grid, shape: tuple[int, int]) -> QuantizedLinear:
-        codes = take(f"{name}.codes", read, shape, torch.uint8)
-        return QuantizedLinear(codes, read(f"{name}.scales"), read(f"{name}.zeros"), grid)
-
-    def packed_bytes(
-        self, grid: Grid, out_features: int, in_features: int, scale_bytes: int, activations: Activations | None = None
-    ) -> int:
-        return out_features * (in_features + (scale_bytes + 1) * in_features // grid.columns(in_features))
-
-    def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
-        found = {name.removesuffix(".codes"): shape for name, shape in shapes.items() if name.endswith(".codes")}
-        return {name: (shape[0], shape[1]) for name, shape in found.items()}
-
-    def config(self, contents: ModelScheme) -> dict[str, Any]:
-        grid = self.one_kind(contents)
-        return {"quant_method": "toy", "bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric,
-                "linears": [name for name, own in contents.schemes.items() if own is not None]}  # fmt: skip
-
-    def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
-        grid = grid_of(config["bits"], config["group_size"], config["sym"])
-        return {name: grid if name in config["linears"] else None for name in names}
 
     def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {"toy.json": {"linears": len(config["linears"])}}
