@@ -26,7 +26,7 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup support-table gpu-check gpu-model docs wheel clean distclean FORCE
+.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup support-table gpu-check gpu-model docs wheel address clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
@@ -46,6 +46,7 @@ help:
 	@echo 'make docs        build the documentation into site/; a broken link fails it'
 	@echo 'make gpu-model   launches, waits, memory and estimated time of a block on a GPU, without one; needs g++'
 	@echo 'make wheel       build dist/quantpress-*.whl'
+	@echo 'make address     write the repository of pyproject.toml into README, docs and templates'
 	@echo 'make clean       remove build outputs and caches;  make distclean: .venv* too'
 	@echo
 	@echo 'Setting up: PYTHON=python3.12     another interpreter, 3.11 or newer'
@@ -219,6 +220,12 @@ wheel: dist/.built
 	@cd dist && ../$(BIN)/python -P -c 'import quantpress as q; print("testing", q.__file__); \
 	  assert "site-packages" in q.__file__, "the checkout, not the wheel"'
 	@touch $@
+
+# [project.urls] in pyproject.toml says where the repository is; every other mention follows it.
+address:
+	@owner=$$(sed -n 's#^Repository = "https://github.com/\([^/]*\)/.*#\1#p' pyproject.toml); test -n "$$owner"; \
+	sed -E -i "s#(github\.com/|githubusercontent\.com/|uses: )[A-Za-z0-9-]+/quantpress#\1$$owner/quantpress#" \
+	  README.md $$(find docs templates -name '*.md' -o -name '*.yml')
 
 clean:
 	@rm -rf dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
