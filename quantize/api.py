@@ -57,7 +57,7 @@ from .artifact.gguf_floats import write_floats, write_rounded
 from .core import machine, notebook
 from .core.errors import BadInput
 from .core.files import alone_in
-from .core.text import size
+from .core.text import duration, size
 from .engine.pipeline import checked_tokenizer
 from .engine.plan import Plan
 from .recipe import Recipe, Smoke
@@ -71,6 +71,7 @@ __all__ = [
 ]  # fmt: skip
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
+_LONG = 86400.0  # seconds on a CPU after which a plan names what is faster
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,21 @@ class Forecast:
     targets: Mapping[str, str]
     servability: tuple[str, ...]
 
+    @property
+    def time(self) -> str:
+        """How long quantizing takes here, in words; evaluation, export and smoke test come on top of it."""
+        p = self.plan
+        where = "CPU" if p.device == "cpu" else "GPU"
+        advice = ": use a GPU or an rtn recipe" if p.device == "cpu" and p.passes and p.seconds > _LONG else ""
+        return f"about {duration(p.seconds)} to quantize on this {where}{advice}"
+
     def _repr_html_(self) -> str:
         p = self.plan
         rows: list[tuple[str, ...]] = [
             ("artifact", f"{size(p.artifact_bytes)} of {size(p.original_bytes)}"),
             ("memory", size(p.memory_bytes)),
             ("disk", size(p.disk_bytes)),
-            ("time", f"about {max(1, round(p.seconds / 60))} min on this machine"),
+            ("time", self.time),
         ]
         rows += [(f"{number} x {module}", scheme) for module, number, scheme in self.linears]
         rows += [(f"target {name}", f"loads the {format} files") for name, format in self.targets.items()]

@@ -90,8 +90,9 @@ def plan(
     p = found.plan
     show(
         f"artifact {size(p.artifact_bytes)} (original {size(p.original_bytes)}), memory up to {size(p.memory_bytes)}, "
-        f"disk up to {size(p.disk_bytes)}, about {max(1, round(p.seconds / 60))} min on this machine"
+        f"disk up to {size(p.disk_bytes)}"
     )
+    show(found.time + ("" if chosen.evaluation is None else "; the evaluation comes on top"))
     if p.quantized_share is not None:
         show(f"{p.quantized_share:.1%} of the weights of the decoder blocks are quantized")
     for name, format in found.targets.items():

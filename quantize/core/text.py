@@ -1,4 +1,4 @@
-"""Text: sizes in bytes, beginnings, how far two texts agree, and which name was meant."""
+"""Text: sizes in bytes, durations, beginnings, how far two texts agree, and which name was meant."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -15,6 +15,16 @@ def size(count: float) -> str:
 def byte_unit(size: float) -> tuple[float, str]:
     """The decimal unit `size` bytes read best in."""
     return next((u for u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0]), (1.0, "bytes"))
+
+
+def duration(seconds: float) -> str:
+    """An estimate of time in the unit a person would use: 20 minutes, 3.5 hours, 5.7 days."""
+    for unit, name, most in ((60.0, "minute", 120), (3600.0, "hour", 48), (86400.0, "day", float("inf"))):
+        count = seconds / unit
+        if count < most:
+            break
+    shown = f"{count:.1f}".removesuffix(".0") if name != "minute" and count < 10 else f"{max(1.0, count):,.0f}"
+    return f"{shown} {name}{'' if shown == '1' else 's'}"
 
 
 def meant(typed: str, known: Iterable[str]) -> str:

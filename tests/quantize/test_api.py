@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import quantpress
-from quantpress import BadInput, Callbacks, Options, Recipe, api
+from quantpress import BadInput, Callbacks, Forecast, Options, Recipe, api
 from quantpress.artifact.artifact import open_artifact
 from quantpress.core import machine
 from quantpress.core.files import alone_in
+from quantpress.engine.plan import Plan
 
 from ..tiny import build, text
 
@@ -194,3 +195,17 @@ def test_every_public_name_exists_and_is_documented() -> None:
     assert set(quantpress.__all__) <= set(dir(quantpress))
     assert issubclass(BadInput, ValueError)
     assert quantpress.Recipe is Recipe
+
+
+@pytest.mark.parametrize(
+    ("device", "passes", "seconds", "said"),
+    [
+        ("cpu", 2, 5.7 * 86400, "about 5.7 days to quantize on this CPU: use a GPU or an rtn recipe"),
+        ("cpu", 2, 1320.0, "about 22 minutes to quantize on this CPU"),
+        ("cpu", 0, 5.7 * 86400, "about 5.7 days to quantize on this CPU"),
+        ("cuda:0", 2, 5.7 * 86400, "about 5.7 days to quantize on this GPU"),
+    ],
+)
+def test_a_forecast_says_how_long_in_words(device: str, passes: int, seconds: float, said: str) -> None:
+    plan = Plan({}, 1, 1, 1, 1, 1.0, seconds, passes, device)
+    assert Forecast(plan, (), {}, ()).time == said

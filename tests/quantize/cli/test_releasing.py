@@ -232,3 +232,4 @@ def test_a_plan_says_what_the_machine_lacks(project: Project, monkeypatch: pytes
     done = CliRunner().invoke(app, ["plan", str(project.folder / "recipe.yaml")])
     assert done.exit_code == 0
     assert "note: the run needs " in done.output
+    assert "about 1 minute to quantize on this CPU; the evaluation comes on top\n" in done.output
