@@ -10,6 +10,7 @@ from quantpress.numbers.grid import BLOCK, QuantizedLinear, fit, scale_dtype, sn
 from quantpress.numbers.types import BlockGrid, Grid
 
 _PIECE = 1 << 22  # weights compared at a time
+_MOVED = 0.15  # how far half of a row's groups are where a method has moved all of the row
 _SAMPLED = 64  # rows whose rounding to nearest is the measure of what is lost at least
 
 
@@ -17,6 +18,8 @@ _SAMPLED = 64  # rows whose rounding to nearest is the measure of what is lost a
 class Gap:
     """Squared errors over the squares of the original weight, of the whole, its worst row and its worst group.
 
+    worst_row, worst_group: of one that is the original's plus an error at a right angle to it no more than the share of
+    its power that the error makes: GPTQ with error correction adds much to the rows that make a few huge channels.
     nearest: of the whole when it is rounded to nearest. row, group: where the worst are. columns: by how much columns
     are longer or shorter, root mean square, where they were scaled. length: of the whole along the original, in it.
     """
@@ -39,6 +42,7 @@ def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by
     error, power, overlap, worst_row, worst_group = 0.0, 0.0, 0.0, (0.0, 0), (0.0, 0, 0)
     mean = float(weight.to(torch.float32).square().mean()) or 1.0
     order, columns = _order(q)
+    least = nearest(weight, q.grid, q.global_scale)
     along, lengths = torch.zeros(q.in_features), torch.zeros(q.in_features)
     for rows, part in _pieces(q):
         wanted = weight[rows].to(torch.float32)
@@ -49,26 +53,37 @@ def gap(q: QuantizedLinear, weight: Tensor, by_columns: Tensor | None = None, by
             found /= by_columns
             along, lengths = along + (found * wanted).sum(0), lengths + wanted.square().sum(0)
         overlap += float(torch.dot(found.reshape(-1), wanted.reshape(-1)))
-        squared, off = wanted.square(), (found - wanted).square_()
-        error, power = error + float(off.sum()), power + float(squared.sum())
+        error, power = error + float((found - wanted).square_().sum()), power + float(wanted.square().sum())
         floor = 0.02 * mean  # a row or group of next to nothing is compared with the rest
-        by_row = off.sum(1) / squared.sum(1).clamp_(min=floor * weight.shape[1])
+        by_row = _apart(found, wanted, floor)
         at = int(by_row.argmax())
         worst_row = max(worst_row, (float(by_row[at]), rows.start + at))
         if order is not None:
-            off, squared = off[:, order], squared[:, order]
+            found, wanted = found[:, order], wanted[:, order]
         if columns:
-            off, squared = (sums.reshape(len(sums), -1, columns).sum(2) for sums in (off, squared))
-            by_group = off / squared.clamp_(min=floor * columns)
+            by_group = _apart(found.reshape(-1, columns), wanted.reshape(-1, columns), floor).view(len(found), -1)
+            by_group[by_group.median(1).values > _MOVED + 3 * least] = 0  # such a row is judged as a whole
             at = int(by_group.argmax())
             place = divmod(at, by_group.shape[1])
             worst_group = max(worst_group, (float(by_group.view(-1)[at]), rows.start + place[0], place[1]))
     seen = lengths > 0.02 * lengths.mean()
     stretched = (along[seen] / lengths[seen] - 1).square().mean().sqrt() if bool(seen.any()) else along.new_zeros(())
     return Gap(
-        error / (power or 1.0), worst_row[0], worst_group[0], nearest(weight, q.grid, q.global_scale),
+        error / (power or 1.0), worst_row[0], worst_group[0], least,
         worst_row[1], worst_group[2], float(stretched), overlap / (power or 1.0),
     )  # fmt: skip
+
+
+def _apart(found: Tensor, wanted: Tensor, floor: float) -> Tensor:
+    """How far each row of `found` [rows, n] is from `wanted`: the squared error over the square, or, where that is
+    less, the larger of how much longer or shorter it is along `wanted` and of 1 - cos^2 of the angle between them.
+
+    floor: the mean square that a row of `wanted` is taken to have at least.
+    """
+    power = wanted.square().sum(1).clamp_(min=floor * wanted.shape[1])
+    off, along = (found - wanted).square().sum(1) / power, (found * wanted).sum(1) / power
+    turned = 1 - along.square() * power / found.square().sum(1).clamp_(min=1e-30)
+    return torch.minimum(off, torch.maximum(turned, (along - 1).abs()))
 
 
 def nearest(weight: Tensor, grid: Grid, overall: Tensor | None = None) -> float:

@@ -29,7 +29,7 @@ _MOST = 2e4  # a transform's scale is within 1e-4 and 1e4
 # What a linear may lose of its power as a whole, in a row and in a group: times what rounding to nearest loses, plus a
 # constant, plus a share of the error in the manifest, at most. A calibrated method moves weights on purpose.
 _NEAREST = ((3.0, 1e-6, 0.0, 0.5), (8.0, 1e-6, 0.0, 0.6), (14.0, 1e-6, 0.0, 0.9))
-_CALIBRATED = ((3.0, 0.1, 0.5, 0.7), (4.0, 0.3, 1.0, 0.95), (15.0, 0.6, 1.0, 4.0))
+_CALIBRATED = ((3.0, 0.1, 0.5, 0.7), (4.0, 0.55, 1.0, 0.95), (15.0, 0.6, 1.0, 4.0))
 _STRETCHED = (0.06, 2.0)  # how far columns may be longer or shorter: a constant, and times what rounding loses
 _LONGER = (0.15, 1.5)  # how far a weight as a whole may be longer or shorter; methods clip and shrink by less
 _NO_GROUPS = 2  # bits at which a calibrated method may leave any value in a group

@@ -160,8 +160,9 @@ def _figures(results: "Results") -> Iterator[str]:
         told = metric.show_change(value)
         if metric.limits_change and value.interval:
             told += f", 95 %: {interval(value.interval, change)}"
-        line = f"{metric.heading:<32} {before}{metric.show(value.artifact)}{spread}" + (f" ({told})" if told else "")
-        yield plain(line)
+        unit = f" {metric.unit}" if metric.unit else ""
+        line = f"{metric.title:<32} {before}{metric.show(value.artifact)}{spread}{unit}"
+        yield plain(line + (f" ({told})" if told else ""))
     if results.repeats:
         each = ", ".join(f"{change(one.perplexity_increase)} KL {small(one.kl_mean)}" for one in results.repeats)
         yield plain(f"{f'means over {len(results.repeats)} runs':<32} {each}")

@@ -1,5 +1,6 @@
 """What is said of records that cannot be weights, and of layers that are unlike the others."""
 
+import pytest
 import torch
 
 from quantpress.exports.verifying.gaps import gap, nearest
@@ -46,6 +47,27 @@ def test_a_gap_is_that_of_rounding_and_of_each_kind_of_damage() -> None:
     assert (off.row, off.group) == (5, 2)
     assert 0.8 < off.worst_group < 1.2  # (2 w - w)^2 / w^2
     assert off.whole < 0.02
+
+
+def test_an_error_beside_a_row_is_not_another_row() -> None:
+    """As GPTQ with error correction leaves the rows that make a model's few huge channels; of another row all is off."""
+    fine = Grid(bits=8, group_size=32, symmetric=False)
+    beside = torch.randn(128, generator=torch.Generator().manual_seed(1))
+    for group in range(4):  # at a right angle in each group, and as long
+        columns = slice(32 * group, 32 * group + 32)
+        along = WEIGHT[7, columns]
+        beside[columns] -= along * (beside[columns] @ along) / (along @ along)
+        beside[columns] *= along.norm() / beside[columns].norm()
+    moved, swapped = WEIGHT.clone(), WEIGHT.clone()
+    moved[7] += beside
+    swapped[7] = WEIGHT[8]
+    assert gap(rounded(moved, fine), WEIGHT).worst_row == pytest.approx(0.5, abs=0.02)
+    assert gap(rounded(moved, fine), WEIGHT).worst_group < 0.01  # judged as a row
+    for wrong in (swapped, -WEIGHT, 0 * WEIGHT, 2.5 * WEIGHT):
+        assert gap(rounded(wrong, fine), WEIGHT).worst_row > 0.9
+    half = WEIGHT.clone()
+    half[7, :64] = WEIGHT[8, :64]
+    assert gap(rounded(half, fine), WEIGHT).worst_group > 0.9
 
 
 def test_what_transforms_did_is_undone() -> None:
