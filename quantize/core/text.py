@@ -19,10 +19,8 @@ def byte_unit(size: float) -> tuple[float, str]:
 
 def duration(seconds: float) -> str:
     """An estimate of time in the unit a person would use: 20 minutes, 3.5 hours, 5.7 days."""
-    for unit, name, most in ((60.0, "minute", 120), (3600.0, "hour", 48), (86400.0, "day", float("inf"))):
-        count = seconds / unit
-        if count < most:
-            break
+    unit, name = (60, "minute") if seconds < 2 * 3600 else (3600, "hour") if seconds < 2 * 86400 else (86400, "day")
+    count = seconds / unit
     shown = f"{count:.1f}".removesuffix(".0") if name != "minute" and count < 10 else f"{max(1.0, count):,.0f}"
     return f"{shown} {name}{'' if shown == '1' else 's'}"
 

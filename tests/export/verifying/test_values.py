@@ -50,7 +50,7 @@ def test_a_gap_is_that_of_rounding_and_of_each_kind_of_damage() -> None:
 
 
 def test_an_error_beside_a_row_is_not_another_row() -> None:
-    """As GPTQ with error correction leaves the rows that make a model's few huge channels; of another row all is off."""
+    """As GPTQ with error correction leaves rows that make huge channels; of another row all is off."""
     fine = Grid(bits=8, group_size=32, symmetric=False)
     beside = torch.randn(128, generator=torch.Generator().manual_seed(1))
     for group in range(4):  # at a right angle in each group, and as long
