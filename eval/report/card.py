@@ -71,7 +71,7 @@ def write_card(
     run = open_run(folder)
     card = folder / "quantized" / "README.md"
     data = metadata(run, base_model, license)
-    said, shown = verdict(run), _shown(run)
+    said, shown = verdict(run), shown_recipe(run)
     text = render("card.md", run=run, verdict=said, data=data, servers=servers(run, repo), chart=CHART, recipe=shown)
     content = _sealed(f"---\n{data.to_yaml()}\n---\n\n{text}")
     ModelCard(content)  # parses the block as the hub does
@@ -167,7 +167,7 @@ def _task(run: MeasuredRun) -> str:
     return "image-text-to-text" if of_images else "text-generation"
 
 
-def _shown(run: MeasuredRun) -> dict[str, Any]:
+def shown_recipe(run: MeasuredRun) -> dict[str, Any]:
     """The recipe without defaults and without paths of the machine it ran on."""
 
     def named(section: dict[str, Any], key: str) -> dict[str, Any]:

@@ -113,6 +113,25 @@ def report(
     show_path("report", api.report(run_folder), as_json)
 
 
+@app.command("log")
+def log_runs(
+    runs: Annotated[list[Path], typer.Argument(help="run folders that have been evaluated, or a sweep's folder")],
+    to: Annotated[str, typer.Option("--to", help="mlflow or wandb, where and as whom by the tracker's own settings")],
+    project: Annotated[
+        str, typer.Option("--project", help="the project, which MLflow calls experiment")
+    ] = "quantpress",
+    as_json: JsonOpt = False,
+) -> None:
+    """Log runs to an experiment tracker, one line each: recipe, figures, verdict; again brings the line up to date."""
+    from quantpress.eval.release.tracking import log_runs as log
+
+    found = log(runs, to, project)
+    if as_json:
+        print_json([vars(line) for line in found])
+    for line in () if as_json else found:
+        show(f"logged to {to}, {project}: {line.name}")
+
+
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run folders of one model, evaluated on the same text")],
