@@ -134,7 +134,8 @@ class BlockPass:
             summed: dict[Halt, tuple[Moments, Inputs | None, float]] = {}  # where all experts receive the same
             for groups in self._lists(now, shared):
                 halt = now.halt_before(groups[0][0])
-                if not self._all_experts or isinstance(halt, str) or halt[1]:
+                once = self._all_experts and self._watch is None  # who watches is told of each group's rows
+                if not once or isinstance(halt, str) or halt[1]:
                     yield self._shared_inputs(groups, batches)
                     continue
                 others = groups if halt in summed else groups[1:]

@@ -119,6 +119,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         tokens=tokens,
         process=PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size),
         tuning=_tuning_bytes(recipe, skeleton, linears, max(inside) // item),
+        open_shell=_open_shell(skeleton) if calibrated else 0,
+        carried=streams * tokens * _carried(skeleton.config, recipe.calibration.seq_len, item),
     )
     room = choose(needs, there)
     if there.type == "cpu":
@@ -131,7 +133,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
     everywhere = recipe.calibration.all_experts
     operations = _passes(skeleton, linears, schemes, tokens, streams, calibrated, everywhere) + solves
     if tried:  # one more pass of each block, to observe its inputs; it needs no more memory than rounding
-        operations += _passes(skeleton, linears, schemes, tokens, 1, calibrated)
+        operations += _passes(skeleton, linears, schemes, tokens, 1, calibrated, everywhere)
         operations += sum(tried * 2.0 * min(x.out_features, 256) * x.in_features**2 for x in linears)
     if isinstance(recipe.method, Tuned):
         batch = recipe.method.batch_size * recipe.calibration.seq_len
@@ -180,6 +182,24 @@ def _largest_solve(linears: list[LinearLayer], schemes: dict[str, Grid | None], 
         hessians = sum(4 * n_in * n_in for n_in, _ in stacks) + 20 * max(n_in for n_in, _ in stacks) ** 2
         most = max(most, 20 * weights + (hessians if calibrated else 0))
     return most
+
+
+def _open_shell(skeleton: Skeleton) -> int:
+    """Bytes of the shell where it may have to stay open and run for each batch: in families of which no row tells what
+    feeds what, since only running them shows it."""
+    stored = set() if skeleton.family.feeds else {*skeleton.shell_names().values()}
+    return sum(skeleton.reader.nbytes(name) for name in stored)
+
+
+def _carried(config: Any, seq_len: int, item: int) -> int:
+    """Bytes a token that blocks leave for later ones: keys and values of both kinds of attention, or chosen tokens."""
+    total = 0
+    if getattr(config, "num_kv_shared_layers", None):
+        width = max(config.head_dim, getattr(config, "global_head_dim", None) or 0)
+        total += 2 * 2 * config.num_key_value_heads * width * item
+    if chosen := getattr(config, "index_topk", None):
+        total += min(int(chosen), seq_len) * torch.int64.itemsize
+    return total
 
 
 def _waiting(skeleton: Skeleton, linears: list[LinearLayer], tokens: int, item: int, hidden: int, beside: bool) -> int:

@@ -46,7 +46,8 @@ class Needs:
     weights: the block. hidden: the states of one model, of which there are `streams`. kept: copies of both models'
     states for tuning. waiting: of all tokens before a linear. token: what one token in passing takes. solve: to round
     linears that share an input. shell: everything outside the blocks. process: without tensors.
-    tuning: to tune a block.
+    tuning: to tune a block. open_shell: what of the shell stays while blocks run, to compute what they are given.
+    carried: what blocks leave for later ones, in the host's memory.
     """
 
     weights: int
@@ -60,6 +61,8 @@ class Needs:
     tokens: int
     process: int
     tuning: int = 0
+    open_shell: int = 0
+    carried: int = 0
 
     def work(self, room: Room) -> int:
         """Either a batch runs through the block or linears of one input are solved; meanwhile all batches wait."""
@@ -71,18 +74,18 @@ class Needs:
         """Bytes on a device that is not the CPU."""
         states = (self.hidden * self.streams * (2 if room.spare else 1) + self.kept) if room.on_device else 0
         # The block as it was, with its rounded weights and packed; the next one, which is fetched meanwhile.
-        block = 4 * self.weights + self.work(room) + states
+        block = 4 * self.weights + self.work(room) + states + self.open_shell
         return max(self.shell + (states or self.hidden // 8), block)
 
     def on_cpu(self, room: Room) -> int:
         """Bytes of a run on the CPU: the block, the next one being read, and what is packed; or embeddings and head."""
-        needed = 3 * self.weights + self.work(room) + self.kept
-        return self.process + max(self.shell, needed) + self.hidden * self.streams
+        needed = 3 * self.weights + self.work(room) + self.kept + self.open_shell
+        return self.process + max(self.shell, needed) + self.hidden * self.streams + self.carried
 
     def on_host(self, room: Room) -> int:
         """Bytes in the memory of a host whose device is not the CPU; pinned copies of blocks are among them."""
         states = 0 if room.on_device else self.hidden * self.streams * (2 if room.spare else 1) + self.kept
-        return self.process + max(self.shell, 5 * self.weights) + states
+        return self.process + max(self.shell, 5 * self.weights) + states + self.carried
 
 
 def rooms(device: torch.device) -> Iterator[Room]:

@@ -88,7 +88,7 @@ class BlockTransforms:
         looks = BlockPass(
             block, hidden, arguments, {name: block.get_submodule(name) for name in links},
             device=self._skeleton.device, lanes=lanes, keep=False, watch=watch, restarts=restarts,
-            diagonal=self._by_rows,
+            diagonal=self._by_rows, all_experts=self._recipe.calibration.all_experts,
         )  # fmt: skip
         scales: dict[str, Tensor] = {}
         for shared in looks:

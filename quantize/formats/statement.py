@@ -24,7 +24,10 @@ def stated_quantization(
     """
     for part in (config, *(config.get(name) for name in _INSIDE)):
         for key in _KEYS if isinstance(part, Mapping) else ():
-            if found := part.get(key):  # type: ignore[union-attr]
+            found = part.get(key)  # type: ignore[union-attr]
+            if found is not None and not found:
+                raise BadInput(f"config.json: {key} is empty, which no reader takes: leave it out")
+            if found:
                 return _with_method(found if isinstance(found, Mapping) else {"quant_method": found})
     if found := beside("hf_quant_config.json"):
         inner = found.get("quantization", found)

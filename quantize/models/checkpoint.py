@@ -117,15 +117,11 @@ class Checkpoint:
                     self.config["text_config"] = inner | {"tie_word_embeddings": False}
 
     def _same(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same bytes; reads only as far as they agree."""
+        """Whether two tensors have the same values."""
         a, b = self._entry(one), self._entry(other)
         if a.dtype != b.dtype:
             return torch.equal(Checkpoint.read(self, one).float(), Checkpoint.read(self, other).float())
-        with open(a.path, "rb") as first, open(b.path, "rb") as second:
-            first.seek(a.start)
-            second.seek(b.start)
-            steps = [min(_CHUNK, a.size - at) for at in range(0, a.size, _CHUNK)]
-            return all(first.read(n) == second.read(n) for n in steps)
+        return _alike(a, b)
 
     def _single_file(self) -> Path:
         found = sorted(self.folder.glob("*.safetensors"))
@@ -160,6 +156,13 @@ class Checkpoint:
             if name not in shards[shard]:
                 raise BadInput(f"{where}: tensor {name} is not in {shard}")
             entries[name] = shards[shard][name]
+        for shard, header in shards.items():  # readers take all that is in a shard, whatever the index says
+            for name, entry in header.items():
+                if not _alike(entries.setdefault(name, entry), entry):
+                    raise BadInput(
+                        f"{self.folder}: {name} is in {shard_of[name]} and, with other values, in {shard}: readers "
+                        "differ in which they take; download the files of one version"
+                    )
         return entries
 
     def names(self) -> list[str]:
@@ -236,6 +239,17 @@ class Checkpoint:
         if name not in self._entries:
             raise BadInput(f"{self.folder}: no tensor {name}")
         return self._entries[name]
+
+
+def _alike(a: Stored, b: Stored) -> bool:
+    """Whether two tensors have the same bytes; reads only as far as they agree."""
+    if a == b or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return a == b
+    with open(a.path, "rb") as first, open(b.path, "rb") as second:
+        first.seek(a.start)
+        second.seek(b.start)
+        steps = [min(_CHUNK, a.size - at) for at in range(0, a.size, _CHUNK)]
+        return all(first.read(n) == second.read(n) for n in steps)
 
 
 def write_part(path: Path, tensors: Mapping[str, Tensor], *, sync: bool = True) -> str:

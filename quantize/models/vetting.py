@@ -41,6 +41,9 @@ class Vetting:
                 kind = not_finite(self._checkpoint.read(name))
             if kind is not None:
                 raise BadInput(f"{self._checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+        if found:  # a scale of a quantized checkpoint
+            name = min(found)
+            raise BadInput(f"{self._checkpoint.folder}: {name} holds {found[name]}; the checkpoint is damaged")
         return self._checkpoint.file_hashes({path: digest for path, (digest, _) in done.items()})
 
     def stop(self) -> None:

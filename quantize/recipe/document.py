@@ -253,6 +253,15 @@ class Recipe(Strict):
         if not self.method.block_types:
             able = [name for name, settings in METHODS.items() if settings.block_types]
             raise ValueError(f"format gguf with method {self.method.name}: it takes {', '.join(able)}")
+        if (
+            isinstance(self.method, LlamaCppQuantizer)
+            and self.calibration.all_experts
+            and self.gguf_file.imatrix is True
+        ):
+            raise ValueError(
+                "calibration.all_experts: an importance matrix is, as llama.cpp's own, of the tokens routed to each "
+                "expert: leave it out"
+            )
         if isinstance(self.method, LlamaCppQuantizer) and self.gguf is not None and self.gguf.budget is not None:
             raise ValueError(
                 "gguf.budget chooses a type for each tensor; method llama.cpp chooses by gguf.type: drop one"

@@ -13,15 +13,29 @@ from quantpress.calibrate import block_pass
 from quantpress.calibrate.block_pass import BlockPass
 from quantpress.calibrate.lanes import Lanes
 from quantpress.core.errors import BadInput
+from quantpress.engine import transforms
 from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.placed_model import LinearLayer
 from quantpress.models.skeleton import Skeleton
 from quantpress.numbers.activations import round_inputs
 from quantpress.numbers.grid import Inputs
 from quantpress.numbers.types import Activations
+from quantpress.recipe.loading import parse
 
 from ... import families, tiny
 
 CPU = torch.device("cpu")
+
+
+def _first_block(family: str, folder: Path, samples: int) -> tuple[nn.Module, Tensor, Any, dict[str, LinearLayer]]:
+    """Of a tiny model: its first block, what enters it, and its linears by name."""
+    tiny.build(family, folder, torch.float32)
+    skeleton = Skeleton(Checkpoint(folder), device=CPU)
+    skeleton.open_shell()
+    tokens = torch.arange(samples * 16).reshape(samples, 16) * 7 % tiny.VOCAB
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)[0]
+    _, block = next(skeleton.blocks(0))
+    return block, hidden, arguments, {x.name: x for x in skeleton.linears() if x.block == 0}
 
 
 def _received(block: nn.Module, experts: str, hidden: Tensor, arguments: Any) -> Tensor:
@@ -49,16 +63,9 @@ def _entering(block: nn.Module, module: str, hidden: Tensor, arguments: Any) -> 
 def test_it_is_what_a_pass_without_routing_would_see(
     family: str, restarts: bool, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.build(family, tmp_path, torch.float32)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    skeleton.open_shell()
-    tokens = torch.arange(12 * 16).reshape(12, 16) * 7 % tiny.VOCAB
-    hidden = skeleton.embed(tokens)
-    reference = hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
-    arguments = skeleton.block_arguments(tokens)[0]
-    _, block = next(skeleton.blocks(0))
-    places = {x.name: x for x in skeleton.linears() if x.block == 0}
+    block, hidden, arguments, places = _first_block(family, tmp_path, samples=12)
     linears = {name: block.get_submodule(x.module) for name, x in places.items()}
+    reference = hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
     original, arriving = copy.deepcopy(block), (hidden.clone(), reference.clone())
     if together:
         monkeypatch.setattr(BlockPass, "_memory_for_moments", lambda self: 1 << 20)
@@ -82,7 +89,7 @@ def test_it_is_what_a_pass_without_routing_would_see(
                 continue
             x = _entering(block, module, arriving[0], arguments)
             x0 = _entering(original, module, arriving[1], arguments)
-            assert shared.tokens == tokens.numel() == len(x)
+            assert shared.tokens == 12 * 16 == len(x)
             torch.testing.assert_close(shared.moment, x.T @ x, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(shared.drift, (x0 - x).T @ x, rtol=1e-3, atol=1e-3)
             for name in shared.names:
@@ -99,13 +106,7 @@ def test_it_is_what_a_pass_without_routing_would_see(
 
 
 def test_inputs_are_rounded_on_the_way_to_the_down_projection(tmp_path: Path) -> None:
-    tiny.build("qwen3_moe", tmp_path, torch.float32)
-    skeleton = Skeleton(Checkpoint(tmp_path), device=CPU)
-    skeleton.open_shell()
-    tokens = torch.arange(4 * 16).reshape(4, 16) * 7 % tiny.VOCAB
-    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)[0]
-    _, block = next(skeleton.blocks(0))
-    places = {x.name: x for x in skeleton.linears() if x.block == 0}
+    block, hidden, arguments, places = _first_block("qwen3_moe", tmp_path, samples=4)
     linears = {n: block.get_submodule(x.module) for n, x in places.items() if ".experts." in n}
     entering = hidden.clone()
     spec = Activations(type="int8", dynamic=False)
@@ -146,6 +147,41 @@ def test_all_tokens_are_multiplied_once_for_all_experts(tmp_path: Path, monkeypa
     recipe = {"method": "gptq", "weights": {"group_size": 32}, "calibration": calibration}
     api.quantize(recipe, str(tmp_path / "model"), tmp_path / "run")
     assert len(sums) == 2 * (2 + 1 + 4)  # of a block: q, k and v; o; all experts' gate and up; each one's down
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_scales_are_chosen_for_all_tokens_too(
+    everywhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWQ's scale of each expert's up projection into its down projection, of what the latter receives."""
+    tiny.build("qwen3_moe", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny.text(4000))
+    seen: dict[str, int] = {}
+    real = transforms.BlockTransforms._chosen
+
+    def chosen(self: Any, block: Any, link: Any, grids: Any, shared: Any, watch: Any) -> Any:
+        seen[shared.names[0]] = shared.tokens
+        return real(self, block, link, grids, shared, watch)
+
+    monkeypatch.setattr(transforms.BlockTransforms, "_chosen", chosen)
+    calibration = {"source": str(tmp_path / "text.txt"), "samples": 4, "seq_len": 16, "all_experts": everywhere}
+    recipe = {"method": "rtn", "transforms": ["awq"], "weights": {"group_size": 32}, "calibration": calibration}
+    api.quantize(recipe, str(tmp_path / "model"), tmp_path / "run")
+    experts = [tokens for name, tokens in seen.items() if name.endswith("down_proj")]
+    assert len(experts) == 4
+    assert (min(experts) == max(experts) == 64) == everywhere
+
+
+def test_an_importance_matrix_is_of_routed_tokens() -> None:
+    with pytest.raises(BadInput, match=r"calibration\.all_experts: an importance matrix"):
+        parse(
+            {
+                "method": "llama.cpp",
+                "formats": ["gguf"],
+                "gguf": {"imatrix": True},
+                "calibration": {"all_experts": True},
+            }
+        )
 
 
 def test_experts_that_get_weighed_tokens_are_refused(tmp_path: Path) -> None:

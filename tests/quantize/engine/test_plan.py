@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.engine import plan as planning
@@ -18,8 +19,10 @@ from quantpress.engine.plan import Plan
 from quantpress.engine.room import Room
 from quantpress.engine.sources import resolve
 from quantpress.models import placed_model
+from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.recipe.loading import parse
 
+from ... import families
 from ...tiny import build, text
 
 MAKE = Path(__file__).parent.parent.parent / "bench" / "checkpoints.py"
@@ -118,6 +121,25 @@ def test_a_machine_that_is_busy_for_a_while_is_measured_for_longer(monkeypatch: 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert planning._speed(torch.device("cpu"), torch.float32) == pytest.approx(256**3 / 0.01)
     assert waits[0] == 2 * (2 + 1 + planning._PRODUCTS + planning._ALIKE - 1)
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "glm_moe_dsa"])
+def test_what_stays_open_and_what_blocks_leave_is_counted(family: str, tmp_path: Path) -> None:
+    families.build(family, tmp_path)
+    skeleton = Skeleton(OriginalCheckpoint(tmp_path), device=torch.device("cpu"))
+    skeleton.open_shell()
+    tokens = torch.arange(4 * 16).reshape(4, 16) * 3 % 250
+    hidden, arguments = skeleton.embed(tokens), skeleton.block_arguments(tokens)
+    skeleton.close_shell()
+    if skeleton._reruns:
+        inside = f"{skeleton.blocks_name}."
+        outside = [p for n, p in skeleton.model.named_parameters() if not p.is_meta and not n.startswith(inside)]
+        assert planning._open_shell(skeleton) >= sum(p.nbytes for p in outside) > 0
+    most = 0
+    for k, block in skeleton.blocks():
+        run_block(block, hidden, arguments[k], device=skeleton.device, batch=4)
+        most = max(most, sum(t.nbytes for n, t in arguments.carried(k).items() if "rounded" in n))
+    assert tokens.numel() * planning._carried(skeleton.config, 16, 2) >= most > 0
 
 
 def test_experts_cost_the_tokens_that_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

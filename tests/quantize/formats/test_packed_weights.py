@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from quantpress.core.errors import BadInput
 from quantpress.formats import bits as bitstream
 from quantpress.formats.decoding import ScaleGrid
 from quantpress.formats.packed_weights import TensorType, packed_weights
+from quantpress.formats.statement import stated_quantization
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,9 @@ def test_words_with_one_scale_and_one_zero_for_the_whole_weight(bits: int) -> No
     found, used = packed_weights(headers, tensors.__getitem__, stated)
     assert used == tensors.keys()
     torch.testing.assert_close(found["x.weight"].decode(tensors.__getitem__, torch.float32), 0.5 * (signed - 3.0))
+
+
+def test_an_empty_statement_is_no_statement() -> None:
+    with pytest.raises(BadInput, match=r"config\.json: quantization_config is empty"):
+        stated_quantization({"quantization_config": {}}, lambda name: None)
+    assert stated_quantization({"quantization_config": None}, lambda name: None) is None

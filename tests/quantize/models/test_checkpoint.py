@@ -155,6 +155,19 @@ def test_sound_shards_open(tmp_path: Path) -> None:
     assert len(Checkpoint(sharded(tmp_path / "m")).names()) == len(tensors())
 
 
+def test_a_tensor_in_two_shards_is_one_only_where_both_agree(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "m")
+    names = Checkpoint(folder).names()
+    first = next(n for n in names if Checkpoint(folder).read(n).numel() > 1)
+    other = next(path for path in sorted(folder.glob("*.safetensors")) if first not in load_file(path))
+    held = load_file(other)
+    write_part(other, held | {first: Checkpoint(folder).read(first), "unlisted": torch.ones(3)})
+    assert sorted(Checkpoint(folder).names()) == sorted([*names, "unlisted"])  # as readers of whole shards find it
+    write_part(other, held | {first: Checkpoint(folder).read(first) + 1})
+    with pytest.raises(BadInput, match=f"{first} is in .* and, with other values, in {other.name}: readers"):
+        Checkpoint(folder)
+
+
 def test_missing_pieces_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nowhere: no such folder"):
         Checkpoint(tmp_path / "nowhere")

@@ -36,6 +36,16 @@ def test_the_hashes_are_those_of_the_files(tmp_path: Path) -> None:
         assert vetted.hashes() == found.file_hashes()
 
 
+def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    """It is no weight of the model; its codes are, under a name of their own in the file."""
+    checkpoint(tmp_path / "model", scale=torch.full((3,), float("nan")))
+    found = Checkpoint(tmp_path / "model")
+    hidden = [name for name in found.names() if name != "scale"]
+    found.names = lambda: hidden  # type: ignore[method-assign]
+    with vetting.vetting(found) as vetted, pytest.raises(BadInput, match="scale holds NaN; the checkpoint is damaged"):
+        vetted.hashes()
+
+
 @pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "inf"), (float("-inf"), "inf")])
 @pytest.mark.parametrize("at", [0, 299 * 7 + 6])
 def test_a_weight_that_is_not_finite_is_named(value: float, kind: str, at: int, tmp_path: Path) -> None:
