@@ -6,14 +6,18 @@ The process that forks has imported libraries and computed nothing, so no thread
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+_ROOT = Path(__file__).parents[1]
 _FORK = """
-import atexit, json, os, sys, traceback
+import atexit, gc, json, os, sys, traceback
 import compressed_tensors.quantization, quantpress.api, quantpress.cli, transformers.models.llama.modeling_llama
 def child(code, arguments, place):
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = ["quantpress", *arguments]
@@ -29,11 +33,13 @@ def child(code, arguments, place):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # taking the interpreter apart takes seconds
-place, steps = sys.argv[1], json.load(sys.stdin)
-for number, (code, arguments) in enumerate(steps):
+sys.path.insert(0, sys.argv[1])  # of the tests
+gc.freeze()
+for line in sys.stdin:
+    step = json.loads(line)
     pid = os.fork()
     if pid == 0:
-        child(code, arguments, f"{place}/{number}")
+        child(*step)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -47,14 +53,46 @@ class Done:
     stderr: str
 
 
+class Started:
+    """A Python that has imported everything; `folder`, an existing one, is for what the commands print."""
+
+    def __init__(self, folder: Path, process: "subprocess.Popen[str]") -> None:
+        self._folder, self._process, self._count = folder, process, 0
+
+    def run(self, arguments: Sequence[str], code: str = "") -> Done:
+        """`quantpress ARGUMENTS`; code: what is done before it, in Python. Negative return codes are signals."""
+        place = self._folder / str(self._count)
+        self._count += 1
+        _pipe(self._process.stdin).write(json.dumps([code, list(arguments), str(place)]) + "\n")
+        _pipe(self._process.stdin).flush()
+        answer = _pipe(self._process.stdout).readline()
+        assert answer, "the process that forks has ended"
+        out, err = (place.with_name(f"{place.name}.{name}") for name in ("out", "err"))
+        return Done(int(answer), out.read_text(errors="replace"), err.read_text(errors="replace"))
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Started]:
+    """For commands one after another of which each may depend on how the last one ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FORK, str(_ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield Started(folder, process)
+    finally:
+        _pipe(process.stdin).close()
+        process.wait()
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
+
+
 def commands(folder: Path, steps: Sequence[tuple[str, Sequence[str]]]) -> list[Done]:
     """Run `quantpress ARGUMENTS` for each (code, arguments), one after another; code: what is done before, in Python.
 
     folder: an existing one, for what they print.
     """
-    run = [sys.executable, "-c", _FORK, str(folder)]
-    done = subprocess.run(run, input=json.dumps(steps), capture_output=True, text=True, check=True)
-    codes = [int(line) for line in done.stdout.splitlines()]
-    assert len(codes) == len(steps), done.stderr
-    prints = [[(folder / f"{i}.{name}").read_text() for name in ("out", "err")] for i in range(len(steps))]
-    return [Done(code, *printed) for code, printed in zip(codes, prints, strict=True)]
+    with started(folder) as python:
+        return [python.run(arguments, code) for code, arguments in steps]

@@ -54,12 +54,9 @@ class Listing:
             known |= {SUMS, SIGNATURE}
         else:
             known |= {MANIFEST, *CARD} if self.files else _belonging(self.folder)
-        return [
-            name
-            for file in sorted(self.folder.rglob("*"))
-            if (file.is_file() or file.is_symlink()) and (name := file.relative_to(self.folder).as_posix()) not in known
-            and not _HUB_CLIENT.fullmatch(name)
-        ]  # fmt: skip
+        files = (file for file in sorted(self.folder.rglob("*")) if file.is_symlink() or not file.is_dir())
+        names = (file.relative_to(self.folder).as_posix() for file in files)
+        return [name for name in names if name not in known and not _HUB_CLIENT.fullmatch(name)]
 
 
 def listing_of(where: Path, artifact: Path) -> Listing:

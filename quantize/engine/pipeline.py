@@ -191,7 +191,8 @@ def _finished(job: Job, tokenizer: Any, settings: Settings) -> Manifest:
 
 
 def _make_room(out: Path) -> None:
-    for name in (".work", "quantized", "quantized.partial", "converted", "export", "eval", "report", "manifest.json"):
+    """The artifact goes last: as long as anything is left of a run, it is known for one, and may be overwritten."""
+    for name in ("manifest.json", "export", "converted", "eval", "report", "quantized.partial", ".work", "quantized"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

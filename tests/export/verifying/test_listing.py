@@ -1,6 +1,7 @@
 """Files that no list names: in an artifact, in an exported folder, in one without any list, each told of by name."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,7 @@ STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a hidden file": (plain(".env"), ".env"),
     "an adapter": (plain("adapter_config.json"), "adapter_config.json"),
     "a link to a folder": (linked, "deeper"),
+    "a pipe": (lambda weights: os.mkfifo(weights / "notes"), "notes"),
 }
 
 
