@@ -44,6 +44,7 @@ _OF_THE_MACHINE = {  # errors of the machine, not mistakes of ours: no traceback
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE", "ENFILE", "ESTALE", "ENXIO")
     if hasattr(errno, name)
 }
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust, safetensors' for one, say the machine's number
 _OF_THE_PATH = {
     errno.ENOTDIR,
     errno.EEXIST,
@@ -114,6 +115,9 @@ def main() -> None:
             if not said:  # no command: the help was shown
                 sys.exit(2)
             _fail(f"{said}{_meant(said)} (see quantpress --help)", 2)
+        number = _OS_ERROR.search(str(error))
+        if number is not None and int(number[1]) in _OF_THE_MACHINE:
+            _fail(f"{os.strerror(int(number[1]))}; once that is fixed, {_goes_on(sys.argv[1:])}", 1)
         raise
 
 

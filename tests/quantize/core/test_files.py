@@ -2,12 +2,15 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from quantpress import cli
 from quantpress.cli import app
@@ -100,6 +103,25 @@ def test_a_full_disk_is_one_line_that_names_the_file(
         "the same command without --overwrite continues from what is finished\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_so_is_what_a_library_in_rust_could_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(**_: Any) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save_file({"a": torch.zeros(1 << 12)}, tmp_path / "a.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(app, "app", write)
+    monkeypatch.setattr(sys, "argv", ["quantpress", "run"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("quantpress: File too large; once that is fixed, the same command")
 
 
 def test_a_path_that_cannot_be_is_one_line(
