@@ -1,6 +1,7 @@
 """A tiny model, recipes for it and the commands on them, for the campaigns that disturb them."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..tiny import build, text
 _DEBRIS = (".quantpress-*", "*.partial", ".*.tmp", ".*.new")
 # What a finished run says of its clock and of its machine.
 _TIMES = ("timing", "machine", "stages", "seconds", "date", "made")
+_MEASURED = ("eval/", "report/")
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,12 @@ class Place:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The files below a folder, without the times in the manifest."""
+    """The files below a folder, without the times in the manifest; of what was measured the names, as times are too."""
     found = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             name = file.relative_to(folder).as_posix()
-            found[name] = file.read_bytes()
+            found[name] = b"" if name.startswith(_MEASURED) else file.read_bytes()
             if file.name == "manifest.json":
                 document = json.loads(found[name])
                 found[name] = json.dumps({k: v for k, v in document.items() if k not in _TIMES}).encode()
@@ -74,6 +76,12 @@ def differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 
 def debris(folder: Path) -> list[str]:
     return [str(file) for pattern in _DEBRIS for file in folder.rglob(pattern)]
+
+
+def aged(folder: Path) -> None:
+    """A folder that is just being made is left alone for two seconds: what a kill has left is older now."""
+    for place in folder.rglob(_DEBRIS[0]):
+        os.utime(place, (0, 0))
 
 
 def fresh(source: Path | None, out: Path) -> None:

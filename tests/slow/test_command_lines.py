@@ -32,7 +32,7 @@ _LEFT_OUT = {"doctor"}  # it looks at the whole machine, and takes no arguments
 
 
 def lines(place: Place, count: int) -> Iterator[list[str]]:
-    """Commands with one to three options of rubbish; arguments are right half of the time."""
+    """Commands with one or two options of rubbish; arguments are right half of the time."""
     group: Any = typer.main.get_command(app)
     chosen = random.Random(20)
     right = [str(place.folder / "copy"), str(place.folder / "a.yaml"), str(place.folder / "model")]
@@ -45,7 +45,7 @@ def lines(place: Place, count: int) -> Iterator[list[str]]:
                 if one.param_type_name == "argument":
                     line.append(chosen.choice(right if chosen.random() < 0.7 else JUNK))
             options = [one for one in command.params if one.param_type_name == "option" and one.name != "help"]
-            for one in chosen.sample(options, min(len(options), chosen.randint(1, 3))):
+            for one in chosen.sample(options, min(len(options), chosen.choice((1, 1, 2)))):
                 line.append(one.opts[0])
                 if not one.is_flag:
                     line.append(chosen.choice(JUNK))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ..forked import Done, started
-from .campaign import Place, content, debris, differences, fresh, told_in_one_line
+from .campaign import Place, aged, content, debris, differences, fresh, told_in_one_line
 
 pytestmark = pytest.mark.slow
 EACH = int(os.environ.get("QUANTPRESS_CAMPAIGN", "24"))  # disturbances of each kind of each command
@@ -73,6 +73,7 @@ def test_at_any_file_operation(name: str, happens: str, place: Place) -> None:
         fresh(source, out)
         done = place.disturbed(command, out, number, "kill" if happens == "kill" else "full")
         ends[how(done)] += 1
+        aged(out)
         if happens == "full" and done.returncode != 0 and not (done.returncode in (1, 2) and told_in_one_line(done)):
             wrong.append(f"{number}: {done.returncode} {done.stderr[-400:]}")
         done = place.whole(again)
@@ -106,6 +107,7 @@ def test_at_any_time(place: Place) -> None:
                 f"    os.kill(os.getppid(), {int(kind)})\n    os._exit(0)\n"
             )
             done = place.python.run(command, place.before() + later)
+            aged(out)
             ends[f"{kind.name}: {how(done)}"] += 1
             assert "Traceback" not in done.stderr, done.stderr
         done = place.whole(command)
