@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from ..core.errors import BadInput
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_FILLS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.constant_)
 _LARGE = 1 << 26  # elements; no buffer that a model computes is as large
 _MOST_PARAMETERS = 300_000  # of a model; the largest have 100,000
 
@@ -41,12 +42,15 @@ def build_model(config: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """What is too large for a buffer is created on the meta device at once."""
+    """What is too large for a buffer is created on the meta device at once, and what lies there is not filled: that
+    takes torch longer than all else that a constructor does."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
+        if func in _FILLS and (filled := args[0] if args else given["tensor"]).is_meta:
+            return filled
         if func in _FACTORIES and given.get("device") is None and _elements(args) > _LARGE:
             given["device"] = "meta"
         if func is torch.arange and any(isinstance(n, int | float) and abs(n) > _LARGE for n in args):
