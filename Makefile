@@ -184,6 +184,9 @@ bench: dev
 support-table: dev
 	@$(BIN)/python -m tests.support $(ARGS)
 
+fit-table: dev
+	@$(BIN)/python -m tests.fits
+
 gpu-check: dev
 	@$(BIN)/python -m tests.gpu.check $(ARGS)
 

@@ -1,8 +1,8 @@
 """A mkdocs hook: the parts of pages that the code knows best are generated from it, at each `<!-- name -->` line.
 
 recipe: the keys of a recipe, from its schema. commands: the command line. api: the public functions, from their
-docstrings. recipes: those that ship. models: families and what works with each. loads SERVER, settings SERVER: what a
-server's file says. No torch is imported.
+docstrings. recipes: those that ship. models: families and what works with each. fits: what `fit` proposes for known
+models. loads SERVER, settings SERVER: what a server's file says. No torch is imported.
 """
 
 import ast
@@ -174,6 +174,27 @@ def _mark(said: str, reasons: dict[str, int]) -> str:
     return str(reasons.setdefault(said, len(reasons) + 1))
 
 
+# ---- what fits -------------------------------------------------------------------------------------------------------
+
+
+def fits() -> str:
+    """What `fit` proposes for known models, from docs/fits.json, which `make fit-table` writes."""
+    rows: dict[str, dict[str, Any]] = json.loads((ROOT / "docs" / "fits.json").read_text(encoding="utf-8"))["rows"]
+    cards = [key for key in next(iter(rows.values())) if key != "original"]
+    lines = [f"| model | 16 bit | {' | '.join(cards)} |", f"|---|--:|{'---|' * len(cards)}"]
+    for model, row in rows.items():
+        cells = [_proposed(row[card]) for card in cards]
+        lines.append(f"| [{model}](configs/{model}.json) | {row['original'] / 1e9:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _proposed(cell: dict[str, Any]) -> str:
+    if "name" not in cell:
+        return "nothing fits"
+    word = "at most " if cell["name"] == "mixed" else ""
+    return f"{cell['name']}, {word}{cell['bytes'] / 1e9:.1f}"
+
+
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,5 +318,5 @@ def _prose(node: ast.FunctionDef) -> Iterator[str]:
 
 _PARTS: dict[str, Callable[..., str]] = {
     "recipe": recipe_reference, "recipes": shipped, "loads": loads, "settings": settings, "commands": commands,
-    "api": api, "models": models,
+    "api": api, "models": models, "fits": fits,
 }  # fmt: skip

@@ -11,11 +11,14 @@ import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from quantpress import api
+from quantpress.artifact.manifest import read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.eval.release import fit as fitting
 from quantpress.eval.release.fit import fit, run_in_turn, written
+from quantpress.recipe import Calibration, Rtn
 from quantpress.recipe.loading import load
 
+from ... import fits
 from ...forked import commands
 from ...quantize.gguf.models import tokenizer
 
@@ -52,6 +55,33 @@ def test_the_choice_fits_and_the_server_takes_it(model: str, target: str, tmp_pa
     assert planned.artifact_bytes == found.choice.bytes
     assert planned.artifact_bytes <= found.room
     assert all(one.bytes is None or one.fits == (one.bytes <= found.room) for one in found.options)
+
+
+def test_artifacts_have_the_bytes_of_their_options(model: str, tmp_path: Path) -> None:
+    """By rounding to nearest, which writes as many bytes as any other method."""
+    integers, floats = fit(model, gpu="A10G", context=64), fit(model, gpu="B200", context=64)
+    names = {one.name for one in integers.options}
+    for found, one in [
+        *((integers, one) for one in integers.options),
+        *((floats, one) for one in floats.options if one.name not in names),
+    ]:
+        names.add(one.name)
+        recipe = load(str(written(found, one, tmp_path / "fit.yaml")))
+        calibration = Calibration(source=str(Path(__file__)), samples=2, seq_len=32)
+        recipe = recipe.model_copy(update={"method": Rtn(), "calibration": calibration})
+        folder = api.quantize(recipe, out=tmp_path / one.name)
+        assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) >= (one.bytes or 0)
+        assert read_manifest(folder / "manifest.json").artifact.bytes == one.bytes, one.name
+    assert names == {"int8", "int6", "int5", "int4", "int3", "int2", "fp8", "nvfp4"}
+
+
+def test_the_table_of_known_models_is_what_fit_proposes() -> None:
+    kept = json.loads(fits.TABLE.read_text(encoding="utf-8"))
+    assert (kept["context"], kept["concurrency"]) == (fits.CONTEXT, fits.CONCURRENCY)
+    assert list(kept["rows"]) == list(fits.MODELS)
+    model = "Llama-3.1-8B"
+    card = "A100 80GB"
+    assert fits.row(model, [card])[card] == kept["rows"][model][card]
 
 
 def test_all_the_memory_is_used_where_8_bits_do_not_fit(model: str) -> None:
