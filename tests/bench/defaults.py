@@ -1,4 +1,4 @@
-"""The embedded model and texts as plain files, for the side that does not know them. A child of peers.py.
+"""Model and texts as plain files, for the side that does not know the embedded ones. A child of peers.py.
 
     python defaults.py FOLDER [--model M] [--calibration FILE] [--evaluation FILE]
 
@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 from typing import Literal
+
+from fetch import text
 
 from quantpress.calibrate.texts import load_documents
 from quantpress.engine.sources import default_cache, resolve
@@ -32,13 +34,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration")
-    parser.add_argument("--evaluation")
+    parser.add_argument("--evaluation", nargs="+")
     args = parser.parse_args()
     cache = Path(os.environ.get("QUANTPRESS_CACHE") or default_cache())
+    given = [text(name, cache / "bench") for name in args.evaluation or ()]
     found = {
         "model": str(resolve(args.model, cache=cache).path),
-        "calibration": args.calibration or embedded("calibration", args.folder, cache),
-        "evaluation": args.evaluation or embedded("evaluation", args.folder, cache),
+        "calibration": str(text(args.calibration, cache / "bench"))
+        if args.calibration
+        else embedded("calibration", args.folder, cache),
+        "evaluation": [str(file) for file in given] or [embedded("evaluation", args.folder, cache)],
     }
     sys.stdout.write(json.dumps(found) + "\n")
 

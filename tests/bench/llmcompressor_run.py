@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -24,6 +24,7 @@ def main() -> None:
     parser = peer_options(__doc__.split("\n")[0])
     parser.add_argument("--method", choices=["rtn", "gptq", "awq"], required=True)
     parser.add_argument("--scheme", help="a preset scheme instead of integer weights, such as FP8_DYNAMIC")
+    parser.add_argument("--observer", help="what finds the weights' ranges in the place of min-max, such as mse")
     parser.add_argument("--smoothquant", type=float, help="its strength; SmoothQuant goes before the method")
     args = parser.parse_args()
 
@@ -57,12 +58,18 @@ def main() -> None:
 
 def scheme(args: argparse.Namespace) -> dict[str, Any]:
     """What a modifier is told to round to."""
-    if args.scheme:
+    if args.scheme and not args.observer:
         return {"targets": "Linear", "scheme": args.scheme}
-    weights = QuantizationArgs(
-        num_bits=args.bits, type="int", strategy="group", group_size=args.group_size, symmetric=args.symmetric
-    )
-    return {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
+    if args.scheme:
+        whole = preset_name_to_scheme(args.scheme, ["Linear"])
+    else:
+        weights = QuantizationArgs(
+            num_bits=args.bits, type="int", strategy="group", group_size=args.group_size, symmetric=args.symmetric
+        )
+        whole = QuantizationScheme(targets=["Linear"], weights=weights)
+    if args.observer:
+        whole = whole.model_copy(update={"weights": whole.weights.model_copy(update={"observer": args.observer})})
+    return {"config_groups": {"group_0": whole}}
 
 
 if __name__ == "__main__":
