@@ -82,9 +82,13 @@ class Loader:
         return [*(format for format in _FORMATS if format in taken), *sorted(taken.difference(_FORMATS))]
 
 
-def inputs_of(activations: Activations | None) -> str:
-    """The name that rows have for such inputs; a loader that takes a type takes it asymmetric too."""
-    return SIXTEEN_BIT if activations is None else str(activations).removesuffix(" asym")
+def inputs_of(activations: Activations | None, weights: Grid) -> str:
+    """The name that rows have for inputs beside such weights; a loader that takes a type takes it asymmetric too."""
+    if activations is None:
+        return SIXTEEN_BIT
+    if activations.type == "as-weights" and weights.type not in ("fp8", "nvfp4"):
+        return activations.type  # which no row has
+    return str(activations.beside(weights)).removesuffix(" asym")
 
 
 def refusal(
@@ -120,7 +124,7 @@ def refusal(
 def notes(loader: Loader, format: str, grids: Sequence[Grid], activations: Activations | None = None) -> list[str]:
     """What an operator has to know about such files, which `loader` takes."""
     found = [
-        f"{loader.label} takes {grid} weights with {inputs_of(activations)} inputs {row.note}"
+        f"{loader.label} takes {grid} weights with {inputs_of(activations, grid)} inputs {row.note}"
         for grid in grids
         for row in loader.rows
         if row.note and not _changes(row, "", format, grid, activations, False)
@@ -145,7 +149,7 @@ def _changes(
         changes["group_size"] = f"{place}.group_size: {_nearest_group(grid.group_size, row.groups)}"
     if grid.symmetric not in row.symmetric:
         changes["symmetric"] = f"{place}.symmetric: {str(row.symmetric[0]).lower()}"
-    if inputs_of(activations) not in row.inputs:
+    if inputs_of(activations, grid) not in row.inputs:
         kind, _, how = row.inputs[0].partition(" ")
         static = ", dynamic: false" if how == "static" else ""
         changes["inputs"] = "activations: " + ("null" if row.inputs[0] == SIXTEEN_BIT else f"{{type: {kind}{static}}}")

@@ -46,6 +46,8 @@ def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
         yield "SGLang rounds int8 inputs symmetrically whatever the files say: set activations.symmetric: true"
     if model.activations is not None and model.activations.type == "int8" and model.has_experts:
         yield "SGLang has no GPU kernel for experts with int8 inputs: set activations: null"
+    if model.format == "modelopt" and len(model.grids) > 1:
+        yield "SGLang reads one quant_algo for all layers: set formats: [compressed-tensors], or one type of weights"
     yield from _fused_names(model)
     yield from _marlin(model, gpus)
 

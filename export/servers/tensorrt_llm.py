@@ -16,7 +16,8 @@ VERSION = "1.3.0rc20"
 _HEALTH = "/health"
 
 _ROWS = (  # tensorrt_llm of NVIDIA/TensorRT-LLM, the PyTorch backend of 1.x
-    # _torch/model_config.py, quantization/mode.py: quant_algo FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, W4A16_AWQ, W8A16.
+    # _torch/model_config.py, quantization/mode.py: quant_algo FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, W4A16_AWQ, W8A16;
+    # load_modelopt_quant_config: MIXED_PRECISION, one of them for each of `quantized_layers`.
     Loadable("modelopt", ("fp8",), inputs=FP8_INPUTS),
     Loadable("modelopt", ("nvfp4",), inputs=("nvfp4",), note="on Blackwell GPUs only"),
     Loadable("modelopt", bits=(4,), groups=(64, 128)),

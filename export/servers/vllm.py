@@ -62,7 +62,7 @@ _ROWS = (
     Loadable("compressed-tensors", ("mxfp8",), inputs=(SIXTEEN_BIT, "mxfp8")),
     Loadable("compressed-tensors", ("mxfp4",), inputs=(SIXTEEN_BIT, "mxfp4")),
     Loadable("compressed-tensors", ("nvfp4",), inputs=(SIXTEEN_BIT, "nvfp4")),
-    # layers/quantization/modelopt.py: LINEAR_ALGOS, which has no W4A16_AWQ and no W8A16.
+    # layers/quantization/modelopt.py: LINEAR_ALGOS, which has no W4A16_AWQ and no W8A16; by layer as modelopt_mixed.
     Loadable("modelopt", ("fp8",), inputs=FP8_INPUTS),
     Loadable("modelopt", ("nvfp4",), inputs=(SIXTEEN_BIT, "nvfp4")),
 )

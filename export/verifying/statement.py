@@ -12,7 +12,9 @@ from quantpress.artifact.manifest import Manifest, own_manifest
 from quantpress.core.errors import BadInput
 from quantpress.core.untrusted import read_json
 from quantpress.formats import FORMATS
+from quantpress.formats.base import AS_WEIGHTS, beside_weights
 from quantpress.formats.statement import stated_quantization
+from quantpress.numbers.types import Activations
 
 _TWIN_KEYS = ("bits", "group_size", "sym", "desc_act", "lm_head", "checkpoint_format", "quant_algo")
 _OWN_CODE = "own code (auto_map) is not run"  # of the note in a manifest whose original has such code
@@ -97,9 +99,10 @@ def _unlike_manifest(artifact: Artifact, manifest: Manifest) -> Iterator[str]:
     recipe = manifest.recipe
     if "activations" in recipe:
         spec = artifact.activations
-        found = None if spec is None else spec.model_dump(mode="json")
         asked = recipe["activations"]
-        if (asked is None) != (found is None) or (found and any(found.get(k) != v for k, v in (asked or {}).items())):
+        wanted = None if asked is None else Activations.model_validate(asked)
+        own = [(spec and spec.beside(grid), grid) for grid in artifact.linears.values()]
+        if spec != wanted and not (wanted == AS_WEIGHTS and beside_weights(own)):
             words = "16 bit" if spec is None else str(spec)
             yield f"config.json rounds inputs to {words}, and the manifest's recipe says {json.dumps(asked)}"
     if "kv_cache" in recipe and recipe["kv_cache"] != artifact.kv_cache:

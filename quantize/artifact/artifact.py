@@ -110,7 +110,8 @@ class Artifact:
         """How the inputs of a quantized linear are rounded; None where they stay in 16 bit."""
         if self.format is None or self.activations is None or name not in self.linears:
             return None
-        return FORMATS[self.format].inputs(name, self.checkpoint.read, self.activations, self.linears[name])
+        grid = self.linears[name]
+        return FORMATS[self.format].inputs(name, self.checkpoint.read, self.activations.beside(grid), grid)
 
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
         """The scales of the cached keys and values of `attention`, float32 []."""

@@ -69,7 +69,7 @@ def convert(source: Path, target: Path, to: str) -> None:
         grid = _grid(schemes, name)
         q = reader.unpack(name, checkpoint.read, grid, shapes[name])
         if activations is not None:
-            q = replace(q, inputs=reader.inputs(name, checkpoint.read, activations, grid))
+            q = replace(q, inputs=reader.inputs(name, checkpoint.read, activations.beside(grid), grid))
         _check_inverse(name, q)
         return writer.pack(name, _in_model_dtype(q, checkpoint.config))
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.errors import BadInput
 from ..core.transfers import Transfers
 from ..methods.layer_error import output_power
 from ..models.block_arguments import BlockArguments
@@ -68,12 +69,12 @@ class BlockPass:
     leaving: where what leaves it is put, `hidden` itself if not given; if `keep` is false nothing is, and the block is
     not run beyond its last linear. linears {name: module}: where to halt. reference, reference_leaving: the same for
     the original model, which is the block with the weights it has at the start. All of them on `device` or on the host.
-    activations: how the linears' inputs are rounded, and how many columns share a dynamic scale. diagonal: sum up only
-    the moments' diagonal [in]. watch: called with a group's first name, rows of X [tokens, in] float32 and their lane,
-    until all of X has passed. begin: called once, before the pass that computes what leaves the block, but after the
-    block has run on one sample, which shows the order of its linears. restarts: batches do not wait before each linear
-    but are run again from the block's beginning, which takes less memory, more time, and gives the same. all_experts:
-    experts are summed up over all tokens, not over those that are routed to each.
+    activations {name: how a linear's inputs are rounded, and how many columns share a dynamic scale}. diagonal: sum up
+    only the moments' diagonal [in]. watch: called with a group's first name, rows of X [tokens, in] float32 and their
+    lane, until all of X has passed. begin: called once, before the pass that computes what leaves the block, but after
+    the block has run on one sample, which shows the order of its linears. restarts: batches do not wait before each
+    linear but are run again from the block's beginning, which takes less memory, more time, and gives the same.
+    all_experts: experts are summed up over all tokens, not over those that are routed to each.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class BlockPass:
         reference: Tensor | None = None,
         leaving: Tensor | None = None,
         reference_leaving: Tensor | None = None,
-        activations: tuple[Activations, int] | None = None,
+        activations: Mapping[str, tuple[Activations, int] | None] | None = None,
         diagonal: bool = False,
         watch: Callable[[str, Tensor, int], None] | None = None,
         begin: Callable[[], None] = lambda: None,
@@ -104,7 +105,7 @@ class BlockPass:
         if reference is not None:
             into = reference if reference_leaving is None else reference_leaving
             self._reference = States(reference, into, everything)
-        self._activations, self._diagonal, self._watch, self._begin = activations, diagonal, watch, begin
+        self._activations, self._diagonal, self._watch, self._begin = activations or {}, diagonal, watch, begin
         self._restarts, self._all_experts = restarts, all_experts
         self._inputs: dict[str, Inputs] = {}
         self._original: RunnableBlock | None = None
@@ -249,19 +250,16 @@ class BlockPass:
     ) -> tuple[list[Inputs | None], list[float]]:
         """How the inputs of each group will be rounded, and `lost` of each; for a static range every batch is looked at
         first."""
-        lost = [0.0] * len(groups)
-        if self._activations is None:
-            return [None] * len(groups), lost
-        spec, columns = self._activations
-        if not spec.calibrated:
-            return [measured(spec, columns, 0.0, 0.0)] * len(groups), lost
+        lost, kinds = [0.0] * len(groups), [self._kind(names) for names in groups]
+        if not any(kind is not None and kind[0].calibrated for kind in kinds):
+            return [None if kind is None else measured(*kind, 0.0, 0.0) for kind in kinds], lost
         ranges: list[list[Tensor]] = [[] for _ in groups]
         samples: list[list[tuple[int, Tensor]]] = [[] for _ in groups]
         for at, batch in zip(self._lanes.own_batches(), _prefetched(batches), strict=False):
-            for names, found, some in zip(groups, ranges, samples, strict=True):
+            for names, kind, found, some in zip(groups, kinds, ranges, samples, strict=True):
                 x = batch.advance(names)
                 found += [torch.stack(x.aminmax())] if x.numel() else []
-                some += [(at, _some(x))] if x.numel() and spec.type == "int8" else []
+                some += [(at, _some(x))] if x.numel() and kind is not None and kind[0].type == "int8" else []
             batch.rest()
         # In one go: a GPU waits for it.
         own = [torch.stack(found, 1).to(torch.float64).tolist() if found else None for found in ranges]
@@ -269,12 +267,25 @@ class BlockPass:
         for i, ends in enumerate(zip(*self._lanes.ranks.gather(own), strict=True)):
             lows, highs = [x for end in ends if end for x in end[0]], [x for end in ends if end for x in end[1]]
             low, high = min(lows, default=0.0), max(highs, default=0.0)
-            if tokens := self._from_all(samples[i]):
-                best, lost[i] = static_int8(spec, torch.cat(tokens), low, high)
+            kind = kinds[i]
+            if kind is None:
+                inputs.append(None)
+            elif tokens := self._from_all(samples[i]):
+                best, lost[i] = static_int8(kind[0], torch.cat(tokens), low, high)
                 inputs.append(best)
             else:
-                inputs.append(measured(spec, columns, low, high))
+                inputs.append(measured(*kind, low, high))
         return inputs, lost
+
+    def _kind(self, names: Group) -> tuple[Activations, int] | None:
+        """How the inputs of linears that share them are rounded; raises BadInput where they would differ."""
+        found = {self._activations.get(name) for name in names}
+        if len(found) > 1:
+            raise BadInput(
+                f"{' and '.join(names)} have the same inputs and would round them differently: give them weights of "
+                "one type, or leave activations out"
+            )
+        return found.pop()
 
     def _from_all(self, samples: list[tuple[int, Tensor]]) -> list[Tensor]:
         """The samples of all processes, in the order of their batches."""

@@ -28,7 +28,7 @@ from ..models.skeleton import Skeleton
 from ..models.vetting import all_finite
 from ..numbers.activations import columns_of
 from ..numbers.grid import Inputs, QuantizedLinear
-from ..numbers.types import Activations
+from ..numbers.types import Activations, Grid
 from ..recipe import Qat, Tuned
 from .end_to_end import QuantizedModel, train_scales
 from .job import Job
@@ -254,8 +254,7 @@ class _Run:
         """
         job, states = self._job, self.hidden.get("hidden")
         wanted = {x.name: block.get_submodule(x.module) for x in linears if job.schemes[x.name] is not None}
-        spec = job.recipe.activations
-        inputs = None if spec is None else (spec, columns_of(spec, job.recipe.weights))
+        inputs = {name: _rounding(job, grid) for name in wanted if (grid := job.schemes[name]) is not None}
         if states is None or arguments is None:
             return ([shared] for shared in _uncalibrated(job, block, wanted, arguments, inputs))
         into: Mapping[str, Tensor] = {} if leaving is None else leaving
@@ -277,12 +276,20 @@ class _Run:
         ).together()
 
 
+def _rounding(job: Job, grid: Grid) -> tuple[Activations, int] | None:
+    """How the inputs of a linear with such weights are rounded, and how many columns share a dynamic scale."""
+    if job.recipe.activations is None:
+        return None
+    spec = job.recipe.activations.beside(grid)
+    return spec, columns_of(spec, grid)
+
+
 def _uncalibrated(
     job: Job,
     block: nn.Module,
     wanted: Mapping[str, nn.Module],
     arguments: BlockArguments | None,
-    inputs: tuple[Activations, int] | None,
+    inputs: Mapping[str, tuple[Activations, int] | None],
 ) -> list[SharedInput]:
     """What is known of inputs without a calibration: an importance matrix, and which linears must share a scale."""
     together: list[tuple[str, ...]] = [(name,) for name in wanted]
@@ -291,10 +298,10 @@ def _uncalibrated(
     elif arguments is not None:
         together = shared_inputs(block, arguments.example(job.skeleton.dtype), arguments, wanted)
         together += [(name,) for name in wanted if not any(name in names for names in together)]
-    rounded = None if inputs is None else Inputs(*inputs)
     there = job.skeleton.device
     weighed = {name: moment.to(there) for name, moment in job.backend.importance.items() if name in wanted}
-    return [SharedInput(names, moment=weighed.get(names[0]), inputs=rounded) for names in together]
+    rounded = {name: None if how is None else Inputs(*how) for name, how in inputs.items()}
+    return [SharedInput(names, moment=weighed.get(names[0]), inputs=rounded[names[0]]) for names in together]
 
 
 def _finite(hidden: dict[str, Tensor], device: torch.device) -> bool:

@@ -17,6 +17,7 @@ from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
 from ..numbers.grid import Grid, scale_dtype
 from ..recipe import Recipe, Rtn
+from .outer import NOTHING, Outer
 from .plan import PROCESS_BYTES, Plan
 
 SAMPLES = 32  # of the calibration text that sensitivities are measured on
@@ -30,7 +31,8 @@ Schemes = dict[str, Grid | None]
 class Menu:
     """What the budget may choose: bytes of each option of each group, {group: {grid, None for 16 bit: bytes}}.
 
-    members: the linears of each group. room: the most bytes that all groups may take together.
+    members: the linears of each group; the head, where it is on the menu, is one of its own. room: the most bytes that
+    all groups may take together.
     """
 
     sizes: Mapping[str, Mapping[Grid | None, int]]
@@ -38,8 +40,8 @@ class Menu:
     room: int
 
     @classmethod
-    def of(cls, recipe: Recipe, skeleton: Skeleton, linears: Sequence[LinearLayer], saved: int = 0) -> "Menu":
-        """saved: bytes that head and embeddings take less. Linears in `ignore` are none of the menu.
+    def of(cls, recipe: Recipe, skeleton: Skeleton, linears: Sequence[LinearLayer], outer: Outer = NOTHING) -> "Menu":
+        """outer: head and embeddings. Linears in `ignore` are none of the menu.
 
         Raises BadInput for a budget that even the smallest options exceed.
         """
@@ -49,6 +51,11 @@ class Menu:
         if not members:
             raise BadInput(f"`ignore` {list(recipe.ignore)} matches every linear layer: nothing is left to quantize")
         sizes = {name: _options(wanted.menu, group, recipe, skeleton) for name, group in members.items()}
+        saved = outer.saved_bytes(skeleton)
+        if options := outer.head_options(recipe, skeleton):
+            head = outer.names["head"]
+            members[head], sizes[head] = [_head(head, skeleton)], options
+            saved = outer.with_head(None, skeleton).saved_bytes(skeleton)
         weights = sum(x.out_features * x.in_features for group in members.values() for x in group)
         nbytes = skeleton.reader.nbytes
         if wanted.bytes is None:
@@ -64,12 +71,15 @@ class Menu:
                 f"budget: {asked} leave {max(room, 0)} bytes for the linears, and the smallest number formats of the "
                 f"menu take {least} ({8 * least / weights:.2f} bits a weight): raise it, or add smaller ones"
             )
+        sixteen = [options.get(None, room + 1) for options in sizes.values()]
+        if sum(sixteen) <= room:
+            raise BadInput(f"budget: {asked} hold all linears in 16 bit, and nothing would be quantized: lower it")
         return cls(sizes, members, room)
 
     def schemes(self, chosen: Mapping[str, Grid | None], linears: Sequence[LinearLayer]) -> Schemes:
         """The grid of each linear, by the options chosen for the groups."""
-        found: Schemes = {x.name: None for x in linears}
-        return found | {x.name: chosen[name] for name, group in self.members.items() for x in group}
+        groups = {x.name: name for name, group in self.members.items() for x in group}
+        return {x.name: chosen[groups[x.name]] if x.name in groups else None for x in linears}
 
     def smallest(self) -> dict[str, Grid | None]:
         """The smallest option of each group."""
@@ -79,6 +89,10 @@ class Menu:
         """`grid` wherever it is an option, else the smallest."""
         return {name: grid if grid in self.sizes[name] else small for name, small in self.smallest().items()}
 
+    def mixed(self) -> dict[str, Grid | None]:
+        """Every option somewhere, as a choice may come to."""
+        return {name: list(options)[k % len(options)] for k, (name, options) in enumerate(self.sizes.items())}
+
     def choose(
         self, uses: Mapping[str, Sequence[Sensitivity]], read: Callable[[str], Tensor]
     ) -> dict[str, Grid | None]:
@@ -86,6 +100,12 @@ class Menu:
         the original."""
         costs = {name: _costs(group, list(self.sizes[name]), uses, read) for name, group in self.members.items()}
         return budget.assign(costs, self.sizes, self.room)
+
+
+def _head(name: str, skeleton: Skeleton) -> LinearLayer:
+    """The head as a linear that belongs to no block."""
+    rows, columns = skeleton.reader.shape(f"{name}.weight")
+    return LinearLayer(name, name, skeleton.n_blocks, rows, columns, transposed=False)
 
 
 def _groups(linears: Sequence[LinearLayer]) -> dict[str, list[LinearLayer]]:
@@ -105,7 +125,7 @@ def _options(
     menu: Sequence[Grid | None], group: Sequence[LinearLayer], recipe: Recipe, skeleton: Skeleton
 ) -> dict[Grid | None, int]:
     """The bytes of each format of the menu that every linear of the group can have; 16 bit where there is none."""
-    format, some = FORMATS[recipe.formats[0]], torch.empty(0, dtype=skeleton.dtype)
+    format, some, spec = FORMATS[recipe.formats[0]], torch.empty(0, dtype=skeleton.dtype), recipe.activations
     sixteen = sum(skeleton.reader.nbytes(f"{x.name}.weight") for x in group)
     found: dict[Grid | None, int] = {None: sixteen} if None in menu else {}
     for grid in menu:
@@ -118,7 +138,8 @@ def _options(
         except BadInput:
             continue
         scale_bytes = scale_dtype(some, grid).itemsize
-        found[grid] = sum(format.packed_bytes(grid, x.out_features, x.in_features, scale_bytes) for x in group)
+        inputs = None if spec is None else spec.beside(grid)
+        found[grid] = sum(format.packed_bytes(grid, x.out_features, x.in_features, scale_bytes, inputs) for x in group)
     return found or {None: sixteen}
 
 

@@ -61,8 +61,8 @@ class HuggingFaceFolder(Backend):
             outer, menu = Outer.of(recipe, skeleton, schemes.values()), None
         else:
             outer = Outer.of(recipe, skeleton, recipe.budget.grids)
-            menu = Menu.of(recipe, skeleton, setup.linears, outer.saved_bytes(skeleton))
-            schemes, left = menu.schemes(menu.smallest(), setup.linears), []
+            menu, left = Menu.of(recipe, skeleton, setup.linears, outer), []
+            schemes = menu.schemes(menu.smallest(), setup.linears)
         made = cls(
             setup=setup,
             schemes=schemes,
@@ -71,6 +71,7 @@ class HuggingFaceFolder(Backend):
             menu=menu,
             keep_final=outer.solved_head(recipe, skeleton),
         )
+        made = made if menu is None else made._with(menu, menu.smallest())
         for one in made.alternatives():
             for format in recipe.formats:
                 one._check_format(format)
@@ -98,15 +99,24 @@ class HuggingFaceFolder(Backend):
     def alternatives(self) -> list["HuggingFaceFolder"]:
         if self.menu is None or self.setup.recipe.budget is None:
             return [self]
-        linears, menu = self.setup.linears, self.menu
-        return [replace(self, schemes=menu.schemes(menu.with_(g), linears)) for g in self.setup.recipe.budget.grids]
+        menu = self.menu
+        looks = [menu.mixed(), *(menu.with_(grid) for grid in self.setup.recipe.budget.grids)]
+        return [self._with(menu, chosen) for chosen in looks]
+
+    def _with(self, menu: Menu, chosen: Mapping[str, Grid | None]) -> Self:
+        """With the number formats that are chosen for the menu's groups."""
+        recipe, skeleton, outer = self.setup.recipe, self.setup.skeleton, self.outer
+        if (head := outer.names.get("head", "")) in chosen:
+            outer = outer.with_head(chosen[head], skeleton)
+        schemes = menu.schemes(chosen, self.setup.linears)
+        return replace(self, schemes=schemes, outer=outer, keep_final=outer.solved_head(recipe, skeleton))
 
     def settled(self, tokens: Tokens | None, work: Path) -> Self:
         """With the number formats that the recipe's budget allows."""
         if self.menu is None:
             return self
         assert tokens is not None
-        kept, skeleton, linears = work / "schemes.json", self.setup.skeleton, self.setup.linears
+        kept, skeleton = work / "schemes.json", self.setup.skeleton
         if kept.exists():
             found = json.loads(kept.read_text(encoding="utf-8"))
             chosen = {name: None if grid is None else Grid.model_validate(grid) for name, grid in found.items()}
@@ -114,7 +124,7 @@ class HuggingFaceFolder(Backend):
             exact = Skeleton(self.setup.reader, device=skeleton.device, dtype=torch.float32)
             chosen = self.menu.choose(measure(exact, tokens.ids[:SAMPLES], work), skeleton.reader.read)
             write_json(kept, {n: None if grid is None else grid.model_dump(mode="json") for n, grid in chosen.items()})
-        return replace(self, schemes=self.menu.schemes(chosen, linears))
+        return self._with(self.menu, chosen)
 
     def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
         partial, final = settings.out / "quantized.partial", settings.out / "quantized"

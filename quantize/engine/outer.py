@@ -63,12 +63,35 @@ class Outer:
                 raise BadInput(f"{key}: {name} has to stay in 16 bit, {why}: set {key}: null")
             _check(key, wanted, name, skeleton)
             grids[name] = wanted
-        made = cls(names, grids, towers=_towers(recipe, skeleton) if recipe.towers else {})
+        made = cls(names, grids, left=tuple(left), towers=_towers(recipe, skeleton) if recipe.towers else {})
+        return made._noted(skeleton)
+
+    def _noted(self, skeleton: Skeleton) -> "Outer":
         saved = [
-            f"{name} in {grid}: {size(made.bytes_of(name, skeleton))} in place of {size(_stored(skeleton, name))}"
-            for name, grid in grids.items()
+            f"{name} in {grid}: {size(self.bytes_of(name, skeleton))} in place of {size(_stored(skeleton, name))}"
+            for name, grid in self.grids.items()
         ]
-        return replace(made, notes=tuple(saved), left=tuple(left))
+        return replace(self, notes=tuple(saved))
+
+    def with_head(self, grid: Grid | None, skeleton: Skeleton) -> "Outer":
+        """With the head in another number format; None: 16 bit."""
+        others = {name: grid for name, grid in self.grids.items() if name != self.names["head"]}
+        return replace(self, grids=others if grid is None else others | {self.names["head"]: grid})._noted(skeleton)
+
+    def head_options(self, recipe: Recipe, skeleton: Skeleton) -> dict[Grid | None, int]:
+        """The bytes of each number format that a budget may give the head: those of its menu, and 8 bits, the default;
+        none where the recipe settles it, or the budget is of the blocks' linears alone."""
+        head = self.names.get("head", "")
+        if recipe.budget is None or recipe.budget.bytes is None or recipe.head != "auto" or head not in self.grids:
+            return {}
+        columns = skeleton.reader.shape(f"{head}.weight")[1]
+        grids = dict.fromkeys([EIGHT_BITS, *(grid for grid in recipe.budget.grids if grid.divides(columns))])
+        found: dict[Grid | None, int] = {
+            grid: self.with_head(grid, skeleton).bytes_of(head, skeleton) for grid in grids
+        }
+        if None in recipe.budget.menu:
+            found[None] = _stored(skeleton, head)
+        return found
 
     @property
     def quantized(self) -> Mapping[str, Grid]:

@@ -95,7 +95,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         if grid is not None:
             scale_bytes = scale_dtype(some, grid).itemsize
             shape = linear.out_features, linear.in_features
-            packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
+            inputs = None if recipe.activations is None else recipe.activations.beside(grid)
+            packed += format.packed_bytes(grid, *shape, scale_bytes, inputs)
             saved += reader.nbytes(f"{linear.name}.weight")
     artifact = original - saved + packed
     inside = [sum(reader.nbytes(n) for n in skeleton.block_names(k).values()) for k in range(skeleton.n_blocks)]

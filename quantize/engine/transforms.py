@@ -142,6 +142,7 @@ class BlockTransforms:
         spec = self._recipe.activations
         if spec is None:
             return None
+        spec = spec.beside(self._recipe.weights)
         columns = columns_of(spec, self._recipe.weights)
         return lambda x: round_inputs(x, measured(spec, columns, float(x.min()), float(x.max())))
 

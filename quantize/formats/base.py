@@ -156,6 +156,14 @@ class Format(ABC):
         return {}
 
 
+AS_WEIGHTS = Activations(type="as-weights")
+
+
+def beside_weights(inputs: Iterable[tuple[Activations | None, Grid]]) -> bool:
+    """Whether the inputs of all linears are those that as-weights stands for."""
+    return all(grid.type in ("fp8", "nvfp4") and spec == AS_WEIGHTS.beside(grid) for spec, grid in inputs)
+
+
 def kind(grid: Grid) -> Kind:
     return grid.type, grid.bits, grid.group_size, grid.symmetric
 

@@ -16,7 +16,7 @@ from ..numbers.activations import columns_of
 from ..numbers.grid import BLOCK, Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
 from . import layouts
-from .base import Format, Kind, ModelScheme, grid_of, kind, patterns, positive, take
+from .base import AS_WEIGHTS, Format, Kind, ModelScheme, beside_weights, grid_of, kind, patterns, positive, take
 
 # Arguments of the library's QuantizationArgs, as in its presets; those of integers and fp8 follow from the grid.
 _WEIGHTS: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ class CompressedTensors(Format):
                 weights=QuantizationArgs(**_weight_args(grid)),
                 input_activations=None
                 if contents.activations is None
-                else QuantizationArgs(**_input_args(contents.activations, grid)),
+                else QuantizationArgs(**_input_args(contents.activations.beside(grid), grid)),
                 format=layouts.layout_of(grid, spec),
             )
             for k, grid in enumerate(grids)
@@ -156,7 +156,11 @@ class CompressedTensors(Format):
 
     def activations(self, config: dict[str, Any]) -> Activations | None:
         parsed = _parse(config)
-        found = {_spec(scheme, _grid(scheme, parsed.format)) for scheme in parsed.config_groups.values()}
+        grids = [(scheme, _grid(scheme, parsed.format)) for scheme in parsed.config_groups.values()]
+        by_grid = [(_spec(scheme, grid), grid) for scheme, grid in grids]
+        found = {spec for spec, _ in by_grid}
+        if len(found) > 1 and beside_weights(by_grid):
+            return AS_WEIGHTS
         if len(found) > 1:
             raise BadInput(
                 f"compressed-tensors with {len(found)} kinds of activations in one model cannot be read, only one "

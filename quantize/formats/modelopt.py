@@ -1,4 +1,5 @@
-"""NVIDIA ModelOpt's checkpoints, as TensorRT-LLM and vLLM read them: one `quant_algo` for all layers.
+"""NVIDIA ModelOpt's checkpoints, as TensorRT-LLM and vLLM read them: one `quant_algo` for all layers, or
+MIXED_PRECISION with one for each in `quantized_layers`.
 
 For a weight [out, in]:
 FP8                        weight E4M3 [out, in], weight_scale float32 []; the inputs' static input_scale float32 []
@@ -13,7 +14,7 @@ The algorithm is in config.json and again in hf_quant_config.json, which TensorR
 """
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
-from .base import Format, Kind, ModelScheme, grid_of, kind, left_out, positive, take
+from .base import AS_WEIGHTS, Format, Kind, ModelScheme, beside_weights, grid_of, kind, left_out, positive, take
 
 _STATIC, _DYNAMIC = Activations(type="fp8", dynamic=False), Activations(type="fp8")
 _NVFP4 = Activations(type="nvfp4")
@@ -37,6 +38,7 @@ _ALGORITHMS: dict[tuple[Kind, Activations | None], str] = {
     (("int", 8, -1, True), None): "W8A16",
 }
 _KINDS = {weights for weights, _ in _ALGORITHMS}
+_MIXED = "MIXED_PRECISION"
 
 
 class ModelOpt(Format):
@@ -132,40 +134,41 @@ class ModelOpt(Format):
         return out
 
     def config(self, contents: ModelScheme) -> dict[str, Any]:
-        grid = self.one_kind(contents)
-        algorithm = _algorithm(grid, contents.activations)
-        grouped = {"group_size": grid.group_size} if grid.bits == 4 else {}
+        grids = self.kinds(contents)
+        _check_experts(contents.schemes)
+        stated = {kind(grid): _statement(grid, contents.activations) for grid in grids}
+        layers = {
+            name: stated[kind(grid)] | _scaling(stated[kind(grid)]["quant_algo"])
+            for name, grid in contents.schemes.items()
+            if grid is not None
+        }
+        mixed: dict[str, Any] = {"quant_algo": _MIXED, "quantized_layers": layers}
         cache = (
             {} if contents.kv_cache is None else {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
         )
         return {
             "quant_method": "modelopt",
-            "quant_algo": algorithm,
-            **grouped,
+            **(mixed if len(grids) > 1 else stated[kind(grids[0])]),
             **cache,
             "ignore": left_out("modelopt", contents.schemes, contents.outside),
             "producer": {"name": "modelopt", "version": f"quantpress-{version('quantpress')}"},
         }
 
     def extra_files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        awq = {"has_zero_point": False, "pre_quant_scale": True} if config["quant_algo"] == "W4A16_AWQ" else {}
-        inner = {
+        inner: dict[str, Any] = {
             "quant_algo": config["quant_algo"],
             "kv_cache_quant_algo": "FP8" if "kv_cache_scheme" in config else None,
             "exclude_modules": config["ignore"],
-            **({"group_size": config["group_size"]} if "group_size" in config else {}),
-            **awq,
+            **_scaling(config["quant_algo"]),
         }
+        inner |= {key: config[key] for key in ("group_size", "quantized_layers") if key in config}
         return {"hf_quant_config.json": {"producer": config["producer"], "quantization": inner}}
 
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
-        weights, _ = _known(config)
-        group_size = config.get("group_size", weights[2])
-        if weights[:2] == ("int", 4) and "group_size" not in config:
-            raise BadInput("quantization_config: modelopt W4A16_AWQ needs `group_size`")
-        grid = grid_of(weights[1], group_size, True) if weights[0] == "int" else _float(weights)
-        if kind(grid) not in _KINDS:
-            raise BadInput(f"quantization_config: {config['quant_algo']} in groups of {group_size} cannot be read")
+        if _is_mixed(config):
+            layers = _layers(config)
+            return {name: _stated_grid(layers[name]) for name in names if name in layers}
+        grid = _stated_grid(config)
         ignored = [str(part) for part in config.get("ignore") or []]
         return {
             name: None if any(part in name or fnmatch.fnmatchcase(name, part) for part in ignored) else grid
@@ -173,13 +176,68 @@ class ModelOpt(Format):
         }
 
     def activations(self, config: dict[str, Any]) -> Activations | None:
-        return _known(config)[1]
+        if not _is_mixed(config):
+            return _known(config)[1]
+        layers = list(_layers(config).values())
+        found = {_known(layer)[1] for layer in layers}
+        if len(found) > 1 and beside_weights((_known(layer)[1], _stated_grid(layer)) for layer in layers):
+            return AS_WEIGHTS
+        if len(found) > 1:
+            kinds = ", ".join(sorted(str(spec or "16 bit") for spec in found))
+            raise BadInput(
+                f"quantization_config: modelopt layers with inputs of several kinds ({kinds}) cannot be read"
+            )
+        return found.pop()
 
     def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
         if not spec.calibrated:
             return Inputs(spec)
         scale = _scale(name, read, "input_scale")
         return Inputs(spec, grid.group_size, 1 / scale) if spec.type == "nvfp4" else Inputs(spec, scale=scale)
+
+
+def _statement(grid: Grid, activations: Activations | None) -> dict[str, Any]:
+    """What a config says of layers of such weights."""
+    algorithm = _algorithm(grid, None if activations is None else activations.beside(grid))
+    return {"quant_algo": algorithm} | ({"group_size": grid.group_size} if grid.bits == 4 else {})
+
+
+def _scaling(algorithm: str) -> dict[str, bool]:
+    """What hf_quant_config.json says further of an algorithm."""
+    return {"has_zero_point": False, "pre_quant_scale": True} if algorithm == "W4A16_AWQ" else {}
+
+
+def _check_experts(schemes: Mapping[str, Grid | None]) -> None:
+    """Raise BadInput where the experts of a block differ: servers hold them as one, by the first that is named."""
+    found: dict[str, Grid] = {}
+    for name, grid in schemes.items():
+        block, inside, _ = name.partition(".experts.")
+        if inside and grid is not None and kind(found.setdefault(block, grid)) != kind(grid):
+            raise BadInput(f"modelopt: the experts of {block} have {found[block]} and {grid} weights; give them one")
+
+
+def _is_mixed(config: dict[str, Any]) -> bool:
+    return str(config.get("quant_algo")).upper() == _MIXED
+
+
+def _layers(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a mixed config says of each layer."""
+    layers = config.get("quantized_layers")
+    if not isinstance(layers, dict) or not layers or not all(isinstance(layer, dict) for layer in layers.values()):
+        raise BadInput(f"quantization_config: modelopt {_MIXED} needs `quantized_layers`, an algorithm for each layer")
+    return layers
+
+
+def _stated_grid(stated: dict[str, Any]) -> Grid:
+    """The weights of a config, or of a layer of a mixed one."""
+    weights, _ = _known(stated)
+    group_size = stated.get("group_size", weights[2])
+    if weights[:2] == ("int", 4) and "group_size" not in stated:
+        raise BadInput("quantization_config: modelopt W4A16_AWQ needs `group_size`")
+    grid = grid_of(weights[1], group_size, True) if weights[0] == "int" else _float(weights)
+    if kind(grid) not in _KINDS:
+        raise BadInput(f"quantization_config: {stated['quant_algo']} in groups of {group_size} cannot be read")
+    return grid
 
 
 def _algorithm(grid: Grid, activations: Activations | None) -> str:

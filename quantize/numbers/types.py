@@ -167,8 +167,9 @@ class Activations(Strict):
     tensor, is measured in calibration. nvfp4 has both: a static float32 a tensor and a dynamic E4M3 a group of 16.
     """
 
-    type: Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4"] = Field(
-        description="number type; it has to go with the type of the weights"
+    type: Literal["int8", "fp8", "mxfp8", "mxfp4", "nvfp4", "as-weights"] = Field(
+        description="number type; it has to go with the type of the weights. as-weights: beside nvfp4 weights nvfp4, "
+        "beside fp8 weights fp8, static where they have one scale a tensor (group_size 0)"
     )
     dynamic: bool = Field(True, description="true: a scale for each token, at run time; false: one, from calibration")
     symmetric: bool = Field(True, description="false: int8 inputs have a zero point, too")
@@ -183,8 +184,19 @@ class Activations(Strict):
 
     @property
     def calibrated(self) -> bool:
-        """Whether a scale has to be measured in calibration."""
-        return not self.dynamic or self.type == "nvfp4"
+        """Whether a scale has to be measured in calibration, of some linear at least."""
+        return not self.dynamic or self.type in ("nvfp4", "as-weights")
+
+    def beside(self, weights: Grid) -> "Activations":
+        """The inputs of a linear with such weights: themselves, but for as-weights.
+
+        Raises BadInput for as-weights beside weights that have no inputs of their own type.
+        """
+        if self.type != "as-weights":
+            return self
+        if weights.type not in ("fp8", "nvfp4"):
+            raise BadInput(f"activations of type as-weights go with fp8 and nvfp4 weights, not with {weights}")
+        return Activations(type=weights.type, dynamic=weights.group_size != 0)
 
     def __str__(self) -> str:
         how = ("dynamic" if self.dynamic else "static") if self.type in ("int8", "fp8") else ""

@@ -188,8 +188,8 @@ class Recipe(Strict):
                 if grid.type not in held:
                     raise ValueError(f"format {format} cannot hold {grid} weights; it takes type {', '.join(held)}")
         if self.activations is not None:
-            kind = self.activations.type
             for grid in grids:
+                kind = self.activations.beside(grid).type
                 if kind not in _INPUTS.get((grid.type, grid.bits), ()):
                     can = _INPUTS.get((grid.type, grid.bits), ())
                     raise ValueError(
@@ -219,16 +219,23 @@ class Recipe(Strict):
         """Raise ValueError for what a budget decides itself, or cannot be combined with."""
         if self.is_gguf:
             raise ValueError("budget is for safetensors; a GGUF file has gguf.budget")
-        for key in ("weights", "overrides", "activations", "kv_cache"):
+        for key in ("weights", "overrides", "kv_cache"):
             if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} beside budget: its menu names the number formats, with inputs in 16 bit")
-        if self.formats != ("compressed-tensors",):
-            raise ValueError("a budget mixes number formats, which only compressed-tensors holds: leave `formats` out")
+                raise ValueError(f"{key} beside budget: its menu names the number formats")
+        if self.activations is not None and self.activations.type != "as-weights":
+            raise ValueError(
+                f"activations of type {self.activations.type} beside budget: leave them out, or set type: as-weights"
+            )
+        if self.formats not in (("compressed-tensors",), ("modelopt",)):
+            raise ValueError(
+                "a budget mixes number formats, which compressed-tensors and modelopt hold: set formats: "
+                "[compressed-tensors]"
+            )
 
     def _check_towers(self) -> None:
         """Raise ValueError for number formats in which no server is known to load towers."""
-        eight = self.weights.type in ("int", "fp8") and self.weights.bits == 8
-        if not eight or self.activations is None or not self.activations.dynamic:
+        eight, inputs = self.weights.type in ("int", "fp8") and self.weights.bits == 8, self.activations
+        if not eight or inputs is None or inputs.type == "as-weights" or not inputs.dynamic:
             raise ValueError(
                 "towers: servers take those in 8 bits with dynamic activations, as in the recipes fp8-dynamic and "
                 "w8a8-rtn; leave towers out to keep them in 16 bit"

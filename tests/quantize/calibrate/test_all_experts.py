@@ -117,7 +117,7 @@ def test_inputs_are_rounded_on_the_way_to_the_down_projection(tmp_path: Path) ->
         linears,
         device=CPU,
         lanes=Lanes(len(hidden), 2),
-        activations=(spec, 0),
+        activations=dict.fromkeys(linears, (spec, 0)),
         all_experts=True,
     )
     given: list[Inputs] = []  # of the gate and up projections

@@ -151,7 +151,12 @@ def test_a_static_range_is_the_largest_over_all_batches() -> None:
     for symmetric, wanted in ((True, 9 / 127), (False, 16 / 255)):
         spec = Activations(type="int8", dynamic=False, symmetric=symmetric)
         shared, _ = BlockPass(
-            block, hidden.clone(), _none(len(hidden)), {"a": block[0], "b": block[1]}, activations=(spec, 0), **common
+            block,
+            hidden.clone(),
+            _none(len(hidden)),
+            {"a": block[0], "b": block[1]},
+            activations=dict.fromkeys("ab", (spec, 0)),
+            **common,
         )
         assert shared.inputs is not None
         assert shared.inputs.scale is not None
@@ -225,7 +230,7 @@ def test_a_pass_for_diagonals_and_one_with_rounded_inputs_see_the_same_as_a_plai
     for name in linears:
         rounded.get_submodule(name).register_forward_pre_hook(lambda _, args: (round_inputs(args[0], Inputs(spec, 0)),))
     made = hidden.clone()
-    for shared in BlockPass(block, made, arguments, linears, activations=(spec, 0), **common):
+    for shared in BlockPass(block, made, arguments, linears, activations=dict.fromkeys(linears, (spec, 0)), **common):
         x = _inputs(rounded, shared.names[0], hidden, arguments)  # this hook comes after the one that rounds
         assert shared.moment is not None
         torch.testing.assert_close(shared.moment, x.T @ x, rtol=1e-4, atol=1e-3)

@@ -10,12 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantpress import api
+from quantpress.artifact.artifact import Artifact
+from quantpress.artifact.convert import convert
 from quantpress.calibrate.budget import assign
 from quantpress.core.errors import BadInput
 from quantpress.engine.huggingface_folder import HuggingFaceFolder
 from quantpress.engine.job import prepare
 from quantpress.engine.sources import resolve
 from quantpress.exports.contracts import check_job
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.numbers.types import Activations, Grid
 from quantpress.recipe.loading import parse
 
 from ...tiny import build
@@ -23,6 +27,7 @@ from .test_outer import logits
 from .test_pipeline import make
 
 MENU = [{"bits": 3, "group_size": 16}, {"bits": 8, "group_size": 16}, {"type": "nvfp4"}, None]
+FLOATS: list[dict[str, Any] | None] = [{"type": "nvfp4"}, {"type": "fp8", "group_size": 0}, None]
 _ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -75,6 +80,37 @@ def test_a_budget_is_kept_and_read_back(family: str, tmp_path: Path) -> None:
     assert len(groups) == len(set(schemes.values()) - {"16 bit"})
 
 
+@pytest.mark.parametrize("format", ["modelopt", "compressed-tensors"])
+def test_inputs_of_the_type_of_the_weights(model: Path, format: str, tmp_path: Path) -> None:
+    """NVFP4 and FP8 in one artifact, each with inputs of its own kind, read back and converted to the other format."""
+    recipe: dict[str, Any] = {"budget": {"bits": 6.0, "menu": FLOATS}, "activations": {"type": "as-weights"}}
+    recipe |= {"formats": [format], "weights": parse({}).weights.model_dump(mode="json")}
+    manifest, folder = make(tmp_path / "run", model, recipe), tmp_path / "run" / "quantized"
+    planned = api.plan(recipe | {"calibration": {"samples": 6, "seq_len": 32}}, str(model)).plan
+    assert manifest.artifact.bytes <= planned.artifact_bytes
+    artifact = Artifact(folder)
+    found = {name: (grid.type, artifact.inputs(name)) for name, grid in artifact.linears.items()}
+    assert {kind for kind, _ in found.values()} == {"nvfp4", "fp8"}
+    for kind, inputs in found.values():
+        assert inputs is not None
+        assert inputs.spec == Activations(type=kind, dynamic=kind == "nvfp4")  # type: ignore[arg-type]
+        assert inputs.scale is not None
+    assert api.verify(folder).sound
+    other = tmp_path / "other"
+    convert(folder, other, "modelopt" if format == "compressed-tensors" else "compressed-tensors")
+    ids = torch.arange(24)[None]
+    assert torch.equal(logits(folder, ids), logits(other, ids))
+
+
+def test_as_weights_in_all_layers_of_one_type_is_that_type(model: Path, tmp_path: Path) -> None:
+    weights = {"weights": {"type": "nvfp4"}, "method": "rtn"}
+    for name in ("as-weights", "nvfp4"):
+        make(tmp_path / name, model, weights | {"activations": {"type": name}})
+    files = [(tmp_path / name / "quantized" / "model.safetensors").read_bytes() for name in ("as-weights", "nvfp4")]
+    assert files[0] == files[1]
+    assert api.verify(tmp_path / "as-weights" / "quantized").sound
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("budget") / "model"
@@ -97,13 +133,38 @@ def test_bytes_are_of_the_whole_artifact(model: Path) -> None:
     assert smaller.backend.menu.room - made.backend.menu.room == smaller.backend.outer.saved_bytes(smaller.skeleton)
 
 
+def test_the_head_is_on_the_menu_of_a_budget_in_bytes(model: Path, tmp_path: Path) -> None:
+    """Where the targets load it: with 8 bits, its default, and in what it is given it is read back."""
+    channel, menu = Grid(bits=8, group_size=-1), [{"bits": 4, "group_size": 32}, {"bits": 6, "group_size": 32}, None]
+    keys = {"targets": ["vllm"], "method": "gptq", "weights": parse({}).weights.model_dump(mode="json")}
+    whole = Checkpoint(model).total_bytes
+    chosen = {}
+    for share in (0.5, 0.95):
+        recipe = keys | {"budget": {"bytes": int(share * whole), "menu": menu}}
+        made = make(tmp_path / f"{share}", model, recipe)
+        assert made.artifact.bytes <= int(share * whole)
+        assert api.verify(tmp_path / f"{share}" / "quantized").sound
+        chosen[share] = made.outside.get("lm_head", "16 bit")
+    planned = job(model, **recipe)
+    grids = [Grid.model_validate(grid) for grid in menu if grid is not None]
+    assert list(planned.backend.menu.sizes["lm_head"]) == [channel, *grids, None]
+    assert planned.plan.artifact_bytes == int(0.95 * whole)
+    assert chosen[0.5] in map(str, (channel, *grids))
+    assert chosen[0.95] == "16 bit"
+    for settled in ({"head": None}, {"budget": {"bits": 8, "menu": menu}}):
+        assert "lm_head" not in job(model, **recipe | settled).backend.menu.sizes
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"budget": {"bits": 2.0, "menu": MENU}}, r"smallest number formats of the menu take \d+ \(4\.\d\d bits"),
+        ({"budget": {"bits": 32, "menu": MENU}}, "32 bits hold all linears in 16 bit, and nothing would be quantized"),
         ({"budget": {"bits": 5, "bytes": 10}}, "give one of bytes and bits"),
         ({"budget": {"bits": 5}, "weights": {"bits": 8}}, "weights beside budget"),
-        ({"budget": {"bits": 5}, "formats": ["gptq"]}, "only compressed-tensors holds"),
+        ({"budget": {"bits": 5}, "formats": ["gptq"]}, "which compressed-tensors and modelopt hold"),
+        ({"budget": {"bits": 5}, "activations": {"type": "fp8"}}, "activations of type fp8 beside budget"),
+        ({"budget": {"bits": 5}, "activations": {"type": "as-weights"}}, "as-weights go with fp8 and nvfp4"),
         ({"budget": {"bits": 5}, "formats": ["gguf"]}, "gguf.budget"),
         (
             {"budget": {"bits": 5, "menu": [{"bits": 3, "group_size": 32}, None]}, "targets": ["tgi"]},
@@ -114,6 +175,18 @@ def test_bytes_are_of_the_whole_artifact(model: Path) -> None:
 def test_what_cannot_be_met_is_refused(model: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         job(model, **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"formats": ["modelopt"], "activations": {"type": "as-weights"}}, "SGLang reads one quant_algo"),
+        ({}, "SGLang fuses .* and does not find it by name"),
+    ],
+)
+def test_a_server_that_takes_no_mixture_is_refused(model: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        check_job(job(model, budget={"bits": 6, "menu": FLOATS}, targets=["sglang"], **keys))
 
 
 def test_shapes_are_checked_with_every_format_of_the_menu(model: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantpress.core.errors import BadInput
 from quantpress.formats import FORMATS, ModelScheme, detect
+from quantpress.formats.base import AS_WEIGHTS
 from quantpress.numbers.grid import Grid, Inputs, QuantizedLinear
 from quantpress.numbers.types import Activations
 
@@ -177,6 +178,40 @@ def test_the_file_beside_the_config() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layers", "inputs"),
+    [
+        ({"FP8": {}, "NVFP4": {"group_size": 16}}, AS_WEIGHTS),
+        ({"FP8_PER_CHANNEL_PER_TOKEN": {}, "NVFP4": {"group_size": 16}}, AS_WEIGHTS),
+        ({"W4A16_AWQ": {"group_size": 64, "has_zero_point": False, "pre_quant_scale": True}, "W8A16": {}}, None),
+    ],
+)
+def test_layers_of_several_kinds(layers: dict[str, Any], inputs: Activations | None) -> None:
+    """As ModelOpt's get_quant_config (torch/export/quant_utils.py) writes MIXED_PRECISION; vLLM's modelopt_mixed and
+    TensorRT-LLM look each layer up in quantized_layers."""
+    schemes: dict[str, Grid | None] = {f"l.{k}": ALGORITHMS[name] for k, name in enumerate(layers)} | {"l.9": None}
+    config = MODELOPT.config(ModelScheme(schemes, outside=["lm_head"], activations=inputs))
+    assert config["quant_algo"] == "MIXED_PRECISION"
+    stated = {f"l.{k}": {"quant_algo": name} | more for k, (name, more) in enumerate(layers.items())}
+    assert config["quantized_layers"] == stated
+    assert MODELOPT.extra_files(config)["hf_quant_config.json"]["quantization"] == {
+        "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "exclude_modules": ["l.9", "lm_head"],
+        "quantized_layers": stated,
+    }  # fmt: skip
+    assert MODELOPT.grids(config, list(schemes)) == {n: g for n, g in schemes.items() if g is not None}
+    assert MODELOPT.activations(config) == inputs
+
+
+def test_layers_that_are_not_said_or_differ_in_their_inputs_are_refused() -> None:
+    config: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "mixed_precision"}
+    for layers in (None, {}, {"x": 3}):
+        with pytest.raises(BadInput, match="MIXED_PRECISION needs `quantized_layers`"):
+            MODELOPT.grids(config | {"quantized_layers": layers}, ["x"])
+    both = {"x": {"quant_algo": "NVFP4", "group_size": 16}, "y": {"quant_algo": "W8A16"}}
+    with pytest.raises(BadInput, match=r"inputs of several kinds \(16 bit, nvfp4\) cannot be read"):
+        MODELOPT.activations(config | {"quantized_layers": both})
+
+
+@pytest.mark.parametrize(
     ("grid", "activations", "message"),
     [
         (FP8, None, "fp8 tensor weights with 16 bit activations; with these weights: fp8 static"),
@@ -215,8 +250,11 @@ def test_other_things_that_cannot_be_held() -> None:
         MODELOPT.check(FOUR, 31, 64, False)
     with pytest.raises(BadInput, match="kv_cache int8: modelopt holds fp8 scales for it; use fp8"):
         MODELOPT.config(ModelScheme({"x": FOUR}, kv_cache="int8"))
-    with pytest.raises(BadInput, match="one kind of weight for all layers, and these have int4 g64 sym, int8 channel"):
-        MODELOPT.config(ModelScheme({"x": FOUR, "y": EIGHT}))
+    experts: dict[str, Grid | None] = {"m.experts.0.up": FOUR, "m.experts.1.up": EIGHT}
+    with pytest.raises(BadInput, match="the experts of m have int4 g64 sym and int8 channel sym weights"):
+        MODELOPT.config(ModelScheme(experts))
+    with pytest.raises(BadInput, match="as-weights go with fp8 and nvfp4 weights, not with int4 g64 sym"):
+        MODELOPT.config(ModelScheme({"x": FOUR, "y": NVFP4}, activations=AS_WEIGHTS))
     with pytest.raises(BadInput, match=r"m\.gate \(16 bit\) is part of m\.gate_proj"):
         MODELOPT.config(ModelScheme({"m.gate_proj": FOUR}, outside=["m.gate"]))
     with pytest.raises(BadInput, match="no linear is quantized"):
