@@ -95,8 +95,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         if grid is not None:
             scale_bytes = scale_dtype(some, grid).itemsize
             shape = linear.out_features, linear.in_features
-            inputs = None if recipe.activations is None else recipe.activations.beside(grid)
-            packed += format.packed_bytes(grid, *shape, scale_bytes, inputs)
+            packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
             saved += reader.nbytes(f"{linear.name}.weight")
     artifact = original - saved + packed
     inside = [sum(reader.nbytes(n) for n in skeleton.block_names(k).values()) for k in range(skeleton.n_blocks)]
@@ -121,7 +120,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         process=PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size),
         tuning=_tuning_bytes(recipe, skeleton, linears, max(inside) // item),
         open_shell=_open_shell(skeleton) if calibrated else 0,
-        carried=streams * tokens * _carried(skeleton.config, recipe.calibration.seq_len, item),
+        carried=streams * tokens * _carried(skeleton.config, linears, recipe.calibration.seq_len, item),
     )
     room = choose(needs, there)
     if there.type == "cpu":
@@ -192,12 +191,12 @@ def _open_shell(skeleton: Skeleton) -> int:
     return sum(skeleton.reader.nbytes(name) for name in stored)
 
 
-def _carried(config: Any, seq_len: int, item: int) -> int:
+def _carried(config: Any, linears: list[LinearLayer], seq_len: int, item: int) -> int:
     """Bytes a token that blocks leave for later ones: keys and values of both kinds of attention, or chosen tokens."""
     total = 0
     if getattr(config, "num_kv_shared_layers", None):
-        width = max(config.head_dim, getattr(config, "global_head_dim", None) or 0)
-        total += 2 * 2 * config.num_key_value_heads * width * item
+        widest = max((x.out_features for x in linears if x.module.endswith("k_proj")), default=0)
+        total += 2 * 2 * widest * item
     if chosen := getattr(config, "index_topk", None):
         total += min(int(chosen), seq_len) * torch.int64.itemsize
     return total

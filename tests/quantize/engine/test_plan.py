@@ -139,7 +139,7 @@ def test_what_stays_open_and_what_blocks_leave_is_counted(family: str, tmp_path:
     for k, block in skeleton.blocks():
         run_block(block, hidden, arguments[k], device=skeleton.device, batch=4)
         most = max(most, sum(t.nbytes for n, t in arguments.carried(k).items() if "rounded" in n))
-    assert tokens.numel() * planning._carried(skeleton.config, 16, 2) >= most > 0
+    assert tokens.numel() * planning._carried(skeleton.config, skeleton.linears(), 16, 2) >= most > 0
 
 
 def test_experts_cost_the_tokens_that_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
