@@ -4,6 +4,7 @@ prepared for publishing in any order. What is there is always whole, or known to
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class RunFolder(RuleBasedStateMachine):
         assert debris(self.out) == []
 
 
-def test_a_run_folder_in_any_order() -> None:
+def test_a_run_folder_in_any_order(tell: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "said").mkdir()
@@ -146,4 +147,4 @@ def test_a_run_folder_in_any_order() -> None:
                 suppress_health_check=list(HealthCheck), print_blob=False,
             )  # fmt: skip
             run_state_machine_as_test(machine, settings=chosen)
-            print(f"state machine: {machine.steps} commands")  # noqa: T201
+            tell(f"state machine: {machine.steps} commands")

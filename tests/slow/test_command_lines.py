@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def lines(place: Place, count: int) -> Iterator[list[str]]:
             yield line
 
 
-def test_rubbish_on_the_command_line(tmp_path: Path) -> None:
+def test_rubbish_on_the_command_line(tmp_path: Path, tell: Callable[[str], None]) -> None:
     (tmp_path / "said").mkdir()
     (tmp_path / "work").mkdir()
     ends: Counter[str] = Counter()
@@ -74,6 +74,6 @@ def test_rubbish_on_the_command_line(tmp_path: Path) -> None:
             if not good or (done.returncode == 2 and not told_in_one_line(done)):
                 wrong.append(f"{line!r}: {done.returncode} {done.stderr[-600:]}")
         after = content(tmp_path / "copy" / "quantized")
-    print(f"command lines: {dict(ends)}")  # noqa: T201
+    tell(f"command lines: {dict(ends)}")
     assert not wrong, "\n".join(wrong)
     assert before.items() <= after.items()  # a card may have come

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,7 +59,7 @@ def numbers(count: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["quantize", "overwrite", "run", "export", "report", "card", "publish"])
 @pytest.mark.parametrize("happens", ["kill", "full"])
-def test_at_any_file_operation(name: str, happens: str, place: Place) -> None:
+def test_at_any_file_operation(name: str, happens: str, place: Place, tell: Callable[[str], None]) -> None:
     out = place.folder / "out"
     source, command, again = scenario(place, name)
     fresh(source, out)
@@ -83,7 +83,7 @@ def test_at_any_file_operation(name: str, happens: str, place: Place) -> None:
             wrong.append(f"{number}, again: {unlike}")
         if left := debris(out):
             wrong.append(f"{number}: left {left}")
-    print(f"{name}, {happens} at {sum(ends.values())} of {count} file operations: {dict(ends)}")  # noqa: T201
+    tell(f"{name}, {happens} at {sum(ends.values())} of {count} file operations: {dict(ends)}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -91,7 +91,7 @@ def how(done: Done) -> str:
     return "killed" if done.returncode < 0 else f"exit {done.returncode}"
 
 
-def test_at_any_time(place: Place) -> None:
+def test_at_any_time(place: Place, tell: Callable[[str], None]) -> None:
     """Signals after some milliseconds, until a run is whole; several to each."""
     out, chosen = place.folder / "out", random.Random(20)
     command = place.quantize(out)
@@ -114,11 +114,11 @@ def test_at_any_time(place: Place) -> None:
         assert done.returncode == 0, done.stderr
         assert differences(content(out), wanted) == []
         assert debris(out) == []
-    print(f"signals: {dict(ends)}")  # noqa: T201
+    tell(f"signals: {dict(ends)}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
-def test_on_disks_of_any_size(place: Place) -> None:
+def test_on_disks_of_any_size(place: Place, tell: Callable[[str], None]) -> None:
     """A real one that is full at any byte, where libraries write too; then there is room, and the run goes on."""
     out, disk = place.folder / "disk" / "out", place.folder / "disk"
     fresh(None, place.folder / "out")
@@ -144,7 +144,7 @@ def test_on_disks_of_any_size(place: Place) -> None:
             assert differences(content(out), wanted) == []
         finally:
             subprocess.run(["umount", str(disk)], check=True)
-    print(f"disks of 8 KB to {3 * needed // 1000} KB: {dict(ends)}")  # noqa: T201
+    tell(f"disks of 8 KB to {3 * needed // 1000} KB: {dict(ends)}")
 
 
 def test_folders_that_cannot_be_written(place: Place) -> None:

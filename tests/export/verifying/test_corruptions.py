@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -87,7 +87,7 @@ DONE: set[tuple[str, str]] = set()
 
 
 @pytest.mark.slow
-def test_all_damage_to_all_formats(place: Path, tmp_path: Path) -> None:
+def test_all_damage_to_all_formats(place: Path, tmp_path: Path, tell: Callable[[str], None]) -> None:
     """Prints the share that is seen, of every kind of artifact."""
     missed = {}
     for level in TABLES:
@@ -99,7 +99,7 @@ def test_all_damage_to_all_formats(place: Path, tmp_path: Path) -> None:
             tried, seen = tried + 1, seen + bool(lines)
             if not any(re.search(damages(recipe, level)[name][1], line) for line in lines):
                 missed[recipe, level, name] = lines
-        print(f"damage by {level}: {seen} of {tried} seen")  # noqa: T201
+        tell(f"damage by {level}: {seen} of {tried} seen")
     assert missed == {}
 
 

@@ -74,7 +74,7 @@ KINDS: dict[str, Callable[[Path, random.Random], None]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["w4a16-rtn", "fp8-dynamic", "w4a16-gptq-sym-g64"])
-def test_random_damage(recipe: str, tmp_path: Path) -> None:
+def test_random_damage(recipe: str, tmp_path: Path, tell: Callable[[str], None]) -> None:
     model = runs.original(tmp_path / "model")
     whole = runs.make(recipe, model, tmp_path / "run") / "quantized"
     original = 0
@@ -91,7 +91,7 @@ def test_random_damage(recipe: str, tmp_path: Path) -> None:
             (copy / "manifest.json").write_text(json.dumps(document))
             seen["itself"] += bool(verify(copy).problems)
             seen["original"] += bool(verify(copy, original=model).problems)
-        print(f"{recipe}, {kind}: of {EACH} seen by checksums {seen['checksums']}, by itself {seen['itself']}, "  # noqa: T201
+        tell(f"{recipe}, {kind}: of {EACH} seen by checksums {seen['checksums']}, by itself {seen['itself']}, "
               f"beside the original {seen['original']}")  # fmt: skip
         assert seen["checksums"] == EACH
         assert seen["original"] >= seen["itself"]

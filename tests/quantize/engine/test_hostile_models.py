@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -61,14 +61,14 @@ def test_each_kind_of_wrong_file_is_refused_in_one_line(model: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_every_wrong_file(model: Path, tmp_path: Path) -> None:
+def test_every_wrong_file(model: Path, tmp_path: Path, tell: Callable[[str], None]) -> None:
     counts = outcomes(model, tmp_path, tries(model))
-    print(f"wrong files of a model: {dict(counts)}")  # noqa: T201
+    tell(f"wrong files of a model: {dict(counts)}")
     assert counts["refused"] > counts["planned"]
 
 
 @pytest.mark.slow
-def test_random_changes_of_files(model: Path, tmp_path: Path) -> None:
+def test_random_changes_of_files(model: Path, tmp_path: Path, tell: Callable[[str], None]) -> None:
     counts = outcomes(model, tmp_path, {f"seed {seed}": random_try(seed) for seed in range(500)})
-    print(f"random changes of a model's files: {dict(counts)}")  # noqa: T201
+    tell(f"random changes of a model's files: {dict(counts)}")
     assert counts["refused"] > 100
