@@ -167,7 +167,10 @@ class Tuned(MethodSettings):
 
 
 class AutoRound(Tuned):
-    """SignRound, arXiv:2309.05516: codes and ranges of a rounded block trained on the block's output."""
+    """SignRound, arXiv:2309.05516: codes and ranges of a rounded block trained on the block's output.
+
+    It goes on from GPTQ's result; at 4 bits that adds nothing that was measured, at 3 bits a little.
+    """
 
     name: Literal["autoround"] = Field("autoround", description="selects AutoRound")
     light: bool = Field(False, description="50 steps instead of 200")
