@@ -124,7 +124,7 @@ def test_its_name_tells_the_truth(name: str) -> None:
     served = name.startswith("modelopt-")
     numbers, *rest = name.removeprefix("modelopt-").split("-")
     family = weights.type.removesuffix("-block")
-    assert NUMBERS[numbers] == (family, weights.bits, None if inputs is None else inputs.type)
+    assert NUMBERS[numbers] == (family, weights.bits, None if inputs is None else inputs.beside(weights).type)
     steps = [*(transform.name for transform in recipe.transforms), recipe.method.name]
     plain = recipe.method.name == "rtn" and (weights.type != "int" or recipe.transforms)  # goes without saying
     assert rest[: len(steps)] == steps or served or (plain and rest[: len(steps) - 1] == steps[:-1])
