@@ -1,13 +1,17 @@
-"""Real servers on good artifacts and on spoilt ones: `check` passes the first and fails the second.
+"""Real servers on good artifacts and on spoilt ones: `smoke` and `check` pass the first and fail the second.
 
     make setup-vllm && .venv/bin/pytest tests/slow/test_rubbish.py
 
 Checksums would tell of most of it; here they are not looked at. QUANTPRESS_VLLM_PYTHON names another Python that has
-vLLM, QUANTPRESS_VLLM_MODEL another model than the embedded default.
+vLLM, QUANTPRESS_VLLM_MODEL another model than the embedded default. Each artifact has one start of its server.
 """
 
 import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +19,9 @@ from quantpress import api
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.cli.options import make_options
 from quantpress.exports.servers import launchers
-from quantpress.exports.serving.reference import Reference, read_reference
-from quantpress.exports.serving.served_check import Checked, check_served
+from quantpress.exports.serving.reference import read_reference
+from quantpress.exports.serving.served_check import check_served
+from quantpress.exports.serving.smoke_test import smoke
 from quantpress.exports.serving.starting import Options, installed, serve
 from quantpress.gguf.chat import template_arguments
 
@@ -24,51 +29,113 @@ from .. import rubbish
 
 MODEL = os.environ.get("QUANTPRESS_VLLM_MODEL", "smollm2-135m")
 PYTHON = os.environ.get("QUANTPRESS_VLLM_PYTHON")
-EVALUATION = {"windows": 2, "window": 256, "prompts": []}
-RECIPES = {
-    "vllm": {"method": "rtn", "weights": {"bits": 4, "group_size": 64, "symmetric": False}},
-    "llama.cpp": {"method": "rtn", "formats": ["gguf"], "gguf": {"type": "Q4_K_M"}},
+_GPTQ, _PLAIN = {"name": "gptq"}, {"name": "rtn"}
+_INT4, _INT8 = {"bits": 4, "group_size": 64}, {"bits": 8, "group_size": -1}
+SPOILT: dict[str, dict[str, Any]] = {  # those that rubbish is made of
+    "vllm": {"method": _PLAIN, "weights": _INT4 | {"symmetric": False}},
+    "vllm, static inputs": {"method": _PLAIN, "weights": _INT8, "activations": {"type": "int8", "dynamic": False}},
+    "llama.cpp": {"method": _PLAIN, "formats": ["gguf"], "gguf": {"type": "Q4_K_M"}},
 }
+GOOD: dict[str, dict[str, Any]] = SPOILT | {
+    "vllm, gptq": {"method": _GPTQ, "weights": _INT4, "formats": ["gptq"]},
+    "vllm, awq": {"method": _PLAIN, "weights": _INT4 | {"symmetric": False}, "formats": ["awq"]},
+    "vllm, w8a8": {"method": _PLAIN, "weights": _INT8, "activations": {"type": "int8"}},
+    "vllm, w4a8": {"method": _PLAIN, "weights": _INT4, "activations": {"type": "int8"}},
+    "llama.cpp, Q8_0": {"method": _PLAIN, "formats": ["gguf"], "gguf": {"type": "Q8_0"}},
+    "llama.cpp, gptq": {"method": _GPTQ, "formats": ["gguf"], "gguf": {"type": "Q4_K_M"}},
+}
+COMMON = {
+    "name": "served", "calibration": {"samples": 32, "seq_len": 256},
+    "evaluation": {"windows": 2, "window": 256, "prompts": []},
+}  # fmt: skip
+KINDS = [
+    *(("vllm", kind) for kind in rubbish.FOLDERS),
+    *(("vllm, static inputs", kind) for kind in rubbish.STATIC),
+    *(("llama.cpp", kind) for kind in rubbish.GGUFS),
+]
+CAUSES = {  # what the failed checks have to name
+    "scales doubled": "a layer's", "scales scrambled": "a layer's", "zeros off by one": "a layer's",
+    "columns permuted": "a layer's", "a block zeroed": "a layer's", "rope_theta": "rope",
+    "tokenizer permuted": "tokenizer", "another tokenizer": "tokenizer", "template removed": "template",
+    "template edited": "template", "BOS twice": "BOS", "BOS": "BOS", "static scales wrong": "static input scales",
+}  # fmt: skip
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=RECIPES)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A server's name and the folder of a run with an artifact for it."""
-    server = request.param
-    if not installed(launchers()[server], PYTHON if server == "vllm" else None):
-        pytest.skip(f"{server} is not installed: {launchers()[server].install}")
-    out = tmp_path_factory.mktemp("run") / server
-    api.run({"name": "served", "evaluation": EVALUATION, **RECIPES[server]}, MODEL, out, make_options())
-    return server, out
+@dataclass(frozen=True)
+class Made:
+    """A run's folder, and the server that its artifact is for."""
+
+    folder: Path
+    server: str
+
+    @property
+    def python(self) -> str | None:
+        return PYTHON if self.server == "vllm" else None
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "quantized" / ("model.gguf" if self.server == "llama.cpp" else "")
+
+    def judged(self, artifact: Path, out: Path) -> list[tuple[str, str, str]]:
+        """(command, status, line) of each check that `check` and `smoke` make of it on one start of the server."""
+        reference, found = read_reference(self.folder), []
+        options = Options(python=self.python, max_model_len=768)
+        said = template_arguments(open_tokenizer(self.folder / "quantized")) if self.server == "llama.cpp" else {}
+        row = launchers()[self.server]
+        if self.server == "vllm":  # compiling takes a minute, and changes nothing here
+            row = replace(row, command=lambda launch: [*launchers()["vllm"].command(launch), "--enforce-eager"])
+        with serve(row, artifact, out / "log", options, template=said) as running:
+            for one in check_served(running.url, reference).checks:
+                found.append(("check", one.status, f"{one.name}: {one.reason}"))
+            there = replace(options, url=running.url, lacks=running.lacks)
+            record = smoke(artifact, "url", out / "smoke", there, make_options().cache, reference=reference)
+        found += [("smoke", one.status, f"{one.name}: {one.reason}") for one in record.checks]
+        print("\n".join(" ".join(one) for one in found if one[1] != "pass"))  # noqa: T201
+        return found
 
 
-def held(server: str, artifact: Path, reference: Reference, tokenizer: Path, log: Path) -> Checked:
-    options = Options(python=PYTHON if server == "vllm" else None, max_model_len=768)
-    said = template_arguments(open_tokenizer(tokenizer)) if server == "llama.cpp" else {}
-    with serve(launchers()[server], artifact, log, options, template=said) as running:
-        return check_served(running.url, reference)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs by name, each made once."""
+    kept: dict[str, Made] = {}
+
+    def make(name: str) -> Made:
+        server = name.partition(",")[0]
+        if not installed(launchers()[server], PYTHON if server == "vllm" else None):
+            pytest.skip(f"{server} is not installed: {launchers()[server].install}")
+        if name not in kept:
+            out = tmp_path_factory.mktemp("run") / "it"
+            api.run({**COMMON, **GOOD[name]}, MODEL, out, make_options())
+            kept[name] = Made(out, server)
+        return kept[name]
+
+    return make
 
 
-def served_file(server: str, folder: Path) -> Path:
-    return folder / "quantized" / ("model.gguf" if server == "llama.cpp" else "")
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_artifact_passes(name: str, made: Any, tmp_path: Path) -> None:
+    one = made(name)
+    found = one.judged(one.artifact, tmp_path)
+    assert [line for line in found if line[1] == "fail"] == []
+    assert {status for command, status, _ in found if command == "check"} == {"pass"}
 
 
-def test_a_good_artifact_passes(run: tuple[str, Path], tmp_path: Path) -> None:
-    server, folder = run
-    found = held(server, served_file(server, folder), read_reference(folder), folder / "quantized", tmp_path / "log")
-    assert found.passed, [check for check in found.checks if check.status == "fail"]
-    assert {check.status for check in found.checks} == {"pass"}
+@pytest.mark.parametrize("name", ["vllm", "llama.cpp"])
+def test_the_command_starts_the_server_itself(name: str, made: Any) -> None:
+    one = made(name)
+    command = [sys.executable, "-m", "quantpress", "smoke", str(one.folder), "--server", one.server]
+    command += ["--server-python", one.python] if one.python else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("kind", sorted({*rubbish.FOLDERS, *rubbish.GGUFS}))
-def test_rubbish_fails(kind: str, run: tuple[str, Path], tmp_path: Path) -> None:
-    server, folder = run
-    kinds = rubbish.GGUFS if server == "llama.cpp" else rubbish.FOLDERS
-    if kind not in kinds:
-        pytest.skip(f"{kind} is not made in {server}'s format")
-    spoilt = rubbish.spoiled(served_file(server, folder), tmp_path / "spoilt" / "model.gguf"
-                             if server == "llama.cpp" else tmp_path / "spoilt", kinds[kind])  # fmt: skip
-    found = held(server, spoilt, read_reference(folder), folder / "quantized", tmp_path / "log")
-    assert not found.passed
-    print(kind, [check.reason for check in found.checks if check.status == "fail"])  # noqa: T201
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_rubbish_fails(name: str, kind: str, made: Any, tmp_path: Path) -> None:
+    one = made(name)
+    kinds = rubbish.GGUFS if one.server == "llama.cpp" else rubbish.FOLDERS | rubbish.STATIC
+    out = tmp_path / "spoilt" / ("model.gguf" if one.server == "llama.cpp" else "")
+    found = one.judged(rubbish.spoiled(one.artifact, out, kinds[kind]), tmp_path)
+    for command in ("check", "smoke"):
+        failed = " ".join(line for by, status, line in found if by == command and status == "fail")
+        assert CAUSES[kind] in failed, command
