@@ -40,7 +40,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert session["exported"]["vllm"].folder == Path("runs/steps/export/vllm")
     _shows_itself(session["forecast"], "Plan", "down_proj", "int8 channel sym")
     _shows_itself(session["results"], "Perplexity", "KL divergence")
-    _shows_itself(session["release"], "<td style='text-align:left'>runs/first/report/index.html", "Perplexity")
+    _shows_itself(session["release"], "<td style='text-align:left'>runs/python/report/index.html", "Perplexity")
     _shows_itself(session["found"], "w4a16-rtn" if session["found"].choice is None else "Take ")
     _shows_itself(session["proposal"], "Take ", "the weights may take")
     _shows_itself(verify("runs/steps"), "Sound", "files compared")
