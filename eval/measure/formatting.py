@@ -92,5 +92,5 @@ def seconds(value: float) -> str:
 def interval(ends: tuple[float, float], how: Callable[[float], str]) -> str:
     """A 95% interval, each end as `how` writes it."""
     low, high = how(ends[0]), how(ends[1])
-    unit = f"{NBSP}%"
-    return f"{low.removesuffix(unit)} to {high}" if low.endswith(unit) and high.endswith(unit) else f"{low} to {high}"
+    unit = next((unit for unit in (f"{NBSP}%", "× as high") if low.endswith(unit) and high.endswith(unit)), "")
+    return f"{low.removesuffix(unit)} to {high}"

@@ -78,7 +78,7 @@ def _points(judged: Sequence[Judged], of: _Quality, original: float) -> list[Poi
 
 
 def _kl(judged: Sequence[Judged]) -> tuple[Axes, list[Point]]:
-    axes = Axes("KL divergence, nats per token (lower is better)", limit=_kl_limit([one.run for one in judged]))
+    axes = Axes("KL, nats per token (lower is better)", limit=_kl_limit([one.run for one in judged]))
     return axes, _points(judged, lambda one: (one.kl, one.kl_interval), 0.0)
 
 

@@ -129,7 +129,8 @@ class MeasuredRun:
         if self.serving.verdict == "FAILED":
             return f"{who} failed {', '.join(wrong) or 'the smoke test'}."
         agrees = "; its answers agree with our own forward pass over these files" if self.serving.agreement else ""
-        return f"{who} loads it and passes the {len(made)} checks that apply{agrees}."
+        checks = "the one check that applies" if len(made) == 1 else f"the {len(made)} checks that apply"
+        return f"{who} loads it and passes {checks}{agrees}."
 
     @property
     def findings(self) -> list[str]:

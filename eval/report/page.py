@@ -224,10 +224,10 @@ def _write(
 
 
 def _estimate(metric: Metric, value: float | None, error: float | None) -> str:
-    """A value of the metric with its standard error; empty where there is no value."""
+    """A value of the metric with its standard error, where that is known; empty where there is no value."""
     if value is None:
         return ""
-    return metric.show(value) + ("" if error is None else f" ± {metric.show_error(error)}")
+    return metric.show(value) + ("" if error is None or math.isnan(error) else f" ± {metric.show_error(error)}")
 
 
 def _changed(metric: Metric, value: MetricValue) -> str:

@@ -166,7 +166,11 @@ def tradeoff(
     texts = [str(i) if number_only and p is not first else shortened(p.label, 30) for i, p in enumerate(points)]
     whiskers = [_whisker(p, y) for p in points]
     bars = [_pad((at[0], ends[0], at[0], ends[1]), 2) for at, ends in zip(spots, whiskers, strict=True) if ends]
-    labels = _place(spots, texts, frame, [_pad(a + b, 3) for a, b in pairwise(steps)] + bars)
+    limit = None if axes.limit is None else (y(axes.limit[0]), axes.limit[1])
+    obstacles = [_pad(a + b, 3) for a, b in pairwise(steps)] + bars
+    if limit is not None:  # its name stands on the line, at the left
+        obstacles += [(frame[0] + 4, limit[0] - 18, frame[0] + 8 + _EM * FONT * len(limit[1]), limit[0])] * 4
+    labels = _place(spots, texts, frame, obstacles)
     marks = []
     for p, place, ends, label in zip(points, spots, whiskers, labels, strict=True):
         beyond: Side | None = None if _on_axis(p) else "bottom" if axes.rises else "top"
@@ -178,7 +182,7 @@ def tradeoff(
         [(x(t), f"{t / unit:g}") for t in x.ticks(max(3, width // 130))],
         [(y(t), f"{shown * t:,.10g}") for t in y.ticks(5)],
         axes.x_title or f"Weights on disk, {name}", axes.y_title + (", log scale" if y.log else ""), marks, steps,
-        None if axes.limit is None else (y(axes.limit[0]), axes.limit[1]),
+        limit,
     )  # fmt: skip
 
 

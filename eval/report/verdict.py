@@ -52,13 +52,14 @@ def _what_to_do(one: Judged) -> list[str]:
     ]
 
 
-def _serve(run: MeasuredRun) -> str:
+def _serve(run: MeasuredRun, inside: str = "") -> str:
+    """How to start it. inside: the run's folder with a slash, where several runs are spoken of."""
     targets = [str(target.get("name")) for target in run.manifest.recipe.get("targets") or ()]
     if targets:
-        return f"export/{targets[0]}/ has the files that start it on {targets[0]}."
+        return f"{inside}export/{targets[0]}/ has the files that start it on {targets[0]}."
     if run.manifest.artifact.format == "gguf":
-        return "llama.cpp serves it; quantized/README.md has the commands."
-    return "quantized/README.md names the servers that load it, with their commands."
+        return f"llama.cpp serves it; {inside}quantized/README.md has the commands."
+    return f"{inside}quantized/README.md names the servers that load it, with their commands."
 
 
 def _next(run: MeasuredRun) -> str:
@@ -139,7 +140,7 @@ def _advice(take: Judged | None, best: Judged | None) -> list[str]:
     label = take.run.label
     out = []
     if take.standing.level == "fine":
-        out.append(f"Take {label}: {take.standing.reason}. {_serve(take.run)}")
+        out.append(f"Take {label}: {take.standing.reason}. {_serve(take.run, f'{take.run.folder.name}/')}")
     else:
         out.append(f"Look closer at {label} before you take it: {take.standing.reason}.")
         out.append(f"To lose less: {_next(take.run)[len('Try ') :]}")

@@ -24,6 +24,22 @@ from .test_report import BROWSER, Page, fake_manifest, fake_results, in_browser,
 SECTIONS = ("Tasks", "Where the divergence is", "The same prompts continued", "Memory and speed", "Served by vLLM")
 
 
+def load(what: str, goodput: float, **more: Any) -> dict[str, Any]:
+    """A load of 40 requests, 2 a second."""
+    ms = {"p50": 120.4, "p95": 310.0, "p99": 420.0}
+    return {
+        "what": what, "rate": 2.0, "seconds": 20.5, "requests": 40, "completed": 40, "error": None, "ttft_ms": ms,
+        "itl_ms": ms, "tpot_ms": {"p50": 31.25, "p95": 44.0, "p99": 51.0}, "goodput": goodput, "limit_ttft_ms": 500.0,
+        "limit_tpot_ms": 50.0, "requests_per_second": 1.9, "tokens_per_second": 121.6,
+    } | more  # fmt: skip
+
+
+LOADS = {
+    "load": [load("artifact", 1.87), load("original", 1.21, completed=38, error="503: full")],
+    "against": {"positions": 90, "away": 0.0003, "limit": 0.003, "lost": 0.0812, "expected": 0.0809},
+}
+
+
 def full_results(perplexity: float = 18.4) -> dict[str, Any]:
     """Everything that can be measured."""
     results = fake_results(perplexity, "NONE")
@@ -66,7 +82,7 @@ def full_results(perplexity: float = 18.4) -> dict[str, Any]:
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report folder of a run in which everything was measured."""
     run = write_run(tmp_path_factory.mktemp("full") / "run", fake_manifest(blocks=3), full_results())
-    write_json(run / "eval" / "serving.json", SERVING)
+    write_json(run / "eval" / "serving.json", SERVING | LOADS)
     return write_report(run).parent
 
 
@@ -81,6 +97,8 @@ def test_what_was_measured_has_its_section(full: Path) -> None:
     for shown in ("−3.0 −5.0 to +1.0", "95.0 %", "0 to 10 %", "0.0800 ± 0.0046", "1,535 / 40.0",
                   "647 MB", "214", "23.0 kB per token", "112 ms", "✓ answers", "– skipped: tools",
                   "+7.9 % +5.0 to +11.0 %",
+                  "2original38 of 401.21120 31031.2 44.0121.6", "artifact40 of 401.87120 310", "503: full",
+                  "KL 0.000300 (up to 0.00300 is the server's arithmetic)", "KL 0.0812 as served, 0.0809 as measured",
                   "The capital <b>", "from token 3", "all 1 tokens alike", "2 an hour"):  # fmt: skip
         assert shown in text, shown
 
