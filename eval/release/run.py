@@ -95,7 +95,8 @@ def make_release(recipe: Recipe, out: Path, options: Options, callbacks: Callbac
             callbacks.on_note(
                 f"{card} was edited by hand and is left as it is; quantpress card --overwrite-card replaces it"
             )
-        write_junit(out / "eval" / "junit.xml", recipe.name, results, _stages_of(read_manifest(out)))
+    (out / "eval").mkdir(exist_ok=True)
+    write_junit(out / "eval" / "junit.xml", recipe.name, results, _stages_of(read_manifest(out)))
     done = {name: stage.summary for name, stage in read_manifest(out).stages.items()}
     return Release(out, results, serving, report, card, done)
 

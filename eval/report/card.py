@@ -35,9 +35,12 @@ _KEPT = ("license", "license_name", "license_link", "language")
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """How one program serves the artifact. refused: why it cannot, one line per reason; notes: what to know."""
+    """How one program serves the artifact. version: whose rules were looked at. refused: why it cannot, one line per
+    reason; notes: what to know.
+    """
 
     title: str
+    version: str
     command: str
     language: str
     refused: tuple[str, ...] = ()
@@ -132,23 +135,30 @@ def servers(run: MeasuredRun, name: str) -> list[ServeCommand]:
     """Each program that reads the artifact's format, with the reasons why it would not load this artifact, if any."""
     contents = contracts.of_folder(run.folder / "quantized")
     out: list[ServeCommand] = []
-    offered = [(server.hub_command, target) for server in SERVERS.values() for target in server.variants]
-    for command, target in offered:
+    offered = [(server, target) for server in SERVERS.values() for target in server.variants]
+    for server, target in offered:
+        command = server.hub_command
         loader, title = target.loader, target.loader.label
         if not command or contents.format not in loader.formats:
             continue
-        refused = tuple(contracts.problems(target, contents))
+        refused = tuple(map(_without_advice, contracts.problems(target, contents)))
         if title == "vLLM on a CPU" and bool(refused) == bool(out[0].refused):
             continue  # the same as on a GPU
         notes = loader_notes(loader, contents.format, contents.grids, contents.activations)
-        out.append(ServeCommand(title, command.format(name=name), "bash", refused, tuple(notes)))
+        out.append(ServeCommand(title, server.version, command.format(name=name), "bash", refused, tuple(notes)))
     if contents.format != "gguf":
-        merged = tuple(line for line in loading(contents) if line.startswith("transformers"))
+        merged = [_without_advice(line) for line in loading(contents) if line.startswith("transformers")]
         wrong = tuple(line for line in merged if "does not load" in line or "wrongly" in line)
         notes = [line for line in merged if line not in wrong]
         code = _TRANSFORMERS.format(name=name, auto=auto_class_of(run.folder / "quantized"))
-        out.append(ServeCommand("transformers", code, "python", wrong, tuple(notes)))
+        version = run.manifest.versions.get("transformers", "")
+        out.append(ServeCommand("transformers", version, code, "python", wrong, tuple(notes)))
     return out
+
+
+def _without_advice(reason: str) -> str:
+    """Why a server refuses the files, without what whoever makes them would set instead."""
+    return reason.partition(": set ")[0]
 
 
 _TRANSFORMERS = """from transformers import {auto}, AutoTokenizer

@@ -24,15 +24,16 @@ class Stage:
     failed: str | None = None
 
 
-def write_junit(path: Path, name: str, results: Results, stages: Sequence[Stage] = ()) -> None:
+def write_junit(path: Path, name: str, results: Results | None, stages: Sequence[Stage] = ()) -> None:
     """Write the suite quantpress.gates with a case per gate, and quantpress.stages with one per stage.
 
     A missed gate fails; an inconclusive one is skipped with its reason, or fails too where the recipe is strict.
-    stages: by default the evaluation, which fails while it is not complete, so that the file is never empty.
+    results: None for a run without an evaluation. stages: by default the evaluation, which fails while it is not
+    complete, so that the file is never empty.
     """
-    gates = results.gates
-    own = None if results.complete else "the evaluation was interrupted: sections are missing"
-    done = stages or (Stage("eval", results.seconds, own),)
+    gates, seconds = (GateReport(), 0.0) if results is None else (results.gates, results.seconds)
+    own = "the evaluation was interrupted: sections are missing" if results and not results.complete else None
+    done = stages or (Stage("eval", seconds, own),)
     suite = ElementTree.Element("testsuite", name="quantpress.gates", tests=str(len(gates.checks)))
     failed = skipped = 0
     for check in gates.checks:
@@ -44,7 +45,7 @@ def write_junit(path: Path, name: str, results: Results, stages: Sequence[Stage]
         elif check.verdict == "INCONCLUSIVE":
             skipped += 1
             ElementTree.SubElement(case, "skipped", message=f"inconclusive: {check.reason}")
-    suite.attrib |= {"failures": str(failed), "skipped": str(skipped), "errors": "0", "time": f"{results.seconds:.3f}"}
+    suite.attrib |= {"failures": str(failed), "skipped": str(skipped), "errors": "0", "time": f"{seconds:.3f}"}
     root = ElementTree.Element("testsuites")
     root.append(suite)
     root.append(_stages(name, done))

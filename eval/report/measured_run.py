@@ -157,7 +157,7 @@ class MeasuredRun:
     @property
     def warnings(self) -> list[str]:
         """What a reader has to know before using the numbers, the worst first."""
-        out = list(self.manifest.fallbacks)
+        out = grouped(self.manifest.fallbacks)
         if not math.isfinite(self.artifact.perplexity):
             out.insert(0, "The artifact's perplexity is not a finite number: it does not work as a language model.")
         if not self.results.complete:
@@ -166,6 +166,16 @@ class MeasuredRun:
         if calibration and calibration.sha256 == self.text.sha256:
             out.append("Calibrated on the text it is evaluated on: the quality shown is too good.")
         return out
+
+
+def grouped(fallbacks: Sequence[str]) -> list[str]:
+    """Notes on layers, `name: note` each, with those that say the same as one."""
+    names: dict[str, list[str]] = {}
+    for line in fallbacks:
+        name, mark, note = line.partition(": ")
+        names.setdefault(note if mark else line, []).append(name if mark else "")
+    few = {note: [f"{name}: {note}" if name else note for name in of] for note, of in names.items() if len(of) < 4}
+    return [line for note, of in names.items() for line in few.get(note, [f"{of[0]} and {len(of) - 1} more: {note}"])]
 
 
 def open_run(folder: Path) -> MeasuredRun:

@@ -79,6 +79,7 @@ SERVER = Server(
     name="tensorrt-llm",
     settings=TensorRtLlm,
     deploy=deploy,
+    version=VERSION,
     variants=(TensorRtLlm(),),
     hub_command="trtllm-serve {name}",
 )

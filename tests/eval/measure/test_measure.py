@@ -247,6 +247,9 @@ def test_junit_has_a_case_a_gate(strict: bool, failures: set[str], tmp_path: Pat
     assert [(case.get("name"), case[0].get("message")) for case in stages] == [
         ("eval", "the evaluation was interrupted: sections are missing")
     ]
+    write_junit(tmp_path / "junit.xml", "a", None, [Stage("quantize", 95.2)])  # a recipe without an evaluation
+    gates, stages = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert (gates.get("tests"), [case.get("name") for case in stages]) == ("0", ["quantize"])
     write_junit(tmp_path / "junit.xml", "a", results, [Stage("quantize", 95.2), Stage("smoke", 3, "it failed")])
     _, stages = ElementTree.parse(tmp_path / "junit.xml").getroot()
     assert (stages.get("tests"), stages.get("failures"), stages.get("time")) == ("2", "1", "98.200")

@@ -88,6 +88,8 @@ def test_only_servers_that_load_the_files_are_named(made: Path) -> None:
     assert "vllm serve" not in text
     assert f"Not with vLLM: {by_title['vLLM'].refused[0][:12]}" in text
     assert 'AutoModelForCausalLM.from_pretrained("me/it"' in text
+    assert ": set " not in text  # its reader cannot change the recipe
+    assert "**transformers** (checked for version" in text
 
 
 def test_a_base_model_that_is_no_hub_id_is_refused(made: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from quantpress.core.files import write_json
 from quantpress.eval.measure.results import TaskResult
 from quantpress.eval.report.figures import recovery_axis
-from quantpress.eval.report.measured_run import LeftOut
+from quantpress.eval.report.measured_run import LeftOut, grouped
 from quantpress.eval.report.page import write_comparison, write_report, write_sweep
 from quantpress.eval.report.page_text import squeezed
 from quantpress.eval.report.tradeoff import Axes, Point, pareto, tradeoff
@@ -109,6 +109,17 @@ def test_what_was_not_is_absent(tmp_path: Path) -> None:
     for title in SECTIONS:
         assert title not in text, title
     assert not (folder / "tasks.png").exists()
+
+
+def test_layers_with_the_same_note_are_one_line() -> None:
+    notes = [f"model.layers.{k}: damp raised" for k in range(5)] + [
+        "a: left in 16 bit",
+        "no colon",
+        "b: left in 16 bit",
+    ]
+    assert grouped(notes) == [
+        "model.layers.0 and 4 more: damp raised", "a: left in 16 bit", "b: left in 16 bit", "no colon"
+    ]  # fmt: skip
 
 
 def test_the_first_token_that_differs_is_marked(full: Path) -> None:
