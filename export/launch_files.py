@@ -5,10 +5,9 @@ from typing import Any
 import yaml
 
 from .quoting import comment, for_compose, for_kubernetes, in_double_quotes, shell_word, variable
-from .servers.deployment import HOST, PORT, PYTHON, Deployment, Mount
-from .servers.resources import quantity
+from .servers.deployment import HOST, PORT, PYTHON, USER_ID, Deployment, Mount
+from .servers.resources import SHARED_BYTES, quantity
 
-_HOST_BYTES = 8 * 2**30  # of host memory for a GPU server's processes, beside the weights; assumed, not measured
 _REST = '"$@"'  # the script's own arguments, passed on
 _START_SECONDS = 900  # before a server without an answer counts as failed: large models take minutes to load
 
@@ -60,6 +59,7 @@ def _docker_run(deployment: Deployment, host: str) -> list[str]:
     words += ["--gpus", "all"] if deployment.cuda else []
     words += ["--shm-size", "2g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
     words += ["--security-opt", "no-new-privileges"]
+    words += ["--user", f"{USER_ID}:{USER_ID}", "--read-only", "--tmpfs", "/tmp:exec"] if deployment.confined else []
     host, port = variable("HOST", _bracketed(host)), variable("PORT", str(deployment.port))
     shell = [*words, "--publish", f'"{host}:{port}:{deployment.port}"']
     for mount in deployment.mounts:
@@ -93,9 +93,13 @@ def compose(deployment: Deployment, host: str) -> str:
             "start_period": f"{_START_SECONDS}s",
         },
     }
+    if deployment.confined:
+        service |= {"user": f"{USER_ID}:{USER_ID}", "read_only": True, "tmpfs": ["/tmp:exec"]}
+    resources: dict[str, Any] = {"limits": {"memory": str(deployment.resources.host_bytes(cuda=deployment.cuda)[1])}}
     if deployment.cuda:
         gpus = {"driver": "nvidia", "count": deployment.resources.gpus, "capabilities": ["gpu"]}
-        service["deploy"] = {"resources": {"reservations": {"devices": [gpus]}}}
+        resources["reservations"] = {"devices": [gpus]}
+    service["deploy"] = {"resources": resources}
     return _document(
         f"{deployment.title}: docker compose up",
         {"name": deployment.name, "services": {"server": for_compose(service)}},
@@ -103,16 +107,16 @@ def compose(deployment: Deployment, host: str) -> str:
 
 
 def kubernetes(deployment: Deployment) -> str:
-    """A Deployment and a Service inside the cluster. The exported folder is expected in a volume claim of that name."""
+    """A claim for the exported folder's contents, a Deployment that reads it and a Service inside the cluster."""
     labels = {"app.kubernetes.io/name": deployment.name, "app.kubernetes.io/part-of": "quantpress"}
     meta = {"name": deployment.name, "labels": labels}
-    # A request without a limit: the peak of host memory while loading is not known.
-    host_bytes = (
-        deployment.resources.weights_bytes + _HOST_BYTES if deployment.cuda else deployment.resources.memory_bytes
-    )
-    needs: dict[str, Any] = {"requests": {"cpu": "4", "memory": quantity(host_bytes)}}
+    asked, most = deployment.resources.host_bytes(cuda=deployment.cuda)
+    needs: dict[str, Any] = {
+        "requests": {"cpu": "4", "memory": quantity(asked)},
+        "limits": {"memory": quantity(most)},
+    }
     if deployment.cuda:
-        needs["limits"] = {"nvidia.com/gpu": deployment.resources.gpus}
+        needs["limits"]["nvidia.com/gpu"] = deployment.resources.gpus
     probe = {"httpGet": {"path": deployment.health, "port": "http"}, "timeoutSeconds": 10}
     argv = deployment.in_container()
     container: dict[str, Any] = {
@@ -126,20 +130,32 @@ def kubernetes(deployment: Deployment) -> str:
         "startupProbe": probe | {"periodSeconds": 10, "failureThreshold": _START_SECONDS // 10},
         "readinessProbe": probe | {"periodSeconds": 10},
         "livenessProbe": probe | {"periodSeconds": 30, "failureThreshold": 3},
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
         "volumeMounts": [
             *({"name": "files", "mountPath": m.path, "subPath": m.inside, "readOnly": True} for m in deployment.mounts),
             {"name": "shm", "mountPath": "/dev/shm"},
+            {"name": "tmp", "mountPath": "/tmp"},
         ],
     }
     spec = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "containers": [container],
         "volumes": [
             {"name": "files", "persistentVolumeClaim": {"claimName": deployment.name, "readOnly": True}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": quantity(SHARED_BYTES)}},
+            {"name": "tmp", "emptyDir": {}},
         ],
     }
     selector = {"app.kubernetes.io/name": deployment.name}
@@ -161,8 +177,17 @@ def kubernetes(deployment: Deployment) -> str:
         "metadata": meta,
         "spec": {"type": "ClusterIP", "selector": selector, "ports": ports},
     }
-    heading = f"{deployment.title}: kubectl apply -f. The claim {deployment.name} holds this folder's contents"
-    return _document(heading, workload, service)
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": meta,
+        "spec": {
+            "accessModes": ["ReadWriteOnce"],
+            "resources": {"requests": {"storage": quantity(deployment.resources.weights_bytes * 5 // 4 + 2**30)}},
+        },
+    }
+    heading = f"{deployment.title}: kubectl apply -f; then copy this folder's contents into the claim {deployment.name}"
+    return _document(heading, claim, workload, service)
 
 
 class _Plain(yaml.SafeDumper):

@@ -10,6 +10,9 @@ import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from .quantize.originals import trained
 
 
 def spoiled(source: Path, out: Path, how: Callable[[Path], None]) -> Path:
@@ -115,6 +118,13 @@ def tokenizer_permuted(folder: Path) -> None:
     _config(folder, change, "tokenizer.json")
 
 
+def tokenizer_of_another(folder: Path) -> None:
+    """A tokenizer that was trained on another text, under the original's template."""
+    words = PreTrainedTokenizerFast(tokenizer_object=trained(), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    words.chat_template = PreTrainedTokenizerFast.from_pretrained(folder).chat_template
+    words.save_pretrained(folder)
+
+
 def template_removed(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _config(folder, lambda config: config.pop("chat_template", None), "tokenizer_config.json")
@@ -150,9 +160,10 @@ def bos_twice(folder: Path) -> None:
 FOLDERS: dict[str, Callable[[Path], None]] = {
     "scales doubled": scales_doubled, "scales scrambled": scales_scrambled, "zeros off by one": zeros_off_by_one,
     "columns permuted": columns_permuted, "a block zeroed": block_zeroed, "rope_theta": rope_theta_wrong,
-    "tokenizer permuted": tokenizer_permuted, "template removed": template_removed,
-    "template edited": template_edited, "BOS twice": bos_twice,
+    "tokenizer permuted": tokenizer_permuted, "another tokenizer": tokenizer_of_another,
+    "template removed": template_removed, "template edited": template_edited, "BOS twice": bos_twice,
 }  # fmt: skip
+STATIC: dict[str, Callable[[Path], None]] = {"static scales wrong": static_scales_wrong}  # of static int8 inputs
 
 
 def _gguf(file: Path, change: Callable[[Any], None]) -> None:
@@ -175,6 +186,38 @@ def gguf_columns_permuted(file: Path) -> None:
         size = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
         data = tensor.data.view(np.uint8).reshape(tensor.data.shape[0], -1, size)
         data[:] = data[:, ::-1].copy()
+
+    _gguf(file, change)
+
+
+_SCALES = {"Q4_K": slice(0, 4), "Q5_K": slice(0, 4), "Q6_K": slice(-2, None)}  # of a block; of the others: the first 2
+_MINIMUM = {"Q4_K": slice(2, 4), "Q5_K": slice(2, 4), "Q4_1": slice(2, 4), "Q5_1": slice(2, 4)}
+
+
+def _multiplied(tensor: Any, where: slice, by: float) -> None:
+    """Multiply the float16 numbers that stand at `where` in each block of a tensor."""
+    size = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
+    data = tensor.data.view(np.uint8).reshape(-1, size)
+    data[:, where] = (data[:, where].copy().view(np.float16) * np.float16(by)).view(np.uint8)
+
+
+def gguf_scales_doubled(file: Path) -> None:
+    def change(reader: Any) -> None:
+        tensor = _middle(reader, "ffn_down.weight")
+        _multiplied(tensor, _SCALES.get(tensor.tensor_type.name, slice(0, 2)), 2)
+
+    _gguf(file, change)
+
+
+def gguf_zeros_off(file: Path) -> None:
+    """The minima of one block's matrices higher by an eighth: about one step of four bits."""
+
+    def change(reader: Any) -> None:
+        number = _middle(reader, "ffn_down.weight").name.split(".")[1]
+        able = [t for t in reader.tensors if t.name.startswith(f"blk.{number}.") and t.tensor_type.name in _MINIMUM]
+        assert able
+        for tensor in able:
+            _multiplied(tensor, _MINIMUM[tensor.tensor_type.name], 1.125)
 
     _gguf(file, change)
 
@@ -222,6 +265,41 @@ def gguf_tokenizer_permuted(file: Path) -> None:
     _gguf(file, change)
 
 
+def gguf_merges_permuted(file: Path) -> None:
+    """Merges of one length exchanged: another tokenizer of the same tokens."""
+
+    def change(reader: Any) -> None:
+        field = reader.fields["tokenizer.ggml.merges"]
+        by_length: dict[int, list[Any]] = {}
+        for part in (field.parts[i] for i in field.data):
+            by_length.setdefault(len(part), []).append(part)
+        for parts in by_length.values():
+            for one, other in zip(parts, reversed(parts[len(parts) // 2 :]), strict=False):
+                one[:], other[:] = other.copy(), one.copy()
+
+    _gguf(file, change)
+
+
+def gguf_template_removed(file: Path) -> None:
+    """Its key, under another name."""
+
+    def change(reader: Any) -> None:
+        key = reader.fields["tokenizer.chat_template"].parts[1]
+        key[:] = np.frombuffer(bytes(key)[:-1] + b"_", np.uint8)
+
+    _gguf(file, change)
+
+
+def gguf_bos(file: Path) -> None:
+    """A BOS more than the original's tokenizer puts, or one less."""
+
+    def change(reader: Any) -> None:
+        field = reader.fields["tokenizer.ggml.add_bos_token"]
+        field.parts[field.data[0]][:] = 1 - field.parts[field.data[0]]
+
+    _gguf(file, change)
+
+
 def gguf_template_edited(file: Path) -> None:
     def change(reader: Any) -> None:
         field = reader.fields["tokenizer.chat_template"]
@@ -234,6 +312,8 @@ def gguf_template_edited(file: Path) -> None:
 
 GGUFS: dict[str, Callable[[Path], None]] = {
     "columns permuted": gguf_columns_permuted, "scales scrambled": gguf_scales_scrambled,
-    "a block zeroed": gguf_block_zeroed, "rope_theta": gguf_rope_wrong, "tokenizer permuted": gguf_tokenizer_permuted,
-    "template edited": gguf_template_edited,
+    "scales doubled": gguf_scales_doubled, "zeros off by one": gguf_zeros_off, "a block zeroed": gguf_block_zeroed,
+    "rope_theta": gguf_rope_wrong, "tokenizer permuted": gguf_tokenizer_permuted,
+    "another tokenizer": gguf_merges_permuted, "template removed": gguf_template_removed,
+    "template edited": gguf_template_edited, "BOS": gguf_bos,
 }  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantpress.artifact.artifact import open_artifact, open_original
+from quantpress.artifact.artifact import Artifact, open_artifact, open_original
 from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate.chat_template import rendered
 from quantpress.calibrate.tokens import encode
@@ -91,6 +91,7 @@ def make_reference(models: Models, results: Results, on_block: Callable[[], None
         bos=_bos(tokenizer),
         chat_template=next(iter(_templates(tokenizer)), None),
         dated="strftime" in str(getattr(tokenizer, "chat_template", None) or ""),
+        static_inputs=(inputs := Artifact(models.artifact).activations) is not None and inputs.calibrated,
         asked=asked,
         paragraph=Paragraph(
             text=_said(tokenizer, paragraphs[best][0]), ids=paragraphs[best][0], start=paragraphs[best][1],

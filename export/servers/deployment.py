@@ -11,6 +11,9 @@ EXPORT_RECORD = "export.json"  # in every exported folder
 # Blanks in commands, filled in for the place where they run. ORIGINAL: the model that the artifact is the draft of.
 MODEL, ORIGINAL, HOST, PORT, PYTHON = "{model}", "{original}", "{host}", "{port}", "{python}"
 _ANYWHERE = "0.0.0.0"
+# Servers in containers run as a user that the image may not know, on a root that is read-only: caches go to /tmp.
+USER_ID = 1000
+_NOBODY = {"HOME": "/tmp", "USER": "quantpress"}
 _DRAFT = (
     "The artifact is the draft of the model it was made from: the figures here are the draft's alone, and the weights "
     "and cache of the original come on top. In a Kubernetes volume a local original is expected as original/, beside "
@@ -93,8 +96,14 @@ class Deployment:
         """The command as it runs in the container, which listens on all of its own addresses."""
         return [fill(part, self._inside) for part in (*self.entrypoint, *self.arguments)]
 
+    @property
+    def confined(self) -> bool:
+        """Whether its container runs as USER_ID, on a read-only root; Ollama stores the model below its own root."""
+        return self.clustered
+
     def container_env(self) -> dict[str, str]:
-        return {key: fill(value, self._inside) for key, value in self.env.items()}
+        own = _NOBODY if self.confined else {}
+        return own | {key: fill(value, self._inside) for key, value in self.env.items()}
 
 
 def fill(part: str, blanks: Mapping[str, str]) -> str:

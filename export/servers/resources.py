@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from .served_model import ServedModel
 from .target_settings import Drafting, ServerSettings
 
+SHARED_BYTES = 2 * 2**30  # of /dev/shm, which counts as a container's memory
+_HOST_BYTES = 8 * 2**30  # of host memory for a GPU server's processes, beside the weights; assumed, not measured
 # Kept free beside weights and cache for activations, the CUDA context, captured graphs. Assumed, not measured.
 _RUNTIME_BYTES = 2_000_000_000
 _TYPICAL_TOKENS = 4096  # of a sequence whose length nobody limits
@@ -32,6 +34,12 @@ class Resources:
     @property
     def per_gpu_bytes(self) -> int:
         return math.ceil(self.memory_bytes / self.gpus)
+
+    def host_bytes(self, *, cuda: bool) -> tuple[int, int]:
+        """Host memory that a container asks for, and its limit: room for the weights once more, which a server that
+        copies them as it loads has twice, and for /dev/shm."""
+        asked = self.weights_bytes + _HOST_BYTES if cuda else self.memory_bytes
+        return asked, asked + self.weights_bytes + SHARED_BYTES
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self) | {"memory_bytes": self.memory_bytes, "per_gpu_bytes": self.per_gpu_bytes}

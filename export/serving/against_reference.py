@@ -31,6 +31,7 @@ _LIKELY = -3.0  # log-probability of those: they are among the likeliest tokens 
 _OTHER_TEMPLATE = "a chat template that is missing or not the original's"
 _DATE = 12  # tokens
 _FAR = 3.0  # times: when one kind of prompt fares worse than another
+_FARTHER = 1.2  # times: of plain prompts, which weights that are wrong throw off alike whatever their length
 _AWKWARD = 1 / 3  # of the awkward strings may be tokenized otherwise: llama.cpp's tokenizers are its own
 
 
@@ -164,7 +165,8 @@ def distributions(on: ServedCheck) -> str:
     if expected_chats(on.reference):
         raise Failed(f"{line}; {expected_chats(on.reference)}")
     if found.away is not None and found.away > on.limit:
-        raise Failed(f"{line}; likeliest cause: {_of_weights(found.by_kind, on.limit)}")
+        cause = _of_weights(found.by_kind, on.limit, static=on.reference.static_inputs)
+        raise Failed(f"{line}; likeliest cause: {cause}")
     return line
 
 
@@ -314,12 +316,16 @@ def _of_tokens(why: str, otherwise: str) -> str:
     return "BOS" if why.startswith("BOS") else otherwise
 
 
-def _of_weights(kinds: Mapping[str, float], limit: float) -> str:
-    """Short prompts stand near the start, where wrong positions do little; chats alone are seen by input scales."""
-    short = [kinds[kind] for kind in ("raw", "chat") if kind in kinds]
-    long = [kinds[kind] for kind in ("long", "long chat") if kind in kinds]
-    if short and long and max(long) > _FAR * max(*short, limit):
-        return "rope (rope_theta or its scaling): long prompts are much farther from the evaluated than short ones"
-    if kinds.get("raw", math.inf) <= limit < kinds.get("chat", 0.0) / _FAR:
+def _of_weights(kinds: Mapping[str, float], limit: float, *, static: bool) -> str:
+    """Short prompts stand near the start, where wrong positions do little. static: whether inputs have static ranges,
+    which chats alone may leave."""
+    plain, long = kinds.get("raw", 0.0), kinds.get("long", 0.0)
+    farther = limit < plain < long / _FARTHER or any(
+        kinds.get(f"long {kind}".removesuffix(" raw"), 0.0) > _FAR * max(kinds.get(kind, math.inf), limit)
+        for kind in ("raw", "chat")
+    )
+    if farther:
+        return "rope (rope_theta or its scaling): long prompts are farther from the evaluated than short ones"
+    if static and kinds.get("raw", math.inf) <= limit < kinds.get("chat", 0.0) / _FAR:
         return "static input scales: plain prompts are as evaluated, chats are not"
-    return "a layer's weights, scales or zero points"
+    return "a layer's weights, scales or zero points" + (", or static input scales" if static else "")

@@ -86,8 +86,8 @@ class Reference(Section):
 
     artifact: the digest of the artifact's files (`Sizes.digest`), None of one without a manifest. bos: the token that
     the original's tokenizer puts first, None without one. chat_template: sha256 of the original's, None without one;
-    dated: whether it writes today's date. sampling: the generation_config's advice. evaluated: what the evaluation
-    measured on its own text, such as kl_mean.
+    dated: whether it writes today's date. static_inputs: whether the artifact rounds inputs by static ranges.
+    sampling: the generation_config's advice. evaluated: what the evaluation measured on its own text, such as kl_mean.
     """
 
     schema_: Literal[1] = Field(1, alias="schema")
@@ -97,6 +97,7 @@ class Reference(Section):
     bos: int | None
     chat_template: str | None
     dated: bool = False
+    static_inputs: bool = False
     asked: tuple[Asked, ...]
     paragraph: Paragraph | None
     round_trips: tuple[RoundTrip, ...]

@@ -108,7 +108,7 @@ def test_every_file_starts_the_same_server(run: Path, tmp_path: Path) -> None:
     assert "--enable-chunked-prefill" in command
     assert service["image"].startswith("vllm/vllm-openai:v0.")
     assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 2
-    deployment, exposed = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    _, deployment, exposed = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert [*container["command"], *container["args"]] == command
     assert container["image"] == service["image"]

@@ -82,7 +82,7 @@ def test_compose_and_kubernetes_substitute_nothing(value: str) -> None:
     assert service["volumes"][1]["source"].replace("$$", "$") == f"/srv/{value}"
     assert service["healthcheck"]["test"][-1].replace("$$", "$") == value
     assert all(text.count("$") % 2 == 0 for text in (service["command"][-1], service["volumes"][1]["source"]))
-    workload, _ = yaml.safe_load_all(kubernetes(deployment(value)))
+    _, workload, _ = yaml.safe_load_all(kubernetes(deployment(value)))
     (container,) = workload["spec"]["template"]["spec"]["containers"]
     assert container["args"][-1].replace("$$(", "$(") == value
     assert {one["name"]: one["value"] for one in container["env"]}["VALUE"].replace("$$(", "$(") == value

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it compiles otherwise
 
 
