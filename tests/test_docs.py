@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -226,3 +227,11 @@ def test_the_repository_layout_has_every_folder() -> None:
         path.parent.name for top in ("quantize", "eval", "export", "recipes") for path in ROOT.glob(f"{top}/**/*.py")
     }
     assert {name for name in there if f" {name}/" not in layout} == set()
+
+
+def test_each_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[>=<!\[; ]", requirement)[0] for requirement in project["dependencies"]}
+    table = PAGES["CONTRIBUTING.md"].split("## Dependencies")[1].split("What is written by hand")[0]
+    given = {name for row in re.findall(r"^\| ([^|]+) \|", table, re.M) for name in re.findall(r"[\w-]+", row)}
+    assert names - given == set()
