@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from quantpress.artifact.artifact import verify
 from quantpress.core.errors import BadInput
-from quantpress.core.files import file_sha256
+from quantpress.core.files import alone_in, file_sha256
 from quantpress.core.untrusted import check_files
 from quantpress.exports.signing import Signer
 from quantpress.exports.verifying.listing import SIGNATURE, SUMS, check_unlisted, sums
@@ -73,9 +73,10 @@ def prepare_upload(
         raise BadInput(f"{run}: {wrong}")
     if (gates := measured.results.gates).missed and not although_missed:
         raise BadInput(f"{run} did not pass its gates ({gates.reason}); --although-missed publishes it all the same")
-    verify(run)
-    check_unlisted(run, run / "quantized", allow)
-    edited = write_card(run, base_model, license, repo, overwrite=overwrite_card).edited
+    with alone_in(run):  # and without what a killed command has left
+        verify(run)
+        check_unlisted(run, run / "quantized", allow)
+        edited = write_card(run, base_model, license, repo, overwrite=overwrite_card).edited
     folder = run / "quantized"
     check_files(folder, sorted(folder.rglob("*")))
     changed = redacted(folder, measured.manifest.recipe)

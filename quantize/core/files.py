@@ -121,7 +121,7 @@ def _locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def whole_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` once it is whole and, with `sync`, on disk."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # which `alone_in` clears away after a kill
     try:
         with open(partial, "wb") as file:
             yield file
@@ -239,12 +239,15 @@ def _lock(folder: Path) -> int | Literal["taken", "no locks"]:
 
 
 def sweep(cache: Path) -> None:
-    """Remove the temporary folders of processes that were killed: those in which nothing was written for a day.
+    """Remove the temporary folders and files of processes that were killed: where nothing was written for a day.
 
     Age rather than a process id, which says nothing when machines or containers share a cache.
     """
     for folder in cache.glob(f"*/{_TEMPORARY}*"):
         _sweep_old(folder)
+    for file in cache.glob("*/.*.tmp"):
+        if _HALF_WRITTEN.fullmatch(file.name) and time.time() - file.stat().st_mtime > _STALE_SECONDS:
+            file.unlink(missing_ok=True)
 
 
 def _sweep_old(folder: Path) -> None:

@@ -242,6 +242,8 @@ def test_what_should_not_be_published_is_not(made: Path, monkeypatch: pytest.Mon
             prepare_upload(made, "org/name", private=True, allow=["NOTICE"])
     finally:
         (made / "quantized" / "NOTICE").unlink()
+    (made / "quantized" / ".README.md.4711.tmp").touch()  # left by a kill while the card was written
+    assert ".README.md.4711.tmp" not in dict(prepare_upload(made, "org/name", private=True).files)
     results = made / "eval" / "results.json"
     before = results.read_text()
     write_json(results, fake_results(18.4, "REGRESSION"))

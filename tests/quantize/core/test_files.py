@@ -87,7 +87,7 @@ def test_a_folder_made_whole_is_readable_as_usual_and_leaves_hard_links_alone(tm
 def test_a_full_disk_is_one_line_that_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out.json.partial").symlink_to("/dev/full")
+    (tmp_path / f".out.json.{os.getpid()}.tmp").symlink_to("/dev/full")
 
     def write(**_: Any) -> None:
         with whole_file(tmp_path / "out.json") as file:
