@@ -239,6 +239,21 @@ def _zeros(row: Loadable) -> str:
     )
 
 
+def versions() -> str:
+    """Which formats the release that is pinned of each server takes, and the libraries it reads their configs with."""
+    lines = ["| | release | transformers | compressed-tensors | formats |", "|---|---|---|---|---|"]
+    for server in SERVERS.values():
+        for loader in (variant.loader for variant in server.variants):
+            old = {bits for row in loader.rows if not row.since for bits in row.bits}
+            young = {row.since: [f"int{bits}" for bits in row.bits if bits not in old]
+                     for row in loader.rows if row.since}  # fmt: skip
+            first = "".join(f"; {', '.join(kinds)} from {since} on" for since, kinds in young.items())
+            formats = ", ".join(loader.formats) + first
+            held = (loader.inside.get(name, "") for name in ("transformers", "compressed_tensors"))
+            lines.append(f"| {' | '.join((loader.label, loader.version, *held, formats))} |")
+    return "\n".join(lines)
+
+
 def settings(server: str) -> str:
     """What a recipe's target of this server may set."""
     chosen = SERVERS[server].settings
@@ -318,5 +333,5 @@ def _prose(node: ast.FunctionDef) -> Iterator[str]:
 
 _PARTS: dict[str, Callable[..., str]] = {
     "recipe": recipe_reference, "recipes": shipped, "loads": loads, "settings": settings, "commands": commands,
-    "api": api, "models": models, "fits": fits,
+    "api": api, "models": models, "fits": fits, "versions": versions,
 }  # fmt: skip

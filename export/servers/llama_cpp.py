@@ -31,7 +31,7 @@ def parse_gguf(question: ParserQuestion) -> tuple[str, str]:
     return f"llama.cpp's own reader (gguf {version('gguf')})", ""
 
 
-LOADER = Loader("llama.cpp", "llama.cpp", GGUF_FILES, parse=parse_gguf)
+LOADER = Loader("llama.cpp", "llama.cpp", GGUF_FILES, parse=parse_gguf, version=BUILD)
 
 
 class LlamaCpp(ServerSettings):

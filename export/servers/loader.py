@@ -25,7 +25,8 @@ ANY_SYMMETRY = (True, False)
 @dataclass(frozen=True)
 class Loadable:
     """Files that a loader takes. bits and groups: empty for any; inputs: as `inputs_of` names them; scattered: also
-    with groups of scattered columns (desc_act); note: what an operator has to know about such files."""
+    with groups of scattered columns (desc_act); note: what an operator has to know about such files; since: the
+    server's first release that takes them, "" where older ones than those pinned here do."""
 
     format: str
     types: tuple[str, ...] = ("int",)
@@ -35,6 +36,7 @@ class Loadable:
     inputs: tuple[str, ...] = (SIXTEEN_BIT,)
     scattered: bool = False
     note: str = ""
+    since: str = ""
 
 
 class CannotAsk(Exception):
@@ -64,7 +66,8 @@ class Loader:
     parse: asks the server's own classes or library; returns what was asked, and why it refuses ("" when it does not).
     outer: the model types whose head, embeddings and towers it loads quantized in compressed-tensors files, by recipe
     key.
-    inside: the versions of transformers and compressed-tensors that its pinned container holds, by import name.
+    version: the server's release that it was read from and that exports pin. inside: the versions of transformers and
+    compressed-tensors that its container holds, by import name.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Loader:
     limits: Callable[[ServedModel, int], Iterable[str]] = lambda model, gpus: ()
     parse: Callable[[ParserQuestion], tuple[str, str]] | None = None
     outer: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    version: str = ""
     inside: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -31,7 +31,7 @@ def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
         yield f"Ollama imports one GGUF file, and this one is split into {model.parts}: write it whole"
 
 
-LOADER = Loader("ollama", "Ollama", GGUF_FILES, _limits, parse_gguf)
+LOADER = Loader("ollama", "Ollama", GGUF_FILES, _limits, parse_gguf, version=VERSION)
 
 
 class Ollama(ServerSettings):

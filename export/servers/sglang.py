@@ -85,7 +85,7 @@ def _marlin(model: ServedModel, gpus: int) -> Iterator[str]:
         )
 
 
-LOADER = Loader("sglang", "SGLang", _ROWS, _limits)
+LOADER = Loader("sglang", "SGLang", _ROWS, _limits, version=VERSION)
 
 
 class Sglang(Drafting):

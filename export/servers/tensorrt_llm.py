@@ -27,7 +27,7 @@ _ROWS = (  # tensorrt_llm of NVIDIA/TensorRT-LLM, the PyTorch backend of 1.x
     Loadable("compressed-tensors", ("fp8-block",), inputs=("fp8 dynamic",)),
     Loadable("compressed-tensors", ("nvfp4",), inputs=("nvfp4",), note="on Blackwell GPUs only"),
 )
-LOADER = Loader("tensorrt-llm", "TensorRT-LLM", _ROWS)
+LOADER = Loader("tensorrt-llm", "TensorRT-LLM", _ROWS, version=VERSION)
 
 
 class TensorRtLlm(MultiGpu):

@@ -68,7 +68,15 @@ def _parse(question: ParserQuestion) -> tuple[str, str]:
     return by, ""
 
 
-LOADER = Loader("tgi", "TGI", _ROWS, _limits, _parse, inside={"transformers": "4.51.3", "compressed_tensors": "0.9.4"})
+LOADER = Loader(
+    "tgi",
+    "TGI",
+    _ROWS,
+    _limits,
+    _parse,
+    version=VERSION,
+    inside={"transformers": "4.51.3", "compressed_tensors": "0.9.4"},
+)
 
 
 class Tgi(MultiGpu):

