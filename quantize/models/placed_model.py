@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import BadInput
@@ -378,7 +379,10 @@ def _find_blocks(model: Any, counts: Sequence[int | None]) -> tuple[str, nn.Modu
     """The outermost ModuleList with one entry a hidden layer, of the text decoder in a multimodal model."""
     decoder = {id(module) for module in decoder_of(text_model(model)).modules()}
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lists.sort(key=lambda found: id(found[1]) not in decoder)
+    text = (type(model.config), type(decoder_config(model.config)))
+    parts = (m for m in model.modules() if isinstance(m, PreTrainedModel) and type(m.config) not in text)
+    towers = {id(module) for part in parts for module in part.modules()}
+    lists.sort(key=lambda found: (id(found[1]) not in decoder, id(found[1]) in towers))
     for n in counts:
         for name, module in lists:
             if len(module) == n:

@@ -13,6 +13,7 @@ from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.core.errors import BadInput
 from quantpress.models import architecture
 from quantpress.models.building import build_model
+from quantpress.models.placed_model import _find_blocks
 from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.models.towers import text_model, tower_names, without_head
 
@@ -155,3 +156,12 @@ def test_a_package_that_transformers_wants_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(architecture, "build_model", wanting)
     with pytest.raises(BadInput, match="gemma3n: transformers needs another package for it: TimmWrapperModel requires"):
         architecture.empty_model(transformers.Gemma3nConfig(), torch.float32)
+
+
+def test_a_tower_of_as_many_blocks_is_not_taken_for_the_decoder() -> None:
+    """Git's class calls nothing its decoder, so that both are looked through."""
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.GitConfig(vision_config=small | {"image_size": 16, "patch_size": 8}, **small, vocab_size=64)
+    name, blocks = _find_blocks(build_model(config), (2,))
+    assert name == "git.encoder.layer"
+    assert len(blocks) == 2
