@@ -49,7 +49,8 @@ class Runs:
         calibration = {"source": str(fetch.text(args.calibration, cache)), "samples": args.samples}
         calibration |= {"seq_len": SEQ_LEN, "bos": bos}
         self.base: dict[str, Any] = {"model": args.model, "method": args.method, "calibration": calibration}
-        self.blocks = prepare(parse(self.base), self.source).skeleton.n_blocks
+        rows = {"weights": {"bits": 8, "group_size": -1}}  # which every model takes
+        self.blocks = prepare(parse(self.base | rows), self.source).skeleton.n_blocks
 
     def figures(self, document: dict[str, Any]) -> Figures:
         """Of the recipe with these keys."""
