@@ -28,9 +28,6 @@ _SHRINKS = tuple(1.0 - 0.05 * i for i in range(13))  # 1.00 … 0.40 of the min-
 # nvfp4's scales between the ends is left out. Min-max itself is first: the first of equals is kept.
 _FLOAT_RANGES = (1.0, *(2.0 ** (i / 12) for i in range(-4, 12) if i))
 _OCTAVE = tuple(factor for factor in _FLOAT_RANGES if factor >= 1)  # E4M3 repeats itself beyond, but for its ends
-# Where nothing is known of the inputs, errors of 4-bit floats count by this power and not by their squares: lower in KL
-# (docs/measured.md), and what llm-compressor's observers take.
-_E2M1_POWER = 2.4
 _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and its neighbours
 _SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end of the range, in widths of it
 _EXPONENT = 0x7F800000  # the bits of a float32 that hold it
@@ -199,7 +196,7 @@ def fit(
 
     Min-max is the rule of compressed-tensors (zero always inside the range; `shared_scale` for mxfp). The searches
     try smaller ranges, of floats larger ones too, of 2 and 3 bits both ends separately, and keep the one with the least
-    squared error weighted by `importance` [columns] (None: 1, and the power of 4-bit floats is 2.4), or of the output
+    squared error weighted by `importance` [columns] (None: 1, and the power of 4-bit floats is 2.25), or of the output
     where that is a moment X^T X [columns, columns]. `overall`: the global scale (nvfp4), or super scales and offsets
     [2, rows] (`ggml.fit_super`). Rows that share a scale (tensor, block) get the same one. Returns scales, float32
     [rows] that `dtype` can store exactly, and zeros, float32 [rows], whole numbers except for ggml's types with an
@@ -359,7 +356,9 @@ def _search(
     """Scale and zero of the range with the least weighted squared error, for each run of `shared` rows."""
     grid = store.grid
     importance = None if importance is None else importance.to(weight.dtype)
-    power = _E2M1_POWER if importance is None and grid.type != "int" and grid.bits == 4 else 2.0
+    # Where nothing is known of the inputs, errors of 4-bit floats count by their power of 2.25 and not by their squares:
+    # lower in KL (docs/measured.md); llm-compressor's observers take 2.4, which is slower.
+    steeper = importance is None and grid.type != "int" and grid.bits == 4
 
     def loss(scale: Tensor, zero: Tensor) -> Tensor:
         """Of each row, [rows, 1] each."""
@@ -367,7 +366,7 @@ def _search(
         if importance is not None and importance.dim() == 2:
             found = (error @ importance).mul_(error).sum(1)
         else:
-            cost = error.square_() if power == 2 else error.abs_().pow_(power)
+            cost = error.abs_().sqrt().sqrt_().mul_(error).mul_(error) if steeper else error.square_()
             found = cost.sum(1) if importance is None else cost @ importance
         return found if shared == 1 else _over_rows(found, shared, torch.sum)
 

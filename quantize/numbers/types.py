@@ -48,7 +48,7 @@ class Grid(Strict):
     scale_search: ScaleSearch = Field(
         "mse",
         description="minmax: the full range; mse: the range with the least squared error (of 4-bit floats: its power "
-        "of 2.4); activation: the range with the least error in the output, by the inputs seen in calibration",
+        "of 2.25); activation: the range with the least error in the output, by the inputs seen in calibration",
     )
 
     @model_validator(mode="before")
