@@ -26,13 +26,14 @@ INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: help setup dev setup-vllm quantize test test-all check format smoke bench bench-setup support-table gpu-check gpu-model docs wheel address clean distclean FORCE
+.PHONY: help setup dev setup-vllm setup-loaders quantize test test-all check format smoke bench bench-setup support-table gpu-check gpu-model docs wheel address clean distclean FORCE
 
 help:
 	@echo 'make quantize [MODEL=folder|org/name[@revision]|file.gguf] [RECIPE=name|file.yaml] [OUT=folder] [ARGS=...]'
 	@echo '                 quantize, evaluate, chart; with nothing given: the embedded model, $(RECIPE)'
 	@echo 'make setup       create .venv and install quantpress'
 	@echo 'make setup-vllm  create .venv-vllm with $(VLLM), for smoke tests on the real server'
+	@echo 'make setup-loaders   loaders of TGI and GPTQModel into .loaders, for the slow tests that ask them'
 	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel, TRANSFORMERS=newest or oldest with'
 	@echo '                 that end of the releases that pyproject.toml allows, which then stays in .venv'
 	@echo 'make test-all    the slow ones too: real models and real servers'
@@ -132,6 +133,21 @@ setup-vllm: .venv-vllm/.installed
 	@$(VLLM_PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(call quoted,$(TORCH_INDEX))) $(call quoted,$(VLLM))
 	@$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@.venv-vllm/bin/python -c 'import vllm; print("vllm", vllm.__version__, "in .venv-vllm")'
+	@touch $@
+
+# Other projects' loaders for tests/slow, each with the libraries of its own release, beside those of .venv.
+LOADED = $(PIP) install --quiet --no-deps --target
+
+setup-loaders: .loaders/.installed
+
+.loaders/.installed: .venv/.dev
+	@rm -rf .loaders && mkdir -p .loaders/tgi-source
+	@$(LOADED) .loaders/tgi transformers==4.51.3 'tokenizers>=0.21,<0.22' huggingface-hub==0.30.2 compressed-tensors==0.9.4 loguru
+	@curl -fsSL https://github.com/huggingface/text-generation-inference/archive/refs/tags/v3.3.7.tar.gz \
+	  | tar -xz -C .loaders/tgi-source --strip-components 1
+	@$(LOADED) .loaders/gptqmodel optimum==2.3.0 accelerate device-smi logbar tokenicer pypcre defuser dill threadpoolctl torchao
+	@$(PIP) download --quiet --no-deps --no-binary :all: --dest .loaders gptqmodel==7.7.0  # its kernels need no build
+	@tar -xzf .loaders/gptqmodel-7.7.0.tar.gz -C .loaders/gptqmodel --strip-components 1
 	@touch $@
 
 # ---- the job ----------------------------------------------------------------------------------------------------
@@ -237,6 +253,6 @@ clean:
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} +; fi
 
 distclean: clean
-	@rm -rf .venv .venv-vllm .venv-bench build
+	@rm -rf .venv .venv-vllm .venv-bench .loaders build
 
 FORCE:
