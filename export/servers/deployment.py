@@ -1,6 +1,7 @@
 """How a server is started on an exported model: one record, from which all launch files are written."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +123,13 @@ def drafted(draft_for: str | None) -> tuple[str, list[Mount], list[str]]:
     if not draft_for.startswith("/"):
         return draft_for, mounts, [_DRAFT]
     return ORIGINAL, [*mounts, Mount(draft_for, "/original", ORIGINAL)], [_DRAFT]
+
+
+def served_as(folder: ModelFolder, draft_for: str | None) -> str:
+    """The name that requests give: the artifact's, or the original's where that is what is served."""
+    if draft_for is None:
+        return folder.name
+    return re.sub(r"[^a-z0-9.-]+", "-", draft_for.rstrip("/").rpartition("/")[2].lower()).strip("-.") or folder.name
 
 
 def curl_free_check(port: int, path: str) -> tuple[str, ...]:

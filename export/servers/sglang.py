@@ -9,7 +9,18 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .deployment import HOST, MODEL, PORT, PYTHON, Deployment, ModelFolder, completion, curl_free_check, drafted
+from .deployment import (
+    HOST,
+    MODEL,
+    PORT,
+    PYTHON,
+    Deployment,
+    ModelFolder,
+    completion,
+    curl_free_check,
+    drafted,
+    served_as,
+)
 from .loader import ANY_SYMMETRY, FP8_INPUTS, MARLIN_GROUPS, SIXTEEN_BIT, Loadable, Loader
 from .served_model import FUSED, ServedModel, is_expert, marlin_misfits
 from .server import Server
@@ -102,9 +113,10 @@ class Sglang(Drafting):
 def deploy(target: Sglang, folder: ModelFolder) -> Deployment:
     """How SGLang is started on the model in `folder`."""
     served, mounts, notes = drafted(target.draft_for)
+    name = served_as(folder, target.draft_for)
     # `sglang serve` is the shorter name for this, and looks for further backends first.
     module = ("-m", "sglang.launch_server")
-    arguments = ["--model-path", served, "--served-model-name", folder.name, "--host", HOST, "--port", PORT]
+    arguments = ["--model-path", served, "--served-model-name", name, "--host", HOST, "--port", PORT]
     arguments += ["--tensor-parallel-size", str(target.tensor_parallel)]
     arguments += ["--max-running-requests", str(target.max_num_seqs)]
     if target.max_model_len is not None:
@@ -131,7 +143,7 @@ def deploy(target: Sglang, folder: ModelFolder) -> Deployment:
         port=target.port,
         health=_HEALTH,
         check=curl_free_check(target.port, _HEALTH),
-        probe=completion(folder, target.port),
+        probe=completion(folder, target.port, name),
         resources=folder.resources,
         env={"HF_HUB_OFFLINE": "1"} if target.draft_for is None or target.draft_for.startswith("/") else {},
         mounts=tuple(mounts),

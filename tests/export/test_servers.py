@@ -141,6 +141,16 @@ def test_compose_and_kubernetes_start_the_same(made: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("target", [Vllm(draft_for="Org/The_Original"), Sglang(draft_for="/srv/The_Original")])
+def test_an_original_with_a_draft_is_served_under_its_own_name(
+    runs: dict[str, Path], target: Vllm | Sglang, tmp_path: Path
+) -> None:
+    folder = export(runs["words" if target.name == "vllm" else "eight"], target, tmp_path / "it").folder
+    command = json.loads((folder / "export.json").read_text())["command"]
+    assert command[command.index("--served-model-name") + 1] == "the-original"
+    assert '"model": "the-original"' in (folder / "README.md").read_text()
+
+
 def test_kubernetes_schema_agrees(made: Any) -> None:
     validator = pytest.importorskip("kubernetes_validate")
     _, folder = made
