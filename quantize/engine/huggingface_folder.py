@@ -23,7 +23,7 @@ from ..models.by_name import ByName
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..models.config_forms import readable_by_all
 from ..models.experts import UNREAD
-from ..models.loading import loads_single_experts, why_no_packed_linears
+from ..models.loading import keeps_modules, loads_single_experts, why_no_packed_linears
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.skeleton import Skeleton
 from ..numbers.types import Grid
@@ -141,6 +141,8 @@ class HuggingFaceFolder(Backend):
             written = merge_parts([shell, *parts], partial)
             format = FORMATS[self.setup.recipe.formats[0]]
             quantization = format.config(self._model_scheme)
+            if self._why_no_packed_linears is not None:
+                quantization["dequantize"] = True
             config = readable_by_all(self.setup.reader.config) | {"quantization_config": quantization}
             write_json(partial / "config.json", config)
             for name, content in format.extra_files(quantization).items():
@@ -172,6 +174,8 @@ class HuggingFaceFolder(Backend):
         left = left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights)
         notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left, *self.outer.notes)
         why = self._why_transformers_does_not_load_it
+        if why is None and (before := self._why_no_packed_linears):
+            notes = (*notes, f"transformers loads this artifact from 5.24 on only: before, {before}")
         return notes if why is None else (*notes, f"transformers does not load this artifact: {why}")
 
     @property
@@ -191,9 +195,21 @@ class HuggingFaceFolder(Backend):
             return None
         if self.outer.names.get("embeddings") in self.outer.grids:
             return "it does not know quantized embeddings"
-        packed = [x for x in quantized if (grid := self.schemes[x.name]) and packs(grid, self.setup.recipe.activations)]
-        why = why_no_packed_linears(skeleton, packed)
-        return None if why is None else f"in its {kind} {why}"
+        why = self._why_no_packed_linears
+        alike = len({self.schemes[x.name] for x in quantized} | set(self.outer.grids.values())) == 1
+        return None if why is None or (keeps_modules() and alike) else f"in its {kind} {why}"
+
+    @property
+    def _why_no_packed_linears(self) -> str | None:
+        """What of transformers' class is in the way of linears without a tensor `weight`.
+
+        From 5.24 on it is in the way no more where the config says `dequantize`.
+        """
+        if self.setup.recipe.formats[0] != "compressed-tensors" or isinstance(self.setup.skeleton, ByName):
+            return None
+        inputs, schemes = self.setup.recipe.activations, self.schemes
+        packed = [x for x in self.setup.linears if (grid := schemes[x.name]) is not None and packs(grid, inputs)]
+        return why_no_packed_linears(self.setup.skeleton, packed)
 
     def _check_readers(self) -> None:
         """Raise BadInput for an artifact that nothing the recipe names can load."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from .experts import CONTAINERS
 from .placed_model import LinearLayer
@@ -34,6 +35,11 @@ def why_no_packed_linears(skeleton: Skeleton, packed: Iterable[LinearLayer]) -> 
         if reached is not None:
             return f"{type(reached).__name__} is initialised through weights that a packed linear does not have"
     return None
+
+
+def keeps_modules() -> bool:
+    """Whether transformers, from 5.24 on, reads files that say `dequantize` into the modules that its class makes."""
+    return "get_load_operations" in vars(CompressedTensorsHfQuantizer)
 
 
 def loads_single_experts(kind: str) -> bool:
