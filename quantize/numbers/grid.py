@@ -356,7 +356,7 @@ def _search(
     """Scale and zero of the range with the least weighted squared error, for each run of `shared` rows."""
     grid = store.grid
     importance = None if importance is None else importance.to(weight.dtype)
-    # Where nothing is known of the inputs, errors of 4-bit floats count by their power of 2.25 and not by their squares:
+    # Where nothing is known of the inputs, errors of 4-bit floats count by their power of 2.25, not by their squares:
     # lower in KL (docs/measured.md); llm-compressor's observers take 2.4, which is slower.
     steeper = importance is None and grid.type != "int" and grid.bits == 4
 
