@@ -196,7 +196,7 @@ def fit(
 
     Min-max is the rule of compressed-tensors (zero always inside the range; `shared_scale` for mxfp). The searches
     try smaller ranges, of floats larger ones too, of 2 and 3 bits both ends separately, and keep the one with the least
-    squared error weighted by `importance` [columns] (None: 1, and the power of 4-bit floats is 2.25), or of the output
+    squared error weighted by `importance` [columns] (None: 1, and of 4-bit floats a power above 2), or of the output
     where that is a moment X^T X [columns, columns]. `overall`: the global scale (nvfp4), or super scales and offsets
     [2, rows] (`ggml.fit_super`). Rows that share a scale (tensor, block) get the same one. Returns scales, float32
     [rows] that `dtype` can store exactly, and zeros, float32 [rows], whole numbers except for ggml's types with an
@@ -350,15 +350,21 @@ def _affine(low: Tensor, high: Tensor, store: _Store) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round_().clamp_(0, grid.levels)
 
 
+def _steeper(error: Tensor, grid: Grid) -> Tensor:
+    """What errors of 4-bit floats cost where nothing is known of the inputs: more than their squares is lower in KL
+    (docs/measured.md). llm-compressor's observers take the power of 2.4; for nvfp4, of many ranges, roots are faster.
+    """
+    size = error.abs_()
+    return size.pow_(2.4) if grid.type == "mxfp4" else size.sqrt().sqrt_().mul_(size).mul_(size)
+
+
 def _search(
     weight: Tensor, low: Tensor, high: Tensor, store: _Store, importance: Tensor | None, shared: int
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero of the range with the least weighted squared error, for each run of `shared` rows."""
     grid = store.grid
     importance = None if importance is None else importance.to(weight.dtype)
-    # Where nothing is known of the inputs, errors of 4-bit floats count by their power of 2.25, not by their squares:
-    # lower in KL (docs/measured.md); llm-compressor's observers take 2.4, which is slower.
-    steeper = importance is None and grid.type != "int" and grid.bits == 4
+    known = importance is not None or grid.type == "int" or grid.bits == 8
 
     def loss(scale: Tensor, zero: Tensor) -> Tensor:
         """Of each row, [rows, 1] each."""
@@ -366,7 +372,7 @@ def _search(
         if importance is not None and importance.dim() == 2:
             found = (error @ importance).mul_(error).sum(1)
         else:
-            cost = error.abs_().sqrt().sqrt_().mul_(error).mul_(error) if steeper else error.square_()
+            cost = error.square_() if known else _steeper(error, grid)
             found = cost.sum(1) if importance is None else cost @ importance
         return found if shared == 1 else _over_rows(found, shared, torch.sum)
 

@@ -47,8 +47,8 @@ class Grid(Strict):
     symmetric: bool = Field(True, description="of type int: zero is the middle level; false: a zero a group")
     scale_search: ScaleSearch = Field(
         "mse",
-        description="minmax: the full range; mse: the range with the least squared error (of 4-bit floats: its power "
-        "of 2.25); activation: the range with the least error in the output, by the inputs seen in calibration",
+        description="minmax: the full range; mse: the range with the least squared error (of 4-bit floats: a power "
+        "above 2); activation: the range with the least error in the output, by the inputs seen in calibration",
     )
 
     @model_validator(mode="before")
