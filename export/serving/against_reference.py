@@ -31,7 +31,7 @@ _LIKELY = -3.0  # log-probability of those: they are among the likeliest tokens 
 _OTHER_TEMPLATE = "a chat template that is missing or not the original's"
 _DATE = 12  # tokens
 _FAR = 3.0  # times: when one kind of prompt fares worse than another
-_FARTHER = 1.2  # times: of plain prompts, which weights that are wrong throw off alike whatever their length
+_FARTHER = 1.2  # times: as far apart wrong weights may be, too
 _AWKWARD = 1 / 3  # of the awkward strings may be tokenized otherwise: llama.cpp's tokenizers are its own
 
 
@@ -320,10 +320,11 @@ def _of_weights(kinds: Mapping[str, float], limit: float, *, static: bool) -> st
     """Short prompts stand near the start, where wrong positions do little. static: whether inputs have static ranges,
     which chats alone may leave."""
     plain, long = kinds.get("raw", 0.0), kinds.get("long", 0.0)
-    pairs = (("raw", "long"), ("chat", "long chat"))
-    much = any(kinds.get(far, 0.0) > _FAR * max(kinds.get(near, math.inf), limit) for near, far in pairs)
-    if much or limit < plain < long / _FARTHER:
-        return "rope (rope_theta or its scaling): long prompts are farther from the evaluated than short ones"
+    most_short = max(plain, kinds.get("chat", 0.0), limit)
+    rope = "rope (rope_theta or its scaling): long prompts are farther from the evaluated than short ones"
+    if max(long, kinds.get("long chat", 0.0)) > _FAR * most_short:
+        return rope
     if static and kinds.get("raw", math.inf) <= limit < kinds.get("chat", 0.0) / _FAR:
         return "static input scales: plain prompts are as evaluated, chats are not"
-    return "a layer's weights, scales or zero points" + (", or static input scales" if static else "")
+    weights = "a layer's weights, scales or zero points" + (", or static input scales" if static else "")
+    return f"{weights}; or {rope}" if limit < plain < long / _FARTHER else weights
