@@ -64,10 +64,8 @@ def unlike(wanted: Sequence[int], found: Sequence[int], bos: int | None) -> str:
     if bos is not None and [bos, *found] == list(wanted):
         return f"BOS ({bos}) is missing"
     front = list(found[: len(found) - len(wanted)])
-    if front[1:] and len(set(front)) == 1 and list(found[len(front) :]) == list(wanted):
-        return f"BOS, or what stands in its place ({front[0]}), comes {len(front)} times before it"
-    if list(found[1:]) == list(wanted):
-        return f"token {found[0]} is put before it"
+    if len(set(front)) == 1 and list(found[len(front) :]) == list(wanted):
+        return f"BOS, or what stands in its place ({front[0]}), is put before it {len(front)} time(s)"
     at = next((i for i, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), None)
     if at is None:
         at = min(len(wanted), len(found))
