@@ -57,6 +57,7 @@ def test_the_choice_fits_and_the_server_takes_it(model: str, target: str, tmp_pa
     assert all(one.bytes is None or one.fits == (one.bytes <= found.room) for one in found.options)
 
 
+@pytest.mark.slow
 def test_artifacts_have_the_bytes_of_their_options(model: str, tmp_path: Path) -> None:
     """By rounding to nearest, which writes as many bytes as any other method."""
     integers, floats = fit(model, gpu="A10G", context=64), fit(model, gpu="B200", context=64)
