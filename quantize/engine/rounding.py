@@ -176,9 +176,9 @@ class BlockRounding:
         self._keep_solved(stack, solved, new)
 
     def _weight(self, stack: _Stack) -> Tensor:
-        """[out, in]; that of a single linear is not copied."""
+        """[out, in], contiguous; that of a single linear is not copied where it lies so."""
         weights = [weight_of(self._block, linear) for linear in stack.linears]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+        return weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
 
     def _solved(self, stack: _Stack, refused: str, rows: slice) -> tuple[Solved, Tensor]:
         """Rows of a stack, solved by themselves, and their weight [rows, in] float32. refused: for the notes."""

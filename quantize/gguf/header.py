@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 from ..core.errors import BadInput
+from ..core.text import printable, shortened
 
 # Bytes of a value by its type: uint8, int8, uint16, int16, uint32, int32, float32, bool; 8 is a string, 9 an array.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -61,12 +62,13 @@ class _Header:
         self._at += count
 
     def _string(self, longest: int) -> str:
+        """For messages: of a damaged file it may be anything."""
         start = self._at + 8
         length = self._number("Q")
         if length > longest:
             raise ValueError(f"a name of {length} bytes")
         self._skip(length, "a name")
-        return self._data[start : self._at].decode()  # UnicodeDecodeError is a ValueError
+        return shortened(printable(self._data[start : self._at].decode()), 80)  # UnicodeDecodeError is a ValueError
 
     def _value(self, kind: int, key: str) -> None:
         if kind == _STRING:

@@ -32,7 +32,7 @@ def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     whole = file.read_text()
     for content, words in (
-        (whole[:500], "no tokenizer that can be read"),
+        (whole[:500], "not readable as JSON"),
         ("{}", "no tokenizer that can be read"),
         (POINTER, "tokenizer.json: a Git LFS pointer"),
     ):
