@@ -47,7 +47,7 @@ class RunFolder(RuleBasedStateMachine):
         type(self).steps += 1
         done = self.place.disturbed(command, self.out, number, "kill") if number else self.place.whole(command)
         assert "Traceback" not in done.stderr, done.stderr
-        if done.returncode in (1, 2):
+        if done.returncode in (1, 2) and not (command[0] == "verify" and "wrong: " in done.stderr):  # a line a problem
             assert told_in_one_line(done), done.stderr
         return done
 
@@ -105,8 +105,11 @@ class RunFolder(RuleBasedStateMachine):
 
     @rule()
     def verify(self) -> None:
+        """An artifact that a killed --overwrite has not come to yet is sound, too."""
         done = self.run(["verify", str(self.out), "--no-forward"])
-        assert (done.returncode == 0) == (self.holds is not None), (done.stdout, done.stderr)
+        there = content(self.out / "quantized") if (self.out / "quantized").is_dir() else {}
+        sound = any(differences(there, wanted) == [] for wanted in self.wanted.values())
+        assert (done.returncode == 0) == sound, (done.stdout, done.stderr)
 
     @rule()
     def publish(self) -> None:
