@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantpress.api import plan
+from quantpress.artifact.config_only import headers_of_config
 from quantpress.core.errors import BadInput
 from quantpress.engine import journal
 from quantpress.engine.pipeline import prepare
@@ -33,7 +34,13 @@ def test_a_model_that_cannot_run_is_refused_whatever_runs_it_first(method: str, 
     """Its last block takes keys and values of an earlier one of its kind, of which there is none."""
     kinds = [*["sliding_attention"] * 3, "full_attention"]
     config = families.config_of("gemma4_text", layer_types=kinds, num_hidden_layers=4)
-    families.save(config, tmp_path / "model")
+    try:
+        families.save(config, tmp_path / "model")
+    except ValueError:  # transformers from 5.24 on does not build it
+        config.save_pretrained(tmp_path / "model")
+        with pytest.raises(BadInput, match="layer types"):
+            headers_of_config(tmp_path / "model" / "config.json")
+        return
     with pytest.raises(BadInput, match=r"gemma4_text model does not run with this config\.json: KeyError"):
         make(tmp_path / "run", tmp_path / "model", {"method": method})
 
