@@ -145,7 +145,7 @@ def servers(run: MeasuredRun, name: str) -> list[ServeCommand]:
         if title == "vLLM on a CPU" and bool(refused) == bool(out[0].refused):
             continue  # the same as on a GPU
         notes = loader_notes(loader, contents.format, contents.grids, contents.activations)
-        out.append(ServeCommand(title, server.version, command.format(name=name), "bash", refused, tuple(notes)))
+        out.append(ServeCommand(title, loader.version, command.format(name=name), "bash", refused, tuple(notes)))
     if contents.format != "gguf":
         merged = [_without_advice(line) for line in loading(contents) if line.startswith("transformers")]
         wrong = tuple(line for line in merged if "does not load" in line or "wrongly" in line)

@@ -87,7 +87,6 @@ SERVER = Server(
     name="llama.cpp",
     settings=LlamaCpp,
     deploy=deploy,
-    version=BUILD,
     variants=(LlamaCpp(),),
     hub_command="llama-server -hf {name}",
     launcher=Launcher(

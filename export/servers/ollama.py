@@ -90,7 +90,6 @@ SERVER = Server(
     name="ollama",
     settings=Ollama,
     deploy=deploy,
-    version=VERSION,
     variants=(Ollama(),),
     hub_command="ollama run hf.co/{name}",
     container_lacks={

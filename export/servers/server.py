@@ -64,15 +64,14 @@ class Server:
     """Everything about one server.
 
     settings: what a recipe's target may set; None for a server of the smoke test alone. deploy(target, folder): how it
-    is started on an exported model. version: whose rules the loaders' rows follow. variants: a target for each loader
-    that is its own. hub_command: serves a model of the hub, {name}; for the model card. launcher: None for a server
-    that the smoke test starts in its container, container_lacks: as Launcher.lacks, of that.
+    is started on an exported model. variants: a target for each loader that is its own. hub_command: serves a
+    model of the hub, {name}; for the model card. launcher: None for a server that the smoke test starts in its
+    container, container_lacks: as Launcher.lacks, of that.
     """
 
     name: str
     settings: type[ServerSettings] | None = None
     deploy: Callable[[Any, ModelFolder], Deployment] | None = None
-    version: str = ""
     variants: tuple[ServerSettings, ...] = ()
     hub_command: str = ""
     launcher: Launcher | None = None

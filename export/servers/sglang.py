@@ -155,7 +155,6 @@ SERVER = Server(
     name="sglang",
     settings=Sglang,
     deploy=deploy,
-    version=VERSION,
     variants=(Sglang(),),
     hub_command="python3 -m sglang.launch_server --model-path {name}",
 )

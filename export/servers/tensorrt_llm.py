@@ -79,7 +79,6 @@ SERVER = Server(
     name="tensorrt-llm",
     settings=TensorRtLlm,
     deploy=deploy,
-    version=VERSION,
     variants=(TensorRtLlm(),),
     hub_command="trtllm-serve {name}",
 )

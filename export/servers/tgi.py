@@ -118,7 +118,6 @@ SERVER = Server(
     name="tgi",
     settings=Tgi,
     deploy=deploy,
-    version=VERSION,
     variants=(Tgi(),),
     hub_command="docker run --gpus all --shm-size 1g -p 8080:80 "
     "ghcr.io/huggingface/text-generation-inference --model-id {name}",

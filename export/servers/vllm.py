@@ -318,7 +318,6 @@ SERVER = Server(
     name="vllm",
     settings=Vllm,
     deploy=deploy,
-    version=VERSION,
     variants=(Vllm(), Vllm(device="cpu")),
     hub_command="vllm serve {name}",
     launcher=Launcher(
