@@ -89,12 +89,12 @@ def chart(run: MeasuredRun) -> bytes:
     """The trade-off chart of one run as PNG."""
     plot = charts(judge_runs([run]))[0].wide
     heading = f"{run.label}: size against quality"
-    return png(svg(_environment(), "tradeoff", run.manifest.model.caveat or "", plot=plot, heading=heading))
+    return png(svg(templates(), "tradeoff", run.manifest.model.caveat or "", plot=plot, heading=heading))
 
 
 def render(template: str, **context: Any) -> str:
     """A rendered Markdown template, with the number formats of the page."""
-    return _environment().get_template(template).render(context)
+    return templates().get_template(template).render(context)
 
 
 def _links(runs: Sequence[MeasuredRun], folder: Path) -> dict[str, str | None]:
@@ -185,7 +185,7 @@ def _write(
         "differences": _differences(runs), "columns": _columns(runs), "glossary": _glossary(runs),
         "colors": list(zip(LIGHT, DARK, strict=True)), "left_out": failed, "links": _links(runs, folder),
     }  # fmt: skip
-    pages = _environment()
+    pages = templates()
     caption = f"{model}: {caveat}" if caveat else model
     tasks = [(f"{r.label}: {t.task} {t.metric}" if len(runs) > 1 else f"{t.task} {t.metric}", t)
              for r in runs for t in r.results.tasks if t.recovery is not None]  # fmt: skip
@@ -245,7 +245,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _environment() -> Environment:
+def templates() -> Environment:
+    """The page's and the charts' templates, with what they call."""
     folder = resources.files(__package__) / "templates"
     environment = Environment(
         loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),

@@ -2,7 +2,7 @@
 
     python tests/bench/budgets.py --calibration FILE.txt --evaluation FILE.txt [FILE.txt …] [--model M] [--bos]
 
-For each menu of MENUS: every recipe it could be replaced by, then a budget of exactly the bits that its linears take.
+For each menu of MENUS: every recipe it could be replaced by, then a budget of exactly the bytes that it takes.
 A row is one whole run.
 """
 
@@ -32,15 +32,18 @@ def rivals(menu: tuple[Grid | None, ...], blocks: int) -> Iterator[tuple[str, di
     formats = [grid for grid in menu if grid is not None]
     for grid in formats[1 : len(menu) - 1]:
         yield f"all {name(grid)}", {"weights": grid}
+    ends = [f"*.layers.{k}.*" for k in (0, blocks - 1)]
     for at, small in enumerate(formats[:2]):
-        for large in formats[at + 1 :]:
-            whole = {"type": "int", "symmetric": True} | large
-            ends = [{"match": f"*.layers.{k}.*"} | whole for k in (0, blocks - 1)]
-            yield f"{name(small)}, first and last block {name(large)}", {"weights": small, "overrides": ends}
+        for large in menu[at + 1 :]:
+            keys: dict[str, Any] = {"ignore": ends}
+            if large is not None:
+                whole = {"type": "int", "symmetric": True} | large
+                keys = {"overrides": [{"match": pattern} | whole for pattern in ends]}
+            yield f"{name(small)}, first and last block {name(large)}", {"weights": small} | keys
 
 
-def name(grid: Grid) -> str:
-    return str(grid.get("type", f"int{grid.get('bits')}"))
+def name(grid: Grid | None) -> str:
+    return "16 bit" if grid is None else str(grid.get("type", f"int{grid.get('bits')}"))
 
 
 def main() -> None:

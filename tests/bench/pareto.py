@@ -3,7 +3,7 @@
     python tests/bench/pareto.py NAME --calibration FILE.txt --evaluation FILE.txt [--model M] [--bos]
 
 The figures are kept in docs/pareto-NAME.json, one row a recipe; what is there is not measured again, so that a run that
-was stopped goes on. `--draw` draws alone.
+was stopped goes on. `--draw` draws alone. The chart has KL on the first text.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from runs import Runs, options, say
 
 from quantpress.eval.report.figures import svg
-from quantpress.eval.report.page import _environment
+from quantpress.eval.report.page import templates
 from quantpress.eval.report.tradeoff import Axes, Point, pareto, tradeoff
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -50,8 +50,11 @@ def drawn(name: str, known: dict[str, dict[str, Any]]) -> str:
     best = set(pareto(points, AXES))
     points = [Point(p.label, p.x, p.y, role="front" if i in best else "dominated") for i, p in enumerate(points)]
     plot = tradeoff(points, (940, 480), AXES, lambda p: f"{p.label}: {p.x / 1e6:.1f} MB, KL {p.y:.4f}")
-    caption = "int: compressed-tensors, groups of 64 (int2: 32, int8: a row); Q: GGUF. GPTQ, the same tokens."
-    return svg(_environment(), "tradeoff", caption, plot=plot, heading=f"{name}: size against divergence")
+    caption = (
+        "GPTQ on the same tokens; KL on WikiText-2 test. int: compressed-tensors, groups of 64 (int2: 32, int8: a row), "
+        "head and embeddings in 16 bit. Q: GGUF, which rounds those too."
+    )
+    return svg(templates(), "tradeoff", caption, plot=plot, heading=f"{name}: size against divergence")
 
 
 if __name__ == "__main__":

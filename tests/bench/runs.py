@@ -1,11 +1,12 @@
 """What budgets.py and pareto.py share: whole runs in this process, read back from disk, on the same tokens."""
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Figures:
 
 
 class Runs:
-    """Runs on one model, calibrated and measured on the same tokens."""
+    """Runs on one model, calibrated and measured on the same tokens. What was measured with the same is kept."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         machine.flush_denormals()
@@ -49,11 +50,23 @@ class Runs:
         calibration = {"source": str(fetch.text(args.calibration, cache)), "samples": args.samples}
         calibration |= {"seq_len": SEQ_LEN, "bos": bos}
         self.base: dict[str, Any] = {"model": args.model, "method": args.method, "calibration": calibration}
+        self.file, self.given = args.keep, [bos, args.windows, *(Path(text).name for text in args.evaluation)]
+        self.kept: dict[str, Any] = {}
+        if self.file and self.file.exists():
+            self.kept = json.loads(self.file.read_text(encoding="utf-8"))
         rows = {"weights": {"bits": 8, "group_size": -1}}  # which every model takes
         self.blocks = prepare(parse(self.base | rows), self.source).skeleton.n_blocks
 
     def figures(self, document: dict[str, Any]) -> Figures:
         """Of the recipe with these keys."""
+        key = json.dumps([self.given, self.base | document], sort_keys=True)
+        if key not in self.kept:
+            self.kept[key] = asdict(self._measured(document))
+            if self.file:
+                self.file.write_text(json.dumps(self.kept, indent=1) + "\n", encoding="utf-8")
+        return Figures(**self.kept[key])
+
+    def _measured(self, document: dict[str, Any]) -> Figures:
         with tempfile.TemporaryDirectory() as folder:
             started = time.process_time()
             quantize(prepare(parse(self.base | document), self.source), Settings(Path(folder) / "run", default_cache()))
@@ -75,6 +88,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens of each evaluation text")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--bos", action="store_true", help="BOS before every sequence")
+    parser.add_argument("--keep", type=Path, help="keep the rows in this JSON file, so that a stopped run goes on")
     return parser
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from quantpress.eval.report.figures import divergence_axis, png, svg
 from quantpress.eval.report.measured_run import open_run
-from quantpress.eval.report.page import _environment
+from quantpress.eval.report.page import templates
 from quantpress.eval.report.tradeoff import Axes, Point, tradeoff
 
 from .test_report import fake_manifest, write_run
@@ -22,7 +22,7 @@ def drawing(*labels: str, caption: str = "") -> str:
     points = [Point("original", 269e6, 17.05, role="original")]
     points += [Point(label, 100e6 + i, 18.0 + i, (17.8 + i, 18.2 + i)) for i, label in enumerate(labels)]
     plot = tradeoff(points, (820, 400), Axes("Perplexity"), lambda p: p.label)
-    return svg(_environment(), "tradeoff", caption, plot=plot, heading="Size against quality")
+    return svg(templates(), "tradeoff", caption, plot=plot, heading="Size against quality")
 
 
 def test_a_file_brings_its_colours_along() -> None:
@@ -61,7 +61,7 @@ def test_a_bar_is_as_long_as_its_divergence_and_none_where_it_is_not_finite(tmp_
     run = open_run(write_run(tmp_path / "run", fake_manifest(blocks=2), results))
     length = divergence_axis([run])
     assert [length(value) for value in (0.5, 2.0, math.nan, math.inf)] == [0.25, 1.0, 0.0, 0.0]
-    root = ElementTree.fromstring(svg(_environment(), "divergence", "", runs=[run]))
+    root = ElementTree.fromstring(svg(templates(), "divergence", "", runs=[run]))
     bars = [float(r.attrib["width"]) for r in root.iter(f"{_SVG}rect") if r.get("class") == "s0"]
     assert bars == [150.0, 600.0, 0.0]
     assert "not finite" in "".join(root.itertext())
