@@ -174,7 +174,7 @@ transformers: dev
 	@$(BIN)/python -c 'import transformers as t; print("testing with transformers", t.__version__)'
 
 test: $(if $(WHEEL),.venv/.wheel,dev) $(if $(TRANSFORMERS),transformers)
-	@$(BIN)/pytest -m 'not slow' $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow' --numprocesses=logical --maxprocesses=4 --dist=loadfile $(ARGS)
 
 test-all: $(if $(WHEEL),.venv/.wheel,dev) .venv/.servers
 	@$(BIN)/pytest $(ARGS)

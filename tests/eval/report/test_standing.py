@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,14 @@ def measured(perplexity: float, kl: float, sure: float = 0.03, **more: Any) -> d
     return results | more
 
 
-@pytest.fixture
-def sweep(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def measured_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep: a destroyed run, an unfinished and a failed one, two close ones, a beaten one, one near the original."""
     rows = [
         ("w2a16-rtn", 2, 90e6, 53_578.0, 7.2), ("w4-g64", 4, 113e6, 18.0, 0.060), ("w4-g32", 4, 118e6, 17.98, 0.059),
         ("w5-rtn", 5, 130e6, 18.2, 0.075), ("w8a16", 8, 163e6, 17.06, 0.008),
     ]  # fmt: skip
-    out = tmp_path / "sweep"
+    out = tmp_path_factory.mktemp("measured") / "sweep"
     for name, bits, size, perplexity, kl in rows:
         run = write_run(out / name, fake_manifest(name, bits, int(size), 2), measured(perplexity, kl))
         write_report(run)
@@ -59,6 +60,11 @@ def sweep(tmp_path: Path) -> Path:
     (out / ".recipes").mkdir()
     (out / ".recipes" / "w3-never.yaml").write_text("{}")
     return out
+
+
+@pytest.fixture
+def sweep(measured_sweep: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(measured_sweep, tmp_path / "sweep"))
 
 
 def said(page: Path) -> str:
