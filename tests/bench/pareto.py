@@ -51,8 +51,8 @@ def drawn(name: str, known: dict[str, dict[str, Any]]) -> str:
     points = [Point(p.label, p.x, p.y, role="front" if i in best else "dominated") for i, p in enumerate(points)]
     plot = tradeoff(points, (940, 480), AXES, lambda p: f"{p.label}: {p.x / 1e6:.1f} MB, KL {p.y:.4f}")
     caption = (
-        "GPTQ on the same tokens; KL on WikiText-2 test. int: compressed-tensors, groups of 64 (int2: 32, int8: a row), "
-        "head and embeddings in 16 bit. Q: GGUF, which rounds those too."
+        "GPTQ on the same tokens; KL on WikiText-2 test. int: compressed-tensors, groups of 64 (int2: 32, int8: a row),"
+        " head and embeddings in 16 bit. Q: GGUF, which rounds those too."
     )
     return svg(templates(), "tradeoff", caption, plot=plot, heading=f"{name}: size against divergence")
 
