@@ -57,6 +57,11 @@ def scale_grid(name: str, weight: tuple[int, ...], scale: tuple[int, ...], block
     across = _block(n_in, grid[-1], columns) if fits else 0
     if not down or not across:
         raise BadInput(f"{name}: scales of shape {list(scale)} fit no known layout for a weight {list(weight)}")
+    if block and min(down, across) > 1 and (down not in (rows, n_out) or across not in (columns, n_in)):
+        raise BadInput(
+            f"{name}: scales of shape {list(scale)} are not those of the {rows} x {columns} blocks that the config "
+            f"states, for a weight {list(weight)}; is it the config that belongs to these weights?"
+        )
     return ScaleGrid(grid, down, across)
 
 

@@ -20,7 +20,8 @@ _NOT_ALONE = {  # why a decoder cannot be given text alone, block by block
 }
 _BOTH_WAYS = ("bert-generation", "xlnet")  # unless they are decoders by config.json
 # How the original was to be run, which says nothing of its weights; a kernel that is not installed would stop the run.
-_NOT_OF_THE_MODEL = ("quantization_config", "attn_implementation", "_attn_implementation")
+AS_RUN = ("attn_implementation", "_attn_implementation")
+_NOT_OF_THE_MODEL = ("quantization_config", *AS_RUN)
 _COUNTS = (  # of what is built one by one
     "num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "num_experts", "num_local_experts",
     "n_routed_experts", "moe_num_experts", "num_labels",

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from ..core.errors import BadInput
-from .architecture import model_config
+from .architecture import AS_RUN, model_config
 
 _OUTSIDE = (
     "rope_theta",
@@ -23,9 +23,18 @@ _BY_LAYER = {"full_attention", "sliding_attention"}
 
 
 def readable_by_all(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with both forms of every key that moved; as it is where transformers would then read another model."""
+    """`config` with both forms of every key that moved; as it is where transformers would then read another model.
+
+    Without the attention kernel that the original was run with, which readers would ask for.
+    """
+    config = _of_any_kernel(config)
     both = _both_forms(config)
-    return both if both != config and _meaning(both) == _meaning(config) else dict(config)
+    return both if both != config and _meaning(both) == _meaning(config) else config
+
+
+def _of_any_kernel(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in AS_RUN}
+    return {key: _of_any_kernel(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def _both_forms(config: Mapping[str, Any]) -> dict[str, Any]:

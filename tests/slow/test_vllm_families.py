@@ -1,4 +1,4 @@
-"""The real vLLM loads a mixture of experts, a hybrid and a multimodal model, and computes what their files say.
+"""The real vLLM loads a mixture of experts, a hybrid, a multimodal model and GPT-2, and computes what their files say.
 
     make setup-vllm && .venv/bin/pytest tests/slow/test_vllm_families.py
 
@@ -85,6 +85,9 @@ def build(kind: str, folder: Path) -> None:
         return
     if kind == "mixture":
         config = transformers.Qwen3MoeConfig(**_TEXT | _EXPERTS)
+    elif kind == "gpt2":  # it keeps its weights as [in, out], in a Conv1D
+        sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 512, "vocab_size": 512}
+        config = transformers.GPT2Config(**sizes, initializer_range=0.1, bos_token_id=1, eos_token_id=2)
     else:
         config = transformers.Qwen3NextConfig(**_TEXT | _EXPERTS | _DELTA_NETS)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -104,10 +107,15 @@ def expected(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ignore"),
-    [("mixture", ["*.experts.*"]), ("hybrid", ["*.experts.*", "*.in_proj_ba"]), ("llava", [])],
+    ("kind", "ignore", "format"),
+    [
+        ("mixture", ["*.experts.*"], "compressed-tensors"),
+        ("hybrid", ["*.experts.*", "*.in_proj_ba"], "compressed-tensors"),
+        ("llava", [], "compressed-tensors"),
+        ("gpt2", [], "gptq"),
+    ],
 )
-def test_vllm_computes_what_the_files_say(kind: str, ignore: list[str], tmp_path: Path) -> None:
+def test_vllm_computes_what_the_files_say(kind: str, ignore: list[str], format: str, tmp_path: Path) -> None:
     assert PYTHON is not None
     if kind == "llava":
         found = subprocess.run([PYTHON, "-c", "import torchvision"], capture_output=True)
@@ -120,6 +128,7 @@ def test_vllm_computes_what_the_files_say(kind: str, ignore: list[str], tmp_path
             "method": {"name": "gptq"},
             "weights": {"bits": 4, "group_size": 32, "symmetric": True},
             "ignore": ignore,
+            "formats": [format],
             "calibration": {"source": str(tmp_path / "text.txt"), "samples": 8, "seq_len": 64},
             "targets": [{"name": "vllm", "device": "cpu"}],
         }

@@ -47,3 +47,18 @@ def test_an_empty_statement_is_no_statement() -> None:
     with pytest.raises(BadInput, match=r"config\.json: quantization_config is empty"):
         stated_quantization({"quantization_config": {}}, lambda name: None)
     assert stated_quantization({"quantization_config": None}, lambda name: None) is None
+
+
+@pytest.mark.parametrize(("scale", "refused"), [((4, 4), True), ((2, 4), True), ((2, 2), False), ((256, 1), False)])
+def test_scales_that_contradict_the_stated_blocks_are_refused(scale: tuple[int, int], refused: bool) -> None:
+    headers = {
+        "x.weight": TensorType((256, 256), torch.float8_e4m3fn),
+        "x.weight_scale_inv": TensorType(scale, torch.float32),
+    }
+    stated = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    if refused:
+        said = r"x.weight_scale_inv: scales of shape \[[24], 4\] are not those of the 128 x 128 blocks that the config"
+        with pytest.raises(BadInput, match=said):
+            packed_weights(headers, headers.__getitem__, stated)  # type: ignore[arg-type]
+    else:
+        assert packed_weights(headers, headers.__getitem__, stated)[0].keys() == {"x.weight"}  # type: ignore[arg-type]

@@ -91,6 +91,15 @@ def test_a_config_of_version_4_stays_as_it_is() -> None:
     assert readable_by_all(unknown)["torch_dtype"] == "bfloat16"
 
 
+def test_the_kernel_that_the_original_was_run_with_is_not_passed_on() -> None:
+    text = {"model_type": "qwen3", "attn_implementation": "sdpa", "hidden_size": 64}
+    config = {"model_type": "llava", "_attn_implementation": "flash_attention_2", "text_config": text}
+    assert readable_by_all(config) == {
+        "model_type": "llava",
+        "text_config": {"model_type": "qwen3", "hidden_size": 64},
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not _PYTHON, reason="TRANSFORMERS4_PYTHON names no interpreter with transformers 4")
 def test_version_4_computes_the_same(tmp_path: Path) -> None:
