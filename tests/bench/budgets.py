@@ -34,7 +34,7 @@ def rivals(menu: tuple[Grid | None, ...], blocks: int) -> Iterator[tuple[str, di
         yield f"all {name(grid)}", {"weights": grid}
     ends = [f"*.layers.{k}.*" for k in (0, blocks - 1)]
     for at, small in enumerate(formats[:2]):
-        for large in menu[at + 1 :]:
+        for large in menu[at + 1 :] if at == 0 else formats[at + 1 :]:
             keys: dict[str, Any] = {"ignore": ends}
             if large is not None:
                 whole = {"type": "int", "symmetric": True} | large
