@@ -49,6 +49,7 @@ def name(grid: Grid | None) -> str:
 def main() -> None:
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--menus", nargs="+", choices=MENUS, default=list(MENUS))
+    parser.add_argument("--only", nargs="+", help="rivals by their name; default all")
     args = parser.parse_args()
     runs = Runs(args)
     names = " | ".join(f"{text.name}: perplexity | KL" for text in args.evaluation)
@@ -56,6 +57,8 @@ def main() -> None:
     for menu in args.menus:
         met: dict[int, str] = {}
         for rival, keys in rivals(MENUS[menu], runs.blocks):
+            if args.only and rival not in args.only:
+                continue
             show(menu, rival, runs.figures({"head": None} | keys))
             planned = prepare(parse(runs.base | {"head": None} | keys), runs.source).plan
             met.setdefault(planned.artifact_bytes, rival)
