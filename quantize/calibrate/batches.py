@@ -38,8 +38,8 @@ class RunnableBlock:
     """A block, the linears {name: module} to halt at, and the arguments it takes besides the hidden states.
 
     all_experts: what experts are about to receive is shown for all tokens, not for those routed to each; what the block
-    computes is the same. Its modules have one hook each, whatever the number of batches: it is for the run whose
-    coroutine is at work.
+    computes is the same. grouped: no input is rounded, so that experts may be computed together. Its modules have one
+    hook each, whatever the number of batches: it is for the run whose coroutine is at work.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class RunnableBlock:
         arguments: BlockArguments,
         transfers: Transfers,
         all_experts: bool = False,
+        grouped: bool = False,
     ) -> None:
         self.module, self.linears, self.arguments, self.transfers = module, linears, arguments, transfers
-        self.all_experts = all_experts
+        self.all_experts, self.grouped = all_experts, grouped
         self.experts = {path: part for path, part in module.named_modules() if isinstance(part, SplitExperts)}
         names = {linear: name for name, linear in linears.items()}
         self.places = {
@@ -99,13 +100,14 @@ class RunnableBlock:
 
     def _at_experts(
         self, path: str, last: bool, rows: Tensor, routing: Routing, inputs: Callable[[int], Tensor]
-    ) -> None:
+    ) -> bool:
         run = self._runs.get(getcurrent())
         if run is not None:
             run.enter(path, last, rows, routing)
             if self.all_experts:
                 inputs = partial(self._inner, run, self.experts[path], rows) if last else lambda _: rows
             run.halt((path, last), inputs)
+        return run is not None and self.grouped
 
     def _inner(self, run: "_Run", experts: SplitExperts, rows: Tensor, e: int) -> Tensor:
         """What the down projection of expert `e` receives for all tokens, as if `run` sent them there."""
@@ -122,7 +124,7 @@ class RunnableBlock:
         """The same for the original's block, which has this structure."""
         paths = {part: path for path, part in self.module.named_modules()}
         linears = {name: other.get_submodule(paths[linear]) for name, linear in self.linears.items()}
-        return RunnableBlock(other, linears, self.arguments.of_original, self.transfers, self.all_experts)
+        return RunnableBlock(other, linears, self.arguments.of_original, self.transfers, self.all_experts, self.grouped)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ class PairedBatch:
         self._original = None if original is None else _Run(original, reference, {}, routed=routed)
         self._ahead: Tensor | None = None  # the original's input of the next of `stops`, once it has got there
         self._rows = 0
-        self._block = block
+        self._block, self._before = block, original
+        self._inner: Tensor | None = None  # of the original's experts, for the tokens routed to the rounded ones
         self._at: Halt = ""
         self._arrived: Tensor | Callable[[int], Tensor] | None = None  # at this halt
 
@@ -210,6 +213,13 @@ class PairedBatch:
             self._go_on()
         _, routing = self._run.entered[place.experts]
         entering, _ = self._original.entered[place.experts]
+        assert self._before is not None
+        experts = self._before.experts[place.experts]
+        if place.last and self._before.grouped and not self._block.all_experts and experts.can_group(entering):
+            if self._inner is None:
+                with torch.no_grad():
+                    self._inner = experts.inner(entering, routing)
+            return self._inner[routing.of(place.index)]
         x0 = entering if self._block.all_experts else entering[routing.tokens(place.index)]
         with torch.no_grad():
             return place.expert.inner(x0) if place.last else x0
@@ -232,6 +242,7 @@ class PairedBatch:
 
     def rest(self) -> None:
         """All groups of a halt have been read."""
+        self._inner = None
 
     def finish(self) -> None:
         """Run both blocks to their end and store what leaves them."""

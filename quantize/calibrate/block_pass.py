@@ -20,14 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import BadInput
 from ..core.transfers import Transfers
-from ..methods.layer_error import output_power
 from ..models.block_arguments import BlockArguments
 from ..numbers.activations import measured, round_inputs, static_int8
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
 from .batches import Group, Halt, PairedBatch, RestartingBatch, RunnableBlock, States
 from .lanes import Lanes
-from .moments import Moments
+from .moments import Moments, drift_powers, end_lanes
 
 # Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
 _SAMPLED = 64  # rows of a batch on which a static range is chosen
@@ -118,7 +117,8 @@ class BlockPass:
         """The shared inputs in lists: none of a list depends on how the linears of another of it are rounded."""
         first = self._hidden.entering[:1].to(self._transfers.device)
         shared = shared_inputs(self._block, first, self._arguments, self._linears)
-        now = RunnableBlock(self._block, self._linears, self._arguments, self._transfers, self._all_experts)
+        grouped = not any(self._activations.values())
+        now = RunnableBlock(self._block, self._linears, self._arguments, self._transfers, self._all_experts, grouped)
         if self._reference is not None:
             # Shares the parameters, which the caller replaces in the block and never writes to.
             original = copy.deepcopy(self._block, {id(p): p for p in self._block.parameters()})
@@ -144,7 +144,7 @@ class BlockPass:
                     summed = {halt: self._summed(groups[:1], batches)[0]}
                 for names, batch in product(others, batches):
                     batch.let_go(names)
-                yield [self._shared_input(names, *summed[halt]) for names in groups]
+                yield self._all_shared(groups, [summed[halt]] * len(groups))
             reached = {name for names in shared for name in names}
             yield from (self._shared_inputs([(name,)], ()) for name in self._linears if name not in reached)
             if self._keep:
@@ -186,8 +186,15 @@ class BlockPass:
         self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
     ) -> list[SharedInput]:
         """Advance every batch to the linears of `groups` and sum up what they are about to receive."""
-        sums = self._summed(groups, batches)
-        return [self._shared_input(names, *one) for names, one in zip(groups, sums, strict=True)]
+        return self._all_shared(groups, self._summed(groups, batches))
+
+    def _all_shared(
+        self, groups: Sequence[Group], summed: Sequence[tuple[Moments, Inputs | None, float]]
+    ) -> list[SharedInput]:
+        powers = self._drift_powers(groups, [sums for sums, _, _ in summed])
+        return [
+            self._shared_input(names, *one, power) for names, one, power in zip(groups, summed, powers, strict=True)
+        ]
 
     def _summed(
         self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
@@ -206,17 +213,18 @@ class BlockPass:
                     self._add(moments, names, x, batch.original_input(names), how, lane.lane)
                     batch.let_go(names)
                 batch.rest()
-            for moments in sums:
-                moments.end_lane(lane.holders)
+            end_lanes(sums, lane.holders)
         counts = self._lanes.ranks.gather([(moments.tokens, moments.unmatched) for moments in sums])
         for moments, counted in zip(sums, zip(*counts, strict=True), strict=True):
             moments.finish(sum(tokens for tokens, _ in counted), any(unmatched for _, unmatched in counted))
         return list(zip(sums, inputs, lost, strict=True))
 
-    def _shared_input(self, names: Group, sums: Moments, inputs: Inputs | None, lost: float) -> SharedInput:
+    def _shared_input(
+        self, names: Group, sums: Moments, inputs: Inputs | None, lost: float, power: dict[str, Tensor]
+    ) -> SharedInput:
         if inputs is not None:
             self._inputs |= dict.fromkeys(names, inputs)
-        drift, power = self._drift(names, sums)
+        drift = sums.drift if power else None
         return SharedInput(names, sums.moment(), sums.tokens, drift, power, sums.unmatched, inputs, lost)
 
     def _moments(self, names: Group) -> Moments:
@@ -237,13 +245,22 @@ class BlockPass:
             sums.add(seen, None if original is None else original[start : start + step])
         sums.count(x, unmatched=self._original is not None and original is None)
 
-    def _drift(self, names: Group, sums: Moments) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """`drift` and `drift_power` of the shared input."""
-        if self._original is None or sums.drift is None or sums.unmatched:
-            return None, {}
-        squares = sums.drift_moment()
-        weights = {name: _matrix(self._original.linears[name]).to(torch.float32) for name in names}
-        return sums.drift, {name: output_power(weight, squares) for name, weight in weights.items()}
+    def _drift_powers(self, groups: Sequence[Group], sums: Sequence[Moments]) -> list[dict[str, Tensor]]:
+        """`drift_power` of the shared inputs."""
+        powers: list[dict[str, Tensor]] = [{} for _ in groups]
+        if self._original is None:
+            return powers
+        on_gpu, together = self._transfers.device.type == "cuda", dict[object, list[int]]()
+        for i, (names, one) in enumerate(zip(groups, sums, strict=True)):
+            if one.drift is not None and not one.unmatched:
+                shapes = tuple(_matrix(self._original.linears[name]).shape for name in names)
+                together.setdefault(shapes if on_gpu else i, []).append(i)
+        for alike in together.values():
+            weights = [[_matrix(self._original.linears[name]) for name in groups[i]] for i in alike]
+            found = drift_powers(weights, [sums[i] for i in alike], together=on_gpu)
+            for i, rows in zip(alike, found, strict=True):
+                powers[i] = dict(zip(groups[i], rows, strict=True))
+        return powers
 
     def _measured(
         self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]

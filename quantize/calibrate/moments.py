@@ -1,6 +1,6 @@
 """The second moments of a linear's inputs, summed over rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from ..core.ranks import ALONE, Ranks
+from ..methods.layer_error import output_power, output_powers
 from ..methods.symmetric_products import panels
+
+_PANEL = 2048  # columns of a symmetric product that a GPU multiplies at a time: fewer leave it partly idle
+_TOGETHER = 1 << 26  # weights or squares of experts that are multiplied at once
 
 
 class Moments:
     """Sums over rows of a linear's inputs X and of D = X0 - X: X^T X, D^T X (the drift) and D^T D.
 
-    Of all processes of a run: each adds the rows of its lane, `end_lane` joins them, `finish` ends it. like: a tensor
+    Of all processes of a run: each adds the rows of its lane, `end_lanes` joins them, `finish` ends it. like: a tensor
     of the device. width: columns of X. paired: whether there may be a D. diagonal: only X^T X, and its diagonal only.
     """
 
@@ -34,33 +38,30 @@ class Moments:
         if self._diagonal:
             self._of_lane("moment").add_(seen.to(torch.float32).square().sum(0))
             return
-        add_product(self._of_lane("moment"), seen, seen)
+        self._add("moment", seen, seen)
         if original is None:
             return
         # The difference is small: bfloat16's 8 bits of it are enough, at twice the speed.
         factor = seen if seen.dtype == torch.bfloat16 else seen.to(torch.float32)
-        difference, drift = original - factor, self._of_lane("drift")
+        difference = original - factor
         if seen.is_cuda:
-            add_product(drift, difference, factor)
+            self._add("drift", difference, factor)
         else:
-            drift += difference.T @ factor
-        add_product(self._of_lane("squares"), difference, difference)
+            self._of_lane("drift").add_(difference.T @ factor)
+        self._add("squares", difference, difference)
+
+    def _add(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add left^T right to the lane's sum."""
+        if name not in self._lane and len(left) and _sums_in_float32(left.device, left.dtype):
+            self._lane[name] = self._like.new_empty(self._shape, dtype=torch.float32)  # no zeros to be written and read
+            _add_16_bit(self._lane[name], left, right, first=True)
+        else:
+            add_product(self._of_lane(name), left, right)
 
     def count(self, x: Tensor, *, unmatched: bool) -> None:
         """Count a batch x [tokens, in] whose rows have been added."""
         self.tokens += x.shape[0]
         self.unmatched |= unmatched
-
-    def end_lane(self, holders: int) -> None:
-        """Add the lane of this process, and those of the others; the first `holders` of them have one."""
-        for name in self._names if self._ranks.size > 1 else tuple(self._lane):
-            lane = self._of_lane(name)
-            before = self._sums.get(name)
-            self._sums[name] = self._ranks.add(before, lane, holders)
-            if self._sums[name] is lane:
-                del self._lane[name]
-            else:
-                lane.zero_()
 
     def finish(self, tokens: int, unmatched: bool) -> None:
         """No more rows come. tokens, unmatched: of all processes."""
@@ -80,29 +81,75 @@ class Moments:
         moment = self._sums.get("moment")
         return moment if moment is None or self._diagonal else _whole(moment)
 
-    def drift_moment(self) -> Tensor:
-        """D^T D [in, in]."""
-        return _whole(self._sums["squares"])
-
     def _of_lane(self, name: str) -> Tensor:
         if name not in self._lane:
             self._lane[name] = self._like.new_zeros(self._shape, dtype=torch.float32)
         return self._lane[name]
 
 
+def end_lanes(sums: Sequence[Moments], holders: int) -> None:
+    """Add the lane of this process, and those of the others, to each of `sums`; the first `holders` processes have one.
+
+    In two launches for all of them where a process is alone.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for one in sums:
+        if one._ranks.size > 1:
+            for name in one._names:
+                lane = one._of_lane(name)
+                one._sums[name] = one._ranks.add(one._sums.get(name), lane, holders)
+                lane.zero_()
+            continue
+        for name, lane in list(one._lane.items()):
+            if name in one._sums:
+                pairs.append((one._sums[name], lane))
+            else:
+                one._sums[name] = one._lane.pop(name)
+        if one._like.is_cuda:
+            one._lane.clear()  # the next product needs no zeros
+    if pairs:
+        totals, lanes = ([pair[i] for pair in pairs] for i in (0, 1))
+        torch._foreach_add_(totals, lanes)
+        if not totals[0].is_cuda:
+            torch._foreach_zero_(lanes)
+
+
+def drift_powers(
+    weights: Sequence[Sequence[Tensor]], sums: Sequence[Moments], *, together: bool
+) -> Iterator[Sequence[Tensor]]:
+    """||D w||^2 of each row of the linears that share an input, for each of several inputs.
+
+    weights [out, in]: by input and linear. together: in few products, for which all inputs' linears have one shape.
+    """
+    width = weights[0][0].shape[1]
+    rows = [len(weight) for weight in weights[0]]
+    if not together:
+        for own, one in zip(weights, sums, strict=True):
+            squares = _whole(one._sums["squares"])
+            yield [output_power(weight.to(torch.float32), squares) for weight in own]
+        return
+    step = max(1, _TOGETHER // (width * max(width, sum(rows))))
+    for start in range(0, len(sums), step):
+        found = [one._sums["squares"] for one in sums[start : start + step]]
+        squares = _whole(found[0][None] if len(found) == 1 else torch.stack(found))
+        weight = torch.cat([weight for own in weights[start : start + step] for weight in own])
+        powers = output_powers(weight.to(torch.float32).view(len(squares), -1, width), squares)
+        yield from (power.split(rows) for power in powers)
+
+
 def _whole(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle; made in place."""
-    return upper.triu_().add_(upper.triu(1).T)
+    """The symmetric matrices [..., in, in] with these upper triangles; made in place."""
+    return upper.triu_().add_(upper.triu(1).mT)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T right to `total` [in, in] float32, for rows [tokens, in]; of a symmetric product on a CPU only the
-    upper triangle, below which `total` is undefined.
+    """Add left^T right to `total` [in, in] float32, for rows [tokens, in]; of a symmetric product only the upper
+    triangle, below which `total` is undefined.
 
     Factors of 16 bits are multiplied exactly, and their products summed in float32. A GPU takes them as they are.
     """
-    if left.is_cuda and _sums_in_float32(left.device, left.dtype):
-        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+    if _sums_in_float32(left.device, left.dtype):
+        _add_16_bit(total, left, right, first=False)
         return
     with exact_products(left.dtype):
         if left is right:
@@ -111,18 +158,32 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             total.addmm_(left.to(torch.float32).T, right.to(torch.float32))
 
 
+def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """`add_product` as a GPU does it best; on the first call `total` may hold anything."""
+    columns = total.shape[1]
+    for start in range(0, columns, _PANEL if left is right else columns):
+        part, rest = slice(start, start + _PANEL) if left is right else slice(None), slice(start, None)
+        into = total[part, rest]
+        if first:
+            torch.mm(left[:, part].T, right[:, rest], out_dtype=torch.float32, out=into)
+        else:
+            torch.addmm(into, left[:, part].T, right[:, rest], out_dtype=torch.float32, out=into)
+
+
 @cache
 def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU multiplies values of 16 bits as they are and sums up in float32: tried once, on whole numbers, of
-    which every product and sum is exact.
+    """Whether a GPU multiplies values of 16 bits as they are and sums up in float32, into a part of a matrix: tried
+    once, on whole numbers, of which every product and sum is exact.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     numbers = torch.arange(512 * 96, device=device).reshape(512, 96) * 7 % 31 - 15
-    wanted = torch.eye(96, device=device, dtype=torch.float64) + numbers.double().T @ numbers.double()
-    rows, total = numbers.to(dtype), torch.eye(96, device=device)
+    rows, total = numbers.to(dtype), torch.zeros(128, 192, device=device)
+    wanted, part = total.double(), total[:96, 96:]
+    wanted[:96, 96:] = 2 * (numbers.double().T @ numbers.double())
     try:
-        torch.addmm(total, rows.T, rows, out_dtype=torch.float32, out=total)
+        torch.mm(rows.T, rows, out_dtype=torch.float32, out=part)
+        torch.addmm(part, rows.T, rows, out_dtype=torch.float32, out=part)
     except (RuntimeError, TypeError):
         return False
     return torch.equal(total.double(), wanted)

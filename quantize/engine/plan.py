@@ -113,7 +113,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         streams=streams,
         kept=hidden if isinstance(recipe.method, Tuned) else 0,  # what enters the block, both models', is copied
         waiting=_waiting(skeleton, linears, tokens, item, width, beside=recipe.paired),
-        token=_passing(linears, item, rounded),
+        token=_passing(skeleton, linears, item, rounded),
         solve=_largest_solve(linears, schemes, calibrated),
         shell=shell,
         tokens=tokens,
@@ -220,10 +220,17 @@ def _waiting(skeleton: Skeleton, linears: list[LinearLayer], tokens: int, item: 
     return tokens * max(widest, attention) * item
 
 
-def _passing(linears: list[LinearLayer], item: int, rounded: bool) -> int:
-    """Bytes of the widest tensors of one token in a block; inputs to be `rounded` exist twice more, in float32."""
+def _passing(skeleton: Skeleton, linears: list[LinearLayer], item: int, rounded: bool) -> int:
+    """Bytes of the widest tensors of one token in a block; inputs to be `rounded` exist twice more, in float32.
+
+    A GPU computes all experts of a token together: inputs and results of two linears of each.
+    """
     widest = max(max(x.in_features, x.out_features) for x in linears)
-    return widest * (4 * item + 1 + 8 * rounded)
+    token = widest * (4 * item + 1 + 8 * rounded)
+    inside = [x.in_features + x.out_features for x in linears if skeleton.experts_around(x)]
+    if skeleton.device.type == "cuda" and inside:
+        token = max(token, 2 * item * (skeleton.experts_per_token or 1) * max(inside))
+    return token
 
 
 def _passes(

@@ -16,7 +16,7 @@ from ..recipe.methods import Gptq
 from .column_kernels import COLUMNS, can_fit, fit_scales, solve_columns
 from .gptq import MAX_DAMP, column_order
 from .group_scales import GroupScales, outgrown
-from .symmetric_products import panels
+from .layer_error import output_powers
 from .upper_factors import factor_upper_, invert_upper_
 
 _ROWS = 1 << 28  # weights whose rows are solved at a time: 1 GB in float32, of which there are about eight copies
@@ -124,7 +124,7 @@ def _solved(
     error = state.error.square_().mul_(solving.variance[:, :, None]).sum(1)
     linears, rounded = scales.finish(state.numbers, back, settings)
     del state, w
-    off, power = rounded - weight, _power(weight, moment)
+    off, power = rounded - weight, output_powers(weight, moment)
     if moved is not None and drift_power is not None and gain is not None:
         strength = settings.error_correction
         error += drift_power - strength**2 * gain - (2 - 2 * strength) * (off * moved.mT).sum(-1)
@@ -142,18 +142,6 @@ def _joined(parts: list[SolvedBatch]) -> SolvedBatch:
         torch.cat([getattr(part, name) for part in parts], 1) for name in ("weight", "error", "power")
     )
     return SolvedBatch(linears, weight, error, power, parts[0].damp, None, sum(part.groups for part in parts))
-
-
-def _power(weight: Tensor, moment: Tensor) -> Tensor:
-    """||X w||^2 of each row of weight [linears, out, in]: [linears, out]. See `layer_error.output_power`."""
-    w = weight.to(moment.dtype)
-    power = w.new_zeros(w.shape[:2])
-    with tf32_products():  # as above; the moment is shortened to 10 bits, and its roundings even out in the sum
-        for part in panels(w.shape[2]):
-            moved = torch.bmm(w[:, :, part], moment[:, part, part])
-            moved = torch.baddbmm(moved, w[:, :, part.stop :], moment[:, part.stop :, part], alpha=2)
-            power += moved.mul_(w[:, :, part]).sum(-1)
-    return power
 
 
 def factor(moment: Tensor, order: Tensor, damp: float) -> Factor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .grouped_experts import can_group, grouped, weighted_sum
+
 GATED = ("gate_proj", "up_proj", "down_proj")
 _FUSED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by transformers' use_experts_implementation
 
@@ -60,13 +62,23 @@ class Expert(nn.Module):
         self.add_module(names[-1], _UnsetLinear(intermediate, hidden, bias=bias))
 
     @property
+    def linears(self) -> list[nn.Linear]:
+        """All linears, the down projection last."""
+        return [self.get_submodule(name) for name in self._names]  # type: ignore[misc]
+
+    @property
     def last(self) -> nn.Module:
         """The down projection."""
         return self.get_submodule(self._names[-1])
 
+    @property
+    def combine(self) -> Callable[..., Tensor]:
+        """What the down projection receives, of what the others put out."""
+        return self._combine[0]
+
     def inner(self, x: Tensor) -> Tensor:
         """What the down projection receives [tokens, intermediate] for x [tokens, hidden]."""
-        return self._combine[0](*(self.get_submodule(name)(x) for name in self._names[:-1]))
+        return self.combine(*(self.get_submodule(name)(x) for name in self._names[:-1]))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.last(self.inner(x))
@@ -82,8 +94,9 @@ class SplitExperts(nn.ModuleList):
     """
 
     # Called before either half with whether it is the second, the states [tokens, hidden], their routing, and what an
-    # expert's linears are about to receive, by its number.
-    reached: Callable[[bool, Tensor, "Routing", Callable[[int], Tensor]], None] | None = None
+    # expert's linears are about to receive, by its number. Returns whether nothing but the results of the linears
+    # matters, so that they may be computed together, without their hooks.
+    reached: Callable[[bool, Tensor, "Routing", Callable[[int], Tensor]], bool] | None = None
 
     def __init__(self, experts: Iterable[nn.Module], identities: int = 0) -> None:
         super().__init__(experts)
@@ -95,8 +108,11 @@ class SplitExperts(nn.ModuleList):
         out = torch.zeros_like(rows)
         routing = Routing(top_k_index, len(self))
         weights = routing.of_choices(top_k_weights)
+        together = False
         if self.reached is not None:
-            self.reached(False, rows, routing, lambda e: rows[routing.tokens(e)])
+            together = self.reached(False, rows, routing, lambda e: rows[routing.tokens(e)])
+        if together and self.can_group(rows):
+            return self._grouped(rows, routing, top_k_weights).reshape(hidden.shape)
         inner: list[Tensor] = [expert.inner(rows[routing.tokens(e)]) for e, expert in enumerate(self)]  # type: ignore[operator]
         if self.reached is not None:
             self.reached(True, rows, routing, inner.__getitem__)
@@ -109,6 +125,29 @@ class SplitExperts(nn.ModuleList):
             out.index_add_(0, token, (rows[token] * weights[here, None]).to(out.dtype))
         return out.reshape(hidden.shape)
 
+    def can_group(self, rows: Tensor) -> bool:
+        """Whether all experts' linears of a kind can be one product for rows [tokens, hidden]."""
+        experts = list(self)
+        return not self.identities and all(isinstance(e, Expert) for e in experts) and can_group(self._linears(), rows)
+
+    def inner(self, rows: Tensor, routing: "Routing") -> Tensor:
+        """What the down projections receive [choices, intermediate], by expert, where `can_group` allows it."""
+        x, expert = rows[routing.tokens_by_expert], self[0]
+        *outer, _ = zip(*self._linears(), strict=True)
+        out: Tensor = expert.combine(*(grouped(x, alike, routing.ends) for alike in outer))  # type: ignore[operator]
+        return out
+
+    def _grouped(self, rows: Tensor, routing: "Routing", top_k_weights: Tensor) -> Tensor:
+        """The rest of `forward` in a product for each kind of linear."""
+        inner = self.inner(rows, routing)
+        if self.reached is not None:
+            self.reached(True, rows, routing, lambda e: inner[routing.of(e)])
+        *_, last = zip(*self._linears(), strict=True)
+        return weighted_sum(grouped(inner, last, routing.ends), routing.places, top_k_weights).to(rows.dtype)
+
+    def _linears(self) -> list[list[nn.Linear]]:
+        return [expert.linears for expert in self]  # type: ignore[misc]
+
 
 class Routing:
     """The tokens that each expert is chosen for, sorted once for all experts.
@@ -120,8 +159,9 @@ class Routing:
         # By expert, then by token; `order` are places among all choices.
         chosen, self._order = top_k_index.reshape(-1).sort(stable=True)
         self._token = self._order // top_k_index.shape[-1]
-        bounds = torch.arange(experts + 1, device=chosen.device, dtype=chosen.dtype)
-        self._bounds: list[int] = torch.searchsorted(chosen, bounds).tolist()  # read in one go: a GPU waits for it
+        bounds = torch.searchsorted(chosen, torch.arange(experts + 1, device=chosen.device, dtype=chosen.dtype))
+        self._ends, self._chosen = bounds[1:], top_k_index.shape[-1]
+        self._bounds: list[int] = bounds.tolist()  # read in one go: a GPU waits for it
         self._bounds.append(len(chosen))
 
     def of(self, e: int) -> slice:
@@ -131,6 +171,21 @@ class Routing:
     def tokens(self, e: int) -> Tensor:
         """The tokens of expert `e` in the order it gets them."""
         return self._token[self.of(e)]
+
+    @property
+    def tokens_by_expert(self) -> Tensor:
+        """The tokens of all experts, one expert's after the other's."""
+        return self._token
+
+    @property
+    def ends(self) -> Tensor:
+        """int32 [experts]: where the choices of each end."""
+        return self._ends.to(torch.int32)
+
+    @property
+    def places(self) -> Tensor:
+        """Where the choices of each token lie in `of_choices`, [tokens, chosen]."""
+        return self._order.argsort().view(-1, self._chosen)
 
     def of_choices(self, values: Tensor) -> Tensor:
         """values [tokens, chosen] by expert, then by token: [tokens * chosen]."""

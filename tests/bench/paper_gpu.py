@@ -54,7 +54,15 @@ class Part:
     operations: Counter[str] = field(default_factory=Counter)
 
 
-_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # where the factors begin
+_PRODUCTS = {
+    "mm": 0,
+    "bmm": 0,
+    "addmm": 1,
+    "addmm_": 1,
+    "baddbmm": 1,
+    "baddbmm_": 1,
+    "_grouped_mm": 0,
+}  # where the factors begin
 _LIBRARY = ("cholesky", "triangular")
 _NOTHING = {
     "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "set_",

@@ -1,0 +1,68 @@
+"""Sums as a GPU makes them, computed on the CPU, beside the plain sums."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantpress.calibrate import moments
+from quantpress.calibrate.moments import Moments, drift_powers, end_lanes
+
+WIDTH = 40
+
+
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16-bit factors with float32 sums, which a CPU lacks."""
+
+    def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        return out.copy_(left.to(out_dtype) @ right.to(out_dtype))
+
+    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert total is out
+        return out.add_(left.to(out_dtype) @ right.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(moments, "_sums_in_float32", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(moments, "_PANEL", 16)
+
+
+def summed(batches: list[list[Tensor]]) -> list[Moments]:
+    """Two inputs' sums over lanes of two batches each; the second gets no rows in the last lane."""
+    sums = [Moments(torch.empty(0), WIDTH, paired=True) for _ in range(2)]
+    for at, (seen, original) in enumerate(batches):
+        sums[0].add(seen, original)
+        sums[1].add(*(x[: 0 if at > 3 else 5] for x in (original, seen)))
+        if at % 2:
+            end_lanes(sums, 1)
+    for one in sums:
+        one.finish(1, unmatched=False)
+    return sums
+
+
+def test_sums_of_sixteen_bits_are_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(30, WIDTH, generator=generator).bfloat16() for _ in range(2)] for _ in range(6)]
+    plain = [(one.moment(), one.drift, one._sums["squares"].triu()) for one in summed(batches)]
+    with monkeypatch.context() as patched:
+        emulated(patched)
+        fresh: Any = torch.Tensor.new_empty
+        patched.setattr(torch.Tensor, "new_empty", lambda x, *args, **kw: fresh(x, *args, **kw).fill_(torch.nan))
+        found = [(one.moment(), one.drift, one._sums["squares"].triu()) for one in summed(batches)]
+    torch.testing.assert_close(found, plain)
+
+
+def test_powers_of_drifts_of_several_inputs_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "_TOGETHER", 2 * WIDTH * WIDTH)
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(30, WIDTH, generator=generator) for _ in range(2)] for _ in range(2)]
+    weights = [[torch.randn(rows, WIDTH, generator=generator) for rows in (7, 9)] for _ in range(4)]
+    each, together = (
+        list(drift_powers(weights, [*summed(batches), *summed(batches)], together=way)) for way in (False, True)
+    )
+    drifts = [(x0 - x) for x, x0 in batches]
+    wanted = sum((d @ weights[2][1].T).square().sum(0) for d in drifts)
+    torch.testing.assert_close(each[2][1], wanted, rtol=1e-4, atol=1e-4)
+    for one, other in zip(each, together, strict=True):
+        torch.testing.assert_close(list(one), list(other), rtol=1e-4, atol=1e-4)
