@@ -3,8 +3,13 @@
 A GPU copies beside its work only from and to pinned host memory, and on another stream than the work's.
 """
 
+import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 from torch import Tensor
@@ -85,6 +90,18 @@ def host_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
         with suppress(RuntimeError):
             return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
     return torch.empty(tuple(shape), dtype=dtype)
+
+
+def file_empty(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
+    """A tensor in a file below `folder` that has no name any more, mapped into memory: the system keeps in memory what
+    there is room for. Raises OSError where the disk is full; all of its room is taken at once.
+    """
+    count = math.prod(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=folder, prefix=".states-") as file:
+        if sys.platform == "linux":  # elsewhere a disk that fills up later ends the process
+            os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(tuple(shape))
 
 
 def _pinned(tensor: Tensor) -> Tensor:

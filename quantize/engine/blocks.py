@@ -18,7 +18,7 @@ from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.memory import doing, is_out_of_memory
 from ..core.ranks import ALONE, Ranks
-from ..core.transfers import Transfers, host_empty
+from ..core.transfers import Transfers, file_empty, host_empty
 from ..formats import FORMATS
 from ..models.block_arguments import BlockArguments, ModelArguments
 from ..models.by_name import ByName
@@ -52,7 +52,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal | FollowedJourn
         return
     what = "lower calibration.samples or calibration.seq_len" if tokens is not None else "free some, or use more"
     with journal, doing(lambda: _at_work(job, journal), what, skeleton.device):
-        run = _Run(job, None if job.backend.importance else tokens, journal, settings.ranks)
+        run = _Run(job, None if job.backend.importance else tokens, journal, settings.ranks, settings.work)
         while len(journal.done) < skeleton.n_blocks:
             tried = run.batch_tokens
             try:
@@ -80,15 +80,20 @@ class _Run:
     hidden: the states [samples, seq_len, hidden] that enter the next block, out of the rounded blocks; `reference`, for
     error correction and tuning, out of the original ones. Without calibration there are none. Of the samples each
     process has its own. arguments: the further ones of each block; without calibration only where linears with a common
-    input must share a scale.
+    input must share a scale. folder: for the states where they do not fit in memory.
     """
 
     def __init__(
-        self, job: Job, tokens: Tokens | None, journal: Journal | FollowedJournal, ranks: Ranks = ALONE
+        self,
+        job: Job,
+        tokens: Tokens | None,
+        journal: Journal | FollowedJournal,
+        ranks: Ranks = ALONE,
+        folder: Path = Path(),
     ) -> None:
         self._job, self._journal, self._skeleton, self._ranks = job, journal, job.skeleton, ranks
         self._samples, self._seq_len = (0, 1) if tokens is None else tokens.ids.shape
-        self._room = job.plan.room
+        self._room, self._folder = job.plan.room, folder
         if journal.batch_tokens is not None:
             self._room = replace(self._room, batch_tokens=journal.batch_tokens)
         self._transfers = Transfers(self._skeleton.device)
@@ -235,6 +240,8 @@ class _Run:
         device, shape = self._skeleton.device, (samples, *like.shape[1:])
         if self._room.on_device:
             return torch.empty(shape, dtype=like.dtype, device=device)
+        if self._room.on_disk:
+            return file_empty(shape, like.dtype, self._folder)
         return host_empty(shape, like.dtype, device)
 
     def _placed(self, states: Tensor) -> Tensor:

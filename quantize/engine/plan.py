@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         memory, on_device = needs.on_cpu(room), 0
     else:
         memory, on_device = needs.on_host(room), needs.on_device(room)
-    disk = 2 * artifact + 2 * hidden + sum(artifact for _ in recipe.formats[1:])
+    disk = 2 * artifact + 2 * hidden + needs.on_disk(room) + sum(artifact for _ in recipe.formats[1:])
     tried = sum(transform.scales_tried for transform in recipe.transforms)
     solves = _solves(linears, schemes, streams, calibrated)
     everywhere = recipe.calibration.all_experts

@@ -1,7 +1,7 @@
 """How a run uses a device's memory: where the hidden states lie, how many tokens pass at once, what waits meanwhile."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,16 +16,21 @@ _SHARE = 0.9  # of a GPU's memory that a run may plan with: the rest is fragment
 class Room:
     """batch_tokens: in one forward pass. on_device: hidden states stay there. spare: what leaves a block does not
     overwrite what entered it, so that the block can be done again. restarts: batches do not wait before each linear;
-    the block's beginning is run again for each. The last three do not change a bit of the result.
+    the block's beginning is run again for each. on_disk: hidden states lie in files mapped into the host's memory. The
+    last four do not change a bit of the result.
     """
 
     batch_tokens: int = BATCH_TOKENS
     on_device: bool = True
     spare: bool = False
     restarts: bool = False
+    on_disk: bool = False
 
     def note(self, device: torch.device) -> str | None:
         """What a user should know of it; None where nothing is given up."""
+        if self.on_disk:
+            again = ", and the beginning of each block is run again for each of its linears" if self.restarts else ""
+            return f"hidden states do not fit in memory: they are kept in files below the run's folder{again}"
         if self.restarts:
             return (
                 "what all tokens hold while they wait before a linear does not fit in memory: the beginning of each "
@@ -80,18 +85,25 @@ class Needs:
     def on_cpu(self, room: Room) -> int:
         """Bytes of a run on the CPU: the block, the next one being read, and what is packed; or embeddings and head."""
         needed = 3 * self.weights + self.work(room) + self.kept + self.open_shell
-        return self.process + max(self.shell, needed) + self.hidden * self.streams + self.carried
+        states = 0 if room.on_disk else self.hidden * self.streams
+        return self.process + max(self.shell, needed) + states + self.carried
 
     def on_host(self, room: Room) -> int:
         """Bytes in the memory of a host whose device is not the CPU; pinned copies of blocks are among them."""
-        states = 0 if room.on_device else self.hidden * self.streams * (2 if room.spare else 1) + self.kept
+        states = self.hidden * self.streams * (0 if room.on_disk else 2 if room.spare else 1) + self.kept
+        states = 0 if room.on_device else states
         return self.process + max(self.shell, 5 * self.weights) + states + self.carried
+
+    def on_disk(self, room: Room) -> int:
+        """Bytes of files that hold hidden states while blocks run."""
+        return self.hidden * self.streams if room.on_disk else 0
 
 
 def rooms(device: torch.device) -> Iterator[Room]:
     """The ways to use the memory of a device, the fastest first."""
     if device.type == "cpu":
-        yield from (Room(), Room(restarts=True))
+        yield from (Room(), Room(on_device=False, on_disk=True), Room(restarts=True))
+        yield Room(on_device=False, restarts=True, on_disk=True)
         return
     batches = _GPU_BATCHES if device.type == "cuda" else (BATCH_TOKENS,)
     for on_device, spare, restarts in (
@@ -102,14 +114,14 @@ def rooms(device: torch.device) -> Iterator[Room]:
 
 def choose(needs: Needs, device: torch.device) -> Room:
     """The fastest way that fits in the memory that is free; the last where none does, which `Plan.check` refuses."""
-    ways = list(rooms(device))
+    ways, free = list(rooms(device)), machine.available_memory_bytes()
     if device.type == "cpu":
-        free = machine.available_memory_bytes()
         return next((way for way in ways if needs.on_cpu(way) <= free), ways[0])
     memory = machine.device_memory(device)
     if memory is None:
         return ways[0]
-    return next((way for way in ways if needs.on_device(way) <= _usable(*memory)), ways[-1])
+    way = next((way for way in ways if needs.on_device(way) <= _usable(*memory)), ways[-1])
+    return way if way.on_device or needs.on_host(way) <= free else replace(way, on_disk=True)
 
 
 def _usable(free: int, total: int) -> int:

@@ -138,4 +138,5 @@ def _least(rooms: list[Room]) -> Room:
         all(room.on_device for room in rooms),
         all(room.spare for room in rooms),
         any(room.restarts for room in rooms),
+        any(room.on_disk for room in rooms) and not all(room.on_device for room in rooms),
     )

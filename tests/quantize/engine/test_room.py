@@ -9,6 +9,7 @@ import torch
 
 from quantpress.core import machine
 from quantpress.core.errors import OutOfMemory
+from quantpress.core.transfers import file_empty
 from quantpress.engine import blocks, plan
 from quantpress.engine.room import Needs, Room, choose
 
@@ -38,13 +39,23 @@ def test_room_changes_no_bit(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     family, document = CASES[case]
     build(family, tmp_path / "model", torch.bfloat16)
     made = {}
-    for room in (Room(batch_tokens=64), Room(batch_tokens=64, restarts=True), Room(batch_tokens=64, spare=True)):
+    on_disk = Room(batch_tokens=64, on_device=False, on_disk=True)
+    for room in (Room(64), Room(64, restarts=True), Room(64, spare=True), on_disk):
         monkeypatch.setattr(plan, "choose", lambda needs, device, room=room: room)
         out = tmp_path / f"run{len(made)}"
         make(out, tmp_path / "model", document)
         made[room] = files(out / "quantized")
     first, *others = ({n: content for n, content in one.items() if n != "manifest.json"} for one in made.values())
-    assert others == [first, first]
+    assert others == [first] * 3
+
+
+def test_states_on_disk_take_their_room_at_once_and_leave_no_file(tmp_path: Path) -> None:
+    states = file_empty((3, 5, 8), torch.bfloat16, tmp_path / "work")
+    assert not [*(tmp_path / "work").iterdir()]
+    assert torch.equal(states.copy_(torch.arange(120).view(3, 5, 8)), torch.arange(120).view(3, 5, 8).bfloat16())
+    with pytest.raises(OSError, match=r"No space left|too large"):
+        file_empty((1 << 30, 1 << 26), torch.bfloat16, tmp_path / "work")
+    assert not [*(tmp_path / "work").iterdir()]
 
 
 def test_a_gpu_without_memory_left_goes_on_with_fewer_tokens_at_once(
@@ -88,9 +99,10 @@ def test_where_nothing_is_left_to_halve_memory_has_ended(tmp_path: Path, monkeyp
 def test_the_fastest_way_that_fits_a_gpu_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
 
-    def chosen(gigabytes: float, needs: Needs = LLAMA_8B) -> Room:
+    def chosen(gigabytes: float, needs: Needs = LLAMA_8B, host: int = 200) -> Room:
         memory = int(gigabytes * GB)
         monkeypatch.setattr(machine, "device_memory", lambda where: (memory, memory))
+        monkeypatch.setattr(machine, "available_memory_bytes", lambda: host * GB)
         found = choose(needs, cuda)
         assert needs.on_device(found) <= 0.9 * memory or found == Room(4096, False, False, True)
         return found
@@ -102,6 +114,15 @@ def test_the_fastest_way_that_fits_a_gpu_is_chosen(monkeypatch: pytest.MonkeyPat
     assert chosen(80, many) == Room(32768, on_device=False, restarts=True)
     assert "run again for each of its linears" in (chosen(80, many).note(cuda) or "")
     assert chosen(1) == Room(4096, on_device=False, restarts=True)
+    assert chosen(80, host=3) == Room(32768, on_device=True, spare=True)
+    spilled = chosen(23, host=5)
+    assert spilled == Room(32768, on_device=False, on_disk=True)
+    assert "in files below the run's folder" in (spilled.note(cuda) or "")
+    assert (
+        LLAMA_8B.on_disk(spilled)
+        == 2 * LLAMA_8B.hidden
+        == LLAMA_8B.on_host(Room(on_device=False)) - LLAMA_8B.on_host(spilled)
+    )
 
 
 def test_batches_are_the_same_whatever_little_is_taken_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +133,9 @@ def test_batches_are_the_same_whatever_little_is_taken_of_a_gpu(monkeypatch: pyt
     assert len(found) == 1
 
 
-def test_a_host_with_little_memory_runs_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    for free, wanted in ((64 * GB, Room()), (20 * GB, Room(restarts=True)), (1 * GB, Room())):
+def test_a_host_with_little_memory_has_states_on_disk_then_runs_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk = Room(on_device=False, on_disk=True)
+    ways = ((64, Room()), (20, on_disk), (12, replace(on_disk, restarts=True)), (1, Room()))
+    for free, wanted in ((gigabytes * GB, way) for gigabytes, way in ways):
         monkeypatch.setattr(machine, "available_memory_bytes", lambda free=free: free)
         assert choose(LLAMA_8B, torch.device("cpu")) == wanted
