@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..numbers import ggml_scales as ggml
-from ..numbers.grid import E2M1_MAX, E4M3_MAX, QuantizedLinear, collapse, encode, fit, global_scale
+from ..numbers.grid import E2M1_MAX, E4M3_MAX, QuantizedLinear, collapse, encode, fit, fit_alone, global_scale
 from ..numbers.types import BlockGrid, Grid
 
 
@@ -58,7 +58,7 @@ class GroupScales:
     def fit_all(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zeros [groups, out] of all groups of `weight` [out, in] at once, where rows share no scale."""
         assert not self._grid.nested
-        found = fit(weight.reshape(-1, self.columns), self._grid, self._dtype, None, self._overall)
+        found = fit_alone(weight.reshape(-1, self.columns), self._grid, self._dtype, self._overall)
         for mine, all_rows in zip((self.scales, self.zeros), found, strict=True):
             mine.copy_(all_rows.view(weight.shape[0], -1).T)
         return self.scales, self.zeros

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..core.machine import one_thread
 from ..numbers.ggml_scales import by_size
-from ..numbers.grid import QuantizedLinear, encode, fit, global_scale, scale_dtype, snap
+from ..numbers.grid import QuantizedLinear, encode, fit_alone, global_scale, scale_dtype, snap
 from ..numbers.types import BlockGrid, Grid
 from ..plugin import MethodSettings
 from .group_scales import GroupScales
@@ -71,7 +71,7 @@ def rtn_by_rows(weight: Tensor, grid: Grid) -> tuple[QuantizedLinear, Tensor, Te
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
         w = weight[rows].to(torch.float32).view(-1, groups, columns)
-        scale, zero = (x.view(-1, groups, 1) for x in fit(w.view(-1, columns), grid, stored, None, overall))
+        scale, zero = (x.view(-1, groups, 1) for x in fit_alone(w.view(-1, columns), grid, stored, overall))
         numbers = snap(w, scale, zero, grid)
         codes[rows] = encode(numbers, grid).flatten(1)
         scales[rows] = (scale if overall is None else scale * overall).squeeze(2)  # rounded as they are stored

@@ -30,6 +30,7 @@ _FLOAT_RANGES = (1.0, *(2.0 ** (i / 12) for i in range(-4, 12) if i))
 _OCTAVE = tuple(factor for factor in _FLOAT_RANGES if factor >= 1)  # E4M3 repeats itself beyond, but for its ends
 _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two: the rule's own, and its neighbours
 _SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end of the range, in widths of it
+_WIDE = 2048  # weights that share a scale of FP8, above which its search gains little
 _EXPONENT = 0x7F800000  # the bits of a float32 that hold it
 SMALLEST_SCALE = 2.0**-17  # of integer grids: exact in both 16-bit types
 SMALLEST_FLOAT_SCALE = 2.0**-60
@@ -221,6 +222,16 @@ def fit(
         rows = slice(r, r + step)
         scales[rows], zeros[rows] = _search(weight[rows], low[rows], high[rows], store, importance, shared)
     return scales, zeros
+
+
+def fit_alone(weight: Tensor, grid: Grid, dtype: torch.dtype, overall: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `fit`, for all groups of a weight of which nothing else is known. FP8's rows of more than 2,048 get min-max.
+
+    For them the search takes most of the time and gains 2 to 6 % of the squared error, for 512 weights 11 to 14 %.
+    """
+    if grid.type == "fp8" and weight.shape[1] > _WIDE:
+        grid = grid.model_copy(update={"scale_search": "minmax"})
+    return fit(weight, grid, dtype, None, overall)
 
 
 def snap(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:

@@ -83,3 +83,15 @@ def test_pieces_of_rows_are_rounded_as_the_whole_weight(
     measured = layer_error(weight.float(), wanted.dequantize(), None)
     assert torch.equal(error, measured.error)
     assert torch.equal(power, measured.power)
+
+
+@pytest.mark.parametrize(("columns", "searched"), [(2048, True), (2056, False)])
+def test_the_scales_of_long_rows_of_fp8_are_not_searched(columns: int, searched: bool) -> None:
+    weight, grid = torch.randn(8, columns, generator=torch.Generator().manual_seed(0)), Grid(type="fp8")
+    plain = grid.model_copy(update={"scale_search": "minmax"})
+    for found, least in (
+        (rtn_by_rows(weight, grid)[0], rtn_by_rows(weight, plain)[0]),
+        (rtn(weight, grid, Rtn()).linear, rtn(weight, plain, Rtn()).linear),
+    ):
+        assert torch.equal(found.scales, least.scales) is not searched
+        assert found.grid == grid
