@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .formatting import number
-from .results import EvaluationText, Results
+from .results import Results
+from .sections import EvaluationText
 
 _ALPHAS = (1.0, 0.1, 0.01)  # added to each count; the best of them is taken
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from quantpress.recipe import GPUS
 
-from .results import Cost, Fit, KvCache, Runtime
+from .sections import Cost, Fit, KvCache, Runtime
 
 _MIB = 1 << 20
 _USED = 0.9  # share of a GPU's memory that a server takes (vLLM's default gpu_memory_utilization)

@@ -21,7 +21,7 @@ from quantpress.core.errors import BadInput
 from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.recipe import Evaluation
 
-from .results import Bucket, Divergence, EvaluationText, Interval, NoiseFloor, Quality
+from .sections import Bucket, Divergence, EvaluationText, Interval, NoiseFloor, Quality
 from .statistics import Array, around, groups_of, quantile_interval, runs, standard_error
 
 _ROWS = 256  # tokens whose logits are in memory at a time

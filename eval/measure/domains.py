@@ -16,7 +16,7 @@ from quantpress.recipe import Calibration, Evaluation
 from quantpress.recipe.evaluation import Domain
 
 from .divergence import TokenScores, Windows, divergence, perplexity_increase, quality, windows
-from .results import DomainResult
+from .sections import DomainResult
 
 _CHARACTERS = 6  # a token, generously
 

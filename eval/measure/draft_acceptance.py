@@ -21,7 +21,7 @@ from quantpress.models.skeleton import Skeleton
 
 from .divergence import Windows, last_hidden
 from .reference import reference
-from .results import EvaluationText, Interval, Number
+from .sections import EvaluationText, Interval, Number
 from .statistics import Array, around, groups_of, standard_error
 
 DRAFTED = (1, 2, 3, 4, 6, 8)  # tokens drafted for each pass of the original

@@ -35,7 +35,8 @@ from .generations import side_by_side
 from .likelihood import Room, Scorer
 from .pairing import check_same_model, unplaced
 from .reference import reference
-from .results import Efficiency, Results, Subject
+from .results import Results
+from .sections import Efficiency, Subject
 from .served_reference import PASSES, Models, by_prompt, make_reference
 from .speed import time_model
 from .task_scores import Tasks, TaskScores, compare_tasks, kept

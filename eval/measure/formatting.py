@@ -6,8 +6,8 @@ from collections.abc import Callable
 from quantpress.core import text
 
 __all__ = [
-    "change", "confidence", "interval", "number", "plain", "points", "score", "seconds", "share", "size", "small",
-    "spread",
+    "change", "confidence", "interval", "number", "percent_error", "plain", "points", "score", "seconds", "share",
+    "size", "small", "spread",
 ]  # fmt: skip
 
 NBSP = "\u00a0"  # a number and its unit stay on one line
@@ -42,7 +42,7 @@ def spread(value: float) -> str:
     """A standard error: two significant digits."""
     if not math.isfinite(value):
         return "not finite"
-    return f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+    return f"{value:,.{max(0, 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
 
 
 def change(fraction: float) -> str:
@@ -65,6 +65,11 @@ def share(fraction: float) -> str:
     if 99.9 < percent < 100 or 100 < percent < 101:
         text = f"{min(percent, 99.99):.4g}" if percent < 100 else f"{max(percent, 100.1):.1f}"
     return f"{text}{NBSP}%"
+
+
+def percent_error(fraction: float) -> str:
+    """The standard error of a percentage, two digits."""
+    return f"{spread(100 * fraction)}{NBSP}%"
 
 
 def confidence(low: float, high: float) -> str:

@@ -8,7 +8,8 @@ from quantpress.recipe import Gates
 
 from .formatting import interval, plain, share
 from .metrics import gated
-from .results import GateCheck, GateReport, Interval, Results
+from .results import Results
+from .sections import GateCheck, GateReport, Interval
 
 _WORST = ("REGRESSION", "INCONCLUSIVE", "ACCEPT")
 _MOST = 100  # times what was measured: beyond that no amount that anyone would measure settles it

@@ -5,7 +5,7 @@ from typing import Any
 
 from quantpress.core.text import common_prefix
 
-from .results import Generation
+from .sections import Generation
 
 Write = Callable[[Sequence[list[int]], int], list[list[int]]]  # prompts, most new tokens -> continuations
 

@@ -1,7 +1,7 @@
 """The metrics of an evaluation, one declaration each.
 
 Tables, the comparison, summaries, the model card, the command line and the gates all read METRICS. To add a metric:
-measure it (a field of `Results`), declare it here, test it; a gate on it also needs a limit in the recipe's `Gates`.
+measure it (a field of `Figures`), declare it here, test it; a gate on it also needs a limit in the recipe's `Gates`.
 Task scores are not declared here: which tasks there are is up to the recipe.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .formatting import change, number, share, size, small, spread
-from .results import Interval, Quality, Results
+from .formatting import change, interval, number, percent_error, share, size, small, spread
+from .sections import Figures, Interval, Quality
 from .statistics import around
 
 
@@ -49,7 +49,7 @@ class Metric:
     unit: str
     better: Literal["lower", "higher"]
     help: str
-    read: Callable[[Results], MetricValue | None]
+    read: Callable[[Figures], MetricValue | None]
     show: Callable[[float], str] = small
     show_error: Callable[[float], str] = spread
     show_change: Callable[[MetricValue], str] = lambda value: "" if value.change is None else change(value.change)
@@ -68,12 +68,24 @@ class Metric:
         """The number that the gate's limit is held against."""
         return (math.nan if value.change is None else value.change) if self.limits_change else value.artifact
 
+    def told(self, value: float | None, error: float | None) -> str:
+        """A value with its standard error, where that is known; empty where there is no value."""
+        if value is None:
+            return ""
+        return self.show(value) + ("" if error is None or math.isnan(error) else f" ± {self.show_error(error)}")
+
+    def told_change(self, value: MetricValue, sure: str = "{} ({})") -> str:
+        """The artifact against the original; where the change has an interval both, as `sure` joins them."""
+        told = self.show_change(value)
+        ends = value.interval if self.limits_change else None
+        return told if ends is None else sure.format(told, interval(ends, change))
+
     def show_limited(self, number: float) -> str:
         """A limit, or what it is held against, as text."""
         return change(number) if self.limits_change else self.show(number)
 
 
-def measured(results: Results) -> list[tuple[Metric, MetricValue]]:
+def measured(results: Figures) -> list[tuple[Metric, MetricValue]]:
     """Every metric that these results hold, in the order of METRICS."""
     return [(metric, value) for metric in METRICS if (value := metric.read(results)) is not None]
 
@@ -83,12 +95,12 @@ def gated(limit: str) -> Metric:
     return next(metric for metric in METRICS if metric.limit == limit)
 
 
-def _both(results: Results) -> tuple[Quality, Quality] | None:
+def _both(results: Figures) -> tuple[Quality, Quality] | None:
     both = results.original, results.artifact
     return None if both[0] is None or both[1] is None else (both[0], both[1])
 
 
-def _perplexity(results: Results) -> MetricValue | None:
+def _perplexity(results: Figures) -> MetricValue | None:
     if (both := _both(results)) is None:
         return None
     before, after = both
@@ -98,31 +110,31 @@ def _perplexity(results: Results) -> MetricValue | None:
     )  # fmt: skip
 
 
-def _bits_per_byte(results: Results) -> MetricValue | None:
+def _bits_per_byte(results: Figures) -> MetricValue | None:
     if (both := _both(results)) is None:
         return None
     before, after = both[0].bits_per_byte, both[1].bits_per_byte
     return MetricValue(after, before, change=after / before - 1 if before else None)
 
 
-def _kl_mean(results: Results) -> MetricValue | None:
+def _kl_mean(results: Figures) -> MetricValue | None:
     away = results.divergence
     return None if away is None else MetricValue(away.kl_mean, stderr=away.kl_stderr, interval=away.kl_interval)
 
 
-def _kl_p99(results: Results) -> MetricValue | None:
+def _kl_p99(results: Figures) -> MetricValue | None:
     away = results.divergence
     return None if away is None else MetricValue(away.kl_p99, interval=away.kl_p99_interval)
 
 
-def _top1_agreement(results: Results) -> MetricValue | None:
+def _top1_agreement(results: Figures) -> MetricValue | None:
     away = results.divergence
     if away is None:
         return None
     return MetricValue(away.top1_agreement, stderr=away.top1_stderr, interval=away.top1_interval)
 
 
-def _bytes(results: Results) -> MetricValue | None:
+def _bytes(results: Figures) -> MetricValue | None:
     """None for a served model: its size cannot be seen from outside."""
     held, both = results.efficiency, _both(results)
     after = held.bytes if held else both[1].bytes if both else 0
@@ -140,12 +152,12 @@ def _smaller(value: MetricValue) -> str:
     return f"{ratio:.1f}× smaller" if ratio >= 1 else f"{1 / ratio:.1f}× larger"
 
 
-def _bits_per_weight(results: Results) -> MetricValue | None:
+def _bits_per_weight(results: Figures) -> MetricValue | None:
     held = results.efficiency
     return None if held is None or held.bits_per_weight is None else MetricValue(held.bits_per_weight)
 
 
-def _bits_per_parameter(results: Results) -> MetricValue | None:
+def _bits_per_parameter(results: Figures) -> MetricValue | None:
     held = results.efficiency
     if held is None:
         return None
@@ -153,7 +165,7 @@ def _bits_per_parameter(results: Results) -> MetricValue | None:
     return MetricValue(held.bits_per_parameter, before)
 
 
-def _tokens_per_second(results: Results) -> MetricValue | None:
+def _tokens_per_second(results: Figures) -> MetricValue | None:
     """Decoding at the first batch size and context that were timed."""
     held = results.efficiency
     if held is None or held.runtime is None or not held.runtime.speed:
@@ -195,7 +207,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "top1_agreement", "Same next token", "", "higher",
         "How often both models rank the same next token first.",
-        _top1_agreement, share, share, limit="min_top1_agreement", limited="same next token", of_text=True,
+        _top1_agreement, share, percent_error, limit="min_top1_agreement", limited="same next token", of_text=True,
     ),
     Metric(
         "bytes", "Weights on disk", "", "lower", "All weight files together.",

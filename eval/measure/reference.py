@@ -23,7 +23,7 @@ from quantpress.core.files import fingerprint, intact, seal, whole_folder
 from quantpress.models.skeleton import Skeleton
 
 from .divergence import Windows, compare, divergence, last_hidden, perplexity_increase
-from .results import NoiseFloor
+from .sections import NoiseFloor
 
 _LAYOUT = "3"  # raise when what is computed, or how it is stored, changes
 _KEPT = 16  # cached originals; the least recently used are deleted
@@ -88,7 +88,7 @@ def _noise(original: Skeleton, folder: Path, hidden: Tensor, text: Windows) -> N
     scores = compare((original, other), (hidden[:n], again), few)
     away = divergence(scores)
     return NoiseFloor(
-        what=f"the original against itself: {what}, {len(scores.kl)} tokens",
+        what=f"{what}, {len(scores.kl):,} tokens",
         kl_mean=away.kl_mean,
         kl_p99=away.kl_p99,
         top1_agreement=away.top1_agreement,

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from .gates import judge_again
-from .results import Divergence, DomainResult, Interval, Quality, Repeat, Results, Score, TaskResult
+from .results import Results
+from .sections import Divergence, DomainResult, Interval, Quality, Repeat, Score, TaskResult
 from .statistics import half_width
 
 _R = TypeVar("_R", DomainResult, TaskResult)

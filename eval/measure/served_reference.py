@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,9 @@ from quantpress.numbers.types import Activations
 
 from .likelihood import Scorer, fits_or_fails
 from .reference_texts import ABOUT, AWKWARD, CHAT, MORE_RAW, PARAGRAPHS, RAW, SUBJECTS
-from .results import ByPrompt, Results
+from .results import Results
+from .sections import ByPrompt, Interval
+from .statistics import around, standard_error
 
 PASSES = 3  # over the artifact's blocks
 _LAYOUT = "1"  # raise when what is computed of the original changes
@@ -109,13 +112,25 @@ def by_prompt(reference: Reference) -> tuple[ByPrompt, ...]:
     found = []
     kinds: tuple[Literal["raw", "chat"], ...] = ("raw", "chat")
     for kind in kinds:
-        pairs = [pair for one in reference.asked if one.chat == (kind == "chat")
-                 for pair in zip(one.original, one.artifact, strict=True)]  # fmt: skip
-        if pairs:
-            kl = sum(divergence(p, q) for p, q in pairs) / len(pairs)
-            same = sum(max(q) == q[0] for _, q in pairs) / len(pairs)
-            found.append(ByPrompt(kind=kind, positions=len(pairs), kl_mean=kl, top1_agreement=same))
+        asked = [one for one in reference.asked if one.chat == (kind == "chat")]
+        pairs = [(i, *pair) for i, one in enumerate(asked) for pair in zip(one.original, one.artifact, strict=True)]
+        if not pairs:
+            continue
+        kl, kl_ends = _over_prompts([divergence(p, q) for _, p, q in pairs], [i for i, _, _ in pairs])
+        same, same_ends = _over_prompts([max(q) == q[0] for _, _, q in pairs], [i for i, _, _ in pairs])
+        found.append(
+            ByPrompt(
+                kind=kind, positions=len(pairs), kl_mean=kl, kl_interval=kl_ends and (max(0.0, kl_ends[0]), kl_ends[1]),
+                top1_agreement=same, top1_interval=same_ends and (max(0.0, same_ends[0]), min(1.0, same_ends[1])),
+            )
+        )  # fmt: skip
     return tuple(found)
+
+
+def _over_prompts(values: Sequence[float], prompt: Sequence[int]) -> tuple[float, Interval | None]:
+    """The mean of values at tokens, and its interval; the tokens of a prompt are not independent."""
+    each, run = np.array(values, float), np.array(prompt)
+    return float(each.mean()), around(float(each.mean()), standard_error(each, run), int(run.max()) + 1)
 
 
 def _of_original(models: Models, paragraphs: Sequence[tuple[list[int], int]], positions: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.recipe import Timing
 
-from .results import Runtime, Speed
+from .sections import Runtime, Speed
 
 _BASELINE_NOTE = "dequantized into transformers, eager"
 _SECONDS = 3600

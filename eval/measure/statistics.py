@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
-from .results import Interval
+from .sections import Interval
 
 _RUNS = 16  # roughly as many per text; fewer would be too few to estimate their spread
 _SHORTEST = 16  # tokens in a run

@@ -24,7 +24,7 @@ from quantpress.core.errors import BadInput
 from quantpress.core.files import expanded, file_sha256, remembered
 from quantpress.recipe import Task
 
-from .results import Score, TaskResult
+from .sections import Score, TaskResult
 from .statistics import flips, paired_difference, recovery, standard_error
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from quantpress.recipe import Task
 from quantpress.recipe.evaluation import UntilClear
 
 from .metrics import gated
-from .results import GateCheck, Results
+from .results import Results
+from .sections import GateCheck
 
 
 def more_windows(results: Results, until: UntilClear) -> int | None:

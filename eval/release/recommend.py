@@ -14,7 +14,7 @@ from quantpress.core.schema import Bytes, Fraction
 from quantpress.core.text import meant
 
 from ..measure.formatting import number, plain, share, size
-from ..measure.results import KvCache
+from ..measure.sections import KvCache
 from ..report.measured_run import MeasuredRun, comparable, find_runs, labelled
 from ..report.standing import Judged, Preference, Recovery, judge_runs, pick
 
@@ -135,7 +135,7 @@ def _candidate(judged: Judged, wish: Wish) -> Candidate:
         misses.append(f"the size of its key-value cache is not known; `quantpress eval {run.folder}` measures it")
     elif (excess := run.size + whole + wish.kept - wish.memory) > 0:
         misses.append(plain(f"does not fit: {_sum(run, whole, wish)}, {size(excess)} too much"))
-    if wish.min_recovery is not None and judged.recovery.safe < wish.min_recovery:
+    if wish.min_recovery is not None and judged.standing.usable and judged.recovery.safe < wish.min_recovery:
         misses.append(_short(judged.recovery, wish.min_recovery))
     return Candidate(judged, whole, tuple(misses))
 

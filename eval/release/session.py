@@ -23,7 +23,8 @@ from quantpress.recipe.loading import apply_override, parse_target
 
 from ..measure.evaluate import Prepared, Watch, evaluate
 from ..measure.evaluate import prepare as prepare_evaluation
-from ..measure.results import Results, Subject
+from ..measure.results import Results
+from ..measure.sections import Subject
 from ..report.junit import write_junit
 from .callbacks import Callbacks, Options
 

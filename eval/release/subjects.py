@@ -14,7 +14,8 @@ from quantpress.recipe.loading import apply_override, parse
 from ..measure.draft_acceptance import Draft, measure_draft
 from ..measure.endpoint import Endpoint, ServedModel
 from ..measure.evaluate import Prepared, evaluate, evaluate_served, positions_of
-from ..measure.results import Results, Subject
+from ..measure.results import Results
+from ..measure.sections import Subject
 from .callbacks import Callbacks, Options
 from .ledger import Ledger
 from .session import open_source, saved

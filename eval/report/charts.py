@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..measure.formatting import change, number, share, size, small
-from ..measure.results import Interval
+from ..measure.sections import Interval
 from ..measure.statistics import around
 from .measured_run import MeasuredRun
 from .standing import FINE_KL, Judged

@@ -10,7 +10,7 @@ from typing import Any
 import resvg_py
 from jinja2 import Environment
 
-from ..measure.results import TaskResult
+from ..measure.sections import TaskResult
 from .heatmap import LIGHT
 from .measured_run import MeasuredRun
 

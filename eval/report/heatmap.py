@@ -63,6 +63,11 @@ class Heat:
     cells: tuple[Cell, ...]
     outside: tuple[LayerRecord, ...]
 
+    @property
+    def experts(self) -> bool:
+        """Whether a cell stands for several layers."""
+        return any(len(cell.layers) > 1 for cell in self.cells)
+
     def of(self, kind: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.kind == kind]
 

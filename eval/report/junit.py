@@ -7,9 +7,10 @@ from xml.etree import ElementTree
 
 from quantpress.core.files import whole_file
 
-from ..measure.formatting import plain, share
-from ..measure.metrics import measured
-from ..measure.results import GateCheck, GateReport, Results
+from ..measure.formatting import plain
+from ..measure.lines import lines
+from ..measure.results import Results
+from ..measure.sections import GateCheck, GateReport
 from .page_text import cell
 
 _SIGNS = {"ACCEPT": "✅", "REGRESSION": "❌", "INCONCLUSIVE": "❔", "NONE": ""}
@@ -75,26 +76,14 @@ def fails(check: GateCheck, gates: GateReport) -> bool:
 def step_summary(name: str, results: Results) -> str:
     """Markdown for $GITHUB_STEP_SUMMARY: the verdict, the metrics, each gate with its reason."""
     gates = results.gates
-    lines = [f"### {_SIGNS[gates.verdict]} quantpress: {cell(name)} {gates.verdict}".replace("###  ", "### "), ""]
-    lines += [cell(gates.reason), "", "| metric | value |", "|---|---:|"]
-    lines += [f"| {cell(name)} | {value} |" for name, value in _rows(results)]
+    said = "measured" if gates.verdict == "NONE" else gates.verdict
+    out = [f"### {_SIGNS[gates.verdict]} quantpress: {cell(name)} {said}".replace("###  ", "### "), ""]
+    out += [cell(gates.reason), "", "| figure | |", "|---|---|"]
+    out += [f"| {cell(name)} | {cell(told)} |" for name, told in lines(results)]
     if gates.checks:
-        lines += ["", "| gate | | reason |", "|---|---|---|"]
-        lines += [f"| {cell(c.name)} | {_SIGNS[c.verdict]} {c.verdict} | {cell(c.reason)} |" for c in gates.checks]
-    return plain("\n".join(lines)) + "\n"
-
-
-def _rows(results: Results) -> list[tuple[str, str]]:
-    """A row (name, values) per metric and task."""
-    out = []
-    for metric, value in measured(results):
-        before = "" if value.original is None else f"{metric.show(value.original)} → "
-        change = f" ({text})" if (text := metric.show_change(value)) else ""
-        out.append((metric.heading, f"{before}{metric.show(value.artifact)}{change}"))
-    for task in results.tasks:
-        left = "" if task.recovery is None else f" ({share(task.recovery)} of the original)"
-        out.append((f"{task.task} {task.metric}", f"{share(task.artifact.value)}{left}"))
-    return out
+        out += ["", "| gate | |", "|---|---|"]
+        out += [f"| {_SIGNS[check.verdict]} {check.verdict} | {cell(check.reason)} |" for check in gates.checks]
+    return plain("\n".join(out)) + "\n"
 
 
 def _clean(text: str) -> str:

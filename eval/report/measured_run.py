@@ -16,7 +16,8 @@ from quantpress.exports.serving.record import read as read_serving
 from ..measure.formatting import change, interval, number, points, share, size
 from ..measure.metrics import Metric, MetricValue, measured
 from ..measure.repeats import folded
-from ..measure.results import Divergence, DomainResult, EvaluationText, Quality, Results, read_results
+from ..measure.results import Results, read_results
+from ..measure.sections import Divergence, DomainResult, EvaluationText, Quality
 from .heatmap import Heat, heat, measure_in_words
 from .page_text import program, sentence
 
@@ -157,7 +158,7 @@ class MeasuredRun:
     @property
     def warnings(self) -> list[str]:
         """What a reader has to know before using the numbers, the worst first."""
-        out = grouped(self.manifest.fallbacks)
+        out = [*self.results.warnings, *grouped(self.manifest.fallbacks), *self.results.notes]
         if not math.isfinite(self.artifact.perplexity):
             out.insert(0, "The artifact's perplexity is not a finite number: it does not work as a language model.")
         if not self.results.complete:

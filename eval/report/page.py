@@ -21,12 +21,12 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from quantpress.core.errors import BadInput
 from quantpress.core.files import whole_file
 from quantpress.core.text import shortened
+from quantpress.recipe.methods import METHODS
 
 from ..measure import formatting
-from ..measure.formatting import change, interval
 from ..measure.gates import limit_name, show_limit
-from ..measure.metrics import METRICS, Metric, MetricValue
-from ..measure.results import TaskResult
+from ..measure.metrics import METRICS, Metric
+from ..measure.sections import TaskResult
 from . import page_text
 from .charts import charts
 from .figures import divergence_axis, png, recovery_axis, recovery_ticks, svg
@@ -141,7 +141,18 @@ def _differences(runs: Sequence[MeasuredRun]) -> dict[str, list[str]]:
     flat = [_flatten({k: v for k, v in run.manifest.recipe.items() if k not in left_out}) for run in runs]
     keys = list(dict.fromkeys(k for f in flat for k in f))
     rows = {key: [_yaml(f[key], flow=True) if key in f else "" for f in flat] for key in keys}
-    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+    told = {key: values for key, values in rows.items() if len(set(values)) > 1}
+    return {key: values for key, values in told.items() if not _of_the_method(key, flat)}
+
+
+def _of_the_method(key: str, recipes: Sequence[dict[str, Any]]) -> bool:
+    """Whether it is a setting that only some of the methods have, which all that have it leave as it is."""
+    part, _, name = key.partition(".")
+    have = [recipe for recipe in recipes if key in recipe]
+    if part != "method" or len(have) == len(recipes):
+        return False
+    fields = (METHODS[recipe["method.name"]].model_fields.get(name) for recipe in have)
+    return all(field is not None and field.default == recipe[key] for field, recipe in zip(fields, have, strict=True))
 
 
 def _by_task(runs: Sequence[MeasuredRun]) -> list[tuple[tuple[str, str], list[TaskResult | None]]]:
@@ -224,19 +235,6 @@ def _write(
     return folder / "index.html"
 
 
-def _estimate(metric: Metric, value: float | None, error: float | None) -> str:
-    """A value of the metric with its standard error, where that is known; empty where there is no value."""
-    if value is None:
-        return ""
-    return metric.show(value) + ("" if error is None or math.isnan(error) else f" ± {metric.show_error(error)}")
-
-
-def _changed(metric: Metric, value: MetricValue) -> str:
-    """The artifact against the original, with the interval of the change where there is one."""
-    told = metric.show_change(value)
-    return f"{told} ({interval(value.interval, change)})" if metric.limits_change and value.interval else told
-
-
 def _finite(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
@@ -262,7 +260,7 @@ def templates() -> Environment:
         "ticks": recovery_ticks,
     }
     environment.filters |= formats | {
-        "gate": show_limit, "gate_name": limit_name, "yaml": _yaml, "fenced": _fenced, "estimate": _estimate,
-        "changed": _changed, "by_task": _by_task, "shortened": shortened,
+        "gate": show_limit, "gate_name": limit_name, "yaml": _yaml, "fenced": _fenced, "estimate": Metric.told,
+        "changed": Metric.told_change, "by_task": _by_task, "shortened": shortened,
     }  # fmt: skip
     return environment

@@ -1,12 +1,14 @@
 """Text of the page: names, shortened text, and text that is safe inside Markdown."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from markupsafe import Markup, escape
 
 from quantpress.recipe import Recipe
 
-__all__ = ["cell", "first_word", "program", "sentence", "squeezed", "without_defaults"]
+__all__ = ["cell", "first_word", "program", "sentence", "squeezed", "unbroken", "without_defaults"]
 
 
 def sentence(text: str) -> str:
@@ -47,6 +49,15 @@ def cell(text: str) -> str:
     for mark in "\\`*_[]<>|":
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())
+
+
+def unbroken(text: str, names: Iterable[str]) -> Markup:
+    """The text, escaped, in which no line ends inside one of `names`, such as w4a16-gptq."""
+    if not (names := list(names)):
+        return escape(text)
+    known = "|".join(re.escape(str(escape(name))) for name in sorted(names, key=len, reverse=True))
+    marked = re.sub(rf"(?<![\w/-])(?:{known})(?![\w/-])", r'<span class="name">\g<0></span>', str(escape(text)))
+    return Markup(marked)
 
 
 def first_word(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from ..measure.baselines import below, doubt
 from ..measure.formatting import change, interval, number, plain, share, small
-from ..measure.results import Interval, TaskResult
+from ..measure.sections import Interval, TaskResult
 from ..measure.statistics import around, half_width
 from .measured_run import MeasuredRun
 
@@ -134,14 +134,18 @@ def _soft(run: MeasuredRun) -> Standing:
     high = _ends(away.kl_interval, away.kl_mean, away.kl_stderr)[1]
     found = []
     if not high <= FINE_KL:
-        found.append(f"KL {small(away.kl_mean)} nats per token, where up to {FINE_KL:g} is inconspicuous")
+        near = away.kl_mean <= FINE_KL
+        told = f" ({interval(away.kl_interval, small)})" if near and away.kl_interval else ""
+        call = f"too close to the soft limit of {FINE_KL:g} to call" if near else f"above the soft limit of {FINE_KL:g}"
+        found.append(f"KL {small(away.kl_mean)}{told} nats per token, {call}")
     tasks = one_metric(run.results.tasks)
     left = task_recovery(tasks) if tasks else None
     if left is not None and left.interval is not None and left.interval[1] < FINE_RECOVERY:
         found.append(f"its task scores recover {left.shown}")
+    found += run.results.warnings
     if found:
         return Standing("look closer", "; ".join(found))
-    return Standing("fine", f"KL {small(away.kl_mean)} nats per token, of up to {FINE_KL:g} that is inconspicuous")
+    return Standing("fine", f"KL {small(away.kl_mean)} nats per token, below the soft limit of {FINE_KL:g}")
 
 
 def _ends(known: Interval | None, mean: float, stderr: float) -> Interval:

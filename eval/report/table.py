@@ -41,6 +41,8 @@ def _row(choice: Choice, k: int, tasks: list[tuple[str, str]], texts: list[str])
         text = by_text.get(name)
         row[f"perplexity_increase_on_{name}"] = None if text is None else text.perplexity_increase
         row[f"kl_mean_on_{name}"] = None if text is None else text.kl_mean
+    for kind, name in (("raw", "prompts"), ("chat", "chats")):
+        row[f"kl_mean_on_{name}"] = next((one.kl_mean for one in run.results.prompts if one.kind == kind), None)
     scores = {(task.task, task.metric): task for task in run.results.tasks}
     for task, metric_name in tasks:
         score = scores.get((task, metric_name))

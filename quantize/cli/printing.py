@@ -4,7 +4,6 @@ Names, paths and messages are users' and models': nothing in them is markup, an 
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -133,9 +132,10 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
 def print_results(results: "Results") -> None:
     """What was measured, a line each, then the gates, then whether any of it can be believed."""
     from quantpress.eval.measure.baselines import doubt
+    from quantpress.eval.measure.lines import lines
 
-    for line in _figures(results):
-        show(line)
+    for name, told in lines(results):
+        show(f"{name:<32} {told}")
     for line in results.warnings:
         say(f"note: {line}")
     for note in results.notes:
@@ -147,80 +147,6 @@ def print_results(results: "Results") -> None:
         say(f"note: a gate is too close to call (exit code {results.gates.exit_code}); {how}")
     if (wrong := doubt(results)) is not None:
         say(f"\nWARNING {wrong}\n", style=_FAILED)
-
-
-def _figures(results: "Results") -> Iterator[str]:
-    from quantpress.eval.measure.formatting import change, interval, number, plain, small
-    from quantpress.eval.measure.metrics import measured
-
-    for metric, value in measured(results):
-        before = "" if value.original is None else f"{metric.show(value.original)} -> "
-        error = value.stderr is not None and math.isfinite(value.stderr) and value.change is None
-        spread = f" ± {metric.show_error(value.stderr or 0.0)}" if error else ""
-        told = metric.show_change(value)
-        if metric.limits_change and value.interval:
-            told += f", 95 %: {interval(value.interval, change)}"
-        unit = f" {metric.unit}" if metric.unit else ""
-        line = f"{metric.title:<32} {before}{metric.show(value.artifact)}{spread}{unit}"
-        yield plain(line + (f" ({told})" if told else ""))
-    if results.repeats:
-        each = ", ".join(f"{change(one.perplexity_increase)} KL {small(one.kl_mean)}" for one in results.repeats)
-        yield plain(f"{f'means over {len(results.repeats)} runs':<32} {each}")
-    if results.divergence is not None and results.divergence.noise is not None:
-        yield f"{'noise floor of the divergence':<32} {results.divergence.noise.kl_mean:.5f}"
-    for domain in results.domains:
-        before, after = number(domain.original_perplexity), number(domain.artifact_perplexity)
-        ends = domain.perplexity_increase_interval
-        told = change(domain.perplexity_increase) + (f", 95 %: {interval(ends, change)}" if ends else "")
-        line = f"{f'on {domain.name}':<32} perplexity {before} -> {after} ({told}), KL {small(domain.kl_mean)}"
-        yield plain(line)
-    for one in results.prompts:
-        what = "divergence on chats" if one.kind == "chat" else "divergence on prompts"
-        yield f"{what:<32} {one.kl_mean:.4f} (first token {one.top1_agreement:.0%} of {one.positions})"
-    yield from _tasks(results)
-    yield from _efficiency(results)
-    for generation in results.generations:
-        where = (
-            "all tokens alike" if generation.first_difference is None else f"from token {generation.first_difference}"
-        )
-        yield f"continuing  {generation.prompt!r}: {where}"
-
-
-def _tasks(results: "Results") -> Iterator[str]:
-    for task in results.tasks:
-        line = f"{task.task} {task.metric} {task.artifact.value:.4f} ± {task.artifact.stderr:.4f}"
-        if task.original is not None and task.difference_interval is not None:
-            low, high = task.difference_interval
-            line += (
-                f", original {task.original.value:.4f}, difference {task.difference:+.4f} ({low:+.4f} to {high:+.4f})"
-            )
-        if task.recovery is not None:
-            line += f", recovery {task.recovery:.1%}"
-        if task.flips is not None:
-            line += f", {task.lost} answers lost, {task.won} won"
-        yield f"task        {line}"
-
-
-def _efficiency(results: "Results") -> Iterator[str]:
-    held = results.efficiency
-    if held is None:
-        return
-    if held.cache is not None:
-        fits = ", ".join(f"{fit.gpu} {fit.concurrency}" for fit in held.fits)
-        yield (
-            f"cache       {size(held.cache.bytes_per_token)} per token ({held.cache.dtype}); sequences of "
-            f"{held.cache.context} tokens that fit: {fits or 'no GPU asked'}"
-        )
-    for who, runtime in (("artifact", held.runtime), ("original", held.original_runtime)):
-        for speed in () if runtime is None else runtime.speed:
-            yield (
-                f"speed       {who}, batch {speed.batch}, context {speed.context}: prefill "
-                f"{speed.prefill_tokens_per_second:.0f}, decode {speed.decode_tokens_per_second:.1f} tokens/s"
-            )
-    if held.runtime is not None:
-        yield f"            timed with {held.runtime.what}"
-    if held.cost is not None:
-        yield f"cost        {held.cost.formula}"
 
 
 def print_check(check: "Check") -> None:

@@ -185,7 +185,8 @@ def recommend(
         best = found.choice
         document = {"choice": best and best.run.label, "folder": best and str(best.run.folder)}
         needs = {"memory_bytes": int(wish.memory), "margin_bytes": wish.kept}
-        print_json(document | needs | {"runs": [_candidate(one) for one in found.candidates], "why": found.why})
+        reasons = {"why": found.why, "not_taken": dict(found.others)}
+        print_json(document | needs | {"runs": [_candidate(one) for one in found.candidates]} | reasons)
     else:
         _print_recommendation(found)
     if found.choice is None:

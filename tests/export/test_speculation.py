@@ -9,7 +9,7 @@ from quantpress.artifact.artifact import Artifact
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.eval.measure.draft_acceptance import Accepted, Draft
-from quantpress.eval.measure.results import EvaluationText
+from quantpress.eval.measure.sections import EvaluationText
 from quantpress.exports.package import export
 from quantpress.exports.servers.deployment import ModelFolder
 from quantpress.exports.servers.resources import Resources

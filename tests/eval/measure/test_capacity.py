@@ -14,7 +14,7 @@ from quantpress.artifact.artifact import Artifact, open_artifact
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure import capacity, speed
-from quantpress.eval.measure.results import Runtime, Speed
+from quantpress.eval.measure.sections import Runtime, Speed
 from quantpress.recipe import Timing
 
 from ...quantize.engine.test_pipeline import make

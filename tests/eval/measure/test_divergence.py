@@ -249,7 +249,7 @@ def test_the_noise_floor_is_measured_on_the_first_four_windows(asked: int, used:
     cut = windows(tokenizer(), text(), "text", Evaluation(windows=asked, window=32, stride=8))
     _, noise = reference(open_tiny(tmp_path / "model"), tmp_path / "model", cut, tmp_path)
     tokens = int(cut.scored[:used].sum())
-    assert noise.what == f"the original against itself: bfloat16 against float32, {tokens} tokens"
+    assert noise.what == f"bfloat16 against float32, {tokens:,} tokens"
     half, whole = (
         Skeleton(Checkpoint(tmp_path / "model"), device=CPU, dtype=d) for d in (torch.bfloat16, torch.float32)
     )

@@ -16,7 +16,8 @@ from quantpress.core.files import remembered
 from quantpress.eval.measure import evaluate as measure
 from quantpress.eval.measure import speed
 from quantpress.eval.measure.evaluate import Watch, evaluate, prepare
-from quantpress.eval.measure.results import Generation, Results, Runtime, read_results
+from quantpress.eval.measure.results import Results, read_results
+from quantpress.eval.measure.sections import Generation, Runtime
 from quantpress.eval.report.junit import Stage, step_summary, write_junit
 from quantpress.recipe import Evaluation, Gates
 
@@ -77,7 +78,7 @@ def test_a_run_is_measured_by_its_own_recipe(place: Path, monkeypatch: pytest.Mo
     assert [fit.gpu for fit in results.efficiency.fits] == list(Evaluation().efficiency.gpus)
     assert len(results.generations) == 3
     assert results.gates.verdict == "ACCEPT"
-    assert "| max\\_bytes | ✅ ACCEPT |" in (place / "summary.md").read_text(encoding="utf-8")
+    assert "| ✅ ACCEPT | size on disk" in (place / "summary.md").read_text(encoding="utf-8")
     cases = ElementTree.parse(place / "run" / "eval" / "junit.xml").findall(".//testcase")
     assert [case.get("name") for case in cases] == ["max_bytes", "eval"]
 
@@ -259,7 +260,7 @@ def test_junit_has_a_case_a_gate(strict: bool, failures: set[str], tmp_path: Pat
 def test_the_step_summary_is_one_table_a_row_that_text_cannot_break() -> None:
     lines = step_summary("run | one", judged()).splitlines()
     assert lines[0] == "### ❌ quantpress: run \\| one REGRESSION"
-    assert "| max\\_kl | ❌ REGRESSION | too much \\| \\<of it\\> |" in lines
+    assert "| ❌ REGRESSION | too much \\| \\<of it\\> |" in lines
     assert any(line.startswith("| Perplexity | 17.05 → 18.40") for line in lines)
 
 

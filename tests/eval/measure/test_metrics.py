@@ -1,14 +1,13 @@
 """One declaration makes a metric: a toy one is seen on the page, in the summaries, the comparison and a CI."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
-from quantpress.cli.printing import _figures
 from quantpress.eval.measure import metrics
 from quantpress.eval.measure.gates import judge
+from quantpress.eval.measure.lines import lines
 from quantpress.eval.measure.metrics import METRICS, Metric, MetricValue, gated
 from quantpress.eval.measure.results import Results
 from quantpress.eval.report import page
@@ -49,8 +48,8 @@ def test_a_new_metric_needs_one_declaration(toy: Metric, tmp_path: Path) -> None
     assert "Toy surprisebananas" in words(both)
     assert "Toy surprise, bananas |" in (both / "summary.md").read_text(encoding="utf-8")
     results = Results.model_validate(fake_results())
-    assert "| Toy surprise, bananas | 0.250 → 0.125 (−50.0 %) |" in step_summary("x", results)
-    assert any(re.match("Toy surprise .* bananas", line) for line in _figures(results))
+    assert "| Toy surprise | 0.250 → 0.125 bananas (−50.0 %) |" in step_summary("x", results)
+    assert ("Toy surprise", "0.250 → 0.125 bananas (−50.0 %)") in lines(results)
 
 
 @pytest.mark.parametrize(("limit", "verdict"), [(0.09, "REGRESSION"), (0.12, "INCONCLUSIVE"), (0.2, "ACCEPT")])

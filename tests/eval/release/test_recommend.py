@@ -8,7 +8,7 @@ import pytest
 
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
-from quantpress.eval.measure.results import KvCache, TaskResult
+from quantpress.eval.measure.sections import KvCache, TaskResult
 from quantpress.eval.release.recommend import Wish, cache_bytes, recommend
 from quantpress.eval.report.measured_run import open_run
 from quantpress.eval.report.standing import one_metric, perplexity_recovery, task_recovery

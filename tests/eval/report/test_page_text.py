@@ -5,7 +5,7 @@ import yaml
 
 from quantpress.eval.measure.formatting import change, number, points, seconds, share, size, small
 from quantpress.eval.measure.gates import limit_name, show_limit
-from quantpress.eval.report.page_text import program, sentence, without_defaults
+from quantpress.eval.report.page_text import program, sentence, unbroken, without_defaults
 from quantpress.recipe import loading as recipes
 
 
@@ -35,3 +35,10 @@ def test_a_recipe_without_its_defaults_is_the_same_recipe(name: str) -> None:
     short = without_defaults(whole.model_dump(mode="json"))
     assert recipes.parse(short) == whole
     assert "null" not in yaml.safe_dump({k: v for k, v in short.items() if k != "method"})
+
+
+def test_no_line_ends_inside_a_name() -> None:
+    told = unbroken("Take w4-b, not w4 or <w4>: w4/README.md, w4-bits", ["w4", "w4-b"])
+    whole = '<span class="name">w4</span>'
+    assert told == f'Take <span class="name">w4-b</span>, not {whole} or &lt;{whole}&gt;: w4/README.md, w4-bits'
+    assert unbroken("<a>", []) == "&lt;a&gt;"

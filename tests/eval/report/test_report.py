@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from quantpress.core.errors import BadInput
-from quantpress.eval.report.page import write_comparison, write_report
+from quantpress.eval.report.measured_run import open_run
+from quantpress.eval.report.page import _differences, write_comparison, write_report
+from quantpress.recipe import Recipe
 
 FILES = ["index.html", "layers.png", "layers.svg", "perplexity.png", "perplexity.svg", "summary.json", "summary.md",
          "tradeoff.png", "tradeoff.svg"]  # fmt: skip
@@ -375,6 +377,18 @@ def test_a_comparison_separates_the_beaten_from_the_rest(tmp_path: Path) -> None
     assert "The smallest that is fine: int8-gptq, 1.6× smaller, KL" in parsed.text
     assert "weights.bits" in parsed.text
     assert (out / "index.html").stat().st_size < 300_000
+
+
+def test_settings_of_a_method_that_others_lack_are_no_difference_unless_they_were_set(tmp_path: Path) -> None:
+    def recipe(**more: Any) -> dict[str, Any]:
+        return Recipe.model_validate({"method": more}).model_dump(mode="json")
+
+    runs = []
+    for name, method in (("a", {"name": "rtn"}), ("b", {"name": "gptq"}), ("c", {"name": "gptq", "damp": 0.05})):
+        manifest = fake_manifest(name) | {"recipe": recipe(**method)}
+        runs.append(open_run(write_run(tmp_path / name, manifest, fake_results())))
+    assert _differences(runs[:2]) == {"method.name": ["rtn", "gptq"]}
+    assert _differences(runs) == {"method.name": ["rtn", "gptq", "gptq"], "method.damp": ["", "0.01", "0.05"]}
 
 
 def test_a_comparison_does_not_depend_on_the_order(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quantpress.core.files import write_json
-from quantpress.eval.measure.results import TaskResult
+from quantpress.eval.measure.sections import TaskResult
 from quantpress.eval.report.figures import recovery_axis
 from quantpress.eval.report.measured_run import LeftOut, grouped
 from quantpress.eval.report.page import write_comparison, write_report, write_sweep

@@ -109,6 +109,7 @@ def test_a_destroyed_model_is_never_taken_whatever_a_tasks_noise_says(sweep: Pat
         assert found.choice is None or found.choice.run.label != "w2a16-rtn"
         reason = dict(found.others)["w2a16-rtn"]
         assert reason.startswith("broken: it predicts the text worse than a uniform guess over its vocabulary would")
+        assert "recovery" not in reason  # what is broken needs no second reason
     text = said(write_comparison([sweep], sweep / "report"))
     assert "Red triangles at the edge are broken" in text
     found = recommend([sweep], Wish.parse(memory="24GiB", context=64, min_recovery="98%", prefer="smallest"))
@@ -169,6 +170,12 @@ def test_without_gates_soft_limits_judge(tmp_path: Path, perplexity: float, kl: 
     run = write_run(tmp_path / "run", fake_manifest(blocks=2), measured(perplexity, kl))
     assert standing(open_run(run)).level == level
     assert verdict(open_run(run)).todo
+
+
+def test_a_value_below_its_limit_is_not_said_to_be_above(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", fake_manifest(blocks=2), measured(17.5, 0.099))
+    told = "KL 0.0990 (0.0960 to 0.102) nats per token, too close to the soft limit of 0.1 to call"
+    assert standing(open_run(run)).reason == told
 
 
 def test_an_original_that_predicts_nothing_gets_no_verdict(tmp_path: Path) -> None:

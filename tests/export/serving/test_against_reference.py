@@ -11,7 +11,8 @@ from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.cli import main
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
-from quantpress.eval.measure.results import Divergence, Results
+from quantpress.eval.measure.results import Results
+from quantpress.eval.measure.sections import Divergence
 from quantpress.eval.measure.served_reference import Models, by_prompt, make_reference
 from quantpress.exports.serving.reference import Reference, divergence, read_reference
 from quantpress.exports.serving.served_check import check_served
@@ -114,6 +115,9 @@ def test_an_artifact_that_answers_chats_with_nonsense_fails_though_it_is_served_
     chats, plain = by_prompt(reference.model_copy(update={"asked": asked}))[::-1]
     assert (chats.kind, plain.kind) == ("chat", "raw")
     assert chats.kl_mean > 3 > 0.1 > plain.kl_mean
+    assert chats.kl_interval is not None
+    assert chats.kl_interval[0] < chats.kl_mean < chats.kl_interval[1]
+    assert chats.top1_interval == (0.0, 0.0) == (chats.top1_agreement,) * 2  # no prompt differs
     text = Divergence(
         kl_mean=0.02, kl_stderr=0, kl_median=0, kl_p90=0, kl_p99=0, kl_max=0, top1_agreement=1
     )  # fmt: skip
