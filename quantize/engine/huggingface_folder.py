@@ -30,6 +30,7 @@ from ..numbers.types import Grid
 from .accounting import account, few, left_for_their_width
 from .backend import Backend, Setup
 from .budgeting import SAMPLES, Menu, with_sensitivity
+from .joining import why_not_joined
 from .outer import NOTHING, Outer
 from .plan import Plan, make_plan
 from .settings import Settings
@@ -195,6 +196,8 @@ class HuggingFaceFolder(Backend):
             return None
         if self.outer.names.get("embeddings") in self.outer.grids:
             return "it does not know quantized embeddings"
+        if (why := why_not_joined(skeleton, self.schemes, self.setup.recipe.activations)) is not None:
+            return f"in its {kind} {why}"
         why = self._why_no_packed_linears
         alike = len({self.schemes[x.name] for x in quantized} | set(self.outer.grids.values())) == 1
         return None if why is None or (keeps_modules() and alike) else f"in its {kind} {why}"

@@ -174,6 +174,15 @@ class TensorNames:
                 return tuple(pattern.removesuffix("$").split(".")[-2] for pattern in converter.source_patterns)
         return ()
 
+    def converters(self, written: Iterable[str]) -> dict[str, WeightConverter]:
+        """What joins or splits tensors as transformers loads them: those of the file, and `written` in their place."""
+        found = {n: origin.converter for origin in self.origins.values() for n in origin.on_disk if origin.converter}
+        alike = {re.sub(r"\d+", "*", name): name for name in written if name not in found}  # of like ones, one
+        for name in alike.values():
+            if (pattern := self._renamed(name)[1]) is not None:
+                found[name] = self._by_pattern[pattern]
+        return found
+
     def saved(self, name: str) -> str:
         """The name on disk of a parameter that the checkpoint lacks, as transformers would write it."""
         return str(rename_source_key(name, self._back, [], reverse=True)[0])

@@ -5,7 +5,7 @@ The model is transformers' class on the meta device. Its blocks are found in it,
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -219,6 +219,12 @@ class PlacedModel:
                 why = "it is part of several blocks" if (k, path) in self._shared else why
                 found.append((self._inside[k][name], parameter.numel(), why))
         return found
+
+    def joined(self, written: Iterable[str]) -> dict[str, list[str]]:
+        """The patterns of all tensors that transformers makes one parameter of as it loads them, by tensor: those of
+        the file and, one for many alike, those that are `written` in their place.
+        """
+        return {name: converter.source_patterns for name, converter in self._names.converters(written).items()}
 
     @property
     def unused(self) -> list[str]:

@@ -1,6 +1,7 @@
 """What transformers cannot load is refused at plan, unless the recipe names a server, and said even then."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,43 @@ def test_an_artifact_that_transformers_cannot_load_needs_a_server(family: str, w
 def test_weights_that_are_not_packed_are_loaded(tmp_path: Path) -> None:
     families.build("falcon", tmp_path)
     assert prepared(tmp_path, weights={"type": "fp8"}).plan.notes == ()
+
+
+LOST = r"model.layers.\d+.mlp.experts.\d+.\w+_proj.weight is not quantized, and what it joins to one tensor"
+UNREAD = "it has no way to read experts of "
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ({"ignore": ["*.1.mlp.experts.*"]}, LOST),
+        ({"weights": {"bits": 8, "group_size": -1}, "activations": {"type": "int8"}}, f"{UNREAD}int8 .* int8 inputs"),
+        ({"weights": {"type": "nvfp4"}}, f"{UNREAD}nvfp4"),
+        ({"weights": {"type": "mxfp8"}}, f"{UNREAD}mxfp8"),
+        ({"ignore": ["*.self_attn.*"]}, None),
+        ({"weights": {"type": "fp8"}, "ignore": ["*.experts.*"]}, None),
+        ({"weights": {"type": "mxfp4"}}, None),
+    ],
+)
+def test_experts_that_transformers_joins_as_it_loads_them(
+    recipe: dict[str, Any], why: str | None, tmp_path: Path
+) -> None:
+    """It takes all for the one kind: 5.17 fills the missing ones with noise, 5.24 reads NVFP4 without its scale."""
+    families.build("qwen3_moe", tmp_path)
+    if why is None:
+        assert not [note for note in prepared(tmp_path, **recipe).plan.notes if "does not load" in note]
+        return
+    with pytest.raises(BadInput, match=f"transformers could not load the artifact: in its qwen3_moe {why}.* --set"):
+        prepared(tmp_path, **recipe)
+    assert [note for note in prepared(tmp_path, targets=["vllm"], **recipe).plan.notes if "does not load" in note]
+
+
+def test_what_newer_transformers_joins_besides_experts(tmp_path: Path) -> None:
+    """The convolutions of kimi_linear; 5.17 joins them as they are."""
+    families.build("kimi_linear", tmp_path)
+    notes = prepared(tmp_path, targets=["vllm"]).plan.notes
+    lost = r"does not load this artifact: in its kimi_linear .*conv1d.weight is not quantized"
+    assert bool([note for note in notes if re.search(lost, note)]) is keeps_modules()
 
 
 def test_experts_that_transformers_takes_apart_are_loaded(tmp_path: Path) -> None:
