@@ -142,7 +142,7 @@ def _through_block(
 def _through_embedding(skeleton: Skeleton, tokens: Tensor, gradient: Tensor) -> tuple[str, Sensitivity]:
     """Name and sensitivity of the embedding: rows weigh as often as their token occurs, columns by their gradient."""
     skeleton.open_shell()
-    module = skeleton.model.get_input_embeddings()
+    module = skeleton.embeddings
     name = next(n for n, m in skeleton.model.named_modules() if m is module)
     squares = torch.zeros(module.embedding_dim)
     kept: list[Tensor] = []

@@ -151,7 +151,7 @@ def _names(skeleton: Skeleton) -> dict[str, str]:
     found: dict[str, str] = {}
     if isinstance(skeleton, ByName):
         return found  # of a family that transformers does not have
-    heads, tables = skeleton.head_modules(), skeleton.model.get_input_embeddings()
+    heads, tables = skeleton.head_modules(), skeleton.embeddings
     module = next((n for n, m in skeleton.model.named_modules() if m is tables), None)
     for key, name in (("head", heads[0] if len(heads) == 1 else None), ("embeddings", module)):
         if name is None or f"{name}.weight" not in skeleton.reader or not isinstance(tables, torch.nn.Embedding):

@@ -13,7 +13,10 @@ from ..core.errors import BadInput
 from ..core.untrusted import read_json
 from .building import auto_class, build_model
 
-_OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering")
+_OTHER_TASKS = (
+    "ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering",
+    "ForImageClassification",
+)  # fmt: skip
 _NOT_ALONE = {  # why a decoder cannot be given text alone, block by block
     "cpmant": "it puts tokens of its own before the text",
     "idefics": "some blocks run on images only, and what is compared, calibrated and evaluated here is text",

@@ -139,7 +139,12 @@ class PlacedModel:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding of tokens."""
-        return int(self._text.get_input_embeddings().weight.shape[0])
+        return int(self.embeddings.weight.shape[0])
+
+    @property
+    def embeddings(self) -> Any:
+        """The module that embeds tokens."""
+        return self._text.get_input_embeddings()
 
     def block(self, k: int) -> nn.Module:
         """Block `k`; its weights are on the meta device unless `blocks` has materialised it."""

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from quantpress.artifact.manifest import ForwardCheck, read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.engine import guard
 from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.skeleton import Skeleton
 
 from ... import tiny
 from ..models.test_experts import saved
@@ -40,6 +42,15 @@ def test_a_large_model_is_compared_as_a_smaller_one(tmp_path: Path, monkeypatch:
     assert check.compared == "a twin with 3 blocks"
     assert check.difference is not None
     assert check.difference < 1e-4
+
+
+def test_a_smaller_one_of_a_config_that_wants_each_token_to_be_a_number(tmp_path: Path) -> None:
+    """Emu3's; others lose the tokens, whose rows the smaller vocabulary may lack."""
+    saved("deepseek_v3", tmp_path)
+    skeleton = Skeleton(Checkpoint(tmp_path), device=torch.device("cpu"))
+    assert guard._smaller(skeleton).bos_token_id is None
+    skeleton.model.config = transformers.Emu3TextConfig(num_hidden_layers=skeleton.n_blocks, bos_token_id=151849)
+    assert guard._smaller(skeleton).bos_token_id == 0
 
 
 def test_a_block_that_computes_something_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

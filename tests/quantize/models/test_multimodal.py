@@ -13,7 +13,7 @@ from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.core.errors import BadInput
 from quantpress.models import architecture
 from quantpress.models.building import build_model
-from quantpress.models.placed_model import _find_blocks
+from quantpress.models.placed_model import PlacedModel, _find_blocks
 from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.models.towers import text_model, tower_names, without_head
 
@@ -124,6 +124,9 @@ def test_a_class_that_is_not_run_as_a_whole_is_run_in_part() -> None:
     model = build_model(config, torch.bfloat16)
     assert text_model(model) is model.thinker
     assert without_head(model.thinker) is model.thinker.model
+    placed = PlacedModel.__new__(PlacedModel)
+    placed._text = text_model(model)
+    assert placed.embeddings is model.thinker.get_input_embeddings()  # the class itself has none
     parts = {name.split(".")[0] for name in tower_names(model)}
     assert parts == {"thinker", "talker", "token2wav"}
     _check_towers(model)
