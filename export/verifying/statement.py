@@ -86,6 +86,7 @@ def _twins(artifact: Artifact, manifest: Manifest | None) -> Iterator[str]:
 def _unlike_manifest(artifact: Artifact, manifest: Manifest) -> Iterator[str]:
     """The config's numbers are those that the manifest's recipe and records of layers name."""
     recorded = {layer.name: layer.scheme for layer in manifest.layers if layer.tensor is None} | manifest.outside
+    noted = {layer.name for layer in manifest.layers if layer.dynamic}
     if recorded:
         held = {name: str(grid) for name, grid in artifact.linears.items()}
         unlike = [n for n in (*recorded, *held) if held.get(n, "16 bit") != recorded.get(n, "16 bit")]
@@ -96,13 +97,18 @@ def _unlike_manifest(artifact: Artifact, manifest: Manifest) -> Iterator[str]:
                 f"{name} is {held.get(name, '16 bit')} by config.json, and {recorded.get(name, '16 bit')} by the "
                 f"manifest{more}"
             )
+        every = artifact.activations is not None and artifact.activations.dynamic
+        if unlike := sorted((set(artifact.linears) if every and noted else artifact.dynamic) ^ noted):
+            by = "the manifest" if unlike[0] in noted else "config.json"
+            yield f"{unlike[0]}: the scales of its inputs are dynamic by {by} alone"
     recipe = manifest.recipe
     if "activations" in recipe:
         spec = artifact.activations
         asked = recipe["activations"]
         wanted = None if asked is None else Activations.model_validate(asked)
         own = [(spec and spec.beside(grid), grid) for grid in artifact.linears.values()]
-        if spec != wanted and not (wanted == AS_WEIGHTS and beside_weights(own)):
+        unfit = bool(noted) and wanted is not None and spec == wanted.at_run_time  # no static range fits any linear
+        if spec != wanted and not unfit and not (wanted == AS_WEIGHTS and beside_weights(own)):
             words = "16 bit" if spec is None else str(spec)
             yield f"config.json rounds inputs to {words}, and the manifest's recipe says {json.dumps(asked)}"
     if "kv_cache" in recipe and recipe["kv_cache"] != artifact.kv_cache:

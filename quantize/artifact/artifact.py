@@ -36,6 +36,7 @@ class Artifact:
         self.config: dict[str, Any] = self.checkpoint.config
         self.format = detect(self.config)
         self.activations: Activations | None = None
+        self.dynamic: frozenset[str] = frozenset()  # linears whose scales of inputs are not static, as the others' are
         self.kv_cache: str | None = None
         self.linears: dict[str, Grid] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
@@ -45,6 +46,7 @@ class Artifact:
             self.shapes = FORMATS[self.format].linears(shapes, self.checkpoint.read)
             grids = FORMATS[self.format].grids(self.config["quantization_config"], list(self.shapes))
             self.activations = FORMATS[self.format].activations(self.config["quantization_config"])
+            self.dynamic = FORMATS[self.format].dynamic(self.config["quantization_config"], list(self.shapes))
             self.kv_cache = FORMATS[self.format].kv_cache(self.config["quantization_config"])
             for name in self.shapes:
                 grid = grids.get(name)
@@ -111,7 +113,8 @@ class Artifact:
         if self.format is None or self.activations is None or name not in self.linears:
             return None
         grid = self.linears[name]
-        return FORMATS[self.format].inputs(name, self.checkpoint.read, self.activations.beside(grid), grid)
+        spec = self.activations.at_run_time if name in self.dynamic else self.activations.beside(grid)
+        return FORMATS[self.format].inputs(name, self.checkpoint.read, spec, grid)
 
     def cache_scales(self, attention: str) -> tuple[Tensor, Tensor]:
         """The scales of the cached keys and values of `attention`, float32 []."""

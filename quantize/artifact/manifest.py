@@ -60,7 +60,8 @@ class LayerRecord(Record):
 
     relative_error: error over power of what error_measure says (methods/layer_error.py); loss: squared output error a
     calibration token; damp: the damping that GPTQ's Hessian needed; tokens: that calibration sent through it; tuning:
-    losses before and after. tensor: its name in a GGUF file.
+    losses before and after. dynamic: set where the scales of its inputs are and the recipe asks for static ones, of
+    which none fits; tensor: its name in a GGUF file.
     """
 
     name: str
@@ -77,6 +78,7 @@ class LayerRecord(Record):
     tokens: int | None = None
     note: str | None = None
     tuning: dict[str, Any] | None = None
+    dynamic: bool | None = None
     tensor: str | None = None
 
 

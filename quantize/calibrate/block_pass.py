@@ -29,6 +29,7 @@ from .lanes import Lanes
 from .moments import Moments, drift_powers, end_lanes
 
 # Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
+_TOO_MUCH = 0.5  # of a token's norm: a static range that loses more does not fit
 _SAMPLED = 64  # rows of a batch on which a static range is chosen
 _ROWS = 1024
 
@@ -47,8 +48,9 @@ class SharedInput:
     the same tokens' inputs in the original model; None where the original does not run beside. drift_power: ||D W^T||^2
     for each row of the weight W, [out] by linear; empty without a drift. unmatched: the original runs beside, but which
     of its inputs belong to the same tokens is not known. inputs: how X is rounded as the artifact runs, None where it
-    is not; X in the moments is X so rounded. lost: how much a static int8 range loses of the token that fits it worst,
-    as a share of that token's norm.
+    is not; X in the moments is X so rounded. lost: where no static int8 range fits, how much the best one loses of the
+    token that fits it worst, as a share of that token's norm; else 0. Such inputs get dynamic scales, but for those of
+    experts, of which servers make one layer.
     """
 
     names: Group
@@ -288,8 +290,10 @@ class BlockPass:
             if kind is None:
                 inputs.append(None)
             elif tokens := self._from_all(samples[i]):
-                best, lost[i] = static_int8(kind[0], torch.cat(tokens), low, high)
-                inputs.append(best)
+                best, loses = static_int8(kind[0], torch.cat(tokens), low, high)
+                lost[i] = loses if loses > _TOO_MUCH else 0.0
+                dynamic = lost[i] and ".experts." not in groups[i][0][0]
+                inputs.append(measured(kind[0].at_run_time, kind[1], low, high) if dynamic else best)
             else:
                 inputs.append(measured(*kind, low, high))
         return inputs, lost

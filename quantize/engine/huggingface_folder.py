@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -141,7 +141,7 @@ class HuggingFaceFolder(Backend):
             write_part(shell, self._shell_tensors(), sync=False)
             written = merge_parts([shell, *parts], partial)
             format = FORMATS[self.setup.recipe.formats[0]]
-            quantization = format.config(self._model_scheme)
+            quantization = format.config(self._model_scheme([x.name for x in manifest.layers if x.dynamic]))
             if self._why_no_packed_linears is not None:
                 quantization["dequantize"] = True
             config = readable_by_all(self.setup.reader.config) | {"quantization_config": quantization}
@@ -229,14 +229,16 @@ class HuggingFaceFolder(Backend):
                 f"transformers could not load the artifact: {why}. If a server loads it, name it: --set targets=[vllm]"
             )
 
-    @property
-    def _model_scheme(self) -> ModelScheme:
+    def _model_scheme(self, dynamic: Sequence[str] = ()) -> ModelScheme:
+        """dynamic: linears whose inputs no static range fits."""
         recipe, skeleton, towers = self.setup.recipe, self.setup.skeleton, self.outer.towers
         schemes: dict[str, Grid | None] = {**skeleton.by_all_names(self.schemes), **towers}
         if towers:
             schemes |= {own: towers[name] for own, name in skeleton.tower_linears().items() if name in towers}
         outside = skeleton.unquantized_modules(but=self.outer.quantized)
-        return ModelScheme(schemes, outside, recipe.shuffled, recipe.activations, recipe.kv_cache, self.outer.grids)
+        at_run_time = skeleton.by_all_names({name: self.schemes[name] for name in dynamic})
+        inputs = recipe.activations, recipe.kv_cache
+        return ModelScheme(schemes, outside, recipe.shuffled, *inputs, self.outer.grids, at_run_time)
 
     def _check_format(self, format: str) -> None:
         """Raise BadInput for what `format` cannot hold, linear by linear and as a whole."""
@@ -253,7 +255,7 @@ class HuggingFaceFolder(Backend):
                 FORMATS[format].check(grid, linear.out_features, linear.in_features, self.setup.recipe.shuffled)
             except BadInput as error:
                 raise BadInput(f"{linear.name}: {error}") from None
-        FORMATS[format].config(self._model_scheme)
+        FORMATS[format].config(self._model_scheme())
 
     def _shell_tensors(self) -> dict[str, Tensor]:
         """The tensors outside the blocks; a head that is tied and equal to the embedding is stored once. Of what is

@@ -29,7 +29,6 @@ from .shared_rounding import Solved, exchanged, parts
 if TYPE_CHECKING:
     from ..methods.gptq_batch import SolvedBatch
 
-_TOO_MUCH = 0.5  # of a token's norm: a static range that loses more does not fit
 _TOGETHER = 1 << 28  # elements of the matrices of linears that are solved together
 
 
@@ -56,14 +55,19 @@ class _Stack:
         """What stacks that are solved together have in common."""
         return self.grid, self.shape, len(self.linears), self.shared.drift is None
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether its inputs have dynamic scales because no static range fits them."""
+        return bool(self.shared.lost and self.shared.inputs and self.shared.inputs.scale is None)
+
     def clipped_token(self) -> str | None:
         """A note where no static range fits all tokens."""
-        if self.shared.lost <= _TOO_MUCH:
+        if not self.shared.lost:
             return None
-        return (
-            f"no static int8 range fits its inputs: one token loses {self.shared.lost:.0%} of its norm; leave it out "
-            f"(ignore: ['{self.linears[0].name}']) or round its inputs dynamically"
-        )
+        no_range = f"no static int8 range fits its inputs: one token loses {self.shared.lost:.0%} of its norm"
+        if self.dynamic:
+            return f"{no_range}; they have dynamic scales"
+        return f"{no_range}; leave it out (ignore: ['{self.linears[0].name}']) or set activations.dynamic: true"
 
     def notes(self, method: MethodSettings) -> list[str]:
         """What was not done as asked, for the manifest, of a solve by the Hessian."""
@@ -313,9 +317,10 @@ class BlockRounding:
                 raise BadInput(f"{one.linear.name}: its weights or inputs are too large to be rounded in float32")
             clipped = None if one.clipped is None else clipped_note(int(figures[one.clipped]), one.groups)
             notes, tokens = "; ".join(filter(None, (one.raised, clipped, *one.notes))), one.stack.shared.tokens
-            self._records[one.linear.name] = record(one.linear, one.stack.grid).changed(
+            made = record(one.linear, one.stack.grid).changed(
                 **error_fields(error, power, one.measure, tokens), damp=one.damp, tokens=tokens, note=notes or None
             )
+            self._records[one.linear.name] = made.changed(dynamic=True) if one.stack.dynamic else made
 
 
 def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, LayerRecord]) -> None:

@@ -3,9 +3,9 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from ..plugin import FileFormat
 from ..recipe.file_formats import FILE_FORMATS
 
 _CACHES = {("float", 8): "fp8", ("int", 8): "int8"}
+_T = TypeVar("_T")
 Kind = tuple[str, int, int, bool]  # type, bits, group_size, symmetric: the part of a grid that a file records
 
 
@@ -29,7 +30,8 @@ class ModelScheme:
     schemes: the grid of each linear, None for one left in 16 bit; outer: of head and embeddings, where they are
     quantized; outside: linears outside of the blocks, left in 16
     bit; shuffled: groups are scattered columns, named by g_idx; activations: what the inputs of every quantized linear
-    are rounded to; kv_cache: `fp8` or `int8` when the files hold scales for it.
+    are rounded to; kv_cache: `fp8` or `int8` when the files hold scales for it; dynamic: linears whose inputs have
+    dynamic scales where the others' are static.
     """
 
     schemes: dict[str, Grid | None]
@@ -38,6 +40,7 @@ class ModelScheme:
     activations: Activations | None = None
     kv_cache: str | None = None
     outer: Mapping[str, Grid] = field(default_factory=dict)
+    dynamic: Collection[str] = ()
 
 
 class Format(ABC):
@@ -137,6 +140,10 @@ class Format(ABC):
         """How a quantization_config quantizes inputs; raises BadInput for what cannot be computed here."""
         return None
 
+    def dynamic(self, config: dict[str, Any], names: Iterable[str]) -> frozenset[str]:
+        """Those of the linears `names` whose inputs have dynamic scales where `activations` are static."""
+        return frozenset()
+
     def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
         """How the inputs of linear `name` are rounded, with the static scales stored beside it."""
         raise BadInput(f"{name}: this format holds no activation scales ({spec})")
@@ -233,16 +240,16 @@ def left_out(format: str, schemes: dict[str, Grid | None], extra: Iterable[str])
     return names
 
 
-def patterns(schemes: dict[str, Kind | None]) -> dict[str, Kind | None]:
+def patterns(schemes: Mapping[str, _T]) -> dict[str, _T]:
     """Few anchored regular expressions that match the names: {pattern: kind}, no name matched by two.
 
     Layers whose names differ only in numbers share a pattern if they are all of one kind.
     """
-    families: dict[str, dict[str, Kind | None]] = {}
+    families: dict[str, dict[str, _T]] = {}
     for name, value in schemes.items():
         family = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
         families.setdefault(family, {})[name] = value
-    out: dict[str, Kind | None] = {}
+    out: dict[str, _T] = {}
     for family, members in families.items():
         if len(set(members.values())) == 1:
             out[f"^{family}$"] = next(iter(members.values()))

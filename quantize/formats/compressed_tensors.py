@@ -4,8 +4,8 @@ Static scales of the inputs are stored beside the weight: input_scale [1] float3
 are asymmetric), or for nvfp4 input_global_scale [1] float32.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ _SPECS = [
     *(Activations(type="fp8", dynamic=d) for d in (True, False)),
     *(Activations(type=t) for t in ("mxfp8", "mxfp4", "nvfp4")),
 ]
+
+
+_T = TypeVar("_T")
+_Way = tuple[Kind, bool]  # of weights; whether the scales of their inputs are dynamic where others' are static
 
 
 class CompressedTensors(Format):
@@ -101,7 +105,9 @@ class CompressedTensors(Format):
         )
 
         schemes = {**contents.schemes, **contents.outer}
-        kinds: dict[str, Kind | None] = {n: None if g is None else kind(g) for n, g in schemes.items()}
+        kinds: dict[str, _Way | None] = {
+            n: None if g is None else (kind(g), n in contents.dynamic) for n, g in schemes.items()
+        }
         ignored = [name for name, value in kinds.items() if value is None]
         ignored += [name for name in contents.outside if name not in ignored]
         if "embed_out" in ignored:
@@ -109,19 +115,21 @@ class CompressedTensors(Format):
         _check_experts(kinds)
         grids = self.kinds(contents)
         spec = contents.activations
+        found = set(kinds.values())
+        ways = [(grid, dynamic) for grid in grids for dynamic in (False, True) if (kind(grid), dynamic) in found]
         named = patterns(kinds | dict.fromkeys(ignored))
         groups = {
             f"group_{k}": QuantizationScheme(
                 targets=["Linear"]
-                if len(grids) == 1 and not contents.outer
-                else [f"re:{p}" for p, v in named.items() if v == kind(grid)],
+                if len(ways) == 1 and not contents.outer
+                else [f"re:{p}" for p, v in named.items() if v == (kind(grid), dynamic)],
                 weights=QuantizationArgs(**_weight_args(grid)),
                 input_activations=None
-                if contents.activations is None
-                else QuantizationArgs(**_input_args(contents.activations.beside(grid), grid)),
+                if spec is None
+                else QuantizationArgs(**_input_args(spec.at_run_time if dynamic else spec.beside(grid), grid)),
                 format=layouts.layout_of(grid, spec),
             )
-            for k, grid in enumerate(grids)
+            for k, (grid, dynamic) in enumerate(ways)
         }
         formats = {scheme.format for scheme in groups.values()}
         config: dict[str, Any] = QuantizationConfig(
@@ -140,25 +148,16 @@ class CompressedTensors(Format):
 
     def grids(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Grid | None]:
         parsed = _parse(config)
-        ignore = parsed.ignore or []
-        schemes = [(scheme.targets, _grid(scheme, parsed.format)) for scheme in parsed.config_groups.values()]
-        out: dict[str, Grid | None] = {}
-        for name in names:
-            if _matches(name, ignore):
-                out[name] = None
-                continue
-            # A name takes precedence over a class of modules, as in the library.
-            by_name = [grid for targets, grid in schemes if _matches(name, targets)]
-            by_class = [grid for targets, grid in schemes if "Linear" in targets]
-            if by_name or by_class:
-                out[name] = (by_name or by_class)[0]
-        return out
+        return _by_name(parsed, names, [_grid(scheme, parsed.format) for scheme in parsed.config_groups.values()])
 
     def activations(self, config: dict[str, Any]) -> Activations | None:
         parsed = _parse(config)
         grids = [(scheme, _grid(scheme, parsed.format)) for scheme in parsed.config_groups.values()]
         by_grid = [(_spec(scheme, grid), grid) for scheme, grid in grids]
         found = {spec for spec, _ in by_grid}
+        static = [spec for spec in found if spec is not None and not spec.dynamic and spec.type == "int8"]
+        if len(found) == 2 and static and static[0].at_run_time in found:
+            return static[0]  # but for those of `dynamic`
         if len(found) > 1 and beside_weights(by_grid):
             return AS_WEIGHTS
         if len(found) > 1:
@@ -167,6 +166,13 @@ class CompressedTensors(Format):
                 f"({', '.join(sorted(str(spec or '16 bit') for spec in found))})"
             )
         return next(iter(found), None)
+
+    def dynamic(self, config: dict[str, Any], names: Iterable[str]) -> frozenset[str]:
+        parsed, spec = _parse(config), self.activations(config)
+        if spec is None or spec.dynamic or spec == AS_WEIGHTS:
+            return frozenset()
+        inputs = [_spec(scheme, _grid(scheme, parsed.format)) for scheme in parsed.config_groups.values()]
+        return frozenset(name for name, one in _by_name(parsed, names, inputs).items() if one == spec.at_run_time)
 
     def inputs(self, name: str, read: Callable[[str], Tensor], spec: Activations, grid: Grid) -> Inputs:
         columns = columns_of(spec, grid)
@@ -180,6 +186,23 @@ class CompressedTensors(Format):
 
     def kv_cache(self, config: dict[str, Any]) -> str | None:
         return "fp8" if config.get("kv_cache_scheme") else None
+
+
+def _by_name(parsed: Any, names: Iterable[str], values: Sequence[_T]) -> dict[str, _T | None]:
+    """The value of its group, of `values`, by the name of each linear; None for one that is ignored."""
+    ignore = parsed.ignore or []
+    groups = [(scheme.targets, value) for scheme, value in zip(parsed.config_groups.values(), values, strict=True)]
+    out: dict[str, _T | None] = {}
+    for name in names:
+        if _matches(name, ignore):
+            out[name] = None
+            continue
+        # A name takes precedence over a class of modules, as in the library.
+        by_name = [value for targets, value in groups if _matches(name, targets)]
+        by_class = [value for targets, value in groups if "Linear" in targets]
+        if by_name or by_class:
+            out[name] = (by_name or by_class)[0]
+    return out
 
 
 def _input_scale(spec: Activations) -> str:
@@ -262,7 +285,7 @@ def _spec(scheme: Any, grid: Grid) -> Activations | None:
     )
 
 
-def _check_experts(kinds: dict[str, Kind | None]) -> None:
+def _check_experts(kinds: dict[str, _Way | None]) -> None:
     """transformers makes one tensor of all experts with the scheme of the first: others would be silently wrong."""
     experts = {value for name, value in kinds.items() if ".experts." in name and value is not None}
     if len(experts) > 1:

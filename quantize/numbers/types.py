@@ -172,7 +172,11 @@ class Activations(Strict):
         description="number type; it has to go with the type of the weights. as-weights: beside nvfp4 weights nvfp4, "
         "beside fp8 weights fp8, static where they have one scale a tensor (group_size 0)"
     )
-    dynamic: bool = Field(True, description="true: a scale for each token, at run time; false: one, from calibration")
+    dynamic: bool = Field(
+        True,
+        description="true: a scale for each token, at run time; false: one, from calibration; int8 inputs in which a "
+        "token would lose half of its norm by it keep dynamic ones, but for those of experts",
+    )
     symmetric: bool = Field(True, description="false: int8 inputs have a zero point, too")
 
     @model_validator(mode="after")
@@ -187,6 +191,11 @@ class Activations(Strict):
     def calibrated(self) -> bool:
         """Whether a scale has to be measured in calibration, of some linear at least."""
         return not self.dynamic or self.type in ("nvfp4", "as-weights")
+
+    @property
+    def at_run_time(self) -> "Activations":
+        """The same numbers with dynamic scales."""
+        return self.model_copy(update={"dynamic": True})
 
     def beside(self, weights: Grid) -> "Activations":
         """The inputs of a linear with such weights: themselves, but for as-weights.

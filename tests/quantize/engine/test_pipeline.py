@@ -12,13 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from quantpress.artifact.artifact import Artifact, open_artifact
 from quantpress.artifact.manifest import Manifest
+from quantpress.calibrate import block_pass
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.engine import journal
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
+from quantpress.exports.verify import structure
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
+from quantpress.numbers.grid import Inputs
+from quantpress.numbers.types import Activations
 from quantpress.recipe import matches
 from quantpress.recipe.loading import parse
 
@@ -285,6 +289,30 @@ def test_an_expert_that_saw_no_token_has_another_ones_input_scale(method: str, t
         assert float(artifact.read(f"{name}.input_scale")) == widest > 1e-6
         note = next(x.note for x in layers if x.name == name)
         assert note.endswith("static input scale taken from the other experts: the widest")
+
+
+def test_inputs_that_no_static_range_fits_have_dynamic_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One linear of each block; the folder is read, and found right, as the config says."""
+    chosen = block_pass.static_int8
+
+    def unfit(spec: Activations, x: torch.Tensor, low: float, high: float) -> tuple[Inputs, float]:
+        best, lost = chosen(spec, x, low, high)
+        return best, 0.93 if x.shape[-1] == 96 else lost
+
+    monkeypatch.setattr(block_pass, "static_int8", unfit)
+    build("llama", tmp_path / "model", torch.bfloat16)
+    document = {"method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": -1}} | {
+        "activations": {"type": "int8", "dynamic": False}
+    }
+    layers = make(tmp_path / "run", tmp_path / "model", document).layers
+    artifact = Artifact(tmp_path / "run" / "quantized")
+    down = {f"model.layers.{k}.mlp.down_proj" for k in (0, 1)}
+    assert {x.name for x in layers if x.dynamic} == artifact.dynamic == down
+    assert all("one token loses 93% of its norm; they have dynamic scales" in x.note for x in layers if x.dynamic)
+    held = {name: artifact.inputs(name) for name in artifact.linears}
+    assert {name for name, inputs in held.items() if inputs is not None and inputs.scale is None} == down
+    assert not [name for name in artifact.names() if name.endswith("down_proj.input_scale")]
+    assert structure(tmp_path / "run" / "quantized") == []
 
 
 def test_a_singular_hessian_is_damped_more_and_reported(tmp_path: Path) -> None:

@@ -205,6 +205,21 @@ def test_several_kinds_with_one_kind_of_inputs_are_read() -> None:
         CT.activations(config)
 
 
+def test_dynamic_inputs_beside_static_ones() -> None:
+    spec, names = Activations(type="int8", dynamic=False), [f"m.{k}.{x}" for k in range(2) for x in ("up", "down")]
+    grid = Grid(bits=8, group_size=-1)
+    config = CT.config(ModelScheme(dict.fromkeys(names, grid), activations=spec, dynamic=["m.1.down"]))
+    assert CT.grids(config, names) == dict.fromkeys(names, grid)
+    assert CT.activations(config) == spec
+    assert CT.dynamic(config, names) == {"m.1.down"}
+    groups = QuantizationConfig.model_validate(config).config_groups.values()
+    assert [(x.input_activations.strategy, x.input_activations.dynamic) for x in groups] == [
+        ("tensor", False), ("token", True),
+    ]  # fmt: skip
+    alone = CT.config(ModelScheme(dict.fromkeys(names, grid), activations=spec))
+    assert CT.dynamic(alone, names) == frozenset()
+
+
 @pytest.mark.parametrize("shape", [(128, 192), (192, 128)])
 def test_blocks_that_readers_refuse_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(BadInput, match=f"whole blocks of 128 x 128, and the weight is {shape[0]} x {shape[1]}"):
