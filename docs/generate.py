@@ -296,8 +296,8 @@ def api() -> str:
     """The public functions: signature and docstring, read without importing them."""
     tree = ast.parse((ROOT / "quantize" / "api.py").read_text(encoding="utf-8"))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    public = ("run", "plan", "quantize", "evaluate", "draft", "export", "verify", "smoke", "load_model", "convert",
-              "report", "compare", "card", "sweep", "reproduce")  # fmt: skip
+    public = ("run", "plan", "quantize", "evaluate", "draft", "export", "verify", "smoke", "check", "load_model",
+              "convert", "report", "compare", "card", "sweep", "reproduce")  # fmt: skip
     lines = []
     for name in public:
         node = functions[name]

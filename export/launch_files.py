@@ -57,7 +57,7 @@ def _wrapped(words: list[str]) -> str:
 def _docker_run(deployment: Deployment, host: str) -> list[str]:
     words = ["docker", "run", "--rm", "--init"]
     words += ["--gpus", "all"] if deployment.cuda else []
-    words += ["--shm-size", "2g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
+    words += ["--shm-size", f"{SHARED_BYTES >> 30}g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
     words += ["--security-opt", "no-new-privileges"]
     words += ["--user", f"{USER_ID}:{USER_ID}", "--read-only", "--tmpfs", "/tmp:exec"] if deployment.confined else []
     host, port = variable("HOST", _bracketed(host)), variable("PORT", str(deployment.port))
@@ -83,7 +83,7 @@ def compose(deployment: Deployment, host: str) -> str:
         ],
         "environment": deployment.container_env(),
         "security_opt": ["no-new-privileges:true"],
-        "shm_size": "2gb",
+        "shm_size": f"{SHARED_BYTES >> 30}gb",
         "restart": "unless-stopped",
         "healthcheck": {
             "test": ["CMD", *deployment.check],

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from quantpress.eval.release.callbacks import Callbacks, Options
 
     from .api import (
+        Checked,
         Endpoint,
         Forecast,
         Verification,
         card,
+        check,
         compare,
         convert,
         draft,
@@ -51,9 +53,9 @@ _HOME = {  # where a name comes from, and its name there
 }
 
 __all__ = [
-    "BadInput", "Callbacks", "Endpoint", "Forecast", "Options", "Recipe", "Verification", "card", "compare", "convert",
-    "draft", "evaluate", "export", "fit", "load", "load_recipe", "plan", "quantize", "recommend", "report", "reproduce",
-    "run", "smoke", "sweep", "verify",
+    "BadInput", "Callbacks", "Checked", "Endpoint", "Forecast", "Options", "Recipe", "Verification", "card", "check",
+    "compare", "convert", "draft", "evaluate", "export", "fit", "load", "load_recipe", "plan", "quantize", "recommend",
+    "report", "reproduce", "run", "smoke", "sweep", "verify",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ nothing is printed. A mistake of the caller is a `BadInput`, one line that says 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,93 +45,33 @@ from quantpress.exports.package import check as check_export
 from quantpress.exports.package import export as export_target
 from quantpress.exports.serving.load import Wanted
 from quantpress.exports.serving.record import Serving
+from quantpress.exports.serving.reference import read_reference
+from quantpress.exports.serving.served_check import Checked, check_served
 from quantpress.exports.signing import Signer as Signer  # for the command line, which knows no exports
 from quantpress.exports.signing import read_public_key
 from quantpress.exports.signing import read_secret_key as read_secret_key
 from quantpress.exports.verify import artifact_in, check_unchanged, original_at_hand
 from quantpress.exports.verify import verify as verify_files
 
+from .answers import Forecast, Verification
 from .artifact.artifact import open_artifact
 from .artifact.convert import convert as convert_artifact
 from .artifact.gguf_floats import write_floats, write_rounded
-from .core import machine, notebook
+from .core import machine
 from .core.errors import BadInput
 from .core.files import alone_in
-from .core.text import duration, size
 from .engine.pipeline import checked_tokenizer
-from .engine.plan import Plan
 from .recipe import Recipe, Smoke
 from .recipe.gguf_file import FLOATS, FileType
 from .recipe.loading import load, parse
 
 __all__ = [
-    "Callbacks", "Endpoint", "Forecast", "Options", "Verification", "card", "compare", "convert", "draft", "evaluate",
-    "export", "fit", "load_model", "plan", "quantize", "recommend", "report", "reproduce", "run", "run_folder", "smoke",
-    "sweep", "verify",
+    "Callbacks", "Checked", "Endpoint", "Forecast", "Options", "Verification", "card", "check", "compare", "convert",
+    "draft", "evaluate", "export", "fit", "load_model", "plan", "quantize", "recommend", "report", "reproduce", "run",
+    "run_folder", "smoke", "sweep", "verify",
 ]  # fmt: skip
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
-_LONG = 86400.0  # seconds on a CPU after which a plan names what is faster
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a run would need and make.
-
-    linears: (kind, how many, scheme) of the linear layers, a `*` for any expert. targets: the format that each target
-    will load. servability: what servers would make of it.
-    """
-
-    plan: Plan
-    linears: tuple[tuple[str, int, str], ...]
-    targets: Mapping[str, str]
-    servability: tuple[str, ...]
-
-    @property
-    def time(self) -> str:
-        """How long quantizing takes here, in words; evaluation, export and smoke test come on top of it."""
-        p = self.plan
-        where = "CPU" if p.device == "cpu" else "GPU"
-        advice = ": use a GPU or an rtn recipe" if p.device == "cpu" and p.passes and p.seconds > _LONG else ""
-        return f"about {duration(p.seconds)} to quantize on this {where}{advice}"
-
-    def _repr_html_(self) -> str:
-        p = self.plan
-        rows: list[tuple[str, ...]] = [
-            ("artifact", f"{size(p.artifact_bytes)} of {size(p.original_bytes)}"),
-            ("memory", size(p.memory_bytes)),
-            ("disk", size(p.disk_bytes)),
-            ("time", self.time),
-        ]
-        rows += [(f"{number} x {module}", scheme) for module, number, scheme in self.linears]
-        rows += [(f"target {name}", f"loads the {format} files") for name, format in self.targets.items()]
-        return notebook.table("Plan", rows, (*p.notes, *self.servability))
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Whether an artifact is whole.
-
-    files: how many were compared with a list of checksums. problems: a line for each thing that is wrong. reached: what
-    was compared with what, in words; not_reached: what was not, each with what it would need. loads: the answer of each
-    target that was asked, by its name.
-    """
-
-    files: int
-    problems: tuple[str, ...]
-    reached: tuple[str, ...]
-    not_reached: tuple[str, ...]
-    loads: Mapping[str, LoadAnswer]
-
-    @property
-    def sound(self) -> bool:
-        """Nothing is wrong, and every target that was asked loads it."""
-        return not self.problems and all(answer.loads for answer in self.loads.values())
-
-    def _repr_html_(self) -> str:
-        rows = [("problem", line) for line in self.problems]
-        rows += [(name, answer.reason or f"loads, by {answer.by}") for name, answer in self.loads.items()]
-        return notebook.table("Sound" if self.sound else "Not sound", [*rows, ("files compared", self.files)])
 
 
 def plan(
@@ -340,6 +280,23 @@ def smoke(
     with alone_in(where):
         subjects.forget(where, "smoke")
         return run_smoke(subject, where, options, callbacks)
+
+
+def check(
+    url: str,
+    reference: Path | str,
+    model: str | None = None,
+    options: Options = Options(),
+    callbacks: Callbacks = Callbacks(),
+) -> Checked:
+    """Hold a model that is served at `url` to what the original and the artifact answered when it was evaluated.
+
+    No weights are needed. reference: reference.json, or the folder of the export or run that holds it. model: its name
+    there, by default the first that is listed. Raises BadInput for an address, or a reference, that is none.
+
+        check("http://127.0.0.1:8000", "artifacts/smollm2-135m/w4a16-rtn/export/vllm").passed
+    """
+    return check_served(url, read_reference(Path(reference)), model, options.api_key, callbacks.on_check)
 
 
 def load_model(folder: Path | str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:

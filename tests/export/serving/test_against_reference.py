@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import quantpress
+from quantpress import Callbacks
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.cli import main
 from quantpress.engine.pipeline import Settings, prepare, quantize
@@ -14,6 +16,7 @@ from quantpress.engine.sources import resolve
 from quantpress.eval.measure.results import Results
 from quantpress.eval.measure.sections import Divergence
 from quantpress.eval.measure.served_reference import Models, by_prompt, make_reference
+from quantpress.exports.serving.record import Check
 from quantpress.exports.serving.reference import Reference, divergence, read_reference
 from quantpress.exports.serving.served_check import check_served
 from quantpress.recipe.loading import parse
@@ -83,9 +86,11 @@ def test_the_reference_is_small_and_says_something(run: Path, reference: Referen
 
 
 @pytest.mark.parametrize("style", ["vllm", "llama.cpp"])
-def test_a_good_artifact_passes(run: Path, reference: Reference, style: Style) -> None:
+def test_a_good_artifact_passes(run: Path, style: Style) -> None:
+    told: list[Check] = []
     with served(run / "quantized", style) as server:
-        found = check_served(server.url, reference)
+        found = quantpress.check(server.url, run, callbacks=Callbacks(on_check=told.append))
+    assert tuple(told) == found.checks
     assert {check.name: check.status for check in found.checks} == dict.fromkeys(
         ["models", "tokenizer", "template", "distributions", "paragraph"], "pass"
     )
