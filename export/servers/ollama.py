@@ -41,6 +41,7 @@ class Ollama(ServerSettings):
     _loader: ClassVar[Loader] = LOADER
     port: int = Field(11434, ge=1, le=65535, description=LISTENS_ON)
     max_num_seqs: int = Field(4, ge=1, description="requests answered at one time")
+    device: Literal["cuda", "cpu"] = Field("cpu", description="cuda: the container is given the GPUs")
 
 
 def deploy(target: Ollama, folder: ModelFolder) -> Deployment:
@@ -61,7 +62,7 @@ def deploy(target: Ollama, folder: ModelFolder) -> Deployment:
         check=("ollama", "show", folder.name),
         probe=completion(folder, target.port),
         resources=folder.resources,
-        cuda=False,
+        cuda=target.device == "cuda",
         env=env,
         files={"model/Modelfile": _modelfile(target, folder)},
         clustered=False,

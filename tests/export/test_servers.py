@@ -293,6 +293,9 @@ def test_ollama_is_ready_once_its_model_is(runs: dict[str, Path], tmp_path: Path
     facts = json.loads((folder / "export.json").read_text())
     assert facts["health"] == f"/v1/models/{facts['name']}"
     assert service(folder)["healthcheck"]["test"] == ["CMD", "ollama", "show", facts["name"]]
+    assert "reservations" not in service(folder)["deploy"]["resources"]
+    on_gpu = service(export(runs["gguf"], Ollama(device="cuda"), tmp_path / "gpu").folder)
+    assert on_gpu["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     assert f"ready once `GET /v1/models/{facts['name']}` answers 200" in (folder / "README.md").read_text()
 
 
