@@ -60,6 +60,7 @@ from .artifact.gguf_floats import write_floats, write_rounded
 from .core import machine
 from .core.errors import BadInput
 from .core.files import alone_in
+from .engine import shared_run
 from .engine.pipeline import checked_tokenizer
 from .recipe import Recipe, Smoke
 from .recipe.gguf_file import FLOATS, FileType
@@ -86,6 +87,8 @@ def plan(
         plan("w4a16-gptq", "smollm2-135m").plan.memory_bytes
     """
     job, targets = plan_job(_recipe(recipe, model), options, config_only=config_only)
+    shared_run.check(job, options.ranks)
+    shared_run.check_count(job, options.ranks)
     if not config_only:
         checked_tokenizer(job, options.trust_remote_code)
     kinds: dict[tuple[str, str], int] = {}

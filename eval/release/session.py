@@ -48,7 +48,7 @@ def make_job(recipe: Recipe, options: Options) -> tuple[Job, dict[str, str]]:
 
     Raises BadInput for what cannot run, and for a target that could load none of the recipe's formats.
     """
-    job = prepare(recipe, open_source(recipe.model, options))
+    job = prepare(recipe, open_source(recipe.model, options), ranks=options.ranks)
     return job, check_job(job)
 
 
@@ -60,9 +60,9 @@ def plan_job(recipe: Recipe, options: Options, *, config_only: bool = False) -> 
     machine.set_up_memory()
     if config_only:
         source = resolve_config(recipe.model)
-        job = prepare(recipe, source, headers=headers_of_config(source.path))
+        job = prepare(recipe, source, headers=headers_of_config(source.path), ranks=options.ranks)
     elif found := headers(recipe.model, trust_remote_code=options.trust_remote_code):
-        job = prepare(recipe, found[0], headers=found[1])
+        job = prepare(recipe, found[0], headers=found[1], ranks=options.ranks)
     else:
         return make_job(recipe, options)
     return job, check_job(job)

@@ -28,7 +28,7 @@ from .options import (
     with_options,
 )
 from .printing import followed, print_json, say, show, show_path, show_table
-from .ranks import GpusOpt, joined
+from .ranks import GpusOpt, joined, planned
 
 if TYPE_CHECKING:
     from ..engine.plan import Plan
@@ -71,10 +71,12 @@ def plan(
     config_only: Annotated[
         bool, typer.Option("--config-only", help="the model is a config.json; no weights or tokenizer are needed")
     ] = False,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="for a run on so many GPUs of this machine")] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Show what a run would need and make: schemes, bytes, memory, disk, time; and which servers would load it."""
     chosen = chosen_recipe(recipe, model, sets)
+    options = planned(options, gpus)
     quiet_libraries()
     from .. import api
 

@@ -49,7 +49,15 @@ def joined(options: Options, gpus: int | None) -> Options:
     if _gpus():
         _check_gpus(here, "--nproc-per-node")
         _take_gpu(int(environment["LOCAL_RANK"]))
-    return replace(options, ranks=Ranks(int(environment["RANK"]), size))
+    return replace(options, ranks=Ranks(int(environment["RANK"]), size, here))
+
+
+def planned(options: Options, gpus: int | None) -> Options:
+    """`options` of a plan for `run --gpus`, which is refused where that is."""
+    if gpus is None:
+        return options
+    _check_gpus(gpus, "--gpus")
+    return replace(options, ranks=Ranks(0, gpus, gpus))
 
 
 def launch(command: Sequence[str], size: int) -> int:

@@ -24,10 +24,11 @@ _STEP = 16  # rows: the vector units of a CPU compute whole runs of them, as if 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `size`."""
+    """This process, `rank` of `size`, of which `here` run on this machine."""
 
     rank: int = 0
     size: int = 1
+    here: int = 1
 
     @property
     def leads(self) -> bool:

@@ -17,6 +17,7 @@ from ..artifact.config_only import HeadersOnly
 from ..artifact.manifest import Manifest, Sizes
 from ..artifact.original import OriginalCheckpoint
 from ..calibrate.tokens import Tokens
+from ..core.ranks import ALONE, Ranks
 from ..gguf.reader import GgufCheckpoint
 from ..models.checkpoint import Checkpoint
 from ..models.placed_model import LinearLayer
@@ -33,7 +34,8 @@ from .sources import Source
 class Setup:
     """A recipe and the model it is to quantize, opened from its config and shard headers.
 
-    checkpoint: the original. reader: what is quantized, the original or its Hadamard-rotated form.
+    checkpoint: the original. reader: what is quantized, the original or its Hadamard-rotated form. ranks: the processes
+    that are to share the run.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Setup:
     reader: OriginalCheckpoint | RotatedCheckpoint
     skeleton: Skeleton
     linears: list[LinearLayer]
+    ranks: Ranks = field(default=ALONE, kw_only=True)
 
     @property
     def headers_only(self) -> bool:

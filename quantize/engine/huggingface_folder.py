@@ -84,7 +84,7 @@ class HuggingFaceFolder(Backend):
 
     def plan(self) -> Plan:
         setup = self.setup
-        plan = make_plan(setup.recipe, setup.skeleton, setup.linears, self.schemes)
+        plan = make_plan(setup.recipe, setup.skeleton, setup.linears, self.schemes, setup.ranks)
         plan = replace(plan, artifact_bytes=plan.artifact_bytes - self.outer.saved_bytes(setup.skeleton))
         if self.menu is not None:
             spare = self.menu.room - sum(min(options.values()) for options in self.menu.sizes.values())

@@ -12,6 +12,7 @@ from ..artifact.original import OriginalCheckpoint, check_no_codes
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.errors import BadInput
+from ..core.ranks import ALONE, Ranks
 from ..core.schema import matches
 from ..models.architecture import is_unknown, unknown_family
 from ..models.by_name import ByName
@@ -44,11 +45,16 @@ class Job(Setup):
 
 
 def prepare(
-    recipe: Recipe, source: Source, device: torch.device | None = None, *, headers: HeadersOnly | None = None
+    recipe: Recipe,
+    source: Source,
+    device: torch.device | None = None,
+    *,
+    headers: HeadersOnly | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Check the recipe against the model from config and shard headers alone; raises BadInput for what cannot run.
 
-    headers: of a source whose files are not there; such a job is good for its plan.
+    headers: of a source whose files are not there; such a job is good for its plan. ranks: who is to share the run.
     """
     machine.flush_denormals()
     checkpoint = headers or OriginalCheckpoint(source.path)
@@ -71,7 +77,7 @@ def prepare(
             f"calibration.all_experts: {skeleton.config.model_type} gives its experts tokens weighed or sorted "
             "by the router, so that none can see all of them; leave it out"
         )
-    setup = Setup(recipe, source, checkpoint, reader, skeleton, skeleton.linears())
+    setup = Setup(recipe, source, checkpoint, reader, skeleton, skeleton.linears(), ranks=ranks)
     backend = _backend(setup)
     return Job(**vars(setup), backend=backend, plan=backend.plan())
 

@@ -12,6 +12,7 @@ import torch
 from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
+from ..core.ranks import ALONE, Ranks
 from ..core.text import size
 from ..formats import FORMATS
 from ..models.placed_model import LinearLayer
@@ -35,8 +36,9 @@ _TOKENIZER_BYTES = 1000  # memory per vocabulary entry, measured with SmolLM2's 
 class Plan:
     """Sizes in bytes, each the largest at one time.
 
-    memory_bytes: resident memory of the process. device_bytes: tensors on `device`, where that is not the CPU; 0 where
-    it is. disk_bytes: under `out`. passes: of calibration through the model, the original's among them.
+    memory_bytes: resident memory of this machine's processes. device_bytes: tensors of one of them on `device`, where
+    that is not the CPU; 0 where it is. disk_bytes: under `out`. passes: of calibration through the model, the
+    original's among them.
     """
 
     layers: dict[str, str]
@@ -83,8 +85,14 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], schemes: dict[str, Grid | None]) -> Plan:
-    """The plan of quantizing `linears` by `schemes`."""
+def make_plan(
+    recipe: Recipe,
+    skeleton: Skeleton,
+    linears: list[LinearLayer],
+    schemes: dict[str, Grid | None],
+    ranks: Ranks = ALONE,
+) -> Plan:
+    """The plan of quantizing `linears` by `schemes` in processes that share the tokens."""
     reader: Any = skeleton.reader
     format = FORMATS[recipe.formats[0]]
     some = torch.empty(0, dtype=skeleton.dtype)
@@ -122,12 +130,12 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         open_shell=_open_shell(skeleton) if calibrated else 0,
         carried=streams * tokens * _carried(skeleton.config, linears, recipe.calibration.seq_len, item),
     )
-    room = choose(needs, there)
+    room, needs = choose(needs, there, ranks), needs.of_one(ranks)
     if there.type == "cpu":
-        memory, on_device = needs.on_cpu(room), 0
+        memory, on_device = needs.on_cpu(room) * ranks.here, 0
     else:
-        memory, on_device = needs.on_host(room), needs.on_device(room)
-    disk = 2 * artifact + 2 * hidden + needs.on_disk(room) + sum(artifact for _ in recipe.formats[1:])
+        memory, on_device = needs.on_host(room) * ranks.here, needs.on_device(room)
+    disk = 2 * artifact + 2 * hidden + needs.on_disk(room) * ranks.here + sum(artifact for _ in recipe.formats[1:])
     tried = sum(transform.scales_tried for transform in recipe.transforms)
     solves = _solves(linears, schemes, streams, calibrated)
     everywhere = recipe.calibration.all_experts
@@ -151,7 +159,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], sc
         memory_bytes=memory,
         disk_bytes=disk,
         operations=operations,
-        seconds=_seconds(operations, solves, skeleton) + original / 1e9,
+        seconds=_seconds(operations, solves, skeleton) / ranks.size + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
         quantized_share=quantized_share(skeleton, linears, {n for n, grid in schemes.items() if grid is not None}),
         device=str(there),

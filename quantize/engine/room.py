@@ -7,6 +7,7 @@ import torch
 
 from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
+from ..core.ranks import ALONE, Ranks
 
 _GPU_BATCHES = (32768, 16384, 8192, 4096)  # tokens at once, the most first: a GPU is slowed down by many small products
 _SHARE = 0.9  # of a GPU's memory that a run may plan with: the rest is fragments and what libraries take
@@ -69,6 +70,15 @@ class Needs:
     open_shell: int = 0
     carried: int = 0
 
+    def of_one(self, ranks: Ranks) -> "Needs":
+        """Of one of several processes, which have about equally many tokens."""
+        if ranks.size == 1:
+            return self
+        hidden, kept, waiting, tokens, carried = (
+            -(-n // ranks.size) for n in (self.hidden, self.kept, self.waiting, self.tokens, self.carried)
+        )
+        return replace(self, hidden=hidden, kept=kept, waiting=waiting, tokens=tokens, carried=carried)
+
     def work(self, room: Room) -> int:
         """Either a batch runs through the block or linears of one input are solved; meanwhile all batches wait."""
         passing = self.token * min(self.tokens, room.batch_tokens)
@@ -112,9 +122,15 @@ def rooms(device: torch.device) -> Iterator[Room]:
         yield from (Room(batch, on_device, spare, restarts) for batch in batches)
 
 
-def choose(needs: Needs, device: torch.device) -> Room:
-    """The fastest way that fits in the memory that is free; the last where none does, which `Plan.check` refuses."""
-    ways, free = list(rooms(device)), machine.available_memory_bytes()
+def choose(needs: Needs, device: torch.device, ranks: Ranks = ALONE) -> Room:
+    """The fastest way that fits in the memory that is free; the last where none does, which `Plan.check` refuses.
+
+    Several processes take as many tokens at once as one would, so that they make the same bytes.
+    """
+    ways, free = list(rooms(device)), machine.available_memory_bytes() // ranks.here
+    if ranks.size > 1:
+        tokens = choose(needs, device).batch_tokens
+        ways, needs = [way for way in ways if way.batch_tokens == tokens], needs.of_one(ranks)
     if device.type == "cpu":
         return next((way for way in ways if needs.on_cpu(way) <= free), ways[0])
     memory = machine.device_memory(device)

@@ -34,13 +34,17 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     ),
 }
-_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts")
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+_GROUP = 128  # columns that share a scale in the recipes that are timed
 
 
 def write(folder: Path, shape: str, *, shrink: int = 1, device: torch.device | None = None) -> None:
-    """Save a random bfloat16 model; `shrink` divides its widths and its number of experts."""
+    """Save a random bfloat16 model; `shrink` divides its widths, which stay whole groups, and its number of experts."""
     name, settings = _SHAPES[shape]
-    settings = settings | {k: settings[k] // shrink for k in _WIDTHS if k in settings}
+    if shrink > 1:
+        settings = settings | {k: max(1, settings[k] // shrink // _GROUP) * _GROUP for k in _WIDTHS if k in settings}
+        if "num_experts" in settings:
+            settings["num_experts"] = max(settings["num_experts_per_tok"], settings["num_experts"] // shrink)
     torch.manual_seed(0)
     config = getattr(transformers, name)(**settings)
     with torch.device(device or "cpu"):

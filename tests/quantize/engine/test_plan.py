@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from quantpress import api
 from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
+from quantpress.core.ranks import Ranks
 from quantpress.engine import plan as planning
 from quantpress.engine.pipeline import prepare
-from quantpress.engine.plan import Plan
+from quantpress.engine.plan import PROCESS_BYTES, Plan
 from quantpress.engine.room import Room
 from quantpress.engine.sources import resolve
+from quantpress.eval.release.callbacks import Options
 from quantpress.models import placed_model
 from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.recipe.loading import parse
@@ -78,7 +81,7 @@ def test_what_lies_on_the_gpu_is_not_counted_as_the_hosts(tmp_path: Path, monkey
     # Two models' hidden states as they enter and leave a block, and what every batch holds as it waits.
     assert many.device_bytes - few.device_bytes >= (4 + 7) * tokens * hidden
     assert many.memory_bytes < on_cpu.memory_bytes
-    monkeypatch.setattr(planning, "choose", lambda needs, device: Room(on_device=False))  # what fits: test_room
+    monkeypatch.setattr(planning, "choose", lambda needs, device, ranks: Room(on_device=False))  # what fits: test_room
     spilled = planned(tmp_path / "model", "cuda", monkeypatch, samples=512, seq_len=64)
     assert spilled.memory_bytes - many.memory_bytes == 2 * 512 * 64 * hidden
     assert spilled.device_bytes < many.device_bytes
@@ -153,3 +156,32 @@ def test_experts_cost_the_tokens_that_reach_them(tmp_path: Path, monkeypatch: py
     monkeypatch.undo()
     everywhere = {"samples": 64, "seq_len": 64, "all_experts": True}
     assert planned(tmp_path / "model", "cpu", monkeypatch, **everywhere).operations == four
+
+
+def test_a_plan_for_several_processes_counts_all_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    monkeypatch.setattr(planning, "_speed", lambda device, dtype: 1e9)
+    recipe = parse({"calibration": {"samples": 64, "seq_len": 64}, "weights": {"group_size": 32}})
+    source = resolve(str(tmp_path / "model"), cache=tmp_path)
+    alone, four, two_here = (
+        prepare(recipe, source, torch.device("cpu"), ranks=ranks).plan
+        for ranks in (Ranks(), Ranks(0, 4, 4), Ranks(0, 4, 2))
+    )
+    assert 3 * PROCESS_BYTES < four.memory_bytes - alone.memory_bytes < 3 * alone.memory_bytes
+    assert four.memory_bytes == 2 * two_here.memory_bytes
+    assert 3.5 < alone.seconds / four.seconds <= 4
+    assert alone.room == four.room
+
+
+def test_a_plan_refuses_what_a_shared_run_refuses(tmp_path: Path) -> None:
+    build("llama", tmp_path, torch.bfloat16)
+    few = {"calibration": {"samples": 4, "seq_len": 512}}
+    for document, ranks, line in (
+        ({"method": {"name": "rtn"}}, Ranks(0, 2, 2), "without calibration is not shared between processes"),
+        (few, Ranks(0, 8, 8), "8 processes for 4 samples of 512 tokens"),
+    ):
+        recipe = parse({"model": str(tmp_path), "weights": {"group_size": 32}, **document})
+        with pytest.raises(BadInput, match=line):
+            api.plan(recipe, options=Options(ranks=ranks))

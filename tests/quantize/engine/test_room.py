@@ -9,6 +9,7 @@ import torch
 
 from quantpress.core import machine
 from quantpress.core.errors import OutOfMemory
+from quantpress.core.ranks import Ranks
 from quantpress.core.transfers import file_empty
 from quantpress.engine import blocks, plan
 from quantpress.engine.room import Needs, Room, choose
@@ -41,7 +42,7 @@ def test_room_changes_no_bit(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     made = {}
     on_disk = Room(batch_tokens=64, on_device=False, on_disk=True)
     for room in (Room(64), Room(64, restarts=True), Room(64, spare=True), on_disk):
-        monkeypatch.setattr(plan, "choose", lambda needs, device, room=room: room)
+        monkeypatch.setattr(plan, "choose", lambda needs, device, ranks, room=room: room)
         out = tmp_path / f"run{len(made)}"
         make(out, tmp_path / "model", document)
         made[room] = files(out / "quantized")
@@ -64,7 +65,7 @@ def test_a_gpu_without_memory_left_goes_on_with_fewer_tokens_at_once(
     """In the middle of the second block, twice; the block is begun again from the original weights and states."""
     build("llama", tmp_path / "model", torch.bfloat16)
     make(tmp_path / "whole", tmp_path / "model", {})
-    monkeypatch.setattr(plan, "choose", lambda needs, device: Room(spare=True))
+    monkeypatch.setattr(plan, "choose", lambda needs, device, ranks: Room(spare=True))
     calls = [0]
     inner = blocks.lend_input_scales
 
@@ -86,7 +87,7 @@ def test_a_gpu_without_memory_left_goes_on_with_fewer_tokens_at_once(
 
 def test_where_nothing_is_left_to_halve_memory_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
-    monkeypatch.setattr(plan, "choose", lambda needs, device: Room(spare=True, batch_tokens=63))
+    monkeypatch.setattr(plan, "choose", lambda needs, device, ranks: Room(spare=True, batch_tokens=63))
 
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -131,6 +132,24 @@ def test_batches_are_the_same_whatever_little_is_taken_of_a_gpu(monkeypatch: pyt
         monkeypatch.setattr(machine, "device_memory", lambda where, free=free: (free, 80 * GB))
         found.add(choose(LLAMA_8B, torch.device("cuda")))
     assert len(found) == 1
+
+
+def test_processes_share_the_tokens_and_take_as_many_at_once_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, four = torch.device("cuda"), Ranks(0, 4, 4)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 200 * GB)
+    monkeypatch.setattr(machine, "device_memory", lambda where: (16 * GB, 16 * GB))
+    alone, shared = choose(LLAMA_8B, cuda), choose(LLAMA_8B, cuda, four)
+    assert alone.restarts
+    assert not shared.restarts
+    assert shared.batch_tokens == alone.batch_tokens
+    one = LLAMA_8B.of_one(four)
+    assert (one.hidden * 4, one.waiting * 4, one.tokens * 4) == (LLAMA_8B.hidden, LLAMA_8B.waiting, LLAMA_8B.tokens)
+    assert one.solve == LLAMA_8B.solve
+    # Four times the block and a process's own, but the states and what waits once.
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 48 * GB)
+    cpu = torch.device("cpu")
+    assert choose(LLAMA_8B, cpu, four) == Room()
+    assert 4 * one.on_cpu(Room()) <= 48 * GB < 4 * LLAMA_8B.on_cpu(Room())
 
 
 def test_a_host_with_little_memory_has_states_on_disk_then_runs_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
