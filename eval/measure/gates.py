@@ -32,7 +32,7 @@ def _judged_by(limits: Mapping[str, float], strict: bool, results: Results) -> G
     verdict = next(v for v in _WORST if any(check.verdict == v for check in checks))
     decisive = [check for check in checks if check.verdict == verdict]
     reason = (
-        f"{'the one limit is' if len(checks) == 1 else f'all {len(checks)} limits are'} kept"
+        f"{ {1: 'the one limit is', 2: 'both limits are'}.get(len(checks), f'all {len(checks)} limits are') } kept"
         if verdict == "ACCEPT"
         else "; ".join(check.reason for check in decisive)
     )
@@ -50,6 +50,11 @@ def show_limit(value: float | None, limit: str) -> str:
     if value is None:
         return "not measured"
     return share(value) if limit.startswith("min_recovery.") else gated(limit).show_limited(value)
+
+
+def show_interval(check: GateCheck) -> str:
+    """The interval of what was held against a limit; empty where there is none."""
+    return "" if check.interval is None else interval(check.interval, _shower(check.name))
 
 
 def _judged(name: str, limit: float, results: Results) -> GateCheck:

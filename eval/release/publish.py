@@ -19,6 +19,7 @@ from quantpress.exports.verifying.listing import SIGNATURE, SUMS, check_unlisted
 from ..measure.baselines import doubt
 from ..report.card import write_card
 from ..report.measured_run import open_run
+from ..report.standing import standing
 from .redaction import redacted
 
 _TOKEN = "HF_TOKEN"
@@ -60,7 +61,7 @@ def prepare_upload(
     overwrite_card: replace a card that was edited by hand. allow: files that may go with it though the manifest does
     not list them. signer: signs a list of the checksums of all that is uploaded. Raises BadInput for an invalid
     repository id, files that differ from the manifest or are not in it, an original that predicts no text, and, unless
-    `although_missed`, a run that missed its gates or whose gates are too close to call.
+    `although_missed`, a run that is broken, missed its gates or whose gates are too close to call.
     """
     try:
         validate_repo_id(repo)
@@ -73,6 +74,8 @@ def prepare_upload(
         raise BadInput(f"{run}: {wrong}")
     if (gates := measured.results.gates).missed and not although_missed:
         raise BadInput(f"{run} did not pass its gates ({gates.reason}); --although-missed publishes it all the same")
+    if (stands := standing(measured)).level == "broken" and not although_missed:
+        raise BadInput(f"{run} is broken ({stands.reason}); --although-missed publishes it all the same")
     with alone_in(run):  # and without what a killed command has left
         verify(run)
         check_unlisted(run, run / "quantized", allow)

@@ -43,8 +43,11 @@ class Wish(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             option = {"memory": "fits"}.get(str(first["loc"][0]), str(first["loc"][0])).replace("_", "-")
-            hint = meant(str(first["input"]), get_args(Preference)) if option == "prefer" else "; such as 24GiB, 98%"
-            raise BadInput(f"--{option} {first['input']!r}: {first['msg']}{hint}") from None
+            hint = meant(str(first["input"]), get_args(Preference)) if option == "prefer" else ""
+            hint = "; such as 98%" if option == "min-recovery" else hint
+            raise BadInput(
+                f"--{option} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}{hint}"
+            ) from None
 
     @property
     def kept(self) -> int:

@@ -24,7 +24,7 @@ from quantpress.core.text import shortened
 from quantpress.recipe.methods import METHODS
 
 from ..measure import formatting
-from ..measure.gates import limit_name, show_limit
+from ..measure.gates import limit_name, show_interval, show_limit
 from ..measure.metrics import METRICS, Metric
 from ..measure.sections import TaskResult
 from . import page_text
@@ -260,7 +260,7 @@ def templates() -> Environment:
         "ticks": recovery_ticks,
     }
     environment.filters |= formats | {
-        "gate": show_limit, "gate_name": limit_name, "yaml": _yaml, "fenced": _fenced, "estimate": Metric.told,
-        "changed": Metric.told_change, "by_task": _by_task, "shortened": shortened,
+        "gate": show_limit, "gate_name": limit_name, "gate_interval": show_interval, "yaml": _yaml, "fenced": _fenced,
+        "estimate": Metric.told, "changed": Metric.told_change, "by_task": _by_task, "shortened": shortened,
     }  # fmt: skip
     return environment

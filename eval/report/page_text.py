@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from quantpress.exports.servers import SERVERS
 from quantpress.recipe import Recipe
 
 __all__ = ["cell", "first_word", "program", "sentence", "squeezed", "unbroken", "without_defaults"]
@@ -17,8 +18,10 @@ def sentence(text: str) -> str:
 
 
 def program(name: str) -> str:
-    """The name of a server of the smoke test, as users know it."""
-    return {"vllm": "vLLM", "transformers": "transformers serve", "url": "a running server"}.get(name, name)
+    """The name of a server, as users know it."""
+    known = {"transformers": "transformers serve", "url": "a running server"}
+    known |= {server.name: server.variants[0].loader.label for server in SERVERS.values() if server.variants}
+    return known.get(name, name)
 
 
 def without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:

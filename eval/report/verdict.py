@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..measure.formatting import plain, share, size, small
 from .measured_run import LeftOut, MeasuredRun
+from .page_text import program
 from .standing import Judged, Level, best_quality, judge_runs, pick
 
 # level: the badge's class, and its words without and with gates.
@@ -56,7 +57,7 @@ def _serve(run: MeasuredRun, inside: str = "") -> str:
     """How to start it. inside: the run's folder with a slash, where several runs are spoken of."""
     targets = [str(target.get("name")) for target in run.manifest.recipe.get("targets") or ()]
     if targets:
-        return f"{inside}export/{targets[0]}/ has the files that start it on {targets[0]}."
+        return f"{inside}export/{targets[0]}/ has the files that start it on {program(targets[0])}."
     if run.manifest.artifact.format == "gguf":
         return f"llama.cpp serves it; {inside}quantized/README.md has the commands."
     return f"{inside}quantized/README.md names the servers that load it, with their commands."
@@ -74,7 +75,7 @@ def _next(run: MeasuredRun) -> str:
     if bits < 4:
         return "Try 4 bits: the recipe w4a16-gptq."
     if method == "rtn" and bits <= 4:
-        return "Try the same bits with calibration: the recipe w4a16-gptq, or --set method=gptq."
+        return "Try GPTQ at the same bits: the recipe w4a16-gptq, or --set method=gptq."
     if bits <= 4 and (group > 32 or group < 0):
         return "Try smaller groups (--set weights.group_size=32), or 8 bits for the worst layers below (overrides)."
     if bits <= 4:

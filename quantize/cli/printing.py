@@ -143,8 +143,8 @@ def print_results(results: "Results") -> None:
     for check in results.gates.checks:
         show(f"gate {_VERDICTS[check.verdict]}   {check.reason}")
     if results.gates.verdict == "INCONCLUSIVE":
-        how = "gates.strict: false lets it pass" if results.gates.strict else "which gates.strict: false lets pass"
-        say(f"note: a gate is too close to call (exit code {results.gates.exit_code}); {how}")
+        code = f" (exit code {results.gates.exit_code})" if results.gates.strict else ""
+        say(f"note: a gate is too close to call{code}; gates.strict: false lets it pass")
     if (wrong := doubt(results)) is not None:
         say(f"\nWARNING {wrong}\n", style=_FAILED)
 

@@ -264,7 +264,7 @@ def publish(
     base_model: BaseOpt = None,
     license: LicenseOpt = None,
     although_missed: Annotated[
-        bool, typer.Option("--although-missed", help="publish a run that missed its gates")
+        bool, typer.Option("--although-missed", help="publish a run that missed its gates or is broken")
     ] = False,
     overwrite_card: OverwriteCardOpt = False,
     allow: AllowOpt = [],  # noqa: B006

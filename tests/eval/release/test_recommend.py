@@ -154,7 +154,7 @@ def test_a_windowed_cache_stops_growing() -> None:
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"--fits 'plenty'"):
+    with pytest.raises(BadInput, match=r"^--fits 'plenty': 'plenty' is no size; write 6000000000, 4GB or 24GiB$"):
         wish(memory="plenty")
     with pytest.raises(BadInput, match=r"--min-recovery"):
         wish(min_recovery="980%")

@@ -483,3 +483,15 @@ def test_the_page_does_not_scroll_sideways_on_a_phone(tmp_path: Path) -> None:
         )
         document, _ = in_browser(frame, tmp_path / f"profile{i}", "--allow-file-access-from-files")
         assert "<title>hidden px: 0</title>" in document
+
+
+def test_a_gate_that_is_too_close_to_call_says_on_the_page_what_would_settle_it(tmp_path: Path) -> None:
+    results = fake_results(verdict="INCONCLUSIVE")
+    results["gates"]["checks"][0] |= {
+        "interval": [0.02, 0.11], "needs": 40,
+        "reason": "perplexity +7.9 %, limit +3.0 %: too close to call; about 40 windows would settle it",
+    }  # fmt: skip
+    run = write_run(tmp_path / "run", fake_manifest(), results)
+    text = page(write_report(run)).text.replace("\u00a0", " ")
+    assert "+7.9 % +2.0 to +11.0 %? too close to call about 40 windows would settle it" in text
+    assert "too close to call |" in (run / "report" / "summary.md").read_text(encoding="utf-8")
