@@ -22,8 +22,9 @@ _STATES = "states"
 class Sensitivity:
     """Errors e in a weight [out, in] cause a KL divergence of about sum_rc rows_r columns_c e_rc^2 nats per token.
 
-    rows float32 [out], columns float32 [in]. This is the divergence to second order, with the Fisher information of the
-    outputs and the second moments of the inputs taken as independent and diagonal.
+    columns float32 [in]: E[|g|^2 x_c^2] / E[|g|^2], squares of inputs x by how much their outputs' gradients g matter;
+    rows float32 [out]: half of E[g_r^2 |x|^2] over the sum of columns. This is the divergence to second order for
+    independent errors, with E[g_r^2 x_c^2] replaced by the product of its sums over rows and over columns.
     """
 
     rows: Tensor
@@ -72,28 +73,31 @@ def measure(skeleton: Skeleton, tokens: Tensor, folder: Path, seed: int = 0) -> 
 
 
 class _Sums:
-    """Sums over tokens of a linear's squared inputs [in] and squared output gradients [out], and the token count."""
+    """Sums over tokens of g^2 |x|^2 [out], x^2 |g|^2 [in] and |g|^2, of a linear's output gradients g and inputs x.
+
+    So the few tokens with huge inputs count as much as their outputs matter, which is often nothing.
+    """
 
     def __init__(self) -> None:
-        self.inputs: Tensor | float = 0.0
+        self.rows: Tensor | float = 0.0
+        self.columns: Tensor | float = 0.0
         self.gradients: Tensor | float = 0.0
-        self.tokens = 0
 
     def note(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        """A forward hook; the gradient is added when the backward pass reaches the output."""
-        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        self.inputs = self.inputs + x.square().sum(0).cpu()
-        self.tokens += len(x)
-        out.register_hook(self._gradient)  # type: ignore[no-untyped-call]
+        """A forward hook; sums grow when the backward pass reaches the output."""
+        inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float().square()  # now: a block may change x in place
+        out.register_hook(lambda g: self._add(inputs, g))  # type: ignore[no-untyped-call]
 
-    def _gradient(self, g: Tensor) -> None:
-        self.gradients = self.gradients + g.reshape(-1, g.shape[-1]).float().square().sum(0).cpu()
+    def _add(self, inputs: Tensor, g: Tensor) -> None:
+        gradients = g.reshape(-1, g.shape[-1]).float().square()
+        self.rows = self.rows + (inputs.sum(1) @ gradients).cpu()
+        self.columns = self.columns + (gradients.sum(1) @ inputs).cpu()
+        self.gradients = self.gradients + gradients.sum().cpu()
 
     def sensitivity(self, tokens: int) -> Sensitivity:
         """tokens: of the whole text, of which an expert sees a part."""
-        return Sensitivity(
-            torch.as_tensor(self.gradients / tokens / 2), torch.as_tensor(self.inputs / max(self.tokens, 1))
-        )
+        columns = torch.as_tensor(self.columns / torch.as_tensor(self.gradients).clamp(min=1e-30))
+        return Sensitivity(torch.as_tensor(self.rows / columns.sum().clamp(min=1e-30) / tokens / 2), columns)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantpress.calibrate.sensitivity import Sensitivity, measure
+from quantpress.calibrate.sensitivity import Sensitivity, _Sums, measure
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 
@@ -65,21 +65,18 @@ def predictions(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_block_by_block_as_through_the_whole_model(family: str, tmp_path: Path) -> None:
-    """Squared inputs and gradients by hooks on transformers' own model, with the same tokens drawn."""
+    """The products of each token's squared inputs and gradients, by hooks on transformers' own model, with the same
+    tokens drawn."""
     tiny.build(family, tmp_path)
     found = measured(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    inputs, gradients = torch.zeros(64), torch.zeros(0)
+    products: list[torch.Tensor] = []  # [out, in] of each sequence
+    gradients: list[torch.Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        nonlocal inputs
-        inputs = inputs + args[0].detach().reshape(-1, 64).square().sum(0)
-        out.register_hook(gather)  # type: ignore[no-untyped-call]
-
-    def gather(g: torch.Tensor) -> None:
-        nonlocal gradients
-        squares = g.reshape(-1, g.shape[-1]).square().sum(0)
-        gradients = squares if not gradients.numel() else gradients + squares
+        x = args[0].detach()[0].square()
+        out.register_hook(lambda g: products.append(g[0].square().T @ x))  # type: ignore[no-untyped-call]
+        out.register_hook(lambda g: gradients.append(g.square().sum()))  # type: ignore[no-untyped-call]
 
     model.get_submodule("model.layers.0.self_attn.q_proj").register_forward_hook(note)
     generator = torch.Generator().manual_seed(0)
@@ -88,12 +85,26 @@ def test_block_by_block_as_through_the_whole_model(family: str, tmp_path: Path) 
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
     (use,) = found["model.layers.0.self_attn.q_proj"]
-    torch.testing.assert_close(use.columns, inputs / IDS.numel(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(use.rows, gradients / IDS.numel() / 2, rtol=1e-3, atol=1e-9)
+    whole = torch.stack(products).sum(0)
+    columns = whole.sum(0) / sum(gradients)
+    torch.testing.assert_close(use.columns, columns, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(use.rows, whole.sum(1) / columns.sum() / IDS.numel() / 2, rtol=1e-3, atol=1e-9)
+
+
+def test_a_token_of_huge_inputs_counts_as_much_as_its_outputs_matter() -> None:
+    """As the first token of many models: its inputs are hundreds of times the others', its gradient is nothing."""
+    make = torch.Generator().manual_seed(3)
+    x, slope = torch.randn(2, 8, generator=make), torch.randn(2, 4, generator=make)
+    x[0], slope[0] = 300 * x[0], 0.0
+    layer, sums = nn.Linear(8, 4, bias=False).requires_grad_(False), _Sums()
+    layer.register_forward_hook(sums.note)
+    (layer(x[None].requires_grad_()) * slope).sum().backward()
+    use = sums.sensitivity(2)
+    expected = slope[1].square()[:, None] * x[1].detach().square() / 4
+    torch.testing.assert_close(use.rows[:, None] * use.columns, expected)
 
 
 def test_an_expert_is_sensitive_to_its_own_tokens(tmp_path: Path) -> None:
-    """Columns are the mean square of what it is given, rows the squared gradients of all tokens."""
     tiny.build("mixtral", tmp_path)
     found = measured(tmp_path)
     experts = [uses for name, uses in found.items() if "experts" in name]
