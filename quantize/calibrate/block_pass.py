@@ -28,9 +28,9 @@ from .batches import Group, Halt, PairedBatch, RestartingBatch, RunnableBlock, S
 from .lanes import Lanes
 from .moments import Moments, drift_powers, end_lanes
 
-# Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
 _TOO_MUCH = 0.5  # of a token's norm: a static range that loses more does not fit
 _SAMPLED = 64  # rows of a batch on which a static range is chosen
+# Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
 _ROWS = 1024
 
 # Of moments, drifts and squares of experts that are summed up together; on a CPU it is one expert after the other.
