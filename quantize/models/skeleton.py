@@ -137,7 +137,13 @@ class Skeleton(PlacedModel):
         )
 
     def _check_all_run(self, taps: list["_Tap"]) -> None:
-        """Raise BadInput for a block that the model passes over: nothing would be known of its inputs."""
+        """Raise BadInput for a block that is not run, of whose inputs nothing would be known, or is run again."""
+        loops = max(tap.calls for tap in taps)
+        if loops > 1:
+            raise BadInput(
+                f"model_type {self.config.model_type!r} is not supported: it runs its blocks {loops} times over "
+                "the same text, and here each is run once"
+            )
         skipped = [k for k, tap in enumerate(taps) if tap.hidden is None]
         if skipped:
             raise BadInput(
@@ -276,9 +282,11 @@ class _Tap(nn.Module):
         self._block = (block,)  # a tuple, so that the block does not become a submodule
         self._result = result
         self.hidden: Any = None
+        self.calls = 0
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
+        self.calls += 1
         out = hidden if self._result is None else self._result
         return out if self._outputs == 1 else (out, *map(Handed, range(1, self._outputs)))
 

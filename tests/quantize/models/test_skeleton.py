@@ -106,3 +106,17 @@ def test_what_several_blocks_share_is_left_out_of_all(tmp_path: Path) -> None:
     assert "model.layers.1.shared_transf.self_attn.q_proj.weight" in shared
     outside = skeleton.unquantized_modules()
     assert {f"model.layers.{k}.shared_transf.self_attn.q_proj" for k in (1, 3)} <= set(outside)
+
+
+def test_a_model_that_comes_back_to_its_blocks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Dory does, of transformers 5.24: block by block each would be run once."""
+    once = transformers.LlamaModel.forward
+
+    def twice(self: transformers.LlamaModel, input_ids: torch.Tensor, use_cache: bool = False) -> object:
+        first = once(self, input_ids=input_ids, use_cache=use_cache)[0]
+        return once(self, inputs_embeds=first, use_cache=use_cache)
+
+    skeleton = Skeleton(Checkpoint(build_in("llama", tmp_path)), device=CPU)
+    monkeypatch.setattr(transformers.LlamaModel, "forward", twice)
+    with pytest.raises(BadInput, match="'llama' is not supported: it runs its blocks 2 times over the same text"):
+        skeleton.open_shell()
