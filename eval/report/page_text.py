@@ -55,12 +55,11 @@ def cell(text: str) -> str:
 
 
 def unbroken(text: str, names: Iterable[str]) -> Markup:
-    """The text, escaped, in which no line ends inside one of `names`, such as w4a16-gptq."""
-    if not (names := list(names)):
-        return escape(text)
-    known = "|".join(re.escape(str(escape(name))) for name in sorted(names, key=len, reverse=True))
-    marked = re.sub(rf"(?<![\w/-])(?:{known})(?![\w/-])", r'<span class="name">\g<0></span>', str(escape(text)))
-    return Markup(marked)
+    """The text, escaped, in which no line ends inside one of `names`, such as w4a16-gptq, or inside an option."""
+    known = [re.escape(str(escape(name))) for name in sorted(names, key=len, reverse=True)]
+    each = "|".join(["(?P<option>--[a-z-]+)", *(rf"(?<![\w/-]){name}(?![\w/-])" for name in known)])
+    escaped = str(escape(text))
+    return Markup(re.sub(each, lambda m: f'<span class="{"option" if m["option"] else "name"}">{m[0]}</span>', escaped))
 
 
 def first_word(text: str) -> str:

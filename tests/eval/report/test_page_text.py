@@ -41,4 +41,5 @@ def test_no_line_ends_inside_a_name() -> None:
     told = unbroken("Take w4-b, not w4 or <w4>: w4/README.md, w4-bits", ["w4", "w4-b"])
     whole = '<span class="name">w4</span>'
     assert told == f'Take <span class="name">w4-b</span>, not {whole} or &lt;{whole}&gt;: w4/README.md, w4-bits'
-    assert unbroken("<a>", []) == "&lt;a&gt;"
+    assert unbroken("class --x", ["class", "span"]).count("<span") == 2
+    assert unbroken("<a> --set b=1", []) == '&lt;a&gt; <span class="option">--set</span> b=1'

@@ -322,7 +322,8 @@ def test_a_comparison_says_where_errors_are_not_alike(tmp_path: Path) -> None:
         runs.append(write_run(tmp_path / name, manifest, fake_results()))
     unlike = html.unescape(write_comparison(runs[:2], tmp_path / "unlike").read_text())
     assert "These runs measured different errors" in unlike
-    assert unlike.count("Here: the squared error of its output") == 2
+    for name in "ab":
+        assert f"<li>{name}: the squared error of its output on the calibration text, " in unlike
     alike = html.unescape(write_comparison([runs[0], runs[2]], tmp_path / "alike").read_text())
     assert "These runs measured different errors" not in alike
     assert "as a share of the squared output of the original layer on the same inputs" in alike
@@ -493,5 +494,5 @@ def test_a_gate_that_is_too_close_to_call_says_on_the_page_what_would_settle_it(
     }  # fmt: skip
     run = write_run(tmp_path / "run", fake_manifest(), results)
     text = page(write_report(run)).text.replace("\u00a0", " ")
-    assert "+7.9 % +2.0 to +11.0 %? too close to call about 40 windows would settle it" in text
+    assert "? too close to call about 40 windows would settle it≤ +3.0 %+7.9 % +2.0 to +11.0 %" in text
     assert "too close to call |" in (run / "report" / "summary.md").read_text(encoding="utf-8")
