@@ -33,7 +33,7 @@ help:
 	@echo '                 quantize, evaluate, chart; with nothing given: the embedded model, $(RECIPE)'
 	@echo 'make setup       create .venv and install quantpress'
 	@echo 'make setup-vllm  create .venv-vllm with $(VLLM), for smoke tests on the real server'
-	@echo 'make setup-loaders   loaders of TGI and GPTQModel into .loaders, for the slow tests that ask them'
+	@echo 'make setup-loaders   loaders of TGI, GPTQModel and node-llama-cpp into .loaders, for the slow tests that ask them'
 	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel, TRANSFORMERS=newest or oldest with'
 	@echo '                 that end of the releases that pyproject.toml allows, which then stays in .venv'
 	@echo 'make test-all    the slow ones too: real models and real servers'
@@ -148,6 +148,8 @@ setup-loaders: .loaders/.installed
 	@$(LOADED) .loaders/gptqmodel optimum==2.3.0 accelerate device-smi logbar tokenicer pypcre defuser dill threadpoolctl torchao
 	@$(PIP) download --quiet --no-deps --no-binary :all: --dest .loaders gptqmodel==7.7.0  # its kernels need no build
 	@tar -xzf .loaders/gptqmodel-7.7.0.tar.gz -C .loaders/gptqmodel --strip-components 1
+	@command -v npm > /dev/null && npm install --prefix .loaders/node --ignore-scripts --omit=optional --no-audit --no-fund \
+	  node-llama-cpp@3 @node-llama-cpp/linux-x64@3 || echo 'no npm here: node-llama-cpp is not asked'
 	@touch $@
 
 # ---- the job ----------------------------------------------------------------------------------------------------

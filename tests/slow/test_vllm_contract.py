@@ -75,3 +75,17 @@ def test_every_flag_is_one_of_vllms(tmp_path: Path) -> None:
         flags = [word for word in command if word.startswith("--")]
         assert len(flags) > 6
         assert set(flags) <= known
+
+
+def test_the_sampling_that_an_export_carries_is_vllms_default(tmp_path: Path) -> None:
+    made = tmp_path / "quantized"
+    make(made, "gptq", uniform(W4))
+    (made / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.95, "top_k": 20}))
+    folder = export(tmp_path, Vllm(device="cpu"), tmp_path / "out").folder
+    assert "generation-config" not in (folder / "serve.sh").read_text()
+    asked = f"""
+from vllm.config import ModelConfig
+print("SAID", ModelConfig(model={str(folder / "model")!r}).get_diff_sampling_param())
+"""
+    done = subprocess.run([str(PYTHON), "-c", asked], capture_output=True, text=True, cwd=tmp_path)
+    assert "SAID {'temperature': 0.6, 'top_k': 20, 'top_p': 0.95}" in done.stdout, done.stderr[-2000:]
