@@ -59,14 +59,14 @@ _SHARING = {  # keys and values of the last blocks are those of earlier ones; em
 }
 _PLAIN = """
     afmoe apertus arcee bamba biogpt bitnet bloom cohere cohere2 cohere2_moe cwm deepseek_v4
-    doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2
-    gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa
+    doge diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2
+    gemma3_text gemma4_unified_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite granite_swa
     granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
     hy_v4 hyperclovax jais2 jetmoe kimi_linear laguna llama llama4_text mamba mellum mimo_v2_flash minimax
-    minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron olmo
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron olmo
     olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open
-    stablelm starcoder2 vaultgemma xglm
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next rwkv seed_oss smollm3 solar_open
+    stablelm starcoder2 vaultgemma xglm xlstm
 """
 _LATENTS = "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu"
 # What a family needs besides the common sizes.
@@ -117,6 +117,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"intermediate_size": 128},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32, "mamba_dt_rank": 8},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "num_mem_blocks": 1,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "mamba_ngroups": 1,
+        "num_key_value_heads": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -33,7 +33,7 @@ from .towers import decoder_of, linears_on_disk, text_model, tower_names
 _T = TypeVar("_T")
 _NUMBERED = re.compile(r"\.\d+\.")
 _ROUTER = "it chooses or weighs experts"
-_FLOAT32 = {"deepseek_v4"}  # transformers' class multiplies float32 by what is loaded, and fails on 16 bit
+_FLOAT32 = {"deepseek_v4", "xlstm"}  # transformers' class multiplies float32 by what is loaded, and fails on 16 bit
 
 
 @dataclass(frozen=True)
