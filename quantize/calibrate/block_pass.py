@@ -231,8 +231,12 @@ class BlockPass:
 
     def _moments(self, names: Group) -> Moments:
         linear = self._linears[names[0]]
-        weight, paired = _matrix(linear), self._original is not None
-        return Moments(weight, weight.shape[1], paired=paired, diagonal=self._diagonal, ranks=self._lanes.ranks)
+        weight, before, weights = _matrix(linear), self._original, list[Tensor]()
+        # With all_experts the sums are all experts', the weights only the first one's.
+        if before is not None and self._transfers.device.type == "cuda" and not self._all_experts:
+            weights = [_matrix(before.linears[name]) for name in names]
+        paired, ranks = before is not None, self._lanes.ranks
+        return Moments(weight, weight.shape[1], paired=paired, diagonal=self._diagonal, weights=weights, ranks=ranks)
 
     def _add(
         self, sums: Moments, names: Group, x: Tensor, original: Tensor | None, inputs: Inputs | None, lane: int
@@ -250,17 +254,11 @@ class BlockPass:
     def _drift_powers(self, groups: Sequence[Group], sums: Sequence[Moments]) -> list[dict[str, Tensor]]:
         """`drift_power` of the shared inputs."""
         powers: list[dict[str, Tensor]] = [{} for _ in groups]
-        if self._original is None:
-            return powers
-        on_gpu, together = self._transfers.device.type == "cuda", dict[object, list[int]]()
-        for i, (names, one) in enumerate(zip(groups, sums, strict=True)):
-            if one.drift is not None and not one.unmatched:
-                shapes = tuple(_matrix(self._original.linears[name]).shape for name in names)
-                together.setdefault(shapes if on_gpu else i, []).append(i)
-        for alike in together.values():
-            weights = [[_matrix(self._original.linears[name]) for name in groups[i]] for i in alike]
-            found = drift_powers(weights, [sums[i] for i in alike], together=on_gpu)
-            for i, rows in zip(alike, found, strict=True):
+        if self._original is not None:
+            linears, on_gpu = self._original.linears, self._transfers.device.type == "cuda"
+            known = [i for i, one in enumerate(sums) if one.drift is not None and not one.unmatched]
+            weights = [[_matrix(linears[name]) for name in groups[i]] for i in known]
+            for i, rows in zip(known, drift_powers(weights, [sums[i] for i in known], together=on_gpu), strict=True):
                 powers[i] = dict(zip(groups[i], rows, strict=True))
         return powers
 

@@ -21,14 +21,26 @@ class Moments:
 
     Of all processes of a run: each adds the rows of its lane, `end_lanes` joins them, `finish` ends it. like: a tensor
     of the device. width: columns of X. paired: whether there may be a D. diagonal: only X^T X, and its diagonal only.
+    weights [out, in]: of the original's linears; if given, ||D w||^2 of their rows is summed up in the place of D^T D
+    where that is less work.
     """
 
     def __init__(
-        self, like: Tensor, width: int, *, paired: bool = False, diagonal: bool = False, ranks: Ranks = ALONE
+        self,
+        like: Tensor,
+        width: int,
+        *,
+        paired: bool = False,
+        diagonal: bool = False,
+        weights: Sequence[Tensor] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         self._like, self._diagonal, self._ranks = like, diagonal, ranks
-        self._shape = (width,) if diagonal else (width, width)
-        self._names = ("moment", "drift", "squares") if paired and not diagonal else ("moment",)
+        rows = sum(map(len, weights))
+        self._weights = tuple(weights) if 2 * rows <= width else ()  # D^T D is symmetric: half of it is computed
+        last = "powers" if self._weights else "squares"
+        self._names = ("moment", "drift", last) if paired and not diagonal else ("moment",)
+        self._shapes = dict.fromkeys(self._names, (width,) if diagonal else (width, width)) | {"powers": (rows,)}
         self._lane: dict[str, Tensor] = {}  # X^T X and D^T D: their upper triangles
         self._sums: dict[str, Tensor] = {}
         self.tokens, self.unmatched = 0, False
@@ -48,12 +60,17 @@ class Moments:
             self._add("drift", difference, factor)
         else:
             self._of_lane("drift").add_(difference.T @ factor)
-        self._add("squares", difference, difference)
+        if not self._weights:
+            self._add("squares", difference, difference)
+            return
+        moved = torch.cat([_outputs(difference, weight) for weight in self._weights], 1)
+        self._of_lane("powers").add_(moved.square_().sum(0))
 
     def _add(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add left^T right to the lane's sum."""
         if name not in self._lane and len(left) and _sums_in_float32(left.device, left.dtype):
-            self._lane[name] = self._like.new_empty(self._shape, dtype=torch.float32)  # no zeros to be written and read
+            # No zeros to be written and read.
+            self._lane[name] = self._like.new_empty(self._shapes[name], dtype=torch.float32)
             _add_16_bit(self._lane[name], left, right, first=True)
         else:
             add_product(self._of_lane(name), left, right)
@@ -69,7 +86,7 @@ class Moments:
         self._lane.clear()
         if not tokens:
             self._sums.clear()
-        self._sums = {name: self._ranks.whole(part, self._shape[0]) for name, part in self._sums.items()}
+        self._sums = {name: self._ranks.whole(part, self._shapes[name][0]) for name, part in self._sums.items()}
 
     @property
     def drift(self) -> Tensor | None:
@@ -83,7 +100,7 @@ class Moments:
 
     def _of_lane(self, name: str) -> Tensor:
         if name not in self._lane:
-            self._lane[name] = self._like.new_zeros(self._shape, dtype=torch.float32)
+            self._lane[name] = self._like.new_zeros(self._shapes[name], dtype=torch.float32)
         return self._lane[name]
 
 
@@ -116,25 +133,36 @@ def end_lanes(sums: Sequence[Moments], holders: int) -> None:
 
 def drift_powers(
     weights: Sequence[Sequence[Tensor]], sums: Sequence[Moments], *, together: bool
-) -> Iterator[Sequence[Tensor]]:
-    """||D w||^2 of each row of the linears that share an input, for each of several inputs.
+) -> list[Sequence[Tensor]]:
+    """||D w||^2 of each row of the linears that share an input, by input and linear; weights [out, in] likewise.
 
-    weights [out, in]: by input and linear. together: in few products, for which all inputs' linears have one shape.
+    together: in few products, on a GPU.
     """
-    width = weights[0][0].shape[1]
-    rows = [len(weight) for weight in weights[0]]
-    if not together:
-        for own, one in zip(weights, sums, strict=True):
+    powers: list[Sequence[Tensor]] = [() for _ in sums]
+    alike: dict[object, list[int]] = {}
+    for i, (own, one) in enumerate(zip(weights, sums, strict=True)):
+        if "powers" in one._sums:
+            powers[i] = _split(one._sums["powers"], own)
+        elif together:
+            alike.setdefault(tuple(weight.shape for weight in own), []).append(i)
+        else:
             squares = _whole(one._sums["squares"])
-            yield [output_power(weight.to(torch.float32), squares) for weight in own]
-        return
-    step = max(1, _TOGETHER // (width * max(width, sum(rows))))
-    for start in range(0, len(sums), step):
-        found = [one._sums["squares"] for one in sums[start : start + step]]
-        squares = _whole(found[0][None] if len(found) == 1 else torch.stack(found))
-        weight = torch.cat([weight for own in weights[start : start + step] for weight in own])
-        powers = output_powers(weight.to(torch.float32).view(len(squares), -1, width), squares)
-        yield from (power.split(rows) for power in powers)
+            powers[i] = [output_power(weight.to(torch.float32), squares) for weight in own]
+    for places in alike.values():
+        width, rows = weights[places[0]][0].shape[1], sum(map(len, weights[places[0]]))
+        step = max(1, _TOGETHER // (width * max(width, rows)))
+        for some in (places[start : start + step] for start in range(0, len(places), step)):
+            found = [sums[i]._sums["squares"] for i in some]
+            squares = _whole(found[0][None] if len(found) == 1 else torch.stack(found))
+            weight = torch.cat([weight for i in some for weight in weights[i]]).to(torch.float32)
+            for i, power in zip(some, output_powers(weight.view(len(some), rows, width), squares), strict=True):
+                powers[i] = _split(power, weights[i])
+    return powers
+
+
+def _split(power: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows of each of the weights."""
+    return torch.split(power, [len(weight) for weight in weights])
 
 
 def _whole(upper: Tensor) -> Tensor:
@@ -156,6 +184,13 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             add_second_moment(total, left.to(torch.float32))
         else:
             total.addmm_(left.to(torch.float32).T, right.to(torch.float32))
+
+
+def _outputs(x: Tensor, weight: Tensor) -> Tensor:
+    """x [tokens, in] times weight [out, in], float32."""
+    if _sums_in_float32(x.device, x.dtype):
+        return torch.mm(x, weight.to(x.dtype).T, out_dtype=torch.float32)
+    return x.to(torch.float32) @ weight.to(torch.float32).T
 
 
 def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

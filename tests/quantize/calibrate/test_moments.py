@@ -15,8 +15,9 @@ WIDTH = 40
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of 16-bit factors with float32 sums, which a CPU lacks."""
 
-    def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
-        return out.copy_(left.to(out_dtype) @ right.to(out_dtype))
+    def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        product = left.to(out_dtype) @ right.to(out_dtype)
+        return product if out is None else out.copy_(product)
 
     def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
         assert total is out
@@ -28,9 +29,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "_PANEL", 16)
 
 
-def summed(batches: list[list[Tensor]]) -> list[Moments]:
+def summed(batches: list[list[Tensor]], weights: list[Tensor] | None = None) -> list[Moments]:
     """Two inputs' sums over lanes of two batches each; the second gets no rows in the last lane."""
-    sums = [Moments(torch.empty(0), WIDTH, paired=True) for _ in range(2)]
+    sums = [Moments(torch.empty(0), WIDTH, paired=True, weights=weights or ()) for _ in range(2)]
     for at, (seen, original) in enumerate(batches):
         sums[0].add(seen, original)
         sums[1].add(*(x[: 0 if at > 3 else 5] for x in (original, seen)))
@@ -66,3 +67,20 @@ def test_powers_of_drifts_of_several_inputs_are_those_of_each(monkeypatch: pytes
     torch.testing.assert_close(each[2][1], wanted, rtol=1e-4, atol=1e-4)
     for one, other in zip(each, together, strict=True):
         torch.testing.assert_close(list(one), list(other), rtol=1e-4, atol=1e-4)
+
+
+def test_few_rows_have_their_outputs_summed_up_in_the_place_of_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(30, WIDTH, generator=generator).bfloat16() for _ in range(2)] for _ in range(6)]
+    few, many = ([torch.randn(rows, WIDTH, generator=generator).bfloat16() for rows in (7, n)] for n in (9, 14))
+    for weights in (few, many):
+        plain = list(drift_powers([weights] * 2, summed(batches), together=False))
+        for as_on_a_gpu in (False, True):
+            with monkeypatch.context() as patched:
+                if as_on_a_gpu:
+                    emulated(patched)
+                sums = summed(batches, weights)
+            assert ("squares" in sums[0]._sums) == (weights is many)
+            found = list(drift_powers([weights] * 2, sums, together=True))
+            for one, other in zip(found, plain, strict=True):
+                torch.testing.assert_close(list(one), list(other), rtol=1e-4, atol=1e-4)
