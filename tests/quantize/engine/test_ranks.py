@@ -26,6 +26,7 @@ from ...together import Step, runs
 INT4: dict[str, Any] = {"weights": {"bits": 4, "group_size": 32}, "head": {"bits": 8, "group_size": 32}}
 STATIC: dict[str, Any] = {
     "weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}, "transforms": [{"name": "awq"}], "kv_cache": "fp8",
+    "targets": [{"name": "vllm"}],
 }  # fmt: skip
 SHARED = {"dense": ("qwen3", INT4), "experts": ("qwen3_moe", INT4), "static": ("qwen2_moe", STATIC)}
 KILL = """
