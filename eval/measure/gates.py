@@ -40,7 +40,7 @@ def _judged_by(limits: Mapping[str, float], strict: bool, results: Results) -> G
 
 
 def limit_name(limit: str) -> str:
-    """A limit of the recipe in words: `max_perplexity_increase` is «perplexity increase»."""
+    """A limit of the recipe in words: `max_perplexity_increase` is "perplexity increase"."""
     _, _, task = limit.partition("min_recovery.")
     return f"recovery of {task}" if task else gated(limit).limited
 

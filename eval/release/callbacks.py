@@ -49,7 +49,7 @@ class Options:
 class Callbacks:
     """How a caller follows an operation; by default nothing is said.
 
-    on_step(what, done, total, remark): progress of `what`, such as «quantizing», mostly in decoder blocks; total is 0
+    on_step(what, done, total, remark): progress of `what`, such as "quantizing", mostly in decoder blocks; total is 0
     where it is not known. remark: the layer error so far, or empty.
     on_note(line): something the caller should know, such as a layer left in 16 bit.
     on_line(line): what happens while a server is started.
