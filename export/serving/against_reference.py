@@ -320,11 +320,11 @@ def _of_weights(kinds: Mapping[str, float], limit: float, *, static: bool) -> st
     """Short prompts stand near the start, where wrong positions do little. static: whether inputs have static ranges,
     which chats alone may leave."""
     plain, long = kinds.get("raw", 0.0), kinds.get("long", 0.0)
-    most_short = max(plain, kinds.get("chat", 0.0), limit)
+    short = max(plain, kinds.get("chat", 0.0))
     rope = "rope (rope_theta or its scaling): long prompts are farther from the evaluated than short ones"
-    if max(long, kinds.get("long chat", 0.0)) > _FAR * most_short:
-        return rope
+    weights = "a layer's weights, scales or zero points" + (", or static input scales" if static else "")
+    if max(long, kinds.get("long chat", 0.0)) > _FAR * max(short, limit):
+        return rope if short <= limit else f"{rope}; or {weights}"
     if static and kinds.get("raw", math.inf) <= limit < kinds.get("chat", 0.0) / _FAR:
         return "static input scales: plain prompts are as evaluated, chats are not"
-    weights = "a layer's weights, scales or zero points" + (", or static input scales" if static else "")
     return f"{weights}; or {rope}" if limit < plain < long / _FARTHER else weights
