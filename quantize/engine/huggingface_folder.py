@@ -18,21 +18,18 @@ from ..calibrate.tokens import Tokens
 from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, ModelScheme
-from ..formats.layouts import packs
 from ..models.by_name import ByName
 from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
 from ..models.config_forms import readable_by_all
-from ..models.experts import UNREAD
-from ..models.loading import keeps_modules, loads_single_experts, why_no_packed_linears
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.skeleton import Skeleton
 from ..numbers.types import Grid
 from .accounting import account, few, left_for_their_width
 from .backend import Backend, Setup
 from .budgeting import SAMPLES, Menu, with_sensitivity
-from .joining import why_not_joined
 from .outer import NOTHING, Outer
 from .plan import Plan, make_plan
+from .readers import Readers
 from .settings import Settings
 from .transforms import BlockTransforms
 
@@ -76,7 +73,7 @@ class HuggingFaceFolder(Backend):
         for one in made.alternatives():
             for format in recipe.formats:
                 one._check_format(format)
-        made._check_readers()
+        made._readers.check()
         BlockTransforms(recipe, skeleton)
         if recipe.kv_cache is not None:
             kv_cache.attentions(skeleton)
@@ -142,7 +139,7 @@ class HuggingFaceFolder(Backend):
             written = merge_parts([shell, *parts], partial)
             format = FORMATS[self.setup.recipe.formats[0]]
             quantization = format.config(self._model_scheme([x.name for x in manifest.layers if x.dynamic]))
-            if self._why_no_packed_linears is not None:
+            if self._readers.need_dequantize:
                 quantization["dequantize"] = True
             config = readable_by_all(self.setup.reader.config) | {"quantization_config": quantization}
             write_json(partial / "config.json", config)
@@ -174,60 +171,11 @@ class HuggingFaceFolder(Backend):
         accounted = account(self.setup.skeleton, self.setup.linears, self.outer.towers)
         left = left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights)
         notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left, *self.outer.notes)
-        why = self._why_transformers_does_not_load_it
-        if why is None and (before := self._why_no_packed_linears):
-            notes = (*notes, f"transformers loads this artifact from 5.24 on only: before, {before}")
-        return notes if why is None else (*notes, f"transformers does not load this artifact: {why}")
+        return (*notes, *self._readers.notes)
 
     @property
-    def _why_transformers_does_not_load_it(self) -> str | None:
-        skeleton, formats = self.setup.skeleton, self.setup.recipe.formats
-        if isinstance(skeleton, ByName):
-            return None  # it does not have the family, which is said
-        quantized = [x for x in self.setup.linears if self.schemes[x.name] is not None]
-        kind = skeleton.config.model_type
-        if any(skeleton.experts_around(x) is not None for x in quantized) and any(
-            not loads_single_experts(one) for one in skeleton.fused_experts
-        ):
-            return f"its {kind} takes one tensor for all experts, and each is written by itself, as servers read them"
-        if skeleton.padded_experts:
-            return f"its {kind} wants weights for the experts that have none"
-        if formats[0] != "compressed-tensors":
-            return None
-        if self.outer.names.get("embeddings") in self.outer.grids:
-            return "it does not know quantized embeddings"
-        if (why := why_not_joined(skeleton, self.schemes, self.setup.recipe.activations)) is not None:
-            return f"in its {kind} {why}"
-        why = self._why_no_packed_linears
-        alike = len({self.schemes[x.name] for x in quantized} | set(self.outer.grids.values())) == 1
-        return None if why is None or (keeps_modules() and alike) else f"in its {kind} {why}"
-
-    @property
-    def _why_no_packed_linears(self) -> str | None:
-        """What of transformers' class is in the way of linears without a tensor `weight`.
-
-        From 5.24 on it is in the way no more where the config says `dequantize`.
-        """
-        if self.setup.recipe.formats[0] != "compressed-tensors" or isinstance(self.setup.skeleton, ByName):
-            return None
-        inputs, schemes = self.setup.recipe.activations, self.schemes
-        packed = [x for x in self.setup.linears if (grid := schemes[x.name]) is not None and packs(grid, inputs)]
-        return why_no_packed_linears(self.setup.skeleton, packed)
-
-    def _check_readers(self) -> None:
-        """Raise BadInput for an artifact that nothing the recipe names can load."""
-        skeleton, kind = self.setup.skeleton, self.setup.skeleton.config.model_type
-        if unread := skeleton.fused_experts & UNREAD:
-            named = [x.name for x in self.setup.linears if skeleton.experts_around(x) is not None]
-            if any(self.schemes[name] is not None for name in named):
-                raise BadInput(
-                    f"{kind}: nothing loads the experts of {min(unread)} quantized, neither transformers nor a server; "
-                    "leave them out with `ignore`, or write a GGUF file if llama.cpp has the family"
-                )
-        if not self.setup.recipe.targets and (why := self._why_transformers_does_not_load_it) is not None:
-            raise BadInput(
-                f"transformers could not load the artifact: {why}. If a server loads it, name it: --set targets=[vllm]"
-            )
+    def _readers(self) -> Readers:
+        return Readers(self.setup, self.schemes, self.outer)
 
     def _model_scheme(self, dynamic: Sequence[str] = ()) -> ModelScheme:
         """dynamic: linears whose inputs no static range fits."""

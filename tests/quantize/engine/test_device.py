@@ -25,13 +25,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("llama", {"method": {"name": "rtn"}}),
     "gptq": ("llama", {"method": {"name": "gptq"}}),
     "states on the host": ("llama", {"method": {"name": "gptq"}}),
-    "batches that run again": ("qwen3_moe", {"method": {"name": "gptq"}}),
+    "batches that run again": ("qwen3_moe", {"method": {"name": "gptq"}, "targets": ["vllm"]}),
     "desc_act": (
         "gemma3",
         {"method": {"name": "gptq", "order": "activation", "static_groups": False},
          "formats": ["gptq"], "weights": INT4 | {"symmetric": True}},
     ),
-    "experts": ("qwen3_moe", {"method": {"name": "gptq"}}),
+    "experts": ("qwen3_moe", {"method": {"name": "gptq"}, "targets": ["vllm"]}),
     "conv1d": ("gpt2", {"method": {"name": "gptq"}, "formats": ["gptq"]}),
     "awq": ("qwen3", {"transforms": [{"name": "awq", "points": 3}], "method": {"name": "rtn"}}),
     "smoothquant": (

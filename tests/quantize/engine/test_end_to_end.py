@@ -27,7 +27,7 @@ GRID = {"bits": 2, "group_size": 32, "symmetric": False}
 
 def document(family: str, method: dict[str, Any]) -> dict[str, Any]:
     formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
-    return {"method": method, "weights": GRID, "formats": formats}
+    return {"method": method, "weights": GRID, "formats": formats, "targets": [] if family == "gpt2" else ["vllm"]}
 
 
 def assembled(family: str, folder: Path, objective: Objective, same: bool = False) -> tuple[Any, Any, Any]:

@@ -32,7 +32,8 @@ def test_the_error_on_record_is_that_of_the_outputs(
 ) -> None:
     document, measure = CASES[case]
     weights = {"bits": 3, "group_size": 32, "symmetric": family == "gpt2"} | document.get("weights", {})
-    document = document | {"weights": weights, "formats": ["gptq" if family == "gpt2" else "compressed-tensors"]}
+    conv1d = {"formats": ["gptq"]}
+    document = document | {"weights": weights} | (conv1d if family == "gpt2" else {"targets": ["vllm"]})
     build(family, tmp_path / "model", torch.float32)
     met: list[Tensor] = []
     embed = Skeleton.embed

@@ -54,7 +54,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_every_family(family: str, method: str, tmp_path: Path) -> None:
     build(family, tmp_path / "model", torch.bfloat16)
     formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
-    manifest = make(tmp_path / "run", tmp_path / "model", {"method": {"name": method}, "formats": formats})
+    targets = [] if family == "gpt2" else ["vllm"]  # experts with zero points are for servers
+    document = {"method": {"name": method}, "formats": formats, "targets": targets}
+    manifest = make(tmp_path / "run", tmp_path / "model", document)
     original = Checkpoint(tmp_path / "model")
     shapes = [x.name for x in Skeleton(original, device=CPU).linears()]
     back, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
@@ -266,7 +268,8 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
 
 def test_experts_that_saw_few_tokens_are_reported(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path / "model", torch.bfloat16)
-    manifest = make(tmp_path / "run", tmp_path / "model", {"calibration": {"samples": 1, "seq_len": 16}})
+    few = {"samples": 1, "seq_len": 16}
+    manifest = make(tmp_path / "run", tmp_path / "model", {"calibration": few, "targets": ["vllm"]})
     assert any("experts" in line and "fewer than" in line for line in manifest.fallbacks)
 
 
@@ -324,7 +327,7 @@ def test_a_singular_hessian_is_damped_more_and_reported(tmp_path: Path) -> None:
 
 def test_the_gate_of_a_shared_expert_stays_as_it_is(tmp_path: Path) -> None:
     build("qwen2_moe", tmp_path / "model", torch.bfloat16)
-    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}, "targets": ["vllm"]})
     name, artifact = "model.layers.0.mlp.shared_expert_gate", Checkpoint(tmp_path / "run" / "quantized")
     assert torch.equal(artifact.read(f"{name}.weight"), Checkpoint(tmp_path / "model").read(f"{name}.weight"))
     assert any(matches(pattern, name) for pattern in artifact.config["quantization_config"]["ignore"])
@@ -332,7 +335,7 @@ def test_the_gate_of_a_shared_expert_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_routers_and_head_are_named_as_ignored(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path / "model", torch.bfloat16)
-    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}, "targets": ["vllm"]})
     ignore = Checkpoint(tmp_path / "run" / "quantized").config["quantization_config"]["ignore"]
     assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} <= {
         name

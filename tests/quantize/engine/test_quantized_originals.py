@@ -36,7 +36,7 @@ def pair(folder: Path, kind: str, build: Any = tiny.build, family: str = "llama"
     ("kind", "document"),
     [
         ("fp8 block", {"method": {"name": "gptq"}}),
-        ("fp8 block, qwen3_moe", {"method": {"name": "rtn"}}),
+        ("fp8 block, qwen3_moe", {"method": {"name": "rtn"}, "targets": ["vllm"]}),
         ("fp8 beside", {"method": {"name": "rtn"}, "formats": ["compressed-tensors", "gptq"]}),
         ("nvfp4", {"method": {"name": "rtn"}, "formats": ["modelopt"], "weights": {"type": "fp8", "group_size": -1},
                    "activations": {"type": "fp8"}}),

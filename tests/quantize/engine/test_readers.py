@@ -34,7 +34,8 @@ def prepared(folder: Path, **recipe: Any) -> Job:
 def test_classes_that_reach_for_weights_are_loaded_by_newer_transformers(family: str, tmp_path: Path) -> None:
     model = families.build(family, tmp_path / "model")
     if not keeps_modules():
-        with pytest.raises(BadInput, match=f"transformers could not load the artifact: .*{PACKED}.* --set targets"):
+        update = r"--set targets=\[vllm\], or install transformers 5.24 or newer"
+        with pytest.raises(BadInput, match=f"transformers could not load the artifact: .*{PACKED}.* {update}"):
             prepared(tmp_path / "model")
     job = prepared(tmp_path / "model", targets=["vllm"])
     assert any(PACKED in note for note in job.plan.notes)
@@ -74,6 +75,8 @@ UNREAD = "it has no way to read experts of "
         ({"weights": {"bits": 8, "group_size": -1}, "activations": {"type": "int8"}}, f"{UNREAD}int8 .* int8 inputs"),
         ({"weights": {"type": "nvfp4"}}, f"{UNREAD}nvfp4"),
         ({"weights": {"type": "mxfp8"}}, f"{UNREAD}mxfp8"),
+        ({"weights": INT4 | {"symmetric": False}}, f"{UNREAD}int4 g32 asym, with zero points; set `symmetric: true`"),
+        ({"weights": INT4 | {"symmetric": False}, "overrides": [{"match": "*.experts.*", "symmetric": True}]}, None),
         ({"ignore": ["*.self_attn.*"]}, None),
         ({"weights": {"type": "fp8"}, "ignore": ["*.experts.*"]}, None),
         ({"weights": {"type": "mxfp4"}}, None),

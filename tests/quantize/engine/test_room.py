@@ -24,7 +24,7 @@ LLAMA_8B = Needs(  # of 128 sequences of 2048 tokens
 )  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("llama", {}),
-    "experts": ("qwen2_moe", {}),
+    "experts": ("qwen2_moe", {"targets": ["vllm"]}),
     "awq": ("qwen3", {"transforms": [{"name": "awq", "points": 3}]}),
     "static fp8 and its cache": (
         "llama",

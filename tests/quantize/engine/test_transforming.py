@@ -187,7 +187,8 @@ def test_a_feed_that_cannot_be_scaled_is_in_the_manifest(tmp_path: Path, monkeyp
 
 def test_an_expert_that_no_token_reached_is_left_as_it_is(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path / "model", torch.bfloat16)
-    document = {"transforms": BOTH, "method": {"name": "rtn"}, "calibration": {"samples": 1, "seq_len": 16}}
+    few = {"method": {"name": "rtn"}, "calibration": {"samples": 1, "seq_len": 16}}
+    document = {"transforms": BOTH, "targets": ["vllm"]} | few
     manifest = make(tmp_path / "run", tmp_path / "model", document, words="a" * 4000)  # one token: one pair of experts
     left = [line for line in manifest.fallbacks if "left out: no calibration token reached it" in line]
     assert len([line for line in left if line.startswith("model.layers.0.mlp.experts.")]) == 2
@@ -223,7 +224,8 @@ def test_the_artifact_holds_the_block_as_it_was_calibrated(
     formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
     # Where it can be left out, a linear in 16 bit whose columns are scaled all the same.
     ignore = [] if "gpt" in family or family == "phi3" else ["*.0.*k_proj"]
-    document = {"transforms": BOTH, "formats": formats, "ignore": ignore}
+    targets = [] if family == "gpt2" else ["vllm"]
+    document = {"transforms": BOTH, "formats": formats, "ignore": ignore, "targets": targets}
     make(tmp_path / "run", tmp_path / "model", document)
     artifact, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
     original = Checkpoint(tmp_path / "model")
@@ -242,7 +244,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_resume_after_a_stop_gives_the_same_bytes(family: str, tmp_path: Path) -> None:
     build(family, tmp_path / "model", torch.bfloat16)
-    document = {"transforms": BOTH}
+    document = {"transforms": BOTH, "targets": ["vllm"]}
     make(tmp_path / "whole", tmp_path / "model", document)
 
     def stop(progress: Any) -> None:

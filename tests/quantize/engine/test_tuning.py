@@ -40,7 +40,8 @@ QUICK: dict[str, dict[str, Any]] = {
 def test_every_family(family: str, method: str, tmp_path: Path) -> None:
     build(family, tmp_path / "model", torch.bfloat16)
     formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
-    manifest = make(tmp_path / "run", tmp_path / "model", {"method": QUICK[method] | {"steps": 6}, "formats": formats})
+    document = {"formats": formats, "targets": [] if family == "gpt2" else ["vllm"]}
+    manifest = make(tmp_path / "run", tmp_path / "model", {"method": QUICK[method] | {"steps": 6}} | document)
     back, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
     original = Checkpoint(tmp_path / "model")
     for layer in manifest.layers:

@@ -1,0 +1,131 @@
+"""Who loads a Hugging Face folder of such weights: transformers, servers alone, or nobody."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..core.errors import BadInput
+from ..formats.layouts import WORDS, layout_of, packs
+from ..models.by_name import ByName
+from ..models.experts import UNREAD
+from ..models.loading import keeps_modules, loads_single_experts, why_no_packed_linears
+from ..models.placed_model import LinearLayer
+from ..numbers.types import Grid
+from .backend import Setup
+from .outer import Outer
+
+
+@dataclass(frozen=True)
+class Readers:
+    """What reads the files of a run. schemes: of its linears, by on-disk name. outer: what is quantized beside them."""
+
+    setup: Setup
+    schemes: Mapping[str, Grid | None]
+    outer: Outer
+
+    def check(self) -> None:
+        """Raise BadInput for an artifact that nothing the recipe names can load."""
+        if (unread := self.setup.skeleton.fused_experts & UNREAD) and self._single_experts:
+            raise BadInput(
+                f"{self._kind}: nothing loads the experts of {min(unread)} quantized, neither transformers nor a "
+                "server; leave them out with `ignore`, or write a GGUF file if llama.cpp has the family"
+            )
+        if self.setup.recipe.targets or (why := self._why_not_transformers) is None:
+            return
+        newer = why == self._why_not_before_5_24 and self._alike and not keeps_modules()
+        or_newer = ", or install transformers 5.24 or newer, which can" if newer else ""
+        raise BadInput(
+            f"transformers could not load the artifact: {why}. If a server loads it, name it: "
+            f"--set targets=[vllm]{or_newer}"
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the readers a plan says."""
+        if (why := self._why_not_transformers) is not None:
+            return (f"transformers does not load this artifact: {why}",)
+        if (why := self._why_not_before_5_24) is not None:
+            return (f"transformers loads this artifact from 5.24 on only: before, {why}",)
+        return ()
+
+    @property
+    def need_dequantize(self) -> bool:
+        """Whether transformers, from 5.24 on, loads the artifact only if its config says `dequantize`."""
+        return self._why_not_before_5_24 is not None
+
+    @property
+    def _why_not_transformers(self) -> str | None:
+        skeleton = self.setup.skeleton
+        if isinstance(skeleton, ByName):
+            return None  # it does not have the family, which is said
+        if self._single_experts and any(not loads_single_experts(one) for one in skeleton.fused_experts):
+            how = "takes one tensor for all experts, and each is written by itself, as servers read them"
+            return f"its {self._kind} {how}"
+        if skeleton.padded_experts:
+            return f"its {self._kind} wants weights for the experts that have none"
+        if not self._compressed:
+            return None
+        if self.outer.names.get("embeddings") in self.outer.grids:
+            return "it does not know quantized embeddings"
+        if (why := self._why_not_joined()) is not None:
+            return f"in its {self._kind} {why}"
+        return None if keeps_modules() and self._alike else self._why_not_before_5_24
+
+    @property
+    def _why_not_before_5_24(self) -> str | None:
+        """What of transformers' class is in the way of linears without a tensor `weight`.
+
+        From 5.24 on it is in the way no more where the config says `dequantize`.
+        """
+        if not self._compressed or isinstance(self.setup.skeleton, ByName):
+            return None
+        inputs, schemes = self.setup.recipe.activations, self.schemes
+        packed = [x for x in self.setup.linears if (grid := schemes[x.name]) is not None and packs(grid, inputs)]
+        why = why_no_packed_linears(self.setup.skeleton, packed)
+        return why and f"in its {self._kind} {why}"
+
+    def _why_not_joined(self) -> str | None:
+        """Why transformers cannot join the tensors that are one parameter in its class; None where it can.
+
+        It decompresses the weights of experts before it joins them, from 5.24 on of all that it joins, and takes them
+        all for the one kind: others stop it, go lost or are read wrongly (its `DecompressExperts`).
+        """
+        inputs = self.setup.recipe.activations
+        quantized = {f"{name}.weight": grid for name, grid in self.schemes.items() if grid is not None}
+        plain_go_lost = any(grid.type == "int" or grid.bits < 8 for grid in quantized.values())
+        for name, sources in self.setup.skeleton.joined(quantized).items():
+            weights = [source.removesuffix("$").endswith(".weight") for source in sources]
+            experts = any(weights) and all("experts" in source for source in sources)
+            if not (all(weights) if keeps_modules() else experts):
+                continue
+            grid = quantized.get(name)
+            if grid is None:
+                if plain_go_lost and name.endswith(".weight"):
+                    all_alike = "what it joins to one tensor it takes for quantized like the rest"
+                    return f"{name} is not quantized, and {all_alike}"
+            elif layout_of(grid, inputs) != WORDS:
+                if grid.type not in ("fp8", "mxfp4"):
+                    return f"it has no way to read experts of {grid}{' with int8 inputs' if grid.type == 'int' else ''}"
+            elif not grid.symmetric:
+                return f"it has no way to read experts of {grid}, with zero points; set `symmetric: true`"
+        return None
+
+    @property
+    def _kind(self) -> str:
+        return str(self.setup.skeleton.config.model_type)
+
+    @property
+    def _compressed(self) -> bool:
+        return self.setup.recipe.formats[0] == "compressed-tensors"
+
+    @property
+    def _quantized(self) -> list[LinearLayer]:
+        return [x for x in self.setup.linears if self.schemes[x.name] is not None]
+
+    @property
+    def _single_experts(self) -> bool:
+        """Whether experts are quantized, and so written one by one."""
+        return any(self.setup.skeleton.experts_around(x) is not None for x in self._quantized)
+
+    @property
+    def _alike(self) -> bool:
+        return len({self.schemes[x.name] for x in self._quantized} | set(self.outer.grids.values())) == 1
