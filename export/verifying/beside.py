@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from jinja2 import TemplateError, TemplateSyntaxError
 
 from quantpress.artifact.manifest import own_manifest
+from quantpress.calibrate.chat_template import template_problem
 from quantpress.calibrate.tokens import check_vocabulary, open_tokenizer
 from quantpress.core.errors import BadInput
 from quantpress.core.files import changed
@@ -20,7 +18,6 @@ _VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.*.model", "vocab.*", "*.tiktoken", "*.spm",
     "tekken.json",
 )  # fmt: skip
-_SAID = "Hello, who are you?"
 
 
 def companions_of(folder: Path, rows: int | None) -> Iterator[str]:
@@ -52,25 +49,5 @@ def companions_of(folder: Path, rows: int | None) -> Iterator[str]:
         if "its own code" not in str(error):
             yield str(error)
         return
-    yield from _template(folder, tokenizer)
-
-
-def _template(folder: Path, tokenizer: Any) -> Iterator[str]:
-    """The default chat template can be parsed and hands on what a user says."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template or (isinstance(template, dict) and "default" not in template):
-        return
-    reasons = []
-    for content in (_SAID, [{"type": "text", "text": _SAID}]):
-        try:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        except TemplateSyntaxError as error:
-            yield f"{folder}: the chat template is broken: {' '.join(str(error).split())[:160]}"
-            return
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reasons.append(" ".join(str(error).split())[:160])
-            continue
-        if _SAID in text:
-            return
-        reasons.append("what the user says is not in its text")
-    yield f"{folder}: the chat template fails on a user's message: {reasons[0]}"
+    if (problem := template_problem(tokenizer)) is not None:
+        yield f"{folder}: {problem}"

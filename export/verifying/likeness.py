@@ -13,7 +13,7 @@ from quantpress.core.text import shortened
 from quantpress.core.untrusted import read_json
 from quantpress.formats.statement import without_quantization
 from quantpress.models.architecture import model_config
-from quantpress.models.checkpoint import companions
+from quantpress.models.companions import companions
 from quantpress.models.config_forms import readable_by_all
 
 # Fields that say who wrote a config, or that readers compute.

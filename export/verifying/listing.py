@@ -10,7 +10,8 @@ from quantpress.core.errors import BadInput
 from quantpress.core.files import changed
 from quantpress.core.untrusted import read_json
 from quantpress.gguf.reader import LAYOUT, gguf_files
-from quantpress.models.checkpoint import FORMAT_FILES, INDEX, Checkpoint, companions
+from quantpress.models.checkpoint import FORMAT_FILES, INDEX, Checkpoint
+from quantpress.models.companions import LISTS, companions
 
 from ..servers.deployment import EXPORT_RECORD
 
@@ -147,7 +148,7 @@ def _why(name: str, source: Path | None) -> str:
 def broken_json(folder: Path) -> list[str]:
     """A line for each JSON file of a folder that is none."""
     found = []
-    for file in sorted(folder.rglob("*.json")):
+    for file in sorted(file for file in folder.rglob("*.json") if file.name not in LISTS):
         try:
             read_json(file)
         except BadInput as error:

@@ -57,7 +57,10 @@ def problems(folder: Path) -> list[str]:
     artifact.transposed = frozenset(x.name for x in linears if x.transposed)
     misshapen = dict(_shapes(artifact, linears))
     found = [*companions_of(folder, skeleton.vocabulary), *misshapen.values(), *_plain(artifact, skeleton)]
-    checked = list(at_once(lambda name: _checked(artifact, name), [n for n in artifact.linears if n not in misshapen]))
+    manifest = own_manifest(folder)
+    zeros = set() if manifest is None else {one.name for one in manifest.layers if one.relative_error == 0}
+    whole = [name for name in artifact.linears if name not in misshapen]
+    checked = list(at_once(lambda name: _checked(artifact, name, name in zeros), whole))
     found += [line for one in checked for line in one.problems]
     claimed = {name for one in checked for name in one.claimed}
     if not found:  # with a config that does not fit the tensors the list says nothing
@@ -162,16 +165,17 @@ class _Checked:
     inputs: Inputs | None = None
 
 
-def _checked(artifact: Artifact, name: str) -> _Checked:
+def _checked(artifact: Artifact, name: str, may_be_zero: bool) -> _Checked:
     try:
-        return _linear(artifact, name)
+        return _linear(artifact, name, may_be_zero)
     except BadInput as error:
         return _Checked(name, [str(error)])
 
 
-def _linear(artifact: Artifact, name: str) -> _Checked:
+def _linear(artifact: Artifact, name: str, may_be_zero: bool) -> _Checked:
     """The stored tensors of a quantized linear are those that its record packs to, of the same types.
 
+    may_be_zero: whether it was rounded without any error, as a weight of zeros is.
     Raises BadInput as the format does where it unpacks them: for a wrong shape, for a scale that is one number and not
     positive.
     """
@@ -180,7 +184,7 @@ def _linear(artifact: Artifact, name: str) -> _Checked:
     inputs = artifact.inputs(name)
     overall = None if record.global_scale is None else float(record.global_scale)
     size = typical(record)
-    if wrong := list(impossible(name, record)):
+    if wrong := list(impossible(name, record, may_be_zero)):
         claimed = {n for n in artifact.checkpoint.names() if n.startswith(f"{name}.")}
         return _Checked(name, wrong, claimed, overall, size, inputs)
     packed = FORMATS[artifact.format].pack(name, _writable(artifact.format, record, inputs))

@@ -21,8 +21,8 @@ _LIKE = 4  # layers that have to be alike before one counts as unlike
 _NAN = 0x7F  # the code of NaN in E4M3, sign aside
 
 
-def impossible(name: str, q: QuantizedLinear) -> Iterator[str]:
-    """A line for each way in which the record of linear `name` cannot be a weight's."""
+def impossible(name: str, q: QuantizedLinear, may_be_zero: bool = False) -> Iterator[str]:
+    """A line for each way in which the record of linear `name` cannot be a weight's, which `may_be_zero` as a whole."""
     scales = q.scales.to(torch.float32)
     if not all_finite(scales) or (q.global_scale is not None and not all_finite(q.global_scale)):
         yield f"{name}: its scales hold NaN or inf"
@@ -37,7 +37,8 @@ def impossible(name: str, q: QuantizedLinear) -> Iterator[str]:
     if bool(zero.any()) and _lost(q, zero):
         yield f"{name}: {int(zero.sum())} of its {scales.numel()} scales are zero, and the codes under them are not"
     if not bool(_numbers(q, slice(0, 1)).any()) and not bool(_numbers(q, slice(None)).any()):
-        yield f"{name}: all its weights are zero"
+        if not may_be_zero:
+            yield f"{name}: all its weights are zero"
     elif (constant := _constant_runs(q)) > 0:
         yield f"{name}: {constant} times {_RUN} weights beside each other have one code: no weight is so"
 

@@ -7,9 +7,12 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
 from ..core.errors import BadInput
 
 _SECONDS, _BYTES, _CHARACTERS = 2, 1 << 30, 1_000_000  # for a conversation of one letter
+_SAID = "Hello, who are you?"
 _TRIED_TOO_LONG = 60  # seconds of waiting, on a busy machine
 _TRY = f"""
 import json, resource, sys
@@ -88,3 +91,23 @@ def rendered(
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(f"the chat template fails ({said})") from error
     return text
+
+
+def template_problem(tokenizer: Any) -> str | None:
+    """Why the default chat template cannot be used: it cannot be parsed, or does not hand on what a user says."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template or (isinstance(template, dict) and "default" not in template):
+        return None
+    reasons = []
+    for content in (_SAID, [{"type": "text", "text": _SAID}]):
+        try:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except TemplateSyntaxError as error:
+            return f"the chat template is broken: {' '.join(str(error).split())[:160]}"
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reasons.append(" ".join(str(error).split())[:160])
+            continue
+        if _SAID in text:
+            return None
+        reasons.append("what the user says is not in its text")
+    return f"the chat template fails on a user's message: {reasons[0]}"

@@ -31,7 +31,8 @@ from ..gguf.reader import LAYOUT, GgufCheckpoint, GgufTensors, gguf_files, not_r
 from ..gguf.rounded_file import RoundedFile
 from ..gguf.tensor_types import Types, fallbacks, own_types, summed_up
 from ..gguf.writer import write
-from ..models.checkpoint import Checkpoint, copy_companions
+from ..models.checkpoint import Checkpoint
+from ..models.companions import copy_companions
 from ..models.skeleton import Skeleton
 from ..recipe import LlamaCppQuantizer
 from ..recipe.gguf_file import FLOATS

@@ -19,7 +19,8 @@ from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, ModelScheme
 from ..models.by_name import ByName
-from ..models.checkpoint import Checkpoint, copy_companions, merge_parts, write_part
+from ..models.checkpoint import Checkpoint, merge_parts, write_part
+from ..models.companions import copy_companions
 from ..models.config_forms import readable_by_all
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.skeleton import Skeleton

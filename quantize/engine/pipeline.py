@@ -12,6 +12,7 @@ import torch
 from ..artifact.artifact import open_original, verify
 from ..artifact.manifest import ForwardCheck, MachineRecord, Manifest, Timing
 from ..calibrate.bos import try_bos
+from ..calibrate.chat_template import template_problem
 from ..calibrate.texts import Documents, load_documents
 from ..calibrate.tokens import (
     Tokens,
@@ -27,6 +28,7 @@ from ..core import machine
 from ..core.errors import BadInput
 from ..core.plugins import packages
 from ..models.by_name import ByName
+from ..models.companions import check_companions
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.vetting import vetting
 from ..recipe import Calibration
@@ -108,10 +110,13 @@ def checked_tokenizer(job: Job, trust_remote_code: bool = False) -> Any:
 
     None for a model that is not run, of a family that transformers does not have: its tokenizer may be as unknown.
     """
+    check_companions(job.source.path)
     if isinstance(job.skeleton, ByName):
         return None
     tokenizer = open_tokenizer(job.source.path, trust_remote_code)
     check_vocabulary(tokenizer, job.skeleton.vocabulary)
+    if (problem := template_problem(tokenizer)) is not None:
+        raise BadInput(f"{job.source.path}: {problem}; mend or remove it")
     if not job.recipe.calibrated:
         return tokenizer
     wanted = job.recipe.calibration

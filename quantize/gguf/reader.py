@@ -14,7 +14,7 @@ from ..core.files import file_sha256
 from ..core.untrusted import read_json
 from ..models.architecture import decoder_config, model_config
 from ..models.building import build_model
-from ..models.checkpoint import check_checkpoint_files, companions
+from ..models.companions import check_checkpoint_files, companions
 from ..models.names import saved_shapes
 from ..models.skeleton import Skeleton
 from ..recipe.gguf_file import FLOATS

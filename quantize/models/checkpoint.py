@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,22 +21,17 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.files import file_sha256, whole_file, write_json
-from ..core.untrusted import check_content, check_files, read_json
+from ..core.untrusted import check_content, read_json
+from .companions import check_checkpoint_files, companions
 
 INDEX = "model.safetensors.index.json"
-COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.tiktoken", "*.spm", "spiece.model", "sentencepiece.*.model", "tekken.json", "chat_template.*",
-    "additional_chat_templates/*", "*processor_config.json", "LICENSE*", "NOTICE*", "*.py", "modules.json",
-    "*_Pooling/config.json", "sentence_bert_config.json", "spk_dict.pt", "config_sentence_transformers.json",
-)  # fmt: skip
-
 FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")  # where some readers look for a format's settings
 
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-# What training tools put before every tensor's name: DataParallel, torch.compile, PEFT; and a multimodal model, before
-# those of its text model.
-_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
+# What training tools put before every tensor's name: DataParallel, PEFT; and a multimodal model, before those of its
+# text model. And what torch.compile, FSDP and activation checkpointing put into names, wherever a module was wrapped.
+_WRAPPERS = ("module.", "base_model.model.", "language_model.")
+_WRAPPED = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _HEADS, _EMBEDDINGS = ("lm_head.weight", "embed_out.weight"), ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 _HEADER_BYTES = 100_000_000  # the most that the safetensors library reads
 _CHUNK = 1 << 22  # bytes copied at a time
@@ -65,7 +60,7 @@ class Stored:
 class Checkpoint:
     """A folder of safetensors with its config.json; opening it reads only headers.
 
-    A prefix that a training tool put before all names (`_WRAPPERS`) is taken off; `wrapper` holds it.
+    What a training tool put before all names (`_WRAPPERS`) or into some (`_WRAPPED`) is taken off; `wrapper` holds it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,14 +82,17 @@ class Checkpoint:
         return config, self._open_shards() if sharded else _read_header(self._single_file())
 
     def _unwrap(self) -> str:
-        """Take off what a training tool put before every name; returns it. Raises BadInput for unmerged adapters."""
+        """Take off what training tools put into names; returns it. Raises BadInput for unmerged adapters."""
         adapters = [name for name in self._entries if ".lora_A." in name or ".lora_B." in name]
         if adapters:
             raise BadInput(
                 f"{self.folder}: LoRA weights that are not merged ({adapters[0]}); merge them into the model first "
                 "(PEFT's merge_and_unload) and give the merged folder"
             )
-        taken = ""
+        inside = sorted({part for name in self._entries for part in _WRAPPED.findall(name)})
+        taken = "".join(f"{part}." for part in inside)
+        if inside:
+            self._entries = {_WRAPPED.sub("", name): entry for name, entry in self._entries.items()}
         while found := [w for w in _WRAPPERS if self._entries and all(name.startswith(w) for name in self._entries)]:
             self._entries = {name.removeprefix(found[0]): entry for name, entry in self._entries.items()}
             taken += found[0]
@@ -310,17 +308,6 @@ def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_00
     return dict(zip(names, digests, strict=True))
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy the files that go with weights and config.json: tokenizer, templates, processor, licence; returns names."""
-    copied = []
-    for file in companions(source):
-        name = file.relative_to(source)
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / name)
-        copied.append(name.as_posix())
-    return copied
-
-
 def _read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, in byte order; raises BadInput for an incomplete or corrupt file."""
     try:
@@ -405,15 +392,3 @@ def _fill(file: Any, buffer: memoryview, path: Path) -> None:
         if not n:
             raise BadInput(f"{path}: the file ended early; it was truncated after it was opened")
         buffer = buffer[n:]
-
-
-def check_checkpoint_files(folder: Path) -> None:
-    """Raise BadInput for a pipe, a device, or a link that leads out of the folder, among the files of a model."""
-    check_files(folder)
-    check_files(folder, (file for pattern in COMPANIONS if "/" in pattern for file in sorted(folder.glob(pattern))))
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files that go with weights and config.json, by the patterns in `COMPANIONS`."""
-    found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.suffix not in (".safetensors", ".bin", ".partial"))

@@ -30,6 +30,7 @@ def test_a_padded_weight_is_one() -> None:
 
 def test_one_of_zeros_alone_or_of_one_code_is_not() -> None:
     assert "all its weights are zero" in next(impossible("x", rounded(torch.zeros(64, 128), GRID)))
+    assert list(impossible("x", rounded(torch.zeros(64, 128), GRID), may_be_zero=True)) == []
     broken = rounded(WEIGHT, GRID)
     broken.codes[3, 32:64] = 15
     assert list(impossible("x", broken)) == ["x: 1 times 32 weights beside each other have one code: no weight is so"]

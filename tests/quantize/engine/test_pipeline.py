@@ -325,6 +325,16 @@ def test_a_singular_hessian_is_damped_more_and_reported(tmp_path: Path) -> None:
     assert [line for line in fallbacks if "q_proj: singular Hessian: damping raised from 1e-09 to" in line]
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_weight_of_zeros_is_no_damage(method: str, tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    save_file(tensors | {name: torch.zeros_like(tensors[name])}, file, {"format": "pt"})
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": method}})
+    assert structure(tmp_path / "run" / "quantized") == []
+
+
 def test_the_gate_of_a_shared_expert_stays_as_it_is(tmp_path: Path) -> None:
     build("qwen2_moe", tmp_path / "model", torch.bfloat16)
     make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}, "targets": ["vllm"]})

@@ -120,6 +120,24 @@ def test_a_plan_that_says_ok_has_opened_the_tokenizer(tmp_path: Path) -> None:
         plan(recipe, str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("generation_config.json", "[]", "expected a JSON object, found list"),
+        ("generation_config.json", "{no", "not readable as JSON"),
+        ("chat_template.jinja", "{% for m in %}", "the chat template is broken: .*; mend or remove it"),
+        ("chat_template.jinja", "{{ bos_token }}", "what the user says is not in its text"),
+    ],
+)
+def test_a_plan_that_says_ok_has_read_what_goes_with_the_weights(
+    file: str, content: str, said: str, tmp_path: Path
+) -> None:
+    build("llama", tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(BadInput, match=said):
+        plan({"method": {"name": "rtn"}, "weights": {"group_size": 32}}, str(tmp_path))
+
+
 def test_activations_and_weights_that_overflow_are_named(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.float16)
     shard = tmp_path / "model" / "model.safetensors"

@@ -117,7 +117,7 @@ def test_another_head_than_the_embedding_is_the_one_that_counts(tmp_path: Path) 
     assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight, head)
 
 
-@pytest.mark.parametrize("prefix", [*_WRAPPERS, "module._orig_mod."])
+@pytest.mark.parametrize("prefix", [*_WRAPPERS, "_orig_mod.", "_orig_mod.module."])
 def test_what_training_tools_put_before_all_names_is_taken_off(prefix: str, tmp_path: Path) -> None:
     build("qwen3", tmp_path)
     shard = tmp_path / "model.safetensors"
@@ -127,6 +127,17 @@ def test_what_training_tools_put_before_all_names_is_taken_off(prefix: str, tmp_
     assert (checkpoint.wrapper, set(checkpoint.names())) == (prefix, set(tensors))
     assert all(torch.equal(checkpoint.read(n), t) for n, t in tensors.items())
     Skeleton(checkpoint, device=CPU)
+
+
+@pytest.mark.parametrize("part", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_what_training_tools_put_into_some_names_is_taken_off(part: str, tmp_path: Path) -> None:
+    build("qwen3", tmp_path)
+    shard = tmp_path / "model.safetensors"
+    tensors = load_file(shard)
+    save_file({n.replace("layers.1.", f"layers.1.{part}"): t for n, t in tensors.items()}, shard)
+    checkpoint = Checkpoint(tmp_path)
+    assert (checkpoint.wrapper, set(checkpoint.names())) == (part, set(tensors))
+    assert all(torch.equal(checkpoint.read(n), t) for n, t in tensors.items())
 
 
 def test_adapters_inside_the_weights_are_to_be_merged_first(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.formats import FORMATS
-from quantpress.models.checkpoint import FORMAT_FILES, Checkpoint, copy_companions, merge_parts, write_part
+from quantpress.models.checkpoint import FORMAT_FILES, Checkpoint, merge_parts, write_part
+from quantpress.models.companions import copy_companions
 
 DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
           torch.float8_e4m3fn)  # fmt: skip
