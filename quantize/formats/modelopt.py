@@ -39,6 +39,7 @@ _ALGORITHMS: dict[tuple[Kind, Activations | None], str] = {
 }
 _KINDS = {weights for weights, _ in _ALGORITHMS}
 _MIXED = "MIXED_PRECISION"
+_SCALED = "inputs are scaled, which cannot be read as an artifact's; such files can be read as a model to quantize"
 
 
 class ModelOpt(Format):
@@ -99,7 +100,7 @@ class ModelOpt(Format):
                 codes = _halves(take(f"{name}.weight", read, (n_out // 2, n_in), torch.uint8), 0) ^ 8
                 scales = take(f"{name}.weight_scale", read, (n_out, groups))
                 if not bool((take(f"{name}.pre_quant_scale", read, (n_in,)) == 1).all()):
-                    raise BadInput(f"{name}.pre_quant_scale: inputs are scaled there, which cannot be read")
+                    raise BadInput(f"{name}.pre_quant_scale: {_SCALED}")
             case _:
                 codes = take(f"{name}.weight", read, shape).view(torch.uint8) ^ 128
                 scales = _rows(name, read, n_out)
@@ -130,6 +131,8 @@ class ModelOpt(Format):
                 columns *= 2
             elif len(shapes[f"{name}.weight_scale"]) == 2:
                 rows *= 2
+                if f"{name}.pre_quant_scale" not in shapes:  # ModelOpt itself leaves out those that it could fold
+                    raise BadInput(f"{name}: no pre_quant_scale is there, and others' {_SCALED}")
             out[name] = (rows, columns)
         return out
 

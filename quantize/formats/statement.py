@@ -28,7 +28,8 @@ def stated_quantization(
             if found is not None and not found:
                 raise BadInput(f"config.json: {key} is empty, which no reader takes: leave it out")
             if found:
-                return _with_method(found if isinstance(found, Mapping) else {"quant_method": found})
+                stated = _with_method(found if isinstance(found, Mapping) else {"quant_method": found})
+                return _groups_of_awq(beside) | stated if stated.get("quant_algo") == "W4A16_AWQ" else stated
     if found := beside("hf_quant_config.json"):
         inner = found.get("quantization", found)
         inner = inner if isinstance(inner, Mapping) else {}
@@ -40,6 +41,12 @@ def stated_quantization(
     if found := beside("quant_config.json"):  # AutoAWQ's
         return {"quant_method": "awq"} | dict(found)
     return None
+
+
+def _groups_of_awq(beside: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Any]:
+    """The group_size that ModelOpt (0.47) leaves out of config.json, and states in the file beside it."""
+    inner = (beside("hf_quant_config.json") or {}).get("quantization")
+    return {"group_size": inner["group_size"]} if isinstance(inner, Mapping) and "group_size" in inner else {}
 
 
 _FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}

@@ -11,6 +11,7 @@ from torch import Tensor
 from quantpress.core.errors import BadInput
 from quantpress.formats import FORMATS, ModelScheme, detect
 from quantpress.formats.base import AS_WEIGHTS
+from quantpress.formats.statement import stated_quantization
 from quantpress.numbers.grid import Grid, Inputs, QuantizedLinear
 from quantpress.numbers.types import Activations
 
@@ -276,8 +277,19 @@ def test_tensors_of_another_shape_are_refused(algorithm: str) -> None:
 def test_inputs_that_are_scaled_cannot_be_read() -> None:
     tensors = MODELOPT.pack("x", sample(FOUR))
     tensors["x.pre_quant_scale"][3] = 2
-    with pytest.raises(BadInput, match=r"x\.pre_quant_scale: inputs are scaled there"):
+    with pytest.raises(BadInput, match=r"x\.pre_quant_scale: inputs are scaled, .* as a model to quantize"):
         MODELOPT.unpack("x", tensors.__getitem__, FOUR, (32, 128))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if "pre_quant" not in name}
+    with pytest.raises(BadInput, match="x: no pre_quant_scale is there, and others' inputs are scaled"):
+        MODELOPT.linears(shapes, tensors.__getitem__)
+
+
+def test_the_group_size_that_modelopt_leaves_out_of_config_json_is_beside_it() -> None:
+    inline = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "ignore": ["lm_head"]}
+    file = {"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 128}}
+    stated = stated_quantization({"quantization_config": inline}, {"hf_quant_config.json": file}.get)
+    assert stated == inline | {"group_size": 128}
+    assert stated_quantization({"quantization_config": inline}, lambda name: None) == inline
 
 
 def test_configs_of_other_tools_are_read() -> None:
