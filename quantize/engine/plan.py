@@ -103,6 +103,7 @@ def make_plan(
         if grid is not None:
             scale_bytes = scale_dtype(some, grid).itemsize
             shape = linear.out_features, linear.in_features
+            # A scale too many where no static range will fit the inputs, which is known once they are measured.
             packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
             saved += reader.nbytes(f"{linear.name}.weight")
     artifact = original - saved + packed

@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from quantpress import api
 from quantpress.artifact.artifact import open_artifact
 from quantpress.artifact.manifest import read_manifest
+from quantpress.calibrate import block_pass
 from quantpress.core.errors import BadInput
 from quantpress.eval.release.callbacks import Options
 from quantpress.exports.serving.reference import Noise, Paragraph, Reference
-from quantpress.exports.verify import check_unchanged, original_at_hand, verify
+from quantpress.exports.verify import check_unchanged, original_at_hand, structure, verify
 from quantpress.exports.verifying import forward
+from quantpress.numbers.grid import Inputs
+from quantpress.numbers.types import Activations
 
 from . import runs
 
@@ -47,6 +50,38 @@ def test_each_level_is_said_once_it_is_reached(run: Path, made: Path) -> None:
     assert "14 linears are the original's within what their grids lose, all other tensors exactly" in whole.reached[2]
     assert verify(run, original="it is on the moon").not_reached == ("weights against the original: it is on the moon",)
     assert verify(run, forward=True).reached[2].startswith("a short forward pass: perplexity ")
+
+
+def test_inputs_that_are_dynamic_by_one_of_config_and_manifest_alone_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = block_pass.static_int8
+
+    def unfit(spec: Activations, x: torch.Tensor, low: float, high: float) -> tuple[Inputs, float]:
+        best, lost = chosen(spec, x, low, high)
+        return best, 0.9 if x.shape[-1] == 512 else lost
+
+    monkeypatch.setattr(block_pass, "static_int8", unfit)
+    run = runs.make("w8a8-gptq-static", runs.original(tmp_path / "model"), tmp_path / "run")
+    folder, name, other = run / "quantized", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"
+    assert structure(folder) == []
+    unlike = {"manifest.json": "config.json", "config.json": "the manifest"}
+    for file, by in unlike.items():
+        kept = (folder / file).read_text()
+        document = json.loads(kept)
+        if file == "manifest.json":
+            next(layer for layer in document["layers"] if layer["name"] == name).pop("dynamic")
+        else:
+            groups = document["quantization_config"]["config_groups"].values()
+            static, dynamic = sorted(groups, key=lambda group: group["input_activations"]["dynamic"])
+            dynamic["targets"] = [target for target in dynamic["targets"] if "layers.1" not in target]
+            static["targets"].append(name)
+            shard = folder / "model.safetensors"
+            held = load_file(shard)
+            save_file(held | {f"{name}.input_scale": held[f"{other}.input_scale"].clone()}, shard, {"format": "pt"})
+        (folder / file).write_text(json.dumps(document))
+        assert f"{name}: the scales of its inputs are dynamic by {by} alone" in structure(folder)
+        (folder / file).write_text(kept)
 
 
 def test_what_failed_is_not_said_to_be_reached(run: Path, made: Path) -> None:
