@@ -291,15 +291,19 @@ def check(
     model: str | None = None,
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
+    *,
+    rounds_inputs: bool = False,
 ) -> Checked:
     """Hold a model that is served at `url` to what the original and the artifact answered when it was evaluated.
 
     No weights are needed. reference: reference.json, or the folder of the export or run that holds it. model: its name
-    there, by default the first that is listed. Raises BadInput for an address, or a reference, that is none.
+    there, by default the first that is listed. rounds_inputs: its kernel rounds inputs to int8, as vLLM's for 4 bits
+    does on a CPU with AMX. Raises BadInput for an address, or a reference, that is none.
 
         check("http://127.0.0.1:8000", "artifacts/smollm2-135m/w4a16-rtn/export/vllm").passed
     """
-    return check_served(url, read_reference(Path(reference)), model, options.api_key, callbacks.on_check)
+    found = read_reference(Path(reference))
+    return check_served(url, found, model, options.api_key, callbacks.on_check, rounds_inputs=rounds_inputs)
 
 
 def load_model(folder: Path | str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:

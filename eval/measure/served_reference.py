@@ -86,7 +86,7 @@ def make_reference(models: Models, results: Results, on_block: Callable[[], None
         )
         for p, answer, top, before, after in zip(prompts, answers, tops, original, artifact, strict=True)
     )  # fmt: skip
-    manifest = own_manifest(models.artifact)
+    manifest, reader = own_manifest(models.artifact), Artifact(models.artifact)
     return Reference(
         model=(results.subject and results.subject.original) or models.original.name,
         artifact=None if manifest is None else manifest.artifact.digest,
@@ -94,7 +94,8 @@ def make_reference(models: Models, results: Results, on_block: Callable[[], None
         bos=_bos(tokenizer),
         chat_template=next(iter(_templates(tokenizer)), None),
         dated="strftime" in str(getattr(tokenizer, "chat_template", None) or ""),
-        static_inputs=(inputs := Artifact(models.artifact).activations) is not None and inputs.calibrated,
+        static_inputs=(inputs := reader.activations) is not None and inputs.calibrated,
+        gguf=reader.is_gguf,
         asked=asked,
         paragraph=Paragraph(
             text=_said(tokenizer, paragraphs[best][0]), ids=paragraphs[best][0], start=paragraphs[best][1],

@@ -29,6 +29,7 @@ _NONSENSE, _KEPT = 1.5, 0.5  # KL in nats, and share of first tokens, of an arti
 _POSITIONS = 24  # of the paragraph, where they have to be asked for one by one
 _LIKELY = -3.0  # log-probability of those: they are among the likeliest tokens that a server lists
 _OTHER_TEMPLATE = "a chat template that is missing or not the original's"
+_ROUNDING = "unless its kernel rounds inputs to int8, as vLLM's for 4 bits does on a CPU with AMX: --rounds-inputs"
 _DATE = 12  # tokens
 _FAR = 3.0  # times: when one kind of prompt fares worse than another
 _FARTHER = 1.2  # times: as far apart wrong weights may be, too
@@ -37,9 +38,10 @@ _AWKWARD = 1 / 3  # of the awkward strings may be tokenized otherwise: llama.cpp
 
 @dataclass
 class Held:
-    """What has been measured so far."""
+    """What has been found so far. other_tokens: the tokenizer's check failed."""
 
     against: Against = field(default_factory=Against)
+    other_tokens: bool = False
 
     def add(self, **found: Any) -> None:
         self.against = self.against.model_copy(update=found)
@@ -49,19 +51,27 @@ class Held:
 class ServedCheck:
     """A served model and its reference. context: tokens of prompt and answer that the server takes; None: any.
 
-    rounds_inputs: whether its kernel may round to int8 what comes into quantized linears.
+    rounds_inputs: whether its kernel may round to int8 what comes into quantized linears; for GGUF files all do.
     """
 
     client: Client
     reference: Reference
     context: int | None
     held: Held
-    rounds_inputs: bool = True
+    rounds_inputs: bool = False
 
     @property
     def limit(self) -> float:
+        return self._limit(rounded=self.rounds_inputs or self.reference.gguf)
+
+    @property
+    def widest(self) -> float:
+        """The limit for a kernel that rounds inputs."""
+        return self._limit(rounded=True)
+
+    def _limit(self, *, rounded: bool) -> float:
         noise = self.reference.noise
-        return _FLOOR + _TIMES * max(noise.bfloat16, noise.rounded_inputs if self.rounds_inputs else 0.0)
+        return _FLOOR + _TIMES * max(noise.bfloat16, noise.rounded_inputs if rounded else 0.0)
 
     def fits(self, one: Asked) -> bool:
         return self.context is None or len(one.ids) + len(one.answer) <= self.context
@@ -118,8 +128,8 @@ def template(on: ServedCheck) -> str:
                          "template is missing") from None  # fmt: skip
         if found is not None and not _same_but_date(one.ids, found, on.reference.dated):
             why = unlike(one.ids, found, on.reference.bos)
-            raise Failed(f"the chat {quoted(one.text)}: {why}; likeliest cause: "
-                         f"{_of_tokens(why, _OTHER_TEMPLATE)}")  # fmt: skip
+            cause = _of_tokens(why, "another tokenizer" if on.held.other_tokens else _OTHER_TEMPLATE)
+            raise Failed(f"the chat {quoted(one.text)}: {why}; likeliest cause: {cause}")
         told += found is not None
     return (
         f"the original's ids for {told} chats" if told else "as many tokens as the original's; the server tells no ids"
@@ -166,6 +176,9 @@ def distributions(on: ServedCheck) -> str:
         raise Failed(f"{line}; {expected_chats(on.reference)}")
     if found.away is not None and found.away > on.limit:
         cause = _of_weights(found.by_kind, on.limit, static=on.reference.static_inputs)
+        cause = f"another tokenizer, as its own check says; or {cause}" if on.held.other_tokens else cause
+        if found.away <= on.widest:
+            cause += f"; {_ROUNDING}"
         raise Failed(f"{line}; likeliest cause: {cause}")
     return line
 
@@ -246,12 +259,14 @@ CHECKS: dict[str, Callable[[ServedCheck], str]] = {
 
 def hold(
     client: Client, reference: Reference, context: int | None, lacks: Mapping[str, str], tell: Callable[[Check], None],
-    *, rounds_inputs: bool = True,
+    *, rounds_inputs: bool = False,
 ) -> Against:  # fmt: skip
     """Make every check of the served model against its reference; returns what was measured."""
     on = ServedCheck(client, reference, context, Held(), rounds_inputs)
     for name, check in CHECKS.items():
-        tell(made(name, lambda check=check: check(on), lacks))  # type: ignore[misc]
+        told = made(name, lambda check=check: check(on), lacks)  # type: ignore[misc]
+        on.held.other_tokens |= name == "tokenizer" and told.status == "fail"
+        tell(told)
     return on.held.against
 
 

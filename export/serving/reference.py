@@ -86,7 +86,8 @@ class Reference(Section):
 
     artifact: the digest of the artifact's files (`Sizes.digest`), None of one without a manifest. bos: the token that
     the original's tokenizer puts first, None without one. chat_template: sha256 of the original's, None without one;
-    dated: whether it writes today's date. static_inputs: whether the artifact rounds inputs by static ranges.
+    dated: whether it writes today's date. static_inputs: whether the artifact rounds inputs by static ranges. gguf:
+    whether it is a GGUF file, whose servers round all inputs to int8.
     sampling: the generation_config's advice. evaluated: what the evaluation measured on its own text, such as kl_mean.
     """
 
@@ -98,6 +99,7 @@ class Reference(Section):
     chat_template: str | None
     dated: bool = False
     static_inputs: bool = False
+    gguf: bool = False
     asked: tuple[Asked, ...]
     paragraph: Paragraph | None
     round_trips: tuple[RoundTrip, ...]

@@ -29,11 +29,12 @@ class Checked:
 
 def check_served(
     url: str, reference: Reference, model: str | None = None, api_key: str | None = None,
-    tell: Callable[[Check], None] = lambda check: None,
+    tell: Callable[[Check], None] = lambda check: None, *, rounds_inputs: bool = False,
 ) -> Checked:  # fmt: skip
     """Hold the model at `url` (with or without /v1) against `reference`; tell: called with each check.
 
-    model: its name there, by default the first that is listed. Raises BadInput for an address that is none.
+    model: its name there, by default the first that is listed. rounds_inputs: as of `ServedCheck`. Raises BadInput for
+    an address that is none.
     """
     checks: list[Check] = []
 
@@ -49,7 +50,7 @@ def check_served(
     with client:
         note(made("models", lambda: _listed(client), {}))
         if checks[0].status == "pass":
-            against = hold(client, reference, client.max_model_len(), {}, note)
+            against = hold(client, reference, client.max_model_len(), {}, note, rounds_inputs=rounds_inputs)
             if all(check.status != "pass" for check in checks[1:]):
                 nothing = "nothing of the reference could be compared with this server"
                 note(Check(name="compared", status="fail", reason=nothing, seconds=0.0))

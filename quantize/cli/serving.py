@@ -141,6 +141,10 @@ def check(
         Path, typer.Option("--reference", help="reference.json, or the folder of the export or run that holds it")
     ] = Path(),
     model: Annotated[str | None, typer.Option("--model", help="its name there; default: the first listed")] = None,
+    rounds_inputs: Annotated[
+        bool,
+        typer.Option("--rounds-inputs", help="its kernel rounds inputs to int8: vLLM's of 4 bits, on a CPU with AMX"),
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Hold a served model to what the original and the artifact answered when it was evaluated: no weights are needed.
@@ -151,7 +155,8 @@ def check(
     from quantpress.exports.serving.served_check import check_served
 
     tell = (lambda check: None) if as_json else print_check
-    found = check_served(url, read_reference(reference), model, make_options().api_key, tell)
+    said, key = read_reference(reference), make_options().api_key
+    found = check_served(url, said, model, key, tell, rounds_inputs=rounds_inputs)
     if as_json:
         verdict = "PASSED" if found.passed else "FAILED"
         checks = [one.model_dump(mode="json") for one in found.checks]

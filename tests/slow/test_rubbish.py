@@ -19,6 +19,7 @@ from quantpress import api
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.cli.options import make_options
 from quantpress.exports.servers import launchers
+from quantpress.exports.serving.agreement import rounds_inputs
 from quantpress.exports.serving.reference import read_reference
 from quantpress.exports.serving.served_check import check_served
 from quantpress.exports.serving.smoke_test import smoke
@@ -87,7 +88,8 @@ class Made:
         if self.server == "vllm":  # compiling takes a minute, and changes nothing here
             row = replace(row, command=lambda launch: [*launchers()["vllm"].command(launch), "--enforce-eager"])
         with serve(row, artifact, out / "log", options, template=said) as running:
-            for one in check_served(running.url, reference).checks:
+            rounds = rounds_inputs(may=row.may_round_inputs)
+            for one in check_served(running.url, reference, rounds_inputs=rounds).checks:
                 found.append(("check", one.status, f"{one.name}: {one.reason}"))
             there = replace(options, url=running.url, lacks=running.lacks)
             record = smoke(artifact, "url", out / "smoke", there, make_options().cache, reference=reference)

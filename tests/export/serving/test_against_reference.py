@@ -17,7 +17,7 @@ from quantpress.eval.measure.results import Results
 from quantpress.eval.measure.sections import Divergence
 from quantpress.eval.measure.served_reference import Models, by_prompt, make_reference
 from quantpress.exports.serving.record import Check
-from quantpress.exports.serving.reference import Reference, divergence, read_reference
+from quantpress.exports.serving.reference import Noise, Reference, divergence, read_reference
 from quantpress.exports.serving.served_check import check_served
 from quantpress.recipe.loading import parse
 
@@ -106,6 +106,22 @@ def test_rubbish_fails_with_its_cause(kind: str, run: Path, reference: Reference
     name, cause = CAUSES[kind]
     assert name in found, found
     assert cause in found[name]
+    if "tokenizer" in kind:  # what else differs, differs by it
+        assert "likeliest cause: another tokenizer" in found["template"]
+        assert all("another tokenizer" in found[other] for other in found.keys() & {"distributions"})
+
+
+def test_what_kernels_that_round_inputs_are_allowed_is_not_allowed_to_others(
+    run: Path, reference: Reference, tmp_path: Path
+) -> None:
+    noisy = reference.model_copy(update={"noise": Noise(bfloat16=0.0, rounded_inputs=5.0)})
+    spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.scales_doubled)
+    said = failed(spoilt, noisy)["distributions"]
+    assert said.endswith("unless its kernel rounds inputs to int8, as vLLM's for 4 bits does on a CPU with AMX: "
+                         "--rounds-inputs")  # fmt: skip
+    with served(spoilt) as server:
+        assert check_served(server.url, noisy, rounds_inputs=True).passed
+        assert check_served(server.url, noisy.model_copy(update={"gguf": True})).passed
 
 
 def test_an_artifact_that_answers_chats_with_nonsense_fails_though_it_is_served_as_it_is(
