@@ -302,6 +302,7 @@ class RestartingBatch:
     def finish(self) -> None:
         self.drop()
         self._now = self._make((), True)
+        self._now.fetch()
         self._now.finish()
         self.drop()
 

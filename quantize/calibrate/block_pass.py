@@ -34,7 +34,7 @@ _SAMPLED = 64  # rows of a batch on which a static range is chosen
 _ROWS = 1024
 
 # Of moments, drifts and squares of experts that are summed up together; on a CPU it is one expert after the other.
-_MOMENT_BYTES = 1 << 32
+MOMENT_BYTES = 1 << 32
 
 BATCH_TOKENS = 4096  # tokens in one forward pass of a block
 
@@ -45,9 +45,10 @@ class SharedInput:
 
     moment: X^T X [in, in] float32, the Hessian without its factor 2; its diagonal [in] where only that was asked for or
     an importance matrix gives it; None where nothing is known. tokens: rows of X. drift: D^T X [in, in], D = X0 - X, X0
-    the same tokens' inputs in the original model; None where the original does not run beside. drift_power: ||D W^T||^2
-    for each row of the weight W, [out] by linear; empty without a drift. unmatched: the original runs beside, but which
-    of its inputs belong to the same tokens is not known. inputs: how X is rounded as the artifact runs, None where it
+    the same tokens' inputs in the original model; None where the original does not run beside. moved: in its place,
+    where that is less work, W D^T X [out, in] by linear, W its weight. drift_power: ||D W^T||^2 for each row of W,
+    [out] by linear; empty without a drift. unmatched: the original runs beside, but which of its inputs belong to the
+    same tokens is not known. inputs: how X is rounded as the artifact runs, None where it
     is not; X in the moments is X so rounded. lost: where no static int8 range fits, how much the best one loses of the
     token that fits it worst, as a share of that token's norm; else 0. Such inputs get dynamic scales, but for those of
     experts, of which servers make one layer.
@@ -61,6 +62,7 @@ class SharedInput:
     unmatched: bool = False
     inputs: Inputs | None = None
     lost: float = 0.0
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class BlockPass:
@@ -75,7 +77,8 @@ class BlockPass:
     lane, until all of X has passed. begin: called once, before the pass that computes what leaves the block, but after
     the block has run on one sample, which shows the order of its linears. restarts: batches do not wait before each
     linear but are run again from the block's beginning, which takes less memory, more time, and gives the same.
-    all_experts: experts are summed up over all tokens, not over those that are routed to each.
+    all_experts: experts are summed up over all tokens, not over those that are routed to each. moved: whether that may
+    take the drift's place.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class BlockPass:
         begin: Callable[[], None] = lambda: None,
         restarts: bool = False,
         all_experts: bool = False,
+        moved: bool = False,
     ) -> None:
         self._block, self._arguments, self._transfers = block, arguments, Transfers(device)
         self._linears, self._lanes, self._keep = dict(linears), lanes, keep
@@ -108,6 +112,7 @@ class BlockPass:
             self._reference = States(reference, into, everything)
         self._activations, self._diagonal, self._watch, self._begin = activations or {}, diagonal, watch, begin
         self._restarts, self._all_experts = restarts, all_experts
+        self._moved = moved and not all_experts  # there the sums are all experts', the weights only the first one's
         self._inputs: dict[str, Inputs] = {}
         self._original: RunnableBlock | None = None
 
@@ -182,7 +187,7 @@ class BlockPass:
     def _memory_for_moments(self) -> int:
         """Bytes that the sums of experts may take together."""
         alone = self._transfers.device.type == "cpu" and not self._restarts and self._lanes.ranks.size == 1
-        return 0 if alone else _MOMENT_BYTES
+        return 0 if alone else MOMENT_BYTES
 
     def _shared_inputs(
         self, groups: Sequence[Group], batches: Sequence[PairedBatch | RestartingBatch]
@@ -226,14 +231,13 @@ class BlockPass:
     ) -> SharedInput:
         if inputs is not None:
             self._inputs |= dict.fromkeys(names, inputs)
-        drift = sums.drift if power else None
-        return SharedInput(names, sums.moment(), sums.tokens, drift, power, sums.unmatched, inputs, lost)
+        drift, moved = (sums.drift, dict(zip(names, sums.moved, strict=False))) if power else (None, {})
+        return SharedInput(names, sums.moment(), sums.tokens, drift, power, sums.unmatched, inputs, lost, moved)
 
     def _moments(self, names: Group) -> Moments:
         linear = self._linears[names[0]]
         weight, before, weights = _matrix(linear), self._original, list[Tensor]()
-        # With all_experts the sums are all experts', the weights only the first one's.
-        if before is not None and self._transfers.device.type == "cuda" and not self._all_experts:
+        if before is not None and self._moved:
             weights = [_matrix(before.linears[name]) for name in names]
         paired, ranks = before is not None, self._lanes.ranks
         return Moments(weight, weight.shape[1], paired=paired, diagonal=self._diagonal, weights=weights, ranks=ranks)
@@ -256,7 +260,7 @@ class BlockPass:
         powers: list[dict[str, Tensor]] = [{} for _ in groups]
         if self._original is not None:
             linears, on_gpu = self._original.linears, self._transfers.device.type == "cuda"
-            known = [i for i, one in enumerate(sums) if one.drift is not None and not one.unmatched]
+            known = [i for i, one in enumerate(sums) if one.compared and not one.unmatched]
             weights = [[_matrix(linears[name]) for name in groups[i]] for i in known]
             for i, rows in zip(known, drift_powers(weights, [sums[i] for i in known], together=on_gpu), strict=True):
                 powers[i] = dict(zip(groups[i], rows, strict=True))
@@ -335,6 +339,8 @@ def _prefetched(
     batches: Sequence[PairedBatch | RestartingBatch],
 ) -> Iterator[PairedBatch | RestartingBatch]:
     """The batches; the states of the next one are on their way to the device while one is at work."""
+    for batch in batches[:1]:
+        batch.fetch()
     for batch, following in zip_longest(batches, batches[1:]):
         if following is not None:
             following.fetch()

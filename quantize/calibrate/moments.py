@@ -13,7 +13,9 @@ from ..methods.layer_error import output_power, output_powers
 from ..methods.symmetric_products import panels
 
 _PANEL = 2048  # columns of a symmetric product that a GPU multiplies at a time: fewer leave it partly idle
+_PANELS = 8  # at most
 _TOGETHER = 1 << 26  # weights or squares of experts that are multiplied at once
+_COPIED = 1 << 13  # the most columns of a symmetric matrix of which a copy is made to mirror it
 
 
 class Moments:
@@ -21,8 +23,8 @@ class Moments:
 
     Of all processes of a run: each adds the rows of its lane, `end_lanes` joins them, `finish` ends it. like: a tensor
     of the device. width: columns of X. paired: whether there may be a D. diagonal: only X^T X, and its diagonal only.
-    weights [out, in]: of the original's linears; if given, ||D w||^2 of their rows is summed up in the place of D^T D
-    where that is less work.
+    weights W [out, in]: of the original's linears; if given, W D^T X and ||D w||^2 of their rows are summed up in the
+    place of the drift and of D^T D where that is less work.
     """
 
     def __init__(
@@ -37,10 +39,11 @@ class Moments:
     ) -> None:
         self._like, self._diagonal, self._ranks = like, diagonal, ranks
         rows = sum(map(len, weights))
-        self._weights = tuple(weights) if 2 * rows <= width else ()  # D^T D is symmetric: half of it is computed
-        last = "powers" if self._weights else "squares"
-        self._names = ("moment", "drift", last) if paired and not diagonal else ("moment",)
-        self._shapes = dict.fromkeys(self._names, (width,) if diagonal else (width, width)) | {"powers": (rows,)}
+        self._weights = tuple(weights) if sums_by_rows(rows, width) else ()
+        compared = ("moved", "powers") if self._weights else ("drift", "squares")
+        self._names = ("moment", *compared) if paired and not diagonal else ("moment",)
+        self._shapes = dict.fromkeys(self._names, (width,) if diagonal else (width, width))
+        self._shapes |= {"moved": (rows, width), "powers": (rows,)}
         self._lane: dict[str, Tensor] = {}  # X^T X and D^T D: their upper triangles
         self._sums: dict[str, Tensor] = {}
         self.tokens, self.unmatched = 0, False
@@ -56,15 +59,16 @@ class Moments:
         # The difference is small: bfloat16's 8 bits of it are enough, at twice the speed.
         factor = seen if seen.dtype == torch.bfloat16 else seen.to(torch.float32)
         difference = original - factor
+        if self._weights:
+            outputs = torch.cat([_outputs(difference, weight) for weight in self._weights], 1)
+            self._add("moved", outputs.to(factor.dtype), factor)
+            self._of_lane("powers").add_(outputs.square_().sum(0))
+            return
         if seen.is_cuda:
             self._add("drift", difference, factor)
         else:
             self._of_lane("drift").add_(difference.T @ factor)
-        if not self._weights:
-            self._add("squares", difference, difference)
-            return
-        moved = torch.cat([_outputs(difference, weight) for weight in self._weights], 1)
-        self._of_lane("powers").add_(moved.square_().sum(0))
+        self._add("squares", difference, difference)
 
     def _add(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add left^T right to the lane's sum."""
@@ -90,8 +94,18 @@ class Moments:
 
     @property
     def drift(self) -> Tensor | None:
-        """D^T X [in, in]; None when no row of D has passed."""
+        """D^T X [in, in]; None when no row of D has passed, or where `moved` takes its place."""
         return self._sums.get("drift")
+
+    @property
+    def compared(self) -> bool:
+        """Whether a row of D has passed."""
+        return not self._sums.keys().isdisjoint(("drift", "moved"))
+
+    @property
+    def moved(self) -> Sequence[Tensor]:
+        """W D^T X [out, in] of each of the weights; empty where the drift is summed up."""
+        return _split(self._sums["moved"], self._weights) if "moved" in self._sums else ()
 
     def moment(self) -> Tensor | None:
         """X^T X [in, in], or its diagonal [in]; None when no row has passed."""
@@ -102,6 +116,14 @@ class Moments:
         if name not in self._lane:
             self._lane[name] = self._like.new_zeros(self._shapes[name], dtype=torch.float32)
         return self._lane[name]
+
+
+def sums_by_rows(rows: int, width: int) -> bool:
+    """Whether W D^T X and ||D w||^2 of all rows of weights [rows, width] are less work than D^T X and D^T D.
+
+    A token takes 4 rows width operations for those, and 3 width^2 for these: of D^T D half is computed.
+    """
+    return 0 < 4 * rows < 3 * width
 
 
 def end_lanes(sums: Sequence[Moments], holders: int) -> None:
@@ -167,7 +189,14 @@ def _split(power: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _whole(upper: Tensor) -> Tensor:
     """The symmetric matrices [..., in, in] with these upper triangles; made in place."""
-    return upper.triu_().add_(upper.triu(1).mT)
+    if upper.shape[-1] <= _COPIED:
+        return upper.triu_().add_(upper.triu(1).mT)
+    for part in panels(upper.shape[-1]):
+        here = upper[..., part, part]
+        here.copy_(here.triu() + here.triu(1).mT)
+        rest = slice(part.stop, None)
+        upper[..., rest, part].copy_(upper[..., part, rest].mT)
+    return upper
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -196,8 +225,9 @@ def _outputs(x: Tensor, weight: Tensor) -> Tensor:
 def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """`add_product` as a GPU does it best; on the first call `total` may hold anything."""
     columns = total.shape[1]
-    for start in range(0, columns, _PANEL if left is right else columns):
-        part, rest = slice(start, start + _PANEL) if left is right else slice(None), slice(start, None)
+    width = max(_PANEL, -(-columns // _PANELS)) if left is right else columns
+    for start in range(0, columns, width):
+        part, rest = slice(start, start + width) if left is right else slice(None), slice(start, None)
         into = total[part, rest]
         if first:
             torch.mm(left[:, part].T, right[:, rest], out_dtype=torch.float32, out=into)

@@ -29,7 +29,7 @@ from ..models.vetting import all_finite
 from ..numbers.activations import columns_of
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
-from ..recipe import Qat, Tuned
+from ..recipe import Gptq, Qat, Tuned
 from .end_to_end import QuantizedModel, train_scales
 from .job import Job
 from .journal import FollowedJournal, Journal
@@ -135,6 +135,7 @@ class _Run:
         rounding = BlockRounding(job.recipe.rounder, job.schemes, block, self._ranks, runs_on=bool(self.hidden))
         for inputs in self._inputs(block, linears.values(), passing, leaving if whole else None, cache):
             rounding.round(inputs, linears)
+            del inputs  # before the next are summed up
         rounded, records = rounding.rounded, rounding.finish()
         lend_input_scales(rounded, records)
         leaving = dict(leaving)
@@ -279,6 +280,7 @@ class _Run:
             activations=inputs,
             restarts=self._room.restarts,
             all_experts=job.recipe.calibration.all_experts,
+            moved=self._skeleton.device.type == "cuda" and isinstance(job.recipe.rounder, Gptq),
             begin=(lambda: None) if cache is None else cache.start,
         ).together()
 

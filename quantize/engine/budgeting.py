@@ -17,8 +17,9 @@ from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
 from ..numbers.grid import Grid, scale_dtype
 from ..recipe import Recipe, Rtn
+from .needs import PROCESS_BYTES
 from .outer import NOTHING, Outer
-from .plan import PROCESS_BYTES, Plan
+from .plan import Plan
 
 SAMPLES = 32  # of the calibration text that sensitivities are measured on
 _ROWS = 64  # sampled from a weight to estimate its error

@@ -10,7 +10,8 @@ from ..gguf.writer import sizes
 from ..recipe.gguf_file import FLOATS
 from .backend import Setup
 from .budgeting import with_sensitivity
-from .plan import PROCESS_BYTES, Plan, make_plan
+from .needs import PROCESS_BYTES
+from .plan import Plan, make_plan
 
 
 def plan_rounded(setup: Setup, file: RoundedFile) -> Plan:

@@ -3,13 +3,11 @@
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..calibrate.block_pass import BATCH_TOKENS
 from ..core import machine
 from ..core.errors import BadInput
 from ..core.ranks import ALONE, Ranks
@@ -21,15 +19,12 @@ from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
 from ..recipe import Qat, Recipe, Tuned
 from .accounting import quantized_share
-from .room import IN_HOST_MEMORY, Needs, Room, choose
+from .needs import find_needs, reaching
+from .room import IN_HOST_MEMORY, Room, choose
 
 TUNING_CHECKS = 4  # times the loss of a tuned block is measured over all samples
-PROCESS_BYTES = 520_000_000  # Python, torch, transformers and the run of a small model, measured on Linux
-if find_spec("sklearn") is not None:  # transformers imports it if it is installed, and pandas and pyarrow with it
-    PROCESS_BYTES += 125_000_000
 _PRODUCTS, _MOST_PRODUCTS = 100, 1000  # timed to learn how fast a device is: 0.1 s on a slow core
 _ALIKE = 5  # of them that must be about as fast as the fastest
-_TOKENIZER_BYTES = 1000  # memory per vocabulary entry, measured with SmolLM2's byte-level BPE
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def make_plan(
 ) -> Plan:
     """The plan of quantizing `linears` by `schemes` in processes that share the tokens."""
     reader: Any = skeleton.reader
-    format = FORMATS[recipe.formats[0]]
+    format, there = FORMATS[recipe.formats[0]], skeleton.device
     some = torch.empty(0, dtype=skeleton.dtype)
     original = sum(reader.nbytes(name) for name in reader.names())
     packed = saved = 0
@@ -107,30 +102,9 @@ def make_plan(
             packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
             saved += reader.nbytes(f"{linear.name}.weight")
     artifact = original - saved + packed
-    inside = [sum(reader.nbytes(n) for n in skeleton.block_names(k).values()) for k in range(skeleton.n_blocks)]
-    shell = original - sum(inside)
-    calibrated = recipe.calibrated
-    tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
-    item = torch.empty(0, dtype=skeleton.dtype).element_size()
-    streams = 2 if recipe.paired else 1
-    width = int(skeleton.config.hidden_size)
-    there, hidden = skeleton.device, streams * tokens * width * item
-    rounded = recipe.activations is not None
-    needs = Needs(
-        weights=max(inside),
-        hidden=hidden // streams,
-        streams=streams,
-        kept=hidden if isinstance(recipe.method, Tuned) else 0,  # what enters the block, both models', is copied
-        waiting=_waiting(skeleton, linears, tokens, item, width, beside=recipe.paired),
-        token=_passing(skeleton, linears, item, rounded),
-        solve=_largest_solve(linears, schemes, calibrated),
-        shell=shell,
-        tokens=tokens,
-        process=PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size),
-        tuning=_tuning_bytes(recipe, skeleton, linears, max(inside) // item),
-        open_shell=_open_shell(skeleton) if calibrated else 0,
-        carried=streams * tokens * _carried(skeleton.config, linears, recipe.calibration.seq_len, item),
-    )
+    needs = find_needs(recipe, skeleton, linears, schemes)
+    calibrated, tokens, streams = recipe.calibrated, needs.tokens, needs.streams
+    item, hidden = torch.empty(0, dtype=skeleton.dtype).element_size(), streams * needs.hidden
     room, needs = choose(needs, there, ranks), needs.of_one(ranks)
     if there.type == "cpu":
         memory, on_device = needs.on_cpu(room) * ranks.here, 0
@@ -149,7 +123,7 @@ def make_plan(
         trained = 3 * recipe.method.n_steps * batch  # a backward pass costs two forward ones
         operations += 2.0 * (trained + TUNING_CHECKS * tokens) * sum(_active(skeleton, linears).values())
     if isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None:
-        trained = _end_to_end_bytes(recipe, skeleton, linears, shell // item, artifact)
+        trained = _end_to_end_bytes(recipe, skeleton, linears, needs.shell // item, artifact)
         memory = max(memory, needs.process + trained)
         on_device = max(on_device, trained - 2 * artifact) if on_device else 0  # the parts on disk are not there
         operations += _end_to_end_operations(recipe, recipe.method, skeleton, linears)
@@ -175,73 +149,6 @@ def held_out(samples: int) -> int:
     return max(1, samples // 8)
 
 
-def _largest_solve(linears: list[LinearLayer], schemes: dict[str, Grid | None], calibrated: bool) -> int:
-    """Bytes of one block's Hessians and of the float32 copies of the largest stack of linears that may share one."""
-    by_block: dict[int, list[LinearLayer]] = {}
-    for linear in linears:
-        if schemes[linear.name] is not None:
-            by_block.setdefault(linear.block, []).append(linear)
-    most = 0
-    for block in by_block.values():
-        stacks: dict[tuple[int, str], int] = {}
-        for x in block:
-            parent = (x.in_features, x.module.rpartition(".")[0])
-            stacks[parent] = stacks.get(parent, 0) + x.out_features
-        weights = max(n_in * out for (n_in, _), out in stacks.items())
-        # Solving takes five more of the largest; while summing up, three have a lane beside them.
-        hessians = sum(4 * n_in * n_in for n_in, _ in stacks) + 32 * max(n_in for n_in, _ in stacks) ** 2
-        most = max(most, 20 * weights + (hessians if calibrated else 0))
-    return most
-
-
-def _open_shell(skeleton: Skeleton) -> int:
-    """Bytes of the shell where it may have to stay open and run for each batch: in families of which no row tells what
-    feeds what, since only running them shows it."""
-    stored = set() if skeleton.family.feeds else {*skeleton.shell_names().values()}
-    return sum(skeleton.reader.nbytes(name) for name in stored)
-
-
-def _carried(config: Any, linears: list[LinearLayer], seq_len: int, item: int) -> int:
-    """Bytes a token that blocks leave for later ones: keys and values of both kinds of attention, or chosen tokens."""
-    total = 0
-    if getattr(config, "num_kv_shared_layers", None):
-        widest = max((x.out_features for x in linears if x.module.endswith("k_proj")), default=0)
-        total += 2 * 2 * widest * item
-    if chosen := getattr(config, "index_topk", None):
-        total += min(int(chosen), seq_len) * torch.int64.itemsize
-    return total
-
-
-def _waiting(skeleton: Skeleton, linears: list[LinearLayer], tokens: int, item: int, hidden: int, beside: bool) -> int:
-    """Bytes that all tokens hold while their batches wait before a linear.
-
-    Before the widest linear: its input, the residual and the normalised residual; the original, where it runs `beside`,
-    has finished by then. All of a token's experts wait before their last linears together. Before attention's output
-    projection: queries, keys and values too, and two tensors of the original.
-    """
-    chosen = skeleton.experts_per_token or 1
-    inside = {x.in_features: x for x in linears}.values()  # one of each width
-    widest = max(
-        x.in_features * (chosen if x.in_features != hidden and skeleton.experts_around(x) else 1) for x in inside
-    )
-    widest += 2 * hidden
-    attention = (5 + 2 * beside) * hidden
-    return tokens * max(widest, attention) * item
-
-
-def _passing(skeleton: Skeleton, linears: list[LinearLayer], item: int, rounded: bool) -> int:
-    """Bytes of the widest tensors of one token in a block; inputs to be `rounded` exist twice more, in float32.
-
-    A GPU computes all experts of a token together: inputs and results of two linears of each.
-    """
-    widest = max(max(x.in_features, x.out_features) for x in linears)
-    token = widest * (4 * item + 1 + 8 * rounded)
-    inside = [x.in_features + x.out_features for x in linears if skeleton.experts_around(x)]
-    if skeleton.device.type == "cuda" and inside:
-        token = max(token, 2 * item * (skeleton.experts_per_token or 1) * max(inside))
-    return token
-
-
 def _passes(
     skeleton: Skeleton,
     linears: list[LinearLayer],
@@ -257,11 +164,11 @@ def _passes(
     """
     total = 0.0
     for x in linears:
-        reaching = tokens * (1.0 if everywhere else _share(skeleton, x))
-        total += 2.0 * streams * reaching * x.in_features * x.out_features
+        here = tokens * (1.0 if everywhere else reaching(skeleton, x))
+        total += 2.0 * streams * here * x.in_features * x.out_features
         if schemes[x.name] is not None and calibrated:
             # The moment, the drift at twice its work, and the drift's own moment.
-            total += (3.0 * streams - 2) * reaching * x.in_features**2
+            total += (3.0 * streams - 2) * here * x.in_features**2
     return total
 
 
@@ -287,26 +194,8 @@ def _active(skeleton: Skeleton, linears: list[LinearLayer]) -> dict[int, float]:
     """Weights of each block that one token is multiplied by; of routed experts only those it is sent to."""
     active: dict[int, float] = {}
     for x in linears:
-        active[x.block] = active.get(x.block, 0.0) + x.in_features * x.out_features * _share(skeleton, x)
+        active[x.block] = active.get(x.block, 0.0) + x.in_features * x.out_features * reaching(skeleton, x)
     return active
-
-
-def _share(skeleton: Skeleton, linear: LinearLayer) -> float:
-    """The share of all tokens that reach a linear."""
-    experts = skeleton.experts_around(linear)
-    chosen = skeleton.experts_per_token
-    return 1.0 if experts is None or chosen is None else min(1.0, chosen / experts)
-
-
-def _tuning_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], parameters: int) -> int:
-    """Bytes of a block in float32 twice, its learned values, and a batch's activations kept for the gradient."""
-    if not isinstance(recipe.method, Tuned):
-        return 0
-    batch_tokens = recipe.method.batch_size * recipe.calibration.seq_len
-    widths: dict[int, float] = {}
-    for x in linears:
-        widths[x.block] = widths.get(x.block, 0.0) + (x.in_features + x.out_features) * _share(skeleton, x)
-    return 64 * parameters + int(3 * 4 * min(batch_tokens, BATCH_TOKENS) * max(widths.values()))
 
 
 def _end_to_end_bytes(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], shell: int, artifact: int) -> int:

@@ -51,9 +51,9 @@ class Needs:
 
     weights: the block. hidden: the states of one model, of which there are `streams`. kept: copies of both models'
     states for tuning. waiting: of all tokens before a linear. token: what one token in passing takes. solve: to round
-    linears that share an input. shell: everything outside the blocks. process: without tensors.
-    tuning: to tune a block. open_shell: what of the shell stays while blocks run, to compute what they are given.
-    carried: what blocks leave for later ones, in the host's memory.
+    linears that share an input. sums: what is summed up over the tokens that pass. shell: everything outside the
+    blocks. process: without tensors. tuning: to tune a block. open_shell: what of the shell stays while blocks run, to
+    compute what they are given. carried: what blocks leave for later ones, in the host's memory.
     """
 
     weights: int
@@ -69,6 +69,7 @@ class Needs:
     tuning: int = 0
     open_shell: int = 0
     carried: int = 0
+    sums: int = 0
 
     def of_one(self, ranks: Ranks) -> "Needs":
         """Of one of several processes, which have about equally many tokens."""
@@ -83,7 +84,7 @@ class Needs:
         """Either a batch runs through the block or linears of one input are solved; meanwhile all batches wait."""
         passing = self.token * min(self.tokens, room.batch_tokens)
         share = min(1.0, room.batch_tokens / self.tokens) if room.restarts and self.tokens else 1.0
-        return max(max(self.solve, passing) + int(self.waiting * share), self.tuning)
+        return max(max(self.solve, self.sums + passing) + int(self.waiting * share), self.tuning)
 
     def on_device(self, room: Room) -> int:
         """Bytes on a device that is not the CPU."""

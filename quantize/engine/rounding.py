@@ -15,7 +15,7 @@ from ..calibrate.block_pass import SharedInput
 from ..core.errors import BadInput
 from ..core.ranks import ALONE, Ranks
 from ..methods import ROUNDERS, Rounded, solves_batches
-from ..methods.gptq import raised_note
+from ..methods.gptq import gptq, raised_note
 from ..methods.group_scales import clipped_note
 from ..methods.kernel_check import kernels_refused
 from ..methods.layer_error import ErrorMeasure, error_fields, layer_error
@@ -29,7 +29,7 @@ from .shared_rounding import Solved, exchanged, parts
 if TYPE_CHECKING:
     from ..methods.gptq_batch import SolvedBatch
 
-_TOGETHER = 1 << 28  # elements of the matrices of linears that are solved together
+TOGETHER = 1 << 28  # elements of the matrices of linears that are solved together
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,11 @@ class _Stack:
     @property
     def alike(self) -> tuple[Any, ...]:
         """What stacks that are solved together have in common."""
-        return self.grid, self.shape, len(self.linears), self.shared.drift is None
+        return self.grid, self.shape, len(self.linears), self.shared.drift is None, not self.shared.moved
+
+    def of_rows(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        """Values [out, …] by linear, of all rows; None where there are none."""
+        return torch.cat([values[x.name] for x in self.linears]) if values else None
 
     @property
     def dynamic(self) -> bool:
@@ -83,11 +87,14 @@ class _Stack:
 class _Rounded:
     """A rounded linear whose figures have not been read yet: entries of BlockRounding's `_figures`, by their places.
 
-    error, power: sums over its rows. clipped: groups that outgrew nvfp4's global scale, of `groups`; None: not counted.
+    It refers to no sums, which are the largest tensors. dynamic: as in _Stack. error, power: sums over its rows.
+    clipped: groups that outgrew nvfp4's global scale, of `groups`; None: not counted.
     """
 
     linear: LinearLayer
-    stack: _Stack
+    grid: Grid
+    tokens: int
+    dynamic: bool
     measure: ErrorMeasure
     damp: float | None
     raised: str | None
@@ -186,13 +193,14 @@ class BlockRounding:
 
     def _solved(self, stack: _Stack, refused: str, rows: slice) -> tuple[Solved, Tensor]:
         """Rows of a stack, solved by themselves, and their weight [rows, in] float32. refused: for the notes."""
-        shared, weight = stack.shared, self._weight(stack)[rows]
-        result, notes = _round(self._method, weight, stack)
+        shared, weight, moved = stack.shared, self._weight(stack)[rows], stack.of_rows(stack.shared.moved)
+        moved = None if moved is None else moved[rows]
+        result, notes = _round(self._method, weight, stack, moved)
         notes += [refused] if refused else []
         new = result.linear.dequantize()
-        powers = [shared.drift_power[x.name] for x in stack.linears] if shared.drift is not None else []
-        power = torch.cat(powers)[rows] if powers else None
-        error = layer_error(weight.to(torch.float32), new, shared.moment, shared.drift, power)
+        power = stack.of_rows(shared.drift_power)
+        power = None if power is None else power[rows]
+        error = layer_error(weight.to(torch.float32), new, shared.moment, shared.drift, power, moved)
         return Solved(result.linear, error.error, error.power, error.measure, result.damp, notes), new
 
     def _keep_solved(self, stack: _Stack, solved: Solved, new: Tensor | None) -> None:
@@ -203,7 +211,8 @@ class BlockRounding:
             weight = None if new is None else new[rows]
             self._keep(linear, solved.linear.rows(rows.start, rows.stop), weight, stack.shared)
             sums = self._figure(solved.error[rows].sum()), self._figure(solved.power[rows].sum())
-            self._unread.append(_Rounded(linear, stack, solved.measure, solved.damp, None, solved.notes, *sums))
+            about = linear, stack.grid, stack.shared.tokens, stack.dynamic, solved.measure
+            self._unread.append(_Rounded(*about, solved.damp, None, solved.notes, *sums))
             start = rows.stop
         if solved.error.device.type == "cpu":
             self._read()
@@ -259,12 +268,13 @@ class BlockRounding:
         assert isinstance(self._method, Gptq)
         weights = [weight_of(self._block, linear) for stack in stacks for linear in stack.linears]
         moment, drift = _together([x.moment for x in shared]), _together([x.drift for x in shared])
-        powers = [stack.shared.drift_power[x.name] for stack in stacks for x in stack.linears if drift is not None]
-        power = torch.cat(powers).view(len(stacks), -1)[:, rows] if powers else None
+        moved = _together([stack.of_rows(stack.shared.moved) for stack in stacks])
+        power = _together([stack.of_rows(stack.shared.drift_power) for stack in stacks])
+        moved, power = (None if x is None else x[:, rows] for x in (moved, power))
         assert moment is not None
         weight = torch.cat(weights).view(len(stacks), *shape)[:, rows]
         measure: ErrorMeasure = "output_local" if power is None else "output_accumulated"
-        return gptq_batch(weight, stacks[0].grid, self._method, moment, drift, power), measure
+        return gptq_batch(weight, stacks[0].grid, self._method, moment, drift, power, moved), measure
 
     def _round_together(self, stacks: list[_Stack]) -> None:
         """Solve stacks of one shape and grid in one go."""
@@ -291,7 +301,8 @@ class BlockRounding:
                 self._keep(linear, solved.linears[i].rows(rows.start, rows.stop), new[i, rows], stack.shared)
                 raised, notes = raised_note(self._method.damp, damp), stack.notes(self._method)
                 figures = error_sum + i, power_sum + i, None if clipped is None else clipped + i, solved.groups
-                self._unread.append(_Rounded(linear, stack, measure, damp, raised, notes, *figures))
+                about = linear, stack.grid, stack.shared.tokens, stack.dynamic, measure
+                self._unread.append(_Rounded(*about, damp, raised, notes, *figures))
             start = rows.stop
 
     def _keep(self, linear: LinearLayer, rounded: QuantizedLinear, weight: Tensor | None, shared: SharedInput) -> None:
@@ -316,11 +327,11 @@ class BlockRounding:
             if not math.isfinite(error + power):
                 raise BadInput(f"{one.linear.name}: its weights or inputs are too large to be rounded in float32")
             clipped = None if one.clipped is None else clipped_note(int(figures[one.clipped]), one.groups)
-            notes, tokens = "; ".join(filter(None, (one.raised, clipped, *one.notes))), one.stack.shared.tokens
-            made = record(one.linear, one.stack.grid).changed(
+            notes, tokens = "; ".join(filter(None, (one.raised, clipped, *one.notes))), one.tokens
+            made = record(one.linear, one.grid).changed(
                 **error_fields(error, power, one.measure, tokens), damp=one.damp, tokens=tokens, note=notes or None
             )
-            self._records[one.linear.name] = made.changed(dynamic=True) if one.stack.dynamic else made
+            self._records[one.linear.name] = made.changed(dynamic=True) if one.dynamic else made
 
 
 def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, LayerRecord]) -> None:
@@ -353,7 +364,7 @@ def _width(inputs: Inputs) -> float:
 def _pieces(stacks: list[_Stack]) -> Iterable[list[_Stack]]:
     """Stacks of one shape, so many at a time that their matrices stay within 1 GB each."""
     out_features, in_features = stacks[0].shape
-    step = max(1, _TOGETHER // (in_features * max(in_features, out_features)))
+    step = max(1, TOGETHER // (in_features * max(in_features, out_features)))
     return (stacks[start : start + step] for start in range(0, len(stacks), step))
 
 
@@ -363,8 +374,8 @@ def _together(matrices: Sequence[Tensor | None]) -> Tensor | None:
     return (there[0][None] if len(there) == 1 else torch.stack(there)) if there else None
 
 
-def _round(method: MethodSettings, weight: Tensor, stack: _Stack) -> tuple[Rounded, list[str]]:
-    """Round stacked weights [out, in]; the notes say what was not done as asked."""
+def _round(method: MethodSettings, weight: Tensor, stack: _Stack, moved: Tensor | None) -> tuple[Rounded, list[str]]:
+    """Round stacked weights [out, in]; the notes say what was not done as asked. moved: as SharedInput has it."""
     shared, grid = stack.shared, stack.grid
     moment = shared.moment
     if moment is not None and not bool(column_power(moment).isfinite().all()):
@@ -376,7 +387,10 @@ def _round(method: MethodSettings, weight: Tensor, stack: _Stack) -> tuple[Round
         nearest = ROUNDERS["rtn"](weight, grid, method, None, None)
         return nearest, ["no calibration token reached it: rounded to nearest"]
     try:
-        result = ROUNDERS[method.name](weight, grid, method, moment, shared.drift)
+        if moved is None:
+            result = ROUNDERS[method.name](weight, grid, method, moment, shared.drift)
+        else:  # only where the method is GPTQ
+            result = gptq(weight, grid, method, moment, moved=moved)
     except ValueError as error:
         raise BadInput(
             f"{shared.names[0]}: {error}; try another calibration text, or leave the layer to `ignore`"

@@ -46,23 +46,35 @@ class _Numbers:
 
 
 def solve_columns(
-    updated: Tensor, inside: Tensor, scales: Tensor, zeros: Tensor, error: Tensor, numbers: Tensor, grid: Grid
+    fed: Tensor,
+    inside: Tensor,
+    variance: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    error: Tensor,
+    numbers: Tensor,
+    squares: Tensor,
+    grid: Grid,
 ) -> None:
-    """Round the columns of `updated` [linears, columns, rows] one by one, each after the errors of those before it.
+    """Round the columns in `error` [linears, columns, rows] one by one, each with feedback of those before it.
 
-    inside [linears, columns, columns]: the feedback, strictly lower triangular, of column i's error on column k at
-    [k, i]. scales, zeros like `updated`, or expanded to it. Fills `error` and `numbers`, views like `updated` with
-    rows next to each other. At most COLUMNS columns.
+    fed: the feedback on each column of all columns before these. inside [linears, columns, columns]: how much of what
+    column i loses is fed to column k, at [k, i], read for i < k. scales, zeros: as `error`, or expanded to it. Fills
+    `numbers`, and puts in the place of each column what it loses; both are views with rows next to each other. To
+    `squares` [linears, rows] the squared error of each updated column is added, times its `variance` [linears,
+    columns]. At most COLUMNS columns.
     """
-    linears, columns, rows = updated.shape
+    linears, columns, rows = error.shape
     width = max(16, triton.next_power_of_2(columns))
     assert columns <= COLUMNS
-    assert all(x.stride(2) == 1 for x in (updated, inside, scales, error, numbers))
+    assert all(x.stride(-1) == 1 for x in (fed, inside, variance, scales, error, numbers, squares))
     assert scales.stride() == zeros.stride()
+    assert error.stride() == numbers.stride()
     n = _Numbers.of(grid)
     _solve_columns[(triton.cdiv(rows, _ROWS), linears)](
-        updated, inside, scales, zeros, error, numbers, rows,
-        *updated.stride()[:2], *inside.stride()[:2], *scales.stride()[:2], *error.stride()[:2], *numbers.stride()[:2],
+        fed, inside, variance, scales, zeros, error, numbers, squares, rows,
+        *fed.stride()[:2], *inside.stride()[:2], variance.stride(0), *scales.stride()[:2], *error.stride()[:2],
+        squares.stride(0),
         UNIFORM=n.uniform, LARGEST=n.largest, MANTISSA=n.mantissa, NORMAL=n.normal,
         COLUMNS=columns, WIDTH=width, ROWS=_ROWS, num_warps=1,
     )  # fmt: skip
@@ -151,9 +163,9 @@ def _snap(x, UNIFORM: tl.constexpr, LARGEST: tl.constexpr, MANTISSA: tl.constexp
 
 @triton.jit
 def _solve_columns(
-    updated, inside, scales, zeros, error, numbers, rows,
-    updated_linear, updated_column, inside_linear, inside_column, scale_linear, scale_column,
-    error_linear, error_column, number_linear, number_column,
+    fed, inside, variance, scales, zeros, error, numbers, squares, rows,
+    fed_linear, fed_column, inside_linear, inside_column, variance_linear, scale_linear, scale_column,
+    error_linear, error_column, square_linear,
     UNIFORM: tl.constexpr, LARGEST: tl.constexpr, MANTISSA: tl.constexpr, NORMAL: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -164,37 +176,45 @@ def _solve_columns(
     # In quarters, so that a sum is four short chains of additions, not one as long as the block.
     earlier = tl.arange(0, 4)[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
     known = earlier < COLUMNS
-    updated += linear * updated_linear
+    fed += linear * fed_linear
     inside += linear * inside_linear
+    variance += linear * variance_linear
     scales += linear * scale_linear
     zeros += linear * scale_linear
     error += linear * error_linear
-    numbers += linear * number_linear
-    errors = tl.zeros([4, WIDTH // 4, ROWS], dtype=updated.dtype.element_ty)
+    numbers += linear * error_linear
+    squares += linear * square_linear
+    at_scale, at_error = row, row  # offsets that two tensors share: registers are scarce
+    total = tl.load(squares + row, mask=here, other=0.0)
+    errors = tl.zeros([4, WIDTH // 4, ROWS], dtype=fed.dtype.element_ty)
     # What the next column needs is read while this one is computed.
-    w = tl.load(updated + row, mask=here, other=0.0)
-    scale = tl.load(scales + row, mask=here, other=1.0)
-    zero = tl.load(zeros + row, mask=here, other=0.0)
+    r = tl.load(fed + row, mask=here, other=0.0)
+    before = tl.load(error + at_error, mask=here, other=0.0)
+    scale = tl.load(scales + at_scale, mask=here, other=1.0)
+    zero = tl.load(zeros + at_scale, mask=here, other=0.0)
     feedback = tl.load(inside + earlier, mask=known, other=0.0)
     for j in range(COLUMNS):
-        updated += updated_column
-        scales += scale_column
-        zeros += scale_column
+        fed += fed_column
+        at_scale += scale_column
         inside += inside_column
         more = j + 1 < COLUMNS
-        next_w = tl.load(updated + row, mask=here & more, other=0.0)
-        next_scale = tl.load(scales + row, mask=here & more, other=1.0)
-        next_zero = tl.load(zeros + row, mask=here & more, other=0.0)
+        next_before = tl.load(error + at_error + error_column, mask=here & more, other=0.0)
+        next_fed = tl.load(fed + row, mask=here & more, other=0.0)
+        next_scale = tl.load(scales + at_scale, mask=here & more, other=1.0)
+        next_zero = tl.load(zeros + at_scale, mask=here & more, other=0.0)
         next_feedback = tl.load(inside + earlier, mask=known & more, other=0.0)
-        w += tl.sum(tl.sum(errors * feedback[:, :, None], axis=1), axis=0) + zero * scale
+        r += tl.sum(tl.sum(errors * feedback[:, :, None], axis=1), axis=0)
+        w = before + r + zero * scale
         number = _snap(_divided(w, scale.to(w.dtype)), UNIFORM, LARGEST, MANTISSA, NORMAL).to(w.dtype)
         off = w - number * scale
-        errors = tl.where((earlier == j)[:, :, None], off[None, None, :], errors)
-        tl.store(numbers + row, number, mask=here)
-        tl.store(error + row, off, mask=here)
-        numbers += number_column
-        error += error_column
-        w, scale, zero, feedback = next_w, next_scale, next_zero, next_feedback
+        total += off * off * tl.load(variance + j)
+        lost = off - r
+        errors = tl.where((earlier == j)[:, :, None], lost[None, None, :], errors)
+        tl.store(numbers + at_error, number, mask=here)
+        tl.store(error + at_error, lost, mask=here)
+        at_error += error_column
+        r, before, scale, zero, feedback = next_fed, next_before, next_scale, next_zero, next_feedback
+    tl.store(squares + row, total, mask=here)
 
 
 @triton.jit

@@ -15,10 +15,17 @@ from .rounded import Rounded
 
 _BLOCK = 32  # columns solved one by one before all later ones are updated in one product
 MAX_DAMP = 10.0
+# Of weights whose rows `gptq_batch` solves at a time, H among them: 2 GB in float32, of which there are eight copies.
+BATCH_ELEMENTS = 1 << 29
 
 
 def gptq(
-    weight: Tensor, grid: Grid, settings: MethodSettings, moment: Tensor | None = None, drift: Tensor | None = None
+    weight: Tensor,
+    grid: Grid,
+    settings: MethodSettings,
+    moment: Tensor | None = None,
+    drift: Tensor | None = None,
+    moved: Tensor | None = None,
 ) -> Rounded:
     """Round `weight` [out, in] to `grid`; later columns compensate the rounding error of earlier ones.
 
@@ -26,7 +33,7 @@ def gptq(
     e_i = w_i - q_i the error of the updated column i. U is the inverse of one triangular factor of H; H itself is
     never inverted. `moment` [in, in] = X^T X (H without its factor 2, which cancels); the solve runs in its dtype,
     float32 in a run. `drift` [in, in] = (X0 - X)^T X with X0 the same inputs in the original model; where it is given,
-    QEP corrects the weight first (`corrected`).
+    QEP corrects the weight first (`corrected`). moved [out, in] = W drift, given in its place.
 
     Raises ValueError without a moment, or when no damping up to 10 makes it positive definite.
     """
@@ -37,7 +44,9 @@ def gptq(
     order = column_order(moment.diagonal(), columns, settings.order, grid.span(in_features))
     feedback, variance, damp = factor(moment[order[:, None], order], settings.damp)
     if drift is not None:
-        weight = corrected(weight.to(moment.dtype), drift, order, feedback, variance, settings.error_correction)
+        moved = weight.to(moment.dtype) @ drift
+    if moved is not None:
+        weight = corrected(weight.to(moment.dtype), moved, order, feedback, variance, settings.error_correction)
     fitting = GroupScales(weight, grid, stored)
 
     w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
@@ -148,15 +157,15 @@ def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> T
 
 
 def corrected(
-    weight: Tensor, drift: Tensor, order: Tensor, feedback: Tensor, variance: Tensor, strength: float
+    weight: Tensor, moved: Tensor, order: Tensor, feedback: Tensor, variance: Tensor, strength: float
 ) -> Tensor:
     """The weight [out, in] corrected for the error that its inputs already carry.
 
     QEP (arXiv:2504.09629, 4.2): at strength 1, W + strength * W (X0 - X)^T X H^-1 is the least-squares weight that maps
-    the actual inputs X to what W makes of the original ones, X0. drift = (X0 - X)^T X [in, in]. H, rows and columns in
-    `order`, is given as `factor` returns it: H^-1 = V^T diag(variance)^-1 V with V = I - feedback^T.
+    the actual inputs X to what W makes of the original ones, X0. moved [out, in] = W (X0 - X)^T X. H, rows and columns
+    in `order`, is given as `factor` returns it: H^-1 = V^T diag(variance)^-1 V with V = I - feedback^T.
     """
-    lacking = (weight @ drift)[:, order]
+    lacking = moved[:, order]
     lacking = torch.addmm(lacking, lacking, feedback, alpha=-1).div_(variance)
     lacking = torch.addmm(lacking, lacking, feedback.T, alpha=-1)
     return weight.add(lacking[:, order.argsort()], alpha=strength)

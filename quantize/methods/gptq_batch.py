@@ -14,14 +14,12 @@ from ..numbers.grid import QuantizedLinear, encode, global_scale, scale_dtype, s
 from ..numbers.types import Grid
 from ..recipe.methods import Gptq
 from .column_kernels import COLUMNS, can_fit, fit_scales, solve_columns
-from .gptq import MAX_DAMP, column_order
+from .gptq import BATCH_ELEMENTS, MAX_DAMP, column_order
 from .group_scales import GroupScales, outgrown
 from .layer_error import output_powers
-from .upper_factors import factor_upper_, invert_upper_
+from .upper_factors import UpperFactor, factor_upper_
 
-_ROWS = 1 << 28  # weights whose rows are solved at a time: 1 GB in float32, of which there are about eight copies
 _PANEL = 1024  # columns whose errors are added to all later ones in one product
-_STRIP = 2048  # rows of a product with a triangular matrix, of which only about the half that is not 0 is computed
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,16 @@ class UnsolvableError(ValueError):
 
 @dataclass(frozen=True)
 class Factor:
-    """H^-1 of each linear, its columns in solving order, as `gptq.factor` describes it.
+    """H of each linear with its damping, its columns in solving order.
 
-    upper [linears, in, in]: gptq's feedback, transposed. variance [linears, in]. added [linears, in]: what the damping
-    added to H's diagonal. damp: by linear.
+    added [linears, in]: what the damping added to H's diagonal. damp: by linear.
+
+    With H^-1 = U^T U, `gptq` rounds column k from w_k - sum_{i<k} e_i U_ik / U_ii, e_i the error of the updated column
+    i. As U = (T diag(variance)^1/2)^-1 with T of the factor, that is w_k + sum_{i<k} (w_i - q_i) T_ik, w_i as it was
+    before any update: Babai's nearest plane (arXiv:2507.18553). So no matrix is inverted.
     """
 
-    upper: Tensor
-    variance: Tensor
+    upper: UpperFactor
     added: Tensor
     damp: list[float]
 
@@ -70,10 +70,12 @@ def gptq_batch(
     moment: Tensor,
     drift: Tensor | None = None,
     drift_power: Tensor | None = None,
+    moved: Tensor | None = None,
 ) -> SolvedBatch:
     """Round `weight` [linears, out, in] as `gptq` does each, with their moments and drifts [linears, in, in].
 
-    drift_power [linears, out]: as in `layer_error`, given with a drift. The host waits for the device once, to see
+    drift_power [linears, out]: as in `layer_error`, given with a drift. moved [linears, out, in]: each weight times its
+    drift, in its place. The host waits for the device once, to see
     whether the Hessians are positive definite. Raises UnsolvableError.
     """
     _, out_features, in_features = weight.shape
@@ -81,12 +83,17 @@ def gptq_batch(
     order = column_order(moment.diagonal(dim1=-2, dim2=-1), columns, settings.order, span)
     solving = factor(moment, order, settings.damp)
     by_row = not grid.shares_rows and not grid.shares_across_linears
-    step = max(1, _ROWS // (len(weight) * in_features)) if by_row else out_features
+    elements = max(BATCH_ELEMENTS // 2, BATCH_ELEMENTS - moment.numel())
+    step = max(1, elements // (len(weight) * in_features)) if by_row else out_features
     parts = []
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
         power = None if drift_power is None else drift_power[:, rows]
-        parts.append(_solved(weight[:, rows], grid, settings, moment, drift, power, order, solving))
+        here = None if moved is None else moved[:, rows]
+        if drift is not None:
+            with tf32_products():  # weights of 16 bits are exact in TF32, and the drift was summed from bfloat16 ones
+                here = torch.bmm(weight[:, rows].to(drift.dtype), drift)
+        parts.append(_solved(weight[:, rows], grid, settings, moment, here, power, order, solving))
     return parts[0] if len(parts) == 1 else _joined(parts)
 
 
@@ -95,7 +102,7 @@ def _solved(
     grid: Grid,
     settings: Gptq,
     moment: Tensor,
-    drift: Tensor | None,
+    moved: Tensor | None,
     drift_power: Tensor | None,
     order: Tensor,
     solving: "Factor",
@@ -103,32 +110,32 @@ def _solved(
     """`gptq_batch` of some rows, once H is factored; order [linears, in]."""
     in_features, columns, back = weight.shape[2], grid.columns(weight.shape[2]), order.argsort(dim=-1)
     w = in_order(weight.to(moment.dtype).mT, order)
-    moved = gain = None
-    if drift is not None:
-        with tf32_products():  # weights of 16 bits are exact in TF32, and the drift was summed from bfloat16 numbers
-            moved = torch.bmm(drift.mT, weight.to(drift.dtype).mT)
-        gain = correct_(w, in_order(moved, order), solving, settings.error_correction)
-    state = _State(w, solving.upper)
+    gain = None
+    if moved is not None:
+        gain = correct_(w, in_order(moved.mT, order), solving.upper, settings.error_correction)
+    spread = settings.order == "activation" and settings.static_groups  # a group's columns are not solved together
+    state = _State(w, solving.upper, min(COLUMNS, in_features if spread else columns))
     scales = _Scales(w, grid, scale_dtype(weight, grid))
-    importance = solving.variance if settings.weighted_scales else None
-    if settings.order == "activation" and settings.static_groups:
+    importance = solving.upper.variance if settings.weighted_scales else None
+    if spread:
         scales.fit_all(w, back, importance)
         scale, zero = scales.of_columns(order // columns)
-        state.solve(0, in_features, state.updated(0, in_features), scale, zero, grid)
+        state.solve(0, in_features, scale, zero, grid)
         del scale, zero
     else:
         for start in range(0, in_features, columns):
             updated = scales.fit(start, state.updated, importance)
             scale, zero = (x.expand_as(updated) for x in scales.of_group(start // columns))
-            state.solve(start, start + updated.shape[1], updated, scale, zero, grid)
-    error = state.error.square_().mul_(solving.variance[:, :, None]).sum(1)
-    linears, rounded = scales.finish(state.numbers, back, settings)
+            state.solve(start, start + updated.shape[1], scale, zero, grid)
+    error, numbers = state.squares, state.numbers
     del state, w
+    linears, rounded = scales.finish(numbers, back, settings)
+    del numbers
     off, power = rounded - weight, output_powers(weight, moment)
     if moved is not None and drift_power is not None and gain is not None:
         strength = settings.error_correction
-        error += drift_power - strength**2 * gain - (2 - 2 * strength) * (off * moved.mT).sum(-1)
-        power += drift_power + 2 * (moved.mT * weight).sum(-1)
+        error += drift_power - strength**2 * gain - (2 - 2 * strength) * (off * moved).sum(-1)
+        power += drift_power + 2 * (moved * weight).sum(-1)
     error -= torch.bmm(off.square_(), solving.added.gather(-1, back)[:, :, None].to(off.dtype))[:, :, 0]
     return SolvedBatch(
         linears, rounded.to(weight.dtype), error.clamp_(min=0), power, solving.damp, scales.clipped(), scales.groups
@@ -149,7 +156,7 @@ def factor(moment: Tensor, order: Tensor, damp: float) -> Factor:
 
     The damping is tripled for the linears where that fails.
     """
-    upper, variance, added, sound = _attempt(moment, order, damp)
+    upper, added, sound = _attempt(moment, order, damp)
     damps, ended = [damp] * len(moment), sound.tolist()
     while failed := [i for i, (_, positive) in enumerate(ended) if not positive]:
         at = torch.tensor(failed, device=moment.device)
@@ -159,42 +166,34 @@ def factor(moment: Tensor, order: Tensor, damp: float) -> Factor:
         damp *= 3
         if damp > MAX_DAMP:
             raise UnsolvableError(failed[0], f"the Hessian stays singular with damping {MAX_DAMP}")
-        upper[at], variance[at], added[at], sound = _attempt(moment[at], order[at], damp)
+        again, added[at], sound = _attempt(moment[at], order[at], damp)
+        upper.replace(at, again)
         for index, ends in zip(failed, sound.tolist(), strict=True):
             ended[index], damps[index] = ends, damp
-    return Factor(upper, variance, added, damps)
+    return Factor(upper, added, damps)
 
 
-def _attempt(moment: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """upper, variance and added as in Factor; and, bool [linears, 2], whether H's diagonal and whether A is sound."""
+def _attempt(moment: Tensor, order: Tensor, damp: float) -> tuple[UpperFactor, Tensor, Tensor]:
+    """upper and added as in Factor; and, bool [linears, 2], whether H's diagonal and whether its factor is sound."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1).gather(-1, order)
     mean = diagonal.mean(-1, keepdim=True)
     a = moment[torch.arange(len(moment), device=moment.device)[:, None, None], order[:, :, None], order[:, None, :]]
     added = torch.where(diagonal == 0, mean, 0) + damp * mean
     a.diagonal(dim1=-2, dim2=-1).add_(added)
-    inverses, info = factor_upper_(a)
-    root = a.diagonal(dim1=-2, dim2=-1).clone()
-    positive = (info == 0) & root.isfinite().all(-1)  # any NaN or inf reaches the diagonal
-    invert_upper_(a, inverses)
-    a.mul_(root[:, :, None]).neg_()
-    a.diagonal(dim1=-2, dim2=-1).zero_()
+    upper = factor_upper_(a)
     usable = (mean[:, 0] > 0) & mean[:, 0].isfinite()
-    return a, root.square_(), added, torch.stack([usable, positive & usable], 1)
+    return upper, added, torch.stack([usable, upper.sound & usable], 1)
 
 
-def correct_(w: Tensor, lacking: Tensor, solving: Factor, strength: float) -> Tensor:
+def correct_(w: Tensor, lacking: Tensor, upper: UpperFactor, strength: float) -> Tensor:
     """Add QEP's correction to w [linears, in, out]; lacking = (W (X0 - X)^T X)^T. See `gptq.corrected`.
 
     Returns lacking^T H^-1 lacking for each row, [linears, out].
     """
-    n = w.shape[1]
-    strips = [(start, min(start + _STRIP, n)) for start in range(0, n, _STRIP)]
-    for start, stop in strips:  # a row takes from those after it, which are still as they were
-        lacking[:, start:stop] -= torch.bmm(solving.upper[:, start:stop, start:], lacking[:, start:])
-    gain = lacking.square().div_(solving.variance[:, :, None]).sum(1)
-    lacking.div_(solving.variance[:, :, None])
-    for start, stop in reversed(strips):
-        lacking[:, start:stop] -= torch.bmm(solving.upper[:, :stop, start:stop].mT, lacking[:, :stop])
+    with tf32_products():
+        upper.solve_(lacking)
+        gain = lacking.square().div_(upper.variance[:, :, None]).sum(1)
+        upper.solve_transposed_(lacking.div_(upper.variance[:, :, None]))
     w.add_(lacking, alpha=strength)
     return gain
 
@@ -206,39 +205,68 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
 
 @dataclass
 class _State:
-    """weight, error and numbers of the grid [linears, in, out], columns in solving order; upper as in Factor."""
+    """Columns of the weight in solving order, [linears, in, out].
 
-    weight: Tensor
-    upper: Tensor
-    error: Tensor = field(init=False)
+    error: the columns as they begin, and of those that are solved what they lost. fed: the feedback that columns have
+    received of the first `given` ones. numbers: of the grid. squares [linears, out]: H's square of each row's error.
+    step: columns solved in one launch, the last ones perhaps fewer.
+    """
+
+    error: Tensor
+    upper: UpperFactor
+    step: int
     numbers: Tensor = field(init=False)
-    fed_back: int = 0  # columns whose errors all later columns of `weight` have received
+    fed: Tensor = field(init=False)
+    squares: Tensor = field(init=False)
+    given: int = 0
+    _inside: Tensor | None = None  # [linears, launches, step, step]
+    _latest: tuple[int, int, Tensor] | None = None  # columns and their feedback
 
     def __post_init__(self) -> None:
-        self.error, self.numbers = torch.empty_like(self.weight), torch.empty_like(self.weight)
+        self.numbers, self.fed = torch.empty_like(self.error), torch.zeros_like(self.error)
+        self.squares = self.error.new_zeros(len(self.error), self.error.shape[2])
+
+    def feedback(self, start: int, stop: int) -> Tensor:
+        """What columns [start, stop) receive of all columns before `start`."""
+        above, done = self.upper.above, slice(self.given, start)
+        with tf32_products():
+            if start - self.given >= _PANEL:
+                self.fed[:, start:].baddbmm_(above[:, done, start:].mT, self.error[:, done])
+                self.given = start
+            if start == self.given:
+                return self.fed[:, start:stop]
+            return torch.baddbmm(self.fed[:, start:stop], above[:, done, start:stop].mT, self.error[:, done])
 
     def updated(self, start: int, stop: int) -> Tensor:
-        """Columns [start, stop) with the feedback of all columns before `start`."""
-        if start - self.fed_back >= _PANEL:
-            done = slice(self.fed_back, start)
-            self.weight[:, start:].baddbmm_(self.upper[:, done, start:].mT, self.error[:, done])
-            self.fed_back = start
-        if start == self.fed_back:
-            return self.weight[:, start:stop]
-        done = slice(self.fed_back, start)
-        return torch.baddbmm(self.weight[:, start:stop], self.upper[:, done, start:stop].mT, self.error[:, done])
+        """Columns [start, stop) as they best make up for the errors of those before `start`."""
+        if not start:
+            return self.error[:, :stop]
+        self._latest = start, stop, self.feedback(start, stop)
+        return self.upper.add_ahead(start, self.error[:, start:stop], self._latest[2])
 
-    def solve(self, start: int, stop: int, updated: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
-        """Round columns [start, stop); updated, scales and zeros [linears, stop - start, out]."""
-        for begin in range(start, stop, COLUMNS):
-            end = min(begin + COLUMNS, stop)
+    def solve(self, start: int, stop: int, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
+        """Round columns [start, stop); scales and zeros [linears, stop - start, out]."""
+        for begin in range(start, stop, self.step):
+            end = min(begin + self.step, stop)
             here, mine = slice(begin, end), slice(begin - start, end - start)
-            inside = self.upper[:, here, here].mT.contiguous()
-            block = updated[:, mine] if begin == start else self.updated(begin, end)
+            known = self._latest is not None and self._latest[:2] == (begin, end)
+            fed = self._latest[2] if self._latest and known else self.feedback(begin, end)
             solve_columns(
-                block, inside, scales[:, mine], zeros[:, mine],
-                self.error[:, here], self.numbers[:, here], grid,
+                fed, self._among(begin, end), self.upper.variance[:, here], scales[:, mine],
+                zeros[:, mine], self.error[:, here], self.numbers[:, here], self.squares, grid,
             )  # fmt: skip
+
+    def _among(self, begin: int, end: int) -> Tensor:
+        """The feedback of columns [begin, end) on each other, of column i on column k at [linear, k, i]."""
+        above, step = self.upper.above, self.step
+        if begin % step or end - begin != step:
+            return above[:, begin:end, begin:end].mT.contiguous()
+        if self._inside is None:
+            linears, n, _ = above.shape
+            whole, (matrix, row, column) = n // step, above.stride()
+            squares = above.as_strided((linears, whole, step, step), (matrix, step * (row + column), column, row))
+            self._inside = squares.contiguous()
+        return self._inside[:, begin // step]
 
 
 class _Scales:

@@ -1,56 +1,129 @@
-"""Cholesky factors of many matrices at once, in place: H = A A^T with A upper triangular, and A^-1.
+"""Cholesky factors of many matrices at once, in place: H = A A^T with A upper triangular.
 
 Blocks of columns are worked off with products of whole matrices, which a GPU does best; a library's own factorisation
 of one matrix takes as long, of many of them longer, and needs a second copy, which for a linear of 53,248 inputs is
-11 GB.
+11 GB. A is never inverted, only its diagonal blocks are.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_BLOCK = 512  # columns factored at a time
+from ..core.machine import tf32_products
+
+_BLOCK, _WIDE_BLOCK = 1024, 2048  # columns factored at a time, and of a matrix of more than _WIDE
+_WIDE = 4096
 _STRIP = 2048  # columns updated in one product; only those parts that reach above the diagonal are
+_LOW_BITS = -1 << 13  # all but the bits of a float32's fraction that TF32 lacks
 
 
-def factor_upper_(h: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Replace h [matrices, n, n], symmetric, by A. Returns the inverses [matrices, b, b] of A's diagonal blocks, the
-    last first, and info int32 [matrices], 0 where the matrix is positive definite.
+@dataclass(frozen=True)
+class UpperFactor:
+    """H = T diag(variance) T^T of each matrix, T upper triangular with ones on its diagonal: A less A's diagonal.
+
+    above [matrices, n, n]: T above its diagonal; on it 0, below it undefined. variance [matrices, n]. inverses: of T's
+    diagonal blocks [matrices, b, b], the first first. sound [matrices]: whether H is positive definite; else undefined.
     """
-    n = h.shape[-1]
-    info = torch.zeros(len(h), dtype=torch.int32, device=h.device)
-    inverses = []
-    for start, stop in reversed(_blocks(n)):
-        here = slice(start, stop)
-        block = h[:, here, here]
+
+    above: Tensor
+    variance: Tensor
+    inverses: list[Tensor]
+    sound: Tensor
+
+    def replace(self, at: Tensor, others: "UpperFactor") -> None:
+        """Put other factors in the places `at`, int64."""
+        for mine, new in zip(self._tensors(), others._tensors(), strict=True):
+            mine[at] = new
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.above, self.variance, self.sound, *self.inverses]
+
+    def add_ahead(self, start: int, to: Tensor, x: Tensor) -> Tensor:
+        """to + T_gg^-T x, with T_gg as many rows and columns of T from `start` on as to, x [matrices, rows, columns]
+        have rows.
+        """
+        stop = start + x.shape[1]
+        for (begin, end), inverse in zip(_blocks(self.above.shape[-1]), self.inverses, strict=True):
+            if begin <= start and stop <= end:
+                here = slice(start - begin, stop - begin)
+                return torch.baddbmm(to, inverse[:, here, here].mT, x)
+        within = self.above[:, start:stop, start:stop].mT
+        ahead: Tensor = torch.linalg.solve_triangular(within, x, upper=False, unitriangular=True)
+        return to + ahead
+
+    def solve_(self, x: Tensor) -> Tensor:
+        """Replace x [matrices, n, columns] by T^-1 x."""
+        n = x.shape[1]
+        for (start, stop), inverse in reversed(list(zip(_blocks(n), self.inverses, strict=True))):
+            rest = x[:, start:stop]
+            if stop < n:
+                rest = torch.baddbmm(rest, self.above[:, start:stop, stop:], x[:, stop:], alpha=-1)
+            x[:, start:stop] = torch.bmm(inverse, rest)
+        return x
+
+    def solve_transposed_(self, x: Tensor) -> Tensor:
+        """Replace x [matrices, n, columns] by T^-T x."""
+        for (start, stop), inverse in zip(_blocks(x.shape[1]), self.inverses, strict=True):
+            rest = x[:, start:stop]
+            if start:
+                rest = torch.baddbmm(rest, self.above[:, :start, start:stop].mT, x[:, :start], alpha=-1)
+            x[:, start:stop] = torch.bmm(inverse.mT, rest)
+        return x
+
+
+def factor_upper_(h: Tensor) -> UpperFactor:
+    """Factor h [matrices, n, n], symmetric, of which the upper triangle is read; its memory is taken over."""
+    blocks = _blocks(h.shape[-1])
+    failed: list[Tensor] = []
+    inverses: list[Tensor] = []
+    eye = torch.eye(blocks[0][1], dtype=h.dtype, device=h.device)
+    for start, stop in reversed(blocks):
+        here, size = slice(start, stop), stop - start
         # The library factors L L^T, from one triangle; with rows and columns reversed that is A A^T.
-        flipped, failed = torch.linalg.cholesky_ex(block.flip(-2, -1))
-        info += failed.abs()
-        eye = torch.eye(stop - start, dtype=h.dtype, device=h.device).expand_as(flipped)
-        inverse = torch.linalg.solve_triangular(flipped, eye, upper=False).flip(-2, -1)
-        block.copy_(flipped.flip(-2, -1))
-        inverses.append(inverse)
+        flipped, info = torch.linalg.cholesky_ex(h[:, here, here].flip(-2, -1))
+        failed.append(info)
+        inverse = torch.linalg.solve_triangular(flipped, eye[:size, :size].expand_as(flipped), upper=False)
+        h[:, here, here] = flipped.flip(-2, -1)
+        inverses.append(inverse.flip(-2, -1))
         if not start:
             break
+        left, right = _factors(h[:, :start, here], inverses[-1].mT)
         panel = h[:, :start, here]
-        panel.copy_(panel @ inverse.mT)
-        for left in range(0, start, _STRIP):
-            right = min(left + _STRIP, start)
-            h[:, :right, left:right].baddbmm_(panel[:, :right], panel[:, left:right].mT, alpha=-1)
-    h.triu_()
-    return inverses, info
+        with tf32_products():
+            panel.copy_(left @ right)
+        left, right = _factors(panel, panel.mT)
+        with tf32_products():
+            for begin in range(0, start, _STRIP):
+                end = min(begin + _STRIP, start)
+                h[:, :end, begin:end].baddbmm_(left[:, :end], right[..., begin:end], alpha=-1)
+    root = h.diagonal(dim1=-2, dim2=-1).clone()
+    sound = (torch.stack(failed) == 0).all(0) & root.isfinite().all(-1)  # any NaN or inf reaches the diagonal
+    h.div_(root[:, None, :])
+    h.diagonal(dim1=-2, dim2=-1).zero_()
+    inverses.reverse()
+    for (start, stop), inverse in zip(blocks, inverses, strict=True):
+        inverse.mul_(root[:, start:stop, None])
+    return UpperFactor(h, root.square_(), inverses, sound)
 
 
-def invert_upper_(a: Tensor, inverses: list[Tensor]) -> None:
-    """Replace A [matrices, n, n] by A^-1; `inverses` of its diagonal blocks as `factor_upper_` returns them."""
-    for (start, stop), inverse in zip(_blocks(a.shape[-1]), reversed(inverses), strict=True):
-        here = slice(start, stop)
-        if start:
-            panel = a[:, :start, here] @ inverse
-            for top in range(0, start, _STRIP):
-                bottom = min(top + _STRIP, start)
-                a[:, top:bottom, here] = torch.bmm(a[:, top:bottom, top:start], panel[:, top:]).neg_()
-        a[:, here, here] = inverse
+def _factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices whose product is left @ right; of float32 on a GPU, to nearly float32's precision if TF32 is allowed."""
+    return split(left, right) if left.is_cuda and left.dtype == torch.float32 else (left, right)
+
+
+def split(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 matrices as wider ones that TF32 multiplies to about 20 bits: each number as the sum of two that fit in
+    its 10 bits, a + b and c + d, and the product as a c + a d + b c.
+    """
+    a, c = _high(left), _high(right)
+    return torch.cat([a, a, left - a], -1), torch.cat([c, right - c, c], -2)
+
+
+def _high(x: Tensor) -> Tensor:
+    return (x.view(torch.int32) & _LOW_BITS).view(torch.float32)
 
 
 def _blocks(n: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
+    size = _BLOCK if n <= _WIDE else _WIDE_BLOCK
+    return [(start, min(start + size, n)) for start in range(0, n, size)]

@@ -1,12 +1,14 @@
 """One decoder block of known models by GPTQ on a GPU that exists on paper: `make gpu-model`, see paper_gpu.py.
 
-A JSON line a model: seconds, launches, syncs, peak_gb of GPU memory, and the seconds of each part. Calibrated on 128 x
-2048 tokens with error correction; the block is on the GPU already, packed tensors leave beside the next block's work.
+A JSON line a model: seconds, launches, syncs, peak_gb of GPU memory and the most that `plan` says, and the seconds of
+each part. Calibrated on 128 x 2048 tokens with error correction, on a card of 80 GB that is used as a run uses it; the
+block is on the GPU already and so is the next one, packed tensors leave beside the next block's work.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -22,7 +24,8 @@ from quantpress.calibrate import block_pass
 from quantpress.calibrate.tokens import Tokens
 from quantpress.core import machine
 from quantpress.engine import blocks, rounding
-from quantpress.engine.room import Room
+from quantpress.engine.needs import find_needs
+from quantpress.engine.room import Room, choose
 from quantpress.methods import gptq_batch
 from quantpress.models import skeleton as skeletons
 from quantpress.models.block_arguments import SAMPLES_FIRST, Given, ModelArguments
@@ -74,6 +77,12 @@ class _Reader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.bfloat16
+
+    def nbytes(self, name: str) -> int:
+        return 2 * math.prod(self._shapes[name])
+
 
 def _read_block(skeleton: Any, k: int) -> dict[str, Tensor]:
     block, names = skeleton.block(k), skeleton.block_names(k)
@@ -121,8 +130,8 @@ class _Run(blocks._Run):
         return {name: hidden.clone() for name in names}, arguments
 
 
-def one_block(name: str, samples: int, seq_len: int, room: Room, recipe: Recipe) -> PaperGpu:
-    """Quantize the first block of a model."""
+def one_block(name: str, recipe: Recipe, room: Room | None) -> tuple[PaperGpu, Room, int]:
+    """Quantize the first block of a model. Returns the room chosen for it, if none is given, and the bytes planned."""
     config = MODELS[name] | {"num_hidden_layers": 1, "dtype": "bfloat16", "tie_word_embeddings": False}
     reader = _Reader(config)
     gpu = PaperGpu()
@@ -134,6 +143,8 @@ def one_block(name: str, samples: int, seq_len: int, room: Room, recipe: Recipe)
         skeleton: Any = skeletons.Skeleton(reader, device=CUDA)  # type: ignore[arg-type]
         linears = skeleton.linears()
         schemes = recipe.schemes({x.name: x.in_features for x in linears})
+        needs = find_needs(recipe, skeleton, linears, schemes)
+        room = choose(needs, CUDA) if room is None else room
         job: Any = types.SimpleNamespace(
             recipe=recipe, skeleton=skeleton, linears=linears, schemes=schemes,
             backend=types.SimpleNamespace(importance={}, keep_final=lambda states: {}),
@@ -147,13 +158,15 @@ def one_block(name: str, samples: int, seq_len: int, room: Room, recipe: Recipe)
         for undo in PaperValues(gpu).patches():
             stack.callback(undo)
         stack.enter_context(gpu)
-        ids = torch.empty(samples, seq_len, dtype=torch.int64, device="cpu")
+        ids = torch.empty(recipe.calibration.samples, recipe.calibration.seq_len, dtype=torch.int64, device="cpu")
         run = _Run(job, Tokens(ids, "", bos=False), journal)
         reading = skeleton.blocks()
         k, block = next(reading)
+        following = [parameter.clone() for parameter in block.parameters()]
         gpu.reset()
         run.block(k, block, settings)
-    return gpu
+        del following
+    return gpu, room, needs.on_device(room)
 
 
 def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
@@ -180,6 +193,7 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     ):
         for attribute in attributes:
             yield replaced(owner, attribute, under(name))
+    yield replaced(machine, "device_memory", lambda old: lambda where: (gpu.card.size, gpu.card.size))
     yield replaced(rounding, "kernels_refused", lambda old: lambda *what: None)
     yield replaced(skeletons.Skeleton, "read_block", lambda old: _read_block)
     yield replaced(ModelTensors, "read", lambda old: lambda self, name: torch.empty(0))
@@ -191,15 +205,15 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     yield replaced(gptq_batch, "fit_scales", lambda old: partial(_fit_scales, gpu))
 
 
-def _solve_columns(gpu: PaperGpu, updated: Tensor, inside: Tensor, scales: Tensor, *others: Any) -> None:
-    """Reads the columns and their scales, writes errors and numbers; a product with the errors so far each column.
+def _solve_columns(gpu: PaperGpu, fed: Tensor, inside: Tensor, variance: Tensor, *others: Any) -> None:
+    """Reads columns, feedback and scales, writes errors and numbers; a product with the errors so far each column.
 
     Columns are rounded one after the other: about 450 cycles each.
     """
-    linears, columns, rows = updated.shape
+    linears, columns, rows = fed.shape
     arithmetic = linears * rows * (2 * columns * columns + 30 * columns)
     with gpu.part("columns"):
-        gpu.kernel("solve_columns", 20 * updated.numel(), 2 * arithmetic, least=columns * 0.27e-6)
+        gpu.kernel("solve_columns", 24 * fed.numel(), 2 * arithmetic, least=columns * 0.27e-6)
 
 
 def _fit_scales(gpu: PaperGpu, columns: Tensor, *others: Any) -> None:
@@ -220,14 +234,17 @@ def main() -> None:
     )
     parser.add_argument("--kernels", action="store_true", help="print the launches of each part, too")
     given = parser.parse_args()
-    recipe = Recipe.model_validate(RECIPE | given.recipe)
-    room = Room(given.batch_tokens, not given.little_memory, not given.little_memory, given.little_memory)
+    room = Room(given.batch_tokens, False, False, True) if given.little_memory else None
+    recipe = Recipe.model_validate(
+        RECIPE | {"calibration": {"samples": given.samples, "seq_len": given.seq_len}} | given.recipe
+    )
     for name in given.models:
-        gpu = one_block(name, given.samples, given.seq_len, room, recipe)
+        gpu, chosen, planned = one_block(name, recipe, room)
         total = gpu.total
         line = {
             "model": name, "seconds": round(total.seconds, 3), "launches": total.launches, "syncs": total.waits,
-            "peak_gb": round(gpu.peak / 1e9, 1), "peak_in": gpu.peak_in,
+            "peak_gb": round(gpu.peak / 1e9, 1), "planned_gb": round(planned / 1e9, 1), "peak_in": gpu.peak_in,
+            "room": {"batch_tokens": chosen.batch_tokens, "on_device": chosen.on_device, "restarts": chosen.restarts},
             "parts": {part: round(counted.seconds, 3) for part, counted in gpu.parts.items()},
         }  # fmt: skip
         sys.stdout.write(json.dumps(line) + "\n")

@@ -36,6 +36,7 @@ class Card:
     arithmetic: dict[str, float] = field(
         default_factory=lambda: {"bfloat16": 590e12, "tf32": 300e12, "float32": 37e12, "float64": 37e12}
     )
+    size: int = 80_000_000_000
     memory: float = 2.4e12
     pageable: float = 10e9  # PCIe from memory that is not pinned
     host: float = 20e9  # the host's own memory

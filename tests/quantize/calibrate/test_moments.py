@@ -72,7 +72,7 @@ def test_powers_of_drifts_of_several_inputs_are_those_of_each(monkeypatch: pytes
 def test_few_rows_have_their_outputs_summed_up_in_the_place_of_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [[torch.randn(30, WIDTH, generator=generator).bfloat16() for _ in range(2)] for _ in range(6)]
-    few, many = ([torch.randn(rows, WIDTH, generator=generator).bfloat16() for rows in (7, n)] for n in (9, 14))
+    few, many = ([torch.randn(rows, WIDTH, generator=generator).bfloat16() for rows in (7, n)] for n in (9, 23))
     for weights in (few, many):
         plain = list(drift_powers([weights] * 2, summed(batches), together=False))
         for as_on_a_gpu in (False, True):
@@ -80,7 +80,22 @@ def test_few_rows_have_their_outputs_summed_up_in_the_place_of_squares(monkeypat
                 if as_on_a_gpu:
                     emulated(patched)
                 sums = summed(batches, weights)
-            assert ("squares" in sums[0]._sums) == (weights is many)
+            assert ("squares" in sums[0]._sums) == (sums[0].drift is not None) == (weights is many)
+            wanted = [
+                weight.float() @ one.drift for one in summed(batches) for weight in weights if one.drift is not None
+            ]
+            moved = [part for one in sums for part in one.moved]
+            assert moved == [] if weights is many else len(moved) == len(wanted)
+            for ours, theirs in zip(moved, wanted, strict=False):  # D W^T is shortened to bfloat16
+                assert (ours - theirs).norm() < 2**-8 * theirs.norm()
             found = list(drift_powers([weights] * 2, sums, together=True))
             for one, other in zip(found, plain, strict=True):
                 torch.testing.assert_close(list(one), list(other), rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_symmetric_matrix_is_mirrored_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(0))
+    wanted = moments._whole(x.clone())
+    assert torch.equal(wanted, wanted.mT)
+    monkeypatch.setattr(moments, "_COPIED", 0)
+    torch.testing.assert_close(moments._whole(x.clone()), wanted, rtol=0, atol=0)

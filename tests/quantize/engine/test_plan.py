@@ -15,9 +15,11 @@ from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.ranks import Ranks
+from quantpress.engine import needs
 from quantpress.engine import plan as planning
+from quantpress.engine.needs import PROCESS_BYTES
 from quantpress.engine.pipeline import prepare
-from quantpress.engine.plan import PROCESS_BYTES, Plan
+from quantpress.engine.plan import Plan
 from quantpress.engine.room import Room
 from quantpress.engine.sources import resolve
 from quantpress.eval.release.callbacks import Options
@@ -137,12 +139,12 @@ def test_what_stays_open_and_what_blocks_leave_is_counted(family: str, tmp_path:
     if skeleton._reruns:
         inside = f"{skeleton.blocks_name}."
         outside = [p for n, p in skeleton.model.named_parameters() if not p.is_meta and not n.startswith(inside)]
-        assert planning._open_shell(skeleton) >= sum(p.nbytes for p in outside) > 0
+        assert needs._open_shell(skeleton) >= sum(p.nbytes for p in outside) > 0
     most = 0
     for k, block in skeleton.blocks():
         run_block(block, hidden, arguments[k], device=skeleton.device, batch=4)
         most = max(most, sum(t.nbytes for n, t in arguments.carried(k).items() if "rounded" in n))
-    assert tokens.numel() * planning._carried(skeleton.config, skeleton.linears(), 16, 2) >= most > 0
+    assert tokens.numel() * needs._carried(skeleton.config, skeleton.linears(), 16, 2) >= most > 0
 
 
 def test_experts_cost_the_tokens_that_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

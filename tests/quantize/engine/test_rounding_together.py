@@ -1,6 +1,7 @@
 """Linears that are solved in one batch, as on a GPU, and the odd ones among them; the kernels are interpreted here."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,8 +91,26 @@ def test_the_plain_loop_says_the_same(together: list[int], monkeypatch: pytest.M
     same(records, told)
 
 
+def test_sums_by_rows_stand_for_drifts_in_batches_and_alone(
+    together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weights = {name: nn.Linear(N, 8).weight.detach() for name in linears()}  # as `rounded` makes them
+    by_rows = [
+        replace(one, drift=None, moved={name: weights[name] @ one.drift for name in one.names if one.drift is not None})
+        for one in inputs()
+    ]
+    want, got = rounded(inputs(), Gptq()), rounded(by_rows, Gptq())
+    monkeypatch.setattr(rounding, "solves_batches", lambda method, device: False)
+    alone = rounded(by_rows, Gptq())
+    assert together == [EXPERTS, EXPERTS]
+    for _, codes, records in (got, alone):
+        assert sum((codes[n].codes != want[1][n].codes).sum().item() for n in codes) <= 2
+        same(records, want[2])
+
+
 def test_pieces_stay_within_memory(together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "_TOGETHER", 3 * N * N)
+    monkeypatch.setattr(rounding, "TOGETHER", 3 * N * N)
     rounded(inputs(), Gptq())
     assert together == [3, 1]
 

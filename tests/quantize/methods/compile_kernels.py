@@ -54,7 +54,8 @@ def sources() -> list[tuple[str, ASTSource]]:
         for importance in (torch.ones(2, columns), None) if grid.scale_search != "minmax" else (None,):
             w, out = torch.ones(2, columns, 96), torch.ones(3, 2, 96).unbind(0)
             kernels.fit_scales(w, grid, dtype, importance, torch.ones(2) if grid.type == "nvfp4" else None, out)
-            kernels.solve_columns(w, torch.ones(2, columns, columns), w, w, w, w, grid)
+            squares = torch.ones(2, columns, columns)
+            kernels.solve_columns(w, squares, squares[0], w, w, w, w, out[0], grid)
     for recorder in (solve, fit):
         for args, kwargs in recorder.launches:
             warps = kwargs.pop("num_warps")

@@ -289,10 +289,10 @@ def test_corrected_is_the_least_squares_weight() -> None:
     best = torch.linalg.lstsq(actual, original @ weight.T).solution.T
     order = torch.randperm(24)
     feedback, variance, _ = factor(moment[order][:, order], 1e-12)
-    torch.testing.assert_close(corrected(weight, drift, order, feedback, variance, 1.0), best)
-    half = corrected(weight, drift, order, feedback, variance, 0.5)
+    torch.testing.assert_close(corrected(weight, weight @ drift, order, feedback, variance, 1.0), best)
+    half = corrected(weight, weight @ drift, order, feedback, variance, 0.5)
     torch.testing.assert_close(half, (weight + best) / 2)
-    none = corrected(weight, torch.zeros_like(drift), order, feedback, variance, 1.0)
+    none = corrected(weight, torch.zeros_like(weight), order, feedback, variance, 1.0)
     torch.testing.assert_close(none, weight)
 
 

@@ -68,7 +68,7 @@ def test_every_linear_of_a_batch_is_as_if_solved_alone(grid: Grid, order: str, s
 
 
 def test_rows_that_are_solved_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_ROWS", 2 * 48 * 2)
+    monkeypatch.setattr(batch, "BATCH_ELEMENTS", 2 * 48 * 2)
     weight, moment, drifts = problems(2, 5, 48, drift=True)
     solve_and_compare(weight, moment, drifts, Grid(bits=4, group_size=24), Gptq())
     weight, moment, _ = problems(1, 3, 256)
@@ -76,9 +76,68 @@ def test_rows_that_are_solved_in_pieces_are_the_same(monkeypatch: pytest.MonkeyP
 
 
 def test_errors_of_many_columns_reach_the_later_ones_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_PANEL", 16), ("_STRIP", 24), ("COLUMNS", 8)):
+    for name, value in (("_PANEL", 16), ("COLUMNS", 8)):
         monkeypatch.setattr(batch, name, value)
     monkeypatch.setattr(upper_factors, "_BLOCK", 20)
     monkeypatch.setattr(upper_factors, "_STRIP", 30)
     weight, moment, drifts = problems(1, 3, 64, drift=True)
     solve_and_compare(weight, moment, drifts, Grid(bits=4, group_size=16, symmetric=False), Gptq())
+
+
+def test_a_weight_times_its_drift_stands_for_the_drift() -> None:
+    weight, moment, drifts = problems(2, 5, 48, drift=True)
+    assert drifts is not None
+    grid, s = Grid(bits=4, group_size=24, symmetric=False), Gptq()
+    power = torch.rand(weight.shape[:2], dtype=torch.float64) * 1e3
+    moved = weight.double() @ drifts
+    want = batch.gptq_batch(weight, grid, s, moment, drifts, power)
+    got = batch.gptq_batch(weight, grid, s, moment, None, power, moved)
+    torch.testing.assert_close([got.weight, got.error, got.power], [want.weight, want.error, want.power])
+    for i, linear in enumerate(got.linears):
+        alone = gptq(weight[i], grid, s, moment[i], moved=moved[i])
+        assert torch.equal(linear.codes, alone.linear.codes)
+        errors = [
+            layer_error(weight[i].double(), got.weight[i].double(), moment[i], drift, power[i], by_rows)
+            for drift, by_rows in ((drifts[i], None), (None, moved[i]))
+        ]
+        torch.testing.assert_close(errors[0].error, errors[1].error)
+        assert errors[0].measure == errors[1].measure == "output_accumulated"
+
+
+def test_products_of_split_numbers_are_nearly_those_of_float32() -> None:
+    """Multiplied as a GPU does in TF32: of each number 10 bits of the fraction count, rounded."""
+
+    def tf32(x: Tensor) -> Tensor:
+        return ((x.view(torch.int32) + (1 << 12)) & (-1 << 13)).view(torch.float32)
+
+    g = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(2, 40, 60, generator=g) * 10.0 ** torch.randn(60, generator=g) for _ in range(2))
+    exact = left.double() @ right.mT.double()
+    size = left.double().abs() @ right.mT.double().abs()
+
+    def off(a: Tensor, b: Tensor) -> float:
+        return float(((a.double() @ b.double() - exact) / size).abs().max())
+
+    assert off(tf32(left), tf32(right.mT)) > 1e-4
+    assert off(*(tf32(x) for x in upper_factors.split(left, right.mT))) < 1e-6
+
+
+@pytest.mark.parametrize("n", [5, 20, 47])
+def test_a_factor_is_the_matrix_and_solves_with_it(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upper_factors, "_BLOCK", 20)
+    monkeypatch.setattr(upper_factors, "_STRIP", 7)
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(2, 3 * n, n, generator=g, dtype=torch.float64)
+    h = x.mT @ x
+    found = upper_factors.factor_upper_(h.clone())
+    t = found.above.triu(1) + torch.eye(n, dtype=h.dtype)
+    torch.testing.assert_close(t @ torch.diag_embed(found.variance) @ t.mT, h)
+    assert found.sound.all()
+    y = torch.randn(2, n, 4, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(t @ found.solve_(y.clone()), y)
+    torch.testing.assert_close(t.mT @ found.solve_transposed_(y.clone()), y)
+    here = slice(n // 3, n - 1)
+    ahead = y[:, here] + torch.linalg.inv(t[:, here, here]).mT @ y[:, here]
+    torch.testing.assert_close(found.add_ahead(here.start, y[:, here], y[:, here]), ahead)
+    h[1] = -h[1]
+    assert upper_factors.factor_upper_(h).sound.tolist() == [True, False]
