@@ -292,13 +292,14 @@ def check(
     options: Options = Options(),
     callbacks: Callbacks = Callbacks(),
     *,
-    rounds_inputs: bool = False,
+    rounds_inputs: bool | None = None,
 ) -> Checked:
     """Hold a model that is served at `url` to what the original and the artifact answered when it was evaluated.
 
     No weights are needed. reference: reference.json, or the folder of the export or run that holds it. model: its name
     there, by default the first that is listed. rounds_inputs: its kernel rounds inputs to int8, as vLLM's for 4 bits
-    does on a CPU with AMX. Raises BadInput for an address, or a reference, that is none.
+    does on a CPU with AMX; None: as this machine does, for a server that runs on it. Raises BadInput for an address, or
+    a reference, that is none.
 
         check("http://127.0.0.1:8000", "artifacts/smollm2-135m/w4a16-rtn/export/vllm").passed
     """

@@ -1,5 +1,6 @@
 """A server that already runs against the reference that travels with its export: no weights, no original, no torch."""
 
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,12 +30,12 @@ class Checked:
 
 def check_served(
     url: str, reference: Reference, model: str | None = None, api_key: str | None = None,
-    tell: Callable[[Check], None] = lambda check: None, *, rounds_inputs: bool = False,
+    tell: Callable[[Check], None] = lambda check: None, *, rounds_inputs: bool | None = None,
 ) -> Checked:  # fmt: skip
     """Hold the model at `url` (with or without /v1) against `reference`; tell: called with each check.
 
-    model: its name there, by default the first that is listed. rounds_inputs: as of `ServedCheck`. Raises BadInput for
-    an address that is none.
+    model: its name there, by default the first that is listed. rounds_inputs: as of `ServedCheck`; None: as this
+    machine does, for a server that runs on it. Raises BadInput for an address that is none.
     """
     checks: list[Check] = []
 
@@ -46,15 +47,29 @@ def check_served(
         client = Client(url.rstrip("/").removesuffix("/v1"), model, api_key, loopback=False)
     except httpx.InvalidURL as error:
         raise BadInput(f"{url}: {error}; write http://host:port") from None
+    rounds = _rounds_inputs_here(url) if rounds_inputs is None else rounds_inputs
     against = Against()
     with client:
         note(made("models", lambda: _listed(client), {}))
         if checks[0].status == "pass":
-            against = hold(client, reference, client.max_model_len(), {}, note, rounds_inputs=rounds_inputs)
+            against = hold(client, reference, client.max_model_len(), {}, note, rounds_inputs=rounds)
             if all(check.status != "pass" for check in checks[1:]):
                 nothing = "nothing of the reference could be compared with this server"
                 note(Check(name="compared", status="fail", reason=nothing, seconds=0.0))
     return Checked(tuple(checks), against)
+
+
+def _rounds_inputs_here(url: str) -> bool:
+    host = httpx.URL(url).host
+    try:
+        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+    if here:
+        from .agreement import rounds_inputs  # it takes torch
+
+        return rounds_inputs(may=True)
+    return False
 
 
 def _listed(client: Client) -> str:

@@ -142,9 +142,12 @@ def check(
     ] = Path(),
     model: Annotated[str | None, typer.Option("--model", help="its name there; default: the first listed")] = None,
     rounds_inputs: Annotated[
-        bool,
-        typer.Option("--rounds-inputs", help="its kernel rounds inputs to int8: vLLM's of 4 bits, on a CPU with AMX"),
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="its kernel rounds inputs to int8: vLLM's of 4 bits, on a CPU with AMX; default: as on this machine, "
+            "if it runs here"
+        ),
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Hold a served model to what the original and the artifact answered when it was evaluated: no weights are needed.

@@ -11,6 +11,7 @@ import quantpress
 from quantpress import Callbacks
 from quantpress.calibrate.tokens import open_tokenizer
 from quantpress.cli import main
+from quantpress.core import machine
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
 from quantpress.eval.measure.results import Results
@@ -112,8 +113,9 @@ def test_rubbish_fails_with_its_cause(kind: str, run: Path, reference: Reference
 
 
 def test_what_kernels_that_round_inputs_are_allowed_is_not_allowed_to_others(
-    run: Path, reference: Reference, tmp_path: Path
+    run: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(machine, "has_amx", lambda: False)
     noisy = reference.model_copy(update={"noise": Noise(bfloat16=0.0, rounded_inputs=5.0)})
     spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.scales_doubled)
     said = failed(spoilt, noisy)["distributions"]
@@ -121,6 +123,9 @@ def test_what_kernels_that_round_inputs_are_allowed_is_not_allowed_to_others(
                          "--rounds-inputs")  # fmt: skip
     with served(spoilt) as server:
         assert check_served(server.url, noisy, rounds_inputs=True).passed
+        monkeypatch.setattr(machine, "has_amx", lambda: machine.device().type == "cpu")  # the server runs here
+        assert check_served(server.url, noisy).passed
+        assert not check_served(server.url, noisy, rounds_inputs=False).passed
         assert check_served(server.url, noisy.model_copy(update={"gguf": True})).passed
 
 
