@@ -18,6 +18,7 @@ from quantpress.engine.pipeline import take_part as engine_take_part
 from quantpress.engine.sources import Source, headers, resolve, resolve_config
 from quantpress.exports.contracts import check_job
 from quantpress.exports.serving.reference import FILE as REFERENCE
+from quantpress.exports.verifying.statement import check_original
 from quantpress.recipe import Recipe, Target
 from quantpress.recipe.loading import apply_override, parse_target
 
@@ -49,6 +50,7 @@ def make_job(recipe: Recipe, options: Options) -> tuple[Job, dict[str, str]]:
     Raises BadInput for what cannot run, and for a target that could load none of the recipe's formats.
     """
     job = prepare(recipe, open_source(recipe.model, options), ranks=options.ranks)
+    check_original(job.source.path, job.skeleton.vocabulary)
     return job, check_job(job)
 
 

@@ -129,6 +129,18 @@ def model_statement(folder: Path, vocabulary: int | None, corrected: Mapping[str
     yield from _own_code(folder, config)
     if corrected is not None and config.get("tie_word_embeddings") is True and not corrected["tie_word_embeddings"]:
         yield "config.json ties the head to the embedding, and another head is on disk, which loaders would leave out"
+    yield from _ids(folder, config, vocabulary)
+
+
+def check_original(folder: Path, vocabulary: int) -> None:
+    """Raise BadInput for what config.json and generation_config.json of a model get wrong: its artifact would, too."""
+    config = read_json(folder / "config.json")
+    for line in (*_architectures(config), *_ids(folder, config, vocabulary)):
+        raise BadInput(f"{line}; correct it in {folder}, loaders would trip over it")
+
+
+def _ids(folder: Path, config: Mapping[str, Any], vocabulary: int | None) -> Iterator[str]:
+    """The tokens that the two files name have a row in the embedding."""
     generation = folder / "generation_config.json"
     beside = read_json(generation) if generation.is_file() else {}
     for file, values in (("config.json", config), ("generation_config.json", beside)):

@@ -18,10 +18,13 @@ def share_of_linears(skeleton: Skeleton, linears: list[LinearLayer]) -> float:
     return inside / max(1, inside + sum(n for _, n, _ in skeleton.left_out()))
 
 
-def account(skeleton: Skeleton, linears: list[LinearLayer], towers: Mapping[str, Grid]) -> tuple[str, ...]:
+def account(
+    skeleton: Skeleton, linears: list[LinearLayer], towers: Mapping[str, Grid], displaced: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Lines on all that no recipe quantizes, like layers together. Routers are only mentioned where they are many.
 
-    towers: the grids of what is quantized in a multimodal model's towers, by on-disk name.
+    towers: the grids of what is quantized in a multimodal model's towers, by on-disk name. displaced: tensors that
+    are of no part of the model, and whose names those of the artifact take.
     """
     if isinstance(skeleton, ByName):
         return tuple(skeleton.about())
@@ -36,9 +39,12 @@ def account(skeleton: Skeleton, linears: list[LinearLayer], towers: Mapping[str,
         if share < LEAST or not why.startswith("it chooses"):
             lines.append(f"{pattern} stays in 16 bit ({len(found)} tensors, {sum(n for _, n in found)} weights): {why}")
     lines += _towers(skeleton, towers)
-    if beyond := skeleton.unused:
+    if beyond := [name for name in skeleton.unused if name not in displaced]:
         more = f" and {len(beyond) - 1} more" if beyond[1:] else ""
         lines.append(f"{beyond[0]}{more}: transformers' {kind} has no place for this; copied as it is")
+    for name in displaced[:1]:
+        more = f" and {len(displaced) - 1} more" if displaced[1:] else ""
+        lines.append(f"{name}{more}: left out, the artifact needs the name; transformers' {kind} has no place for this")
     return tuple(lines)
 
 

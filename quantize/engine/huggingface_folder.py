@@ -128,8 +128,8 @@ class HuggingFaceFolder(Backend):
     def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
         partial, final = settings.out / "quantized.partial", settings.out / "quantized"
         manifest = manifest.changed(fallbacks=(*self._notes, *manifest.fallbacks))
-        if self.setup.skeleton.unused:
-            manifest = manifest.changed(kept=tuple(self.setup.skeleton.unused))
+        if kept := tuple(name for name in self.setup.skeleton.unused if name not in self._displaced):
+            manifest = manifest.changed(kept=kept)
         if self.outer.quantized:
             manifest = manifest.changed(outside={name: str(grid) for name, grid in self.outer.quantized.items()})
         shutil.rmtree(partial, ignore_errors=True)
@@ -169,10 +169,18 @@ class HuggingFaceFolder(Backend):
         config = self.setup.checkpoint.config
         own = f"the checkpoint's own code (auto_map) is not run, but transformers' class for {config.get('model_type')}"
         brought = (own,) if "auto_map" in config and not isinstance(self.setup.skeleton, ByName) else ()
-        accounted = account(self.setup.skeleton, self.setup.linears, self.outer.towers)
+        accounted = account(self.setup.skeleton, self.setup.linears, self.outer.towers, self._displaced)
         left = left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights)
         notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left, *self.outer.notes)
         return (*notes, *self._readers.notes)
+
+    @property
+    def _displaced(self) -> list[str]:
+        """The original's tensors that are of no part of the model and have names that quantized linears need."""
+        quantized = {name for name, grid in self.schemes.items() if grid is not None} | set(self.outer.quantized)
+        suffixes = {suffix for format in self.setup.recipe.formats for suffix in FORMATS[format].suffixes}
+        parts = ((name, *name.rpartition(".")[::2]) for name in self.setup.skeleton.unused)
+        return [name for name, linear, suffix in parts if linear in quantized and suffix in suffixes]
 
     @property
     def _readers(self) -> Readers:
@@ -212,7 +220,7 @@ class HuggingFaceFolder(Backend):
         """
         skeleton, reader = self.setup.skeleton, self.setup.reader
         inside = skeleton.on_disk_of_blocks()
-        packed = {f"{name}.weight" for name in self.outer.quantized}
+        packed = {f"{name}.weight" for name in self.outer.quantized} | set(self._displaced)
         tensors = {name: reader.read(name) for name in reader.names() if name not in inside | packed}
         tensors |= self.outer.tensors(self.setup.recipe, reader.read)
         if reader.config.get("tie_word_embeddings", skeleton.tied):

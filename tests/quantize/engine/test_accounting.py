@@ -36,6 +36,16 @@ def test_tensors_beyond_the_model_are_said_at_plan_and_copied(tmp_path: Path) ->
     assert structure(tmp_path / "run/quantized") == []
 
 
+def test_a_tensor_whose_name_the_artifact_needs_is_left_out(tmp_path: Path) -> None:
+    tiny.build("qwen3", tmp_path / "model")
+    file, stray = tmp_path / "model" / "model.safetensors", "model.layers.0.self_attn.q_proj.weight_scale"
+    save_file(load_file(file) | {stray: torch.ones(64, 1)}, file)
+    manifest = make(tmp_path / "run", tmp_path / "model", RECIPE)
+    assert [n for n in manifest.fallbacks if n.startswith(f"{stray}: left out, the artifact needs the name")]
+    assert manifest.kept == ()
+    assert structure(tmp_path / "run/quantized") == []
+
+
 def test_experts_that_cannot_be_split_are_named_with_their_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,21 @@ def test_a_plan_that_says_ok_has_read_what_goes_with_the_weights(
         plan({"method": {"name": "rtn"}, "weights": {"group_size": 32}}, str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "no class of that name is for model_type 'llama'; correct it"),
+        ({"eos_token_id": 99999}, "eos_token_id 99999, and the embedding has 256 rows; correct it"),
+    ],
+)
+def test_a_plan_that_says_ok_has_read_what_the_config_says(wrong: dict[str, Any], said: str, tmp_path: Path) -> None:
+    build("llama", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    with pytest.raises(BadInput, match=said):
+        plan({"method": {"name": "rtn"}, "weights": {"group_size": 32}}, str(tmp_path))
+
+
 def test_activations_and_weights_that_overflow_are_named(tmp_path: Path) -> None:
     build("llama", tmp_path / "model", torch.float16)
     shard = tmp_path / "model" / "model.safetensors"
