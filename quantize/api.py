@@ -61,7 +61,7 @@ from .core import machine
 from .core.errors import BadInput
 from .core.files import alone_in
 from .engine import shared_run
-from .engine.pipeline import checked_tokenizer
+from .engine.pipeline import checked_tokenizer, tokenizer_notes
 from .recipe import Recipe, Smoke
 from .recipe.gguf_file import FLOATS, FileType
 from .recipe.loading import load, parse
@@ -89,14 +89,13 @@ def plan(
     job, targets = plan_job(_recipe(recipe, model), options, config_only=config_only)
     shared_run.check(job, options.ranks)
     shared_run.check_count(job, options.ranks)
-    if not config_only:
-        checked_tokenizer(job, options.trust_remote_code)
+    notes = () if config_only else tokenizer_notes(checked_tokenizer(job, options.trust_remote_code))
     kinds: dict[tuple[str, str], int] = {}
     for linear in job.linears:
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.module), job.plan.layers[linear.name])
         kinds[key] = kinds.get(key, 0) + 1
     linears = tuple((module, count, scheme) for (module, scheme), count in kinds.items())
-    said = (*advice(job), *foreseen(job.recipe.gates, job.recipe.evaluation))
+    said = (*notes, *advice(job), *foreseen(job.recipe.gates, job.recipe.evaluation))
     return Forecast(job.plan, linears, targets, said)
 
 

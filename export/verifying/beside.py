@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantpress.artifact.manifest import own_manifest
-from quantpress.calibrate.chat_template import template_problem
+from quantpress.calibrate.chat_template import template_fault
 from quantpress.calibrate.tokens import check_vocabulary, open_tokenizer
 from quantpress.core.errors import BadInput
 from quantpress.core.files import changed
@@ -49,5 +49,7 @@ def companions_of(folder: Path, rows: int | None) -> Iterator[str]:
         if "its own code" not in str(error):
             yield str(error)
         return
-    if (problem := template_problem(tokenizer)) is not None:
-        yield f"{folder}: {problem}"
+    fault = template_fault(tokenizer)
+    # With a manifest the template is known to be the original's, whatever that does with what a user says.
+    if fault is not None and (fault.kind == "broken" or (fault.kind == "drops" and manifest is None)):
+        yield f"{folder}: {fault.line}"

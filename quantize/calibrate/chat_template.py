@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -93,21 +93,32 @@ def rendered(
     return text
 
 
-def template_problem(tokenizer: Any) -> str | None:
-    """Why the default chat template cannot be used: it cannot be parsed, or does not hand on what a user says."""
+class TemplateFault(NamedTuple):
+    """What is amiss with a chat template: it cannot be parsed, refuses a plain message, or drops what a user says.
+
+    The last two may be meant so: a template can ask for a system message, a language, a tool.
+    """
+
+    kind: Literal["broken", "refuses", "drops"]
+    line: str
+
+
+def template_fault(tokenizer: Any) -> TemplateFault | None:
+    """What is amiss with the default chat template; None where nothing is, and where there is none."""
     template = getattr(tokenizer, "chat_template", None)
     if not template or (isinstance(template, dict) and "default" not in template):
         return None
-    reasons = []
+    faults = []
     for content in (_SAID, [{"type": "text", "text": _SAID}]):
         try:
             text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         except TemplateSyntaxError as error:
-            return f"the chat template is broken: {' '.join(str(error).split())[:160]}"
+            return TemplateFault("broken", f"the chat template is broken: {' '.join(str(error).split())[:160]}")
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reasons.append(" ".join(str(error).split())[:160])
+            said = " ".join(str(error).split())[:160]
+            faults.append(TemplateFault("refuses", f"the chat template refuses a plain user's message: {said}"))
             continue
         if _SAID in text:
             return None
-        reasons.append("what the user says is not in its text")
-    return f"the chat template fails on a user's message: {reasons[0]}"
+        faults.append(TemplateFault("drops", "the chat template drops what a user says"))
+    return faults[0]

@@ -12,7 +12,7 @@ import torch
 from ..artifact.artifact import open_original, verify
 from ..artifact.manifest import ForwardCheck, MachineRecord, Manifest, Timing
 from ..calibrate.bos import try_bos
-from ..calibrate.chat_template import template_problem
+from ..calibrate.chat_template import template_fault
 from ..calibrate.texts import Documents, load_documents
 from ..calibrate.tokens import (
     Tokens,
@@ -59,6 +59,8 @@ def quantize(job: Job, settings: Settings) -> Manifest:
         for line in job.skeleton.about():
             settings.on_note(line)
     tokenizer = checked_tokenizer(job, settings.trust_remote_code)
+    for line in tokenizer_notes(tokenizer):
+        settings.on_note(line)
     if ranks.size > 1:
         job, _ = shared_run.meet(lambda: job, ranks)
         shared_run.check_count(job, ranks)
@@ -115,8 +117,8 @@ def checked_tokenizer(job: Job, trust_remote_code: bool = False) -> Any:
         return None
     tokenizer = open_tokenizer(job.source.path, trust_remote_code)
     check_vocabulary(tokenizer, job.skeleton.vocabulary)
-    if (problem := template_problem(tokenizer)) is not None:
-        raise BadInput(f"{job.source.path}: {problem}; mend or remove it")
+    if (fault := template_fault(tokenizer)) is not None and fault.kind == "broken":
+        raise BadInput(f"{job.source.path}: {fault.line}; mend or remove it")
     if not job.recipe.calibrated:
         return tokenizer
     wanted = job.recipe.calibration
@@ -131,6 +133,12 @@ def checked_tokenizer(job: Job, trust_remote_code: bool = False) -> Any:
             "give a text, or rename the tensors"
         )
     return tokenizer
+
+
+def tokenizer_notes(tokenizer: Any) -> tuple[str, ...]:
+    """What is to be said of a tokenizer that `checked_tokenizer` found fit."""
+    fault = template_fault(tokenizer)
+    return () if fault is None else (fault.line,)
 
 
 def _forward(job: Job) -> ForwardCheck | None:

@@ -330,7 +330,7 @@ BY_ITSELF: dict[str, tuple[Damage, str]] = {
     "a tokenizer_config.json of no JSON": (file("tokenizer_config.json", b"\x00"), "not readable as JSON"),
     "a generation_config.json of no JSON": (file("generation_config.json", b"{,}"), "not readable as JSON"),
     "a broken template": (file("chat_template.jinja", b"{% for m in messages %}"), "template is broken"),
-    "a template that drops what is said": (file("chat_template.jinja", b"hello"), "template fails on a user's message"),
+    "a template that drops what is said": (file("chat_template.jinja", b"hello"), "template drops what a user says"),
     "eos beyond the vocabulary": (config(eos_token_id=100_000), "eos_token_id 100000"),
     "one of several eos beyond": (config(eos_token_id=[1, 999_999]), "eos_token_id 999999"),
     "bos below zero": (config(bos_token_id=-7), "bos_token_id -7"),

@@ -15,6 +15,7 @@ from quantpress.core.errors import BadInput
 from quantpress.engine import journal
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.sources import resolve
+from quantpress.exports.verify import structure
 from quantpress.recipe.loading import parse
 
 from ... import families
@@ -126,7 +127,6 @@ def test_a_plan_that_says_ok_has_opened_the_tokenizer(tmp_path: Path) -> None:
         ("generation_config.json", "[]", "expected a JSON object, found list"),
         ("generation_config.json", "{no", "not readable as JSON"),
         ("chat_template.jinja", "{% for m in %}", "the chat template is broken: .*; mend or remove it"),
-        ("chat_template.jinja", "{{ bos_token }}", "what the user says is not in its text"),
     ],
 )
 def test_a_plan_that_says_ok_has_read_what_goes_with_the_weights(
@@ -136,6 +136,23 @@ def test_a_plan_that_says_ok_has_read_what_goes_with_the_weights(
     (tmp_path / file).write_text(content)
     with pytest.raises(BadInput, match=said):
         plan({"method": {"name": "rtn"}, "weights": {"group_size": 32}}, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('give a language') }}", "refuses a plain user's message: give a language"),
+        ("{{ bos_token }}", "drops what a user says"),
+    ],
+)
+def test_a_template_that_wants_more_than_a_plain_message_is_noted(template: str, said: str, tmp_path: Path) -> None:
+    """As TranslateGemma's, which wants the languages; the artifact's is the original's, and no damage."""
+    build("llama", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    forecast = plan({"method": {"name": "rtn"}, "weights": {"group_size": 32}}, str(tmp_path / "model"))
+    assert f"the chat template {said}" in forecast.servability
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}})
+    assert structure(tmp_path / "run" / "quantized") == []
 
 
 @pytest.mark.parametrize(
