@@ -33,7 +33,7 @@ help:
 	@echo '                 quantize, evaluate, chart; with nothing given: the embedded model, $(RECIPE)'
 	@echo 'make setup       create .venv and install quantpress'
 	@echo 'make setup-vllm  create .venv-vllm with $(VLLM), for smoke tests on the real server'
-	@echo 'make setup-loaders   loaders of TGI, GPTQModel and node-llama-cpp into .loaders, for the slow tests that ask them'
+	@echo 'make setup-loaders   loaders of other projects, and a tritonserver, into .loaders, for the slow tests that ask them'
 	@echo 'make test        run the tests; WHEEL=1 runs them against the built wheel, TRANSFORMERS=newest or oldest with'
 	@echo '                 that end of the releases that pyproject.toml allows, which then stays in .venv'
 	@echo 'make test-all    the slow ones too: real models and real servers'
@@ -138,6 +138,8 @@ setup-vllm: .venv-vllm/.installed
 # Other projects' loaders for tests/slow, each with the libraries of its own release, beside those of .venv.
 LOADED = $(PIP) install --quiet --no-deps --target
 
+TENSORRT_LLM = https://raw.githubusercontent.com/NVIDIA/TensorRT-LLM
+
 setup-loaders: .loaders/.installed
 
 .loaders/.installed: .venv/.dev
@@ -148,6 +150,12 @@ setup-loaders: .loaders/.installed
 	@$(LOADED) .loaders/gptqmodel optimum==2.3.0 accelerate device-smi logbar tokenicer pypcre defuser dill threadpoolctl torchao
 	@$(PIP) download --quiet --no-deps --no-binary :all: --dest .loaders gptqmodel==7.7.0  # its kernels need no build
 	@tar -xzf .loaders/gptqmodel-7.7.0.tar.gz -C .loaders/gptqmodel --strip-components 1
+	@$(LOADED) .loaders/sglang sglang==0.5.23
+	@$(LOADED) .loaders/pytriton nvidia-pytriton==0.7.0  # a tritonserver
+	@$(LOADED) .loaders/pytriton-numpy numpy==1.26.4  # which its backend needs
+	@mkdir -p .loaders/tensorrt-llm .loaders/tensorrt-llm-source && cd .loaders/tensorrt-llm-source && \
+	  curl -fsSLO $(TENSORRT_LLM)/2edf354d4b92161efd50b10b71e8e20fb6c5925a/tensorrt_llm/quantization/modelopt_config.py && \
+	  curl -fsSLO $(TENSORRT_LLM)/21156a7a57acd21e17feb5c2721c30f035e0f2af/tensorrt_llm/models/quant_config_utils.py
 	@command -v npm > /dev/null && npm install --prefix .loaders/node --ignore-scripts --omit=optional --no-audit --no-fund \
 	  node-llama-cpp@3 @node-llama-cpp/linux-x64@3 || echo 'no npm here: node-llama-cpp is not asked'
 	@touch $@
