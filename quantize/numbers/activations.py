@@ -66,7 +66,8 @@ def _rounded(x: Tensor, inputs: Inputs) -> Tensor:
     groups = values
     if inputs.columns:
         short = -values.shape[-1] % inputs.columns  # padding with zeros changes no scale
-        groups = pad(values, (0, short)).reshape(*values.shape[:-1], -1, inputs.columns)
+        width = (values.shape[-1] + short) // inputs.columns  # an expert may have no token: -1 would say nothing
+        groups = pad(values, (0, short)).reshape(len(values), width, inputs.columns)
     rounded = _int8(groups, inputs) if inputs.spec.type == "int8" else _float(groups, inputs)
     return (rounded.flatten(-2)[..., : x.shape[-1]] if inputs.columns else rounded).to(x.dtype)
 

@@ -326,6 +326,12 @@ def test_blocks_of_fp8_inputs_need_not_divide() -> None:
     torch.testing.assert_close(got, as_kernel(x, spec, 128), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [0, 32])
+def test_an_expert_without_tokens_has_no_inputs_to_round(columns: int) -> None:
+    spec = Activations(type="int8")
+    assert round_inputs(torch.empty(0, 48), measured(spec, columns, 0, 0)).shape == (0, 48)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_static_int8_inputs_use_the_measured_range(symmetric: bool) -> None:
     spec = Activations(type="int8", dynamic=False, symmetric=symmetric)
