@@ -25,7 +25,7 @@ _ROWS = (  # tensorrt_llm of NVIDIA/TensorRT-LLM, the PyTorch backend of 1.x
     # models/quant_config_utils.py: _quant_config_from_config_group.
     Loadable("compressed-tensors", ("fp8",), groups=(-1,), inputs=("fp8 dynamic",)),
     Loadable("compressed-tensors", ("fp8-block",), inputs=("fp8 dynamic",)),
-    Loadable("compressed-tensors", ("nvfp4",), inputs=("nvfp4",), note="on Blackwell GPUs only"),
+    Loadable("compressed-tensors", ("nvfp4",), inputs=("nvfp4",), note="on Blackwell GPUs only", since="1.3"),
 )
 LOADER = Loader("tensorrt-llm", "TensorRT-LLM", _ROWS, version=VERSION)
 

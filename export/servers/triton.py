@@ -21,8 +21,8 @@ from .tensorrt_llm import LOADER as TENSORRT_LLM_LOADER
 from .tensorrt_llm import llm_arguments
 from .vllm import LOADER as VLLM_LOADER
 
-VERSION = "26.03"
-# The container's own vLLM is 0.17 with transformers 4.57: what newer ones took up first is not for it.
+VERSION = "26.07"  # the newest of docs/introduction/compatibility.md of triton-inference-server/server
+# By that page its containers hold older servers than those of these names: what they took up since is not for it.
 _VLLM = replace(
     VLLM_LOADER,
     name="triton-vllm",
@@ -30,8 +30,15 @@ _VLLM = replace(
     rows=tuple(row for row in VLLM_LOADER.rows if not row.since),
     parse=None,
     outer={},
-    version=f"{VERSION} (vLLM 0.17)",
-    inside={"transformers": "4.57"},
+    version=f"{VERSION} (vLLM 0.24)",
+    inside={"compressed_tensors": "0.17.0"},
+)
+_TENSORRT_LLM = replace(
+    TENSORRT_LLM_LOADER,
+    name="triton-tensorrt-llm",
+    label="Triton's TensorRT-LLM",
+    rows=tuple(row for row in TENSORRT_LLM_LOADER.rows if not row.since),
+    version=f"{VERSION} (TensorRT-LLM 1.2.1)",
 )
 _HEALTH = "/v2/health/ready"
 _REPOSITORY = "{repository}"
@@ -64,7 +71,7 @@ class Triton(MultiGpu):
 
     @property
     def loader(self) -> Loader:
-        return _VLLM if self.backend == "vllm" else TENSORRT_LLM_LOADER
+        return _VLLM if self.backend == "vllm" else _TENSORRT_LLM
 
     def smoke_refusal(self) -> str | None:
         if self.frontend == "openai":

@@ -81,7 +81,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def made(request: pytest.FixtureRequest, runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The target and its folder."""
     target = TARGETS[request.param]
-    kinds = {"sglang": "eight", "tgi": "eight", "tensorrt-llm": "fp8", "llama.cpp": "gguf", "ollama": "gguf"}
+    kinds = {
+        "sglang": "eight",
+        "tgi": "eight",
+        "tensorrt-llm": "fp8",
+        "triton-tensorrt-llm": "fp8",
+        "llama.cpp": "gguf",
+        "ollama": "gguf",
+    }
     kind = kinds.get(target.loader.name, "words")
     return target, export(runs[kind], target, tmp_path_factory.mktemp("out") / "it").folder
 
