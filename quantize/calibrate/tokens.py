@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ..core.errors import BadInput
 from ..core.untrusted import check_content, read_json
@@ -164,6 +164,8 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             raise BadInput(
                 f"{folder}: the tokenizer brings its own code; read it, then pass --trust-remote-code"
             ) from error
+        if said == _said_of_config(folder):
+            raise BadInput(f"{folder / 'config.json'}: transformers cannot read it: {said}") from error
         if _is_sentencepiece_only(folder):  # transformers then tries it as one of tiktoken, and asks for that
             said = "its SentencePiece model cannot be parsed"
         raise BadInput(
@@ -174,6 +176,15 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         tokenizer.chat_template = read_json(template).get("chat_template")
     check_templates(tokenizer.chat_template, str(folder))
     return tokenizer
+
+
+def _said_of_config(folder: Path) -> str | None:
+    """What transformers says of a config.json that it cannot read, which it does before it opens a tokenizer."""
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        return " ".join(str(error).split())[:160]
+    return None
 
 
 def _check_last_id(file: Path) -> None:

@@ -26,6 +26,12 @@ def settings(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def test_a_config_that_cannot_be_read_is_not_the_tokenizers_fault(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": "3"}))
+    refused(tmp_path, r"config\.json: transformers cannot read it: .*num_hidden_layers")
+
+
 def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "no tokenizer; copy the original's")
     tokenizer().save_pretrained(tmp_path)
