@@ -275,7 +275,10 @@ def served_tops(client: Client, one: Asked) -> list[dict[int, float]]:
     it tells none."""
     found: list[dict[int, float]] = []
     while (done := len(found)) < len(one.answer):
-        steps = client.complete([*one.ids, *one.answer[:done]], len(one.answer) - done, **LOGPROBS).steps()
+        asked, left = [*one.ids, *one.answer[:done]], len(one.answer) - done
+        steps = client.complete(asked, left, **LOGPROBS).steps()
+        if not steps and left > 1:
+            steps = client.complete(asked, 1, **LOGPROBS).steps()
         for step, token in zip(steps, one.answer[done:], strict=False):
             found.append(step.top | {step.token: step.logprob})
             if step.token != token:

@@ -63,8 +63,14 @@ class Answer:
         return self.finish_reason == "length"
 
     def steps(self) -> list[Step]:
-        """The generated tokens; empty when the server gives no log-probabilities or no token ids."""
-        return _steps(self.choice.get("logprobs") or {})
+        """The generated tokens; empty when the server gives no log-probabilities or no token ids.
+
+        Empty too where some are missing, and the places of the others not known: llama.cpp tells nothing of a token
+        that ends inside a character. One that ends the answer need not be listed.
+        """
+        found = _steps(self.choice.get("logprobs") or {})
+        missing = 0 if self.completion_tokens is None else self.completion_tokens - len(found)
+        return found if missing <= (self.finish_reason == "stop") else []
 
 
 @dataclass(frozen=True)

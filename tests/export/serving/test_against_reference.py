@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from quantpress.engine.sources import resolve
 from quantpress.eval.measure.results import Results
 from quantpress.eval.measure.sections import Divergence
 from quantpress.eval.measure.served_reference import Models, by_prompt, make_reference
+from quantpress.exports.serving.against_reference import served_tops
+from quantpress.exports.serving.client import Answer, Client
 from quantpress.exports.serving.record import Check
 from quantpress.exports.serving.reference import Noise, Reference, divergence, read_reference
 from quantpress.exports.serving.served_check import check_served
@@ -163,6 +166,20 @@ def test_a_server_that_shows_texts_alone_is_held_to_them(run: Path, reference: R
     spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.block_zeroed)
     with served(spoilt, text_only=True) as server:
         assert not check_served(server.url, reference).passed
+
+
+def test_tokens_that_the_server_tells_nothing_of_do_not_shift_the_others(reference: Reference) -> None:
+    """llama.cpp lists no token that ends inside a character: here each 7."""
+    one = reference.asked[0].model_copy(update={"answer": (5, 7, 9, 7, 3), "ids": (1, 2)})
+
+    class Partial:
+        def complete(self, ids: list[int], limit: int, **_: object) -> Answer:
+            made = one.answer[len(ids) - 2 :][:limit]
+            told = [{"id": token, "logprob": -0.5, "top_logprobs": []} for token in made if token != 7]
+            return Answer("", "length", len(ids), len(made), {"logprobs": {"content": told}})
+
+    tops = served_tops(cast(Client, Partial()), one)
+    assert [list(top) for top in tops] == [[5], [], [9], [], [3]]
 
 
 def test_bos_twice_is_named(run: Path, reference: Reference) -> None:
