@@ -67,3 +67,25 @@ def test_a_block_that_computes_something_else_is_named(tmp_path: Path, monkeypat
     monkeypatch.setattr(guard, "run_block", wrong)
     with pytest.raises(BadInput, match=r"block 1, run by itself, differs by \d\.\d%"):
         checked(tmp_path)
+
+
+def test_a_twin_is_narrower_where_its_class_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong in the narrow one only is no fault of the model: the wider one is asked."""
+    saved("deepseek_v3", tmp_path)
+    monkeypatch.setattr(guard, "_WHOLE_BYTES", 0)
+    widths: list[int] = []
+
+    def noted(config: Any) -> Any:
+        widths.append(config.hidden_size)
+        if fails and config.hidden_size == 32:
+            raise ValueError("no such width")
+        return twin(config)
+
+    twin, fails = guard._twin, False
+    monkeypatch.setattr(guard, "_twin", noted)
+    monkeypatch.setitem(guard._NARROWER, "hidden_size", 32)
+    assert checked(tmp_path).difference is not None
+    assert widths == [32]
+    fails = True
+    assert checked(tmp_path).difference is not None
+    assert widths[1:] == [32, Checkpoint(tmp_path).config["hidden_size"]]
