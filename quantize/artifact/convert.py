@@ -15,9 +15,10 @@ from ..core.text import meant
 from ..formats import FORMATS, Format, ModelScheme, detect
 from ..gguf.reader import gguf_files
 from ..models.architecture import is_multimodal, stated_dtype
-from ..models.checkpoint import Checkpoint, merge_parts, write_part
+from ..models.checkpoint import Checkpoint
 from ..models.companions import copy_companions
 from ..models.config_forms import readable_by_all
+from ..models.shards import merge_parts, write_part
 from ..models.skeleton import Skeleton
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Grid

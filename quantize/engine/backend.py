@@ -122,8 +122,11 @@ class Backend(ABC):
         return self
 
     @abstractmethod
-    def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
+    def assemble(
+        self, manifest: Manifest, parts: Mapping[Path, str], tokens: Tokens | None, settings: Settings
+    ) -> Manifest:
         """Write `settings.out`/quantized, whole or not at all, and return its manifest.
 
-        manifest: what is known of the run before. parts: a file for each block, with its tensors in FORMATS' form.
+        manifest: what is known of the run before. parts: a file for each block, with its tensors in FORMATS' form,
+        and its SHA-256.
         """

@@ -22,8 +22,8 @@ from ..core.transfers import Transfers, file_empty, host_empty
 from ..formats import FORMATS
 from ..models.block_arguments import BlockArguments, ModelArguments
 from ..models.by_name import ByName
-from ..models.checkpoint import write_part
 from ..models.placed_model import LinearLayer
+from ..models.shards import write_part
 from ..models.skeleton import Skeleton
 from ..models.vetting import all_finite
 from ..numbers.activations import columns_of
@@ -350,9 +350,11 @@ def _block_tensors(
 
 @dataclass(frozen=True)
 class Trained:
-    """The blocks' files; after end-to-end training its losses (summary) and the error of each linear (errors)."""
+    """The blocks' files with their SHA-256, in order; after end-to-end training its losses (summary) and the error of
+    each linear (errors).
+    """
 
-    parts: list[Path]
+    parts: Mapping[Path, str]
     summary: dict[str, float] | None = None
     errors: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -362,7 +364,7 @@ def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Train
 
     The journal's files are not touched, so a run killed during training repeats it with the same result.
     """
-    parts = [journal.part(k) for k in range(job.skeleton.n_blocks)]
+    parts = journal.parts()
     method, format = job.recipe.method, FORMATS[job.recipe.formats[0]]
     if not isinstance(method, Qat) or method.end_to_end is None or tokens is None:
         return Trained(parts)
@@ -378,9 +380,8 @@ def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Train
     for x in job.linears:
         if x.name in best:
             tensors[x.block] |= format.pack(x.name, best[x.name])
-    trained = [journal.folder / f"trained-{k:05d}.safetensors" for k in range(len(parts))]
-    for path, one in zip(trained, tensors, strict=True):
-        write_part(path, one)
+    places = [journal.folder / f"trained-{k:05d}.safetensors" for k in range(len(parts))]
+    trained = {path: write_part(path, one, sync=False) for path, one in zip(places, tensors, strict=True)}
 
     def transformed(k: int) -> Mapping[str, Tensor]:
         path = journal.transformed(k)

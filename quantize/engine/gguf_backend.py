@@ -86,12 +86,14 @@ class _GgufBackend(Backend):
         """The tensors that the user's importance matrix is used for."""
         return self.conversion.entries
 
-    def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
+    def assemble(
+        self, manifest: Manifest, parts: Mapping[Path, str], tokens: Tokens | None, settings: Settings
+    ) -> Manifest:
         setup, conversion = self.setup, self.conversion
         folder = settings.out / "quantized.partial"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        fell_back = self._write(folder, parts, tokens, settings)
+        fell_back = self._write(folder, list(parts), tokens, settings)
         write_json(folder / "config.json", setup.checkpoint.config)
         copy_companions(setup.source.path, folder)
         if conversion.converted is not None:

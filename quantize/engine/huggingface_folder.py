@@ -19,10 +19,11 @@ from ..core.errors import BadInput
 from ..core.files import move_whole, write_json
 from ..formats import FORMATS, ModelScheme
 from ..models.by_name import ByName
-from ..models.checkpoint import Checkpoint, merge_parts, write_part
+from ..models.checkpoint import Checkpoint
 from ..models.companions import copy_companions
 from ..models.config_forms import readable_by_all
 from ..models.rotated_checkpoint import RotatedCheckpoint
+from ..models.shards import gather_parts, write_part
 from ..models.skeleton import Skeleton
 from ..numbers.types import Grid
 from .accounting import account, few, left_for_their_width
@@ -125,7 +126,9 @@ class HuggingFaceFolder(Backend):
             write_json(kept, {n: None if grid is None else grid.model_dump(mode="json") for n, grid in chosen.items()})
         return self._with(self.menu, chosen)
 
-    def assemble(self, manifest: Manifest, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Manifest:
+    def assemble(
+        self, manifest: Manifest, parts: Mapping[Path, str], tokens: Tokens | None, settings: Settings
+    ) -> Manifest:
         partial, final = settings.out / "quantized.partial", settings.out / "quantized"
         manifest = manifest.changed(fallbacks=(*self._notes, *manifest.fallbacks))
         if kept := tuple(name for name in self.setup.skeleton.unused if name not in self._displaced):
@@ -136,8 +139,8 @@ class HuggingFaceFolder(Backend):
         if not final.exists():
             partial.mkdir(parents=True)
             shell = settings.work / "shell.safetensors"
-            write_part(shell, self._shell_tensors(), sync=False)
-            written = merge_parts([shell, *parts], partial)
+            outside = {shell: write_part(shell, self._shell_tensors(), sync=False)}
+            written = gather_parts({**outside, **parts}, partial)
             format = FORMATS[self.setup.recipe.formats[0]]
             quantization = format.config(self._model_scheme([x.name for x in manifest.layers if x.dynamic]))
             if self._readers.need_dequantize:

@@ -18,7 +18,7 @@ from ..artifact.manifest import BlockRecord, Manifest, read_manifest
 from ..core.errors import BadInput
 from ..core.files import file_sha256, whole_file, write_json
 from ..core.text import shortened
-from ..models.checkpoint import write_part
+from ..models.shards import write_part
 
 DUMP_SECONDS = 60.0  # between two copies of the hidden states: what a resumed run has to do again
 DUMP_SHARE = 0.05  # of the time, at most, for writing them
@@ -86,6 +86,10 @@ class Journal:
 
     def part(self, k: int) -> Path:
         return self.folder / f"block-{k:05d}.safetensors"
+
+    def parts(self) -> dict[Path, str]:
+        """The files of the finished blocks, with their SHA-256."""
+        return {self.part(k): line["files"][self.part(k).name] for k, line in enumerate(self._lines)}
 
     def transformed(self, k: int) -> Path:
         """The file with the transformed weights of block `k`, before rounding."""

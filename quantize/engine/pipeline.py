@@ -80,7 +80,7 @@ def quantize(job: Job, settings: Settings) -> Manifest:
     if settings.overwrite:
         _make_room(settings.out)
     journal = Journal(settings.work, _key(job, files, tokens), settings.on_note)
-    job, trained = job.settled(tokens, settings.work), Trained([])
+    job, trained = job.settled(tokens, settings.work), Trained({})
     ranks.tell(None if tokens is None else shared_run.Start(tokens, len(journal.done), journal.batch_tokens))
     if job.backend.rounds_blocks:
         run_blocks(job, tokens, journal, settings)

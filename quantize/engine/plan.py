@@ -14,6 +14,7 @@ from ..core.ranks import ALONE, Ranks
 from ..core.text import size
 from ..formats import FORMATS
 from ..models.placed_model import LinearLayer
+from ..models.shards import JOINED
 from ..models.skeleton import Skeleton
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
@@ -110,7 +111,8 @@ def make_plan(
         memory, on_device = needs.on_cpu(room) * ranks.here, 0
     else:
         memory, on_device = needs.on_host(room) * ranks.here, needs.on_device(room)
-    disk = 2 * artifact + 2 * hidden + needs.on_disk(room) * ranks.here + sum(artifact for _ in recipe.formats[1:])
+    disk = artifact * (_copies(recipe, artifact) + len(recipe.formats) - 1)
+    disk += 2 * hidden + needs.on_disk(room) * ranks.here
     tried = sum(transform.scales_tried for transform in recipe.transforms)
     solves = _solves(linears, schemes, streams, calibrated)
     everywhere = recipe.calibration.all_experts
@@ -142,6 +144,14 @@ def make_plan(
         room=room,
         notes=tuple(filter(None, (room.note(there),))),
     )
+
+
+def _copies(recipe: Recipe, artifact: int) -> int:
+    """How often the artifact's tensors lie on disk at one time: parts become shards as they are, unless they are joined
+    into one file, or scales are trained once more.
+    """
+    trained = isinstance(recipe.method, Qat) and recipe.method.end_to_end is not None
+    return 2 if trained or artifact <= JOINED else 1
 
 
 def held_out(samples: int) -> int:

@@ -174,7 +174,7 @@ def _unpickled(folder: Path, pickles: list[Path], config: dict[str, Any], cache:
     target = cache / "unpickled" / f"v{CONVERTER}-{digest.hexdigest()[:32]}"
     if target.is_dir():
         return target
-    from ..models.checkpoint import write_part
+    from ..models.shards import write_part
 
     with whole_folder(target) as new:
         where: dict[str, str] = {}

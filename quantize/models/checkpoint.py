@@ -1,16 +1,13 @@
-"""Checkpoint folders of safetensors: tensors are read one at a time, files appear complete or not at all.
+"""Checkpoint folders of safetensors, of which tensors are read one at a time; shards.py writes them.
 
 Files are read, not memory-mapped: a reader holds only the tensor it asked for, whatever the size of the model.
 """
 
-import hashlib
 import json
 import math
 import os
 import re
-import struct
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..core.files import file_sha256, whole_file, write_json
+from ..core.files import file_sha256
 from ..core.untrusted import check_content, read_json
 from .companions import check_checkpoint_files, companions
 
@@ -34,16 +31,13 @@ _WRAPPERS = ("module.", "base_model.model.", "language_model.")
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _HEADS, _EMBEDDINGS = ("lm_head.weight", "embed_out.weight"), ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 _HEADER_BYTES = 100_000_000  # the most that the safetensors library reads
-_CHUNK = 1 << 22  # bytes copied at a time
-_WRITERS = 4  # shards written at once
-_PIECE = 1 << 26  # bytes of a device's tensor that are brought to the host at a time
+_CHUNK = 1 << 22  # bytes compared at a time
 SAFETENSORS_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Checkpoint:
         check_checkpoint_files(self.folder)
         config = read_json(self.folder / "config.json", "a checkpoint folder needs one")
         sharded = (self.folder / INDEX).exists()
-        return config, self._open_shards() if sharded else _read_header(self._single_file())
+        return config, self._open_shards() if sharded else read_header(self._single_file())
 
     def _unwrap(self) -> str:
         """Take off what training tools put into names; returns it. Raises BadInput for unmerged adapters."""
@@ -150,7 +144,7 @@ class Checkpoint:
             if shard not in shards:
                 if not (self.folder / shard).is_file():
                     raise BadInput(f"{self.folder}: shard {shard} is listed in {INDEX} but missing; download it again")
-                shards[shard] = _read_header(self.folder / shard)
+                shards[shard] = read_header(self.folder / shard)
             if name not in shards[shard]:
                 raise BadInput(f"{where}: tensor {name} is not in {shard}")
             entries[name] = shards[shard][name]
@@ -205,7 +199,7 @@ class Checkpoint:
         if entry.size:
             with open(entry.path, "rb", buffering=0) as file:
                 file.seek(entry.start)
-                _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data, entry.path)
+                fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data, entry.path)
         return tensor
 
     def layout(self) -> dict[Path, list[tuple[str, Stored]]]:
@@ -250,65 +244,7 @@ def _alike(a: Stored, b: Stored) -> bool:
         return all(first.read(n) == second.read(n) for n in steps)
 
 
-def write_part(path: Path, tensors: Mapping[str, Tensor], *, sync: bool = True) -> str:
-    """Write one safetensors file, the same bytes for the same tensors; returns its SHA-256.
-
-    The file appears under `path` only once it is complete and, with `sync`, on disk. Tensors of a device are copied to
-    the host in pieces.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = _header((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names)
-    digest = hashlib.sha256(header)
-    with whole_file(path, sync=sync) as file:
-        file.write(header)
-        for name in names:
-            for piece in _pieces(tensors[name].detach()):
-                tensor = piece.cpu().contiguous()
-                # A single element is contiguous whatever its stride; viewing it as bytes needs a stride of 1.
-                data = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
-                digest.update(data)
-                file.write(data)
-    return digest.hexdigest()
-
-
-def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """A tensor of the host as it is; one of a device in rows of about _PIECE bytes."""
-    if tensor.device.type == "cpu" or tensor.dim() == 0 or not tensor.numel():
-        return [tensor]
-    rows = max(1, _PIECE * tensor.shape[0] // (tensor.numel() * tensor.element_size()))
-    return torch.split(tensor, rows)
-
-
-def merge_parts(parts: Sequence[Path], folder: Path, max_shard_bytes: int = 5_000_000_000) -> dict[str, str]:
-    """Join safetensors files, in order, into model.safetensors or numbered shards with an index; returns their SHA-256.
-
-    Tensors are copied in small pieces, so memory stays constant; the parts are not changed.
-    """
-    shards: list[dict[str, Stored]] = [{}]
-    seen: set[str] = set()
-    filled = total = 0
-    for part in parts:
-        for name, entry in _read_header(part).items():
-            if name in seen:
-                raise ValueError(f"{part}: tensor {name} is also in an earlier part")
-            seen.add(name)
-            if shards[-1] and filled + entry.size > max_shard_bytes:
-                shards.append({})
-                filled = 0
-            shards[-1][name] = entry
-            filled += entry.size
-            total += entry.size
-    if len(shards) == 1:
-        return {"model.safetensors": _write_shard(folder / "model.safetensors", shards[0])}
-    names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        digests = list(pool.map(_write_shard, [folder / name for name in names], shards))
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return dict(zip(names, digests, strict=True))
-
-
-def _read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, in byte order; raises BadInput for an incomplete or corrupt file."""
     try:
         check_content(path)
@@ -353,39 +289,7 @@ def _stored_of(path: Path, name: str, value: Any, data: int) -> Stored:
     return Stored(path, SAFETENSORS_DTYPES[dtype], shape, data + begin, end - begin)
 
 
-def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The header of a file that holds these tensors in this order; with wider dtypes first, all are aligned."""
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, dtype, shape in tensors:
-        size = math.prod(shape) * dtype.itemsize
-        content[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write_shard(path: Path, tensors: dict[str, Stored]) -> str:
-    """Write a safetensors file of tensors that lie in others; returns its SHA-256."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    buffer = memoryview(bytearray(_CHUNK))
-    header = _header((name, entry.dtype, entry.shape) for name, entry in ordered)
-    digest = hashlib.sha256(header)
-    with whole_file(path) as file:
-        file.write(header)
-        for _, entry in ordered:
-            with open(entry.path, "rb", buffering=0) as source:
-                source.seek(entry.start)
-                for left in range(entry.size, 0, -_CHUNK):
-                    piece = buffer[: min(left, _CHUNK)]
-                    _fill(source, piece, entry.path)
-                    digest.update(piece)
-                    file.write(piece)
-    return digest.hexdigest()
-
-
-def _fill(file: Any, buffer: memoryview, path: Path) -> None:
+def fill(file: Any, buffer: memoryview, path: Path) -> None:
     """Read until `buffer` is full; a single read returns at most 2 GiB."""
     while buffer:
         n = file.readinto(buffer)

@@ -14,7 +14,8 @@ from quantpress.artifact.convert import convert as convert_folder
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.formats import FORMATS, ModelScheme, detect
-from quantpress.models.checkpoint import Checkpoint, write_part
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.shards import write_part
 from quantpress.numbers.grid import Grid, QuantizedLinear
 
 from ..formats.artifacts import Schemes, linears, load, logits, make, quantization_config, uniform

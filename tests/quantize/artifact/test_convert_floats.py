@@ -9,7 +9,8 @@ from quantpress.artifact.convert import convert
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.formats import FORMATS, ModelScheme
-from quantpress.models.checkpoint import Checkpoint, write_part
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.shards import write_part
 from quantpress.numbers.grid import Grid
 from quantpress.numbers.types import Activations
 

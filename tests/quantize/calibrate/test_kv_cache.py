@@ -18,7 +18,8 @@ from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.engine.pipeline import Settings, _tokens, prepare, quantize
 from quantpress.engine.sources import resolve
-from quantpress.models.checkpoint import Checkpoint, write_part
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.shards import write_part
 from quantpress.models.skeleton import Skeleton, run_block
 from quantpress.recipe.loading import parse
 

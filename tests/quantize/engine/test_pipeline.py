@@ -1,6 +1,7 @@
 """Whole runs on tiny models: every family, resume after a kill, equal bytes, bad input that leaves nothing behind."""
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -19,6 +20,7 @@ from quantpress.engine import journal
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
 from quantpress.exports.verify import structure
+from quantpress.models import shards
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 from quantpress.numbers.grid import Inputs
@@ -109,6 +111,35 @@ def test_resume_after_a_stop_gives_the_same_bytes(
     make(tmp_path / "cut", tmp_path / "model", {}, on_block=lambda p: seen.append(p.block))
     assert seen == list(range(1 if seconds else when + 1, 4))
     assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_an_artifact_of_shards_after_a_stop_at_any_of_them(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", tmp_path / "model", torch.bfloat16)
+    rtn = {"method": {"name": "rtn"}}
+    joined = make(tmp_path / "joined", tmp_path / "model", rtn)
+    monkeypatch.setattr(shards, "JOINED", 0)
+    whole = make(tmp_path / "whole", tmp_path / "model", rtn)
+    link, linked = os.link, [0]
+
+    def stops(*places: Any) -> None:
+        linked[0] += 1
+        if linked[0] == at:
+            raise Stop
+        link(*places)
+
+    monkeypatch.setattr(os, "link", stops)
+    with pytest.raises(Stop):
+        make(tmp_path / "cut", tmp_path / "model", rtn)
+    assert not (tmp_path / "cut" / "quantized").exists()
+    make(tmp_path / "cut", tmp_path / "model", rtn, on_block=lambda p: pytest.fail("it was finished"))
+    assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
+    one, many = Checkpoint(tmp_path / "joined" / "quantized"), Checkpoint(tmp_path / "whole" / "quantized")
+    assert sorted(one.names()) == sorted(many.names())
+    assert all(torch.equal(one.read(name), many.read(name)) for name in one.names())
+    assert joined.artifact.bytes == whole.artifact.bytes
 
 
 def test_kill_9_and_resume_through_the_command_line(tmp_path: Path) -> None:

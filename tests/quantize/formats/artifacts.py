@@ -9,9 +9,10 @@ import transformers
 
 from quantpress.core.files import write_json
 from quantpress.formats import FORMATS, ModelScheme
-from quantpress.models.checkpoint import Checkpoint, merge_parts, write_part
+from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.companions import copy_companions
 from quantpress.models.config_forms import readable_by_all
+from quantpress.models.shards import merge_parts, write_part
 from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.numbers.types import Activations
 

@@ -20,7 +20,8 @@ from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.eval.measure.divergence import last_hidden
 from quantpress.formats import FORMATS, ModelScheme
-from quantpress.models.checkpoint import Checkpoint, write_part
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.shards import write_part
 from quantpress.numbers import activations as activations_module
 from quantpress.numbers.grid import Grid, Inputs
 from quantpress.numbers.types import Activations

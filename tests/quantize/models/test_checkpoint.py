@@ -15,8 +15,9 @@ from torch import Tensor
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.formats import FORMATS
-from quantpress.models.checkpoint import FORMAT_FILES, Checkpoint, merge_parts, write_part
+from quantpress.models.checkpoint import FORMAT_FILES, Checkpoint
 from quantpress.models.companions import copy_companions
+from quantpress.models.shards import merge_parts, write_part
 
 DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
           torch.float8_e4m3fn)  # fmt: skip
@@ -288,7 +289,8 @@ def test_what_a_format_writes_beside_the_config_of_a_quantized_checkpoint_is_has
 _READ_ALL = """
 import resource, sys
 from pathlib import Path
-from quantpress.models.checkpoint import Checkpoint, merge_parts
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.shards import merge_parts
 folder = Path(sys.argv[1])
 checkpoint = Checkpoint(folder)
 checkpoint.read("w0")

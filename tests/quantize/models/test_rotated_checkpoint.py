@@ -18,9 +18,10 @@ from quantpress.engine.sources import resolve
 from quantpress.eval.measure.evaluate import evaluate
 from quantpress.eval.measure.evaluate import prepare as prepare_evaluation
 from quantpress.methods.hadamard import Rotation
-from quantpress.models.checkpoint import Checkpoint, write_part
+from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.families import FAMILIES
 from quantpress.models.rotated_checkpoint import RotatedCheckpoint
+from quantpress.models.shards import write_part
 from quantpress.recipe import Evaluation, Gates
 from quantpress.recipe.loading import parse
 

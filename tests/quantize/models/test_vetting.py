@@ -7,7 +7,8 @@ import torch
 
 from quantpress.core.errors import BadInput
 from quantpress.models import vetting
-from quantpress.models.checkpoint import Checkpoint, merge_parts, write_part
+from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.shards import merge_parts, write_part
 from quantpress.models.vetting import not_finite
 
 
