@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..artifact.manifest import BlockRecord
@@ -23,17 +21,18 @@ from ..formats import FORMATS
 from ..models.block_arguments import BlockArguments, ModelArguments
 from ..models.by_name import ByName
 from ..models.placed_model import LinearLayer
-from ..models.shards import write_part
-from ..models.skeleton import Skeleton
 from ..models.vetting import all_finite
 from ..numbers.activations import columns_of
 from ..numbers.grid import Inputs, QuantizedLinear
 from ..numbers.types import Activations, Grid
-from ..recipe import Gptq, Qat, Tuned
-from .end_to_end import QuantizedModel, train_scales
+from ..recipe import Gptq, Tuned
+from .block_weights import weight_of
+from .code_memory import CodeMemory
+from .end_to_end import trains_end_to_end
 from .job import Job
 from .journal import FollowedJournal, Journal
-from .rounding import BlockRounding, lend_input_scales, record, weight_of
+from .lent_scales import lend_input_scales
+from .rounding import BlockRounding, record
 from .settings import BlockDone, Settings
 from .transforms import BlockTransforms
 from .tuning import Tuning
@@ -56,7 +55,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal | FollowedJourn
         while len(journal.done) < skeleton.n_blocks:
             tried = run.batch_tokens
             try:
-                for k, block in skeleton.blocks(len(journal.done)):
+                for k, block in run.blocks(len(journal.done)):
                     run.block(k, block, settings)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or not run.halves():
@@ -100,11 +99,20 @@ class _Run:
         self._caches = None if job.recipe.kv_cache is None else kv_cache.attentions(self._skeleton)
         self._transforms = BlockTransforms(job.recipe, self._skeleton)
         self.hidden, self._arguments = self._states(tokens)
+        alone = not self.hidden and self._arguments is None and ranks.size == 1
+        self._streams = alone and self._skeleton.device.type == "cpu" and job.reader is job.checkpoint
+        self._codes = CodeMemory() if self._streams else None
 
     @property
     def batch_tokens(self) -> int:
         """Tokens that pass through a block at once."""
         return self._room.batch_tokens
+
+    def blocks(self, start: int) -> Iterable[tuple[int, nn.Module]]:
+        """Number and module of each block from `start` on, without weights where these are read as they are rounded."""
+        if not self._streams:
+            return self._skeleton.blocks(start)
+        return ((k, self._skeleton.block(k)) for k in range(start, self._skeleton.n_blocks))
 
     def halves(self) -> bool:
         """Put half as many tokens through a block at once; False where that is not possible."""
@@ -124,7 +132,7 @@ class _Run:
         states, restarts = self.hidden.get("hidden"), self._room.restarts
         changes = self._transforms.apply(k, block, grids, states, passing, self._lanes(states), restarts=restarts)
         kept = None
-        if changes.parameters and _trains_end_to_end(job):  # which measures errors against these weights
+        if changes.parameters and trains_end_to_end(job):  # which measures errors against these weights
             kept = self._transfers.hand_over({n: weight_of(block, x).detach() for n, x in linears.items()})
         tuning = Tuning(method, k, block, linears, self.hidden) if isinstance(method, Tuned) else None
         cache = None if self._caches is None else kv_cache.Largest(*self._caches[k])
@@ -132,7 +140,15 @@ class _Run:
         leaving = self.hidden
         if self._room.spare and whole:
             leaving = {name: torch.empty_like(states) for name, states in self.hidden.items()}
-        rounding = BlockRounding(job.recipe.rounder, job.schemes, block, self._ranks, runs_on=bool(self.hidden))
+        rounding = BlockRounding(
+            job.recipe.rounder,
+            job.schemes,
+            block,
+            self._ranks,
+            runs_on=bool(self.hidden),
+            stored=self._skeleton.weight_rows if self._streams else None,
+            codes=self._codes,
+        )
         for inputs in self._inputs(block, linears.values(), passing, leaving if whole else None, cache):
             rounding.round(inputs, linears)
             del inputs  # before the next are summed up
@@ -162,6 +178,8 @@ class _Run:
             dump = self._transfers.hand_over(self._of_all_samples(self.hidden | carried))
         tensors_there = self._transfers.hand_over(tensors)
         self._journal.commit(tensors_there, line, self.batch_tokens, hidden=dump, transformed=kept)
+        if self._codes is not None:
+            self._codes.settle(tensors.values())
         if dump is not None and not self._room.spare:  # the next block would overwrite them
             self._journal.settle()
         machine.release_memory()
@@ -191,7 +209,7 @@ class _Run:
                 hidden["reference"] = self._placed(hidden["hidden"])
         arguments = skeleton.block_arguments(own)
         skeleton.close_shell()
-        if _trains_end_to_end(job):
+        if trains_end_to_end(job):
             arguments.refuse_gradients("end-to-end training", skeleton.config.model_type)
         if kept:
             arguments.restore(len(self._journal.done) - 1, kept)
@@ -346,50 +364,3 @@ def _block_tensors(
         else:
             tensors |= {n: reader.read(n) for n in reader.on_disk(disk) if n not in tensors}
     return tensors
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The blocks' files with their SHA-256, in order; after end-to-end training its losses (summary) and the error of
-    each linear (errors).
-    """
-
-    parts: Mapping[Path, str]
-    summary: dict[str, float] | None = None
-    errors: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Trained:
-    """Train the scales of all blocks together where the recipe asks for it; otherwise the blocks' files as they are.
-
-    The journal's files are not touched, so a run killed during training repeats it with the same result.
-    """
-    parts = journal.parts()
-    method, format = job.recipe.method, FORMATS[job.recipe.formats[0]]
-    if not isinstance(method, Qat) or method.end_to_end is None or tokens is None:
-        return Trained(parts)
-    tensors = [load_file(part) for part in parts]
-    quantized = {
-        x.name: format.unpack(x.name, tensors[x.block].__getitem__, grid, (x.out_features, x.in_features))
-        for x in job.linears
-        if (grid := job.schemes[x.name]) is not None
-    }
-    skeleton = Skeleton(job.reader, device=job.skeleton.device, dtype=torch.float32)
-    model = QuantizedModel(skeleton, tensors, quantized, tokens.ids, method.end_to_end.objective)
-    best, summary = train_scales(model, method)
-    for x in job.linears:
-        if x.name in best:
-            tensors[x.block] |= format.pack(x.name, best[x.name])
-    places = [journal.folder / f"trained-{k:05d}.safetensors" for k in range(len(parts))]
-    trained = {path: write_part(path, one, sync=False) for path, one in zip(places, tensors, strict=True)}
-
-    def transformed(k: int) -> Mapping[str, Tensor]:
-        path = journal.transformed(k)
-        return load_file(path) if path.exists() else {}
-
-    scales = {name: q.scales.to(model.device, torch.float32) for name, q in best.items()}
-    return Trained(trained, summary, model.errors(scales, transformed))
-
-
-def _trains_end_to_end(job: Job) -> bool:
-    return isinstance(job.recipe.method, Qat) and job.recipe.method.end_to_end is not None

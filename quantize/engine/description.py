@@ -9,7 +9,7 @@ from ..core import machine
 from ..core.plugins import packages
 from ..methods.layer_error import common_measure
 from ..recipe import Calibration
-from .blocks import Trained
+from .end_to_end import Trained
 from .job import Job
 
 _PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "tokenizers")

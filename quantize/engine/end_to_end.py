@@ -9,25 +9,32 @@ is kept for the gradient, and the block is recomputed in the backward pass.
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 from ..calibrate.block_pass import paired_batches
+from ..calibrate.tokens import Tokens
+from ..formats import FORMATS
 from ..methods.adam import Direction
 from ..methods.fake_quant import storable
 from ..models.block_arguments import BlockArguments
 from ..models.placed_model import LinearLayer
+from ..models.shards import write_part
 from ..models.skeleton import Skeleton, run_block
 from ..numbers.grid import QuantizedLinear
 from ..recipe import Objective, Qat
+from .block_weights import weight_of, with_weights
+from .job import Job
+from .journal import Journal
 from .plan import TUNING_CHECKS, held_out
-from .rounding import weight_of, with_weights
 from .tuning import batches, measured_errors
 
 _WHOLE = (1 << 16) - 1  # stands for the block's number in the seed of the sequences' order
@@ -201,3 +208,50 @@ def _gradients(model: QuantizedModel, scales: Scales, samples: Sequence[int]) ->
         for i in samples:
             (model.loss(leaves, i) / len(samples)).backward()  # type: ignore[no-untyped-call]
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The blocks' files with their SHA-256, in order; after end-to-end training its losses (summary) and the error of
+    each linear (errors).
+    """
+
+    parts: Mapping[Path, str]
+    summary: dict[str, float] | None = None
+    errors: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def train_end_to_end(job: Job, tokens: Tokens | None, journal: Journal) -> Trained:
+    """Train the scales of all blocks together where the recipe asks for it; otherwise the blocks' files as they are.
+
+    The journal's files are not touched, so a run killed during training repeats it with the same result.
+    """
+    parts = journal.parts()
+    method, format = job.recipe.method, FORMATS[job.recipe.formats[0]]
+    if not isinstance(method, Qat) or method.end_to_end is None or tokens is None:
+        return Trained(parts)
+    tensors = [load_file(part) for part in parts]
+    quantized = {
+        x.name: format.unpack(x.name, tensors[x.block].__getitem__, grid, (x.out_features, x.in_features))
+        for x in job.linears
+        if (grid := job.schemes[x.name]) is not None
+    }
+    skeleton = Skeleton(job.reader, device=job.skeleton.device, dtype=torch.float32)
+    model = QuantizedModel(skeleton, tensors, quantized, tokens.ids, method.end_to_end.objective)
+    best, summary = train_scales(model, method)
+    for x in job.linears:
+        if x.name in best:
+            tensors[x.block] |= format.pack(x.name, best[x.name])
+    places = [journal.folder / f"trained-{k:05d}.safetensors" for k in range(len(parts))]
+    trained = {path: write_part(path, one, sync=False) for path, one in zip(places, tensors, strict=True)}
+
+    def transformed(k: int) -> Mapping[str, Tensor]:
+        path = journal.transformed(k)
+        return load_file(path) if path.exists() else {}
+
+    scales = {name: q.scales.to(model.device, torch.float32) for name, q in best.items()}
+    return Trained(trained, summary, model.errors(scales, transformed))
+
+
+def trains_end_to_end(job: Job) -> bool:
+    return isinstance(job.recipe.method, Qat) and job.recipe.method.end_to_end is not None

@@ -11,7 +11,7 @@ from ..methods import solves_batches
 from ..methods.gptq import BATCH_ELEMENTS
 from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
-from ..numbers.types import Grid
+from ..numbers.types import BlockGrid, Grid
 from ..recipe import Recipe, Tuned
 from .room import Needs
 from .rounding import TOGETHER
@@ -34,6 +34,8 @@ def find_needs(
     streams, hidden = 2 if recipe.paired else 1, tokens * width * item
     if calibrated and solves_batches(recipe.rounder, skeleton.device):
         solve, sums = _solved_in_batches(skeleton, linears, schemes, recipe.paired)
+    elif not calibrated and skeleton.device.type == "cpu" and all(map(_by_rows, schemes.values())):
+        solve, sums = 0, 0  # what a few rows take is small beside the codes of two blocks
     else:
         solve, sums = _largest_solve(linears, schemes, calibrated), 0
     return Needs(
@@ -53,6 +55,11 @@ def find_needs(
         open_shell=_open_shell(skeleton) if calibrated else 0,
         carried=streams * tokens * _carried(skeleton.config, linears, seq_len, item),
     )
+
+
+def _by_rows(grid: Grid | None) -> bool:
+    """Whether rows are rounded each by itself where nothing is known of their inputs."""
+    return grid is None or not (isinstance(grid, BlockGrid) or grid.shares_rows or grid.shares_across_linears)
 
 
 def _largest_solve(linears: list[LinearLayer], schemes: dict[str, Grid | None], calibrated: bool) -> int:

@@ -33,8 +33,9 @@ from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.vetting import vetting
 from ..recipe import Calibration
 from . import shared_run, sharing
-from .blocks import Trained, run_blocks, train_end_to_end
+from .blocks import run_blocks
 from .description import describe
+from .end_to_end import Trained, train_end_to_end
 from .guard import check_forward
 from .job import Job, prepare
 from .journal import FollowedJournal, Journal, finished

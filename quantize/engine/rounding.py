@@ -1,9 +1,7 @@
 """Rounding of the linears of a block that share an input; those with the same grid are solved together."""
 
-import copy
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +19,12 @@ from ..methods.kernel_check import kernels_refused
 from ..methods.layer_error import ErrorMeasure, error_fields, layer_error
 from ..methods.rtn import column_power, rtn_by_rows
 from ..models.placed_model import LinearLayer
-from ..numbers.grid import Grid, Inputs, QuantizedLinear
+from ..models.weight_rows import WeightRows
+from ..numbers.grid import Grid, QuantizedLinear
 from ..numbers.types import BlockGrid
 from ..recipe import Gptq, MethodSettings
+from .block_weights import put, weight_of
+from .code_memory import CodeMemory
 from .shared_rounding import Solved, exchanged, parts
 
 if TYPE_CHECKING:
@@ -108,8 +109,9 @@ class _Rounded:
 class BlockRounding:
     """Rounds the linears of a block, puts the new weights into it, and keeps a record of each.
 
-    runs_on: whether the block is run with the new weights; otherwise it keeps the old ones. On a GPU the figures of the
-    records stay there until `finish`: reading one waits for all the work before it.
+    runs_on: whether the block is run with the new weights; otherwise it keeps the old ones. stored: gives the weight of
+    a linear where the block has none. codes: memory for them. On a GPU the figures of the records stay there until
+    `finish`: reading one waits for all the work before it.
     """
 
     def __init__(
@@ -120,9 +122,11 @@ class BlockRounding:
         ranks: Ranks = ALONE,
         *,
         runs_on: bool = True,
+        stored: Callable[[LinearLayer], WeightRows] | None = None,
+        codes: CodeMemory | None = None,
     ) -> None:
         self._method, self._schemes, self._block, self._ranks = method, schemes, block, ranks
-        self._runs_on = runs_on
+        self._runs_on, self._stored, self._codes = runs_on, stored, codes
         self.rounded: dict[str, QuantizedLinear] = {}
         self._records: dict[str, LayerRecord] = {}
         self._unread: list[_Rounded] = []
@@ -175,8 +179,10 @@ class BlockRounding:
     def _round_alone(self, stack: _Stack, refused: str = "") -> None:
         """Solve one stack. refused: a note on why no kernels are used."""
         if not self._runs_on and self._method.name == "rtn" and stack.by_rows:
-            weight = self._weight(stack)
-            linear, error, power = rtn_by_rows(weight, stack.grid)
+            alone = stack.linears[0] if len(stack.linears) == 1 else None
+            rows = self._stored(alone) if self._stored is not None and alone is not None else self._weight(stack)
+            memory = None if self._codes is None else self._codes.take(stack.shape)
+            linear, error, power = rtn_by_rows(rows, stack.grid, memory)
             self._keep_solved(stack, Solved(linear, error, power, "weight", None, []), None)
             return
         try:
@@ -188,7 +194,10 @@ class BlockRounding:
 
     def _weight(self, stack: _Stack) -> Tensor:
         """[out, in], contiguous; that of a single linear is not copied where it lies so."""
-        weights = [weight_of(self._block, linear) for linear in stack.linears]
+        weights = [
+            weight_of(self._block, linear) if self._stored is None else self._stored(linear)[:]
+            for linear in stack.linears
+        ]
         return weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
 
     def _solved(self, stack: _Stack, refused: str, rows: slice) -> tuple[Solved, Tensor]:
@@ -307,7 +316,7 @@ class BlockRounding:
 
     def _keep(self, linear: LinearLayer, rounded: QuantizedLinear, weight: Tensor | None, shared: SharedInput) -> None:
         self.rounded[linear.name] = replace(rounded, inputs=shared.inputs)
-        if weight is not None:
+        if weight is not None and self._runs_on:
             put(self._block, linear, weight)
 
     def _figure(self, values: Tensor) -> int:
@@ -332,33 +341,6 @@ class BlockRounding:
                 **error_fields(error, power, one.measure, tokens), damp=one.damp, tokens=tokens, note=notes or None
             )
             self._records[one.linear.name] = made.changed(dynamic=True) if one.dynamic else made
-
-
-def lend_input_scales(rounded: dict[str, QuantizedLinear], records: dict[str, LayerRecord]) -> None:
-    """Give experts that no calibration token reached the widest static input scale of the other experts, with a note.
-
-    There was nothing to measure their scale on, and without one every input would be rounded to zero when served.
-    """
-    reached = {name: q.inputs for name, q in rounded.items() if records[name].tokens and q.inputs is not None}
-    for name, linear in rounded.items():
-        if linear.inputs is None or linear.inputs.scale is None or name in reached:
-            continue
-        alike = [inputs for other, inputs in reached.items() if _any_expert(other) == _any_expert(name)]
-        if alike:
-            rounded[name] = replace(linear, inputs=max(alike, key=_width))
-            lent = "static input scale taken from the other experts: the widest"
-            records[name] = records[name].changed(note="; ".join(filter(None, (records[name].note, lent))))
-
-
-def _any_expert(name: str) -> str:
-    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
-
-
-def _width(inputs: Inputs) -> float:
-    """A number that grows with the range behind a static scale; nvfp4 stores the reciprocal of the others' scales."""
-    assert inputs.scale is not None
-    scale = float(inputs.scale)
-    return -scale if inputs.spec.type == "nvfp4" else scale
 
 
 def _pieces(stacks: list[_Stack]) -> Iterable[list[_Stack]]:
@@ -396,33 +378,6 @@ def _round(method: MethodSettings, weight: Tensor, stack: _Stack, moved: Tensor 
             f"{shared.names[0]}: {error}; try another calibration text, or leave the layer to `ignore`"
         ) from None
     return result, ([] if result.note is None else [result.note]) + stack.notes(method)
-
-
-def place(block: nn.Module, linear: LinearLayer, rounded: QuantizedLinear) -> None:
-    """Put the rounded weight into the block."""
-    put(block, linear, rounded.dequantize())
-
-
-def put(block: nn.Module, linear: LinearLayer, weight: Tensor) -> None:
-    """Give a linear of the block a new weight [out, in], in the dtype of the old one."""
-    module: Any = block.get_submodule(linear.module)
-    new = weight.to(module.weight.dtype)
-    module.weight = nn.Parameter(new.T.contiguous() if linear.transposed else new, requires_grad=False)
-
-
-def with_weights(block: nn.Module, weights: Mapping[LinearLayer, Tensor]) -> nn.Module:
-    """A copy of the block with other weights [out, in] in some linears; all other parameters are shared."""
-    other = copy.deepcopy(block, {id(p): p for p in block.parameters()})
-    for linear, weight in weights.items():
-        module: Any = other.get_submodule(linear.module)
-        module.weight = nn.Parameter(weight.T if linear.transposed else weight, requires_grad=False)
-    return other
-
-
-def weight_of(block: nn.Module, linear: LinearLayer) -> Tensor:
-    """The weight [out, in] that the block now has for a linear."""
-    weight: Tensor = block.get_submodule(linear.module).weight  # type: ignore[assignment]
-    return weight.T if linear.transposed else weight
 
 
 def record(linear: LinearLayer, grid: Grid | None) -> LayerRecord:

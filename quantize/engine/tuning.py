@@ -21,8 +21,8 @@ from ..models.block_arguments import BlockArguments
 from ..models.placed_model import LinearLayer
 from ..numbers.grid import QuantizedLinear
 from ..recipe import Tuned
+from .block_weights import place, weight_of, with_weights
 from .plan import TUNING_CHECKS
-from .rounding import place, weight_of, with_weights
 
 
 class Tuning:

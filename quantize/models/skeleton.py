@@ -21,6 +21,7 @@ from .building import set_buffers
 from .model_tensors import TensorReader
 from .placed_model import LinearLayer, PlacedModel, stored_tensors
 from .towers import without_head
+from .weight_rows import WeightRows
 
 _EMBEDDED_TOKENS = 4096  # embedded at a time
 
@@ -54,10 +55,23 @@ class Skeleton(PlacedModel):
         prefix = f"{self.blocks_name}.{k}."
         return {n: self._cast(prefix + n, self.reader.read(disk), stored[n]) for n, disk in self.block_names(k).items()}
 
+    def weight_rows(self, linear: LinearLayer) -> WeightRows:
+        """The weight of a linear as the block would have it, without the block being read."""
+        inside = f"{linear.module}.weight"
+        read = self.reader.rows(self.block_names(linear.block)[inside])
+        if linear.transposed:
+            read = read(slice(None)).T.contiguous().__getitem__
+        placeholder = self._blocks[linear.block].get_parameter(inside)
+        dtype = self._dtype_of(f"{self.blocks_name}.{linear.block}.{inside}", placeholder)
+        return WeightRows((linear.out_features, linear.in_features), dtype, read)
+
     def _cast(self, name: str, tensor: Tensor, placeholder: Tensor) -> Tensor:
         """A tensor in the type in which transformers would load it."""
-        wide = tensor.is_floating_point() and any(pattern.search(name) for pattern in self._wide)
-        return tensor.to(torch.float32 if wide else placeholder.dtype)
+        return tensor.to(self._dtype_of(name, placeholder) if tensor.is_floating_point() else placeholder.dtype)
+
+    def _dtype_of(self, name: str, placeholder: Tensor) -> torch.dtype:
+        """The type in which transformers would load a tensor of floats."""
+        return torch.float32 if any(pattern.search(name) for pattern in self._wide) else placeholder.dtype
 
     def blocks(self, start: int = 0, keep: bool = False, backwards: bool = False) -> Iterator[tuple[int, nn.Module]]:
         """Number and module of each block from `start` on, on the device, while the next one is read from disk.

@@ -16,7 +16,7 @@ from quantpress.artifact.manifest import Manifest
 from quantpress.calibrate import block_pass
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
-from quantpress.engine import journal
+from quantpress.engine import blocks, journal
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
 from quantpress.exports.verify import structure
@@ -113,12 +113,40 @@ def test_resume_after_a_stop_gives_the_same_bytes(
     assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
 
 
-@pytest.mark.parametrize("at", [1, 2, 4])
+DATA_FREE = [
+    ("llama", {"type": "mxfp8"}),
+    ("mixtral", {"type": "fp8"}),
+    ("gemma3", {"bits": 3, "group_size": 16, "symmetric": False, "scale_search": "mse"}),
+    ("gpt2", {"bits": 4, "group_size": 32, "scale_search": "minmax"}),
+]
+
+
+@pytest.mark.parametrize(("family", "grid"), DATA_FREE)
+def test_weights_read_as_they_are_rounded_give_the_same_bytes(
+    family: str, grid: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(family, tmp_path / "model", torch.bfloat16)
+    formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
+    document = {"method": {"name": "rtn"}, "weights": grid, "formats": formats}
+    make(tmp_path / "rows", tmp_path / "model", document)
+    begin = blocks._Run.__init__
+
+    def whole(run: Any, *given: Any) -> None:
+        begin(run, *given)
+        assert run._streams
+        run._streams, run._codes = False, None
+
+    monkeypatch.setattr(blocks._Run, "__init__", whole)
+    make(tmp_path / "whole", tmp_path / "model", document)
+    assert files(tmp_path / "rows" / "quantized") == files(tmp_path / "whole" / "quantized")
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_artifact_of_shards_after_a_stop_at_any_of_them(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build("llama", tmp_path / "model", torch.bfloat16)
-    rtn = {"method": {"name": "rtn"}}
+    rtn = {"method": {"name": "rtn"}, "weights": {"type": "fp8"}}
     joined = make(tmp_path / "joined", tmp_path / "model", rtn)
     monkeypatch.setattr(shards, "JOINED", 0)
     whole = make(tmp_path / "whole", tmp_path / "model", rtn)

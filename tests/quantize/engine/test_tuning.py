@@ -12,9 +12,9 @@ from quantpress.artifact.artifact import open_artifact
 from quantpress.artifact.manifest import LayerRecord
 from quantpress.core import machine
 from quantpress.engine import journal
+from quantpress.engine.block_weights import place, weight_of
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.plan import Plan
-from quantpress.engine.rounding import place, weight_of
 from quantpress.engine.sources import resolve
 from quantpress.engine.tuning import Passes, Tuning, batches
 from quantpress.methods.rtn import rtn

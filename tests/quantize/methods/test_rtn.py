@@ -7,9 +7,9 @@ from torch import Tensor
 from quantpress.methods.fake_quant import storable
 from quantpress.methods.group_scales import GroupScales
 from quantpress.methods.layer_error import layer_error
-from quantpress.methods.rtn import rtn, rtn_by_rows
+from quantpress.methods.rtn import _snap_and_encode, rtn, rtn_by_rows
 from quantpress.numbers.ggml_scales import by_size
-from quantpress.numbers.grid import SMALLEST_SCALE
+from quantpress.numbers.grid import SMALLEST_SCALE, encode, snap
 from quantpress.numbers.types import BlockGrid, GgmlType, Grid
 from quantpress.recipe import Rtn
 
@@ -83,6 +83,36 @@ def test_pieces_of_rows_are_rounded_as_the_whole_weight(
     measured = layer_error(weight.float(), wanted.dequantize(), None)
     assert torch.equal(error, measured.error)
     assert torch.equal(power, measured.power)
+
+
+@pytest.mark.parametrize("grid", BY_ROWS, ids=str)
+def test_threads_give_what_one_gives(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rtn_by_rows.__globals__, "_PIECE", 96 * 5)
+    weight = (torch.randn(33, 96, generator=torch.Generator().manual_seed(0)) * 0.05).to(torch.bfloat16)
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(rtn_by_rows(weight, grid, torch.full((33, 96), 77, dtype=torch.uint8)))
+    (one, *sums), (many, *others) = found
+    assert torch.equal(one.codes, many.codes)
+    assert torch.equal(one.scales.float(), many.scales.float())
+    assert all(map(torch.equal, sums, others))
+
+
+def test_e4m3_by_its_bits() -> None:
+    """Every finite number of the type, those between them, and beyond the ends; both zeros."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    between = torch.cat(
+        [numbers, (numbers[1:] + numbers[:-1]) / 2, torch.tensor([-1e4, -449.0, 449.0, 1e4, -0.0, 1e-30])]
+    )
+    values = torch.cat([between, torch.nextafter(between, between + 1), torch.nextafter(between, between - 1)])
+    one, zero, grid = torch.ones(()), torch.zeros(()), Grid(type="fp8")
+    found, codes = _snap_and_encode(values, one, zero, grid)
+    wanted = snap(values, one, zero, grid)
+    assert torch.equal(found, wanted)
+    assert torch.equal(torch.signbit(found), torch.signbit(wanted))
+    assert torch.equal(codes, encode(wanted, grid))
 
 
 @pytest.mark.parametrize(("columns", "searched"), [(2048, True), (2056, False)])
