@@ -67,7 +67,8 @@ def problems(folder: Path) -> list[str]:
         found += _left_out(artifact, skeleton, linears)
         found += contradictions(artifact, artifact.scattered)
     found += _fused(artifact, checked)
-    found += unlike_layers({one.name: one.size for one in checked if one.size is not None and not one.problems})
+    sizes = {one.name: one.size for one in checked if one.size is not None and not one.problems}
+    found += unlike_layers({name: size for name, size in sizes.items() if name not in zeros})
     corrected = artifact.config if isinstance(artifact.checkpoint, Checkpoint) else None
     found += model_statement(folder, skeleton.vocabulary, corrected)
     found += _cache(artifact, skeleton, claimed)

@@ -394,6 +394,16 @@ def test_a_weight_of_zeros_is_no_damage(method: str, tmp_path: Path) -> None:
     assert structure(tmp_path / "run" / "quantized") == []
 
 
+def test_an_expert_of_zeros_is_not_unlike_the_others(tmp_path: Path) -> None:
+    build("qwen3_moe", tmp_path / "model", torch.bfloat16)
+    file, expert = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.experts.1."
+    tensors = {n: torch.zeros_like(t) if n.startswith(expert) else t for n, t in load_file(file).items()}
+    assert [n for n in tensors if n.startswith(expert)]
+    save_file(tensors, file, {"format": "pt"})
+    make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}, "targets": ["vllm"]})
+    assert structure(tmp_path / "run" / "quantized") == []
+
+
 def test_the_gate_of_a_shared_expert_stays_as_it_is(tmp_path: Path) -> None:
     build("qwen2_moe", tmp_path / "model", torch.bfloat16)
     make(tmp_path / "run", tmp_path / "model", {"method": {"name": "rtn"}, "targets": ["vllm"]})
