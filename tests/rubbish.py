@@ -27,12 +27,15 @@ def spoiled(source: Path, out: Path, how: Callable[[Path], None]) -> Path:
 
 
 def _tensors(folder: Path, change: Callable[[dict[str, torch.Tensor], str], None], linear: str) -> None:
-    """Change the tensors of the one linear whose name ends in `linear`, in the middle block."""
+    """Change the tensors of the linear of the middle block whose name ends in `linear`, or of o_proj where it is in 16
+    bit, as experts are."""
     for file in sorted(folder.glob("*.safetensors")):
         held = load_file(file)
         blocks = sorted({int(name.split(".")[2]) for name in held if name.startswith("model.layers.")})
         if blocks:
-            change(held, f"model.layers.{blocks[len(blocks) // 2]}.{linear}")
+            block = f"model.layers.{blocks[len(blocks) // 2]}"
+            quantized = [name for name in held if name.startswith(f"{block}.{linear}") and name.endswith("_scale")]
+            change(held, f"{block}.{linear if quantized else 'self_attn.o_proj'}")
             save_file({name: tensor.contiguous() for name, tensor in held.items()}, file, metadata={"format": "pt"})
 
 
@@ -174,7 +177,9 @@ def _gguf(file: Path, change: Callable[[Any], None]) -> None:
 
 
 def _middle(reader: Any, kind: str) -> Any:
-    found = sorted((t for t in reader.tensors if t.name.endswith(kind)), key=lambda t: int(t.name.split(".")[1]))
+    """The tensor of that kind in the middle block, or of all its experts."""
+    kinds = f"{kind}.weight", f"{kind}_exps.weight"
+    found = sorted((t for t in reader.tensors if t.name.endswith(kinds)), key=lambda t: int(t.name.split(".")[1]))
     return found[len(found) // 2]
 
 
@@ -182,7 +187,7 @@ def gguf_columns_permuted(file: Path) -> None:
     """The blocks of each row in another order."""
 
     def change(reader: Any) -> None:
-        tensor = _middle(reader, "attn_q.weight")
+        tensor = _middle(reader, "attn_q")
         size = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
         data = tensor.data.view(np.uint8).reshape(tensor.data.shape[0], -1, size)
         data[:] = data[:, ::-1].copy()
@@ -203,7 +208,7 @@ def _multiplied(tensor: Any, where: slice, by: float) -> None:
 
 def gguf_scales_doubled(file: Path) -> None:
     def change(reader: Any) -> None:
-        tensor = _middle(reader, "ffn_down.weight")
+        tensor = _middle(reader, "ffn_down")
         _multiplied(tensor, _SCALES.get(tensor.tensor_type.name, slice(0, 2)), 2)
 
     _gguf(file, change)
@@ -213,7 +218,7 @@ def gguf_zeros_off(file: Path) -> None:
     """The minima of one block's matrices higher by an eighth: about one step of four bits."""
 
     def change(reader: Any) -> None:
-        number = _middle(reader, "ffn_down.weight").name.split(".")[1]
+        number = _middle(reader, "ffn_down").name.split(".")[1]
         able = [t for t in reader.tensors if t.name.startswith(f"blk.{number}.") and t.tensor_type.name in _MINIMUM]
         assert able
         for tensor in able:
@@ -226,15 +231,16 @@ def gguf_scales_scrambled(file: Path) -> None:
     """Rows in another order, each with its scales."""
 
     def change(reader: Any) -> None:
-        data = _middle(reader, "ffn_down.weight").data
-        data[:] = np.random.default_rng(0).permutation(data)
+        data = _middle(reader, "ffn_down").data
+        rows = data.reshape(-1, data.shape[-1])
+        rows[:] = np.random.default_rng(0).permutation(rows)
 
     _gguf(file, change)
 
 
 def gguf_block_zeroed(file: Path) -> None:
     def change(reader: Any) -> None:
-        number = _middle(reader, "ffn_down.weight").name.split(".")[1]
+        number = _middle(reader, "ffn_down").name.split(".")[1]
         for tensor in reader.tensors:
             if tensor.name.startswith(f"blk.{number}.") and "norm" not in tensor.name:
                 tensor.data.view(np.uint8)[:] = 0
@@ -256,7 +262,7 @@ def gguf_tokenizer_permuted(file: Path) -> None:
     def change(reader: Any) -> None:
         field = reader.fields["tokenizer.ggml.tokens"]
         by_length: dict[int, list[Any]] = {}
-        for part in (field.parts[i] for i in field.data[300:]):
+        for part in (field.parts[i] for i in field.data[min(300, len(field.data) // 4) :]):
             by_length.setdefault(len(part), []).append(part)
         for parts in by_length.values():
             for one, other in zip(parts[::2], parts[1::2], strict=False):

@@ -26,7 +26,7 @@ from quantpress.exports.serving.smoke_test import smoke
 from quantpress.exports.serving.starting import Options, installed, serve
 from quantpress.gguf.chat import template_arguments
 
-from .. import rubbish
+from .. import rubbish, trained
 
 MODEL = os.environ.get("QUANTPRESS_VLLM_MODEL", "smollm2-135m")
 PYTHON = os.environ.get("QUANTPRESS_VLLM_PYTHON")
@@ -37,7 +37,13 @@ SPOILT: dict[str, dict[str, Any]] = {  # those that rubbish is made of
     "vllm, static inputs": {"method": _PLAIN, "weights": _INT8, "activations": {"type": "int8", "dynamic": False}},
     "llama.cpp": {"method": _PLAIN, "formats": ["gguf"], "gguf": {"type": "Q4_K_M"}},
 }
-GOOD: dict[str, dict[str, Any]] = SPOILT | {
+MIXTURES: dict[str, dict[str, Any]] = {  # of a tiny one; vLLM has no 4-bit experts on a CPU
+    "vllm, mixture": SPOILT["vllm"] | {"ignore": ["*.experts.*"], "targets": [{"name": "vllm", "device": "cpu"}]},
+    "llama.cpp, mixture": SPOILT["llama.cpp"],
+}
+GOOD: dict[str, dict[str, Any]] = {
+    **SPOILT,
+    **MIXTURES,
     "vllm, gptq": {"method": _GPTQ, "weights": _INT4, "formats": ["gptq"]},
     "vllm, awq": {"method": _PLAIN, "weights": _INT4 | {"symmetric": False}, "formats": ["awq"]},
     "vllm, w8a8": {"method": _PLAIN, "weights": _INT8, "activations": {"type": "int8"}},
@@ -50,9 +56,9 @@ COMMON = {
     "evaluation": {"windows": 2, "window": 256, "prompts": []},
 }  # fmt: skip
 KINDS = [
-    *(("vllm", kind) for kind in rubbish.FOLDERS),
     *(("vllm, static inputs", kind) for kind in rubbish.STATIC),
-    *(("llama.cpp", kind) for kind in rubbish.GGUFS),
+    *((name, kind) for name in ("vllm", "vllm, mixture") for kind in rubbish.FOLDERS),
+    *((name, kind) for name in ("llama.cpp", "llama.cpp, mixture") for kind in rubbish.GGUFS),
 ]
 CAUSES = {  # what the failed checks have to name
     "scales doubled": "a layer's", "scales scrambled": "a layer's", "zeros off by one": "a layer's",
@@ -98,6 +104,14 @@ class Made:
         return found
 
 
+def model_of(name: str, folder: Path) -> str:
+    """The model that a run is of; a mixture is trained in `folder`."""
+    if name not in MIXTURES:
+        return MODEL
+    trained.build_mixture(folder / "mixture")
+    return str(folder / "mixture")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs by name, each made once."""
@@ -109,7 +123,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
             pytest.skip(f"{server} is not installed: {launchers()[server].install}")
         if name not in kept:
             out = tmp_path_factory.mktemp("run") / "it"
-            api.run({**COMMON, **GOOD[name]}, MODEL, out, make_options())
+            api.run({**COMMON, **GOOD[name]}, model_of(name, out.parent), out, make_options())
             kept[name] = Made(out, server)
         return kept[name]
 
