@@ -1,0 +1,99 @@
+"""What GPTQ loses by the products of a GPU, found on the CPU: the GPU's way of solving, exactly and with TF32.
+
+    python tests/bench/gpu_products.py --calibration FILE.txt --evaluation FILE.txt [FILE.txt …] [--model M]
+        [--bits N …] [--group-size N] [--way WAY …]
+
+cpu: GPTQ as a CPU does it. solved as on a GPU: in batches, with a factor instead of an inverse and the drift by rows,
+all products in float32. with TF32: those products that a GPU makes in TF32 have their factors rounded to its 10 bits.
+The columns are rounded by loops in torch in the place of the kernels. A row: KL divergence on each text, CPU seconds.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from runs import Runs, options, say
+from torch import Tensor
+
+from quantpress.engine import blocks, needs, rounding
+from quantpress.methods import gptq_batch, upper_factors
+from quantpress.numbers.grid import round_numbers_
+
+WAYS = ("cpu", "solved as on a GPU", "with TF32")
+
+
+def solve_columns(
+    fed: Tensor,
+    inside: Tensor,
+    variance: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    error: Tensor,
+    numbers: Tensor,
+    squares: Tensor,
+    grid: Any,
+) -> None:
+    """The kernel's work, column by column."""
+    for j in range(error.shape[1]):
+        received = fed[:, j] + torch.einsum("li,lir->lr", inside[:, j, :j], error[:, :j])
+        shifted = error[:, j] + received + zeros[:, j] * scales[:, j]
+        numbers[:, j] = round_numbers_(shifted / scales[:, j], grid)
+        off = shifted - numbers[:, j] * scales[:, j]
+        squares += off.square() * variance[:, j, None]
+        error[:, j] = off - received
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To the 10 bits of the fraction that TF32 has, the nearest."""
+    return ((x.contiguous().view(torch.int32) + (1 << 12)) & (-1 << 13)).view(torch.float32)
+
+
+def shortened(product: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
+    """A product of its arguments `first` and the next, as a GPU would make it where TF32 is allowed."""
+
+    @wraps(product)
+    def multiply(*given: Any, **options: Any) -> Tensor:
+        gpu: Any = torch.backends.cuda.matmul
+        if gpu.fp32_precision == "tf32" and given[first].dtype == torch.float32:
+            given = (*given[:first], *(rounded(x) for x in given[first : first + 2]), *given[first + 2 :])
+        return product(*given, **options)
+
+    return multiply
+
+
+def as_on_a_gpu(*, tf32: bool) -> None:
+    """From now on, runs of this process solve so."""
+    changed: Any = rounding, needs, gptq_batch, upper_factors, blocks
+    engine, planned, batch, factors, run = changed
+    engine.solves_batches = planned.solves_batches = lambda method, device: method.name == "gptq"
+    engine.kernels_refused = lambda *what: None
+    batch.solve_columns, batch.can_fit = solve_columns, lambda grid: False
+    whole = run.BlockPass
+    run.BlockPass = lambda *given, **options: whole(*given, **options | {"moved": True})
+    if tf32:
+        everywhere: Any = torch
+        everywhere.bmm, everywhere.baddbmm = shortened(torch.bmm, 0), shortened(torch.baddbmm, 1)
+        everywhere.Tensor.baddbmm_ = shortened(torch.Tensor.baddbmm_, 1)
+        everywhere.Tensor.__matmul__ = shortened(torch.Tensor.__matmul__, 0)
+        factors._factors = upper_factors.split
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4])
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--way", choices=WAYS, nargs="+", default=WAYS)
+    args = parser.parse_args()
+    runs = Runs(args)
+    for way in args.way:
+        if way != "cpu":
+            as_on_a_gpu(tf32=way == "with TF32")
+        for bits in args.bits:
+            weights = {"bits": bits, "group_size": args.group_size, "symmetric": False}
+            found = runs.figures({"weights": weights, "description": way})
+            say(f"int{bits} {way:20} {'  '.join(f'{kl:.5f}' for kl in found.kl)}  {found.cpu_s:.0f}")
+
+
+if __name__ == "__main__":
+    main()
