@@ -3,7 +3,7 @@
     python tests/bench/budgets.py --calibration FILE.txt --evaluation FILE.txt [FILE.txt …] [--model M] [--bos]
 
 For each menu of MENUS: every recipe it could be replaced by, then a budget of exactly the bytes that it takes.
-A row is one whole run.
+A row is one whole run. The menu `gguf` is that of GGUF files, beside llama.cpp's mixes.
 """
 
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ MENUS: dict[str, tuple[Grid | None, ...]] = {  # smallest first
     "int4, int8, 16 bit": (INT4, INT8, None),
     "nvfp4, fp8, 16 bit": (NVFP4, FP8, None),
 }
+MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 
 
 def rivals(menu: tuple[Grid | None, ...], blocks: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -48,13 +49,15 @@ def name(grid: Grid | None) -> str:
 
 def main() -> None:
     parser = options(__doc__.split("\n")[0])
-    parser.add_argument("--menus", nargs="+", choices=MENUS, default=list(MENUS))
+    parser.add_argument("--menus", nargs="+", choices=[*MENUS, "gguf"], default=list(MENUS))
     parser.add_argument("--only", nargs="+", help="rivals by their name; default all")
     args = parser.parse_args()
     runs = Runs(args)
     names = " | ".join(f"{text.name}: perplexity | KL" for text in args.evaluation)
     say(f"| menu | recipe | MB | {names} | CPU s |\n|---|---|--:|{'--:|--:|' * len(args.evaluation)}--:|")
-    for menu in args.menus:
+    if "gguf" in args.menus:
+        of_files(runs, args.only)
+    for menu in (menu for menu in args.menus if menu != "gguf"):
         met: dict[int, str] = {}
         for rival, keys in rivals(MENUS[menu], runs.blocks):
             if args.only and rival not in args.only:
@@ -65,6 +68,15 @@ def main() -> None:
         for size, rival in met.items():
             budget = {"head": None, "budget": {"bytes": size, "menu": list(MENUS[menu])}}
             show(menu, f"**budget** in the bytes of: {rival}", runs.figures(budget))
+
+
+def of_files(runs: Runs, only: list[str] | None) -> None:
+    """The rows of GGUF."""
+    for mix in (mix for mix in MIXES if not only or mix in only):
+        found = runs.figures({"formats": ["gguf"], "gguf": {"type": mix}})
+        show("gguf", mix, found)
+        keys = {"formats": ["gguf"], "gguf": {"budget": {"bytes": found.bytes}}}
+        show("gguf", f"**budget** in the bytes of: {mix}", runs.figures(keys))
 
 
 def show(menu: str, recipe: str, found: Figures) -> None:
