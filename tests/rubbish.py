@@ -27,15 +27,16 @@ def spoiled(source: Path, out: Path, how: Callable[[Path], None]) -> Path:
 
 
 def _tensors(folder: Path, change: Callable[[dict[str, torch.Tensor], str], None], linear: str) -> None:
-    """Change the tensors of the linear of the middle block whose name ends in `linear`, or of o_proj where it is in 16
-    bit, as experts are."""
+    """Change the tensors of the linear of the middle block whose name ends in `linear`, or where that is in 16 bit, as
+    experts are, all that are quantized."""
     for file in sorted(folder.glob("*.safetensors")):
         held = load_file(file)
         blocks = sorted({int(name.split(".")[2]) for name in held if name.startswith("model.layers.")})
         if blocks:
-            block = f"model.layers.{blocks[len(blocks) // 2]}"
-            quantized = [name for name in held if name.startswith(f"{block}.{linear}") and name.endswith("_scale")]
-            change(held, f"{block}.{linear if quantized else 'self_attn.o_proj'}")
+            scaled = [name.removesuffix(".weight_scale") for name in held if name.endswith(".weight_scale")]
+            whole = f"model.layers.{blocks[len(blocks) // 2]}.{linear}"
+            for name in [whole] if any(one.startswith(whole) for one in scaled) else scaled:
+                change(held, name)
             save_file({name: tensor.contiguous() for name, tensor in held.items()}, file, metadata={"format": "pt"})
 
 

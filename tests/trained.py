@@ -37,7 +37,20 @@ def build_mixture(folder: Path) -> Any:
         head_dim=64, max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=1,
         tie_word_embeddings=False, initializer_range=0.05,
     )  # fmt: skip
-    return _trained(folder, words, config)
+    model = _trained(folder, words, config)
+    _spread(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def _spread(model: Any) -> None:
+    """Make the channels between values and outputs unlike in size, as real ones are; what is computed stays."""
+    config, make = model.config, torch.Generator().manual_seed(1)
+    for layer in model.model.layers:
+        values, outputs = layer.self_attn.v_proj.weight.data, layer.self_attn.o_proj.weight.data
+        by = torch.randn(config.num_key_value_heads, 1, config.head_dim, generator=make).mul(0.7).exp()
+        values.mul_(by.view(-1, 1))
+        outputs.view(len(outputs), config.num_key_value_heads, -1, config.head_dim).div_(by)
 
 
 def _trained(folder: Path, words: Any, config: Any) -> Any:

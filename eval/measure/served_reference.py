@@ -25,6 +25,7 @@ from quantpress.core.files import fingerprint, remembered
 from quantpress.core.untrusted import read_json
 from quantpress.exports.serving.forward import last_states, log_probabilities
 from quantpress.exports.serving.reference import Asked, Kind, Noise, Paragraph, Reference, RoundTrip, divergence
+from quantpress.gguf.reader import GgufCheckpoint
 from quantpress.models.skeleton import Skeleton
 from quantpress.numbers.activations import round_inputs
 from quantpress.numbers.grid import Inputs
@@ -202,13 +203,25 @@ def _rows(
     prompt. rounded: whether kernels that round to int8 what comes into quantized linears are imitated."""
     reader, skeleton = open_artifact(models.artifact, machine.device(), dtype)
     if rounded:
-        columns = 32 if reader.is_gguf else 0  # of a token that share a scale: ggml's Q8_0 blocks, or all
         for linear in skeleton.linears():
-            if (reader.is_gguf or linear.name in reader.linears) and reader.inputs(linear.name) is None:
+            columns = _sharing_a_scale(reader, linear.name)
+            if columns is not None:
                 skeleton.round_inputs(linear, partial(round_inputs, inputs=Inputs(Activations(type="int8"), columns)))
     states = last_states(skeleton, sequences, on_block)
     starts = [*(len(p.ids) - 1 for p in prompts), *([0] * (len(sequences) - len(prompts)))]
     return [log_probabilities(skeleton, s[start:-1]) for s, start in zip(states, starts, strict=True)]
+
+
+def _sharing_a_scale(reader: Artifact, linear: str) -> int | None:
+    """How many inputs of a token share a scale where a kernel rounds them to int8, 0 for all; None where it does not.
+
+    ggml rounds to Q8_0 beside types in blocks of 32 and to Q8_K beside those in blocks of 256, and not beside floats
+    (`vec_dot_type` in ggml-cpu.c).
+    """
+    if isinstance(reader.checkpoint, GgufCheckpoint):
+        block = reader.checkpoint.block(f"{linear}.weight")
+        return block if block > 1 else None
+    return 0 if linear in reader.linears and reader.inputs(linear) is None else None
 
 
 def _noise(models: Models, asked: Sequence[Asked], on_block: Callable[[], None]) -> Noise:

@@ -208,6 +208,10 @@ class GgufCheckpoint:
         sizes = [(e, int(self.tensors.stored(e.name).n_bytes)) for e, _ in self._made_of(name)]
         return sum(size // (entry.shape[0] if entry.stacked else 1) for entry, size in sizes)
 
+    def block(self, name: str) -> int:
+        """Columns of a parameter that its type in the file takes together; 1 for a type of floats."""
+        return int(gguf.GGML_QUANT_SIZES[self.tensors.stored(self.entry(name).name).tensor_type][0])
+
     def file_of(self, name: str) -> str:
         return self.tensors.file_of(self.entry(name).name).name
 
