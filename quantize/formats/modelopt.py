@@ -129,9 +129,10 @@ class ModelOpt(Format):
             rows, columns = weight
             if f"{name}.weight_scale_2" in shapes:
                 columns *= 2
-            elif len(shapes[f"{name}.weight_scale"]) == 2:
+            elif len(scale := shapes[f"{name}.weight_scale"]) == 2:
                 rows *= 2
-                if f"{name}.pre_quant_scale" not in shapes:  # ModelOpt itself leaves out those that it could fold
+                # ModelOpt itself leaves out those that it could fold.
+                if f"{name}.pre_quant_scale" not in shapes and scale[0] == rows:
                     raise BadInput(f"{name}: no pre_quant_scale is there, and others' {_SCALED}")
             out[name] = (rows, columns)
         return out
