@@ -257,8 +257,8 @@ def round_numbers_(numbers: Tensor, grid: Grid) -> Tensor:
 
 def encode(numbers: Tensor, grid: Grid) -> Tensor:
     """Numbers of the grid (float32) -> codes uint8: the number itself, the E4M3 byte, or the E2M1 nibble."""
-    if grid.uniform:
-        return numbers.to(torch.uint8)
+    if grid.uniform:  # on a CPU four times as fast as at once
+        return (numbers.to(torch.int16) if numbers.device.type == "cpu" else numbers).to(torch.uint8)
     if grid.bits == 8:
         return numbers.to(torch.float8_e4m3fn).view(torch.uint8)
     size = numbers.abs()  # 0, 0.5, … 2 are codes 0 to 4, then 3, 4 and 6
