@@ -21,24 +21,12 @@ from quantpress.numbers.types import Activations, Grid
 from .. import tiny
 from ..quantize.formats.artifacts import make, uniform
 from .loaders import asked
+from .loaders.files import CT, STATIC, WIDE
+from .loaders.files import FILES as COMMON
 
-CT, INT8, FP8 = "compressed-tensors", Activations(type="int8"), Activations(type="fp8")
-STATIC, NVFP4 = Activations(type="fp8", dynamic=False), Activations(type="nvfp4")
-FILES = {
-    "int4": (CT, Grid(group_size=32), None),
-    "int4, zeros": (CT, Grid(group_size=32, symmetric=False), None),
-    "int4, groups of 16": (CT, Grid(group_size=16), None),
-    "int8": (CT, Grid(bits=8, group_size=-1), None),
-    "int8, zeros": (CT, Grid(bits=8, group_size=32, symmetric=False), None),
-    "int3": (CT, Grid(bits=3, group_size=32), None),
-    "w8a8": (CT, Grid(bits=8, group_size=-1), INT8),
-    "fp8": (CT, Grid(type="fp8"), FP8),
-    "fp8, static": (CT, Grid(type="fp8"), STATIC),
-    "nvfp4": (CT, Grid(type="nvfp4"), None),
+NVFP4 = Activations(type="nvfp4")
+FILES = COMMON | {
     "nvfp4, inputs": (CT, Grid(type="nvfp4"), NVFP4),
-    "gptq": ("gptq", Grid(group_size=32), None),
-    "gptq, int8": ("gptq", Grid(bits=8, group_size=-1), None),
-    "awq": ("awq", Grid(group_size=32, symmetric=False), None),
     "modelopt, fp8": ("modelopt", Grid(type="fp8", group_size=0), STATIC),
     "modelopt, nvfp4": ("modelopt", Grid(type="nvfp4"), NVFP4),
     "modelopt, nvfp4 weights": ("modelopt", Grid(type="nvfp4"), None),
@@ -51,8 +39,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family whose linears Marlin takes."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    monkeypatch.setitem(tiny.FAMILIES, "wide", ("LlamaConfig", tiny._LLAMA | sizes))
+    monkeypatch.setitem(tiny.FAMILIES, "wide", ("LlamaConfig", tiny._LLAMA | WIDE))
 
 
 @pytest.mark.parametrize("kind", FILES)

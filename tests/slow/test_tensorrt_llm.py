@@ -19,9 +19,9 @@ from quantpress.numbers.types import Activations, Grid
 from .. import tiny
 from ..quantize.formats.artifacts import make, uniform
 from .loaders import asked
+from .loaders.files import CT, FP8, STATIC, WIDE
 
-CT, FP8, NVFP4 = "compressed-tensors", Activations(type="fp8"), Activations(type="nvfp4")
-TENSOR, STATIC = Grid(type="fp8", group_size=0), Activations(type="fp8", dynamic=False)
+TENSOR, NVFP4 = Grid(type="fp8", group_size=0), Activations(type="nvfp4")
 FILES: dict[str, tuple[str, Any, Activations | None, str]] = {  # the last: the algorithm that it takes it for
     "fp8": ("modelopt", TENSOR, STATIC, "FP8"),
     "fp8, rows": ("modelopt", Grid(type="fp8"), FP8, "FP8_PER_CHANNEL_PER_TOKEN"),
@@ -40,8 +40,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family that groups of 64 divide."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    monkeypatch.setitem(tiny.FAMILIES, "wide", ("LlamaConfig", tiny._LLAMA | sizes))
+    monkeypatch.setitem(tiny.FAMILIES, "wide", ("LlamaConfig", tiny._LLAMA | WIDE))
 
 
 @pytest.mark.parametrize("kind", FILES)

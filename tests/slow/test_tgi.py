@@ -14,27 +14,15 @@ from safetensors.torch import load_file
 from quantpress.artifact.artifact import Artifact
 from quantpress.exports.load_check import will_load
 from quantpress.exports.servers.tgi import LOADER, Tgi
-from quantpress.numbers.types import Activations, Grid
+from quantpress.numbers.types import Grid
 
 from .. import tiny
 from ..quantize.formats.artifacts import make, uniform
 from .loaders import asked
+from .loaders.files import CT, WIDE
+from .loaders.files import FILES as COMMON
 
-CT, INT8, FP8 = "compressed-tensors", Activations(type="int8"), Activations(type="fp8")
-FILES = {
-    "int4": (CT, Grid(group_size=32), None),
-    "int4, zeros": (CT, Grid(group_size=32, symmetric=False), None),
-    "int4, groups of 16": (CT, Grid(group_size=16), None),
-    "int8": (CT, Grid(bits=8, group_size=-1), None),
-    "int8, zeros": (CT, Grid(bits=8, group_size=32, symmetric=False), None),
-    "int3": (CT, Grid(bits=3, group_size=32), None),
-    "w8a8": (CT, Grid(bits=8, group_size=-1), INT8),
-    "fp8": (CT, Grid(type="fp8"), FP8),
-    "fp8, static": (CT, Grid(type="fp8"), Activations(type="fp8", dynamic=False)),
-    "nvfp4": (CT, Grid(type="nvfp4"), None),
-    "gptq": ("gptq", Grid(group_size=32), None),
-    "gptq, int8": ("gptq", Grid(bits=8, group_size=-1), None),
-    "awq": ("awq", Grid(group_size=32, symmetric=False), None),
+FILES = COMMON | {
     "awq, symmetric": ("awq", Grid(group_size=64), None),
 }
 FUSED = {
@@ -50,8 +38,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family whose linears Marlin takes."""
-    rope = {"rope_type": "default", "rope_theta": THETA}
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "rope_parameters": rope}
+    sizes = WIDE | {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
     monkeypatch.setitem(tiny.FAMILIES, "wide", ("LlamaConfig", tiny._LLAMA | sizes))
 
 
