@@ -10,9 +10,8 @@ from torch import Tensor
 from ..calibrate import budget
 from ..calibrate.sensitivity import Sensitivity
 from ..core.errors import BadInput
-from ..methods import ROUNDERS
+from ..numbers.ggml_scales import nearest
 from ..numbers.types import BlockGrid, GgmlType
-from ..recipe import Rtn
 from .mixes import TensorType
 from .writer import padded_bytes
 
@@ -33,10 +32,7 @@ def costs(weights: Sequence[Tensor], uses: Sequence[Sequence[Sensitivity]]) -> d
         w = weight[rows].float()
         importance = torch.stack([use.columns for use in sensitive]).sum(0)
         for kind in found:
-            rounded = w.half().float()
-            if kind != "F16":
-                grid = BlockGrid(type=kind, scale_search="activation")
-                rounded = ROUNDERS["rtn"](w, grid, Rtn(), importance, None).linear.dequantize()
+            rounded = w.half().float() if kind == "F16" else nearest(w, BlockGrid(type=kind), importance)
             found[kind] += sum(use.cost(rounded - w, rows) for use in sensitive)
     return found
 

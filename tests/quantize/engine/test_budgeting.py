@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from quantpress import api
 from quantpress.artifact.artifact import Artifact
 from quantpress.artifact.convert import convert
+from quantpress.calibrate import budget
 from quantpress.calibrate.budget import assign
 from quantpress.core.errors import BadInput
 from quantpress.engine.huggingface_folder import HuggingFaceFolder
@@ -50,6 +52,20 @@ def test_the_choice_is_the_best_of_all_and_fits() -> None:
         assert sum(sizes[n][o] for n, o in got.items()) <= room
         best = min(sum(costs[n][o] for n, o in one.items()) for one in fits)
         assert sum(costs[n][o] for n, o in got.items()) == pytest.approx(best)
+
+
+def test_the_solver_says_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS now and then writes a line of its own to the process's standard output, where our JSON goes."""
+    solve = budget.milp
+
+    def talking(*args: Any, **keys: Any) -> Any:
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution")
+        return solve(*args, **keys)
+
+    monkeypatch.setattr(budget, "milp", talking)
+    assert budget.assign({"l": {"a": 1.0, "b": 0.5}}, {"l": {"a": 1, "b": 3}}, 2) == {"l": "a"}
+    os.write(1, b"ours")
+    assert capfd.readouterr().out == "ours"
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

@@ -165,3 +165,15 @@ def test_super_scales_are_float16_and_never_zero() -> None:
         assert record.scales.min() >= low
         assert record.scales.max() <= high
         assert (record.scales != 0).all()
+
+
+@every_type
+@pytest.mark.parametrize("shape", [(5, 256), (64, 768)])
+def test_a_sample_is_rounded_as_the_whole_is(kind: GgmlType, shape: tuple[int, int]) -> None:
+    """By `nearest`, all super-blocks at once: the same weights but for near ties, at the same error."""
+    w, weigh = weight(*shape), importance(shape[1])
+    w[0] = 0
+    whole, found = rounded(w, kind, weigh), ggml.nearest(w, BlockGrid(type=kind), weigh)
+    assert (found == whole).float().mean() > 0.97
+    off = [float(((x - w).square() @ weigh).sum()) for x in (found, whole)]
+    assert off[0] == pytest.approx(off[1], rel=0.01)
