@@ -117,3 +117,30 @@ def build(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any
     tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     return model
+
+
+def build_omni(folder: Path) -> None:
+    """Save a tiny random Qwen3-Omni: a thinker, whose decoder is a mixture, a talker and what makes the sound."""
+    half = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    half |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "num_code_groups": 2}
+    sound = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sound |= {"num_key_value_heads": 2, "decoder_dim": 32, "codebook_size": 16, "num_quantizers": 2}
+    config = transformers.Qwen3OmniMoeConfig(
+        thinker_config={
+            "text_config": _TEXT | _MROPE | _MIXTURE,
+            "vision_config": _QWEN | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            "audio_config": {"d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "encoder_layers": 2}
+            | {"num_mel_bins": 16, "downsample_hidden_size": 32, "output_dim": 64},
+        },
+        talker_config={
+            "text_config": half | _MIXTURE | _MROPE | {"shared_expert_intermediate_size": 32},
+            "code_predictor_config": half,
+            "thinker_hidden_size": 64,
+            "num_code_groups": 2,
+            "spatial_merge_size": 2,
+        },
+        code2wav_config=sound | {"upsample_rates": [2], "upsampling_ratios": [2]},
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)

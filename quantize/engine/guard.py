@@ -4,8 +4,8 @@ A block that is run otherwise than in the model it comes from would be calibrate
 model without any sign of it.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..models.architecture import decoder_config, load_whole, special_tokens
 from ..models.building import auto_class, build_model
 from ..models.model_tensors import TensorReader
 from ..models.skeleton import Skeleton, run_block
-from ..models.towers import text_model, tower_names
+from ..models.towers import filled_where_called, text_model, tower_names
 
 _WHOLE_BYTES = 150_000_000  # in float32; a larger model would take more memory and time than its run is planned for
 _TOLERANCE = 2e-3  # of the largest value; float32 rounding stays under 1e-4
@@ -178,7 +178,20 @@ def _twin(config: Any) -> Any:
     }
     twin.load_state_dict(state, assign=True, strict=False)
     twin.tie_weights()
+    filled_where_called(twin, towers, lambda names: _fill(twin, names), lambda: _tried(twin))
     return twin
+
+
+def _fill(twin: Any, names: Iterable[str]) -> None:
+    values = {n: torch.randn(p.shape) * 0.02 for n, p in twin.named_parameters() if n in names}
+    twin.load_state_dict(values, assign=True, strict=False)
+
+
+@torch.no_grad()
+def _tried(twin: Any) -> None:
+    """Run the twin on a few tokens; why it does not run is said where its states are asked for."""
+    with suppress(Exception):
+        text_model(twin)(input_ids=torch.full((1, 4), 3), use_cache=False)
 
 
 def _kind(skeleton: Skeleton, k: int) -> tuple[Any, ...]:

@@ -49,8 +49,11 @@ class Readers:
 
     @property
     def need_dequantize(self) -> bool:
-        """Whether transformers, from 5.24 on, loads the artifact only if its config says `dequantize`."""
-        return self._why_not_before_5_24 is not None
+        """Whether transformers runs the artifact only if its config says `dequantize`.
+
+        Else its weights are decompressed as the whole model is called, and some are a part that is called by itself.
+        """
+        return self._why_not_before_5_24 is not None or self._called_by_part
 
     @property
     def _why_not_transformers(self) -> str | None:
@@ -68,6 +71,8 @@ class Readers:
             return "it does not know quantized embeddings"
         if (why := self._why_not_joined()) is not None:
             return f"in its {self._kind} {why}"
+        if self._called_by_part and not self._alike:
+            return f"its {self._kind} is called by itself, for which the whole file has to have one number format"
         return None if keeps_modules() and self._alike else self._why_not_before_5_24
 
     @property
@@ -116,6 +121,12 @@ class Readers:
     @property
     def _compressed(self) -> bool:
         return self.setup.recipe.formats[0] == "compressed-tensors"
+
+    @property
+    def _called_by_part(self) -> bool:
+        """Whether the whole model, as whose call transformers decompresses the weights, is never called."""
+        skeleton = self.setup.skeleton
+        return self._compressed and not isinstance(skeleton, ByName) and skeleton.is_called_by_part
 
     @property
     def _quantized(self) -> list[LinearLayer]:

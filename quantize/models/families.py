@@ -89,7 +89,7 @@ _FED = {  # what feeds what, by the model_type of config.json
     "qwen2_vl_text": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
     "qwen3_vl_text": _QWEN_VL,
-    "qwen3_vl_moe_text": Family(feeds=_QWEN_MOE_FEEDS, no_hadamard=TOWERS),
+    **dict.fromkeys(("qwen3_vl_moe_text", "qwen3_omni_moe_text"), Family(feeds=_QWEN_MOE_FEEDS, no_hadamard=TOWERS)),
     "gemma": Family(feeds=_GEMMA_FEEDS, no_hadamard=None),
     "gemma2": _SANDWICHED,
     "gemma3_text": _SANDWICHED,

@@ -28,7 +28,7 @@ from .experts import CONTAINERS, Part, SplitExperts, routers, split_experts
 from .families import family_of
 from .model_tensors import ModelTensors, TensorReader
 from .names import TensorNames
-from .towers import decoder_of, linears_on_disk, text_model, tower_names
+from .towers import decoder_of, linears_on_disk, runs_as_a_whole, text_model, tower_names
 
 _T = TypeVar("_T")
 _NUMBERED = re.compile(r"\.\d+\.")
@@ -85,6 +85,11 @@ class PlacedModel:
         self._check_names()
         outside = [self.disk_name(name) for name in self._unplaced_shell()]
         check_outside_blocks(self.config.model_type, outside, [f"{name}.weight" for name in self.head_names()])
+
+    @property
+    def is_called_by_part(self) -> bool:
+        """Whether transformers' class runs its text model by itself, and never the whole."""
+        return not runs_as_a_whole(self.model)
 
     def _place_tensors(self) -> None:
         """Split the experts and find the on-disk name of every parameter and saved buffer."""

@@ -20,7 +20,7 @@ from .block_arguments import SAMPLES_FIRST, BlockArguments, Given, Handed, Model
 from .building import set_buffers
 from .model_tensors import TensorReader
 from .placed_model import LinearLayer, PlacedModel, stored_tensors
-from .towers import without_head
+from .towers import filled_where_called, without_head
 from .weight_rows import WeightRows
 
 _EMBEDDED_TOKENS = 4096  # embedded at a time
@@ -42,6 +42,7 @@ class Skeleton(PlacedModel):
         self._layout, self._width = SAMPLES_FIRST, torch.Size()
         self._seen: WeakValueDictionary[int, _Seen] = WeakValueDictionary()  # by seq_len
         self._reruns = False  # whether the shell must run again for each batch
+        self._called: set[str] = set()  # of the towers, by the shell on text
         self._wide = _float32_modules(self.model, self.dtype)
 
     def round_inputs(self, linear: LinearLayer, how: Callable[[Tensor], Tensor]) -> None:
@@ -111,16 +112,15 @@ class Skeleton(PlacedModel):
     def open_shell(self) -> None:
         """Materialise the shell: embeddings, final norm, head."""
         self._fill(self._shell, {n: b for n, b in self._all_computed.items() if self._in_shell(n)})
-        first, _ = next(self.model.named_parameters())
-        if first in self._towers:  # whose device some models take for that of all
-            self._fill({first: self._towers[first]}, {})
+        first, _ = next(self.model.named_parameters())  # whose device some models take for that of all
+        self._fill({name: self._towers[name] for name in {first, *self._called} if name in self._towers}, {})
         self.model.tie_weights()
         left = [n for n, p in self.model.named_parameters() if p.is_meta and self._in_shell(n)]
         if left:
             raise BadInput(f"the checkpoint has no tensor {left[0]}")
         self.model.requires_grad_(False)
         if not self._outputs:
-            self._find_outputs()
+            filled_where_called(self.model, self._of_towers, self._fill_called, self._find_outputs)
 
     def _fill(self, places: Mapping[str, str], computed: Mapping[str, Tensor]) -> None:
         """Read what the model stores outside its blocks from the file, and set what it computes."""
@@ -128,6 +128,10 @@ class Skeleton(PlacedModel):
         stored = stored_tensors(self.model)
         state = {n: self._cast(n, self.reader.read(disk), stored[n]).to(self.device) for n, disk in places.items()}
         self.model.load_state_dict(state, assign=True, strict=False)
+
+    def _fill_called(self, names: set[str]) -> None:
+        self._called |= names
+        self._fill({name: self._towers[name] for name in names if name in self._towers}, {})
 
     @torch.no_grad()
     def _find_outputs(self) -> None:

@@ -1,10 +1,12 @@
 """What a multimodal model has beside its text decoder: towers for images and sound, and what joins them to it."""
 
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+_T = TypeVar("_T")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -13,7 +15,7 @@ def text_model(model: Any) -> Any:
 
     Those of Qwen-Omni are not run as a whole; Llama 4's hands text on as it is to a language model with its own head.
     """
-    if type(model).forward is nn.Module.forward:
+    if not runs_as_a_whole(model):
         wanted = model.config.get_text_config(decoder=True)
         for part in model.children():
             if isinstance(part, PreTrainedModel) and part.config.get_text_config(decoder=True) is wanted:
@@ -21,6 +23,11 @@ def text_model(model: Any) -> Any:
     elif model.base_model is model and isinstance(decoder := model.get_decoder(), PreTrainedModel):
         return decoder if decoder.get_output_embeddings() is not None else model
     return model
+
+
+def runs_as_a_whole(model: Any) -> bool:
+    """Whether the class has a `forward`; those of Qwen-Omni have parts that are called one after another."""
+    return type(model).forward is not nn.Module.forward
 
 
 def without_head(text: Any) -> Any:
@@ -64,3 +71,36 @@ def linears_on_disk(names: dict[str, int]) -> list[str]:
         elif dimensions == 3 and ".experts." in name:
             found += [f"{name.partition('.experts.')[0]}.experts.0.{projection}" for projection in PROJECTIONS]
     return list(dict.fromkeys(found))
+
+
+def filled_where_called(
+    model: Any, towers: Collection[str], fill: Callable[[set[str]], None], run: Callable[[], _T]
+) -> _T:
+    """What `run` returns, or raises, once all of `towers` that it calls has values.
+
+    Gemma 3n embeds text as images and sound too, and drops that. fill: gives the parameters of these names values.
+    """
+    called: set[str] = set()
+    paths = {path for path, module in model.named_modules() if any(f"{path}.{n}" in towers for n in module._parameters)}
+
+    def note(path: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, _: called.update(
+            f"{path}.{n}" for n, p in module._parameters.items() if p is not None and p.is_meta
+        )
+
+    hooks = [model.get_submodule(path).register_forward_pre_hook(note(path)) for path in paths]
+    try:
+        while True:
+            before = set(called)
+            called.clear()
+            try:
+                out = run()
+            except Exception:
+                if not called or called == before:
+                    raise
+            if not called or called == before:
+                return out
+            fill(called)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from quantpress.artifact.artifact import open_artifact
 from quantpress.core.errors import BadInput
 from quantpress.engine.job import Job, prepare
 from quantpress.engine.pipeline import quantize
@@ -17,7 +18,7 @@ from quantpress.engine.sources import resolve
 from quantpress.models.loading import keeps_modules
 from quantpress.recipe import Recipe
 
-from ... import families
+from ... import families, multimodal
 
 CPU = torch.device("cpu")
 INT4 = {"bits": 4, "group_size": 32, "symmetric": True}
@@ -62,6 +63,27 @@ def test_an_artifact_that_transformers_cannot_load_needs_a_server(family: str, w
 def test_weights_that_are_not_packed_are_loaded(tmp_path: Path) -> None:
     families.build("falcon", tmp_path)
     assert prepared(tmp_path, weights={"type": "fp8"}).plan.notes == ()
+
+
+def test_a_part_that_is_called_by_itself_is_dequantized_as_it_is_loaded(tmp_path: Path) -> None:
+    """The library decompresses weights as the whole model is called, and Qwen-Omni's never is."""
+    multimodal.build_omni(tmp_path / "model")
+    with pytest.raises(BadInput, match=r"talker.* is not quantized, and what it joins to one tensor"):
+        prepared(tmp_path / "model")  # in FP8 it takes some experts in 16 bit
+    with pytest.raises(BadInput, match="has to have one number format"):
+        prepared(tmp_path / "model", weights={"type": "fp8"}, overrides=[{"match": "*.self_attn.*", "type": "mxfp8"}])
+    quantize(
+        prepared(tmp_path / "model", weights={"type": "fp8"}),
+        Settings(tmp_path / "run", tmp_path / "run", ignore_limits=True),
+    )
+    folder = tmp_path / "run" / "quantized"
+    thinker = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32).thinker
+    _, ours = open_artifact(folder, CPU, dtype=torch.float32)
+    layers = thinker.model.layers
+    for k, block in ours.blocks():
+        for name in ("self_attn.o_proj", "mlp.gate"):
+            theirs, mine = layers[k].get_submodule(name).weight, block.get_submodule(name).weight
+            torch.testing.assert_close(theirs, mine, rtol=2**-7, atol=0)  # theirs is a product in bfloat16
 
 
 LOST = r"model.layers.\d+.mlp.experts.\d+.\w+_proj.weight is not quantized, and what it joins to one tensor"

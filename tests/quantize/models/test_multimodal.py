@@ -15,7 +15,7 @@ from quantpress.models import architecture
 from quantpress.models.building import build_model
 from quantpress.models.placed_model import PlacedModel, _find_blocks
 from quantpress.models.skeleton import Skeleton, run_block
-from quantpress.models.towers import text_model, tower_names, without_head
+from quantpress.models.towers import filled_where_called, text_model, tower_names, without_head
 
 from ...multimodal import MULTIMODAL, build
 
@@ -140,6 +140,29 @@ def test_a_model_whose_towers_embed_no_tokens() -> None:
     assert text_model(model) is model
     assert without_head(model) is model.model
     _check_towers(model)
+
+
+def test_what_text_passes_through_of_a_tower_is_read_too() -> None:
+    """Gemma 3n embeds all tokens as images and sound as well; that needs timm to be built."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, device="meta") for name in ("first", "second", "never")})
+    given: list[set[str]] = []
+
+    def fill(names: set[str]) -> None:
+        given.append(set(names))
+        values = {name: torch.ones(value.shape) for name, value in model.state_dict().items() if name in names}
+        model.load_state_dict(values, assign=True, strict=False)
+
+    def run() -> torch.Tensor:
+        out = model["first"](torch.ones(1, 2))
+        return model["second"](out)  # type: ignore[no-any-return]
+
+    towers = [name for name, _ in model.named_parameters()]
+    out = filled_where_called(model, towers, fill, run)
+    assert given == [{"first.weight", "first.bias"}, {"second.weight", "second.bias"}]
+    assert out.tolist() == [[7.0, 7.0]]
+    assert model["never"].weight.is_meta
+    with pytest.raises(ZeroDivisionError):
+        filled_where_called(model, towers, fill, lambda: 1 / 0)
 
 
 def _check_towers(model: Any) -> None:
