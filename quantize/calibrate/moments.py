@@ -62,22 +62,22 @@ class Moments:
         if self._weights:
             outputs = torch.cat([_outputs(difference, weight) for weight in self._weights], 1)
             self._add("moved", outputs.to(factor.dtype), factor)
-            self._of_lane("powers").add_(outputs.square_().sum(0))
+            self._of_lane("powers").add_(outputs.to(torch.float32).square_().sum(0))
             return
-        if seen.is_cuda:
-            self._add("drift", difference, factor)
-        else:
-            self._of_lane("drift").add_(difference.T @ factor)
+        self._add("drift", difference, factor)
         self._add("squares", difference, difference)
 
     def _add(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add left^T right to the lane's sum."""
-        if name not in self._lane and len(left) and _sums_in_float32(left.device, left.dtype):
+        as_they_are = _sums_in_float32(left.device, left.dtype)
+        if name not in self._lane and len(left) and as_they_are:
             # No zeros to be written and read.
             self._lane[name] = self._like.new_empty(self._shapes[name], dtype=torch.float32)
             _add_16_bit(self._lane[name], left, right, first=True)
-        else:
+        elif name == "moment" or as_they_are or left.is_cuda:
             add_product(self._of_lane(name), left, right)
+        else:
+            _add_of_differences(self._of_lane(name), left, right)
 
     def count(self, x: Tensor, *, unmatched: bool) -> None:
         """Count a batch x [tokens, in] whose rows have been added."""
@@ -215,10 +215,22 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             total.addmm_(left.to(torch.float32).T, right.to(torch.float32))
 
 
+def _add_of_differences(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`add_product` on a CPU where bfloat16's 8 bits of each product are enough, at twice the speed."""
+    if left is right and left.dtype != torch.bfloat16:
+        add_product(total, left, right)
+        return
+    for part in panels(len(total)) if left is right else [slice(0, None)]:
+        rest = slice(part.start if left is right else 0, None)
+        total[part, rest].add_(left[:, part].T @ right[:, rest])
+
+
 def _outputs(x: Tensor, weight: Tensor) -> Tensor:
-    """x [tokens, in] times weight [out, in], float32."""
+    """x [tokens, in] times weight [out, in]: float32, or bfloat16 on a CPU where x is."""
     if _sums_in_float32(x.device, x.dtype):
         return torch.mm(x, weight.to(x.dtype).T, out_dtype=torch.float32)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return x @ weight.to(x.dtype).T
     return x.to(torch.float32) @ weight.to(torch.float32).T
 
 

@@ -298,7 +298,7 @@ class _Run:
             activations=inputs,
             restarts=self._room.restarts,
             all_experts=job.recipe.calibration.all_experts,
-            moved=self._skeleton.device.type == "cuda" and isinstance(job.recipe.rounder, Gptq),
+            moved=isinstance(job.recipe.rounder, Gptq),
             begin=(lambda: None) if cache is None else cache.start,
         ).together()
 

@@ -204,6 +204,8 @@ class BlockRounding:
         """Rows of a stack, solved by themselves, and their weight [rows, in] float32. refused: for the notes."""
         shared, weight, moved = stack.shared, self._weight(stack)[rows], stack.of_rows(stack.shared.moved)
         moved = None if moved is None else moved[rows]
+        if moved is None and shared.drift is not None and isinstance(self._method, Gptq):
+            moved = weight.to(torch.float32) @ shared.drift  # once for the rounder and for the error
         result, notes = _round(self._method, weight, stack, moved)
         notes += [refused] if refused else []
         new = result.linear.dequantize()

@@ -12,6 +12,7 @@ from ..plugin import MethodSettings
 from ..recipe.methods import Gptq
 from .group_scales import GroupScales
 from .rounded import Rounded
+from .symmetric_products import panels
 
 _BLOCK = 32  # columns solved one by one before all later ones are updated in one product
 MAX_DAMP = 10.0
@@ -165,9 +166,14 @@ def corrected(
     the actual inputs X to what W makes of the original ones, X0. moved [out, in] = W (X0 - X)^T X. H, rows and columns
     in `order`, is given as `factor` returns it: H^-1 = V^T diag(variance)^-1 V with V = I - feedback^T.
     """
-    lacking = moved[:, order]
-    lacking = torch.addmm(lacking, lacking, feedback, alpha=-1).div_(variance)
-    lacking = torch.addmm(lacking, lacking, feedback.T, alpha=-1)
+    lacking, parts = moved[:, order], panels(len(order))
+    for part in parts:  # a column takes from later ones only, which have not changed yet
+        rest = slice(part.start, None)
+        lacking[:, part] = torch.addmm(lacking[:, part], lacking[:, rest], feedback[rest, part], alpha=-1)
+    lacking.div_(variance)
+    for part in reversed(parts):
+        done = slice(0, part.stop)
+        lacking[:, part] = torch.addmm(lacking[:, part], lacking[:, done], feedback[part, done].T, alpha=-1)
     return weight.add(lacking[:, order.argsort()], alpha=strength)
 
 
@@ -197,7 +203,11 @@ def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
             del lower
             root = upper.diagonal().clone()
             u = torch.diag(-root)
-            torch.linalg.solve_triangular(upper, u, upper=True, left=False, out=u)
+            for part in panels(len(u)):  # to the left of its diagonal a row of the inverse is zero
+                rest = slice(part.start, None)
+                solved = torch.linalg.solve_triangular(upper[rest, rest], u[part, rest], upper=True, left=False)
+                u[part, rest] = solved
+                del solved
             return u.T.tril_(-1), root.square(), damp
         damp *= 3
     raise ValueError(f"the Hessian stays singular with damping {MAX_DAMP}")

@@ -45,13 +45,33 @@ def summed(batches: list[list[Tensor]], weights: list[Tensor] | None = None) -> 
 def test_sums_of_sixteen_bits_are_those_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [[torch.randn(30, WIDTH, generator=generator).bfloat16() for _ in range(2)] for _ in range(6)]
-    plain = [(one.moment(), one.drift, one._sums["squares"].triu()) for one in summed(batches)]
+    with monkeypatch.context() as patched:
+        patched.setattr(moments, "_add_of_differences", moments.add_product)
+        plain = [(one.moment(), one.drift, one._sums["squares"].triu()) for one in summed(batches)]
     with monkeypatch.context() as patched:
         emulated(patched)
         fresh: Any = torch.Tensor.new_empty
         patched.setattr(torch.Tensor, "new_empty", lambda x, *args, **kw: fresh(x, *args, **kw).fill_(torch.nan))
         found = [(one.moment(), one.drift, one._sums["squares"].triu()) for one in summed(batches)]
     torch.testing.assert_close(found, plain)
+
+
+def test_products_of_differences_keep_bfloat16s_bits_on_a_cpu() -> None:
+    """300 columns are three panels; X^T X itself stays exact."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 300, generator=generator).bfloat16()
+    x0 = (x + 0.1 * torch.randn(200, 300, generator=generator)).bfloat16()
+    sums = Moments(torch.empty(0), 300, paired=True)
+    sums.add(x, x0)
+    end_lanes([sums], 1)
+    d, moment, drift = (x0 - x).double(), sums.moment(), sums.drift
+    assert moment is not None
+    assert drift is not None
+    torch.testing.assert_close(moment.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    for found, wanted in ((drift.double(), d.T @ x.double()), (sums._sums["squares"].double(), d.T @ d)):
+        off = (found - wanted).triu()
+        assert off.abs().max() > 0
+        assert off.norm() < 2**-8 * wanted.triu().norm()
 
 
 def test_powers_of_drifts_of_several_inputs_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +94,10 @@ def test_few_rows_have_their_outputs_summed_up_in_the_place_of_squares(monkeypat
     batches = [[torch.randn(30, WIDTH, generator=generator).bfloat16() for _ in range(2)] for _ in range(6)]
     few, many = ([torch.randn(rows, WIDTH, generator=generator).bfloat16() for rows in (7, n)] for n in (9, 23))
     for weights in (few, many):
-        plain = list(drift_powers([weights] * 2, summed(batches), together=False))
+        with monkeypatch.context() as patched:
+            emulated(patched)
+            exact = summed(batches)
+        plain = list(drift_powers([weights] * 2, exact, together=False))
         for as_on_a_gpu in (False, True):
             with monkeypatch.context() as patched:
                 if as_on_a_gpu:
@@ -90,7 +113,10 @@ def test_few_rows_have_their_outputs_summed_up_in_the_place_of_squares(monkeypat
                 assert (ours - theirs).norm() < 2**-8 * theirs.norm()
             found = list(drift_powers([weights] * 2, sums, together=True))
             for one, other in zip(found, plain, strict=True):
-                torch.testing.assert_close(list(one), list(other), rtol=1e-4, atol=1e-4)
+                if as_on_a_gpu:
+                    torch.testing.assert_close(list(one), list(other), rtol=1e-4, atol=1e-4)
+                for ours, theirs in zip(one, other, strict=True):  # a CPU shortens them to bfloat16
+                    assert (ours - theirs).norm() < 2**-8 * theirs.norm()
 
 
 def test_a_large_symmetric_matrix_is_mirrored_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,6 +296,20 @@ def test_corrected_is_the_least_squares_weight() -> None:
     torch.testing.assert_close(none, weight)
 
 
+def test_a_wide_hessian_is_factored_and_corrected_in_parts() -> None:
+    """300 columns are three panels: as the inverse in one piece gives it."""
+    make = torch.Generator().manual_seed(3)
+    x = torch.randn(900, 300, generator=make, dtype=torch.float64)
+    moment, order = x.T @ x, torch.randperm(300, generator=make)
+    weight, moved = torch.randn(2, 7, 300, generator=make, dtype=torch.float64)
+    feedback, variance, _ = factor(moment[order][:, order], 1e-12)
+    upper = torch.linalg.cholesky(torch.linalg.inv(moment[order][:, order]), upper=True)
+    torch.testing.assert_close(variance, upper.diagonal().square().reciprocal())
+    torch.testing.assert_close(feedback, -(upper / upper.diagonal()[:, None]).T.tril(-1))
+    found = corrected(weight, moved, order, feedback, variance, 0.5)
+    torch.testing.assert_close(found, weight + 0.5 * torch.linalg.solve(moment, moved.T).T)
+
+
 def test_qep_brings_the_output_closer_to_the_originals() -> None:
     make = torch.Generator().manual_seed(8)
     original = torch.randn(600, 64, generator=make) @ (torch.randn(64, 64, generator=make) / 8 + torch.eye(64))
