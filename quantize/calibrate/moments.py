@@ -217,12 +217,13 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _add_of_differences(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`add_product` on a CPU where bfloat16's 8 bits of each product are enough, at twice the speed."""
-    if left is right and left.dtype != torch.bfloat16:
+    if left is not right:
+        total.add_(left.T @ right)
+    elif left.dtype == torch.bfloat16:
+        for part in panels(len(total)):
+            total[part, part.start :].add_(left[:, part].T @ left[:, part.start :])
+    else:
         add_product(total, left, right)
-        return
-    for part in panels(len(total)) if left is right else [slice(0, None)]:
-        rest = slice(part.start if left is right else 0, None)
-        total[part, rest].add_(left[:, part].T @ right[:, rest])
 
 
 def _outputs(x: Tensor, weight: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ..tiny import text
 from .test_vllm import PYTHON
 
 CPU = torch.device("cpu")
-IDS = torch.randint(5, 200, (1, 24), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(5, 200, (1, 100), generator=torch.Generator().manual_seed(0))
 _TEXT = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 512,
@@ -94,9 +94,9 @@ def build(kind: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def expected(folder: Path) -> torch.Tensor:
-    """log p of each of IDS but the first, in float32."""
-    _, skeleton = open_artifact(folder, CPU, torch.float32)
+def expected(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """log p of each of IDS but the first, of an artifact or a model."""
+    _, skeleton = open_artifact(folder, CPU, dtype)
     skeleton.open_shell()
     hidden, arguments = skeleton.embed(IDS), skeleton.block_arguments(IDS)
     for k, block in skeleton.blocks():
@@ -142,6 +142,6 @@ def test_vllm_computes_what_the_files_say(kind: str, ignore: list[str], format: 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert "ANSWER" in done.stdout, done.stderr[-3000:]
     got = torch.tensor(json.loads(done.stdout.partition("ANSWER")[2].splitlines()[0]))
-    off = (got - expected(artifact)).abs()
-    assert float(off.mean()) < 0.01  # it computes in bfloat16
-    assert float(off.max()) < 0.05
+    exact, shortened = (expected(artifact, dtype) for dtype in (torch.float32, torch.bfloat16))
+    # It computes in bfloat16, and may be off as much as transformers is with the same weights in bfloat16.
+    assert (got - exact).norm() < 2 * (shortened - exact).norm()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from quantpress.artifact.artifact import Artifact, open_artifact
 from quantpress.engine import end_to_end
@@ -16,18 +17,23 @@ from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 from quantpress.recipe import EndToEnd, Objective, Qat
 
-from ...tiny import build
+from ...tiny import build, text
 from .test_pipeline import CPU, Stop, files, make
 
-QAT: dict[str, Any] = {"name": "qat", "steps": 4, "batch_size": 2, "end_to_end": {"steps": 16, "lr": 0.001}}
+QAT: dict[str, Any] = {"name": "qat", "steps": 4, "batch_size": 2, "end_to_end": {"steps": 16, "lr": 0.005}}
 PLAIN = QAT | {"end_to_end": None}
 IDS = torch.randint(2, 256, (8, 24), generator=torch.Generator().manual_seed(0))
 GRID = {"bits": 2, "group_size": 32, "symmetric": False}
+# Two sequences by turns: the one held out is also trained on, so that what is learned must show in its loss.
+SEQ_LEN = 32
+REPEATED = (text()[: 2 * SEQ_LEN - 1] + " ") * 3
 
 
 def document(family: str, method: dict[str, Any]) -> dict[str, Any]:
     formats = ["gptq" if family == "gpt2" else "compressed-tensors"]
-    return {"method": method, "weights": GRID, "formats": formats, "targets": [] if family == "gpt2" else ["vllm"]}
+    targets = [] if family == "gpt2" else ["vllm"]
+    calibration = {"seq_len": SEQ_LEN, "bos": "never"}  # a token a byte
+    return {"method": method, "weights": GRID, "formats": formats, "targets": targets, "calibration": calibration}
 
 
 def assembled(family: str, folder: Path, objective: Objective, same: bool = False) -> tuple[Any, Any, Any]:
@@ -103,13 +109,13 @@ def test_scales_that_only_get_worse_stay_as_they_were(tmp_path: Path, monkeypatc
         assert torch.equal(q.scales, trained.quantized[name].scales)
 
 
-@pytest.mark.parametrize(("family", "lr"), [("llama", 0.001), ("gpt2", 0.001), ("mixtral", 0.002)])
-def test_only_scales_differ_from_a_run_without_it(family: str, lr: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_only_scales_differ_from_a_run_without_it(family: str, tmp_path: Path) -> None:
+    """And the loss falls: to 0.49 ± 0.07 of what it was, measured with twelve seeds of each family's random weights."""
     lively(family, tmp_path / "model", torch.bfloat16)
-    qat = QAT | {"end_to_end": QAT["end_to_end"] | {"lr": lr}}
-    manifest = make(tmp_path / "run", tmp_path / "model", document(family, qat))
-    make(tmp_path / "plain", tmp_path / "model", document(family, PLAIN))
-    assert manifest.end_to_end["loss_after"] < manifest.end_to_end["loss_before"]
+    manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT), REPEATED)
+    make(tmp_path / "plain", tmp_path / "model", document(family, PLAIN), REPEATED)
+    assert manifest.end_to_end["loss_after"] < 0.8 * manifest.end_to_end["loss_before"]
     assert {layer.error_measure for layer in manifest.layers} == {"output_accumulated"}
     trained, plain = (Artifact(tmp_path / name / "quantized") for name in ("run", "plain"))
     assert sorted(trained.checkpoint.names()) == sorted(plain.checkpoint.names())
@@ -127,11 +133,15 @@ def test_errors_on_record_are_those_of_the_trained_scales(
     family: str, transforms: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against hooks in transformers' own model with the artifact's weights."""
-    model = lively(family, tmp_path / "model", torch.bfloat16).float()
+    # In float32 what a transform has changed is not rounded to bfloat16 in the original, too.
+    lively(family, tmp_path / "model", torch.float32 if transforms else torch.bfloat16)
+    # As it is loaded: in one built in bfloat16, rotary frequencies are too.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     met: list[Tensor] = []
     embed = Skeleton.embed
     monkeypatch.setattr(Skeleton, "embed", lambda s, ids, *to: met.append(ids) or embed(s, ids, *to))
-    manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT) | {"transforms": transforms})
+    made = document(family, QAT) | {"transforms": transforms}
+    manifest = make(tmp_path / "run", tmp_path / "model", made, REPEATED)
     assert manifest.end_to_end["steps"] > 0
     met = [
         ids for ids in met if ids.shape[1] == manifest.calibration.seq_len
@@ -163,9 +173,8 @@ def test_errors_on_record_are_those_of_the_trained_scales(
         )
         error = made - out
         share = float(error.square().sum() / out.square().sum())
-        off = 1e-2 if transforms else 1e-3  # what a transform has changed is rounded to bfloat16 in the original, too
-        assert records[name].relative_error == pytest.approx(share, rel=off), name
-        assert records[name].loss == pytest.approx(float(error.square().sum()) / len(x), rel=off), name
+        assert records[name].relative_error == pytest.approx(share, rel=1e-5), name
+        assert records[name].loss == pytest.approx(float(error.square().sum()) / len(x), rel=1e-5), name
         assert records[name].tokens == len(x)
 
 
