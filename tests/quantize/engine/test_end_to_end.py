@@ -173,8 +173,8 @@ def test_errors_on_record_are_those_of_the_trained_scales(
         )
         error = made - out
         share = float(error.square().sum() / out.square().sum())
-        assert records[name].relative_error == pytest.approx(share, rel=1e-5), name
-        assert records[name].loss == pytest.approx(float(error.square().sum()) / len(x), rel=1e-5), name
+        assert records[name].relative_error == pytest.approx(share, rel=1e-4), name
+        assert records[name].loss == pytest.approx(float(error.square().sum()) / len(x), rel=1e-4), name
         assert records[name].tokens == len(x)
 
 
