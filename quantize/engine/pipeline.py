@@ -3,6 +3,8 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from ..core.plugins import packages
 from ..models.by_name import ByName
 from ..models.companions import check_companions
 from ..models.rotated_checkpoint import RotatedCheckpoint
-from ..models.vetting import vetting
+from ..models.vetting import Damaged, Vetting, vetting
 from ..recipe import Calibration
 from . import shared_run, sharing
 from .blocks import run_blocks
@@ -43,6 +45,7 @@ from .settings import BlockDone, Settings
 
 __all__ = ["BlockDone", "Job", "Settings", "prepare", "quantize"]
 
+_VETTED_FIRST = 1_000_000_000  # bytes of weights that are always vetted before the work
 _NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "targets", "smoke"}  # recipe keys
 
 
@@ -70,28 +73,62 @@ def quantize(job: Job, settings: Settings) -> Manifest:
         return _finished(job, tokenizer, settings)
     job.plan.check(settings.out, ignore=settings.ignore_limits)
     with vetting(job.checkpoint) as vetted:
-        itself = job.recipe.calibrated and job.recipe.calibration.source == "self"
+        itself, meanwhile = job.recipe.calibrated and job.recipe.calibration.source == "self", _meanwhile(job, settings)
         tokens = None if itself else _tokens(job, tokenizer, settings)
-        files = vetted.hashes()
-    shared_run.compare_files(files, ranks)
-    _check_rotated(job)
-    forward = _forward(job)
-    if itself:
-        tokens = _tokens(job, tokenizer, settings)
-    if settings.overwrite:
-        _make_room(settings.out)
-    journal = Journal(settings.work, _key(job, files, tokens), settings.on_note)
-    job, trained = job.settled(tokens, settings.work), Trained({})
-    ranks.tell(None if tokens is None else shared_run.Start(tokens, len(journal.done), journal.batch_tokens))
+        files = vetted.marks() if meanwhile else vetted.hashes()
+        shared_run.compare_files(files, ranks)
+        _check_rotated(job)
+        forward = _forward(job)
+        if itself:
+            tokens = _tokens(job, tokenizer, settings)
+        if settings.overwrite:
+            _make_room(settings.out)
+        journal = Journal(settings.work, _key(job, files, tokens), settings.on_note)
+        job, trained = job.settled(tokens, settings.work), Trained({})
+        ranks.tell(None if tokens is None else shared_run.Start(tokens, len(journal.done), journal.batch_tokens))
+        if meanwhile:
+            files = _run_meanwhile(job, journal, settings, vetted)
+        elif job.backend.rounds_blocks:
+            run_blocks(job, tokens, journal, settings)
+            ranks.close()
     if job.backend.rounds_blocks:
-        run_blocks(job, tokens, journal, settings)
-        ranks.close()
         trained = train_end_to_end(job, tokens, journal)
     manifest = describe(job, files, tokens, journal.done, trained)
     if forward is not None:
         manifest = manifest.changed(forward=forward)
     manifest = job.backend.assemble(manifest, trained.parts, tokens, settings)
     return _signed(manifest, job, settings, started, [done.seconds for done in journal.done])
+
+
+def _meanwhile(job: Job, settings: Settings) -> bool:
+    """Whether weights are vetted while they are rounded: where that takes no hours, but reading them takes a part of it
+    that counts, and nothing that is there already would be replaced.
+    """
+    large = job.checkpoint.total_bytes > _VETTED_FIRST and job.backend.rounds_blocks
+    return large and not job.recipe.calibrated and not settings.overwrite and settings.ranks.size == 1
+
+
+def _run_meanwhile(job: Job, journal: Journal, settings: Settings, vetted: Vetting) -> dict[str, str]:
+    """`run_blocks` while the files are vetted; returns their hashes. Raises Damaged, and leaves nothing, for NaN
+    and inf, whatever these have led to before.
+    """
+
+    def on_block(done: BlockDone) -> None:
+        vetted.check()
+        settings.on_block(done)
+
+    try:
+        try:
+            run_blocks(job, None, journal, replace(settings, on_block=on_block))
+        except BadInput:
+            vetted.hashes()
+            raise
+        return vetted.hashes()
+    except Damaged:
+        shutil.rmtree(settings.work)
+        with suppress(OSError):
+            settings.out.rmdir()
+        raise
 
 
 @machine.exact_float32_products()

@@ -1,6 +1,7 @@
-"""A checkpoint's files read once, before the work: their SHA-256, and whether a weight in them is NaN or inf.
+"""A checkpoint's files read once: their SHA-256, and whether a weight in them is NaN or inf.
 
-Several files are read at once, by threads that the caller need not wait for while it does something else.
+Several files are read at once, by threads that the caller need not wait for while it does something else. Where they
+keep ahead of what else reads the weights, these come from the system's memory and not from the disk again.
 """
 
 import hashlib
@@ -17,9 +18,13 @@ from torch import Tensor
 from ..core.errors import BadInput
 from .checkpoint import Checkpoint, Stored
 
-_PIECE = 1 << 24  # bytes read at a time: a whole number of values of every dtype
+_PIECE = 1 << 22  # bytes read at a time: a whole number of values of every dtype
 _THREADS = 8
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Damaged(BadInput):
+    """A weight of the checkpoint is NaN or inf."""
 
 
 class Vetting:
@@ -31,8 +36,18 @@ class Vetting:
             path: pool.submit(_read, path, entries, self._stop) for path, entries in checkpoint.layout().items()
         }
 
+    def marks(self) -> dict[str, str]:
+        """As `hashes`, but of the weights' files only when they were written and how large they are, at once."""
+        found = [(path, path.stat()) for path in self._files]
+        return self._checkpoint.file_hashes({path: f"{at.st_mtime_ns} ns, {at.st_size} bytes" for path, at in found})
+
+    def check(self) -> None:
+        """As `hashes` raises it, if a file that has been read by now holds NaN or inf; otherwise without waiting."""
+        if any(future.done() and (future.exception() or future.result()[1]) for future in self._files.values()):
+            self.hashes()
+
     def hashes(self) -> dict[str, str]:
-        """As `Checkpoint.file_hashes`. Raises BadInput for NaN or inf in a weight, of several the first by name."""
+        """As `Checkpoint.file_hashes`. Raises Damaged for NaN or inf, of several weights for the first by name."""
         done = {path: future.result() for path, future in self._files.items()}
         found = {name: kind for _, kinds in done.values() for name, kind in kinds.items()}
         for name in self._checkpoint.names():
@@ -40,10 +55,10 @@ class Vetting:
             if kind is None and self._checkpoint.is_packed(name):
                 kind = not_finite(self._checkpoint.read(name))
             if kind is not None:
-                raise BadInput(f"{self._checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+                raise Damaged(f"{self._checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
         if found:  # a scale of a quantized checkpoint
             name = min(found)
-            raise BadInput(f"{self._checkpoint.folder}: {name} holds {found[name]}; the checkpoint is damaged")
+            raise Damaged(f"{self._checkpoint.folder}: {name} holds {found[name]}; the checkpoint is damaged")
         return self._checkpoint.file_hashes({path: digest for path, (digest, _) in done.items()})
 
     def stop(self) -> None:

@@ -26,6 +26,8 @@ _GRIDS = {
     "fp8": ({"type": "fp8"}, {"type": "fp8"}, "FP8_DYNAMIC"),
     "int4": ({"bits": 4, "group_size": 128, "symmetric": True}, None, "W4A16"),
     "nvfp4": ({"type": "nvfp4"}, None, "NVFP4A16"),
+    "mxfp4": ({"type": "mxfp4"}, None, "MXFP4A16"),
+    "mxfp8": ({"type": "mxfp8"}, None, "MXFP8A16"),
 }
 
 

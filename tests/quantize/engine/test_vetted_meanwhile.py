@@ -1,0 +1,78 @@
+"""A large checkpoint whose weights are vetted while they are rounded: refused, resumed and recorded as any other."""
+
+import os
+from concurrent.futures import wait
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+
+from quantpress.core.errors import BadInput
+from quantpress.engine import guard, pipeline
+from quantpress.engine.settings import BlockDone
+from quantpress.models import vetting
+from quantpress.models.checkpoint import Checkpoint
+
+from ...tiny import build
+from .test_pipeline import Stop, files, make
+
+RTN: dict[str, Any] = {"method": {"name": "rtn"}}
+
+
+@pytest.fixture(autouse=True)
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_VETTED_FIRST", 0)
+    monkeypatch.setattr(guard, "_WHOLE_BYTES", 0)  # the forward pass is compared on a twin
+    build("llama", tmp_path / "model", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("-inf"), "inf")])
+@pytest.mark.parametrize("first", ["rounding", "vetting"])
+def test_a_damaged_weight_is_named_whoever_meets_it_first(
+    first: str, value: float, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, met, done = tmp_path / "model" / "model.safetensors", Event(), list[int]()
+    name = "model.layers.1.mlp.up_proj.weight"
+    with open(file, "r+b") as raw:
+        raw.seek(Checkpoint(tmp_path / "model")._entry(name).start)
+        raw.write(torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    read, check, rounding = vetting._read, vetting.Vetting.check, pipeline.run_blocks
+
+    def rounded(*args: Any) -> None:
+        try:
+            rounding(*args)
+        finally:
+            met.set()
+
+    if first == "rounding":
+        monkeypatch.setattr(vetting, "_read", lambda *args: met.wait(60) and read(*args))
+        monkeypatch.setattr(pipeline, "run_blocks", rounded)
+    else:
+        monkeypatch.setattr(vetting.Vetting, "check", lambda self: wait(self._files.values()) and check(self))
+    with pytest.raises(BadInput, match=f"^model.safetensors: {name} holds {kind}; the checkpoint is damaged$"):
+        make(tmp_path / "run", tmp_path / "model", RTN, on_block=lambda block: done.append(block.block))
+    assert done == ([1] if first == "rounding" else [])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_ends_with_the_same_files_and_another_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(done: BlockDone) -> None:
+        raise Stop
+
+    seen: list[int] = []
+    for name in ("run", "other"):
+        with pytest.raises(Stop):
+            make(tmp_path / name, tmp_path / "model", RTN, on_block=killed)
+    manifest = make(tmp_path / "run", tmp_path / "model", RTN, on_block=lambda block: seen.append(block.block))
+    assert seen == [2]
+    assert manifest.model.files == Checkpoint(tmp_path / "model").file_hashes()
+    os.utime(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(BadInput, match=r"unfinished run of something else \(model\.model\.safetensors: "):
+        make(tmp_path / "other", tmp_path / "model", RTN)
+    monkeypatch.setattr(pipeline, "_VETTED_FIRST", 1 << 40)
+    make(tmp_path / "first", tmp_path / "model", RTN)
+    assert files(tmp_path / "run" / "quantized") == files(tmp_path / "first" / "quantized")
