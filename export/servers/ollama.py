@@ -71,16 +71,16 @@ def deploy(target: Ollama, folder: ModelFolder) -> Deployment:
 
 def _modelfile(target: Ollama, folder: ModelFolder) -> str:
     """The artifact's Modelfile, pointed at the GGUF file beside it, with the target's context length."""
-    lines = [f"FROM ./{folder.gguf_file}"]
-    if folder.modelfile is not None:  # its first line is its own FROM; further ones are text of the chat template
-        lines += folder.modelfile.splitlines()[1:]
+    # Its first line is its own FROM; texts of several lines come before the parameters.
+    texts, quotes, settings = (folder.modelfile or "").partition("\n")[2].rpartition('"""')
+    lines = settings.rstrip("\n").split("\n") if settings or quotes else []
     if target.max_model_len is not None:
         lines = [line for line in lines if not _sets("num_ctx", line)]
         lines.append(f"PARAMETER num_ctx {target.max_model_len}")
     # Until mid-2026 Ollama penalized repeated tokens by default (ollama/ollama pull request 17679).
     if not any(_sets("repeat_penalty", line) for line in lines):
         lines.append("PARAMETER repeat_penalty 1")
-    return "\n".join(lines) + "\n"
+    return f"FROM ./{folder.gguf_file}\n{texts}{quotes}" + "\n".join(lines) + "\n"
 
 
 def _sets(parameter: str, line: str) -> bool:

@@ -87,7 +87,10 @@ def modelfile(
             note = f"Modelfile: no TEMPLATE, {error}; Ollama makes one of its own"
     lines += [f'PARAMETER stop "{stop}"' for stop in _stops(tokenizer, config, turns)]
     lines.append(f"PARAMETER num_ctx {min(CONTEXT, int(config.max_position_embeddings))}")
-    lines += [f"PARAMETER {name} {value:g}" for name, value in sampling.items()]
+    lines += [
+        f"PARAMETER {name} {value}" if isinstance(value, int) else f"PARAMETER {name} {value:g}"
+        for name, value in sampling.items()
+    ]
     return "\n".join(lines) + "\n", note
 
 
@@ -106,8 +109,12 @@ def translate(tokenizer: Any, add_bos: bool) -> Turns:
         if turns.render(messages) != want:
             raise BadInput("the chat template does more than put a text before and after each message")
     pieces = (turns.start, turns.prompt, *turns.user, *turns.answer, *(turns.system or ()), turns.default or "")
-    if any(mark in piece for piece in pieces for mark in ("{{", "}}", '"""')) or turns.prompt.endswith('"'):
+    if any(mark in piece for piece in pieces for mark in ("{{", "}}", '"""')) or any(p.endswith("{") for p in pieces):
         raise BadInput("the chat template holds braces or quotes that a Modelfile cannot")
+    lost = {c for piece in pieces for c in piece if not (c.isprintable() or c in "\n\r\t")}
+    if lost:  # parser/parser.go, ParseFile: what Go's strconv.IsPrint refuses is left out of a value
+        raise BadInput(f"Ollama leaves {', '.join(map(ascii, sorted(lost)))} out of a Modelfile, and the chat template "
+                       "has it")  # fmt: skip
     return turns
 
 
