@@ -1,4 +1,4 @@
-"""Artifacts that load and are wrong: each function spoils a copy of a compressed-tensors folder or a GGUF file."""
+"""Artifacts that load and are wrong: each function spoils a copy of a compressed-tensors folder; rubbish_gguf: GGUF."""
 
 import json
 import shutil
@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
@@ -88,6 +86,84 @@ def block_zeroed(folder: Path) -> None:
     _tensors(folder, change, "mlp")
 
 
+def _middle_block(folder: Path, change: Callable[[dict[str, torch.Tensor], str, str], None]) -> None:
+    """Change the tensors of the middle block, given its prefix and that of the block before it."""
+    for file in sorted(folder.glob("*.safetensors")):
+        held = load_file(file)
+        blocks = sorted({int(name.split(".")[2]) for name in held if name.startswith("model.layers.")})
+        if len(blocks) > 1:
+            number = len(blocks) // 2
+            change(held, f"model.layers.{blocks[number]}", f"model.layers.{blocks[number - 1]}")
+            save_file({name: tensor.contiguous() for name, tensor in held.items()}, file, metadata={"format": "pt"})
+
+
+def _exchanged(held: dict[str, torch.Tensor], one: str, other: str) -> None:
+    """Exchange the tensors whose names begin with `one` and with `other`, part by part."""
+    for name in [name for name in held if name.startswith(one)]:
+        twin = other + name.removeprefix(one)
+        held[name], held[twin] = held[twin], held[name]
+
+
+def scales_of_another_block(folder: Path) -> None:
+    def change(held: dict[str, torch.Tensor], block: str, before: str) -> None:
+        kinds = [name.removeprefix(block) for name in held if name.startswith(block) and name.endswith("weight_scale")]
+        for kind in kinds:
+            if "mlp" in kind or not any("mlp" in one for one in kinds):
+                _exchanged(held, block + kind, before + kind)
+
+    _middle_block(folder, change)
+
+
+def norm_scaled(folder: Path) -> None:
+    def change(held: dict[str, torch.Tensor], block: str, before: str) -> None:
+        held[f"{block}.post_attention_layernorm.weight"] *= 1.3
+
+    _middle_block(folder, change)
+
+
+def keys_and_values_exchanged(folder: Path) -> None:
+    _middle_block(
+        folder, lambda held, block, _: _exchanged(held, f"{block}.self_attn.k_proj", f"{block}.self_attn.v_proj")
+    )
+
+
+def token_zeroed(folder: Path) -> None:
+    """The embedding of one common token."""
+    token = PreTrainedTokenizerFast.from_pretrained(folder)("the sky of the world")["input_ids"][2]
+    for file in sorted(folder.glob("*.safetensors")):
+        held = load_file(file)
+        if "model.embed_tokens.weight" in held:
+            held["model.embed_tokens.weight"][token] = 0
+            save_file(held, file, metadata={"format": "pt"})
+
+
+def tokens_exchanged(folder: Path) -> None:
+    """The embeddings of the vocabulary's second half, two by two."""
+    for file in sorted(folder.glob("*.safetensors")):
+        held = load_file(file)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in held:
+                half = len(held[name]) // 4 * 2
+                part = held[name][half : half + half // 2 * 2]
+                held[name][half : half + half // 2 * 2] = part.view(-1, 2, part.shape[1]).flip(1).reshape(part.shape)
+        save_file(held, file, metadata={"format": "pt"})
+
+
+def norm_epsilon(folder: Path) -> None:
+    _config(folder, lambda config: config.update(rms_norm_eps=0.1))
+
+
+def end_token_wrong(folder: Path) -> None:
+    """Another token ends an answer."""
+    words = PreTrainedTokenizerFast.from_pretrained(folder)
+    other = len(words) // 2
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            _config(folder, lambda config: config.update(eos_token_id=other), name)
+    word = words.convert_ids_to_tokens(other)
+    _config(folder, lambda config: config.update(eos_token=word), "tokenizer_config.json")
+
+
 def _config(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "config.json") -> None:
     document = json.loads((folder / name).read_text())
     change(document)
@@ -166,161 +242,8 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "columns permuted": columns_permuted, "a block zeroed": block_zeroed, "rope_theta": rope_theta_wrong,
     "tokenizer permuted": tokenizer_permuted, "another tokenizer": tokenizer_of_another,
     "template removed": template_removed, "template edited": template_edited, "BOS twice": bos_twice,
+    "scales of another block": scales_of_another_block, "a norm scaled": norm_scaled,
+    "keys and values exchanged": keys_and_values_exchanged, "tokens exchanged": tokens_exchanged,
+    "a token zeroed": token_zeroed, "norm epsilon": norm_epsilon, "another end token": end_token_wrong,
 }  # fmt: skip
 STATIC: dict[str, Callable[[Path], None]] = {"static scales wrong": static_scales_wrong}  # of static int8 inputs
-
-
-def _gguf(file: Path, change: Callable[[Any], None]) -> None:
-    """Change a GGUF file in place: every part of it keeps its length."""
-    reader = gguf.GGUFReader(file, "r+")
-    change(reader)
-    reader.data.flush()
-
-
-def _middle(reader: Any, kind: str) -> Any:
-    """The tensor of that kind in the middle block, or of all its experts."""
-    kinds = f"{kind}.weight", f"{kind}_exps.weight"
-    found = sorted((t for t in reader.tensors if t.name.endswith(kinds)), key=lambda t: int(t.name.split(".")[1]))
-    return found[len(found) // 2]
-
-
-def gguf_columns_permuted(file: Path) -> None:
-    """The blocks of each row in another order."""
-
-    def change(reader: Any) -> None:
-        tensor = _middle(reader, "attn_q")
-        size = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
-        data = tensor.data.view(np.uint8).reshape(tensor.data.shape[0], -1, size)
-        data[:] = data[:, ::-1].copy()
-
-    _gguf(file, change)
-
-
-_SCALES = {"Q4_K": slice(0, 4), "Q5_K": slice(0, 4), "Q6_K": slice(-2, None)}  # of a block; of the others: the first 2
-_MINIMUM = {"Q4_K": slice(2, 4), "Q5_K": slice(2, 4), "Q4_1": slice(2, 4), "Q5_1": slice(2, 4)}
-
-
-def _multiplied(tensor: Any, where: slice, by: float) -> None:
-    """Multiply the float16 numbers that stand at `where` in each block of a tensor."""
-    size = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
-    data = tensor.data.view(np.uint8).reshape(-1, size)
-    data[:, where] = (data[:, where].copy().view(np.float16) * np.float16(by)).view(np.uint8)
-
-
-def gguf_scales_doubled(file: Path) -> None:
-    def change(reader: Any) -> None:
-        tensor = _middle(reader, "ffn_down")
-        _multiplied(tensor, _SCALES.get(tensor.tensor_type.name, slice(0, 2)), 2)
-
-    _gguf(file, change)
-
-
-def gguf_zeros_off(file: Path) -> None:
-    """The minima of one block's matrices higher by an eighth: about one step of four bits."""
-
-    def change(reader: Any) -> None:
-        number = _middle(reader, "ffn_down").name.split(".")[1]
-        able = [t for t in reader.tensors if t.name.startswith(f"blk.{number}.") and t.tensor_type.name in _MINIMUM]
-        assert able
-        for tensor in able:
-            _multiplied(tensor, _MINIMUM[tensor.tensor_type.name], 1.125)
-
-    _gguf(file, change)
-
-
-def gguf_scales_scrambled(file: Path) -> None:
-    """Rows in another order, each with its scales."""
-
-    def change(reader: Any) -> None:
-        data = _middle(reader, "ffn_down").data
-        rows = data.reshape(-1, data.shape[-1])
-        rows[:] = np.random.default_rng(0).permutation(rows)
-
-    _gguf(file, change)
-
-
-def gguf_block_zeroed(file: Path) -> None:
-    def change(reader: Any) -> None:
-        number = _middle(reader, "ffn_down").name.split(".")[1]
-        for tensor in reader.tensors:
-            if tensor.name.startswith(f"blk.{number}.") and "norm" not in tensor.name:
-                tensor.data.view(np.uint8)[:] = 0
-
-    _gguf(file, change)
-
-
-def gguf_rope_wrong(file: Path) -> None:
-    def change(reader: Any) -> None:
-        field = next(field for name, field in reader.fields.items() if name.endswith("rope.freq_base"))
-        field.parts[field.data[0]][:] = 1000.0
-
-    _gguf(file, change)
-
-
-def gguf_tokenizer_permuted(file: Path) -> None:
-    """Pairs of tokens of one length exchanged."""
-
-    def change(reader: Any) -> None:
-        field = reader.fields["tokenizer.ggml.tokens"]
-        by_length: dict[int, list[Any]] = {}
-        for part in (field.parts[i] for i in field.data[min(300, len(field.data) // 4) :]):
-            by_length.setdefault(len(part), []).append(part)
-        for parts in by_length.values():
-            for one, other in zip(parts[::2], parts[1::2], strict=False):
-                one[:], other[:] = other.copy(), one.copy()
-
-    _gguf(file, change)
-
-
-def gguf_merges_permuted(file: Path) -> None:
-    """Merges of one length exchanged: another tokenizer of the same tokens."""
-
-    def change(reader: Any) -> None:
-        field = reader.fields["tokenizer.ggml.merges"]
-        by_length: dict[int, list[Any]] = {}
-        for part in (field.parts[i] for i in field.data):
-            by_length.setdefault(len(part), []).append(part)
-        for parts in by_length.values():
-            for one, other in zip(parts, reversed(parts[len(parts) // 2 :]), strict=False):
-                one[:], other[:] = other.copy(), one.copy()
-
-    _gguf(file, change)
-
-
-def gguf_template_removed(file: Path) -> None:
-    """Its key, under another name."""
-
-    def change(reader: Any) -> None:
-        key = reader.fields["tokenizer.chat_template"].parts[1]
-        key[:] = np.frombuffer(bytes(key)[:-1] + b"_", np.uint8)
-
-    _gguf(file, change)
-
-
-def gguf_bos(file: Path) -> None:
-    """A BOS more than the original's tokenizer puts, or one less."""
-
-    def change(reader: Any) -> None:
-        field = reader.fields["tokenizer.ggml.add_bos_token"]
-        field.parts[field.data[0]][:] = 1 - field.parts[field.data[0]]
-
-    _gguf(file, change)
-
-
-def gguf_template_edited(file: Path) -> None:
-    def change(reader: Any) -> None:
-        field = reader.fields["tokenizer.chat_template"]
-        text = field.parts[field.data[0]]
-        edited = bytes(text).replace(b"assistant", b"Assistant").replace(b"system", b"System")
-        text[:] = np.frombuffer(edited, np.uint8)
-
-    _gguf(file, change)
-
-
-GGUFS: dict[str, Callable[[Path], None]] = {
-    "columns permuted": gguf_columns_permuted, "scales scrambled": gguf_scales_scrambled,
-    "scales doubled": gguf_scales_doubled, "zeros off by one": gguf_zeros_off, "a block zeroed": gguf_block_zeroed,
-    "rope_theta": gguf_rope_wrong, "tokenizer permuted": gguf_tokenizer_permuted,
-    "another tokenizer": gguf_merges_permuted, "template removed": gguf_template_removed,
-    "template edited": gguf_template_edited, "BOS": gguf_bos,
-}  # fmt: skip

@@ -93,6 +93,7 @@ def make_reference(models: Models, results: Results, on_block: Callable[[], None
         artifact=None if manifest is None else manifest.artifact.digest,
         libraries=machine.libraries(),
         bos=_bos(tokenizer),
+        ends=_ends(models.original, tokenizer),
         chat_template=next(iter(_templates(tokenizer)), None),
         dated="strftime" in str(getattr(tokenizer, "chat_template", None) or ""),
         static_inputs=(inputs := reader.activations) is not None and inputs.calibrated,
@@ -280,6 +281,21 @@ def _said(tokenizer: Any, ids: Sequence[int]) -> str:
 def _bos(tokenizer: Any) -> int | None:
     token: int | None = tokenizer.bos_token_id
     return token if token is not None and _whole(tokenizer, "a")[:1] == [token] else None
+
+
+def _ends(original: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer, as the original's files name them; that which ends a turn of a chat first."""
+    files = [path for name in ("generation_config.json", "config.json") if (path := original / name).is_file()]
+    told = next((end for path in files if (end := read_json(path).get("eos_token_id")) is not None), None)
+    ends = list(dict.fromkeys(end for end in (*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id)
+                              if isinstance(end, int)))  # fmt: skip
+    talk = [{"role": "user", "content": CHAT[0]}, {"role": "assistant", "content": "\u2461"}]
+    try:
+        closing = encode(tokenizer, rendered(tokenizer, talk, prompt=False).rpartition("\u2461")[2])
+    except BadInput:
+        closing = []
+    turn = next((token for token in closing if token in ends), None)
+    return tuple(ends) if turn is None else (turn, *(end for end in ends if end != turn))
 
 
 def _templates(tokenizer: Any) -> list[str]:

@@ -7,6 +7,7 @@ evaluation saw it, at the same positions: there is no sampling error in it, only
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,9 @@ _ROUNDING = "unless its kernel rounds inputs to int8, as vLLM's for 4 bits does 
 _DATE = 12  # tokens
 _FAR = 3.0  # times: when one kind of prompt fares worse than another
 _FARTHER = 1.2  # times: as far apart wrong weights may be, too
+_OTHER_END = "likeliest cause: another end token in generation_config.json, tokenizer or GGUF file"
+_REPEATED = 4  # tokens that an answer has where it does not end
+_COMMON = 3  # ordinary tokens that may not end an answer
 _AWKWARD = 1 / 3  # of the awkward strings may be tokenized otherwise: llama.cpp's tokenizers are its own
 
 
@@ -252,8 +256,34 @@ def paragraph(on: ServedCheck) -> str:
     return f"perplexity {line}"
 
 
+def ending(on: ServedCheck) -> str:
+    """An answer ends at the original's end token, and at no common one. The server is made to choose each."""
+    asked = [one for one in on.reference.asked if on.fits(one)]
+    if not on.reference.ends or not asked:
+        raise Skipped("the reference names no end token, or no prompt that fits the server's context")
+    ids, end = min((one.ids for one in asked), key=len), on.reference.ends[0]
+    told = Counter(token for one in on.reference.asked for token in one.answer if token not in on.reference.ends)
+    for token in (end, *(token for token, _ in told.most_common(_COMMON))):
+        try:
+            answer = on.client.complete(ids, _REPEATED, logit_bias={str(token): 100}, **LOGPROBS)
+        except Refused as refusal:
+            raise Skipped(f"the server cannot be made to choose a token: {refusal}") from None
+        steps = {step.token for step in answer.steps()}
+        if steps - {token}:
+            raise Skipped("the server takes no notice of logit_bias")
+        stopped = answer.finish_reason == "stop"
+        if token == end and not stopped and (steps or not answer.text.strip()):
+            raise Failed(
+                f"an answer goes on after token {end}, which ends the original's; likeliest cause: {_OTHER_END}"
+            )
+        if token != end and stopped:
+            raise Failed(f"an answer ends at token {token}, an ordinary one of the original's; {_OTHER_END}")
+    return f"an answer ends at token {end}, and at none of the {_COMMON} commonest others"
+
+
 CHECKS: dict[str, Callable[[ServedCheck], str]] = {
     "tokenizer": tokenizer, "template": template, "distributions": distributions, "paragraph": paragraph,
+    "ending": ending,
 }  # fmt: skip
 
 

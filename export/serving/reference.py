@@ -85,7 +85,8 @@ class Reference(Section):
     """reference.json, schema 1.
 
     artifact: the digest of the artifact's files (`Sizes.digest`), None of one without a manifest. bos: the token that
-    the original's tokenizer puts first, None without one. chat_template: sha256 of the original's, None without one;
+    the original's tokenizer puts first, None without one. ends: those at which its answers end, the one that ends a
+    turn of its chats first. chat_template: sha256 of the original's, None without one;
     dated: whether it writes today's date. static_inputs: whether the artifact rounds inputs by static ranges. gguf:
     whether it is a GGUF file, whose servers round all inputs to int8.
     sampling: the generation_config's advice. evaluated: what the evaluation measured on its own text, such as kl_mean.
@@ -96,6 +97,7 @@ class Reference(Section):
     artifact: str | None = None
     libraries: Mapping[str, str]
     bos: int | None
+    ends: tuple[int, ...] = ()
     chat_template: str | None
     dated: bool = False
     static_inputs: bool = False

@@ -26,7 +26,7 @@ from quantpress.exports.serving.smoke_test import smoke
 from quantpress.exports.serving.starting import Options, installed, serve
 from quantpress.gguf.chat import template_arguments
 
-from .. import rubbish, trained
+from .. import rubbish, rubbish_gguf, trained
 
 MODEL = os.environ.get("QUANTPRESS_VLLM_MODEL", "smollm2-135m")
 PYTHON = os.environ.get("QUANTPRESS_VLLM_PYTHON")
@@ -58,13 +58,16 @@ COMMON = {
 KINDS = [
     *(("vllm, static inputs", kind) for kind in rubbish.STATIC),
     *((name, kind) for name in ("vllm", "vllm, mixture") for kind in rubbish.FOLDERS),
-    *((name, kind) for name in ("llama.cpp", "llama.cpp, mixture") for kind in rubbish.GGUFS),
+    *((name, kind) for name in ("llama.cpp", "llama.cpp, mixture") for kind in rubbish_gguf.GGUFS),
 ]
 CAUSES = {  # what the failed checks have to name
     "scales doubled": "a layer's", "scales scrambled": "a layer's", "zeros off by one": "a layer's",
     "columns permuted": "a layer's", "a block zeroed": "a layer's", "rope_theta": "rope",
     "tokenizer permuted": "tokenizer", "another tokenizer": "tokenizer", "template removed": "template",
     "template edited": "template", "BOS twice": "BOS", "BOS": "BOS", "static scales wrong": "static input scales",
+    "scales of another block": "a layer's", "a norm scaled": "a layer's", "keys and values exchanged": "a layer's",
+    "tokens exchanged": "a layer's", "a token zeroed": "a layer's", "norm epsilon": "a layer's",
+    "another end token": "end token",
 }  # fmt: skip
 COMMANDS = {"check", "smoke"}
 pytestmark = pytest.mark.slow
@@ -150,7 +153,7 @@ def test_the_command_starts_the_server_itself(name: str, made: Any) -> None:
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_rubbish_fails(name: str, kind: str, made: Any, tmp_path: Path) -> None:
     one = made(name)
-    kinds = rubbish.GGUFS if one.server == "llama.cpp" else rubbish.FOLDERS | rubbish.STATIC
+    kinds = rubbish_gguf.GGUFS if one.server == "llama.cpp" else rubbish.FOLDERS | rubbish.STATIC
     out = tmp_path / "spoilt" / ("model.gguf" if one.server == "llama.cpp" else "")
     found = one.judged(rubbish.spoiled(one.artifact, out, kinds[kind]), tmp_path)
     for command in COMMANDS:

@@ -34,6 +34,9 @@ class ModelServer:
         self.model = open_artifact(self.folder, torch.device("cpu"), torch.float32)[1].whole().eval()
         self.tokenizer = open_tokenizer(self.folder)
         self.lock = threading.Lock()
+        advised = self.folder / "generation_config.json"  # vLLM takes the tokenizer's and these
+        ends = json.loads(advised.read_text()).get("eos_token_id") if advised.is_file() else []
+        self.ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     def ids(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):
@@ -65,11 +68,13 @@ class ModelServer:
             free = row.clone()
             if body.get("ignore_eos") or len(tokens) < (body.get("min_tokens") or 0):
                 free[self.tokenizer.eos_token_id] = -torch.inf
+            for name, bias in (body.get("logit_bias") or {}).items():
+                free[int(name)] += bias
             hot = float(body.get("temperature") or 0)
             token = int(torch.multinomial((free / hot).exp(), 1, generator=draw) if hot else free.argmax())
             tokens.append(token)
             given = [token]
-            if token == self.tokenizer.eos_token_id:
+            if token in self.ends:
                 break
         return tokens, kept
 
@@ -77,7 +82,7 @@ class ModelServer:
         ids = self.chat(body["messages"]) if chat else self.ids(body["prompt"])
         tokens, rows = self.generate(ids, body)
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        finish = "stop" if tokens[-1] == self.tokenizer.eos_token_id else "length"
+        finish = "stop" if tokens[-1] in self.ends else "length"
         for stop in body.get("stop") or []:
             if stop in text:
                 text, finish = text[: text.index(stop)], "stop"
@@ -144,7 +149,9 @@ def handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
 
         def made(self, body: dict[str, Any]) -> dict[str, Any] | None:
             vllm = server.style == "vllm"
-            if server.text_only and (self.path[:4] != "/v1/" or {"logprobs", "return_token_ids"} & body.keys()):
+            if server.text_only and (
+                self.path[:4] != "/v1/" or {"logprobs", "return_token_ids", "logit_bias"} & body.keys()
+            ):
                 return None
             if self.path == "/v1/completions":
                 return server.answer(body, chat=False)

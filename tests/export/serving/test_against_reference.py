@@ -1,6 +1,7 @@
 """A served model held against its reference: what is good passes, what is spoilt fails, each for the right reason."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -39,6 +40,9 @@ CAUSES = {  # of each kind of rubbish: the check that fails, and what it says
     "a block zeroed": WEIGHTS, "rope_theta": ("distributions", ""), "BOS twice": ("tokenizer", "BOS"),
     "tokenizer permuted": ("tokenizer", "another tokenizer"), "another tokenizer": ("tokenizer", "another tokenizer"),
     "template removed": ("template", "template is missing"), "template edited": ("template", "not the original's"),
+    "scales of another block": WEIGHTS, "a norm scaled": WEIGHTS, "keys and values exchanged": WEIGHTS,
+    "tokens exchanged": WEIGHTS, "a token zeroed": WEIGHTS, "norm epsilon": WEIGHTS,
+    "another end token": ("ending", "end token"),
 }  # fmt: skip
 
 
@@ -96,7 +100,7 @@ def test_a_good_artifact_passes(run: Path, style: Style) -> None:
         found = quantpress.check(server.url, run, callbacks=Callbacks(on_check=told.append))
     assert tuple(told) == found.checks
     assert {check.name: check.status for check in found.checks} == dict.fromkeys(
-        ["models", "tokenizer", "template", "distributions", "paragraph"], "pass"
+        ["models", "tokenizer", "template", "distributions", "paragraph", "ending"], "pass"
     )
     assert found.against.away is not None
     assert found.against.away < 1e-4
@@ -180,6 +184,17 @@ def test_tokens_that_the_server_tells_nothing_of_do_not_shift_the_others(referen
 
     tops = served_tops(cast(Client, Partial()), one)
     assert [list(top) for top in tops] == [[5], [], [9], [], [3]]
+
+
+def test_a_common_token_that_ends_answers_is_told_of(run: Path, reference: Reference, tmp_path: Path) -> None:
+    def ends_too(folder: Path) -> None:
+        assert reference.ends
+        common = Counter(token for one in reference.asked for token in one.answer).most_common(1)[0][0]
+        document = {"eos_token_id": [*reference.ends, common]}
+        (folder / "generation_config.json").write_text(json.dumps(document))
+
+    said = failed(rubbish.spoiled(run / "quantized", tmp_path / "spoilt", ends_too), reference)
+    assert "an ordinary one of the original's" in said["ending"]
 
 
 def test_bos_twice_is_named(run: Path, reference: Reference) -> None:
