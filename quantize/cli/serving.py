@@ -152,7 +152,7 @@ def check(
 ) -> None:
     """Hold a served model to what the original and the artifact answered when it was evaluated: no weights are needed.
 
-    Tokens, chat template, distributions and a paragraph's perplexity. Exit code 1 when one differs.
+    Tokens, chat template, distributions, a paragraph's perplexity, where answers end. Exit code 1 when one differs.
     """
     from quantpress.exports.serving.reference import read_reference
     from quantpress.exports.serving.served_check import check_served
