@@ -178,11 +178,16 @@ def rope_theta_wrong(folder: Path) -> None:
     _config(folder, change)
 
 
-def static_scales_wrong(folder: Path, linear: str = "mlp.down_proj") -> None:
-    def change(held: dict[str, torch.Tensor], name: str) -> None:
-        held[f"{name}.input_scale"] /= 16
+def static_scales_wrong(folder: Path) -> None:
+    """Of one MLP; some linears keep dynamic scales."""
 
-    _tensors(folder, change, linear)
+    def change(held: dict[str, torch.Tensor], name: str) -> None:
+        scales = [tensor for other, tensor in held.items() if other.startswith(name) and other.endswith("input_scale")]
+        assert scales
+        for scale in scales:
+            scale /= 16
+
+    _tensors(folder, change, "mlp")
 
 
 def tokenizer_permuted(folder: Path) -> None:

@@ -258,24 +258,28 @@ def paragraph(on: ServedCheck) -> str:
 
 def ending(on: ServedCheck) -> str:
     """An answer ends at the original's end token, and at no common one. The server is made to choose each."""
-    asked = [one for one in on.reference.asked if on.fits(one)]
-    if not on.reference.ends or not asked:
-        raise Skipped("the reference names no end token, or no prompt that fits the server's context")
-    ids, end = min((one.ids for one in asked), key=len), on.reference.ends[0]
+    if not on.reference.ends:
+        raise Skipped("the reference names no end token")
+    try:
+        return _ending(on, on.reference.ends[0])
+    except Refused as refusal:
+        raise Skipped(f"the server cannot be made to choose a token: {refusal}") from None
+
+
+def _ending(on: ServedCheck, end: int) -> str:
+    asked = sorted((one for one in on.reference.asked if on.fits(one)), key=lambda one: len(one.ids))
+    # Of prompts that are answered at length without it, or a server that ignores logit_bias would show the same.
+    goes_on = (one.ids for one in asked[:_COMMON] if on.client.complete(one.ids, _REPEATED).finish_reason != "stop")
+    if (ids := next(goes_on, None)) is None:
+        raise Skipped("every answer ends at once")
     told = Counter(token for one in on.reference.asked for token in one.answer if token not in on.reference.ends)
     for token in (end, *(token for token, _ in told.most_common(_COMMON))):
-        try:
-            answer = on.client.complete(ids, _REPEATED, logit_bias={str(token): 100}, **LOGPROBS)
-        except Refused as refusal:
-            raise Skipped(f"the server cannot be made to choose a token: {refusal}") from None
-        steps = {step.token for step in answer.steps()}
-        if steps - {token}:
+        answer = on.client.complete(ids, _REPEATED, logit_bias={str(token): 100}, **LOGPROBS)
+        stopped, steps = answer.finish_reason == "stop", {step.token for step in answer.steps()}
+        if token == end and not stopped:
+            if steps == {end} or not answer.text.strip():
+                raise Failed(f"an answer goes on after token {end}, which ends the original's; {_OTHER_END}")
             raise Skipped("the server takes no notice of logit_bias")
-        stopped = answer.finish_reason == "stop"
-        if token == end and not stopped and (steps or not answer.text.strip()):
-            raise Failed(
-                f"an answer goes on after token {end}, which ends the original's; likeliest cause: {_OTHER_END}"
-            )
         if token != end and stopped:
             raise Failed(f"an answer ends at token {token}, an ordinary one of the original's; {_OTHER_END}")
     return f"an answer ends at token {end}, and at none of the {_COMMON} commonest others"

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from quantpress.eval.measure.results import Results
 from quantpress.eval.measure.sections import Divergence
 from quantpress.eval.measure.served_reference import Models, by_prompt, make_reference
 from quantpress.exports.serving.against_reference import served_tops
-from quantpress.exports.serving.client import Answer, Client
+from quantpress.exports.serving.client import Answer, Client, Prompt
 from quantpress.exports.serving.record import Check
 from quantpress.exports.serving.reference import Noise, Reference, divergence, read_reference
 from quantpress.exports.serving.served_check import check_served
@@ -166,7 +166,7 @@ def test_a_server_that_shows_texts_alone_is_held_to_them(run: Path, reference: R
     assert found.passed
     assert "follow the original's" in said["distributions"].reason
     assert said["tokenizer"].reason.startswith("as many tokens as the original's")
-    assert said["paragraph"].status == "skip"
+    assert said["paragraph"].status == said["ending"].status == "skip"
     spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.block_zeroed)
     with served(spoilt, text_only=True) as server:
         assert not check_served(server.url, reference).passed
@@ -195,6 +195,21 @@ def test_a_common_token_that_ends_answers_is_told_of(run: Path, reference: Refer
 
     said = failed(rubbish.spoiled(run / "quantized", tmp_path / "spoilt", ends_too), reference)
     assert "an ordinary one of the original's" in said["ending"]
+
+
+def test_a_server_that_ignores_logit_bias_is_not_judged_by_it(
+    run: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = Client.complete
+
+    def deaf(self: Client, prompt: Prompt, max_tokens: int, **more: Any) -> Answer:
+        return complete(self, prompt, max_tokens, **{key: more[key] for key in more if key != "logit_bias"})
+
+    monkeypatch.setattr(Client, "complete", deaf)
+    with served(run / "quantized") as server:
+        found = check_served(server.url, reference).checks
+    assert [check.reason for check in found if check.name == "ending"] == ["the server takes no notice of logit_bias"]
+    assert [check for check in found if check.status == "fail"] == []
 
 
 def test_bos_twice_is_named(run: Path, reference: Reference) -> None:
