@@ -36,6 +36,7 @@ _FAR = 3.0  # times: when one kind of prompt fares worse than another
 _FARTHER = 1.2  # times: as far apart wrong weights may be, too
 _OTHER_END = "likeliest cause: another end token in generation_config.json, tokenizer or GGUF file"
 _REPEATED = 4  # tokens that an answer has where it does not end
+_SURE = 2.0  # nats by which another token is likelier than the end
 _COMMON = 3  # ordinary tokens that may not end an answer
 _AWKWARD = 1 / 3  # of the awkward strings may be tokenized otherwise: llama.cpp's tokenizers are its own
 
@@ -267,10 +268,16 @@ def ending(on: ServedCheck) -> str:
 
 
 def _ending(on: ServedCheck, end: int) -> str:
-    asked = sorted((one for one in on.reference.asked if on.fits(one)), key=lambda one: len(one.ids))
-    # Of prompts that are answered at length without it, or a server that ignores logit_bias would show the same.
-    goes_on = (one.ids for one in asked[:_COMMON] if on.client.complete(one.ids, _REPEATED).finish_reason != "stop")
-    if (ids := next(goes_on, None)) is None:
+    # Of a prompt that is answered at length without it, or a server that ignores logit_bias would show the same.
+    ids = None
+    for one in sorted((one for one in on.reference.asked if on.fits(one)), key=lambda one: len(one.ids))[:_COMMON]:
+        answer = on.client.complete(one.ids, _REPEATED, **LOGPROBS)
+        if answer.finish_reason != "stop":
+            ids = ids or one.ids
+        elif _ends_early(one, [step.token for step in answer.steps()], on.reference.ends):
+            raise Failed(f"the answer to {quoted(one.text)} ends after {quoted(answer.text)}, where the artifact as "
+                         f"evaluated goes on; {_OTHER_END}")  # fmt: skip
+    if ids is None:
         raise Skipped("every answer ends at once")
     told = Counter(token for one in on.reference.asked for token in one.answer if token not in on.reference.ends)
     for token in (end, *(token for token, _ in told.most_common(_COMMON))):
@@ -283,6 +290,15 @@ def _ending(on: ServedCheck, end: int) -> str:
         if token != end and stopped:
             raise Failed(f"an answer ends at token {token}, an ordinary one of the original's; {_OTHER_END}")
     return f"an answer ends at token {end}, and at none of the {_COMMON} commonest others"
+
+
+def _ends_early(one: Asked, tokens: Sequence[int], ends: Sequence[int]) -> bool:
+    """Whether an answer is the beginning of the original's, and the artifact as evaluated thinks of no end there."""
+    n = len(tokens)
+    if not 0 < n < len(one.answer) or tuple(tokens) != one.answer[:n]:
+        return False
+    row = dict(zip(one.top[n], one.artifact[n], strict=True))
+    return all(row.get(end, -math.inf) < max(row.values()) - _SURE for end in ends)
 
 
 CHECKS: dict[str, Callable[[ServedCheck], str]] = {
