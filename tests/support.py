@@ -100,7 +100,7 @@ def _ours(skeleton: Skeleton) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
-    logits: Tensor = model(_IDS, use_cache=False).logits
+    logits: Tensor = model(input_ids=_IDS, use_cache=False).logits
     return logits.float()
 
 

@@ -6,7 +6,7 @@ artifact together from what the blocks left. `job.prepare` is the one place that
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -28,6 +28,8 @@ from ..recipe import Recipe
 from .plan import Plan
 from .settings import Settings
 from .sources import Source
+
+_MOST = 2.0**60  # whose square float32 still holds, added up over a row
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,16 @@ class Backend(ABC):
     def outside(self) -> Mapping[str, Grid]:
         """The grids of what is quantized outside of the blocks, head and embeddings, by on-disk name."""
         return {}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The largest value that may be in each tensor of the file that is rounded, by on-disk name."""
+        layers = [*(name for name, grid in self.schemes.items() if grid is not None), *self.outside]
+        return self._limits((f"{layer}.weight" for layer in layers), _MOST)
+
+    def _limits(self, tensors: Iterable[str], most: float) -> dict[str, float]:
+        on_disk = self.setup.skeleton.reader.on_disk
+        return {name: most for tensor in tensors for name in on_disk(tensor)}
 
     @classmethod
     @abstractmethod

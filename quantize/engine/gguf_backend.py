@@ -43,6 +43,7 @@ from .gguf_plan import plan_llama_cpp, plan_rounded
 from .plan import Plan
 from .settings import BlockDone, Settings
 
+_MOST = 8 * 65504.0
 _IMATRIX = "imatrix.gguf"
 _HEAD = "head.importance"  # in the last block's part: mean squares [hidden] of the head's inputs
 
@@ -80,6 +81,13 @@ class _GgufBackend(Backend):
     @abstractmethod
     def _write(self, folder: Path, parts: list[Path], tokens: Tokens | None, settings: Settings) -> Mapping[str, str]:
         """Write model.gguf into `folder`; returns the tensors that did not get their intended type {name: why}."""
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """As `Backend`'s. Scales of GGUF's types are float16, and that of Q4_0 is an eighth of the largest value."""
+        if self.setup.recipe.gguf_file.type in FLOATS:
+            return {}
+        return self._limits((p for entry in self.conversion.entries if entry.matrix for p in entry.parameters), _MOST)
 
     @property
     def _weighted(self) -> list[Entry]:

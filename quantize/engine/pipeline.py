@@ -72,7 +72,7 @@ def quantize(job: Job, settings: Settings) -> Manifest:
         ranks.close()
         return _finished(job, tokenizer, settings)
     job.plan.check(settings.out, ignore=settings.ignore_limits)
-    with vetting(job.checkpoint) as vetted:
+    with vetting(job.checkpoint, job.backend.limits) as vetted:
         itself, meanwhile = job.recipe.calibrated and job.recipe.calibration.source == "self", _meanwhile(job, settings)
         tokens = None if itself else _tokens(job, tokenizer, settings)
         files = vetted.marks() if meanwhile else vetted.hashes()

@@ -119,7 +119,7 @@ def follow(make: Callable[[], Job], ranks: Ranks) -> tuple[Job, Start] | None:
         return None
     files = None
     if first[ranks.rank]:
-        with vetting(job.checkpoint) as vetted:
+        with vetting(job.checkpoint, job.backend.limits) as vetted:
             files = vetted.hashes()
     compare_files(files, ranks)
     start: Start = ranks.tell()

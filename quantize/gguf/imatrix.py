@@ -36,8 +36,8 @@ class Importance:
 
     @property
     def mean(self) -> Array:
-        """Mean squares [experts, in]; ones for an expert that no token reached, as in llama.cpp."""
-        reached = self.counts[:, None] > 0
+        """Mean squares [experts, in]; ones for an expert that no token reached, as in llama.cpp, or zeros alone."""
+        reached = (self.counts[:, None] > 0) & (self.sums > 0).any(1, keepdims=True)
         return np.where(reached, self.sums / np.maximum(self.counts[:, None], 1), np.float32(1)).astype(np.float32)
 
 

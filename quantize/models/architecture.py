@@ -17,9 +17,20 @@ _OTHER_TASKS = (
     "ForSequenceClassification", "ForTokenClassification", "ForRewardModel", "ForQuestionAnswering",
     "ForImageClassification",
 )  # fmt: skip
+_OF_TEXT = "and what is compared, calibrated and evaluated here is text"
 _NOT_ALONE = {  # why a decoder cannot be given text alone, block by block
     "cpmant": "it puts tokens of its own before the text",
-    "idefics": "some blocks run on images only, and what is compared, calibrated and evaluated here is text",
+    "idefics": f"some blocks run on images only, {_OF_TEXT}",
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"),
+        f"transformers runs it on text with an image only, {_OF_TEXT} alone",
+    ),
+    **dict.fromkeys(
+        ("kyutai_speech_to_text", "voxtral_realtime"), f"transformers runs it on sound only, {_OF_TEXT} alone"
+    ),
+    "reformer": "its blocks hand on two streams of states",
+    "diffusion_gemma": "it makes a text out of noise, not token by token",
+    "shieldgemma2": "it is a classifier of images",
 }
 _BOTH_WAYS = ("bert-generation", "xlnet")  # unless they are decoders by config.json
 # How the original was to be run, which says nothing of its weights; a kernel that is not installed would stop the run.

@@ -1,16 +1,18 @@
-"""A checkpoint's files read once: their SHA-256, and whether a weight in them is NaN or inf.
+"""A checkpoint's files read once: their SHA-256, and whether a weight in them is NaN, inf or too large to be rounded.
 
 Several files are read at once, by threads that the caller need not wait for while it does something else. Where they
 keep ahead of what else reads the weights, these come from the system's memory and not from the disk again.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,16 +26,16 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Damaged(BadInput):
-    """A weight of the checkpoint is NaN or inf."""
+    """A weight of the checkpoint is NaN, inf or too large to be rounded."""
 
 
 class Vetting:
-    """The files of a checkpoint being read."""
+    """The files of a checkpoint being read. limits: the largest value that a tensor may hold, where it has a limit."""
 
-    def __init__(self, pool: ThreadPoolExecutor, checkpoint: Checkpoint) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, checkpoint: Checkpoint, limits: Mapping[str, float]) -> None:
         self._checkpoint, self._stop = checkpoint, Event()
         self._files: dict[Path, Future[tuple[str, dict[str, str]]]] = {
-            path: pool.submit(_read, path, entries, self._stop) for path, entries in checkpoint.layout().items()
+            path: pool.submit(_read, path, entries, limits, self._stop) for path, entries in checkpoint.layout().items()
         }
 
     def marks(self) -> dict[str, str]:
@@ -42,12 +44,12 @@ class Vetting:
         return self._checkpoint.file_hashes({path: f"{at.st_mtime_ns} ns, {at.st_size} bytes" for path, at in found})
 
     def check(self) -> None:
-        """As `hashes` raises it, if a file that has been read by now holds NaN or inf; otherwise without waiting."""
+        """As `hashes` raises it, if a file that has been read by now holds such a weight; otherwise without waiting."""
         if any(future.done() and (future.exception() or future.result()[1]) for future in self._files.values()):
             self.hashes()
 
     def hashes(self) -> dict[str, str]:
-        """As `Checkpoint.file_hashes`. Raises Damaged for NaN or inf, of several weights for the first by name."""
+        """As `Checkpoint.file_hashes`. Raises Damaged for a weight that is, of several the first by name."""
         done = {path: future.result() for path, future in self._files.items()}
         found = {name: kind for _, kinds in done.values() for name, kind in kinds.items()}
         for name in self._checkpoint.names():
@@ -70,11 +72,11 @@ class Vetting:
 
 
 @contextmanager
-def vetting(checkpoint: Checkpoint) -> Iterator[Vetting]:
-    """Read the files of `checkpoint` meanwhile."""
+def vetting(checkpoint: Checkpoint, limits: Mapping[str, float] = MappingProxyType({})) -> Iterator[Vetting]:
+    """Read the files of `checkpoint` meanwhile; limits: see `Vetting`."""
     threads = min(_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        begun = Vetting(pool, checkpoint)
+        begun = Vetting(pool, checkpoint, limits)
         try:
             yield begun
         finally:
@@ -86,15 +88,23 @@ def all_finite(values: Tensor) -> bool:
     return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
-def not_finite(tensor: Tensor) -> str | None:
-    """ "NaN" or "inf" where a float tensor holds one; None where it holds neither."""
-    if all_finite(tensor):
+def not_finite(tensor: Tensor, limit: float = math.inf) -> str | None:
+    """What makes a float tensor useless: "NaN", "inf", or a value beyond `limit`; None where nothing does."""
+    if not tensor.numel():
         return None
-    return "NaN" if bool(torch.isnan(tensor).any()) else "inf"
+    least, most = map(float, tensor.aminmax())  # both are NaN where a value is
+    largest = max(-least, most)
+    if math.isnan(largest):
+        return "NaN"
+    if math.isinf(largest):
+        return "inf"
+    return f"{largest:.6g}, and more than {limit:.6g} cannot be rounded" if largest > limit else None
 
 
-def _read(path: Path, entries: Sequence[tuple[str, Stored]], stop: Event) -> tuple[str, dict[str, str]]:
-    """The SHA-256 of a file, and what the weights in it hold that is not finite, by name. entries: in byte order."""
+def _read(
+    path: Path, entries: Sequence[tuple[str, Stored]], limits: Mapping[str, float], stop: Event
+) -> tuple[str, dict[str, str]]:
+    """The SHA-256 of a file, and what makes weights in it useless, by name. entries: in byte order."""
     digest, found = hashlib.sha256(), dict[str, str]()
     buffer = torch.empty(_PIECE, dtype=torch.uint8)
     with open(path, "rb", buffering=0) as file:
@@ -119,7 +129,7 @@ def _read(path: Path, entries: Sequence[tuple[str, Stored]], stop: Event) -> tup
                 if (
                     entry.dtype in _FLOATS
                     and found.get(name) != "NaN"
-                    and (kind := not_finite(piece.view(entry.dtype)))
+                    and (kind := not_finite(piece.view(entry.dtype), limits.get(name, math.inf)))
                 ):
                     found[name] = kind
         for _ in following(os.fstat(file.fileno()).st_size - file.tell()):

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantpress.artifact.artifact import open_artifact, verify
 from quantpress.core.errors import BadInput
@@ -277,6 +277,28 @@ def test_importance_files_of_both_kinds(tmp_path: Path) -> None:
     (tmp_path / "cut.dat").write_bytes(data[:-6])
     with pytest.raises(BadInput, match="cut short"):
         imatrix.load(tmp_path / "cut.dat")
+
+
+def test_inputs_that_were_all_zero_weigh_as_much_as_any() -> None:
+    """As an expert's that no token reached: with weights of zero llama.cpp rounds to zeros."""
+    sums = np.array([[0, 0], [0, 6], [0, 0]], np.float32)
+    found = imatrix.Importance(sums, np.array([5, 3, 0], np.float32))
+    assert found.mean.tolist() == [[1, 1], [0, 2], [1, 1]]
+
+
+@pytest.mark.parametrize("method", ["llama.cpp", "rtn"])
+def test_a_weight_that_no_scale_holds_is_refused_before_the_work(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"][2, 3] = -1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    monkeypatch.setattr(imatrix, "measure", lambda *args: pytest.fail("the work has begun"))
+    recipe = parse(BASE | {"method": {"name": method}, "gguf": {"type": "Q4_K_M"}, "model": str(tmp_path / "m")})
+    with pytest.raises(BadInput, match=r"down_proj.weight holds 1e\+06, and more than 524032 cannot be rounded"):
+        quantize(prepare(recipe, resolve(str(tmp_path / "m"), cache=tmp_path)), Settings(tmp_path / "out", tmp_path))
 
 
 def test_a_matrix_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

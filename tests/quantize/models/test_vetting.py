@@ -47,6 +47,19 @@ def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
         vetted.hashes()
 
 
+def test_a_value_that_cannot_be_rounded_is_named_before_the_work(tmp_path: Path) -> None:
+    big = torch.randn(300, 7).to(torch.bfloat16)
+    big[200, 3] = -1e30
+    found = checkpoint(tmp_path / "model", w3=big)
+    with vetting.vetting(found, {"w3": 2e30, "w4": 1e18}) as vetted:
+        assert vetted.hashes() == found.file_hashes()
+    with (
+        vetting.vetting(found, {"w3": 1e18}) as vetted,
+        pytest.raises(vetting.Damaged, match=r"w3 holds 1\.00026e\+30, and more than 1e\+18 cannot be rounded; the"),
+    ):
+        vetted.hashes()
+
+
 @pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "inf"), (float("-inf"), "inf")])
 @pytest.mark.parametrize("at", [0, 299 * 7 + 6])
 def test_a_weight_that_is_not_finite_is_named(value: float, kind: str, at: int, tmp_path: Path) -> None:
