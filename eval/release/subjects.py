@@ -81,7 +81,9 @@ def evaluate_subject(
         what = Subject(kind="run", name=manifest.name, format=manifest.artifact.format, original=recipe.model)
     else:
         what = Subject(kind="artifact", name=subject.resolve().name, original=recipe.model)
-    return evaluate(source.path, model_folder(subject), inputs, recipe.gates, saved(out, what.name, callbacks), what)
+    return evaluate(
+        source.path, _measured(subject, options), inputs, recipe.gates, saved(out, what.name, callbacks), what
+    )
 
 
 def measure_drafting(
@@ -96,7 +98,7 @@ def measure_drafting(
         callbacks.on_step("drafting", done, total, "")
 
     source = open_source(recipe.model, options)
-    found = measure_draft(source.path, model_folder(subject), inputs.text, options.cache, on_block)
+    found = measure_draft(source.path, _measured(subject, options), inputs.text, options.cache, on_block)
     (out / "eval").mkdir(parents=True, exist_ok=True)
     write_json(out / "eval" / "draft.json", found.model_dump(mode="json", by_alias=True))
     return found
@@ -106,6 +108,13 @@ def forget(out: Path, stage: str) -> None:
     """Have a run in `out` count the stage as not done: what takes its place need not be on its recipe's terms."""
     if (out / MANIFEST).is_file():
         Ledger(out).forget(stage)
+
+
+def _measured(subject: Path, options: Options) -> Path:
+    """As `model_folder`; of a plain checkpoint of pickles, where these are allowed, its safetensors copy."""
+    if is_run(subject) or not any(subject.glob("*.bin")):
+        return model_folder(subject)
+    return open_source(str(subject), options).path
 
 
 def model_folder(subject: Path) -> Path:

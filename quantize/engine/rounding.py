@@ -30,6 +30,7 @@ from .shared_rounding import Solved, exchanged, parts
 if TYPE_CHECKING:
     from ..methods.gptq_batch import SolvedBatch
 
+_LOST = "its weights are too small for the scales: all round to 0"
 TOGETHER = 1 << 28  # elements of the matrices of linears that are solved together
 
 
@@ -338,7 +339,8 @@ class BlockRounding:
             if not math.isfinite(error + power):
                 raise BadInput(f"{one.linear.name}: its weights or inputs are too large to be rounded in float32")
             clipped = None if one.clipped is None else clipped_note(int(figures[one.clipped]), one.groups)
-            notes, tokens = "; ".join(filter(None, (one.raised, clipped, *one.notes))), one.tokens
+            lost = _LOST if power > 0 and math.isclose(error, power, rel_tol=1e-6) else None
+            notes, tokens = "; ".join(filter(None, (one.raised, clipped, lost, *one.notes))), one.tokens
             made = record(one.linear, one.grid).changed(
                 **error_fields(error, power, one.measure, tokens), damp=one.damp, tokens=tokens, note=notes or None
             )

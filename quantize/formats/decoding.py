@@ -125,7 +125,11 @@ def word_bits(name: str, words: int, n: int, stated: set[int]) -> tuple[int, boo
     padded = {b for b in range(1, 9) if -(-n // (32 // b)) == words and (not stated or b in stated)}
     if not dense and len(padded) == 1:
         return padded.pop(), False
-    raise BadInput(f"{name}: {words} words for {n} codes a row do not tell their bits, and the config does not either")
+    why = "do not tell their bits, and the config does not either"
+    if stated and not dense | padded:
+        said = " or ".join(map(str, sorted(stated)))
+        why = f"are not the {said} bits a code that config.json says; is it the one that belongs to these weights?"
+    raise BadInput(f"{name}: {words} words for {n} codes a row {why}")
 
 
 def words(packed: Tensor, bits: int, n: int, dense: bool = True) -> Tensor:

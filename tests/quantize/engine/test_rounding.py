@@ -13,7 +13,8 @@ from quantpress.engine.rounding import BlockRounding
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.placed_model import LinearLayer
 from quantpress.numbers.grid import Grid
-from quantpress.recipe import Gptq
+from quantpress.recipe import Gptq, Rtn
+from quantpress.recipe.methods import MethodSettings
 
 from ...tiny import build
 from .test_pipeline import make
@@ -64,6 +65,21 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_says_so() -> None:
     for record in on_record(SharedInput(("a", "b")), Gptq()).values():
         assert record.note == "no calibration token reached it: rounded to nearest"
         assert (record.error_measure, record.loss, record.tokens) == ("weight", None, 0)
+
+
+@pytest.mark.parametrize("method", [Gptq(), Gptq(error_correction=0), Rtn()])
+def test_weights_that_all_round_to_nothing_are_told(method: MethodSettings) -> None:
+    x = torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
+    shared = SharedInput(("a", "b")) if isinstance(method, Rtn) else SharedInput(("a", "b"), x.T @ x, 100)
+    block = nn.Sequential(*(nn.Linear(x.in_features, x.out_features) for x in LINEARS)).requires_grad_(False)
+    block[0].weight.mul_(1e-7)
+    block[1].weight.zero_()
+    rounding = BlockRounding(method, {x.name: GRID for x in LINEARS}, block)
+    rounding.round([shared], {x.name: x for x in LINEARS})
+    records = rounding.finish()
+    assert "its weights are too small for the scales: all round to 0" in str(records["a"].note)
+    assert "too small" not in str(records["b"].note)
+    assert not rounding.rounded["b"].dequantize().any()
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

@@ -43,6 +43,18 @@ def test_words_with_one_scale_and_one_zero_for_the_whole_weight(bits: int) -> No
     torch.testing.assert_close(found["x.weight"].decode(tensors.__getitem__, torch.float32), 0.5 * (signed - 3.0))
 
 
+def test_words_of_other_bits_than_the_config_says_are_refused() -> None:
+    headers = {
+        "x.weight_packed": TensorType((6, 24), torch.int32),
+        "x.weight_scale": TensorType((6, 3), torch.float16),
+        "x.weight_shape": TensorType((2,), torch.int64),
+    }
+    shape = {"x.weight_shape": torch.tensor([6, 192])}
+    stated = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 8}}}}
+    with pytest.raises(BadInput, match=r"24 words for 192 codes a row are not the 8 bits a code that config.json says"):
+        packed_weights(headers, shape.__getitem__, stated)
+
+
 def test_an_empty_statement_is_no_statement() -> None:
     with pytest.raises(BadInput, match=r"config\.json: quantization_config is empty"):
         stated_quantization({"quantization_config": {}}, lambda name: None)
