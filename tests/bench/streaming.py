@@ -29,6 +29,7 @@ _GRIDS = {
     "mxfp4": ({"type": "mxfp4"}, None, "MXFP4A16"),
     "mxfp8": ({"type": "mxfp8"}, None, "MXFP8A16"),
 }
+_SEARCHES = ("minmax", "mse")
 
 
 def settings(case: str, search: str) -> dict[str, object]:
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=14336)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--case", choices=_GRIDS, action="append", help="these types only")
+    parser.add_argument("--search", choices=_SEARCHES, action="append", help="quantpress with these only")
     parser.add_argument("--peer", type=Path, default=common.HERE.parent.parent / ".venv-bench" / "bin" / "python")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -60,7 +62,7 @@ def main() -> None:
                 sides["llm-compressor"] = [
                     str(args.peer), "-c", _PEER, str(model), str(work / f"{case}-peer"), _GRIDS[case][2],
                 ]  # fmt: skip
-            for search in ("minmax", "mse"):
+            for search in args.search or _SEARCHES:
                 sides[f"quantpress, {search}"] = common.quantpress(
                     str(model), work / f"{case}-{search}" / "run", settings(case, search)
                 )
