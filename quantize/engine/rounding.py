@@ -66,6 +66,15 @@ class _Stack:
         """Whether its inputs have dynamic scales because no static range fits them."""
         return bool(self.shared.lost and self.shared.inputs and self.shared.inputs.scale is None)
 
+    def damped(self, method: MethodSettings) -> MethodSettings:
+        """The method with the damping that its tokens call for."""
+        if not isinstance(method, Gptq):
+            return method
+        return method.model_copy(update={"damp": self.damping(method)})
+
+    def damping(self, method: Gptq) -> float:
+        return method.damping(self.shape[1], self.shared.tokens)
+
     def clipped_token(self) -> str | None:
         """A note where no static range fits all tokens."""
         if not self.shared.lost:
@@ -266,7 +275,8 @@ class BlockRounding:
                 continue
             for at, (i, _) in enumerate(mine):
                 clipped = None if batch.clipped is None else clipped_note(int(batch.clipped[at]), batch.groups)
-                raised, stack = raised_note(self._method.damp, batch.damp[at]), stacks[i]
+                stack = stacks[i]
+                raised = raised_note(stack.damping(self._method), batch.damp[at])
                 notes = [*filter(None, (raised, clipped)), *stack.notes(self._method)]
                 one = Solved(batch.linears[at], batch.error[at], batch.power[at], measure, batch.damp[at], notes)
                 found.append((i, one))
@@ -286,7 +296,8 @@ class BlockRounding:
         assert moment is not None
         weight = torch.cat(weights).view(len(stacks), *shape)[:, rows]
         measure: ErrorMeasure = "output_local" if power is None else "output_accumulated"
-        return gptq_batch(weight, stacks[0].grid, self._method, moment, drift, power, moved), measure
+        damps = [stack.damping(self._method) for stack in stacks]
+        return gptq_batch(weight, stacks[0].grid, self._method, moment, drift, power, moved, damps), measure
 
     def _round_together(self, stacks: list[_Stack]) -> None:
         """Solve stacks of one shape and grid in one go."""
@@ -311,7 +322,7 @@ class BlockRounding:
             for i, stack in enumerate(stacks):
                 linear, damp = stack.linears[j], solved.damp[i]
                 self._keep(linear, solved.linears[i].rows(rows.start, rows.stop), new[i, rows], stack.shared)
-                raised, notes = raised_note(self._method.damp, damp), stack.notes(self._method)
+                raised, notes = raised_note(stack.damping(self._method), damp), stack.notes(self._method)
                 figures = error_sum + i, power_sum + i, None if clipped is None else clipped + i, solved.groups
                 about = linear, stack.grid, stack.shared.tokens, stack.dynamic, measure
                 self._unread.append(_Rounded(*about, damp, raised, notes, *figures))
@@ -362,7 +373,7 @@ def _together(matrices: Sequence[Tensor | None]) -> Tensor | None:
 
 def _round(method: MethodSettings, weight: Tensor, stack: _Stack, moved: Tensor | None) -> tuple[Rounded, list[str]]:
     """Round stacked weights [out, in]; the notes say what was not done as asked. moved: as SharedInput has it."""
-    shared, grid = stack.shared, stack.grid
+    shared, grid, method = stack.shared, stack.grid, stack.damped(method)
     moment = shared.moment
     if moment is not None and not bool(column_power(moment).isfinite().all()):
         raise BadInput(f"{shared.names[0]}: its inputs hold NaN or inf; try bfloat16 or another calibration text")

@@ -9,7 +9,7 @@ from ..core.machine import one_thread
 from ..numbers.grid import round_numbers_, scale_dtype
 from ..numbers.types import Grid
 from ..plugin import MethodSettings
-from ..recipe.methods import Gptq
+from ..recipe.methods import LEAST_DAMP, Gptq
 from .group_scales import GroupScales
 from .rounded import Rounded
 from .symmetric_products import panels
@@ -34,7 +34,8 @@ def gptq(
     e_i = w_i - q_i the error of the updated column i. U is the inverse of one triangular factor of H; H itself is
     never inverted. `moment` [in, in] = X^T X (H without its factor 2, which cancels); the solve runs in its dtype,
     float32 in a run. `drift` [in, in] = (X0 - X)^T X with X0 the same inputs in the original model; where it is given,
-    QEP corrects the weight first (`corrected`). moved [out, in] = W drift, given in its place.
+    QEP corrects the weight first (`corrected`). moved [out, in] = W drift, given in its place. Without `settings.damp`
+    it is 0.01, since how many tokens the moment is of is not known here.
 
     Raises ValueError without a moment, or when no damping up to 10 makes it positive definite.
     """
@@ -43,7 +44,8 @@ def gptq(
     out_features, in_features = weight.shape
     columns, stored = grid.columns(in_features), scale_dtype(weight, grid)
     order = column_order(moment.diagonal(), columns, settings.order, grid.span(in_features))
-    feedback, variance, damp = factor(moment[order[:, None], order], settings.damp)
+    asked = settings.damp or LEAST_DAMP
+    feedback, variance, damp = factor(moment[order[:, None], order], asked)
     if drift is not None:
         moved = weight.to(moment.dtype) @ drift
     if moved is not None:
@@ -87,7 +89,7 @@ def gptq(
     numbers = torch.empty_like(state.numbers)
     numbers[order] = state.numbers
     linear = replace(fitting.linear(numbers.T), g_idx=g_idx)
-    notes = filter(None, (raised_note(settings.damp, damp), fitting.clipped))
+    notes = filter(None, (raised_note(asked, damp), fitting.clipped))
     return Rounded(linear, damp, "; ".join(notes) or None)
 
 

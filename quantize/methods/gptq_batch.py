@@ -3,7 +3,7 @@
 Weights are laid out [linears, in, out], columns in solving order: a column to round is one run of memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.machine import tf32_products
 from ..numbers.grid import QuantizedLinear, encode, global_scale, scale_dtype, stacked_rows
 from ..numbers.types import Grid
-from ..recipe.methods import Gptq
+from ..recipe.methods import LEAST_DAMP, Gptq
 from .column_kernels import COLUMNS, can_fit, fit_scales, solve_columns
 from .gptq import BATCH_ELEMENTS, MAX_DAMP, column_order
 from .group_scales import GroupScales, outgrown
@@ -71,17 +71,18 @@ def gptq_batch(
     drift: Tensor | None = None,
     drift_power: Tensor | None = None,
     moved: Tensor | None = None,
+    damps: Sequence[float] | None = None,
 ) -> SolvedBatch:
     """Round `weight` [linears, out, in] as `gptq` does each, with their moments and drifts [linears, in, in].
 
     drift_power [linears, out]: as in `layer_error`, given with a drift. moved [linears, out, in]: each weight times its
-    drift, in its place. The host waits for the device once, to see
+    drift, in its place. damps: of each linear, in place of the settings'. The host waits for the device once, to see
     whether the Hessians are positive definite. Raises UnsolvableError.
     """
     _, out_features, in_features = weight.shape
     columns, span = grid.columns(in_features), grid.span(in_features)
     order = column_order(moment.diagonal(dim1=-2, dim2=-1), columns, settings.order, span)
-    solving = factor(moment, order, settings.damp)
+    solving = factor(moment, order, damps or [settings.damp or LEAST_DAMP] * len(moment))
     by_row = not grid.shares_rows and not grid.shares_across_linears
     elements = max(BATCH_ELEMENTS // 2, BATCH_ELEMENTS - moment.numel())
     step = max(1, elements // (len(weight) * in_features)) if by_row else out_features
@@ -151,33 +152,38 @@ def _joined(parts: list[SolvedBatch]) -> SolvedBatch:
     return SolvedBatch(linears, weight, error, power, parts[0].damp, None, sum(part.groups for part in parts))
 
 
-def factor(moment: Tensor, order: Tensor, damp: float) -> Factor:
+def factor(moment: Tensor, order: Tensor, damps: Sequence[float]) -> Factor:
     """Factor H + damp * mean(diag H) * I of each linear, rows and columns in `order` [linears, in]; see `gptq.factor`.
 
     The damping is tripled for the linears where that fails.
     """
-    upper, added, sound = _attempt(moment, order, damp)
-    damps, ended = [damp] * len(moment), sound.tolist()
+    damps = list(damps)
+    upper, added, sound = _attempt(moment, order, damps)
+    ended = sound.tolist()
     while failed := [i for i, (_, positive) in enumerate(ended) if not positive]:
         at = torch.tensor(failed, device=moment.device)
         for index in failed:
             if not ended[index][0]:
                 raise UnsolvableError(index, "the second moment of the inputs is zero or not finite")
-        damp *= 3
-        if damp > MAX_DAMP:
-            raise UnsolvableError(failed[0], f"the Hessian stays singular with damping {MAX_DAMP}")
-        again, added[at], sound = _attempt(moment[at], order[at], damp)
+            damps[index] *= 3
+            if damps[index] > MAX_DAMP:
+                raise UnsolvableError(index, f"the Hessian stays singular with damping {MAX_DAMP}")
+        again, added[at], sound = _attempt(moment[at], order[at], [damps[index] for index in failed])
         upper.replace(at, again)
         for index, ends in zip(failed, sound.tolist(), strict=True):
-            ended[index], damps[index] = ends, damp
+            ended[index] = ends
     return Factor(upper, added, damps)
 
 
-def _attempt(moment: Tensor, order: Tensor, damp: float) -> tuple[UpperFactor, Tensor, Tensor]:
+def _attempt(moment: Tensor, order: Tensor, damps: list[float]) -> tuple[UpperFactor, Tensor, Tensor]:
     """upper and added as in Factor; and, bool [linears, 2], whether H's diagonal and whether its factor is sound."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1).gather(-1, order)
     mean = diagonal.mean(-1, keepdim=True)
     a = moment[torch.arange(len(moment), device=moment.device)[:, None, None], order[:, :, None], order[:, None, :]]
+    if len(set(damps)) == 1:  # no copy to the device
+        damp: float | Tensor = damps[0]
+    else:
+        damp = torch.tensor(damps, dtype=mean.dtype, device=mean.device)[:, None]
     added = torch.where(diagonal == 0, mean, 0) + damp * mean
     a.diagonal(dim1=-2, dim2=-1).add_(added)
     upper = factor_upper_(a)

@@ -10,6 +10,7 @@ from ..numbers.types import Grid, NumberType
 from ..plugin import MethodSettings
 
 Objective = Literal["kl", "next_token"]
+LEAST_DAMP, MOST_DAMP = 0.01, 0.5  # where a recipe names no damping
 
 
 class TransformSettings(Strict):
@@ -78,12 +79,13 @@ class Gptq(MethodSettings):
     calibrated: ClassVar[bool] = True
 
     name: Literal["gptq"] = Field("gptq", description="selects GPTQ")
-    damp: float = Field(
-        0.01,
+    damp: float | None = Field(
+        None,
         gt=0,
         lt=1,
         strict=False,
-        description="damping: this times the mean of the Hessian's diagonal is added to it",
+        description="damping: this times the mean of the Hessian's diagonal is added to it; by default 0.01, and more "
+        "where a linear sees few tokens for its inputs: inputs / tokens, at most 0.5",
     )
     order: Literal["group_aware", "activation", "natural"] = Field(
         "group_aware",
@@ -110,6 +112,14 @@ class Gptq(MethodSettings):
         if not self.static_groups and self.order != "activation":
             raise ValueError(f"static_groups: false needs order: activation, not {self.order}")
         return self
+
+    def damping(self, inputs: int, tokens: int) -> float:
+        """For a linear of so many inputs that saw so many tokens.
+
+        With few tokens the inputs of other text correlate otherwise than those of the calibration, and what later
+        columns make up for here does harm there; damped more, they make up for less.
+        """
+        return self.damp or min(MOST_DAMP, max(LEAST_DAMP, inputs / max(1, tokens)))
 
     @property
     def paired(self) -> bool:

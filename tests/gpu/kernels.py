@@ -44,6 +44,7 @@ from quantpress.methods.upper_factors import factor_upper_  # noqa: E402
 from quantpress.numbers.grid import fit, global_scale  # noqa: E402
 from quantpress.numbers.types import BlockGrid, Grid  # noqa: E402
 from quantpress.recipe import Gptq  # noqa: E402
+from quantpress.recipe.methods import LEAST_DAMP  # noqa: E402
 
 CUDA = torch.device("cuda")
 W4 = Grid(bits=4, group_size=128, symmetric=False)
@@ -179,7 +180,7 @@ def time_solve(name: str, linears: int, out: int, n: int, grid: Grid, *, plain: 
         fields[f"batch_{width}_s"] = seconds(lambda: batch.gptq_batch(weight, grid, s, moment, drift))
         fields["extra_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
     fields["without_drift_s"] = seconds(lambda: batch.gptq_batch(weight, grid, s, moment), 1)
-    fields["factor_s"] = seconds(lambda: batch.factor(moment, order, s.damp), 1)
+    fields["factor_s"] = seconds(lambda: batch.factor(moment, order, [LEAST_DAMP] * len(moment)), 1)
     got = batch.gptq_batch(weight, grid, s, moment, drift)
     if plain:
         some = min(linears, 2)

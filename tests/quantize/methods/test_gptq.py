@@ -14,6 +14,7 @@ from quantpress.numbers.ggml_scales import fit_super
 from quantpress.numbers.grid import Grid, fit, global_scale, snap
 from quantpress.numbers.types import BlockGrid, GgmlType
 from quantpress.recipe import Gptq, Rtn
+from quantpress.recipe.methods import LEAST_DAMP
 
 
 def problem(out: int, n: int, seed: int, tokens: int = 400) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ def by_definition(weight: Tensor, moment: Tensor, grid: Grid, s: Gptq) -> Tensor
     h = moment[perm][:, perm].double()
     dead = h.diagonal() == 0
     mean = h.diagonal().mean()
-    h = h + torch.diag(dead * mean) + s.damp * mean * torch.eye(n, dtype=torch.float64)
+    h = h + torch.diag(dead * mean) + (s.damp or LEAST_DAMP) * mean * torch.eye(n, dtype=torch.float64)
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     importance = u.diagonal() ** -2 if s.weighted_scales else torch.ones(n, dtype=torch.float64)
     w, q = weight.double()[:, perm].clone(), torch.empty(weight.shape, dtype=torch.float64)
@@ -164,6 +165,33 @@ def test_dead_column_is_rounded_to_nearest() -> None:
     moment[5], moment[:, 5] = 0, 0
     done = gptq(weight, Grid(bits=8, group_size=-1), Gptq(), moment).linear
     assert (done.dequantize()[:, 5] - weight[:, 5]).abs().max() <= done.scales.max() / 2 + 1e-6
+
+
+@pytest.mark.parametrize(("inputs", "tokens", "damp"), [(512, 2048, 0.25), (512, 1 << 20, 0.01), (512, 600, 0.5)])
+def test_damping_by_tokens(inputs: int, tokens: int, damp: float) -> None:
+    assert Gptq().damping(inputs, tokens) == damp
+    assert Gptq(damp=0.02).damping(inputs, tokens) == 0.02
+
+
+def test_with_few_tokens_damping_helps_on_other_text() -> None:
+    """Each text has topics of its own beside what all have in common."""
+    make = torch.Generator().manual_seed(0)
+    n, tokens = 64, 160
+    common = torch.randn(n, n, generator=make) * torch.logspace(-0.3, -1.8, n)[:, None]
+
+    def text() -> Tensor:
+        topics = torch.randn(4, n, generator=make)
+        rows = torch.randn(tokens // 4, n, generator=make), torch.randn(tokens // 4, 4, generator=make)
+        return rows[0] @ common + rows[1] @ topics
+
+    seen, other = (torch.cat([text() for _ in range(texts)]) for texts in (4, 32))
+    weight, grid, moment = torch.randn(48, n, generator=make), Grid(bits=3, group_size=32), seen.T @ seen
+
+    def error(damp: float) -> float:
+        rounded = gptq(weight, grid, Gptq(damp=damp), moment.clone()).linear.dequantize()
+        return float((other @ (rounded - weight).T).square().mean())
+
+    assert error(Gptq().damping(n, tokens)) < 0.7 * error(LEAST_DAMP)
 
 
 def test_singular_hessian_is_damped_more_and_said_so() -> None:

@@ -26,6 +26,15 @@ def problems(linears: int, out: int, n: int, *, drift: bool = False) -> tuple[Te
     return torch.stack(weights), moment, drifts
 
 
+def test_each_linear_may_have_its_own_damping() -> None:
+    weight, moment, _ = problems(3, 8, 48)
+    grid, damps = Grid(bits=4, group_size=16), [0.01, 0.03, 0.5]
+    got = batch.gptq_batch(weight, grid, Gptq(), moment, damps=damps)
+    assert got.damp == damps
+    for i, linear in enumerate(got.linears):
+        assert torch.equal(linear.codes, gptq(weight[i], grid, Gptq(damp=damps[i]), moment[i]).linear.codes)
+
+
 CASES = [  # a grid, the order, static groups, whether QEP corrects
     (Grid(bits=4, group_size=16, symmetric=False), "group_aware", True, True),
     (Grid(bits=2, group_size=24, symmetric=False), "natural", True, False),
