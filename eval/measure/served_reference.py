@@ -230,13 +230,17 @@ def _noise(models: Models, asked: Sequence[Asked], on_block: Callable[[], None])
     short = [one for one in asked if not one.long]
     sequences = [torch.tensor(one.ids + one.answer) for one in short]
 
-    def away(dtype: torch.dtype, *, rounded: bool = False) -> float:
+    def away(dtype: torch.dtype, *, rounded: bool = False) -> tuple[float, float]:
         rows = _rows(models, dtype, sequences, short, on_block, rounded=rounded)
-        found = [divergence(p, q) for one, r in zip(short, rows, strict=True)
-                 for p, q in zip(one.artifact, _at(r, one.top), strict=True)]  # fmt: skip
-        return round(sum(found) / max(1, len(found)), 6)
+        found = [(divergence(p, q), divergence(original, q) - divergence(original, p))
+                 for one, r in zip(short, rows, strict=True)
+                 for original, p, q in zip(one.original, one.artifact, _at(r, one.top), strict=True)]  # fmt: skip
+        own, farther = (round(sum(values) / max(1, len(found)), 6) for values in zip(*found, strict=True))
+        return own, farther
 
-    return Noise(bfloat16=away(torch.bfloat16), rounded_inputs=away(torch.float32, rounded=True))
+    (exact, exact_farther), (rounded, rounded_farther) = away(torch.bfloat16), away(torch.float32, rounded=True)
+    return Noise(bfloat16=exact, rounded_inputs=rounded, farther_bfloat16=exact_farther,
+                 farther_rounded_inputs=rounded_farther)  # fmt: skip
 
 
 def _at(rows: Tensor, top: Sequence[Sequence[int]]) -> list[list[float]]:

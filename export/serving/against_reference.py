@@ -7,23 +7,22 @@ evaluation saw it, at the same positions: there is no sampling error in it, only
 """
 
 import math
-from collections import Counter
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from quantpress.core.text import common_prefix
 
 from .client import Client, Refused, ServerError, at_once
+from .ending import ending
+from .held import LOGPROBS, Held, ServedCheck
 from .outcome import Failed, Skipped, made, quoted
 from .record import Against, Check
 from .reference import Asked, Reference, divergence
 from .tokenization import chat_ids, decoded, text_ids, unlike
 
-LOGPROBS: dict[str, Any] = {"logprobs": 20, "return_tokens_as_token_ids": True}
 _AT_ONCE = 4
-_FLOOR = 0.002  # nats: what kernels may differ by beside the noise that was measured
-_TIMES = 2.0  # the noise
+_ERRORS = 3.0  # standard errors
 _MEAN = 0.01  # nats a token of the paragraph, beside that
 _TEXT = 0.2  # share of the answers' text
 _NONSENSE, _KEPT = 1.5, 0.5  # KL in nats, and share of first tokens, of an artifact that answers chats with nonsense
@@ -34,52 +33,7 @@ _ROUNDING = "unless its kernel rounds inputs to int8, as vLLM's for 4 bits does 
 _DATE = 12  # tokens
 _FAR = 3.0  # times: when one kind of prompt fares worse than another
 _FARTHER = 1.2  # times: as far apart wrong weights may be, too
-_OTHER_END = "likeliest cause: another end token in generation_config.json, tokenizer or GGUF file"
-_REPEATED = 4  # tokens that an answer has where it does not end
-_SURE = 2.0  # nats by which another token is likelier than the end
-_COMMON = 3  # ordinary tokens that may not end an answer
 _AWKWARD = 1 / 3  # of the awkward strings may be tokenized otherwise: llama.cpp's tokenizers are its own
-
-
-@dataclass
-class Held:
-    """What has been found so far. other_tokens: the tokenizer's check failed."""
-
-    against: Against = field(default_factory=Against)
-    other_tokens: bool = False
-
-    def add(self, **found: Any) -> None:
-        self.against = self.against.model_copy(update=found)
-
-
-@dataclass(frozen=True)
-class ServedCheck:
-    """A served model and its reference. context: tokens of prompt and answer that the server takes; None: any.
-
-    rounds_inputs: whether its kernel may round to int8 what comes into quantized linears; for GGUF files all do.
-    """
-
-    client: Client
-    reference: Reference
-    context: int | None
-    held: Held
-    rounds_inputs: bool = False
-
-    @property
-    def limit(self) -> float:
-        return self._limit(rounded=self.rounds_inputs or self.reference.gguf)
-
-    @property
-    def widest(self) -> float:
-        """The limit for a kernel that rounds inputs."""
-        return self._limit(rounded=True)
-
-    def _limit(self, *, rounded: bool) -> float:
-        noise = self.reference.noise
-        return _FLOOR + _TIMES * max(noise.bfloat16, noise.rounded_inputs if rounded else 0.0)
-
-    def fits(self, one: Asked) -> bool:
-        return self.context is None or len(one.ids) + len(one.answer) <= self.context
 
 
 def tokenizer(on: ServedCheck) -> str:
@@ -179,13 +133,24 @@ def distributions(on: ServedCheck) -> str:
     )
     if expected_chats(on.reference):
         raise Failed(f"{line}; {expected_chats(on.reference)}")
-    if found.away is not None and found.away > on.limit:
+    farther = _farther(on, [a - b for a, b in zip(lost, expected, strict=True)])
+    if found.away is not None and (found.away > on.limit or farther):
         cause = _of_weights(found.by_kind, on.limit, static=on.reference.static_inputs)
         cause = f"another tokenizer, as its own check says; or {cause}" if on.held.other_tokens else cause
-        if found.away <= on.widest:
+        if on.limit < found.away <= on.widest:
             cause += f"; {_ROUNDING}"
-        raise Failed(f"{line}; likeliest cause: {cause}")
+        raise Failed(f"{line}{farther}; likeliest cause: {cause}")
     return line
+
+
+def _farther(on: ServedCheck, more: Sequence[float]) -> str:
+    """Whether the server is farther from the original than the artifact was when it was evaluated, and neither chance
+    nor its kernel explains it. Where noise is large it hides how far the server is from the artifact, and not this.
+    more: nats by position."""
+    if on.farther is None or len(more) < 2:
+        return ""
+    mean, allowed = sum(more) / len(more), on.farther + _ERRORS * statistics.stdev(more) / math.sqrt(len(more))
+    return f", {mean:.3f} farther (chance and kernels explain {allowed:.3f})" if mean > allowed else ""
 
 
 def expected_chats(reference: Reference) -> str:
@@ -255,50 +220,6 @@ def paragraph(on: ServedCheck) -> str:
     if abs(mine - theirs) > on.limit + _MEAN + 2 * math.sqrt(2 * on.limit / len(scores)):
         raise Failed(f"perplexity {line}; more than kernels differ")
     return f"perplexity {line}"
-
-
-def ending(on: ServedCheck) -> str:
-    """An answer ends at the original's end token, and at no common one. The server is made to choose each."""
-    if not on.reference.ends:
-        raise Skipped("the reference names no end token")
-    try:
-        return _ending(on, on.reference.ends[0])
-    except Refused as refusal:
-        raise Skipped(f"the server cannot be made to choose a token: {refusal}") from None
-
-
-def _ending(on: ServedCheck, end: int) -> str:
-    # Of a prompt that is answered at length without it, or a server that ignores logit_bias would show the same.
-    ids = None
-    for one in sorted((one for one in on.reference.asked if on.fits(one)), key=lambda one: len(one.ids))[:_COMMON]:
-        answer = on.client.complete(one.ids, _REPEATED, **LOGPROBS)
-        if answer.finish_reason != "stop":
-            ids = ids or one.ids
-        elif _ends_early(one, [step.token for step in answer.steps()], on.reference.ends):
-            raise Failed(f"the answer to {quoted(one.text)} ends after {quoted(answer.text)}, where the artifact as "
-                         f"evaluated goes on; {_OTHER_END}")  # fmt: skip
-    if ids is None:
-        raise Skipped("every answer ends at once")
-    told = Counter(token for one in on.reference.asked for token in one.answer if token not in on.reference.ends)
-    for token in (end, *(token for token, _ in told.most_common(_COMMON))):
-        answer = on.client.complete(ids, _REPEATED, logit_bias={str(token): 100}, **LOGPROBS)
-        stopped, steps = answer.finish_reason == "stop", {step.token for step in answer.steps()}
-        if token == end and not stopped:
-            if steps == {end} or not answer.text.strip():
-                raise Failed(f"an answer goes on after token {end}, which ends the original's; {_OTHER_END}")
-            raise Skipped("the server takes no notice of logit_bias")
-        if token != end and stopped:
-            raise Failed(f"an answer ends at token {token}, an ordinary one of the original's; {_OTHER_END}")
-    return f"an answer ends at token {end}, and at none of the {_COMMON} commonest others"
-
-
-def _ends_early(one: Asked, tokens: Sequence[int], ends: Sequence[int]) -> bool:
-    """Whether an answer is the beginning of the original's, and the artifact as evaluated thinks of no end there."""
-    n = len(tokens)
-    if not 0 < n < len(one.answer) or tuple(tokens) != one.answer[:n]:
-        return False
-    row = dict(zip(one.top[n], one.artifact[n], strict=True))
-    return all(row.get(end, -math.inf) < max(row.values()) - _SURE for end in ends)
 
 
 CHECKS: dict[str, Callable[[ServedCheck], str]] = {

@@ -28,7 +28,7 @@ from .batches import Group, Halt, PairedBatch, RestartingBatch, RunnableBlock, S
 from .lanes import Lanes
 from .moments import Moments, drift_powers, end_lanes
 
-_TOO_MUCH = 0.5  # of a token's norm: a static range that loses more does not fit
+_TOO_MUCH = 0.3  # of a token's norm: a static range that loses more does not fit (docs/measured.md)
 _SAMPLED = 64  # rows of a batch on which a static range is chosen
 # Tokens in one product of a moment on a CPU; their float32 copies are the largest tensors besides the waiting batches.
 _ROWS = 1024

@@ -136,6 +136,19 @@ def test_what_kernels_that_round_inputs_are_allowed_is_not_allowed_to_others(
         assert check_served(server.url, noisy.model_copy(update={"gguf": True})).passed
 
 
+def test_noise_hides_no_artifact_that_is_farther_from_the_original(
+    run: Path, reference: Reference, tmp_path: Path
+) -> None:
+    """Static int8 inputs make bfloat16 as far from float32 as wrong scales are, and no farther from the original."""
+    quiet = {"farther_bfloat16": -0.001, "farther_rounded_inputs": 0.0}
+    noisy = reference.model_copy(update={"noise": Noise(bfloat16=5.0, rounded_inputs=0.0, **quiet)})
+    assert failed(run / "quantized", noisy) == {}
+    spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.scales_doubled)
+    assert "farther (chance and kernels explain" in failed(spoilt, noisy)["distributions"]
+    assert reference.noise.farther_bfloat16 is not None
+    assert abs(reference.noise.farther_bfloat16) <= reference.noise.bfloat16 + 1e-3
+
+
 def test_an_artifact_that_answers_chats_with_nonsense_fails_though_it_is_served_as_it_is(
     run: Path, reference: Reference
 ) -> None:
