@@ -175,7 +175,7 @@ class Activations(Strict):
     dynamic: bool = Field(
         True,
         description="true: a scale for each token, at run time; false: one, from calibration; int8 inputs in which a "
-        "token would lose half of its norm by it keep dynamic ones, but for those of experts",
+        "token would lose three tenths of its norm by it keep dynamic ones, but for those of experts",
     )
     symmetric: bool = Field(True, description="false: int8 inputs have a zero point, too")
 
