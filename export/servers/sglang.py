@@ -96,7 +96,8 @@ def _marlin(model: ServedModel, gpus: int) -> Iterator[str]:
         )
 
 
-LOADER = Loader("sglang", "SGLang", _ROWS, _limits, version=VERSION)
+_INSIDE = {"transformers": "5.19.0", "compressed_tensors": "0.18.0"}  # what sglang 0.5.23 requires
+LOADER = Loader("sglang", "SGLang", _ROWS, _limits, version=VERSION, inside=_INSIDE)
 
 
 class Sglang(Drafting):
