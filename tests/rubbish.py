@@ -179,7 +179,7 @@ def rope_theta_wrong(folder: Path) -> None:
 
 
 def static_scales_wrong(folder: Path) -> None:
-    """Of one MLP; some linears keep dynamic scales."""
+    """Of one block; some of its linears keep dynamic scales."""
 
     def change(held: dict[str, torch.Tensor], name: str) -> None:
         scales = [tensor for other, tensor in held.items() if other.startswith(name) and other.endswith("input_scale")]
@@ -187,7 +187,7 @@ def static_scales_wrong(folder: Path) -> None:
         for scale in scales:
             scale /= 16
 
-    _tensors(folder, change, "mlp")
+    _tensors(folder, change, "")
 
 
 def tokenizer_permuted(folder: Path) -> None:

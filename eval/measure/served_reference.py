@@ -39,6 +39,7 @@ from .statistics import around, standard_error
 
 PASSES = 3  # over the artifact's blocks
 _LAYOUT = "1"  # raise when what is computed of the original changes
+_ERRORS = 2.0  # standard errors: noise that takes an artifact farther from the original by less is taken for chance
 _ANSWER = 8  # tokens
 _ANSWER_BY_BLOCKS = 2  # where every token costs a pass over the whole checkpoint
 _TOP = 10  # tokens of a distribution
@@ -235,8 +236,11 @@ def _noise(models: Models, asked: Sequence[Asked], on_block: Callable[[], None])
         found = [(divergence(p, q), divergence(original, q) - divergence(original, p))
                  for one, r in zip(short, rows, strict=True)
                  for original, p, q in zip(one.original, one.artifact, _at(r, one.top), strict=True)]  # fmt: skip
-        own, farther = (round(sum(values) / max(1, len(found)), 6) for values in zip(*found, strict=True))
-        return own, farther
+        if len(found) < 2:
+            return 0.0, 0.0
+        own, farther = (np.array(values) for values in zip(*found, strict=True))
+        error = float(farther.std(ddof=1)) / len(found) ** 0.5
+        return round(float(own.mean()), 6), round(max(0.0, float(farther.mean()) - _ERRORS * error), 6)
 
     (exact, exact_farther), (rounded, rounded_farther) = away(torch.bfloat16), away(torch.float32, rounded=True)
     return Noise(bfloat16=exact, rounded_inputs=rounded, farther_bfloat16=exact_farther,

@@ -47,7 +47,7 @@ class ServedCheck:
         found = [noise.farther_bfloat16]
         found += [noise.farther_rounded_inputs] if self.rounds_inputs or self.reference.gguf else []
         known = [value for value in found if value is not None]
-        return _FLOOR + _TIMES * max(0.0, *known) if known else None
+        return _FLOOR + _TIMES * max(known) if known else None
 
     @property
     def widest(self) -> float:

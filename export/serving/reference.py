@@ -74,8 +74,8 @@ class Noise(Section):
     """How far the artifact is from itself when its kernel computes otherwise: mean KL over all positions, nats.
 
     bfloat16: weights and activations in 16 bit. rounded_inputs: the inputs of all linears rounded to int8, as 4-bit
-    kernels of CPUs and llama.cpp do. The two of `farther`: by how much each takes it away from the original, which may
-    be nothing, or less, where the artifact itself is noisy; None: not measured.
+    kernels of CPUs and llama.cpp do. The two of `farther`: by how much each takes it away from the original, beyond
+    chance; nothing where the artifact itself is as noisy. None: not measured.
     """
 
     bfloat16: float

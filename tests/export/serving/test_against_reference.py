@@ -140,7 +140,7 @@ def test_noise_hides_no_artifact_that_is_farther_from_the_original(
     run: Path, reference: Reference, tmp_path: Path
 ) -> None:
     """Static int8 inputs make bfloat16 as far from float32 as wrong scales are, and no farther from the original."""
-    quiet = {"farther_bfloat16": -0.001, "farther_rounded_inputs": 0.0}
+    quiet = {"farther_bfloat16": 0.0, "farther_rounded_inputs": 0.0}
     noisy = reference.model_copy(update={"noise": Noise(bfloat16=5.0, rounded_inputs=0.0, **quiet)})
     assert failed(run / "quantized", noisy) == {}
     spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.scales_doubled)
