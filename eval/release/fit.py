@@ -119,6 +119,10 @@ def fit(
         memory = GPUS[card] * _MIB
     if memory is None and min_recovery is None:
         raise BadInput("fit needs a limit: --memory or --gpu for the best that fits, --min-recovery for the smallest")
+    if min_recovery is not None and not 0 < min_recovery <= 1:
+        raise BadInput(f"--min-recovery {min_recovery:.6g}: a share of the original's quality, from 0 to 100%")
+    if memory == 0:
+        raise BadInput("--memory 0: give what the model may take, such as 24GiB")
     need = Need(target, memory, card, context, concurrency, min_recovery)
     wanted = {"name": target, "max_model_len": context, "max_num_seqs": concurrency}
     loader = parse_target(wanted, "target").loader

@@ -77,7 +77,7 @@ def _read(kind: Any, option: str, value: str | None) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise BadInput(f"--{option} {value}: {error.errors()[0]['msg']}; such as 24GiB, 99%") from None
+        raise BadInput(f"--{option}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def _document(found: "Proposal", chosen: "Option | None") -> dict[str, Any]:

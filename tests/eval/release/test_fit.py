@@ -125,6 +125,8 @@ def test_without_a_memory_the_smallest_is_first(model: str) -> None:
         ({"gpu": "A100"}, "which of A100 40GB, A100 80GB"),
         ({"gpu": "H9"}, "not one of T4"),
         ({"target": "torchserve", "memory": 10}, "known: vllm"),
+        ({"memory": 0}, "--memory 0: give what the model may take"),
+        ({"min_recovery": 1.2}, r"--min-recovery 1\.2: a share of the original's quality, from 0 to 100%"),
         ({"memory": 2**30}, r"1\.07 GB of memory leave no room for weights: 1\.\d+ GB are kept for the server"),
     ],
 )
