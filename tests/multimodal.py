@@ -142,5 +142,9 @@ def build_omni(folder: Path) -> None:
         code2wav_config=sound | {"upsample_rates": [2], "upsampling_ratios": [2]},
     )
     torch.manual_seed(0)
-    transformers.AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():  # transformers leaves some of the talker's as they lie in memory
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -389,7 +389,7 @@ def test_settings_of_a_method_that_others_lack_are_no_difference_unless_they_wer
         manifest = fake_manifest(name) | {"recipe": recipe(**method)}
         runs.append(open_run(write_run(tmp_path / name, manifest, fake_results())))
     assert _differences(runs[:2]) == {"method.name": ["rtn", "gptq"]}
-    assert _differences(runs) == {"method.name": ["rtn", "gptq", "gptq"], "method.damp": ["", "0.01", "0.05"]}
+    assert _differences(runs) == {"method.name": ["rtn", "gptq", "gptq"], "method.damp": ["", "null", "0.05"]}
 
 
 def test_a_comparison_does_not_depend_on_the_order(tmp_path: Path) -> None:

@@ -295,6 +295,7 @@ def test_a_weight_that_no_scale_holds_is_refused_before_the_work(
     tensors = load_file(file)
     tensors["model.layers.1.mlp.down_proj.weight"][2, 3] = -1e6
     save_file(tensors, file, metadata={"format": "pt"})
+    monkeypatch.setattr(llama_cpp, "library", lambda: None)
     monkeypatch.setattr(imatrix, "measure", lambda *args: pytest.fail("the work has begun"))
     recipe = parse(BASE | {"method": {"name": method}, "gguf": {"type": "Q4_K_M"}, "model": str(tmp_path / "m")})
     with pytest.raises(BadInput, match=r"down_proj.weight holds 1e\+06, and more than 524032 cannot be rounded"):
