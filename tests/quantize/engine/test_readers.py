@@ -79,7 +79,7 @@ def test_a_part_that_is_called_by_itself_is_dequantized_as_it_is_loaded(tmp_path
     folder = tmp_path / "run" / "quantized"
     thinker = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32).thinker
     _, ours = open_artifact(folder, CPU, dtype=torch.float32)
-    layers = thinker.model.layers
+    layers = thinker.get_decoder().layers
     for k, block in ours.blocks():
         for name in ("self_attn.o_proj", "mlp.gate"):
             theirs, mine = layers[k].get_submodule(name).weight, block.get_submodule(name).weight
