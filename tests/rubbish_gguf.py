@@ -1,6 +1,6 @@
 """GGUF files that load and are wrong: each function spoils a copy, as those of rubbish.py spoil folders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,26 @@ def gguf_block_zeroed(file: Path) -> None:
     _gguf(file, change)
 
 
-def gguf_rope_wrong(file: Path) -> None:
+def _with_number(file: Path, ending: str, value: float) -> None:
+    """Set the number whose key, which begins with the architecture, ends so."""
+
     def change(reader: Any) -> None:
-        field = next(field for name, field in reader.fields.items() if name.endswith("rope.freq_base"))
-        field.parts[field.data[0]][:] = 1000.0
+        field = next(field for name, field in reader.fields.items() if name.endswith(ending))
+        field.parts[field.data[0]][:] = value
 
     _gguf(file, change)
+
+
+def gguf_rope_wrong(file: Path) -> None:
+    _with_number(file, "rope.freq_base", 1000.0)
+
+
+def _of_one_length(field: Any, first: int) -> Iterable[list[Any]]:
+    """The strings of a list from `first` on, those of one length together."""
+    by_length: dict[int, list[Any]] = {}
+    for part in (field.parts[i] for i in field.data[first:]):
+        by_length.setdefault(len(part), []).append(part)
+    return by_length.values()
 
 
 def gguf_tokenizer_permuted(file: Path) -> None:
@@ -100,10 +114,7 @@ def gguf_tokenizer_permuted(file: Path) -> None:
 
     def change(reader: Any) -> None:
         field = reader.fields["tokenizer.ggml.tokens"]
-        by_length: dict[int, list[Any]] = {}
-        for part in (field.parts[i] for i in field.data[min(300, len(field.data) // 4) :]):
-            by_length.setdefault(len(part), []).append(part)
-        for parts in by_length.values():
+        for parts in _of_one_length(field, min(300, len(field.data) // 4)):
             for one, other in zip(parts[::2], parts[1::2], strict=False):
                 one[:], other[:] = other.copy(), one.copy()
 
@@ -115,10 +126,7 @@ def gguf_merges_permuted(file: Path) -> None:
 
     def change(reader: Any) -> None:
         field = reader.fields["tokenizer.ggml.merges"]
-        by_length: dict[int, list[Any]] = {}
-        for part in (field.parts[i] for i in field.data):
-            by_length.setdefault(len(part), []).append(part)
-        for parts in by_length.values():
+        for parts in _of_one_length(field, 0):
             for one, other in zip(parts, reversed(parts[len(parts) // 2 :]), strict=False):
                 one[:], other[:] = other.copy(), one.copy()
 
@@ -211,11 +219,7 @@ def gguf_token_zeroed(file: Path) -> None:
 
 
 def gguf_norm_epsilon(file: Path) -> None:
-    def change(reader: Any) -> None:
-        field = next(field for name, field in reader.fields.items() if name.endswith("layer_norm_rms_epsilon"))
-        field.parts[field.data[0]][:] = 0.1
-
-    _gguf(file, change)
+    _with_number(file, "layer_norm_rms_epsilon", 0.1)
 
 
 def gguf_end_token_wrong(file: Path) -> None:

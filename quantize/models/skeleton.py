@@ -113,7 +113,7 @@ class Skeleton(PlacedModel):
         """Materialise the shell: embeddings, final norm, head."""
         self._fill(self._shell, {n: b for n, b in self._all_computed.items() if self._in_shell(n)})
         first, _ = next(self.model.named_parameters())  # whose device some models take for that of all
-        self._fill({name: self._towers[name] for name in {first, *self._called} if name in self._towers}, {})
+        self._fill_called({first, *self._called})
         self.model.tie_weights()
         left = [n for n, p in self.model.named_parameters() if p.is_meta and self._in_shell(n)]
         if left:
