@@ -27,7 +27,9 @@ _ROWS = (  # tensorrt_llm of NVIDIA/TensorRT-LLM, the PyTorch backend of 1.x
     Loadable("compressed-tensors", ("fp8-block",), inputs=("fp8 dynamic",)),
     Loadable("compressed-tensors", ("nvfp4",), inputs=("nvfp4",), note="on Blackwell GPUs only", since="1.3"),
 )
-LOADER = Loader("tensorrt-llm", "TensorRT-LLM", _ROWS, version=VERSION)
+# Release candidate 15 requires transformers 5.5.3, 24 requires 5.5.4, by container/deps of ai-dynamo/dynamo.
+_INSIDE = {"transformers": "5.5.3 or 5.5.4"}
+LOADER = Loader("tensorrt-llm", "TensorRT-LLM", _ROWS, version=VERSION, inside=_INSIDE)
 
 
 class TensorRtLlm(MultiGpu):

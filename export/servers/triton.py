@@ -31,7 +31,7 @@ _VLLM = replace(
     parse=None,
     outer={},
     version=f"{VERSION} (vLLM 0.24)",
-    inside={"compressed_tensors": "0.17.0"},
+    inside={"transformers": "from 5.5.3 on", "compressed_tensors": "0.17.0"},  # what vllm 0.24.0 requires
 )
 _TENSORRT_LLM = replace(
     TENSORRT_LLM_LOADER,
@@ -39,6 +39,7 @@ _TENSORRT_LLM = replace(
     label="Triton's TensorRT-LLM",
     rows=tuple(row for row in TENSORRT_LLM_LOADER.rows if not row.since),
     version=f"{VERSION} (TensorRT-LLM 1.2.1)",
+    inside={"transformers": "4.57.1"},  # requirements.txt of 1.2 and of 1.3's first candidates
 )
 _HEALTH = "/v2/health/ready"
 _REPOSITORY = "{repository}"
