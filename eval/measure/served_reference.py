@@ -18,7 +18,7 @@ from torch import Tensor
 from quantpress.artifact.artifact import Artifact, open_artifact, open_original
 from quantpress.artifact.manifest import own_manifest
 from quantpress.calibrate.chat_template import rendered
-from quantpress.calibrate.tokens import encode
+from quantpress.calibrate.tokens import encode, end_tokens
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import fingerprint, remembered
@@ -292,11 +292,8 @@ def _bos(tokenizer: Any) -> int | None:
 
 
 def _ends(original: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer, as the original's files name them; that which ends a turn of a chat first."""
-    files = [path for name in ("generation_config.json", "config.json") if (path := original / name).is_file()]
-    told = next((end for path in files if (end := read_json(path).get("eos_token_id")) is not None), None)
-    ends = list(dict.fromkeys(end for end in (*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id)
-                              if isinstance(end, int)))  # fmt: skip
+    """The tokens that end an answer; that which ends a turn of a chat first."""
+    ends = end_tokens(original, tokenizer)
     talk = [{"role": "user", "content": CHAT[0]}, {"role": "assistant", "content": "\u2461"}]
     try:
         closing = encode(tokenizer, rendered(tokenizer, talk, prompt=False).rpartition("\u2461")[2])

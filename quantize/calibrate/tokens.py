@@ -114,6 +114,15 @@ def _as_chat(tokenizer: Any, document: str) -> list[int]:
     return encode(tokenizer, rendered(tokenizer, turns))
 
 
+def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: what generation_config.json, else config.json of a checkpoint says, then EOS."""
+    given = [read_json(path) for name in ("generation_config.json", "config.json") if (path := folder / name).is_file()]
+    given += [part for part in [config.get("text_config") for config in given] if isinstance(part, dict)]
+    told = next((end for config in given if (end := config.get("eos_token_id")) is not None), None)
+    ends = (*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id)
+    return list(dict.fromkeys(end for end in ends if isinstance(end, int)))
+
+
 def generated_tokens(folder: Path, tokenizer: Any, wanted: Calibration, device: torch.device) -> Tokens:
     """`samples` sequences that the model generates from BOS at temperature 1 (LLM-QAT, arXiv:2305.17888, 3.1).
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..artifact.manifest import LayerRecord, Manifest, Sizes
-from ..calibrate.tokens import Tokens, open_tokenizer
+from ..calibrate.tokens import Tokens, end_tokens, open_tokenizer
 from ..core.errors import BadInput
 from ..core.files import file_sha256, move_whole, write_json
 from ..gguf import imatrix
@@ -152,7 +152,8 @@ class _GgufBackend(Backend):
             return ["no Modelfile: Ollama does not load a file in parts"]
         conversion, tokenizer = self.conversion, open_tokenizer(self.setup.source.path)
         add_bos = bool(conversion.metadata.get("tokenizer.ggml.add_bos_token"))
-        text, note = modelfile(files[0], tokenizer, conversion.config, add_bos, sampling(conversion.metadata))
+        ends, positions = end_tokens(self.setup.source.path, tokenizer), int(conversion.config.max_position_embeddings)
+        text, note = modelfile(files[0], tokenizer, positions, ends, add_bos, sampling(conversion.metadata))
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         return [note] if note else []
 

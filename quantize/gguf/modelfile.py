@@ -68,11 +68,17 @@ class Turns:
 
 
 def modelfile(
-    file: Path, tokenizer: Any, config: Any, add_bos: bool, sampling: Mapping[str, float | int] = MappingProxyType({})
+    file: Path,
+    tokenizer: Any,
+    positions: int,
+    ends: Sequence[int],
+    add_bos: bool,
+    sampling: Mapping[str, float | int] = MappingProxyType({}),
 ) -> tuple[str, str | None]:
     """The Modelfile for GGUF `file` in the same folder, and a note when it has no template.
 
-    add_bos: whether llama.cpp adds BOS itself. sampling: the recommended settings, by Ollama's names.
+    positions: what the model takes at most. ends: the ids that end an answer. add_bos: whether llama.cpp adds BOS
+    itself. sampling: the recommended settings, by Ollama's names.
     """
     lines, note, turns = [f"FROM ./{file.name}"], None, None
     if not getattr(tokenizer, "chat_template", None):
@@ -85,8 +91,8 @@ def modelfile(
                 lines.append(f'SYSTEM """{turns.default}"""')
         except BadInput as error:
             note = f"Modelfile: no TEMPLATE, {error}; Ollama makes one of its own"
-    lines += [f'PARAMETER stop "{stop}"' for stop in _stops(tokenizer, config, turns)]
-    lines.append(f"PARAMETER num_ctx {min(CONTEXT, int(config.max_position_embeddings))}")
+    lines += [f'PARAMETER stop "{stop}"' for stop in _stops(tokenizer, ends, turns)]
+    lines.append(f"PARAMETER num_ctx {min(CONTEXT, positions)}")
     lines += [
         f"PARAMETER {name} {value}" if isinstance(value, int) else f"PARAMETER {name} {value:g}"
         for name, value in sampling.items()
@@ -204,10 +210,9 @@ def _cut(text: str, *marks: str) -> list[str]:
     return [*out, text]
 
 
-def _stops(tokenizer: Any, config: Any, turns: Turns | None) -> list[str]:
-    """Stop strings: EOS, and the special tokens that end an answer or open the next turn."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    found = [tokenizer.eos_token, *(tokenizer.convert_ids_to_tokens(i) for i in ends if i is not None)]
+def _stops(tokenizer: Any, ends: Sequence[int], turns: Turns | None) -> list[str]:
+    """Stop strings: what ends an answer, and the special tokens that end one in a chat or open the next turn."""
+    found = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(list(ends))]
     if turns is not None:
         around = turns.answer[1] + turns.user[0]
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t) in around}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantpress.calibrate.tokens import check_chat_template, check_ids, check_vocabulary, open_tokenizer
+from quantpress.calibrate.tokens import check_chat_template, check_ids, check_vocabulary, end_tokens, open_tokenizer
 from quantpress.core.errors import BadInput
 
 from ...tiny import VOCAB, tokenizer
@@ -107,3 +107,13 @@ def test_a_chat_template_of_the_processor_is_found(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
     check_chat_template(open_tokenizer(tmp_path))
+
+
+def test_what_ends_an_answer(tmp_path: Path) -> None:
+    words = tokenizer()
+    own = [] if words.eos_token_id is None else [words.eos_token_id]
+    assert end_tokens(tmp_path, words) == own
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
+    assert end_tokens(tmp_path, words) == [7, *own]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 8]}))
+    assert end_tokens(tmp_path, words) == [9, 8, *own]

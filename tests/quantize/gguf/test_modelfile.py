@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -111,14 +110,13 @@ def test_the_go_template_gives_the_prompt_of_the_chat_template(name: str, system
 
 
 def test_the_file() -> None:
-    config = SimpleNamespace(max_position_embeddings=2048, eos_token_id=[2])
-    text, note = modelfile(Path("/x/model.gguf"), with_template(CHATML), config, False)
+    text, note = modelfile(Path("/x/model.gguf"), with_template(CHATML), 2048, [2], False)
     assert note is None
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ range $i, $m := .Messages }}')
     assert 'SYSTEM """Be good."""\n' in text
     assert text.endswith('PARAMETER stop "</s>"\nPARAMETER num_ctx 2048\n')
     advised, _ = modelfile(
-        Path("/x/model.gguf"), with_template(CHATML), config, False, {"temperature": 0.6, "top_k": 20}
+        Path("/x/model.gguf"), with_template(CHATML), 2048, [2], False, {"temperature": 0.6, "top_k": 20}
     )
     assert advised == text + "PARAMETER temperature 0.6\nPARAMETER top_k 20\n"
 
@@ -135,9 +133,7 @@ def test_the_file() -> None:
 def test_a_template_that_does_more_is_refused(template: str, words: str) -> None:
     with pytest.raises(BadInput, match=words):
         translate(with_template(template), False)
-    text, note = modelfile(
-        Path("m.gguf"), with_template(template), SimpleNamespace(max_position_embeddings=64, eos_token_id=2), False
-    )
+    text, note = modelfile(Path("m.gguf"), with_template(template), 64, [2], False)
     assert "TEMPLATE" not in text
     assert note is not None
     assert "no TEMPLATE" in note

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from quantpress.gguf.modelfile import modelfile, translate
 from .ollama_grammar import CASES, Commands, commands, parameter
 from .test_modelfile import CHATML, KNOWN, PHI3, with_template
 
-CONFIG = SimpleNamespace(max_position_embeddings=2048, eos_token_id=[2])
+LENGTH, ENDS = 2048, [2]
 ADVICE = {"temperature": 0.6000000238418579, "top_k": 2_000_000, "top_p": 0.00001, "min_p": 0.05, "repeat_penalty": 1.1}
 
 
@@ -32,7 +31,7 @@ def test_the_grammar_is_ollamas(text: str, wanted: Commands | str) -> None:
 def written(template: str, add_bos: bool) -> tuple[str, Commands]:
     """The Modelfile that an export of the file has, and what it is meant to say."""
     words = with_template(template)
-    text, note = modelfile(Path("the model.gguf"), words, CONFIG, add_bos, ADVICE)
+    text, note = modelfile(Path("the model.gguf"), words, LENGTH, ENDS, add_bos, ADVICE)
     assert note is None
     folder = ModelFolder("it", Resources(1, 1, 1, 1, 1), gguf_file="the model.gguf", modelfile=text)
     turns = translate(words, add_bos)
@@ -72,4 +71,5 @@ def test_a_modelfile_reads_as_meant(name: str) -> None:
 def test_what_the_grammar_would_change_is_refused(template: str, words: str) -> None:
     with pytest.raises(BadInput, match=words):
         translate(with_template(template), False)
-    assert re.search("TEMPLATE|SYSTEM", modelfile(Path("m.gguf"), with_template(template), CONFIG, False)[0]) is None
+    text, _ = modelfile(Path("m.gguf"), with_template(template), LENGTH, ENDS, False)
+    assert re.search("TEMPLATE|SYSTEM", text) is None
