@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..models.by_name import ByName
@@ -81,14 +82,25 @@ def few(skeleton: Skeleton, linears: list[LinearLayer], names: Sequence[str]) ->
     )
 
 
+def left_for_transformers(skeleton: Skeleton, linears: list[LinearLayer], reached: Mapping[str, str]) -> Iterator[str]:
+    """Lines on linears that stay so that transformers loads the rest, like layers together.
+
+    reached: the class that reaches for their weights, by on-disk name.
+    """
+    share = quantized_share(skeleton, linears, {x.name for x in linears} - set(reached)) if reached else 1.0
+    alike = Counter((re.sub(r"\d+", "*", name), kind) for name, kind in reached.items())
+    for (pattern, kind), n in alike.items():
+        yield (
+            f"{pattern} stays in 16 bit ({n} tensors), so that transformers loads the rest, {share:.0%} of the "
+            f"blocks' weights: before 5.24 it initialises its {kind} through this weight; for a server that loads all, "
+            "name it: --set targets=[vllm]"
+        )
+
+
 def left_for_their_width(linears: list[LinearLayer], names: Sequence[str], grid: Grid) -> Iterator[str]:
     """Lines on linears that `grid` does not divide, like layers together."""
-    groups: dict[tuple[str, int], int] = {}
-    for linear in linears:
-        if linear.name in names:
-            key = re.sub(r"\d+", "*", linear.name), linear.in_features
-            groups[key] = groups.get(key, 0) + 1
-    for (pattern, width), n in groups.items():
+    alike = Counter((re.sub(r"\d+", "*", x.name), x.in_features) for x in linears if x.name in names)
+    for (pattern, width), n in alike.items():
         yield (
             f"{pattern} stays in 16 bit ({n} tensors): its in_features {width} is not a multiple of group_size "
             f"{grid.columns(width)}; `overrides` can give it one that divides"

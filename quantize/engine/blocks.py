@@ -147,6 +147,7 @@ class _Run:
             self._ranks,
             runs_on=bool(self.hidden),
             stored=self._skeleton.weight_rows if self._streams else None,
+            dtype=self._skeleton.served_dtype if self._skeleton.served_dtype != self._skeleton.dtype else None,
             codes=self._codes,
         )
         for inputs in self._inputs(block, linears.values(), passing, leaving if whole else None, cache):

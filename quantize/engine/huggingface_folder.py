@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +26,7 @@ from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.shards import gather_parts, write_part
 from ..models.skeleton import Skeleton
 from ..numbers.types import Grid
-from .accounting import account, few, left_for_their_width
+from .accounting import account, few, left_for_their_width, left_for_transformers
 from .backend import Backend, Setup
 from .budgeting import SAMPLES, Menu, with_sensitivity
 from .outer import NOTHING, Outer
@@ -40,11 +40,13 @@ from .transforms import BlockTransforms
 class HuggingFaceFolder(Backend):
     """Shards in the recipe's first format; each further format is converted from them.
 
-    undivided: linears that stay in 16 bit because the recipe's groups do not fill their rows. menu: of the recipe's
-    budget, which replaces `schemes`, until then the smallest that it has, once the text is known; None without one.
+    undivided: linears that stay in 16 bit because the recipe's groups do not fill their rows. reached: those that stay
+    so that transformers loads the rest (see Readers). menu: of the recipe's budget, which replaces `schemes`, until
+    then the smallest that it has, once the text is known; None without one.
     """
 
     undivided: tuple[str, ...] = ()
+    reached: Mapping[str, str] = field(default_factory=dict)
     outer: Outer = NOTHING
     menu: Menu | None = None
 
@@ -71,7 +73,7 @@ class HuggingFaceFolder(Backend):
             menu=menu,
             keep_final=outer.solved_head(recipe, skeleton),
         )
-        made = made if menu is None else made._with(menu, menu.smallest())
+        made = made._left_for_transformers() if menu is None else made._with(menu, menu.smallest())
         for one in made.alternatives():
             for format in recipe.formats:
                 one._check_format(format)
@@ -110,6 +112,11 @@ class HuggingFaceFolder(Backend):
             outer = outer.with_head(chosen[head], skeleton)
         schemes = menu.schemes(chosen, self.setup.linears)
         return replace(self, schemes=schemes, outer=outer, keep_final=outer.solved_head(recipe, skeleton))
+
+    def _left_for_transformers(self) -> Self:
+        reached = self._readers.reached
+        kept = {name: None if name in reached else grid for name, grid in self.schemes.items()}
+        return replace(self, reached=reached, schemes=kept)
 
     def settled(self, tokens: Tokens | None, work: Path) -> Self:
         """With the number formats that the recipe's budget allows."""
@@ -173,7 +180,10 @@ class HuggingFaceFolder(Backend):
         own = f"the checkpoint's own code (auto_map) is not run, but transformers' class for {config.get('model_type')}"
         brought = (own,) if "auto_map" in config and not isinstance(self.setup.skeleton, ByName) else ()
         accounted = account(self.setup.skeleton, self.setup.linears, self.outer.towers, self._displaced)
-        left = left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights)
+        left = [
+            *left_for_their_width(self.setup.linears, self.undivided, self.setup.recipe.weights),
+            *left_for_transformers(self.setup.skeleton, self.setup.linears, self.reached),
+        ]
         notes = (*self.setup.checkpoint.notes, *brought, *rotated, *accounted, *left, *self.outer.notes)
         return (*notes, *self._readers.notes)
 

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core.errors import BadInput
+from ..core.schema import matches
 from ..formats.layouts import WORDS, layout_of, packs
 from ..models.by_name import ByName
 from ..models.experts import UNREAD
-from ..models.loading import keeps_modules, loads_single_experts, why_no_packed_linears
+from ..models.loading import keeps_modules, loads_single_experts, reached, why_no_packed_linears
 from ..models.placed_model import LinearLayer
 from ..numbers.types import Grid
+from .accounting import quantized_share
 from .backend import Setup
 from .outer import Outer
 
@@ -24,18 +26,25 @@ class Readers:
 
     def check(self) -> None:
         """Raise BadInput for an artifact that nothing the recipe names can load."""
-        if (unread := self.setup.skeleton.fused_experts & UNREAD) and self._single_experts:
+        skeleton = self.setup.skeleton
+        if (unread := skeleton.fused_experts & UNREAD) and self._single_experts:
+            others = {x.name for x in self._quantized if skeleton.experts_around(x) is None}
+            share = quantized_share(skeleton, self.setup.linears, others)
             raise BadInput(
                 f"{self._kind}: nothing loads the experts of {min(unread)} quantized, neither transformers nor a "
-                "server; leave them out with `ignore`, or write a GGUF file if llama.cpp has the family"
+                f"server; write a GGUF file if llama.cpp has the family, or leave them out with `ignore`, and "
+                f"{share:.0%} of the blocks' weights are quantized"
             )
         if self.setup.recipe.targets or (why := self._why_not_transformers) is None:
             return
-        newer = why == self._why_not_before_5_24 and self._alike and not keeps_modules()
-        or_newer = ", or install transformers 5.24 or newer, which can" if newer else ""
+        instead = ""
+        if why == self._why_not_before_5_24:
+            newer = self._alike and not keeps_modules()
+            instead = ", or install transformers 5.24 or newer, which can" if newer else ""
+            instead += "; weights in FP8 it loads (recipe fp8-dynamic)"
         raise BadInput(
             f"transformers could not load the artifact: {why}. If a server loads it, name it: "
-            f"--set targets=[vllm]{or_newer}"
+            f"--set targets=[vllm]{instead}"
         )
 
     @property
@@ -46,6 +55,21 @@ class Readers:
         if (why := self._why_not_before_5_24) is not None:
             return (f"transformers loads this artifact from 5.24 on only: before, {why}",)
         return ()
+
+    @property
+    def reached(self) -> dict[str, str]:
+        """The linears that have to stay in 16 bit so that transformers loads the rest, by on-disk name: the class that
+        reaches for their weights.
+
+        None where it loads them too, where a server is named, where an override names them, and where they are most.
+        """
+        recipe, skeleton = self.setup.recipe, self.setup.skeleton
+        if recipe.targets or self._why_not_before_5_24 is None or (keeps_modules() and self._alike):
+            return {}
+        found = reached(skeleton, self._packed)
+        named = any(matches(override.match, name) for override in recipe.overrides for name in found)
+        weights = {x.name: x.out_features * x.in_features for x in self._quantized}
+        return {} if named or 2 * sum(map(weights.__getitem__, found)) > sum(weights.values()) else found
 
     @property
     def need_dequantize(self) -> bool:
@@ -83,9 +107,7 @@ class Readers:
         """
         if not self._compressed or isinstance(self.setup.skeleton, ByName):
             return None
-        inputs, schemes = self.setup.recipe.activations, self.schemes
-        packed = [x for x in self.setup.linears if (grid := schemes[x.name]) is not None and packs(grid, inputs)]
-        why = why_no_packed_linears(self.setup.skeleton, packed)
+        why = why_no_packed_linears(self.setup.skeleton, self._packed)
         return why and f"in its {self._kind} {why}"
 
     def _why_not_joined(self) -> str | None:
@@ -131,6 +153,11 @@ class Readers:
     @property
     def _quantized(self) -> list[LinearLayer]:
         return [x for x in self.setup.linears if self.schemes[x.name] is not None]
+
+    @property
+    def _packed(self) -> list[LinearLayer]:
+        inputs = self.setup.recipe.activations
+        return [x for x in self.setup.linears if (grid := self.schemes[x.name]) is not None and packs(grid, inputs)]
 
     @property
     def _single_experts(self) -> bool:

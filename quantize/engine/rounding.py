@@ -120,7 +120,8 @@ class BlockRounding:
     """Rounds the linears of a block, puts the new weights into it, and keeps a record of each.
 
     runs_on: whether the block is run with the new weights; otherwise it keeps the old ones. stored: gives the weight of
-    a linear where the block has none. codes: memory for them. On a GPU the figures of the records stay there until
+    a linear where the block has none. codes: memory for them. dtype: of the weights, if not the block's; scales are in
+    one that goes with it. On a GPU the figures of the records stay there until
     `finish`: reading one waits for all the work before it.
     """
 
@@ -134,8 +135,10 @@ class BlockRounding:
         runs_on: bool = True,
         stored: Callable[[LinearLayer], WeightRows] | None = None,
         codes: CodeMemory | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._method, self._schemes, self._block, self._ranks = method, schemes, block, ranks
+        self._dtype = dtype
         self._runs_on, self._stored, self._codes = runs_on, stored, codes
         self.rounded: dict[str, QuantizedLinear] = {}
         self._records: dict[str, LayerRecord] = {}
@@ -208,7 +211,10 @@ class BlockRounding:
             weight_of(self._block, linear) if self._stored is None else self._stored(linear)[:]
             for linear in stack.linears
         ]
-        return weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
+        return self._in_dtype(weights[0].contiguous() if len(weights) == 1 else torch.cat(weights))
+
+    def _in_dtype(self, weight: Tensor) -> Tensor:
+        return weight if self._dtype is None else weight.to(self._dtype)
 
     def _solved(self, stack: _Stack, refused: str, rows: slice) -> tuple[Solved, Tensor]:
         """Rows of a stack, solved by themselves, and their weight [rows, in] float32. refused: for the notes."""
@@ -294,7 +300,7 @@ class BlockRounding:
         power = _together([stack.of_rows(stack.shared.drift_power) for stack in stacks])
         moved, power = (None if x is None else x[:, rows] for x in (moved, power))
         assert moment is not None
-        weight = torch.cat(weights).view(len(stacks), *shape)[:, rows]
+        weight = self._in_dtype(torch.cat(weights)).view(len(stacks), *shape)[:, rows]
         measure: ErrorMeasure = "output_local" if power is None else "output_accumulated"
         damps = [stack.damping(self._method) for stack in stacks]
         return gptq_batch(weight, stacks[0].grid, self._method, moment, drift, power, moved, damps), measure

@@ -70,6 +70,7 @@ class ByName(Skeleton):
         types = [reader.dtype(name) for names in self._inside for name in names.values()]
         stated = str(stated_dtype(reader.config) or "").removeprefix("torch.")
         self.dtype = dtype or getattr(torch, stated, None) or Counter(types).most_common(1)[0][0]
+        self.served_dtype = self.dtype
         self.config, self.family = _described(reader.config, self._shapes), Family()
         self.model = _tree(self._shapes, reader)
         self.experts_per_token = None

@@ -1,6 +1,6 @@
 """Whether transformers loads a model with quantized linears: what in its classes stands in the way."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,23 +18,42 @@ def why_no_packed_linears(skeleton: Skeleton, packed: Iterable[LinearLayer]) -> 
 
     It initialises every module before it fills it, and some classes reach for the weights of their linears there.
     """
+    owner, by_block = _owner(skeleton), dict[int, list[LinearLayer]]()
+    for linear in packed:
+        by_block.setdefault(linear.block, []).append(linear)
+    for linears in by_block.values():
+        if (reaching := _reaching(owner, skeleton, linears)) is not None:
+            return f"{reaching} is initialised through weights that a packed linear does not have"
+    return None
+
+
+def reached(skeleton: Skeleton, packed: Iterable[LinearLayer]) -> dict[str, str]:
+    """The linears that transformers cannot load without a tensor `weight`, by on-disk name: what reaches for it."""
+    owner, outside = _owner(skeleton), (linear for linear in packed if skeleton.experts_around(linear) is None)
+    found = ((linear.name, _reaching(owner, skeleton, [linear])) for linear in outside)
+    return {name: reaching for name, reaching in found if reaching is not None}
+
+
+def _owner(skeleton: Skeleton) -> Any:
+    """The model that initialises the blocks: the innermost that holds them."""
     owner: Any = skeleton.model
     for path, module in skeleton.model.named_modules():
         if isinstance(module, PreTrainedModel) and skeleton.blocks_name.startswith(f"{path}."):
-            owner = module  # the innermost that holds the blocks
-    by_block: dict[int, list[Any]] = {}
-    for linear in packed:
-        by_block.setdefault(linear.block, []).append(skeleton.block(linear.block).get_submodule(linear.module))
-    for k, linears in by_block.items():
-        weights = [module._parameters.pop("weight") for module in linears]
-        try:
-            reached = next((name for name in _outside_experts(skeleton, k) if _reaches_for_weights(owner, name)), None)
-        finally:
-            for module, weight in zip(linears, weights, strict=True):
-                module._parameters["weight"] = weight
-        if reached is not None:
-            return f"{type(reached).__name__} is initialised through weights that a packed linear does not have"
-    return None
+            owner = module
+    return owner
+
+
+def _reaching(owner: Any, skeleton: Skeleton, packed: Sequence[LinearLayer]) -> str | None:
+    """The class of the module that is initialised through the weights of these linears of a block; None without."""
+    k = packed[0].block
+    modules: list[Any] = [skeleton.block(k).get_submodule(linear.module) for linear in packed]
+    weights = [module._parameters.pop("weight") for module in modules]
+    try:
+        reaching = next((one for one in _outside_experts(skeleton, k) if _reaches_for_weights(owner, one)), None)
+    finally:
+        for module, weight in zip(modules, weights, strict=True):
+            module._parameters["weight"] = weight
+    return None if reaching is None else type(reaching).__name__
 
 
 def keeps_modules() -> bool:

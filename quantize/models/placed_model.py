@@ -51,8 +51,9 @@ class LinearLayer:
 class PlacedModel:
     """A causal language model without weights, and the on-disk name of each of its tensors.
 
-    Of a multimodal model it is the text decoder; `config` is the decoder's. experts_per_token: to how many experts it
-    sends each token; None where its config does not say, or says it layer by layer.
+    Of a multimodal model it is the text decoder; `config` is the decoder's. served_dtype: in which servers run it, also
+    where transformers' class needs float32. experts_per_token: to how many experts it sends each token; None where its
+    config does not say, or says it layer by layer.
 
     Raises BadInput for an architecture that transformers does not know or that is not a stack of decoder blocks, and
     for tensors missing from the checkpoint.
@@ -65,6 +66,7 @@ class PlacedModel:
         self.family = family_of(self.config.model_type)
         stated = _dtype(reader.config)
         self.dtype = dtype or (torch.float32 if self.config.model_type in _FLOAT32 else stated)
+        self.served_dtype = dtype or stated
         self.model: Any = empty_model(whole, self.dtype)
         self._of_towers, self._text = tower_names(self.model), text_model(self.model)
         counts = (self.config.num_hidden_layers, getattr(self.config, "num_layers", None))  # of attentions, of blocks
@@ -217,8 +219,11 @@ class PlacedModel:
         }
 
     def left_out(self) -> list[tuple[str, int, str]]:
-        """(on-disk name, number of weights, why) of what is in the blocks, is a matrix and no linear to quantize."""
-        found = []
+        """(on-disk name, number of weights, why) of what is in the blocks, is a matrix and no linear to quantize.
+
+        What several blocks share is there once.
+        """
+        found: dict[str, tuple[str, int, str]] = {}
         for k, block in enumerate(self._blocks):
             linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
             for name, parameter in block.named_parameters():
@@ -227,8 +232,9 @@ class PlacedModel:
                     continue
                 why = _ROUTER if path in self._routers[k] else _why_no_linear(block.get_submodule(path), parameter)
                 why = "it is part of several blocks" if (k, path) in self._shared else why
-                found.append((self._inside[k][name], parameter.numel(), why))
-        return found
+                disk = self._inside[k][name]
+                found.setdefault(disk, (disk, parameter.numel(), why))
+        return list(found.values())
 
     def joined(self, written: Iterable[str]) -> dict[str, list[str]]:
         """The patterns of all tensors that transformers makes one parameter of as it loads them, by tensor: those of

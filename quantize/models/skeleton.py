@@ -64,6 +64,7 @@ class Skeleton(PlacedModel):
             read = read(slice(None)).T.contiguous().__getitem__
         placeholder = self._blocks[linear.block].get_parameter(inside)
         dtype = self._dtype_of(f"{self.blocks_name}.{linear.block}.{inside}", placeholder)
+        dtype = self.served_dtype if self.served_dtype != self.dtype else dtype
         return WeightRows((linear.out_features, linear.in_features), dtype, read)
 
     def _cast(self, name: str, tensor: Tensor, placeholder: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def prepared(folder: Path, **recipe: Any) -> Job:
     return prepare(Recipe.model_validate(document), resolve(str(folder), cache=folder), CPU)
 
 
-@pytest.mark.parametrize("family", ["falcon", "mamba2"])
+@pytest.mark.parametrize("family", ["falcon", "rwkv"])
 def test_classes_that_reach_for_weights_are_loaded_by_newer_transformers(family: str, tmp_path: Path) -> None:
     model = families.build(family, tmp_path / "model")
     if not keeps_modules():
@@ -48,6 +48,40 @@ def test_classes_that_reach_for_weights_are_loaded_by_newer_transformers(family:
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         before, after = dict(model.named_parameters()), dict(loaded.named_parameters())
         assert max(float((after[n] - before[n]).abs().max() / before[n].abs().max()) for n in before) < 0.3
+
+
+def test_few_linears_whose_weights_a_class_reaches_for_stay_and_the_rest_is_loaded(tmp_path: Path) -> None:
+    families.build("nanochat", tmp_path / "model")
+    if keeps_modules():
+        assert prepared(tmp_path / "model").plan.quantized_share == 1
+        return
+    job = prepared(tmp_path / "model")
+    kept = {name for name, grid in job.schemes.items() if grid is None}
+    assert kept == {f"model.layers.{k}.self_attn.o_proj" for k in range(4)}
+    (note,) = [note for note in job.plan.notes if "o_proj" in note]
+    assert note.startswith(
+        "model.layers.*.self_attn.o_proj stays in 16 bit (4 tensors), so that transformers loads the rest, 83% of the "
+        "blocks' weights: before 5.24 it initialises its NanoChatAttention through this weight"
+    )
+    quantize(job, Settings(tmp_path / "run", tmp_path / "run", ignore_limits=True))
+    folder = tmp_path / "run" / "quantized"
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert note in json.loads((folder / "manifest.json").read_text())["fallbacks"]
+    loaded(torch.tensor([[2]]))  # which unpacks
+    _, ours = open_artifact(folder, CPU, dtype=torch.float32)
+    for k, block in ours.blocks():
+        for name, mine in block.named_parameters():
+            theirs = loaded.get_submodule(f"model.layers.{k}").get_parameter(name)
+            torch.testing.assert_close(theirs, mine, rtol=2**-7, atol=0)  # a product in bfloat16
+
+
+def test_nothing_is_left_where_a_server_or_an_override_wants_it(tmp_path: Path) -> None:
+    families.build("nanochat", tmp_path)
+    assert prepared(tmp_path, targets=["vllm"]).plan.quantized_share == 1
+    if not keeps_modules():
+        with pytest.raises(BadInput, match=f"could not load the artifact: .*{PACKED}"):
+            prepared(tmp_path, overrides=[{"match": "*.o_proj", "bits": 8}])
 
 
 @pytest.mark.parametrize(("family", "why"), [("gpt_oss", FUSED), ("granitemoe", FUSED)])

@@ -9,13 +9,18 @@ from torch import nn
 
 from quantpress.artifact.manifest import LayerRecord
 from quantpress.calibrate.block_pass import SharedInput
+from quantpress.engine.job import prepare
+from quantpress.engine.pipeline import quantize
 from quantpress.engine.rounding import BlockRounding
+from quantpress.engine.settings import Settings
+from quantpress.engine.sources import resolve
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.placed_model import LinearLayer
 from quantpress.numbers.grid import Grid
-from quantpress.recipe import Gptq, Rtn
+from quantpress.recipe import Gptq, Recipe, Rtn
 from quantpress.recipe.methods import MethodSettings
 
+from ... import families
 from ...tiny import build
 from .test_pipeline import make
 
@@ -103,3 +108,14 @@ def test_linears_that_servers_fuse_share_a_scale(
             scales = {float(artifact.read(f"model.layers.{block}.{name}.{suffix}")) for name in fused}
             assert len(scales) == 1, (block, fused)
             assert scales != {float(artifact.read(f"model.layers.{block}.self_attn.o_proj.{suffix}"))}
+
+
+def test_scales_are_in_the_type_that_servers_run_where_the_class_needs_float32(tmp_path: Path) -> None:
+    """Their float16, that of float32 models, would be rounded once more as a server loads it."""
+    families.build("deepseek_v4", tmp_path / "model")
+    recipe = Recipe.model_validate({"name": "s", "weights": {"bits": 4, "group_size": 8}, "method": {"name": "rtn"}})
+    job = prepare(recipe, resolve(str(tmp_path / "model"), cache=tmp_path), torch.device("cpu"))
+    assert (job.skeleton.dtype, job.skeleton.served_dtype) == (torch.float32, torch.bfloat16)
+    quantize(job, Settings(tmp_path / "out", tmp_path / "out", ignore_limits=True))
+    artifact = Checkpoint(tmp_path / "out" / "quantized")
+    assert {artifact.dtype(n) for n in artifact.names() if n.endswith(".weight_scale")} == {torch.bfloat16}
