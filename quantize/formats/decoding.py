@@ -54,6 +54,8 @@ def scale_grid(name: str, weight: tuple[int, ...], scale: tuple[int, ...], block
     fits = len(grid) == len(weight) and all(have in (1, want) for have, want in zip(grid, lead, strict=False))
     rows, columns = block or (_BLOCK, _BLOCK)
     down = _block(n_out, grid[-2], rows) if fits else 0
+    if down == 1 and block is None:
+        columns = 1  # groups of a row, which are of one size, unlike blocks
     across = _block(n_in, grid[-1], columns) if fits else 0
     if not down or not across:
         raise BadInput(f"{name}: scales of shape {list(scale)} fit no known layout for a weight {list(weight)}")
@@ -74,6 +76,18 @@ def _block(n: int, count: int, stated: int) -> int:
     if -(-n // stated) == count:
         return stated
     return n // count if n % count == 0 else 0
+
+
+def group_size(name: str, n_in: int, groups: int, stated: int | None) -> int:
+    """The inputs that share one of `groups` scales; of the stated size the last group may be smaller.
+
+    Raises BadInput where neither what the config states nor an even division gives as many groups.
+    """
+    if stated is not None and stated > 0 and -(-n_in // stated) == groups:
+        return stated
+    if n_in % groups:
+        raise BadInput(f"{name}: {groups} groups do not divide {n_in} inputs, and the config says {stated} inputs each")
+    return n_in // groups
 
 
 def scaled(numbers: Tensor, scale: Tensor, grid: ScaleGrid, zero: Tensor | None = None) -> Tensor:

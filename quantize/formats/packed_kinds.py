@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 from . import awq, decoding, gptq
 from . import bits as bitstream
-from .statement import block_shape, widths
+from .statement import block_shape, stated_group, widths
 
 Read = Callable[[str], Tensor]
 _BNB_PARTS = (
@@ -226,21 +226,21 @@ def _awq(stored: Stored, base: str, n_in: int, n_out: int, groups: int) -> Packe
     if stored.stated:
         awq.Awq().reads(stored.stated | {"quant_method": "awq"})  # raises for other layouts
     zero = stored.first(f"{base}.qzeros")
-    if n_in % groups:
-        raise BadInput(f"{base}.scales: {groups} groups do not divide {n_in} inputs")
+    size = decoding.group_size(f"{base}.scales", n_in, groups, stated_group(stored.stated))
 
     def decode(read: Read, dtype: torch.dtype) -> Tensor:
         codes, scales = awq.unpack(read(f"{base}.qweight")).T, read(f"{base}.scales").T
         zeros: Tensor | int = 8 if zero is None else awq.unpack(read(zero)).T
-        return decoding.grouped(codes, scales, zeros, torch.arange(n_in) // (n_in // groups)).to(dtype)
+        return decoding.grouped(codes, scales, zeros, torch.arange(n_in) // size).to(dtype)
 
     parts = _parts(f"{base}.qweight", f"{base}.scales", zero)
     return PackedWeight((n_out, n_in), parts, "int4 (awq)", decode)
 
 
 def _gptq(stored: Stored, base: str, n_in: int, n_out: int, groups: int, bits: int) -> PackedWeight:
-    if bits not in (2, 3, 4, 8) or n_in % groups:
-        raise BadInput(f"{base}.qweight: codes of {bits} bits in {groups} groups of {n_in} inputs cannot be read")
+    if bits not in (2, 3, 4, 8):
+        raise BadInput(f"{base}.qweight: codes of {bits} bits cannot be read")
+    size = decoding.group_size(f"{base}.scales", n_in, groups, stated_group(stored.stated))
     if stored.stated:
         gptq.is_lowered(stored.stated)  # raises for layouts made for one kernel
     order = stored.first(f"{base}.g_idx")
@@ -248,7 +248,7 @@ def _gptq(stored: Stored, base: str, n_in: int, n_out: int, groups: int, bits: i
     def decode(read: Read, dtype: torch.dtype) -> Tensor:
         codes = bitstream.unpack(read(f"{base}.qweight").T.contiguous(), bits, n_in)
         zeros = gptq.true_zeros(base, bitstream.unpack(read(f"{base}.qzeros"), bits, n_out), bits, stored.stated)
-        group_of = torch.arange(n_in) // (n_in // groups) if order is None else read(order).long()
+        group_of = torch.arange(n_in) // size if order is None else read(order).long()
         return decoding.grouped(codes, read(f"{base}.scales").T, zeros.T, group_of).to(dtype)
 
     parts = _parts(f"{base}.qweight", f"{base}.scales", f"{base}.qzeros", order)

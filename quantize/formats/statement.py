@@ -8,7 +8,8 @@ from ..core.errors import BadInput
 _KEYS = ("quantization_config", "compression_config")  # the latter: compressed-tensors before 0.5
 _INSIDE = ("text_config", "language_config", "llm_config")  # multimodal configs state it for their text model
 _WHOLE = ("compressed-tensors", "modelopt")  # what a method's name may be followed by: modelopt_fp4
-KNOWN = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq", "bitsandbytes")
+_AUTO_ROUND = ("auto-round", "intel/auto-round")
+KNOWN = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq", "bitsandbytes", "auto-round")
 _CT_FORMATS = (
     None, "dense", "naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "nvfp4-pack-quantized",
     "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
@@ -64,6 +65,11 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_readable(stated: Mapping[str, Any]) -> None:
     """Raise BadInput for a quantization whose weights cannot be computed from the tensors alone."""
     method = str(stated.get("quant_method"))
+    if method in _AUTO_ROUND:
+        raise BadInput(
+            f"auto-round's {stated.get('data_type')} weights in packing_format {stated.get('packing_format')!r} cannot "
+            "be dequantized here; give the original checkpoint"
+        )
     if not method.startswith(_WHOLE) and method not in KNOWN:
         raise BadInput(
             f"quantized with {method!r}, which cannot be dequantized here; known: {', '.join(KNOWN)}. "
@@ -90,6 +96,12 @@ def block_shape(stated: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def stated_group(stated: Mapping[str, Any]) -> int | None:
+    """The inputs that share a scale, as far as the config of GPTQ or AWQ files says."""
+    found = next((stated[key] for key in ("group_size", "q_group_size") if stated.get(key) is not None), None)
+    return found if isinstance(found, int) else None
+
+
 def widths(stated: Mapping[str, Any]) -> set[int]:
     """The bits that a code of a weight may have, as far as the config says."""
     found = [stated.get("bits"), *(args.get("num_bits") for args in _weights(stated))]
@@ -104,6 +116,8 @@ def _weights(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _with_method(stated: Mapping[str, Any]) -> dict[str, Any]:
     """The statement with a quant_method, which some tools leave out."""
+    if stated.get("quant_method") in _AUTO_ROUND:
+        return _of_auto_round(stated)
     if stated.get("quant_method"):
         return dict(stated)
     told = {"quant_algo": "modelopt", "config_groups": "compressed-tensors", "load_in_4bit": "bitsandbytes",
@@ -112,3 +126,25 @@ def _with_method(stated: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(inner, Mapping) and inner.get("quant_algo"):  # hf_quant_config.json copied into config.json
         return {"quant_method": "modelopt"} | dict(inner)
     return dict(stated) | {"quant_method": next((method for key, method in told.items() if key in stated), None)}
+
+
+def _of_auto_round(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """auto-round's statement as that of the format that its files are in; as it is where that cannot be read.
+
+    vLLM reads them by the same rule (INCConfig, which has GPTQ's for the default); packing formats of before, without
+    `gptq` in their names, stored zeros as they are.
+    """
+    kind, backend = str(stated.get("data_type") or "int"), str(stated.get("backend"))
+    packing = str(stated.get("packing_format") or (backend if ":" in backend else "auto_round:auto_gptq"))
+    as_is = ("auto_round", "auto_round:exllamav2", "auto_round:triton")
+    if kind == "int" and "awq" in packing:
+        return dict(stated) | {"quant_method": "awq"}
+    if kind == "int" and ("gptq" in packing or packing in as_is):
+        version = "gptq" if "gptq" in packing else "gptq_v2"
+        rules = {"dynamic": stated.get("extra_config") or {}}
+        return dict(stated) | {"quant_method": "gptq", "checkpoint_format": version} | rules
+    if kind in ("fp", "fp8") and packing == "auto_round:fp8":
+        return dict(stated) | {"quant_method": "fp8", "weight_block_size": stated.get("group_size")}
+    if kind.startswith("mx_fp") and packing == "auto_round:llm_compressor":
+        return {"quant_method": "compressed-tensors"}
+    return dict(stated)
