@@ -1,5 +1,6 @@
 """What config.json says the model is, and whether that is a decoder stack that can be quantized block by block."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -44,6 +45,8 @@ _MOST = 10_000
 _POSITIVE = (
     "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "n_embd", "n_head", "d_model", "n_heads",
 )  # fmt: skip
+# Settings of a rotary embedding that no number of 0 or below can be.
+_ABOVE_0 = {"rope_theta", "factor", "short_factor", "long_factor", "original_max_position_embeddings"}
 
 
 def model_config(config: Mapping[str, Any]) -> Any:
@@ -61,7 +64,14 @@ def model_config(config: Mapping[str, Any]) -> Any:
     _check_dtype(stated_dtype(plain))
     check_sizes(plain, "config.json")
     try:
+        if plain.get("text_config") and "text_config" not in CONFIG_MAPPING[str(kind)].sub_configs:
+            raise BadInput(
+                f"config.json: a {kind} model has no text_config, and transformers does not load one that says so: "
+                "take it out, if what stands beside it is the model's"
+            )
         built = AutoConfig.for_model(**plain)
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(f"config.json does not describe a {kind} model: {' '.join(str(error).split())[:200]}") from error
     if getattr(built, "is_encoder_decoder", False):
@@ -143,7 +153,7 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about sizes of 0; the shapes are compared with the checkpoint's
-            return build_model(config, dtype)
+            model = build_model(config, dtype)
     except BadInput:
         raise
     except ImportError as error:
@@ -155,6 +165,9 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
             f"config.json does not describe a {config.model_type} model: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
+    if any("inv_freq" in name for name, _ in model.named_buffers()):
+        _check_rope(config)
+    return model
 
 
 def load_whole(folder: Path, dtype: torch.dtype | str) -> Any:
@@ -235,17 +248,32 @@ def check_sizes(config: Mapping[str, Any], where: str, inside: str = "") -> None
 
 
 def _check_rope(config: Any) -> None:
-    """Raise BadInput for a kind of rotary embedding that transformers has no function for."""
+    """Raise BadInput for a kind of rotary embedding that transformers has no function for, and for impossible numbers.
+
+    Of theta 0 or a scaling by 0 it makes infinite frequencies, of a negative theta none at all.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    settings = getattr(config, "rope_parameters", None)
+    settings = getattr(decoder_config(config), "rope_parameters", None)
     for one in (settings, *settings.values()) if isinstance(settings, dict) else ():
-        kind = one.get("rope_type", "default") if isinstance(one, dict) else "default"
+        if not isinstance(one, dict):
+            continue
+        for key in _ABOVE_0.intersection(one):
+            values = one[key] if isinstance(one[key], list) else [one[key]]
+            if bad := [value for value in values if value is not None and not _is_above_0(value)]:
+                raise BadInput(
+                    f"config.json: {key} of the rotary embedding is {bad[0]!r}; it has to be a number above 0"
+                )
+        kind = one.get("rope_type", "default")
         if kind != "default" and str(kind) not in ROPE_INIT_FUNCTIONS:
             raise BadInput(
                 f"config.json: rope type {kind!r} is not one that transformers computes for {config.model_type} "
                 f"({', '.join(sorted(ROPE_INIT_FUNCTIONS))}); is this config.json of another model?"
             )
+
+
+def _is_above_0(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _of_the_model(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """What config.json says the model is, and what is refused for it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def config(family: str, folder: Path) -> dict[str, Any]:
         ({"model_type": "whisper"}, "'whisper' is an encoder with a decoder"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is a classification or reward model"),
         ({"model_type": "mllama", "text_config": {"cross_attention_layers": [1, 3]}}, "blocks 1, 3 run on images only"),
+        ({"text_config": {"model_type": "qwen2"}}, "a llama model has no text_config, and transformers does not load"),
         ({"model_type": "cpmant"}, "puts tokens of its own before the text"),
         ({"model_type": "idefics"}, "run on images only"),
         ({"dtype": "auto"}, "dtype 'auto' is not bfloat16"),
@@ -51,6 +53,32 @@ def test_what_is_no_decoder_is_refused(change: dict[str, Any], words: str, tmp_p
     with pytest.raises(BadInput, match=words) as caught:
         text_config(config("llama", tmp_path) | change)
     assert "\n" not in str(caught.value)
+
+
+SCALED = {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 2.0, "long_factor": [1.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_theta": 0}, "rope_theta of the rotary embedding is 0; it has to be a number above 0"),
+        ({"rope_theta": -1e4}, "rope_theta of the rotary embedding is -10000.0; it"),
+        ({"rope_theta": float("nan")}, "rope_theta of the rotary embedding is nan; it"),
+        ({"rope_theta": {"__float__": "Infinity"}}, "rope_theta of the rotary embedding is inf; it"),
+        ({"rope_theta": "10000"}, "rope_theta of the rotary embedding is '10000'; it"),
+        ({"rope_theta": True}, "rope_theta of the rotary embedding is True; it"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor of the rotary embedding is 0; it"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": -2.0}}, "factor of the rotary embedding is -2.0; it"),
+        ({"rope_scaling": SCALED | {"short_factor": [1.0] * 7 + [0]}}, "short_factor of the rotary embedding is 0; it"),
+    ],
+)
+def test_rotary_embeddings_that_cannot_be(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    own = config("llama", tmp_path)
+    own = {key: value for key, value in own.items() if key not in ("rope_parameters", "rope_theta")}
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.config = own | change
+    with pytest.raises(BadInput, match=re.escape(f"config.json: {words}")):
+        Skeleton(checkpoint, device=CPU)
 
 
 def test_a_model_that_reads_both_ways_is_refused() -> None:
