@@ -30,6 +30,8 @@ _FORMATS = ("compressed-tensors", "modelopt", "gptq")  # in which an option is t
 _WIDTHS = (8, 6, 5, 4, 3, 2)
 _MENU = (6, 5, 4, 3, 8)  # widths of a mixture's menu, as far as the server loads them
 _MIXED = "mixed"
+_EIGHT_BITS = ("fp8", "int8", "q8_0")
+_FP8_CACHE = "fp8"  # costs less than weights of 6 bits instead of 8 do (docs/choosing.md)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Option:
 class Proposal:
     """choice: the option to take, or None. options: all, the best first. room: bytes that weights may take; None: any.
 
-    cache_bytes: of all sequences. original_bytes: of the weights as they are.
+    cache_bytes: of all sequences. unrounded: what there is beside a cache that is not in FP8, where this one is.
+    original_bytes: of the weights as they are.
     """
 
     need: Need
@@ -75,12 +78,19 @@ class Proposal:
     room: int | None
     cache_bytes: int
     original_bytes: int
+    unrounded: "Proposal | None" = None
 
     def why(self, chosen: Option | None) -> list[str]:
         """Why this option, a line each."""
         lines = []
         if self.room is not None:
-            lines.append(f"the weights may take {size(self.room)} beside a key-value cache of {size(self.cache_bytes)}")
+            held = f"a{' key-value cache' if self.unrounded is None else 'n FP8 key-value cache'}"
+            lines.append(f"the weights may take {size(self.room)} beside {held} of {size(self.cache_bytes)}")
+            if (other := self.unrounded) is not None:
+                left = size(max(0, other.room or 0))
+                lines.append(
+                    f"one that is not rounded takes {size(other.cache_bytes)} and leaves {left}: too few for 8 bits"
+                )
             if self.original_bytes <= self.room:
                 lines.append(f"the original fits as it is ({size(self.original_bytes)}): quantized it is faster")
         if chosen is not None:
@@ -130,25 +140,45 @@ def fit(
     first = look.first(_plain(loader.formats))
     held = cache(first.skeleton.config, None, _dtype(first), need.context)
     whole = need.concurrency * cache_bytes(held, need.context)
-    room = None if memory is None else memory - need.wish.kept - whole
-    if memory is not None and room is not None and room <= 0:
+    found = _tried(look, need, loader, whole, first.plan.original_bytes)
+    if need.gpu in _FP8 and (found.choice is None or found.choice.name not in _EIGHT_BITS):
+        smaller = cache(first.skeleton.config, _FP8_CACHE, _dtype(first), need.context)
+        halved = need.concurrency * cache_bytes(smaller, need.context)
+        other = _tried(look, need, loader, halved, first.plan.original_bytes, found)
+        found = other if other.choice is not None else found
+    if found.room is not None and found.room <= 0:
         raise BadInput(
-            f"{size(memory)} of memory leave no room for weights: {size(need.wish.kept)} are kept for the server, "
-            f"and a key-value cache of {concurrency} x {context} tokens takes {size(whole)}; give more "
+            f"{size(need.wish.memory)} of memory leave no room for weights: {size(need.wish.kept)} are kept for the "
+            f"server, and a key-value cache of {concurrency} x {context} tokens takes {size(whole)}; give more "
             "--memory, or lower --context or --concurrency"
         )
+    return found
+
+
+def _tried(
+    look: "_Look",
+    need: Need,
+    loader: Any,
+    cache_bytes: int,
+    original_bytes: int,
+    unrounded: Proposal | None = None,
+) -> Proposal:
+    """What is considered beside such a key-value cache, and the choice; nothing where it leaves no room.
+
+    unrounded: what was found beside one that is not in FP8, where this one is.
+    """
+    room = None if need.memory is None else need.memory - need.wish.kept - cache_bytes
+    cached = {} if unrounded is None else {"kv_cache": _FP8_CACHE}
     tried: list[Option] = []
-    for name, document, why in _documents(need, loader, room):
+    for name, document, why in _documents(need, loader, room) if room is None or room > 0 else ():
         if name == _MIXED and any(one.fits for one in tried):
             continue  # 8 bits fit everywhere
-        tried.append(look.option(name, document, why, room))
-    fit = [one for one in tried if one.fits]
+        tried.append(look.option(name, document | cached, why, room))
     if room is None:
         tried.sort(key=lambda one: (not one.fits, one.bytes or 0))
-        fit = [one for one in tried if one.fits]
-    choice = fit[0] if fit else None
+    choice = next((one for one in tried if one.fits), None)
     tried.sort(key=lambda one: (one is not choice, not one.fits))
-    return Proposal(need, choice, tuple(tried), room, whole, first.plan.original_bytes)
+    return Proposal(need, choice, tuple(tried), room, cache_bytes, original_bytes, unrounded)
 
 
 def run_in_turn(

@@ -58,6 +58,11 @@ def attentions(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
     return out
 
 
+def scale_bytes(skeleton: Skeleton) -> int:
+    """What the scales of all blocks take in the artifact: float32, one for the keys and one for the values of each."""
+    return 8 * skeleton.n_blocks
+
+
 def tap(attention: nn.Module, function: CacheFunction) -> None:
     """Apply `function` to the keys and values of `attention` from now on."""
     _taps[attention] = function

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calibrate import budget
+from ..calibrate import budget, kv_cache
 from ..calibrate.sensitivity import Sensitivity
 from ..core.errors import BadInput
 from ..core.schema import matches
@@ -65,6 +65,7 @@ class Menu:
         else:
             inside = sum(nbytes(f"{x.name}.weight") for group in members.values() for x in group)
             fixed = sum(nbytes(name) for name in skeleton.reader.names()) - inside - saved
+            fixed += 0 if recipe.kv_cache is None else kv_cache.scale_bytes(skeleton)
             room, asked = wanted.bytes - fixed, f"{wanted.bytes} bytes"
         least = sum(min(options.values()) for options in sizes.values())
         if least > room:

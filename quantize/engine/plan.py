@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..calibrate import kv_cache
 from ..core import machine
 from ..core.errors import BadInput
 from ..core.ranks import ALONE, Ranks
@@ -102,7 +103,7 @@ def make_plan(
             # A scale too many where no static range will fit the inputs, which is known once they are measured.
             packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
             saved += reader.nbytes(f"{linear.name}.weight")
-    artifact = original - saved + packed
+    artifact = original - saved + packed + (0 if recipe.kv_cache is None else kv_cache.scale_bytes(skeleton))
     needs = find_needs(recipe, skeleton, linears, schemes)
     calibrated, tokens, streams = recipe.calibrated, needs.tokens, needs.streams
     item, hidden = torch.empty(0, dtype=skeleton.dtype).element_size(), streams * needs.hidden

@@ -219,7 +219,7 @@ class Recipe(Strict):
         """Raise ValueError for what a budget decides itself, or cannot be combined with."""
         if self.is_gguf:
             raise ValueError("budget is for safetensors; a GGUF file has gguf.budget")
-        for key in ("weights", "overrides", "kv_cache"):
+        for key in ("weights", "overrides"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} beside budget: its menu names the number formats")
         if self.activations is not None and self.activations.type != "as-weights":

@@ -61,17 +61,21 @@ def test_the_choice_fits_and_the_server_takes_it(model: str, target: str, tmp_pa
 def test_artifacts_have_the_bytes_of_their_options(model: str, tmp_path: Path) -> None:
     """By rounding to nearest, which writes as many bytes as any other method."""
     integers, floats = fit(model, gpu="A10G", context=64), fit(model, gpu="B200", context=64)
+    room = memory((floats.options[0].bytes or 0) + 1000, 1024 * 2 * 2 * 64 * 2)
+    rounded = fit(model, gpu="L40S", memory=room, context=1024)
+    assert rounded.unrounded is not None
     names, text = {one.name for one in integers.options}, tmp_path / "text.txt"
     text.write_text("What fits has to be what is written. " * 200)
     for found, one in [
         *((integers, one) for one in integers.options),
         *((floats, one) for one in floats.options if one.name not in names),
+        (rounded, rounded.options[0]),
     ]:
         names.add(one.name)
         recipe = load(str(written(found, one, tmp_path / "fit.yaml")))
         calibration = Calibration(source=str(text), samples=2, seq_len=32)
         recipe = recipe.model_copy(update={"method": Rtn(), "calibration": calibration})
-        folder = api.quantize(recipe, out=tmp_path / one.name)
+        folder = api.quantize(recipe, out=tmp_path / f"{one.name}-{recipe.kv_cache}")
         assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) >= (one.bytes or 0)
         assert read_manifest(folder / "manifest.json").artifact.bytes == one.bytes, one.name
     assert names == {"int8", "int6", "int5", "int4", "int3", "int2", "fp8", "nvfp4"}
@@ -109,6 +113,23 @@ def test_the_cards_number_types_decide(model: str) -> None:
     names = {gpu: [one.name for one in fit(model, gpu=gpu, context=64).options] for gpu in ("A10G", "l40s", "B200")}
     assert [("fp8" in n, "nvfp4" in n) for n in names.values()] == [(False, False), (True, False), (True, True)]
     assert names["l40s"][0] == "fp8"
+
+
+def test_the_cache_is_rounded_to_fp8_where_8_bits_do_not_fit_otherwise(model: str) -> None:
+    """On cards that multiply FP8; a cache of 2 x 2 heads of 64 numbers in 2 layers."""
+    cache = 1024 * 2 * 2 * 64 * 2 * 2
+    eight = fit(model, gpu="L40S", context=64).choice
+    assert eight is not None
+    assert eight.bytes is not None
+    short = memory(eight.bytes + 1000, cache // 2)
+    found = fit(model, gpu="L40S", memory=short, context=1024)
+    assert found.choice is not None
+    assert (found.choice.name, found.choice.document["kv_cache"]) == ("fp8", "fp8")
+    assert found.cache_bytes == cache // 2
+    assert "too few for 8 bits" in found.why(found.choice)[1]
+    assert "kv_cache" not in (fit(model, gpu="A10G", memory=short, context=1024).choice or eight).document
+    assert "kv_cache" not in (fit(model, gpu="L40S", memory=short, context=64).choice or found.choice).document
+    assert fit(model, gpu="L40S", memory=memory(eight.bytes // 3, cache // 2), context=1024).unrounded is None
 
 
 def test_without_a_memory_the_smallest_is_first(model: str) -> None:

@@ -97,6 +97,22 @@ def test_a_budget_is_kept_and_read_back(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["modelopt", "compressed-tensors"])
+def test_the_scales_of_the_cache_are_within_the_budget(model: Path, format: str, tmp_path: Path) -> None:
+    text = {"calibration": {"samples": 6, "seq_len": 32}}
+    recipe: dict[str, Any] = {"kv_cache": "fp8", "formats": [format], "weights": {"type": "nvfp4"}}
+    manifest = make(tmp_path / "one", model, recipe)
+    assert api.plan(recipe | text, str(model)).plan.artifact_bytes == manifest.artifact.bytes
+    room = (manifest.artifact.bytes or 0) + 4001
+    recipe |= {"weights": parse({}).weights.model_dump(mode="json"), "budget": {"bytes": room, "menu": FLOATS}}
+    recipe |= {"activations": {"type": "as-weights"}}
+    found, folder = make(tmp_path / "two", model, recipe), tmp_path / "two" / "quantized"
+    assert room - 4000 < (found.artifact.bytes or 0) <= room == api.plan(recipe | text, str(model)).plan.artifact_bytes
+    assert len({layer.scheme for layer in found.layers}) > 1
+    assert Artifact(folder).kv_cache == "fp8"
+    assert api.verify(folder).sound
+
+
+@pytest.mark.parametrize("format", ["modelopt", "compressed-tensors"])
 def test_inputs_of_the_type_of_the_weights(model: Path, format: str, tmp_path: Path) -> None:
     """NVFP4 and FP8 in one artifact, each with inputs of its own kind, read back and converted to the other format."""
     recipe: dict[str, Any] = {"budget": {"bits": 6.0, "menu": FLOATS}, "activations": {"type": "as-weights"}}
