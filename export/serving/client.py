@@ -155,6 +155,14 @@ class Client:
         told = [model.get("max_model_len") for model in self.models() if model["id"] == self.model]
         return told[0] if told and isinstance(told[0], int) else None
 
+    def end_text(self) -> str | None:
+        """The end token's text, as llama.cpp's server tells it at GET /props; None where there is no such path."""
+        try:
+            told = self._checked(lambda: self._http.get("/props")).get("eos_token")
+        except (Refused, ServerError):
+            return None
+        return told if isinstance(told, str) and told else None
+
     def alive(self) -> bool:
         """Whether the server still answers a short request."""
         try:

@@ -8,6 +8,7 @@ from .client import Refused
 from .held import LOGPROBS, ServedCheck
 from .outcome import Failed, Skipped, quoted
 from .reference import Asked
+from .tokenization import decoded
 
 _OTHER_END = "likeliest cause: another end token in generation_config.json, tokenizer or GGUF file"
 _REPEATED = 4  # tokens that an answer has where it does not end
@@ -19,10 +20,23 @@ def ending(on: ServedCheck) -> str:
     """An answer ends at the original's end token, and at no common one. The server is made to choose each."""
     if not on.reference.ends:
         raise Skipped("the reference names no end token")
+    _check_stated(on)
     try:
         return _ending(on, on.reference.ends[0])
     except Refused as refusal:
         raise Skipped(f"the server cannot be made to choose a token: {refusal}") from None
+
+
+def _check_stated(on: ServedCheck) -> None:
+    """Raise Failed for a server that names an end token which is none of the original's, whatever it does besides:
+    llama.cpp stops at tokens like <|im_end|>, too."""
+    word = on.client.end_text()
+    wanted = [decoded(on.client, [end]) for end in on.reference.ends] if word else []
+    if word and all(wanted) and word not in wanted:
+        others = " or ".join(quoted(text or "") for text in wanted)
+        raise Failed(
+            f"the server says that {quoted(word)} ends an answer, and the original's end at {others}; {_OTHER_END}"
+        )
 
 
 def _ending(on: ServedCheck, end: int) -> str:

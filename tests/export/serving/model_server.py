@@ -131,6 +131,10 @@ def handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_GET(self) -> None:
+            if self.path == "/props":
+                return self.send(
+                    *(404, {}) if server.style == "vllm" else (200, {"eos_token": server.tokenizer.eos_token})
+                )
             self.send(200, {"object": "list", "data": [{"id": "tiny"}]})
 
         def do_POST(self) -> None:

@@ -199,6 +199,20 @@ def test_tokens_that_the_server_tells_nothing_of_do_not_shift_the_others(referen
     assert [list(top) for top in tops] == [[5], [], [9], [], [3]]
 
 
+def test_another_end_token_is_told_of_where_answers_end_at_the_originals_too(
+    run: Path, reference: Reference, tmp_path: Path
+) -> None:
+    """As llama.cpp does, whose server names its end token."""
+    spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.end_token_wrong)
+    for folder, status in ((run / "quantized", "pass"), (spoilt, "fail")):
+        with served(folder, "llama.cpp") as server:
+            server.ends |= set(reference.ends)
+            (found,) = [check for check in check_served(server.url, reference).checks if check.name == "ending"]
+        assert found.status == status
+    assert "the server says that" in found.reason
+    assert "another end token" in found.reason
+
+
 @pytest.mark.parametrize("nth", [0, -1])
 def test_an_ordinary_token_that_ends_answers_is_told_of(
     nth: int, run: Path, reference: Reference, tmp_path: Path
