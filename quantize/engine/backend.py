@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from ..artifact.config_only import HeadersOnly
@@ -19,10 +20,12 @@ from ..artifact.original import OriginalCheckpoint
 from ..calibrate.tokens import Tokens
 from ..core.ranks import ALONE, Ranks
 from ..gguf.reader import GgufCheckpoint
+from ..models.by_name import ByName
 from ..models.checkpoint import Checkpoint
 from ..models.placed_model import LinearLayer
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.skeleton import Skeleton
+from ..models.vetting import MOST_OF_FLOAT16
 from ..numbers.grid import Grid
 from ..recipe import Recipe
 from .plan import Plan
@@ -108,9 +111,15 @@ class Backend(ABC):
 
     @property
     def limits(self) -> dict[str, float]:
-        """The largest value that may be in each tensor of the file that is rounded, by on-disk name."""
+        """The largest value that may be in a tensor of the file, by on-disk name: in what is rounded, and in what the
+        original's float16 has to hold.
+        """
+        skeleton = self.setup.skeleton
         layers = [*(name for name, grid in self.schemes.items() if grid is not None), *self.outside]
-        return self._limits((f"{layer}.weight" for layer in layers), _MOST)
+        limits = self._limits((f"{layer}.weight" for layer in layers), _MOST)
+        if skeleton.dtype != torch.float16 or isinstance(skeleton, ByName):
+            return limits
+        return limits | self._limits(skeleton.loaded_in(torch.float16), MOST_OF_FLOAT16)
 
     def _limits(self, tensors: Iterable[str], most: float) -> dict[str, float]:
         on_disk = self.setup.skeleton.reader.on_disk

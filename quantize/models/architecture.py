@@ -84,6 +84,12 @@ def model_config(config: Mapping[str, Any]) -> Any:
         raise BadInput(f"model_type {kind!r} reads text in both directions; only decoders are quantized")
     if auto_class(built) is None:
         raise BadInput(f"model_type {kind!r} is not a causal language model; only these are quantized")
+    decoder = decoder_config(built)
+    slides = "sliding_window" in getattr(type(decoder), "__dataclass_fields__", ()) and (
+        "sliding_attention" in (getattr(decoder, "layer_types", None) or ["sliding_attention"])
+    )
+    if slides and decoder.sliding_window == 0:
+        raise BadInput("config.json: sliding_window is 0; it has to be at least 1, or null where there is none")
     if not hasattr(decoder_config(built), "num_hidden_layers"):
         raise BadInput(f"model_type {kind!r} is not a plain stack of decoder blocks; only these are quantized")
     if why := _NOT_ALONE.get(str(kind)):

@@ -262,6 +262,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise BadInput(f"{path}: corrupt safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise BadInput(f"{path}: corrupt safetensors header: not a JSON object")
+    about = header.get("__metadata__") or {}
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise BadInput(f"{path}: corrupt safetensors header: __metadata__ has to be texts by name, not {about}"[:300])
     data = 8 + length
     entries = {name: _stored_of(path, name, value, data) for name, value in header.items() if name != "__metadata__"}
     end = data

@@ -67,6 +67,16 @@ class Skeleton(PlacedModel):
         dtype = self.served_dtype if self.served_dtype != self.dtype else dtype
         return WeightRows((linear.out_features, linear.in_features), dtype, read)
 
+    def loaded_in(self, dtype: torch.dtype) -> list[str]:
+        """The names in `reader` of what transformers would load in this type."""
+        stored = stored_tensors(self.model)
+        floats = {name: tensor for name, tensor in stored.items() if tensor.is_floating_point()}
+        return [
+            disk
+            for name, disk in self.places().items()
+            if name in floats and self._dtype_of(name, floats[name]) == dtype
+        ]
+
     def _cast(self, name: str, tensor: Tensor, placeholder: Tensor) -> Tensor:
         """A tensor in the type in which transformers would load it."""
         return tensor.to(self._dtype_of(name, placeholder) if tensor.is_floating_point() else placeholder.dtype)

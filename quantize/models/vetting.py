@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint, Stored
 
 _PIECE = 1 << 22  # bytes read at a time: a whole number of values of every dtype
 _THREADS = 8
+MOST_OF_FLOAT16 = torch.finfo(torch.float16).max
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -57,7 +58,8 @@ class Vetting:
             if kind is None and self._checkpoint.is_packed(name):
                 kind = not_finite(self._checkpoint.read(name))
             if kind is not None:
-                raise Damaged(f"{self._checkpoint.file_of(name)}: {name} holds {kind}; the checkpoint is damaged")
+                wrong = "is its dtype in config.json right?" if "float16" in kind else "the checkpoint is damaged"
+                raise Damaged(f"{self._checkpoint.file_of(name)}: {name} holds {kind}; {wrong}")
         if found:  # a scale of a quantized checkpoint
             name = min(found)
             raise Damaged(f"{self._checkpoint.folder}: {name} holds {found[name]}; the checkpoint is damaged")
@@ -98,7 +100,8 @@ def not_finite(tensor: Tensor, limit: float = math.inf) -> str | None:
         return "NaN"
     if math.isinf(largest):
         return "inf"
-    return f"{largest:.6g}, and more than {limit:.6g} cannot be rounded" if largest > limit else None
+    what = "held in float16" if limit == MOST_OF_FLOAT16 else "rounded"
+    return f"{largest:.6g}, and more than {limit:.6g} cannot be {what}" if largest > limit else None
 
 
 def _read(

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantpress.core.errors import BadInput
 from quantpress.engine import guard, pipeline
+from quantpress.engine.job import prepare
 from quantpress.engine.settings import BlockDone
+from quantpress.engine.sources import resolve
 from quantpress.models import vetting
 from quantpress.models.checkpoint import Checkpoint
+from quantpress.recipe import Recipe
 
 from ...tiny import build
 from .test_pipeline import Stop, files, make
@@ -76,3 +80,25 @@ def test_a_killed_run_ends_with_the_same_files_and_another_model_is_refused(
     monkeypatch.setattr(pipeline, "_VETTED_FIRST", 1 << 40)
     make(tmp_path / "first", tmp_path / "model", RTN)
     assert files(tmp_path / "run" / "quantized") == files(tmp_path / "first" / "quantized")
+
+
+def test_what_float16_cannot_hold_is_named_where_config_json_says_float16(tmp_path: Path) -> None:
+    """A norm, which is not rounded, of a bfloat16 model whose config has been edited."""
+    shard, config = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "config.json"
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][3] = 7e4
+    save_file(tensors, shard, {"format": "pt"})
+    recipe = Recipe.model_validate({"name": "x", "weights": {"bits": 4, "group_size": 32}, "method": {"name": "rtn"}})
+
+    def vetted() -> dict[str, str]:
+        job = prepare(recipe, resolve(str(tmp_path / "model"), cache=tmp_path), torch.device("cpu"))
+        with vetting.vetting(job.checkpoint, job.backend.limits) as files:
+            return files.hashes()
+
+    assert vetted()
+    config.write_text(config.read_text().replace('"bfloat16"', '"float16"'))
+    held = (
+        r"model\.norm\.weight holds 70144, and more than 65504 cannot be held in float16; is its dtype in"
+    )
+    with pytest.raises(vetting.Damaged, match=held):
+        vetted()

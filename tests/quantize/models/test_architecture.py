@@ -43,6 +43,7 @@ def config(family: str, folder: Path) -> dict[str, Any]:
         ({"architectures": ["LlamaForSequenceClassification"]}, "is a classification or reward model"),
         ({"model_type": "mllama", "text_config": {"cross_attention_layers": [1, 3]}}, "blocks 1, 3 run on images only"),
         ({"text_config": {"model_type": "qwen2"}}, "a llama model has no text_config, and transformers does not load"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0; it has to be at least 1, or null"),
         ({"model_type": "cpmant"}, "puts tokens of its own before the text"),
         ({"model_type": "idefics"}, "run on images only"),
         ({"dtype": "auto"}, "dtype 'auto' is not bfloat16"),

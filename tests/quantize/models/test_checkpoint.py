@@ -232,6 +232,7 @@ def header(content: object, data: bytes = b"\0" * 8) -> bytes:
         (header({"w": {"shape": [2]}}), "tensor w"),
         (header({"w": []}), "tensor w"),
         (header([]), "corrupt"),
+        (header({"__metadata__": {"format": "pt", "n": 3}}, b""), "__metadata__ has to be texts by name"),
     ],
 )
 def test_corrupt_files_are_named(raw: bytes, message: str, tmp_path: Path) -> None:
