@@ -61,8 +61,8 @@ class Moments:
         difference = original - factor
         if self._weights:
             outputs = torch.cat([_outputs(difference, weight) for weight in self._weights], 1)
-            self._add("moved", outputs.to(factor.dtype) if outputs.is_cuda else outputs, factor)
-            self._of_lane("powers").add_(outputs.square_().sum(0))
+            self._add("moved", outputs.to(factor.dtype), factor)
+            self._of_lane("powers").add_(outputs.to(torch.float32).square_().sum(0))
             return
         self._add("drift", difference, factor)
         self._add("squares", difference, difference)
@@ -74,7 +74,7 @@ class Moments:
             # No zeros to be written and read.
             self._lane[name] = self._like.new_empty(self._shapes[name], dtype=torch.float32)
             _add_16_bit(self._lane[name], left, right, first=True)
-        elif name in ("moment", "moved") or as_they_are or left.is_cuda:  # errors are small differences of these
+        elif name == "moment" or as_they_are or left.is_cuda:  # errors are small differences of it
             add_product(self._of_lane(name), left, right)
         else:
             _add_of_differences(self._of_lane(name), left, right)
@@ -227,10 +227,10 @@ def _add_of_differences(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _outputs(x: Tensor, weight: Tensor) -> Tensor:
-    """x [tokens, in] times weight [out, in], float32."""
+    """x [tokens, in] times weight [out, in], in x's dtype, or in float32 where a GPU sums up in that."""
     if _sums_in_float32(x.device, x.dtype):
         return torch.mm(x, weight.to(x.dtype).T, out_dtype=torch.float32)
-    return x.to(torch.float32) @ weight.to(torch.float32).T
+    return x @ weight.to(x.dtype).T
 
 
 def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

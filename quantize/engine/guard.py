@@ -33,11 +33,12 @@ _NOT_MADE = (BadInput, ArithmeticError, AttributeError, LookupError, RuntimeErro
 _NARROWER = {"hidden_size": 256}  # tried first: not every class makes a model with fewer columns a head
 
 
-def check_forward(folder: Path, original: TensorReader, parameters: int) -> ForwardCheck:
+def check_forward(folder: Path, skeleton: Skeleton, original: TensorReader, parameters: int) -> ForwardCheck:
     """Compare the states that leave each block. Raises BadInput naming the first block that computes something else.
 
-    folder, original: the checkpoint, none of its weights quantized. parameters: their number. A model that is too large
-    is compared as a twin: the same config with the first blocks only, narrower, and random weights.
+    skeleton: of the model in folder. original: its checkpoint, none of its weights quantized. parameters: their number.
+    A model that is too large is compared as a twin: the same config with the first blocks only, narrower, and random
+    weights.
     """
     if 8 * parameters < machine.available_memory_bytes() and 4 * parameters <= _WHOLE_BYTES:
         try:
@@ -52,18 +53,18 @@ def check_forward(folder: Path, original: TensorReader, parameters: int) -> Forw
         del whole  # both at once would be the most memory that a small model's run takes
         machine.release_memory()
         return ForwardCheck(compared="the whole model", difference=_difference(wanted, exact, tokens))
-    narrow = _compared_twin(original, _NARROW | _NARROWER)
+    narrow = _compared_twin(skeleton, _NARROW | _NARROWER)
     if narrow.difference is not None:
         return narrow
-    return _compared_twin(original, _NARROW, last=True)
+    return _compared_twin(skeleton, _NARROW, last=True)
 
 
-def _compared_twin(original: TensorReader, narrow: Mapping[str, int], last: bool = False) -> ForwardCheck:
+def _compared_twin(skeleton: Skeleton, narrow: Mapping[str, int], last: bool = False) -> ForwardCheck:
     """The comparison of a twin with random weights. Where it is not the `last` that is tried, nothing is raised for one
     that cannot be run, or that computes something else.
     """
     try:
-        config = _smaller(Skeleton(original, device=torch.device("cpu")), narrow)
+        config = _smaller(skeleton, narrow)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             twin = _twin(config)

@@ -224,10 +224,11 @@ class BlockRounding:
             moved = weight.to(torch.float32) @ shared.drift  # once for the rounder and for the error
         result, notes = _round(self._method, weight, stack, moved)
         notes += [refused] if refused else []
-        new = result.linear.dequantize()
+        new = result.linear.dequantize() if result.weight is None else result.weight
         power = stack.of_rows(shared.drift_power)
         power = None if power is None else power[rows]
-        error = layer_error(weight.to(torch.float32), new, shared.moment, shared.drift, power, moved)
+        told = shared.moment, shared.drift, power, moved, result.off_power
+        error = layer_error(weight.to(torch.float32), new, *told)
         return Solved(result.linear, error.error, error.power, error.measure, result.damp, notes), new
 
     def _keep_solved(self, stack: _Stack, solved: Solved, new: Tensor | None) -> None:
@@ -356,7 +357,8 @@ class BlockRounding:
             if not math.isfinite(error + power):
                 raise BadInput(f"{one.linear.name}: its weights or inputs are too large to be rounded in float32")
             clipped = None if one.clipped is None else clipped_note(int(figures[one.clipped]), one.groups)
-            lost = _LOST if power > 0 and math.isclose(error, power, rel_tol=1e-6) else None
+            all_lost = power > 0 and math.isclose(error, power, rel_tol=1e-3)  # as GPTQ knows it, to a few digits
+            lost = _LOST if all_lost and not self.rounded[one.linear.name].dequantize().any() else None
             notes, tokens = "; ".join(filter(None, (one.raised, clipped, lost, *one.notes))), one.tokens
             made = record(one.linear, one.grid).changed(
                 **error_fields(error, power, one.measure, tokens), damp=one.damp, tokens=tokens, note=notes or None

@@ -34,7 +34,7 @@ def gptq(
     e_i = w_i - q_i the error of the updated column i. U is the inverse of one triangular factor of H; H itself is
     never inverted. `moment` [in, in] = X^T X (H without its factor 2, which cancels); the solve runs in its dtype,
     float32 in a run. `drift` [in, in] = (X0 - X)^T X with X0 the same inputs in the original model; where it is given,
-    QEP corrects the weight first (`corrected`). moved [out, in] = W drift, given in its place. Without `settings.damp`
+    QEP corrects the weight first (`correct_`). moved [out, in] = W drift, given in its place. Without `settings.damp`
     it is 0.01, since how many tokens the moment is of is not known here.
 
     Raises ValueError without a moment, or when no damping up to 10 makes it positive definite.
@@ -45,25 +45,27 @@ def gptq(
     columns, stored = grid.columns(in_features), scale_dtype(weight, grid)
     order = column_order(moment.diagonal(), columns, settings.order, grid.span(in_features))
     asked = settings.damp or LEAST_DAMP
-    feedback, variance, damp = factor(moment[order[:, None], order], asked)
+    feedback, variance, damp = factor(moment.index_select(0, order).index_select(1, order), asked)
     if drift is not None:
         moved = weight.to(moment.dtype) @ drift
+    w = _in_order(weight.to(moment.dtype), order)  # a column to round is one run of memory
+    gain = None
     if moved is not None:
-        weight = corrected(weight.to(moment.dtype), moved, order, feedback, variance, settings.error_correction)
-    fitting = GroupScales(weight, grid, stored)
+        gain = correct_(w, _in_order(moved, order), feedback, variance, settings.error_correction)
+    fitting = GroupScales(w.T, grid, stored)
 
-    w = weight.to(moment.dtype).T[order].contiguous()  # [in, out]: a column to round is one run of memory
     state = _Solve(w, feedback, torch.empty_like(w), torch.empty_like(w))
     importance = variance if settings.weighted_scales else None
 
     with one_thread():
         if settings.order == "activation" and settings.static_groups:
-            natural = importance[order.argsort()] if importance is not None else None
+            back = order.argsort()
+            natural, whole = importance[back] if importance is not None else None, w[back].T.contiguous()
             for start in range(0, in_features, columns):
                 part, wide = slice(start, start + columns), slice(start, start + fitting.span)
                 if start % fitting.span == 0:
-                    fitting.reach(start // columns, weight[:, wide], None if natural is None else natural[wide])
-                fitting.fit(start // columns, weight[:, part], None if natural is None else natural[part])
+                    fitting.reach(start // columns, whole[:, wide], None if natural is None else natural[wide])
+                fitting.fit(start // columns, whole[:, part], None if natural is None else natural[part])
             group_of = order // columns
             scales, zeros = fitting.scales[group_of], fitting.zeros[group_of]
             state.solve(0, in_features, w, scales, zeros, grid)
@@ -90,7 +92,15 @@ def gptq(
     numbers[order] = state.numbers
     linear = replace(fitting.linear(numbers.T), g_idx=g_idx)
     notes = filter(None, (raised_note(asked, damp), fitting.clipped))
-    return Rounded(linear, damp, "; ".join(notes) or None)
+    power = variance @ state.error.square_()  # of Q less the weight that the solve began with, by H with its damping
+    del state, numbers, w
+    rounded = linear.dequantize()
+    off = rounded.to(moment.dtype) - weight
+    if moved is not None and gain is not None:
+        strength = settings.error_correction
+        power += 2 * strength * (off * moved).sum(1) - strength**2 * gain
+    power -= off.square_()[:, order] @ added(moment.diagonal()[order], damp)
+    return Rounded(linear, damp, "; ".join(notes) or None, rounded, power.clamp_(min=0))
 
 
 def raised_note(asked: float, damp: float) -> str | None:
@@ -159,24 +169,34 @@ def column_order(diagonal: Tensor, columns: int, order: str, span: int = 0) -> T
     return torch.cat([inside.gather(-2, among[..., None].expand_as(inside)).flatten(-2), last], -1)
 
 
-def corrected(
-    weight: Tensor, moved: Tensor, order: Tensor, feedback: Tensor, variance: Tensor, strength: float
-) -> Tensor:
-    """The weight [out, in] corrected for the error that its inputs already carry.
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """The columns of x [out, in] in `order`, each one run of memory: [in, out]."""
+    return x.T.contiguous().index_select(0, order)
+
+
+def correct_(w: Tensor, lacking: Tensor, feedback: Tensor, variance: Tensor, strength: float) -> Tensor:
+    """Correct w [in, out], the weight's columns in solving order, for the error that its inputs already carry.
 
     QEP (arXiv:2504.09629, 4.2): at strength 1, W + strength * W (X0 - X)^T X H^-1 is the least-squares weight that maps
-    the actual inputs X to what W makes of the original ones, X0. moved [out, in] = W (X0 - X)^T X. H, rows and columns
-    in `order`, is given as `factor` returns it: H^-1 = V^T diag(variance)^-1 V with V = I - feedback^T.
+    the actual inputs X to what W makes of the original ones, X0. lacking [in, out] = (W (X0 - X)^T X)^T, which is
+    overwritten. H is given as `factor` returns it: H^-1 = V^T diag(variance)^-1 V with V = I - feedback^T. Returns
+    lacking^T H^-1 lacking for each row of the weight, [out].
     """
-    lacking, parts = moved[:, order], panels(len(order))
-    for part in parts:  # a column takes from later ones only, which have not changed yet
-        rest = slice(part.start, None)
-        lacking[:, part] = torch.addmm(lacking[:, part], lacking[:, rest], feedback[rest, part], alpha=-1)
-    lacking.div_(variance)
-    for part in reversed(parts):
-        done = slice(0, part.stop)
-        lacking[:, part] = torch.addmm(lacking[:, part], lacking[:, done], feedback[part, done].T, alpha=-1)
-    return weight.add(lacking[:, order.argsort()], alpha=strength)
+    parts, made = panels(len(w)), torch.empty_like(w)
+    for part in parts:
+        torch.addmm(lacking[part], feedback[part.start :, part].T, lacking[part.start :], alpha=-1, out=made[part])
+    scaled = made / variance[:, None]
+    gain = made.mul_(scaled).sum(0)
+    for part in parts:
+        torch.addmm(scaled[part], feedback[part, : part.stop], scaled[: part.stop], alpha=-1, out=lacking[part])
+    w.add_(lacking, alpha=strength)
+    return gain
+
+
+def added(diagonal: Tensor, damp: float) -> Tensor:
+    """What `factor` adds to H's diagonal [in]."""
+    mean = diagonal.mean()
+    return torch.where(diagonal == 0, mean, 0) + damp * mean
 
 
 def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:

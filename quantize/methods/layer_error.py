@@ -54,6 +54,7 @@ def layer_error(
     drift: Tensor | None = None,
     drift_power: Tensor | None = None,
     moved: Tensor | None = None,
+    off_power: Tensor | None = None,
 ) -> LayerError:
     """The error of `rounded` Q in place of `weight` W, both [out, in] float32, from sums over the tokens.
 
@@ -66,18 +67,18 @@ def layer_error(
         ||X0 w||^2       = w H w^T + 2 w M w^T + ||D w||^2
 
     `drift_power` [out] is the last term, which H and M do not determine. moved = W M [out, in] may be given in M's
-    place. Without a moment the error is that of the
+    place, and off_power = e H e^T [out] where it is known. Without a moment the error is that of the
     weight itself; a moment [in], an importance matrix, weights its columns.
     """
     off = rounded - weight
-    error, power = output_power(off, moment), output_power(weight, moment)
+    error, power = output_power(off, moment) if off_power is None else off_power, output_power(weight, moment)
     if moment is None or moment.dim() == 1:
         return LayerError(error, power, "weight" if moment is None else "weight_by_importance")
     if moved is None and drift is not None:
         moved = weight @ drift
     if moved is None or drift_power is None:
         return LayerError(error, power, "output_local")
-    error += drift_power - 2 * (moved * off).sum(1)
+    error = error + drift_power - 2 * (moved * off).sum(1)
     power += drift_power + 2 * (moved * weight).sum(1)
     # Where the parts cancel almost fully, their own rounding may leave less than nothing.
     return LayerError(error.clamp_(min=0), power, "output_accumulated")

@@ -20,7 +20,9 @@ from .test_pipeline import make
 
 
 def checked(folder: Path) -> ForwardCheck:
-    return guard.check_forward(folder, Checkpoint(folder), 1_000_000)
+    checkpoint = Checkpoint(folder)
+    skeleton = Skeleton(checkpoint, device=torch.device("cpu"))
+    return guard.check_forward(folder, skeleton, checkpoint, 1_000_000)
 
 
 def test_a_run_says_that_its_blocks_compute_what_the_model_computes(tmp_path: Path) -> None:

@@ -125,7 +125,9 @@ def test_layers_beyond_the_model_are_left_out_by_name(tmp_path: Path) -> None:
 def test_a_large_model_is_compared_without_its_towers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("qwen3_5_moe", tmp_path)
     monkeypatch.setattr(guard, "_WHOLE_BYTES", 0)
-    check = guard.check_forward(tmp_path, OriginalCheckpoint(tmp_path), 1_000_000)
+    checkpoint = OriginalCheckpoint(tmp_path)
+    skeleton = Skeleton(checkpoint, device=torch.device("cpu"))
+    check = guard.check_forward(tmp_path, skeleton, checkpoint, 1_000_000)
     assert check.compared == "a twin with 3 blocks"
     assert check.difference is not None
     assert check.difference < 1e-4

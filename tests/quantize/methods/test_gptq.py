@@ -1,5 +1,7 @@
 """GPTQ against its definition, and the properties that make it worth having."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantpress.formats import ggml_blocks as ggml
-from quantpress.methods.gptq import column_order, corrected, factor, gptq
+from quantpress.methods.gptq import column_order, correct_, factor, gptq
 from quantpress.methods.layer_error import output_power
 from quantpress.methods.rtn import rtn
 from quantpress.numbers.ggml_scales import fit_super
@@ -316,12 +318,40 @@ def test_corrected_is_the_least_squares_weight() -> None:
     moment, drift = actual.T @ actual, (original - actual).T @ actual
     best = torch.linalg.lstsq(actual, original @ weight.T).solution.T
     order = torch.randperm(24)
-    feedback, variance, _ = factor(moment[order][:, order], 1e-12)
-    torch.testing.assert_close(corrected(weight, weight @ drift, order, feedback, variance, 1.0), best)
-    half = corrected(weight, weight @ drift, order, feedback, variance, 0.5)
-    torch.testing.assert_close(half, (weight + best) / 2)
-    none = corrected(weight, torch.zeros_like(weight), order, feedback, variance, 1.0)
-    torch.testing.assert_close(none, weight)
+    factored = factor(moment[order][:, order], 1e-12)
+    torch.testing.assert_close(corrected(weight, weight @ drift, order, factored, 1.0), best)
+    torch.testing.assert_close(corrected(weight, weight @ drift, order, factored, 0.5), (weight + best) / 2)
+    torch.testing.assert_close(corrected(weight, torch.zeros_like(weight), order, factored, 1.0), weight)
+
+
+def corrected(
+    weight: Tensor, moved: Tensor, order: Tensor, factored: tuple[Tensor, Tensor, float], strength: float
+) -> Tensor:
+    """[out, in], after `correct_`, whose answer is moved H^-1 moved^T of each row."""
+    w, back = weight.T[order].contiguous(), order.argsort()
+    gain = correct_(w, moved.T[order].contiguous(), *factored[:2], strength)
+    if strength:
+        torch.testing.assert_close(gain, ((w[back].T - weight) * moved).sum(1) / strength)
+    return w[back].T
+
+
+@pytest.mark.parametrize("order", ["group_aware", "activation", "natural"])
+@pytest.mark.parametrize("damp", [0.01, 0.5])
+def test_the_error_it_knows_is_that_of_the_rounded_weight(order: Literal["natural"], damp: float) -> None:
+    """With a column no token reaches, and QEP's correction at several strengths."""
+    make = torch.Generator().manual_seed(2)
+    original = torch.randn(300, 64, generator=make, dtype=torch.float64)
+    actual = original + 0.1 * torch.randn(300, 64, generator=make, dtype=torch.float64)
+    original[:, 5] = actual[:, 5] = 0
+    weight = torch.randn(9, 64, generator=make, dtype=torch.float64)
+    moment, drift = actual.T @ actual, (original - actual).T @ actual
+    for told, strength in ((None, 0.5), (drift, 0.5), (drift, 1.0)):
+        s = Gptq(order=order, damp=damp, error_correction=strength)
+        done = gptq(weight, Grid(bits=4, group_size=16), s, moment, told)
+        assert done.weight is not None
+        assert torch.equal(done.weight, done.linear.dequantize())
+        wanted = output_power(done.weight.double() - weight, moment)
+        torch.testing.assert_close(done.off_power, wanted, rtol=1e-3, atol=0)
 
 
 def test_a_wide_hessian_is_factored_and_corrected_in_parts() -> None:
@@ -334,7 +364,7 @@ def test_a_wide_hessian_is_factored_and_corrected_in_parts() -> None:
     upper = torch.linalg.cholesky(torch.linalg.inv(moment[order][:, order]), upper=True)
     torch.testing.assert_close(variance, upper.diagonal().square().reciprocal())
     torch.testing.assert_close(feedback, -(upper / upper.diagonal()[:, None]).T.tril(-1))
-    found = corrected(weight, moved, order, feedback, variance, 0.5)
+    found = corrected(weight, moved, order, (feedback, variance, 0.0), 0.5)
     torch.testing.assert_close(found, weight + 0.5 * torch.linalg.solve(moment, moved.T).T)
 
 
