@@ -30,10 +30,11 @@ class Readers:
         if (unread := skeleton.fused_experts & UNREAD) and self._single_experts:
             others = {x.name for x in self._quantized if skeleton.experts_around(x) is None}
             share = quantized_share(skeleton, self.setup.linears, others)
+            patterns = ", ".join(f'"*.{name}.*"' for name in sorted(skeleton.experts_names))
             raise BadInput(
                 f"{self._kind}: nothing loads the experts of {min(unread)} quantized, neither transformers nor a "
-                f"server; write a GGUF file if llama.cpp has the family, or leave them out with `ignore`, and "
-                f"{share:.0%} of the blocks' weights are quantized"
+                "server; write a GGUF file if llama.cpp has the family, or leave them in 16 bit, and quantize "
+                f"{share:.0%} of the blocks' weights: `ignore: [{patterns}]`"
             )
         if self.setup.recipe.targets or (why := self._why_not_transformers) is None:
             return

@@ -47,6 +47,7 @@ _POSITIVE = (
 )  # fmt: skip
 # Settings of a rotary embedding that no number of 0 or below can be.
 _ABOVE_0 = {"rope_theta", "factor", "short_factor", "long_factor", "original_max_position_embeddings"}
+_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "num_experts_per_token")
 
 
 def model_config(config: Mapping[str, Any]) -> Any:
@@ -193,6 +194,14 @@ def special_tokens(config: Any) -> set[int]:
             elif str(key).endswith(("_token_id", "_token_index")):
                 found |= {one for one in (value if isinstance(value, list) else [value]) if type(one) is int}
     return found
+
+
+def experts_per_token(config: Any) -> int | None:
+    """To how many experts a model sends each token; None where its config does not say, or says it layer by layer."""
+    settings = config.to_dict()
+    settings |= settings.get("ffn_config") or {}
+    chosen = next((settings[name] for name in _PER_TOKEN if settings.get(name) is not None), None)
+    return chosen if isinstance(chosen, int) else None
 
 
 def check_block_count(config: Any, tensors: int) -> None:

@@ -20,6 +20,7 @@ from .architecture import (
     check_outside_blocks,
     decoder_config,
     empty_model,
+    experts_per_token,
     model_config,
     stated_dtype,
 )
@@ -83,7 +84,7 @@ class PlacedModel:
             {path: len(part) for path, part in block.named_modules() if isinstance(part, CONTAINERS)}
             for block in self._blocks
         ]
-        self.experts_per_token = _experts_per_token(self.config)
+        self.experts_per_token = experts_per_token(self.config)
         self._check_names()
         outside = [self.disk_name(name) for name in self._unplaced_shell()]
         check_outside_blocks(self.config.model_type, outside, [f"{name}.weight" for name in self.head_names()])
@@ -254,6 +255,11 @@ class PlacedModel:
         return next((n for path, n in containers if linear.module.startswith(f"{path}.")), None)
 
     @property
+    def experts_names(self) -> set[str]:
+        """What the modules are called that hold experts, in their own block's or attention's module."""
+        return {path.rpartition(".")[2] for containers in self._experts for path in containers}
+
+    @property
     def tells_experts_apart(self) -> bool:
         """Whether every expert of the model is given plain hidden states, of any tokens one likes."""
         modules = (module for block in self._blocks for module in block.modules())
@@ -385,16 +391,6 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise BadInput(f"config.json: dtype {name!r} is not bfloat16, float16 or float32")
     return dtype  # type: ignore[no-any-return]
-
-
-_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "num_experts_per_token")
-
-
-def _experts_per_token(config: Any) -> int | None:
-    settings = config.to_dict()
-    settings |= settings.get("ffn_config") or {}
-    chosen = next((settings[name] for name in _PER_TOKEN if settings.get(name) is not None), None)
-    return chosen if isinstance(chosen, int) else None
 
 
 def _find_blocks(model: Any, counts: Sequence[int | None]) -> tuple[str, nn.ModuleList]:

@@ -151,7 +151,7 @@ def test_experts_cost_the_tokens_that_reach_them(tmp_path: Path, monkeypatch: py
     """Two of four experts a token: half of what all of them would cost, in passes of two models and their sums."""
     build("mixtral", tmp_path / "model", torch.bfloat16)
     two = planned(tmp_path / "model", "cpu", monkeypatch, samples=64, seq_len=64).operations
-    monkeypatch.setattr(placed_model, "_experts_per_token", lambda config: 4)
+    monkeypatch.setattr(placed_model, "experts_per_token", lambda config: 4)
     four = planned(tmp_path / "model", "cpu", monkeypatch, samples=64, seq_len=64).operations
     expert = sum(4 * n * out + 4 * n * n for n, out in ((64, 96), (64, 96), (96, 64)))
     assert four - two == 2 * 4 * (64 * 64 / 2) * expert  # 2 blocks of 4 experts, half of all tokens

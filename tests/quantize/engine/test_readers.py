@@ -164,12 +164,25 @@ def test_experts_that_transformers_takes_apart_are_loaded(tmp_path: Path) -> Non
     assert not [note for note in prepared(tmp_path).plan.notes if "does not load" in note]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("dbrx", "DbrxExpertGLU"), ("aria_text", "Aria[A-Za-z]+")])
-def test_experts_that_nothing_loads_are_refused_whatever_the_target(family: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind", "share"),
+    [
+        ("dbrx", "DbrxExpertGLU", "33%"),
+        ("aria_text", "Aria[A-Za-z]+", "29%"),
+        ("jetmoe", "JetMoeParallelExperts", "14%"),
+    ],
+)
+def test_experts_that_nothing_loads_are_refused_whatever_the_target(
+    family: str, kind: str, share: str, tmp_path: Path
+) -> None:
     families.build(family, tmp_path)
-    with pytest.raises(BadInput, match=f"nothing loads the experts of {kind} quantized"):
+    with pytest.raises(BadInput, match=f"nothing loads the experts of {kind} quantized") as error:
         prepared(tmp_path, targets=["vllm"])
-    prepared(tmp_path, ignore=["*.experts.*"])
+    _, advice = str(error.value).split(
+        f"or leave them in 16 bit, and quantize {share} of the blocks' weights: `ignore: "
+    )
+    plan = prepared(tmp_path, ignore=json.loads(advice.rstrip("`"))).plan
+    assert f"{plan.quantized_share:.0%}" == share
 
 
 def test_few_linears_that_the_groups_do_not_fill_stay_and_are_named(tmp_path: Path) -> None:

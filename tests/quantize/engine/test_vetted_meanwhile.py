@@ -97,8 +97,6 @@ def test_what_float16_cannot_hold_is_named_where_config_json_says_float16(tmp_pa
 
     assert vetted()
     config.write_text(config.read_text().replace('"bfloat16"', '"float16"'))
-    held = (
-        r"model\.norm\.weight holds 70144, and more than 65504 cannot be held in float16; is its dtype in"
-    )
+    held = r"model\.norm\.weight holds 70144, and more than 65504 cannot be held in float16; is its dtype in"
     with pytest.raises(vetting.Damaged, match=held):
         vetted()
