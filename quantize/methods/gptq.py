@@ -92,14 +92,15 @@ def gptq(
     numbers[order] = state.numbers
     linear = replace(fitting.linear(numbers.T), g_idx=g_idx)
     notes = filter(None, (raised_note(asked, damp), fitting.clipped))
-    power = variance @ state.error.square_()  # of Q less the weight that the solve began with, by H with its damping
+    # Of Q less the weight that the solve began with, by H with its damping.
+    power = _total_(state.error.square_().mul_(variance[:, None]))
     del state, numbers, w
     rounded = linear.dequantize()
     off = rounded.to(moment.dtype) - weight
     if moved is not None and gain is not None:
         strength = settings.error_correction
         power += 2 * strength * (off * moved).sum(1) - strength**2 * gain
-    power -= off.square_()[:, order] @ added(moment.diagonal()[order], damp)
+    power -= off.square_().mul_(added(moment.diagonal(), damp)).sum(1)
     return Rounded(linear, damp, "; ".join(notes) or None, rounded, power.clamp_(min=0))
 
 
@@ -174,6 +175,17 @@ def _in_order(x: Tensor, order: Tensor) -> Tensor:
     return x.T.contiguous().index_select(0, order)
 
 
+def _total_(x: Tensor) -> Tensor:
+    """The sum [out] of x [in, out], which is overwritten; with the same bits whatever the number of rows of the weight,
+    of which processes round parts.
+    """
+    while len(x) > 1:
+        half = len(x) // 2
+        x[:half].add_(x[-half:])
+        x = x[: len(x) - half]
+    return x[0].clone()
+
+
 def correct_(w: Tensor, lacking: Tensor, feedback: Tensor, variance: Tensor, strength: float) -> Tensor:
     """Correct w [in, out], the weight's columns in solving order, for the error that its inputs already carry.
 
@@ -186,7 +198,7 @@ def correct_(w: Tensor, lacking: Tensor, feedback: Tensor, variance: Tensor, str
     for part in parts:
         torch.addmm(lacking[part], feedback[part.start :, part].T, lacking[part.start :], alpha=-1, out=made[part])
     scaled = made / variance[:, None]
-    gain = made.mul_(scaled).sum(0)
+    gain = _total_(made.mul_(scaled))
     for part in parts:
         torch.addmm(scaled[part], feedback[part, : part.stop], scaled[: part.stop], alpha=-1, out=lacking[part])
     w.add_(lacking, alpha=strength)
