@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantpress.numbers.grid import BLOCK, QuantizedLinear, fit, scale_dtype, snap
+from quantpress.numbers.fitting import fit
+from quantpress.numbers.grid import BLOCK, QuantizedLinear, scale_dtype, snap
 from quantpress.numbers.types import BlockGrid, Grid
 
 _PIECE = 1 << 22  # weights compared at a time

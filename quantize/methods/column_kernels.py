@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..numbers.grid import E2M1_MAX, E4M3_MAX, SMALLEST_FLOAT_SCALE, SMALLEST_SCALE, end_shifts, ranges
+from ..numbers.fitting import SMALLEST_FLOAT_SCALE, SMALLEST_SCALE, end_shifts, ranges
+from ..numbers.grid import E2M1_MAX, E4M3_MAX
 from ..numbers.types import BlockGrid, Grid
 
 COLUMNS = 128  # solved in one launch; the errors of all of them stay in a lane's registers

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..numbers.grid import SMALLEST_SCALE, QuantizedLinear
+from ..numbers.fitting import SMALLEST_SCALE
+from ..numbers.grid import QuantizedLinear
 
 _SHARE = 0.8  # share of its distance to its code that a latent weight keeps
 

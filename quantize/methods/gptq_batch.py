@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.machine import tf32_products
-from ..numbers.grid import QuantizedLinear, encode, global_scale, scale_dtype, stacked_rows
+from ..numbers.fitting import global_scale
+from ..numbers.grid import QuantizedLinear, encode, scale_dtype, stacked_rows
 from ..numbers.types import Grid
 from ..recipe.methods import LEAST_DAMP, Gptq
 from .column_kernels import COLUMNS, can_fit, fit_scales, solve_columns

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..numbers import ggml_scales as ggml
-from ..numbers.grid import E2M1_MAX, E4M3_MAX, QuantizedLinear, collapse, encode, fit, fit_alone, global_scale
+from ..numbers.fitting import fit, fit_alone, global_scale
+from ..numbers.grid import E2M1_MAX, E4M3_MAX, QuantizedLinear, collapse, encode
 from ..numbers.types import BlockGrid, Grid
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core.machine import one_thread
+from ..numbers.fitting import fit_alone, global_scale
 from ..numbers.ggml_scales import by_size
-from ..numbers.grid import E4M3_MAX, QuantizedLinear, encode, fit_alone, global_scale, scale_dtype, snap
+from ..numbers.grid import E4M3_MAX, QuantizedLinear, encode, scale_dtype, snap
 from ..numbers.types import BlockGrid, Grid
 from ..plugin import MethodSettings
 from .group_scales import GroupScales

@@ -30,7 +30,7 @@ from quantpress.methods import gptq_batch
 from quantpress.models import skeleton as skeletons
 from quantpress.models.block_arguments import SAMPLES_FIRST, Given, ModelArguments
 from quantpress.models.model_tensors import ModelTensors
-from quantpress.numbers import grid as grids
+from quantpress.numbers import fitting
 from quantpress.recipe import Recipe
 
 from .paper_gpu import PaperGpu, PaperValues, replaced
@@ -197,8 +197,8 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     yield replaced(rounding, "kernels_refused", lambda old: lambda *what: None)
     yield replaced(skeletons.Skeleton, "read_block", lambda old: _read_block)
     yield replaced(ModelTensors, "read", lambda old: lambda self, name: torch.empty(0))
-    yield grids._constant.cache_clear
-    grids._constant.cache_clear()
+    yield fitting._constant.cache_clear
+    fitting._constant.cache_clear()
     for attribute, name in (("factor", "factors"), ("correct_", "error correction"), ("fit_scales", "scale search")):
         yield replaced(gptq_batch, attribute, under(name))
     yield replaced(gptq_batch, "solve_columns", lambda old: partial(_solve_columns, gpu))

@@ -41,7 +41,7 @@ from quantpress.methods import gptq_batch as batch  # noqa: E402
 from quantpress.methods.gptq import gptq  # noqa: E402
 from quantpress.methods.kernel_check import kernels_refused  # noqa: E402
 from quantpress.methods.upper_factors import factor_upper_  # noqa: E402
-from quantpress.numbers.grid import fit, global_scale  # noqa: E402
+from quantpress.numbers.fitting import fit, global_scale  # noqa: E402
 from quantpress.numbers.types import BlockGrid, Grid  # noqa: E402
 from quantpress.recipe import Gptq  # noqa: E402
 from quantpress.recipe.methods import LEAST_DAMP  # noqa: E402

@@ -5,7 +5,8 @@ import torch
 
 from quantpress.exports.verifying.gaps import gap, nearest
 from quantpress.exports.verifying.values import impossible, unlike_layers
-from quantpress.numbers.grid import Grid, QuantizedLinear, fit, snap
+from quantpress.numbers.fitting import fit
+from quantpress.numbers.grid import Grid, QuantizedLinear, snap
 
 
 def rounded(weight: torch.Tensor, grid: Grid) -> QuantizedLinear:

@@ -12,8 +12,9 @@ from quantpress.formats import ggml_blocks as ggml
 from quantpress.methods.gptq import column_order, correct_, factor, gptq
 from quantpress.methods.layer_error import output_power
 from quantpress.methods.rtn import rtn
+from quantpress.numbers.fitting import fit, global_scale
 from quantpress.numbers.ggml_scales import fit_super
-from quantpress.numbers.grid import Grid, fit, global_scale, snap
+from quantpress.numbers.grid import Grid, snap
 from quantpress.numbers.types import BlockGrid, GgmlType
 from quantpress.recipe import Gptq, Rtn
 from quantpress.recipe.methods import LEAST_DAMP

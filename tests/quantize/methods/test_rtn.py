@@ -8,8 +8,9 @@ from quantpress.methods.fake_quant import storable
 from quantpress.methods.group_scales import GroupScales
 from quantpress.methods.layer_error import layer_error
 from quantpress.methods.rtn import _snap_and_encode, rtn, rtn_by_rows
+from quantpress.numbers.fitting import SMALLEST_SCALE
 from quantpress.numbers.ggml_scales import by_size
-from quantpress.numbers.grid import SMALLEST_SCALE, encode, snap
+from quantpress.numbers.grid import encode, snap
 from quantpress.numbers.types import BlockGrid, GgmlType, Grid
 from quantpress.recipe import Rtn
 

@@ -1,6 +1,7 @@
 """Scales and codes against their definitions, and against the library that reads them."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from quantpress.numbers import grid as grid_module
-from quantpress.numbers.grid import Grid, QuantizedLinear, fit, scale_dtype, snap
+from quantpress.numbers import fitting
+from quantpress.numbers.fitting import fit
+from quantpress.numbers.grid import Grid, QuantizedLinear, scale_dtype, snap
 from quantpress.numbers.types import Bits
 
 BITS: tuple[Bits, ...] = (2, 3, 4, 5, 8)
@@ -197,8 +199,40 @@ def test_rows_searched_in_pieces_are_searched_alike(symmetric: bool, monkeypatch
     w, importance = weights(rows=33), torch.linspace(0.5, 2, 64)
     grid = Grid(bits=3, group_size=-1, symmetric=symmetric)
     whole = fit(w, grid, torch.bfloat16, importance)
-    monkeypatch.setattr(grid_module, "_CHUNK", 4 * 64 * 5)  # five rows at a time, three left over
+    monkeypatch.setattr(fitting, "_CHUNK", 4 * 64 * 5)  # five rows at a time, three left over
     assert_close(fit(w, grid, torch.bfloat16, importance), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_ranges_that_clip_too_much_are_left_out_without_a_change(
+    bits: Bits, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows with light and heavy tails, of one sign, of zeros, and with two weights alone."""
+    make = torch.Generator().manual_seed(0)
+    w = torch.randn(60, 64, generator=make)
+    w[20:40] = w[20:40] ** 3
+    w[40:45].abs_()
+    w[50:55] = 0
+    w[55:, 2:] = 0
+    grid, tried = Grid(bits=bits, group_size=-1, symmetric=symmetric), 0
+    left_out = fitting._losses
+
+    def plain(weight: Tensor, scales: Tensor, zeros: Tensor, _: Any, __: Any, loss: Any) -> Tensor:
+        return torch.stack([loss(*pair, weight) for pair in zip(scales[..., None], zeros[..., None], strict=True)])
+
+    def counted(weight: Tensor, scales: Tensor, *given: Any) -> Tensor:
+        nonlocal tried
+        found = left_out(weight, scales, *given)
+        tried += int(found.isfinite().sum())
+        return found
+
+    monkeypatch.setattr(fitting, "_losses", counted)
+    found = fit(w, grid, torch.bfloat16)
+    monkeypatch.setattr(fitting, "_losses", plain)
+    assert_close(found, fit(w, grid, torch.bfloat16), rtol=0, atol=0)
+    if bits >= 4:
+        assert tried < 0.8 * 13 * len(w)
 
 
 @pytest.mark.parametrize("search", ["minmax", "mse"])

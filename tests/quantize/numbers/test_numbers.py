@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quantpress.methods import ROUNDERS
 from quantpress.numbers.activations import columns_of, measured, round_inputs, static_int8
-from quantpress.numbers.grid import Grid, Inputs, decode, encode, fit, global_scale, ranges, scale_dtype, snap
+from quantpress.numbers.fitting import fit, global_scale, ranges
+from quantpress.numbers.grid import Grid, Inputs, decode, encode, scale_dtype, snap
 from quantpress.numbers.types import Activations, NumberType, ScaleSearch
 from quantpress.recipe import Gptq, Rtn
 
