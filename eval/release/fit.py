@@ -137,7 +137,7 @@ def fit(
     wanted = {"name": target, "max_model_len": context, "max_num_seqs": concurrency}
     loader = parse_target(wanted, "target").loader
     look = _Look(model, wanted, options or Options(), config_only)
-    first = look.first(_plain(loader.formats))
+    first = look.first(_plain(loader.formats, wanted))
     held = cache(first.skeleton.config, None, _dtype(first), need.context)
     whole = need.concurrency * cache_bytes(held, need.context)
     found = _tried(look, need, loader, whole, first.plan.original_bytes)
@@ -220,10 +220,15 @@ class _Look:
         """Raises BadInput for what model, recipe or target refuse."""
         return plan_job(self._recipe(document), self.options, config_only=self.config_only)[0]
 
-    def first(self, document: Mapping[str, Any]) -> Job:
-        """Of any recipe that can be planned, to know the model."""
-        plain = parse({"model": self.model} | dict(document))
-        return plan_job(plain, self.options, config_only=self.config_only)[0]
+    def first(self, documents: Sequence[Mapping[str, Any]]) -> Job:
+        """Of the first of these recipes that can be planned, to know the model; raises what the first one raises."""
+        refused: list[BadInput] = []
+        for document in documents:
+            try:
+                return plan_job(parse({"model": self.model} | document), self.options, config_only=self.config_only)[0]
+            except BadInput as error:
+                refused.append(error)
+        raise refused[0]
 
     def option(self, name: str, document: Mapping[str, Any], why: str, room: int | None) -> Option:
         shown = {"model": self.model} | dict(document) | {"targets": [dict(self.target)]}
@@ -281,11 +286,13 @@ def _gguf(room: int | None) -> Iterator[tuple[str, dict[str, Any], str]]:
         yield kind.lower(), base | {"gguf": {"type": kind}}, f"llama.cpp's mix of about {bits} bits"
 
 
-def _plain(formats: Sequence[str]) -> dict[str, Any]:
-    """A recipe that nearly every model takes, to learn its sizes."""
+def _plain(formats: Sequence[str], target: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Recipes of which nearly every model takes one, to learn its sizes: transformers loads no experts that are written
+    one by one, which the target may, and no format but GPTQ holds the weights of a Conv1D."""
     if list(formats) == [_GGUF]:
-        return {"formats": [_GGUF], "gguf": {"type": "Q8_0"}, "method": "rtn"}
-    return {"weights": {"bits": 8, "group_size": -1}, "method": "rtn"}
+        return [{"formats": [_GGUF], "gguf": {"type": "Q8_0"}, "method": "rtn"}]
+    rows = {"weights": {"bits": 8, "group_size": -1}, "method": "rtn"}
+    return [rows, rows | {"targets": [dict(target)]}, rows | {"formats": ["gptq"]}]
 
 
 def _grid(bits: Any) -> Grid:
