@@ -221,14 +221,16 @@ class _Look:
         return plan_job(self._recipe(document), self.options, config_only=self.config_only)[0]
 
     def first(self, documents: Sequence[Mapping[str, Any]]) -> Job:
-        """Of the first of these recipes that can be planned, to know the model; raises what the first one raises."""
-        refused: list[BadInput] = []
-        for document in documents:
+        """Of the first of these recipes that can be planned, to know the model; raises what the last one raises."""
+        for last, document in enumerate(documents, 1 - len(documents)):
             try:
-                return plan_job(parse({"model": self.model} | document), self.options, config_only=self.config_only)[0]
-            except BadInput as error:
-                refused.append(error)
-        raise refused[0]
+                return plan_job(
+                    parse({"model": self.model} | dict(document)), self.options, config_only=self.config_only
+                )[0]
+            except BadInput:
+                if last == 0:
+                    raise
+        raise AssertionError("no recipe to try")
 
     def option(self, name: str, document: Mapping[str, Any], why: str, room: int | None) -> Option:
         shown = {"model": self.model} | dict(document) | {"targets": [dict(self.target)]}
@@ -292,7 +294,7 @@ def _plain(formats: Sequence[str], target: Mapping[str, Any]) -> list[dict[str, 
     if list(formats) == [_GGUF]:
         return [{"formats": [_GGUF], "gguf": {"type": "Q8_0"}, "method": "rtn"}]
     rows = {"weights": {"bits": 8, "group_size": -1}, "method": "rtn"}
-    return [rows, rows | {"targets": [dict(target)]}, rows | {"formats": ["gptq"]}]
+    return [rows, rows | {"formats": ["gptq"]}, rows | {"targets": [dict(target)]}]
 
 
 def _grid(bits: Any) -> Grid:
