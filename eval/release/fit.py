@@ -222,15 +222,16 @@ class _Look:
 
     def first(self, documents: Sequence[Mapping[str, Any]]) -> Job:
         """Of the first of these recipes that can be planned, to know the model; raises what the last one raises."""
-        for last, document in enumerate(documents, 1 - len(documents)):
+        for document in documents[:-1]:
             try:
-                return plan_job(
-                    parse({"model": self.model} | dict(document)), self.options, config_only=self.config_only
-                )[0]
+                return self._unaimed(document)
             except BadInput:
-                if last == 0:
-                    raise
-        raise AssertionError("no recipe to try")
+                continue
+        return self._unaimed(documents[-1])
+
+    def _unaimed(self, document: Mapping[str, Any]) -> Job:
+        """Without the target, unless the document names it."""
+        return plan_job(parse({"model": self.model} | dict(document)), self.options, config_only=self.config_only)[0]
 
     def option(self, name: str, document: Mapping[str, Any], why: str, room: int | None) -> Option:
         shown = {"model": self.model} | dict(document) | {"targets": [dict(self.target)]}
