@@ -68,7 +68,7 @@ def measure(skeleton: Skeleton, tokens: Tensor, folder: Path, seed: int = 0) -> 
     embedding, use = _through_embedding(skeleton, tokens, gradient)
     found[embedding] = [use]
     for name, use in head.items():
-        found.setdefault(embedding if skeleton.config.tie_word_embeddings else name, []).append(use)
+        found.setdefault(embedding if skeleton.tied else name, []).append(use)
     return found
 
 

@@ -32,12 +32,14 @@ _KINDS: dict[str, dict[str, Any]] = {  # what each is there for
     "mixtral": {},  # rows of other names
     "gpt_oss": {},  # experts with biases
     "deepseek_v2": {"head_dim": 8},  # latents whose rows no group divides, one dense block, a shared expert
-    "gemma3n_text": {"num_hidden_layers": 6},  # embeddings for each block, keys and values shared
+    # embeddings for each block, keys and values shared
+    "gemma3n_text": {"num_hidden_layers": 6, "vocab_size_per_layer_input": len(tokenizer())},
     "qwen3_next": {"num_hidden_layers": 4},  # linear attention
     "falcon_h1": {},  # state spaces beside attention
     "jamba": {"num_hidden_layers": 4},
     "lfm2": {"num_hidden_layers": 4},  # convolutions
 }
+_MULTIMODAL = [kind for kind in multimodal.MULTIMODAL if kind != "step3p7"]  # too narrow for any recipe of fit
 
 
 def _model(kind: str, folder: Path) -> str:
@@ -106,6 +108,6 @@ def test_a_run_writes_what_fit_foretells(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*_KINDS, *multimodal.MULTIMODAL])
+@pytest.mark.parametrize("kind", [*_KINDS, *_MULTIMODAL])
 def test_so_it_does_for_every_kind_and_server(kind: str, tmp_path: Path) -> None:
     assert _check(kind, _TARGETS, tmp_path) >= 3
