@@ -119,7 +119,7 @@ class Gptq(MethodSettings):
         With few tokens the inputs of other text correlate otherwise than those of the calibration, and what later
         columns make up for here does harm there; damped more, they make up for less.
         """
-        return self.damp or min(MOST_DAMP, max(LEAST_DAMP, inputs / max(1, tokens)))
+        return self.damp or min(MOST_DAMP, max(LEAST_DAMP, inputs / (2 * max(1, tokens))))
 
     @property
     def paired(self) -> bool:
