@@ -85,7 +85,7 @@ class Gptq(MethodSettings):
         lt=1,
         strict=False,
         description="damping: this times the mean of the Hessian's diagonal is added to it; by default 0.01, and more "
-        "where a linear sees few tokens for its inputs: inputs / tokens, at most 0.5",
+        "where a linear sees few tokens for its inputs: inputs / (2 x tokens), at most 0.5",
     )
     order: Literal["group_aware", "activation", "natural"] = Field(
         "group_aware",
