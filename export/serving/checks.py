@@ -28,7 +28,7 @@ _PROMPTS = (
 )
 _UNICODE = "Café naïve — Ω≈ç√ 東京 дом 😀👩‍🚀 \u05e9\u05dc\u05d5\u05dd:"
 _MESSAGES: Messages = ({"role": "user", "content": "Name two colours. — 東京 😀"},)
-_STREAM_TOKENS = (24, 96, 256)  # a busy machine may deliver several chunks of a fast server at once
+_STREAM_TOKENS = (24, 96, 256, 256, 256)  # a busy machine may deliver several chunks of a fast server at once
 _SCHEMA = {
     "type": "object", "properties": {"answer": {"type": "string", "enum": ["yes", "no"]}}, "required": ["answer"],
     "additionalProperties": False,
