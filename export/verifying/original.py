@@ -32,6 +32,9 @@ _NEAREST = ((3.0, 1e-6, 0.0, 0.5), (8.0, 1e-6, 0.0, 0.6), (14.0, 1e-6, 0.0, 0.9)
 _CALIBRATED = ((3.0, 0.1, 0.5, 0.7), (4.0, 0.55, 1.0, 0.95), (15.0, 0.6, 1.0, 4.0))
 _STRETCHED = (0.06, 2.0)  # how far columns may be longer or shorter: a constant, and times what rounding loses
 _LONGER = (0.15, 1.5)  # how far a weight as a whole may be longer or shorter; methods clip and shrink by less
+# How much shorter besides, times its recorded error and error correction's strength: of inputs that have nothing of the
+# original's left a strength of 0.5 halves the weight, with an error of 1.25.
+_SHORTER = 0.9
 _NO_GROUPS = 2  # bits at which a calibrated method may leave any value in a group
 
 
@@ -131,7 +134,8 @@ def _gap(pair: _Pair, linear: LinearLayer, scales: _Scales) -> Gap | str:
 def _too_far(pair: _Pair, gaps: Mapping[str, Gap], scales: _Scales, manifest: Manifest | None) -> Iterator[str]:
     """Linears that lost more than their grid loses, as a whole, in a row or in a group."""
     records = {} if manifest is None else {layer.name: layer for layer in manifest.layers}
-    method = "" if manifest is None else str((manifest.recipe.get("method") or {}).get("name"))
+    settings = {} if manifest is None else manifest.recipe.get("method") or {}
+    method, strength = str(settings.get("name")), float(settings.get("error_correction") or 0.0)
     for name, one in gaps.items():
         grid, record = pair.stored.linears[name], records.get(name)
         nearest = method == "rtn" and name not in scales.columns and name not in scales.rows
@@ -149,7 +153,8 @@ def _too_far(pair: _Pair, gaps: Mapping[str, Gap], scales: _Scales, manifest: Ma
                 )
                 break
         else:
-            if abs(one.length - 1) > _LONGER[0] + _LONGER[1] * one.nearest:
+            most = _LONGER[0] + _LONGER[1] * one.nearest
+            if not -most - _SHORTER * strength * own <= one.length - 1 <= most:
                 yield f"{name}: its weights are {one.length:.3g} times the original's: its scales are not its own"
             if one.columns > _STRETCHED[0] + _STRETCHED[1] * one.nearest:
                 yield (

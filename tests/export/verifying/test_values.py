@@ -1,9 +1,13 @@
 """What is said of records that cannot be weights, and of layers that are unlike the others."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from quantpress.exports.verifying.gaps import gap, nearest
+from quantpress.exports.verifying import original
+from quantpress.exports.verifying.gaps import Gap, gap, nearest
 from quantpress.exports.verifying.values import impossible, unlike_layers
 from quantpress.numbers.fitting import fit
 from quantpress.numbers.grid import Grid, QuantizedLinear, snap
@@ -49,6 +53,21 @@ def test_a_gap_is_that_of_rounding_and_of_each_kind_of_damage() -> None:
     assert (off.row, off.group) == (5, 2)
     assert 0.8 < off.worst_group < 1.2  # (2 w - w)^2 / w^2
     assert off.whole < 0.02
+
+
+def test_error_correction_shortens_weights_whose_inputs_are_no_longer_the_originals() -> None:
+    """A block's last linear in a tiny random mixture: 0.78 of its length, its error 0.78 on the inputs it gets."""
+
+    def found(length: float, error: float, strength: float) -> list[str]:
+        pair: Any = SimpleNamespace(stored=SimpleNamespace(linears={"x": GRID}))
+        recipe = {"method": {"name": "gptq", "error_correction": strength}}
+        manifest: Any = SimpleNamespace(layers=[SimpleNamespace(name="x", relative_error=error)], recipe=recipe)
+        gaps = {"x": Gap(0.06, 0.1, 0.1, 0.01, length=length)}
+        return list(original._too_far(pair, gaps, original._Scales(), manifest))
+
+    assert found(0.78, 0.78, 0.5) == found(0.55, 1.25, 0.5) == []
+    for length, error, strength in ((0.78, 0.1, 0.5), (0.78, 0.78, 0.0), (1.22, 0.78, 0.5), (0.4, 0.78, 0.5)):
+        assert "times the original's" in found(length, error, strength)[0]
 
 
 def test_an_error_beside_a_row_is_not_another_row() -> None:
