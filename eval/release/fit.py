@@ -13,7 +13,7 @@ from quantpress.core.text import size
 from quantpress.engine.job import Job
 from quantpress.exports.servers.loader import refusal
 from quantpress.numbers.types import Grid
-from quantpress.recipe import GPUS, Recipe
+from quantpress.recipe import GPUS
 from quantpress.recipe.loading import parse, parse_target
 
 from ..measure.capacity import cache
@@ -84,8 +84,8 @@ class Proposal:
         """Why this option, a line each."""
         lines = []
         if self.room is not None:
-            held = f"a{' key-value cache' if self.unrounded is None else 'n FP8 key-value cache'}"
-            lines.append(f"the weights may take {size(self.room)} beside {held} of {size(self.cache_bytes)}")
+            held = f"{'a' if self.unrounded is None else 'an FP8'} key-value cache of {size(self.cache_bytes)}"
+            lines.append(f"the weights may take {size(self.room)} beside {held}")
             if (other := self.unrounded) is not None:
                 left = size(max(0, other.room or 0))
                 lines.append(
@@ -138,19 +138,21 @@ def fit(
     loader = parse_target(wanted, "target").loader
     look = _Look(model, wanted, options or Options(), config_only)
     first = look.first(_plain(loader.formats, wanted))
-    held = cache(first.skeleton.config, None, _dtype(first), need.context)
-    whole = need.concurrency * cache_bytes(held, need.context)
-    found = _tried(look, need, loader, whole, first.plan.original_bytes)
+
+    def held(kv_cache: str | None) -> int:
+        """The bytes of all sequences' cache."""
+        one = cache(first.skeleton.config, kv_cache, _dtype(first), need.context)
+        return need.concurrency * cache_bytes(one, need.context)
+
+    found = _tried(look, need, loader, held(None), first.plan.original_bytes)
     if need.gpu in _FP8 and (found.choice is None or found.choice.name not in _EIGHT_BITS):
-        smaller = cache(first.skeleton.config, _FP8_CACHE, _dtype(first), need.context)
-        halved = need.concurrency * cache_bytes(smaller, need.context)
-        other = _tried(look, need, loader, halved, first.plan.original_bytes, found)
+        other = _tried(look, need, loader, held(_FP8_CACHE), first.plan.original_bytes, found)
         found = other if other.choice is not None else found
     if found.room is not None and found.room <= 0:
         raise BadInput(
             f"{size(need.wish.memory)} of memory leave no room for weights: {size(need.wish.kept)} are kept for the "
-            f"server, and a key-value cache of {concurrency} x {context} tokens takes {size(whole)}; give more "
-            "--memory, or lower --context or --concurrency"
+            f"server, and a key-value cache of {concurrency} x {context} tokens takes {size(found.cache_bytes)}; give "
+            "more --memory, or lower --context or --concurrency"
         )
     return found
 
@@ -216,27 +218,20 @@ class _Look:
     options: Options
     config_only: bool
 
-    def job(self, document: Mapping[str, Any]) -> Job:
-        """Raises BadInput for what model, recipe or target refuse."""
-        return plan_job(self._recipe(document), self.options, config_only=self.config_only)[0]
-
     def first(self, documents: Sequence[Mapping[str, Any]]) -> Job:
         """Of the first of these recipes that can be planned, to know the model; raises what the last one raises."""
         for document in documents[:-1]:
             try:
-                return self._unaimed(document)
+                return self._job(document)
             except BadInput:
                 continue
-        return self._unaimed(documents[-1])
-
-    def _unaimed(self, document: Mapping[str, Any]) -> Job:
-        """Without the target, unless the document names it."""
-        return plan_job(parse({"model": self.model} | dict(document)), self.options, config_only=self.config_only)[0]
+        return self._job(documents[-1])
 
     def option(self, name: str, document: Mapping[str, Any], why: str, room: int | None) -> Option:
-        shown = {"model": self.model} | dict(document) | {"targets": [dict(self.target)]}
+        aimed = dict(document) | {"targets": [dict(self.target)]}
+        shown = {"model": self.model} | aimed
         try:
-            found = self.job(document).plan.artifact_bytes
+            found = self._job(aimed).plan.artifact_bytes
         except BadInput as error:
             return Option(name, shown, None, False, f"refused: {error}")
         if room is not None and found > room:
@@ -244,8 +239,9 @@ class _Look:
             return Option(name, shown, found, False, why)
         return Option(name, shown, found, True, f"{size(found)}: {why}")
 
-    def _recipe(self, document: Mapping[str, Any]) -> Recipe:
-        return parse({"model": self.model} | dict(document) | {"targets": [dict(self.target)]})
+    def _job(self, document: Mapping[str, Any]) -> Job:
+        """Raises BadInput for what model, recipe or target refuse."""
+        return plan_job(parse({"model": self.model} | dict(document)), self.options, config_only=self.config_only)[0]
 
 
 def _documents(need: Need, loader: Any, room: int | None) -> Iterator[tuple[str, dict[str, Any], str]]:

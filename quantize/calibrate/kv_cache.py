@@ -58,9 +58,9 @@ def attentions(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
     return out
 
 
-def scale_bytes(skeleton: Skeleton) -> int:
-    """What the scales of all blocks take in the artifact: float32, one for the keys and one for the values of each."""
-    return 8 * skeleton.n_blocks
+def scale_bytes(kind: str | None, skeleton: Skeleton) -> int:
+    """What the scales of a cache of `kind` take in the artifact: float32, for the keys and the values of each block."""
+    return 0 if kind is None else 8 * skeleton.n_blocks
 
 
 def tap(attention: nn.Module, function: CacheFunction) -> None:

@@ -65,7 +65,7 @@ class Menu:
         else:
             inside = sum(nbytes(f"{x.name}.weight") for group in members.values() for x in group)
             fixed = sum(nbytes(name) for name in skeleton.reader.names()) - inside - saved
-            fixed += 0 if recipe.kv_cache is None else kv_cache.scale_bytes(skeleton)
+            fixed += kv_cache.scale_bytes(recipe.kv_cache, skeleton)
             room, asked = wanted.bytes - fixed, f"{wanted.bytes} bytes"
         least = sum(min(options.values()) for options in sizes.values())
         if least > room:

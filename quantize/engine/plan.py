@@ -103,7 +103,7 @@ def make_plan(
             # A scale too many where no static range will fit the inputs, which is known once they are measured.
             packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
             saved += reader.nbytes(f"{linear.name}.weight")
-    artifact = original - saved + packed + (0 if recipe.kv_cache is None else kv_cache.scale_bytes(skeleton))
+    artifact = original - saved + packed + kv_cache.scale_bytes(recipe.kv_cache, skeleton)
     needs = find_needs(recipe, skeleton, linears, schemes)
     calibrated, tokens, streams = recipe.calibrated, needs.tokens, needs.streams
     item, hidden = torch.empty(0, dtype=skeleton.dtype).element_size(), streams * needs.hidden
