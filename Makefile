@@ -23,7 +23,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint .venv/constraints.txt
-EDITABLE := --no-build-isolation --config-settings editable_mode=strict
+EDITABLE := --config-settings editable_mode=strict
 quoted = '$(subst ','\'',$(1))'
 
 .PHONY: help setup dev setup-vllm setup-loaders quantize test test-all check format smoke bench bench-setup support-table gpu-check gpu-model docs wheel address clean distclean FORCE
@@ -118,7 +118,7 @@ VENV_FAILED = { echo "$(PYTHON) cannot make .venv: install its venv module (Debi
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 .venv/.linked: .venv/.files .venv/.installed
-	@$(INSTALL) --no-deps $(EDITABLE) -e .
+	@$(INSTALL) --no-deps --no-build-isolation $(EDITABLE) -e .
 	@rm -f .venv/.wheel
 	@touch $@
 
