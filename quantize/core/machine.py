@@ -53,46 +53,6 @@ def set_up_memory() -> None:
 
 
 @contextmanager
-def exact_float32_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever the process or its environment has allowed; restored afterwards.
-
-    `torch.set_float32_matmul_precision("high")` and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE shorten float32 numbers to TF32
-    (10 bits of mantissa) or bfloat16 (7) before they are multiplied, on CPUs too; cuDNN does so in convolutions
-    unless told otherwise. A Hessian made so need not be positive definite, and the bytes of an artifact would depend on
-    what else runs in the process.
-    """
-    of: Any = torch.backends
-    operators = (of.cuda.matmul, of.cudnn.conv, of.cudnn.rnn, of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn)
-    before = [operator.fp32_precision for operator in operators]
-    try:
-        overall = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        overall = None  # set operator by operator, not by one word for all
-    torch.set_float32_matmul_precision("highest")
-    for operator in operators:
-        operator.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if overall is not None:
-            torch.set_float32_matmul_precision(overall)
-        for operator, precision in zip(operators, before, strict=True):
-            operator.fp32_precision = precision
-
-
-@contextmanager
-def tf32_products() -> Iterator[None]:
-    """Let a GPU multiply float32 matrices as TF32 (10 bits of mantissa, float32 sums), eight times as fast."""
-    gpu: Any = torch.backends.cuda.matmul
-    before = gpu.fp32_precision
-    gpu.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        gpu.fp32_precision = before
-
-
-@contextmanager
 def one_thread() -> Iterator[None]:
     """Run what is inside on one thread: for loops of many operations that take a few microseconds each.
 
@@ -212,14 +172,6 @@ def has_amx() -> bool:
         return "amx_int8" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-
-
-def multiplies_bfloat16(where: torch.device) -> bool:
-    """Whether `where` has instructions for bfloat16 products: elsewhere they are slower than float32 ones."""
-    if where.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
 def _cpu_name() -> str:

@@ -29,6 +29,7 @@ from ..calibrate.tokens import (
 from ..core import machine
 from ..core.errors import BadInput
 from ..core.plugins import packages
+from ..core.products import exact_float32_products, fast_16_bit_products
 from ..models.by_name import ByName
 from ..models.companions import check_companions
 from ..models.rotated_checkpoint import RotatedCheckpoint
@@ -49,7 +50,8 @@ _VETTED_FIRST = 1_000_000_000  # bytes of weights that are always vetted before 
 _NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "targets", "smoke"}  # recipe keys
 
 
-@machine.exact_float32_products()
+@exact_float32_products()
+@fast_16_bit_products()
 def quantize(job: Job, settings: Settings) -> Manifest:
     """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
 
@@ -131,7 +133,8 @@ def _run_meanwhile(job: Job, journal: Journal, settings: Settings, vetted: Vetti
         raise
 
 
-@machine.exact_float32_products()
+@exact_float32_products()
+@fast_16_bit_products()
 def take_part(make: Callable[[], Job], settings: Settings) -> None:
     """What every process of a shared run does but the first, which calls `quantize`; nothing is written.
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from ..artifact.manifest import LayerRecord
 from ..calibrate.block_pass import BATCH_TOKENS, paired_batches
-from ..core import machine
+from ..core.products import multiplies
 from ..methods import TUNERS, Tuner
 from ..methods.layer_error import LayerError, layer_error_of_rows
 from ..models.block_arguments import BlockArguments
@@ -116,7 +116,7 @@ class Passes:
     def __init__(
         self, block: nn.Module, inputs: Tensor, targets: Tensor, arguments: BlockArguments, device: torch.device
     ) -> None:
-        native = all(p.dtype == torch.bfloat16 for p in block.parameters()) and machine.multiplies_bfloat16(device)
+        native = all(p.dtype == torch.bfloat16 for p in block.parameters()) and multiplies(torch.bfloat16, device)
         self._products = torch.autocast(device.type, torch.bfloat16, enabled=native)
         self._block = copy.deepcopy(block).to(torch.float32)
         self._inputs, self._targets, self._device = inputs, targets, device

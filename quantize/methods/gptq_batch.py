@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..core.machine import tf32_products
+from ..core.products import tf32_products
 from ..numbers.fitting import global_scale
 from ..numbers.grid import QuantizedLinear, encode, scale_dtype, stacked_rows
 from ..numbers.types import Grid

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.machine import tf32_products
+from ..core.products import tf32_products
 from .symmetric_products import panels
 
 # What the error of a linear is measured on. output_accumulated: its output on the inputs it now gets, against the

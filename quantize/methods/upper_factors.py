@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.machine import tf32_products
+from ..core.products import tf32_products
 
 _BLOCK, _WIDE_BLOCK = 1024, 2048  # columns factored at a time, and of a matrix of more than _WIDE
 _WIDE = 4096

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import BadInput
+from ..core.products import fast_16_bit_products
 from ..core.transfers import Transfers
 from .block_arguments import SAMPLES_FIRST, BlockArguments, Given, Handed, ModelArguments, marked, serves
 from .building import set_buffers
@@ -246,7 +247,7 @@ class Skeleton(PlacedModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """As `logits`, differentiable."""
-        with self._taps(self._own_layout(hidden)):
+        with self._taps(self._own_layout(hidden)), fast_16_bit_products():
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=self.device)
             logits: Tensor = self._text(input_ids=ids, use_cache=False).logits[0]
         return logits
@@ -291,7 +292,7 @@ def run_block(
     batch: int,
 ) -> None:
     """Run `block` over hidden [samples, seq_len, hidden] in place, `batch` samples at a time."""
-    with torch.no_grad():
+    with torch.no_grad(), fast_16_bit_products():
         for start in range(0, hidden.shape[0], batch):
             samples = slice(start, start + batch)
             hidden[samples] = arguments.call(block, hidden[samples].to(device), samples)

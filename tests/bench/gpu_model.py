@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quantpress.calibrate import block_pass
 from quantpress.calibrate.tokens import Tokens
 from quantpress.core import machine
+from quantpress.core.products import exact_float32_products
 from quantpress.engine import blocks, rounding
 from quantpress.engine.needs import find_needs
 from quantpress.engine.room import Room, choose
@@ -138,7 +139,7 @@ def one_block(name: str, recipe: Recipe, room: Room | None) -> tuple[PaperGpu, R
     with contextlib.ExitStack() as stack:
         for undo in _patches(gpu):
             stack.callback(undo)
-        stack.enter_context(machine.exact_float32_products())
+        stack.enter_context(exact_float32_products())
         stack.enter_context(torch.no_grad())
         skeleton: Any = skeletons.Skeleton(reader, device=CUDA)  # type: ignore[arg-type]
         linears = skeleton.linears()

@@ -29,6 +29,7 @@ from quantpress.recipe import matches
 from quantpress.recipe.loading import parse
 
 from ...forked import commands
+from ...multiplied import Multiplied
 from ...tiny import FAMILIES, build, text
 
 CPU = torch.device("cpu")
@@ -49,6 +50,19 @@ def make(folder: Path, model: Path, document: dict[str, Any], words: str = "", *
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe", "qwen3_moe"])
+def test_no_run_multiplies_16_bit_matrices_on_a_cpu_without_instructions_for_them(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    build(family, tmp_path / "model", torch.bfloat16)
+    kind = {"formats": ["gptq"]} if family == "gpt2" else {"targets": ["vllm"]}
+    with Multiplied() as seen:
+        make(tmp_path / "out", tmp_path / "model", kind | {"method": {"name": "gptq"}})
+    assert torch.float32 in seen.types
+    assert seen.types.isdisjoint((torch.bfloat16, torch.float16))
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

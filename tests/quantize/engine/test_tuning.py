@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from quantpress.artifact.artifact import open_artifact
 from quantpress.artifact.manifest import LayerRecord
-from quantpress.core import machine
-from quantpress.engine import journal
+from quantpress.engine import journal, tuning
 from quantpress.engine.block_weights import place, weight_of
 from quantpress.engine.pipeline import prepare
 from quantpress.engine.plan import Plan
@@ -189,7 +188,7 @@ def test_bfloat16_products_give_the_gradients_of_float32_ones(
         weights[f"{scene.linears[name].module}.weight"] = weight.T if scene.linears[name].transposed else weight
     found = {}
     for native in (True, False):
-        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda where, native=native: native)
+        monkeypatch.setattr(tuning, "multiplies", lambda dtype, where, native=native: native)
         passes = Passes(scene.block, scene.inputs, scene.targets, scene.arguments, CPU)
         found[native] = passes.loss(weights), passes.gradients(weights, torch.arange(8))
     assert found[True][0] == pytest.approx(found[False][0], rel=0.02)
@@ -201,7 +200,7 @@ def test_bfloat16_products_give_the_gradients_of_float32_ones(
 
 
 def test_only_a_bfloat16_model_is_multiplied_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda where: True)
+    monkeypatch.setattr(tuning, "multiplies", lambda dtype, where: True)
     scene = Scene("llama", tmp_path, AutoRound(), torch.float32)
     seen = []
     passes = Passes(scene.block, scene.inputs, scene.targets, scene.arguments, CPU)
