@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models.block_arguments import BlockArguments
+from ..models.block_arguments import BlockArguments, Slot
 from ..models.skeleton import Skeleton, run_block
+from ..models.towers import text_model
 from .block_pass import BATCH_TOKENS
 
 _STATES = "states"
@@ -48,21 +49,26 @@ def measure(skeleton: Skeleton, tokens: Tensor, folder: Path, seed: int = 0) -> 
     skeleton.open_shell()
     hidden = skeleton.embed(tokens).cpu()
     arguments = skeleton.block_arguments(tokens)
-    arguments.refuse_gradients("the measurement of sensitivities", skeleton.config.model_type)
     skeleton.close_shell()
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     found: dict[str, list[Sensitivity]] = {}
     with tempfile.TemporaryDirectory(prefix="states-", dir=folder) as scratch:
         entered = [Path(scratch) / f"{k}.safetensors" for k in range(skeleton.n_blocks)]
         for k, block in skeleton.blocks():
-            save_file({_STATES: hidden}, entered[k])
+            save_file({_STATES: hidden} | (arguments.carried(k - 1) if k else {}), entered[k])
             run_block(block, hidden, arguments[k], device=skeleton.device, batch=batch)
         gradient, head = _through_head(skeleton, tokens, hidden, seed)
         del hidden
+        left: dict[Slot, Tensor] = {}
         for k, block in skeleton.blocks(backwards=True):
             linears = {x.name: block.get_submodule(x.module) for x in skeleton.linears() if x.block == k}
+            tensors = load_file(entered[k])
+            if k:
+                arguments.restore(k - 1, tensors)
             with _observed(linears) as seen:
-                _through_block(block, load_file(entered[k])[_STATES], gradient, arguments[k], skeleton.device)
+                left = _through_block(block, tensors[_STATES], gradient, left, arguments[k], skeleton.device)
+            if k:
+                arguments.restore(k - 1, {})
             found |= {name: [sums.sensitivity(count)] for name, sums in seen.items()}
             entered[k].unlink()
     embedding, use = _through_embedding(skeleton, tokens, gradient)
@@ -85,6 +91,8 @@ class _Sums:
 
     def note(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         """A forward hook; sums grow when the backward pass reaches the output."""
+        if not out.requires_grad:
+            return  # of a constant, as the padding before the first token of a convolution
         inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float().square()  # now: a block may change x in place
         out.register_hook(lambda g: self._add(inputs, g))  # type: ignore[no-untyped-call]
 
@@ -118,7 +126,8 @@ def _through_head(
     skeleton.open_shell()
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.empty_like(hidden)
-    heads = {name: skeleton.model.get_submodule(name) for name in skeleton.head_modules()}
+    output = text_model(skeleton.model).get_output_embeddings()
+    heads = {name: m for name in skeleton.head_modules() if (m := skeleton.model.get_submodule(name)) is output}
     with _observed(heads) as seen:
         for i, states in enumerate(hidden):
             states = states.clone().requires_grad_()
@@ -132,15 +141,27 @@ def _through_head(
 
 
 def _through_block(
-    block: nn.Module, hidden: Tensor, gradient: Tensor, arguments: BlockArguments, device: torch.device
-) -> None:
-    """Propagate `gradient` [samples, seq_len, hidden] back through the block, in place, a sequence at a time."""
+    block: nn.Module,
+    hidden: Tensor,
+    gradient: Tensor,
+    left: Mapping[Slot, Tensor],
+    arguments: BlockArguments,
+    device: torch.device,
+) -> dict[Slot, Tensor]:
+    """Propagate gradients back through the block, a sequence at a time; returns those for what earlier blocks left.
+
+    hidden, gradient: [samples, seq_len, hidden], the latter changed in place. left: the gradients [samples, ...] for
+    what there is for later blocks after this one, such as keys and values that several share.
+    """
+    before: dict[Slot, Tensor] = {}
     for i in range(len(hidden)):
-        states = hidden[i : i + 1].to(device).requires_grad_()
-        with torch.enable_grad():
-            out = arguments.call(block, states, slice(i, i + 1))
-        (back,) = torch.autograd.grad(out, states, gradient[i : i + 1].to(device))
+        one = slice(i, i + 1)
+        of_left = {slot: tensor[one].to(device) for slot, tensor in left.items()}
+        back, passed = arguments.gradients(block, hidden[one].to(device), one, gradient[one].to(device), of_left)
         gradient[i] = back[0]
+        for slot, g in passed.items():
+            before.setdefault(slot, torch.zeros(len(hidden), *g.shape[1:]))[i] = g[0]
+    return before
 
 
 def _through_embedding(skeleton: Skeleton, tokens: Tensor, gradient: Tensor) -> tuple[str, Sensitivity]:

@@ -53,16 +53,26 @@ class BlockArguments:
         """The same for the original's states, where the original runs beside the rounded model."""
         return self._model.original[self._k]
 
-    def of(self, samples: slice | Tensor, dtype: torch.dtype | None = None) -> Given:
-        """Positional and keyword arguments for these samples, floats among them in `dtype`."""
+    def taken(self, samples: slice | Tensor) -> dict[Slot, Tensor]:
+        """What earlier blocks have left for this one, of these samples, on the device."""
+        left = {} if self._before is None else self._before.left
+        return {slot: tensor[samples].to(self._model.device) for slot, tensor in left.items()}
+
+    def of(
+        self, samples: slice | Tensor, dtype: torch.dtype | None = None, taken: Mapping[Slot, Tensor] | None = None
+    ) -> Given:
+        """Positional and keyword arguments for these samples, floats among them in `dtype`.
+
+        taken: in place of what earlier blocks have left.
+        """
         args, kwargs = self._model.given(self._k, samples)
+        left = self.taken(samples) if taken is None else taken
 
         def cast(x: Tensor) -> Tensor:
             return x.to(dtype) if x.is_floating_point() else x
 
         def carried(name: str) -> dict[str | int, Any]:
-            left = {} if self._before is None else self._before.left
-            values = _joined({s: t[samples].to(self._model.device) for s, t in left.items() if s[0] == name})
+            values = _joined({slot: tensor for slot, tensor in left.items() if slot[0] == name})
             return values if dtype is None else tree_map_only(Tensor, cast, values)
 
         def filled(name: str, value: Any) -> Any:
@@ -90,19 +100,51 @@ class BlockArguments:
         samples: whose states `hidden` are. keep: whether what the block leaves for later ones is taken from this call.
         dtype: as for `of`.
         """
-        args, kwargs = self.of(samples, dtype)
+        out, left = self._called(run, hidden, self.of(samples, dtype))
+        if keep and self._model.hands_on:
+            self._keep(left, samples)
+        return out
+
+    def gradients(
+        self,
+        run: Callable[..., Any],
+        hidden: Tensor,
+        samples: slice | Tensor,
+        of_states: Tensor,
+        of_left: Mapping[Slot, Tensor],
+    ) -> tuple[Tensor, dict[Slot, Tensor]]:
+        """The gradients for the states that enter the block, and for what earlier blocks have left, all of `samples`.
+
+        of_states: for the states that leave the block; of_left: for what there is for later blocks after it.
+        """
+        taken = self.taken(samples)
+        floats = {slot: tensor.requires_grad_() for slot, tensor in taken.items() if tensor.is_floating_point()}
+        with torch.enable_grad():
+            out, left = self._called(run, hidden.requires_grad_(), self.of(samples, taken=taken))
+        used = [slot for slot, tensor in left.items() if slot in of_left and tensor.requires_grad]
+        leaving = [(out, of_states), *((left[slot], of_left[slot]) for slot in used)]
+        found = torch.autograd.grad(
+            [tensor for tensor, _ in leaving], [hidden, *floats.values()], [g for _, g in leaving], allow_unused=True
+        )
+        passed = {slot: g for slot, g in of_left.items() if slot[0] and slot not in left}
+        for slot, g in zip(floats, found[1:], strict=True):
+            if g is not None:
+                passed[slot] = passed[slot] + g if slot in passed else g
+        return found[0], passed
+
+    def _called(self, run: Callable[..., Any], hidden: Tensor, given: Given) -> tuple[Tensor, dict[Slot, Tensor]]:
+        """The states [samples, seq_len, ...] that leave the block, and what it leaves for later ones."""
+        args, kwargs = given
         entered = {name: dict(mapping) for name, mapping in _mappings(args, kwargs)}
         result = run(hidden.movedim((0, 1), self._model.layout), *args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
-        if keep and self._model.hands_on:
-            found: dict[tuple[str, str | int], Any] = {("", i): outputs[i] for i in self._model.outputs}
-            for name, mapping in _mappings(args, kwargs):
-                found |= {(name, key): v for key, v in mapping.items() if entered[name].get(key) is not v}
-            self._keep(found, samples)
-        out: Tensor = outputs[0].movedim(self._model.layout, (0, 1))
-        return out
+        found: dict[tuple[str, str | int], Any] = {("", i): outputs[i] for i in self._model.outputs}
+        for name, mapping in _mappings(args, kwargs) if self._model.hands_on else ():
+            found |= {(name, key): v for key, v in mapping.items() if entered[name].get(key) is not v}
+        left = {(*at, part): tensor for at, value in found.items() for part, tensor in _parts(value)}
+        return outputs[0].movedim(self._model.layout, (0, 1)), left
 
-    def _keep(self, found: Mapping[tuple[str, str | int], Any], samples: slice | Tensor) -> None:
+    def _keep(self, found: Mapping[Slot, Tensor], samples: slice | Tensor) -> None:
         """Store what these samples left; what the block before left and this one did not change stays as it is."""
         if self._before is not None:
             for slot, tensor in self._before.left.items():
@@ -111,14 +153,12 @@ class BlockArguments:
             if self._before._before is not None:
                 self._before._before.left = {}  # no longer needed
         old = {} if self._before is None else self._before.left
-        for (name, key), value in found.items():
-            for part, tensor in _parts(value):
-                slot = (name, key, part)
-                stored = self.left.get(slot)
-                if stored is None or stored is old.get(slot):
-                    shape = (self._model.samples, *tensor.shape[1:])
-                    stored = self.left[slot] = torch.zeros(shape, dtype=tensor.dtype)
-                stored[samples] = tensor.detach().to("cpu")
+        for slot, tensor in found.items():
+            stored = self.left.get(slot)
+            if stored is None or stored is old.get(slot):
+                shape = (self._model.samples, *tensor.shape[1:])
+                stored = self.left[slot] = torch.zeros(shape, dtype=tensor.dtype)
+            stored[samples] = tensor.detach().to("cpu")
 
 
 class ModelArguments(Sequence[BlockArguments]):
@@ -190,7 +230,8 @@ class ModelArguments(Sequence[BlockArguments]):
         }
 
     def restore(self, k: int, tensors: Mapping[str, Tensor]) -> None:
-        """Let block `k` have left what `carried` returned; other tensors are passed over."""
+        """Let block `k` have left what `carried` returned, and nothing else; other tensors are passed over."""
+        self._blocks[k].left, self.original[k].left = {}, {}
         for name, tensor in tensors.items():
             if name.startswith(f"{_CARRIED}/"):
                 _, stream, argument, key, part = name.split("/")

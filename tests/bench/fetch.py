@@ -50,8 +50,10 @@ def _of_wheel(name: str) -> bytes:
 
 
 def _of_hub(name: str) -> bytes:
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError:
+        raise SystemExit(f"{name}: fetching it needs the package datasets: .venv/bin/pip install datasets") from None
     split = _SPLITS[name.split(".")[1]]
     try:
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]

@@ -39,9 +39,6 @@ _KINDS: dict[str, dict[str, Any]] = {  # what each is there for
     "jamba": {"num_hidden_layers": 4},
     "lfm2": {"num_hidden_layers": 4},  # convolutions
 }
-_WITHOUT_BUDGET = (
-    "gemma3n_text",
-)  # later blocks take keys and values of earlier ones: no gradient through states alone
 _MULTIMODAL = [kind for kind in multimodal.MULTIMODAL if kind != "step3p7"]  # too narrow for any recipe of fit
 
 
@@ -96,11 +93,6 @@ def _check(kind: str, targets: Iterable[str], work: Path, names: Container[str] 
             if names is not None and one.name not in names:
                 continue
             key = json.dumps([document, one.bytes], sort_keys=True)
-            if one.name == "mixed" and kind in _WITHOUT_BUDGET:
-                recipe = parse(dict(one.document)).model_copy(update={"calibration": calibration})
-                with pytest.raises(BadInput, match="does not run on model_type"):  # known when its blocks have run
-                    api.quantize(recipe, out=work / f"{target}-mixed")
-                continue
             if key not in made:
                 recipe = parse(dict(one.document)).model_copy(update={"method": Rtn(), "calibration": calibration})
                 made[key] = _stored(api.quantize(recipe, out=work / str(len(made))))

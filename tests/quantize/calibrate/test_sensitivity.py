@@ -13,7 +13,7 @@ from quantpress.calibrate.sensitivity import Sensitivity, _Sums, measure
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton
 
-from ... import tiny
+from ... import families, tiny
 
 IDS = torch.randint(2, tiny.VOCAB, (6, 48), generator=torch.Generator().manual_seed(1))
 
@@ -63,11 +63,20 @@ def predictions(model: Any) -> torch.Tensor:
     return torch.cat([torch.log_softmax(model(row[None]).logits[0], -1) for row in IDS])
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_block_by_block_as_through_the_whole_model(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "linear"),
+    [
+        ("llama", "layers.0.self_attn.q_proj"),
+        ("mixtral", "layers.0.self_attn.q_proj"),
+        ("gemma3n_text", "layers.0.self_attn.v_proj"),  # later blocks share its keys and values
+        ("gemma4_text", "layers.0.self_attn.v_proj"),
+        ("zaya", "layers.0.self_attn.o_proj"),  # routers hand on their states
+    ],
+)
+def test_block_by_block_as_through_the_whole_model(family: str, linear: str, tmp_path: Path) -> None:
     """The products of each token's squared inputs and gradients, by hooks on transformers' own model, with the same
     tokens drawn."""
-    tiny.build(family, tmp_path)
+    tiny.build(family, tmp_path) if family in tiny.FAMILIES else families.build(family, tmp_path, torch.float32)
     found = measured(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     products: list[torch.Tensor] = []  # [out, in] of each sequence
@@ -78,13 +87,13 @@ def test_block_by_block_as_through_the_whole_model(family: str, tmp_path: Path) 
         out.register_hook(lambda g: products.append(g[0].square().T @ x))  # type: ignore[no-untyped-call]
         out.register_hook(lambda g: gradients.append(g.square().sum()))  # type: ignore[no-untyped-call]
 
-    model.get_submodule("model.layers.0.self_attn.q_proj").register_forward_hook(note)
+    model.get_submodule(f"model.{linear}").register_forward_hook(note)
     generator = torch.Generator().manual_seed(0)
     for row in IDS:
         logits = model(input_ids=row[None]).logits[0]
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-    (use,) = found["model.layers.0.self_attn.q_proj"]
+    (use,) = found[f"model.{linear}"]
     whole = torch.stack(products).sum(0)
     columns = whole.sum(0) / sum(gradients)
     torch.testing.assert_close(use.columns, columns, rtol=1e-3, atol=1e-6)
