@@ -51,7 +51,7 @@ class Moments:
     def add(self, seen: Tensor, original: Tensor | None) -> None:
         """Add rows of X [tokens, in] in the model's dtype, and the same rows of X0."""
         if self._diagonal:
-            self._of_lane("moment").add_(seen.to(torch.float32).square().sum(0))
+            self._of_lane("moment").add_(_squares(seen))
             return
         self._add("moment", seen, seen)
         if original is None:
@@ -60,9 +60,10 @@ class Moments:
         factor = seen if seen.dtype == torch.bfloat16 else seen.to(torch.float32)
         difference = original - factor
         if self._weights:
-            outputs = torch.cat([_outputs(difference, weight) for weight in self._weights], 1)
-            self._add("moved", outputs.to(factor.dtype), factor)
-            self._of_lane("powers").add_(outputs.to(torch.float32).square_().sum(0))
+            each = [difference @ weight.to(difference.dtype).T for weight in self._weights]
+            outputs = each[0] if len(each) == 1 else torch.cat(each, 1)
+            self._add("moved", outputs, factor)
+            self._of_lane("powers").add_(_squares(outputs))
             return
         self._add("drift", difference, factor)
         self._add("squares", difference, difference)
@@ -226,11 +227,11 @@ def _add_of_differences(total: Tensor, left: Tensor, right: Tensor) -> None:
         add_product(total, left, right)
 
 
-def _outputs(x: Tensor, weight: Tensor) -> Tensor:
-    """x [tokens, in] times weight [out, in], in x's dtype, or in float32 where a GPU sums up in that."""
-    if _sums_in_float32(x.device, x.dtype):
-        return torch.mm(x, weight.to(x.dtype).T, out_dtype=torch.float32)
-    return x @ weight.to(x.dtype).T
+def _squares(x: Tensor) -> Tensor:
+    """The sum of the squares of each column of x [tokens, in], in float32; a GPU reads x once and makes no copies."""
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+    return x.to(torch.float32).square().sum(0)
 
 
 def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--little-memory", action="store_true", help="states on the host, batches run again, not waiting"
     )
-    parser.add_argument("--kernels", action="store_true", help="print the launches of each part, too")
+    parser.add_argument("--kernels", action="store_true", help="print the launches and milliseconds of each part, too")
     given = parser.parse_args()
     room = Room(given.batch_tokens, False, False, True) if given.little_memory else None
     recipe = Recipe.model_validate(
@@ -251,7 +251,9 @@ def main() -> None:
         sys.stdout.write(json.dumps(line) + "\n")
         if given.kernels:
             for part, counted in gpu.parts.items():
-                sys.stdout.write(f"  {part}: {dict(counted.operations.most_common(12))}\n")
+                most = sorted(counted.took.items(), key=lambda one: -one[1])[:12]
+                took = {name: round(1000 * seconds, 1) for name, seconds in most}
+                sys.stdout.write(f"  {part}: {dict(counted.operations.most_common(12))}\n    ms: {took}\n")
         sys.stdout.flush()
 
 

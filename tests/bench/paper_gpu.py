@@ -53,6 +53,7 @@ class Part:
     launches: int = 0
     waits: int = 0
     operations: Counter[str] = field(default_factory=Counter)
+    took: dict[str, float] = field(default_factory=dict)  # seconds of the card, by operation
 
 
 _PRODUCTS = {
@@ -125,6 +126,7 @@ class PaperGpu(TorchDispatchMode):
         part.operations[name] += launches
         share = card.library if any(word in name for word in _LIBRARY) else 1.0
         took = max(nbytes / card.memory, arithmetic / (card.arithmetic[kind] * share), least, card.shortest)
+        part.took[name] = part.took.get(name, 0.0) + took
         self._host += launches * card.launch
         self._device = max(self._device, self._host) + took
 
@@ -191,7 +193,8 @@ class PaperGpu(TorchDispatchMode):
 class PaperValues:
     """What fake tensors cannot answer: values that are read, addresses, and attention as one kernel.
 
-    Booleans are True, floats 1; whole numbers read at once are bounds in the sequence searched last, evenly spaced.
+    Booleans are True; floats 1, 2, 3 in turn, so that an error is not taken for all of an output; whole numbers read at
+    once are bounds in the sequence searched last, evenly spaced.
     """
 
     def __init__(self, gpu: PaperGpu) -> None:
@@ -220,8 +223,10 @@ class PaperValues:
     def _values(self, x: Tensor) -> Any:
         if x.dim() > 1:
             return [self._values(x[i]) for i in range(len(x))]
-        if x.dtype.is_floating_point or x.dtype == torch.bool:
-            return [x.dtype == torch.bool or 1.0] * len(x)
+        if x.dtype == torch.bool:
+            return [True] * len(x)
+        if x.dtype.is_floating_point:
+            return [1.0 + i % 3 for i in range(len(x))]
         return [i * self._searched // (len(x) - 1) for i in range(len(x))]
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
