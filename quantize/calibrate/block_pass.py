@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.errors import BadInput
 from ..core.transfers import Transfers
 from ..models.block_arguments import BlockArguments
+from ..models.fused import fused
 from ..numbers.activations import measured, round_inputs, static_int8
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
@@ -122,6 +123,10 @@ class BlockPass:
 
     def together(self) -> Generator[list[SharedInput], None, None]:
         """The shared inputs in lists: none of a list depends on how the linears of another of it are rounded."""
+        with fused(self._block, self._transfers.device):
+            yield from self._together()
+
+    def _together(self) -> Generator[list[SharedInput], None, None]:
         first = self._hidden.entering[:1].to(self._transfers.device)
         shared = shared_inputs(self._block, first, self._arguments, self._linears)
         grouped = not any(self._activations.values())

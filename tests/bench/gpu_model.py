@@ -28,6 +28,7 @@ from quantpress.engine import blocks, rounding
 from quantpress.engine.needs import find_needs
 from quantpress.engine.room import Room, choose
 from quantpress.methods import gptq_batch
+from quantpress.models import fused, fused_kernels
 from quantpress.models import skeleton as skeletons
 from quantpress.models.block_arguments import SAMPLES_FIRST, Given, ModelArguments
 from quantpress.models.model_tensors import ModelTensors
@@ -200,10 +201,19 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     yield replaced(ModelTensors, "read", lambda old: lambda self, name: torch.empty(0))
     yield fitting._constant.cache_clear
     fitting._constant.cache_clear()
+    yield replaced(fused, "_agrees", lambda old: lambda *what: gpu.wait() is None)
+    yield replaced(fused_kernels, "rms_norm", lambda old: partial(_elementwise, gpu, "rms_norm", 1))
+    yield replaced(fused_kernels, "silu_times", lambda old: partial(_elementwise, gpu, "silu_times", 2))
     for attribute, name in (("factor", "factors"), ("correct_", "error correction"), ("fit_scales", "scale search")):
         yield replaced(gptq_batch, attribute, under(name))
     yield replaced(gptq_batch, "solve_columns", lambda old: partial(_solve_columns, gpu))
     yield replaced(gptq_batch, "fit_scales", lambda old: partial(_fit_scales, gpu))
+
+
+def _elementwise(gpu: PaperGpu, name: str, read: int, x: Tensor, *others: Any) -> Tensor:
+    """Reads `read` tensors like x and writes one."""
+    gpu.kernel(name, (read + 1) * x.numel() * x.element_size())
+    return torch.empty_like(x)
 
 
 def _solve_columns(gpu: PaperGpu, fed: Tensor, inside: Tensor, variance: Tensor, *others: Any) -> None:

@@ -66,6 +66,7 @@ _PRODUCTS = {
     "_grouped_mm": 0,
 }  # where the factors begin
 _LIBRARY = ("cholesky", "triangular")
+_GOLDEN = (5**0.5 - 1) / 2
 _NOTHING = {
     "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "set_",
     "lift_fresh", "resize_", "_resize_output_",
@@ -193,8 +194,8 @@ class PaperGpu(TorchDispatchMode):
 class PaperValues:
     """What fake tensors cannot answer: values that are read, addresses, and attention as one kernel.
 
-    Booleans are True; floats 1, 2, 3 in turn, so that an error is not taken for all of an output; whole numbers read at
-    once are bounds in the sequence searched last, evenly spaced.
+    Booleans are True; floats lie between 1 and 2, none like those near it, so that an error is not taken for all of an
+    output; whole numbers read at once are bounds in the sequence searched last, evenly spaced.
     """
 
     def __init__(self, gpu: PaperGpu) -> None:
@@ -226,7 +227,7 @@ class PaperValues:
         if x.dtype == torch.bool:
             return [True] * len(x)
         if x.dtype.is_floating_point:
-            return [1.0 + i % 3 for i in range(len(x))]
+            return [1 + i * _GOLDEN % 1 for i in range(len(x))]
         return [i * self._searched // (len(x) - 1) for i in range(len(x))]
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the paper GPU's device guard needs g++"),
 ]
 LIMITS = {  # seconds, launches, waits, GB of GPU memory
-    "llama8b": (1.1, 5_000, 50, 40),
+    "llama8b": (1.0, 5_000, 50, 40),
     "llama70b": (4.0, 5_000, 50, 72),
     "qwen3moe": (1.5, 20_000, 50, 40),
     "llama405b": (30.0, 25_000, 50, 70),

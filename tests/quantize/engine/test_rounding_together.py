@@ -16,7 +16,9 @@ from quantpress.numbers.grid import Grid, QuantizedLinear
 from quantpress.recipe import Gptq
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/gpu/kernels.py runs the kernels")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU tests/gpu/check_kernels.py runs the kernels"
+)
 
 GRID = Grid(bits=4, group_size=16, symmetric=False)
 N = 32

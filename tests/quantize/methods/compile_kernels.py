@@ -1,4 +1,4 @@
-"""Compile GPTQ's kernels for cards that are not here, for every kind of grid: `python compile_kernels.py 90 80`.
+"""Compile all kernels for cards that are not here, GPTQ's for every kind of grid: `python compile_kernels.py 90 80`.
 
 The arguments are those that the wrappers pass. Prints a JSON line a kernel: registers, bytes spilled to memory.
 """
@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantpress.methods import column_kernels as kernels
+from quantpress.models import fused_kernels as parts
 from quantpress.numbers.types import Grid
 
 _PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -44,11 +45,19 @@ class _Recorder:
         return lambda *args, **kwargs: self.launches.append((args, kwargs))
 
 
-def sources() -> list[tuple[str, ASTSource]]:
-    """Every variant, as it is launched."""
-    solve, fit = _Recorder(kernels._solve_columns), _Recorder(kernels._fit_scales)
-    kernels._solve_columns, kernels._fit_scales = solve, fit
+def sources() -> list[tuple[str, ASTSource, int]]:
+    """Every variant, as it is launched, and its warps."""
+    recorders = []
+    for module, name in (
+        (kernels, "_solve_columns"), (kernels, "_fit_scales"), (parts, "_rms_norm"), (parts, "_silu_times"),
+    ):  # fmt: skip
+        recorders.append(_Recorder(getattr(module, name)))
+        setattr(module, name, recorders[-1])
     found = {}
+    for width in (128, 4096, 5120, 16384):
+        x = torch.ones(3, width, dtype=torch.bfloat16)
+        parts.rms_norm(x, x[0], 1e-5)
+        parts.silu_times(x, x)
     for grid, dtype in CASES:
         columns = min(grid.columns(512), kernels.COLUMNS)
         for importance in (torch.ones(2, columns), None) if grid.scale_search != "minmax" else (None,):
@@ -56,22 +65,27 @@ def sources() -> list[tuple[str, ASTSource]]:
             kernels.fit_scales(w, grid, dtype, importance, torch.ones(2) if grid.type == "nvfp4" else None, out)
             squares = torch.ones(2, columns, columns)
             kernels.solve_columns(w, squares, squares[0], w, w, w, w, out[0], grid)
-    for recorder in (solve, fit):
+    for recorder in recorders:
         for args, kwargs in recorder.launches:
             warps = kwargs.pop("num_warps")
-            assert warps == 1
-            names = recorder.kernel.arg_names[: len(args)]
-            signature = {n: "*fp32" if isinstance(x, torch.Tensor) else "i32" for n, x in zip(names, args, strict=True)}
+            signature = dict(zip(recorder.kernel.arg_names, map(_type, args), strict=False))
             source = ASTSource(recorder.kernel, signature | dict.fromkeys(kwargs, "constexpr"), kwargs)
-            found[json.dumps([recorder.kernel.__name__, kwargs])] = source
-    return list(found.items())
+            what = json.dumps([recorder.kernel.__name__, kwargs])
+            found[what] = what, source, warps
+    return list(found.values())
+
+
+def _type(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return "*bf16" if x.dtype == torch.bfloat16 else "*fp32"
+    return "fp32" if isinstance(x, float) else "i32"
 
 
 def main() -> None:
     variants = sources()
     for capability in map(int, sys.argv[1:]):
-        for what, source in variants:
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+        for what, source, warps in variants:
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "k.ptx").write_text(compiled.asm["ptx"])
                 arch = "sm_90a" if capability == 90 else f"sm_{capability}"

@@ -15,7 +15,9 @@ pytest.importorskip("triton")
 from quantpress.methods import gptq_batch as batch
 from quantpress.methods import upper_factors
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/gpu/kernels.py runs the kernels")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU tests/gpu/check_kernels.py runs the kernels"
+)
 
 
 def problems(linears: int, out: int, n: int, *, drift: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,7 +13,9 @@ from quantpress.recipe import Gptq
 pytest.importorskip("triton")
 from quantpress.methods import gptq_batch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/gpu/kernels.py runs the kernels")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU tests/gpu/check_kernels.py runs the kernels"
+)
 GRID, CPU = Grid(bits=4, group_size=16, symmetric=False), torch.device("cpu")
 
 

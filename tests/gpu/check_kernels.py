@@ -1,6 +1,7 @@
-"""GPTQ's kernels on a real GPU: equal to the plain loop, and how long both take. `python tests/gpu/kernels.py`.
+"""GPTQ's kernels on a real GPU: equal to the plain loop, and how long both take. `python tests/gpu/check_kernels.py`.
 
 Prints a JSON line a check and a shape; exits with 1 where a check fails. Needs Triton; takes about two minutes.
+`--rehearse` runs all of it on a CPU by Triton's interpreter, on small shapes, whose times mean nothing.
 """
 
 import argparse
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
+REHEARSED = "--rehearse" in sys.argv
+if REHEARSED:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported and when a kernel is defined
 
 
 def link_package() -> None:
@@ -36,17 +40,21 @@ def link_package() -> None:
 
 link_package()
 
+from transformers import LlamaConfig  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm  # noqa: E402
+
 from quantpress.methods import column_kernels as kernels  # noqa: E402
 from quantpress.methods import gptq_batch as batch  # noqa: E402
+from quantpress.methods import kernel_check  # noqa: E402
 from quantpress.methods.gptq import gptq  # noqa: E402
-from quantpress.methods.kernel_check import kernels_refused  # noqa: E402
 from quantpress.methods.upper_factors import factor_upper_  # noqa: E402
+from quantpress.models.fused import fused  # noqa: E402
 from quantpress.numbers.fitting import fit, global_scale  # noqa: E402
 from quantpress.numbers.types import BlockGrid, Grid  # noqa: E402
 from quantpress.recipe import Gptq  # noqa: E402
 from quantpress.recipe.methods import LEAST_DAMP  # noqa: E402
 
-CUDA = torch.device("cuda")
+DEVICE = torch.device("cpu" if REHEARSED else "cuda")
 W4 = Grid(bits=4, group_size=128, symmetric=False)
 failures: list[str] = []
 
@@ -64,16 +72,16 @@ def expect(what: str, good: bool, **fields: Any) -> None:
 
 def problem(linears: int, out: int, n: int, *, tokens: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """bfloat16 weights [linears, out, n], moments and drifts [linears, n, n] of correlated inputs of unequal size."""
-    g = torch.Generator(CUDA).manual_seed(n + out)
+    g = torch.Generator(DEVICE).manual_seed(n + out)
     tokens = tokens or 2 * n
-    weight = (torch.randn(linears, out, n, device=CUDA, generator=g) * 0.02).bfloat16()
-    moment, drift = torch.empty(2, linears, n, n, device=CUDA).unbind(0)
-    sizes = torch.rand(n, device=CUDA, generator=g).add_(0.1)
+    weight = (torch.randn(linears, out, n, device=DEVICE, generator=g) * 0.02).bfloat16()
+    moment, drift = torch.empty(2, linears, n, n, device=DEVICE).unbind(0)
+    sizes = torch.rand(n, device=DEVICE, generator=g).add_(0.1)
     for i in range(linears):
-        x = torch.randn(tokens, n, device=CUDA, generator=g)
+        x = torch.randn(tokens, n, device=DEVICE, generator=g)
         x = (x + 0.5 * x.roll(1, 1)) * sizes
         torch.mm(x.T, x, out=moment[i])
-        torch.mm(0.02 * torch.randn(tokens, n, device=CUDA, generator=g).T, x, out=drift[i])
+        torch.mm(0.02 * torch.randn(tokens, n, device=DEVICE, generator=g).T, x, out=drift[i])
         drift[i] += 0.01 * moment[i]
     return weight, moment, drift
 
@@ -83,16 +91,32 @@ def off(q: Tensor, weight: Tensor, moment: Tensor) -> float:
     return float(((e @ moment.double()) * e).sum())
 
 
+def synchronize() -> None:
+    if not REHEARSED:
+        torch.cuda.synchronize()
+
+
+def memory() -> int:
+    """Bytes in use; the peak is counted from here."""
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 def seconds(call: Callable[[], Any], times: int = 3) -> float:
     call()
     took = []
     for _ in range(times):
-        torch.cuda.synchronize()
+        synchronize()
         begun = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        synchronize()
         took.append(time.perf_counter() - begun)
     return sorted(took)[len(took) // 2]
+
+
+def small(n: int) -> int:
+    """A size as it is, or one for a rehearsal, which is whole groups still."""
+    return max(128, n // 16 // 128 * 128) if REHEARSED else n
 
 
 def check_scales() -> None:
@@ -109,11 +133,11 @@ def check_scales() -> None:
         (Grid(type="nvfp4"), torch.float8_e4m3fn),
     ):
         columns = grid.columns(512)
-        w = torch.randn(2, columns, 300, device=CUDA) * torch.rand(2, 1, 300, device=CUDA)
+        w = torch.randn(2, columns, 300, device=DEVICE) * torch.rand(2, 1, 300, device=DEVICE)
         w[0, :, 3] = 0
-        importance = torch.rand(2, columns, device=CUDA) + 0.1
+        importance = torch.rand(2, columns, device=DEVICE) + 0.1
         overall = global_scale(w, grid)
-        found = torch.full((3, 2, 300), torch.nan, device=CUDA).unbind(0)
+        found = torch.full((3, 2, 300), torch.nan, device=DEVICE).unbind(0)
         kernels.fit_scales(w, grid, dtype, importance, overall, found)
         same = []
         for i in range(2):
@@ -124,7 +148,7 @@ def check_scales() -> None:
 
 def check_solve() -> None:
     """Whole solves: the batch against each linear alone in the plain loop, here and on the CPU."""
-    weight, moment, drift = problem(3, 96, 512)
+    weight, moment, drift = problem(1, 16, 256) if REHEARSED else problem(3, 96, 512)
     for grid in (
         W4, Grid(bits=3, group_size=64, symmetric=False), Grid(bits=8, group_size=-1), Grid(type="fp8"),
         Grid(type="fp8-block"), Grid(type="mxfp4"), Grid(type="mxfp8"), Grid(type="nvfp4"),
@@ -134,13 +158,13 @@ def check_solve() -> None:
             if not static and (grid.type != "int" or grid.group_size == -1):
                 continue
             s = Gptq(order=order, static_groups=static)
-            refused = kernels_refused(grid, s, weight.dtype, CUDA)
+            refused = kernel_check.kernels_refused(grid, s, weight.dtype, DEVICE)
             expect(f"trial {grid} {order}", refused is None, why=refused)
             got = batch.gptq_batch(weight, grid, s, moment, drift)
             same, ratio = 1.0, []
             for i, linear in enumerate(got.linears):
                 want = gptq(weight[i], grid, s, moment[i], drift[i]).linear
-                plain = gptq(weight[i].cpu(), grid, s, moment[i].cpu(), drift[i].cpu()).linear.dequantize().to(CUDA)
+                plain = gptq(weight[i].cpu(), grid, s, moment[i].cpu(), drift[i].cpu()).linear.dequantize().to(DEVICE)
                 same = min(same, (linear.codes == want.codes).float().mean().item())
                 ours = off(linear.dequantize(), weight[i], moment[i])
                 ratio += [ours / off(q, weight[i], moment[i]) for q in (want.dequantize(), plain)]
@@ -148,16 +172,32 @@ def check_solve() -> None:
             expect(f"solve {grid} {order} {'static' if static else 'shuffled'}", worst < 0.01, same=same, worst=worst)
 
 
+def check_parts() -> None:
+    """A norm and a gate by one kernel each: trusted beside the model's own code, and how long both take."""
+    config = LlamaConfig(hidden_size=small(4096), intermediate_size=small(14336))
+    x = torch.randn(32768 if not REHEARSED else 64, config.hidden_size, device=DEVICE).bfloat16()
+    with torch.device(DEVICE):
+        modules = LlamaRMSNorm(config.hidden_size).bfloat16(), LlamaMLP(config).bfloat16()
+    with torch.no_grad():
+        for module in modules:
+            own = seconds(lambda module=module: module(x), 2)
+            with fused(module, torch.device("cuda")):
+                took = seconds(lambda module=module: module(x), 2)
+                name = type(module).__name__
+                expect(f"{name} by a kernel", "forward" in vars(module), own_s=own, kernel_s=took)
+
+
 def check_factor(n: int, linears: int) -> None:
-    g = torch.Generator(CUDA).manual_seed(n)
-    x = torch.randn(2 * n, n, device=CUDA, generator=g)
+    n, linears = small(n), min(linears, 2) if REHEARSED else linears
+    g = torch.Generator(DEVICE).manual_seed(n)
+    x = torch.randn(2 * n, n, device=DEVICE, generator=g)
     h = (x.T @ x).expand(linears, n, n).contiguous()
     found = factor_upper_(h.clone())
     t = found.above[0].triu(1)
     t.diagonal().fill_(1)
     back = t * found.variance[0]
     back = (torch.linalg.matrix_norm(back @ t.T - h[0]) / torch.linalg.matrix_norm(h[0])).item()
-    rows = torch.randn(linears, n, min(n, 512), device=CUDA, generator=g)
+    rows = torch.randn(linears, n, min(n, 512), device=DEVICE, generator=g)
     solved = (torch.linalg.matrix_norm(t @ found.solve_(rows.clone())[0] - rows[0]) / rows[0].norm()).item()
     factoring = seconds(lambda: factor_upper_(h.clone()), 2)
     solving = seconds(lambda: found.solve_(rows.clone()), 2)
@@ -169,16 +209,16 @@ def check_factor(n: int, linears: int) -> None:
 
 
 def time_solve(name: str, linears: int, out: int, n: int, grid: Grid, *, plain: bool = True) -> None:
+    linears, out, n = min(linears, 2) if REHEARSED else linears, small(out), small(n)
     weight, moment, drift = problem(linears, out, n, tokens=n if linears > 1 else None)
     s = Gptq()
     order = batch.column_order(moment.diagonal(dim1=-2, dim2=-1), grid.columns(n), s.order)
     fields: dict[str, Any] = {}
     for width in (64, 128):
         kernels.COLUMNS = batch.COLUMNS = width
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = 0 if REHEARSED else memory()
         fields[f"batch_{width}_s"] = seconds(lambda: batch.gptq_batch(weight, grid, s, moment, drift))
-        fields["extra_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        fields["extra_gb"] = 0.0 if REHEARSED else (torch.cuda.max_memory_allocated() - before) / 1e9
     fields["without_drift_s"] = seconds(lambda: batch.gptq_batch(weight, grid, s, moment), 1)
     fields["factor_s"] = seconds(lambda: batch.factor(moment, order, [LEAST_DAMP] * len(moment)), 1)
     got = batch.gptq_batch(weight, grid, s, moment, drift)
@@ -186,7 +226,7 @@ def time_solve(name: str, linears: int, out: int, n: int, grid: Grid, *, plain: 
         some = min(linears, 2)
         begun = time.perf_counter()
         done = [gptq(weight[i], grid, s, moment[i], drift[i]).linear for i in range(some)]
-        torch.cuda.synchronize()
+        synchronize()
         fields["plain_s"] = (time.perf_counter() - begun) * linears / some
         fields["same"] = min((q.codes == got.linears[i].codes).float().mean().item() for i, q in enumerate(done))
         pairs = [
@@ -200,27 +240,28 @@ def time_solve(name: str, linears: int, out: int, n: int, grid: Grid, *, plain: 
 
 def time_kernels(linears: int, out: int) -> None:
     """Single launches, as often as needed to be seen."""
-    w = torch.randn(linears, 128, out, device=CUDA)
-    inside = torch.randn(linears, 128, 128, device=CUDA).tril_(-1) * 0.05
-    variance, squares = torch.ones(linears, 128, device=CUDA), torch.zeros(linears, out, device=CUDA)
-    scale = (torch.rand(linears, 1, out, device=CUDA) + 0.1).expand_as(w)
-    zero = torch.full((linears, 1, out), 8.0, device=CUDA).expand_as(w)
+    linears, out, times = (min(linears, 2), small(out), 1) if REHEARSED else (linears, out, 20)
+    w = torch.randn(linears, 128, out, device=DEVICE)
+    inside = torch.randn(linears, 128, 128, device=DEVICE).tril_(-1) * 0.05
+    variance, squares = torch.ones(linears, 128, device=DEVICE), torch.zeros(linears, out, device=DEVICE)
+    scale = (torch.rand(linears, 1, out, device=DEVICE) + 0.1).expand_as(w)
+    zero = torch.full((linears, 1, out), 8.0, device=DEVICE).expand_as(w)
     error, numbers = w.clone(), torch.full_like(w, torch.nan)
-    importance = torch.rand(linears, 128, device=CUDA)
-    found = torch.empty(3, linears, out, device=CUDA).unbind(0)
+    importance = torch.rand(linears, 128, device=DEVICE)
+    found = torch.empty(3, linears, out, device=DEVICE).unbind(0)
 
     def solve(width: int) -> None:
         part = slice(0, width)
         columns = [x[:, part] for x in (scale, zero, error, numbers)]
         square = inside[:, part, part].contiguous()
-        for _ in range(20):
+        for _ in range(times):
             kernels.solve_columns(w[:, part], square, variance[:, part], *columns, squares, W4)
 
-    took = {f"solve_{width}_us": 1e6 / 20 * seconds(lambda width=width: solve(width)) for width in (32, 64, 128)}
+    took = {f"solve_{width}_us": 1e6 / times * seconds(lambda width=width: solve(width)) for width in (32, 64, 128)}
     took["fit_us"] = (
         1e6
-        / 20
-        * seconds(lambda: [kernels.fit_scales(w, W4, torch.bfloat16, importance, None, found) for _ in range(20)])
+        / times
+        * seconds(lambda: [kernels.fit_scales(w, W4, torch.bfloat16, importance, None, found) for _ in range(times)])
     )
     good = error.isfinite().all().item() and numbers.isfinite().all().item()
     expect(f"kernels {linears} x {out}", good, **took)
@@ -229,11 +270,18 @@ def time_kernels(linears: int, out: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only the checks")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, on small shapes")
     quick = parser.parse_args().quick
+    if REHEARSED:
+        kernel_check._ROWS, kernel_check._LINEARS = 16, 1
     torch.manual_seed(0)
-    say(card=torch.cuda.get_device_name(), torch=torch.__version__)
+    say(card="none: rehearsed" if REHEARSED else torch.cuda.get_device_name(), torch=torch.__version__)
     begun = time.perf_counter()
-    parts: list[tuple[str, Callable[[], None]]] = [("scales", check_scales), ("solve", check_solve)]
+    parts: list[tuple[str, Callable[[], None]]] = [
+        ("scales", check_scales),
+        ("parts", check_parts),
+        ("solve", check_solve),
+    ]
     if not quick:
         parts += [
             *(("kernels", partial(time_kernels, *shape)) for shape in ((1, 4096), (1, 28672), (128, 1536))),
@@ -250,7 +298,8 @@ def main() -> None:
             part()
         except Exception as error:
             expect(name, False, error=f"{type(error).__name__}: {error}"[:500])
-        torch.cuda.empty_cache()
+        if not REHEARSED:
+            torch.cuda.empty_cache()
     say(seconds=round(time.perf_counter() - begun, 1), failures=failures)
     sys.exit(bool(failures))
 
