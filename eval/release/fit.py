@@ -28,7 +28,10 @@ _MIB = 1 << 20
 _GGUF = "gguf"
 _FORMATS = ("compressed-tensors", "modelopt", "gptq")  # in which an option is tried, as far as the server reads them
 _WIDTHS = (8, 6, 5, 4, 3, 2)
-_MENU = (6, 5, 4, 3, 8)  # widths of a mixture's menu, as far as the server loads them
+_MENUS = {  # widths of a mixture's menu, as far as the server loads them; the second where the first does not fit
+    "mixed": (6, 5, 4, 3, 8),
+    "mixed-2-to-4": (4, 3, 2),
+}
 _MIXED = "mixed"
 _EIGHT_BITS = ("fp8", "int8", "q8_0")
 _FP8_CACHE = "fp8"  # costs less than weights of 6 bits instead of 8 do (docs/choosing.md)
@@ -173,8 +176,8 @@ def _tried(
     cached = {} if unrounded is None else {"kv_cache": _FP8_CACHE}
     tried: list[Option] = []
     for name, document, why in _documents(need, loader, room) if room is None or room > 0 else ():
-        if name == _MIXED and any(one.fits for one in tried):
-            continue  # 8 bits fit everywhere
+        if name in _MENUS and any(one.fits for one in tried):
+            continue  # 8 bits fit everywhere, or a better mixture does
         tried.append(look.option(name, document | cached, why, room))
     if room is None:
         tried.sort(key=lambda one: (not one.fits, one.bytes or 0))
@@ -264,10 +267,11 @@ def _documents(need: Need, loader: Any, room: int | None) -> Iterator[tuple[str,
     usable = {bits: format for bits, grid in widths.items() if (format := able(grid))}
     if 8 in usable:
         yield "int8", _document(widths[8], usable[8]), "8-bit integers, almost as good as 16 bit"
-    menu = [widths[bits] for bits in _MENU if usable.get(bits) == "compressed-tensors"]
-    if room is not None and len(menu) > 1:
-        budget = {"bytes": max(room, 1), "menu": [_stated(grid) for grid in menu]}
-        yield _MIXED, {"budget": budget, "method": "gptq"}, "each part in the bits that cost least, all memory used"
+    for name, menu in _MENUS.items():
+        grids = [_stated(widths[bits]) for bits in menu if usable.get(bits) == "compressed-tensors"]
+        if room is not None and len(grids) > 1:
+            budget = {"bytes": max(room, 1), "menu": grids}
+            yield name, {"budget": budget, "method": "gptq"}, "each part in the bits that cost least, all memory used"
     for bits, format in usable.items():
         if bits < 8:
             yield f"int{bits}", _document(widths[bits], format), f"{bits}-bit integers everywhere"

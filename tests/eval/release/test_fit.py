@@ -109,6 +109,17 @@ def test_all_the_memory_is_used_where_8_bits_do_not_fit(model: str) -> None:
     assert nothing.choice is None
 
 
+def test_2_bits_come_into_a_mixture_where_3_do_not_fit() -> None:
+    room, cache = 95_000_000, 2 * 30 * 3 * 64 * 2 * 512
+    found = fit("smollm2-135m", memory=memory(room, cache), context=512)
+    assert found.choice is not None
+    assert found.choice.name == "mixed-2-to-4"
+    assert 0 <= room + 16 - (found.choice.bytes or 0) < 100
+    assert {one.name for one in found.options if one.fits} == {"mixed-2-to-4", "int2"}
+    assert next(one for one in found.options if one.name == "mixed").why.startswith("refused: budget: ")
+    assert [grid["bits"] for grid in found.choice.document["budget"]["menu"]] == [4, 3, 2]
+
+
 def test_the_cards_number_types_decide(model: str) -> None:
     names = {gpu: [one.name for one in fit(model, gpu=gpu, context=64).options] for gpu in ("A10G", "l40s", "B200")}
     assert [("fp8" in n, "nvfp4" in n) for n in names.values()] == [(False, False), (True, False), (True, True)]
