@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +165,11 @@ def libraries() -> dict[str, str]:
 
 def numerics(where: torch.device) -> dict[str, Any]:
     """What hidden states depend on, to the last bit, beside the model, its dtype and the text."""
-    return libraries() | {"device": describe(where)["device"], "threads": torch.get_num_threads()}
+    found = libraries() | {"device": describe(where)["device"], "threads": torch.get_num_threads()}
+    if where.type == "cuda":  # its kernels add in another order than torch's
+        there = find_spec("triton") is not None
+        found["triton"] = str(import_module("triton").__version__) if there else "none"
+    return found
 
 
 def has_amx() -> bool:

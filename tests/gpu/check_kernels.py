@@ -149,11 +149,12 @@ def check_scales() -> None:
 def check_solve() -> None:
     """Whole solves: the batch against each linear alone in the plain loop, here and on the CPU."""
     weight, moment, drift = problem(1, 16, 256) if REHEARSED else problem(3, 96, 512)
-    for grid in (
+    grids = (
         W4, Grid(bits=3, group_size=64, symmetric=False), Grid(bits=8, group_size=-1), Grid(type="fp8"),
         Grid(type="fp8-block"), Grid(type="mxfp4"), Grid(type="mxfp8"), Grid(type="nvfp4"),
         BlockGrid(type="Q4_K"), BlockGrid(type="Q5_0"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for grid in grids[::4] if REHEARSED else grids:
         for order, static in (("group_aware", True), ("activation", True), ("activation", False)):
             if not static and (grid.type != "int" or grid.group_size == -1):
                 continue
