@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 from ..calibrate import kv_cache
 from ..core import machine
 from ..core.errors import BadInput
+from ..core.products import tf32_products
 from ..core.ranks import ALONE, Ranks
 from ..core.text import size
 from ..formats import FORMATS
+from ..methods import solves_batches
 from ..models.placed_model import LinearLayer
 from ..models.shards import JOINED
 from ..models.skeleton import Skeleton
 from ..numbers.grid import scale_dtype
 from ..numbers.types import Grid
-from ..recipe import Qat, Recipe, Tuned
+from ..recipe import MethodSettings, Qat, Recipe, Tuned
 from .accounting import quantized_share
 from .needs import find_needs, reaching
 from .room import IN_HOST_MEMORY, Room, choose
@@ -137,7 +140,7 @@ def make_plan(
         memory_bytes=memory,
         disk_bytes=disk,
         operations=operations,
-        seconds=_seconds(operations, solves, skeleton) / ranks.size + original / 1e9,
+        seconds=_seconds(operations, solves, skeleton, recipe.rounder) / ranks.size + original / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
         quantized_share=quantized_share(skeleton, linears, {n for n, grid in schemes.items() if grid is not None}),
         device=str(there),
@@ -193,12 +196,14 @@ def _solves(linears: list[LinearLayer], schemes: dict[str, Grid | None], streams
     return searched + sum((3.0 + 3.0 * streams) * n * width for n, width in zip(each, widths, strict=True))
 
 
-def _seconds(operations: float, solves: float, skeleton: Skeleton) -> float:
-    """How long operations take, of which `solves` are in float32 and the others in the model's dtype."""
+def _seconds(operations: float, solves: float, skeleton: Skeleton, method: MethodSettings) -> float:
+    """How long operations take, of which `solves` are in float32, or TF32, and the others in the model's dtype."""
     device = skeleton.device
     if device.type != "cuda":
         return operations / _speed(device, torch.float32)
-    return (operations - solves) / _speed(device, skeleton.dtype) + solves / _speed(device, torch.float32)
+    with tf32_products() if solves_batches(method, device) else nullcontext():
+        solving = solves / _speed(device, torch.float32)
+    return (operations - solves) / _speed(device, skeleton.dtype) + solving
 
 
 def _active(skeleton: Skeleton, linears: list[LinearLayer]) -> dict[int, float]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from quantpress import api
 from quantpress.artifact.original import OriginalCheckpoint
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
+from quantpress.core.products import exact_float32_products
 from quantpress.core.ranks import Ranks
 from quantpress.engine import needs
 from quantpress.engine import plan as planning
@@ -25,6 +27,7 @@ from quantpress.engine.sources import resolve
 from quantpress.eval.release.callbacks import Options
 from quantpress.models import placed_model
 from quantpress.models.skeleton import Skeleton, run_block
+from quantpress.recipe import Gptq, Rtn
 from quantpress.recipe.loading import parse
 
 from ... import families
@@ -89,6 +92,23 @@ def test_what_lies_on_the_gpu_is_not_counted_as_the_hosts(tmp_path: Path, monkey
     assert spilled.device_bytes < many.device_bytes
     assert "hidden states do not fit on cuda: they are kept in the host's memory" in spilled.notes
     assert (on_cpu.device, on_cpu.device_bytes) == ("cpu", 0)
+
+
+@pytest.mark.parametrize(("method", "float32"), [(Gptq(), "tf32"), (Rtn(), "ieee")])
+def test_a_gpu_is_measured_in_what_it_solves_with(
+    method: Gptq | Rtn, float32: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    speeds = {"tf32": 4.0, "ieee": 1.0}
+    cuda: Any = torch.backends.cuda.matmul
+
+    def speed(device: torch.device, dtype: torch.dtype) -> float:
+        return 8.0 if dtype == torch.bfloat16 else speeds[cuda.fp32_precision]
+
+    monkeypatch.setattr(planning, "_speed", speed)
+    there: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    with exact_float32_products():
+        assert planning._seconds(96.0, 16.0, there, method) == 80 / 8 + 16 / speeds[float32]
 
 
 def test_a_machines_speed_is_taken_once_it_is_warm_and_done(monkeypatch: pytest.MonkeyPatch) -> None:
