@@ -1,6 +1,6 @@
 """One llm-compressor run, as its user would write it: model folder in, compressed-tensors folder out.
 
-Run by peers.py with the Python that has llm-compressor; imports nothing of quantpress:
+Run by peers.py with the Python that has llm-compressor; of quantpress it has how 16-bit floats are multiplied, no more:
 
     python llmcompressor_run.py MODEL OUT --text FILE --samples 32 --seq-len 512 --method gptq --bits 4 --group-size 64
     python llmcompressor_run.py MODEL OUT --text FILE … --method gptq --scheme W8A8 --smoothquant 0.8
@@ -16,7 +16,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier
-from peer_run import peer_options, sequences
+from peer_run import fast_16_bit_products, peer_options, sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -73,4 +73,5 @@ def scheme(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with fast_16_bit_products():
+        main()

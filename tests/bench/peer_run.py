@@ -1,8 +1,10 @@
-"""What the runs of peers share: their options, and the token ids they are given. No
+"""What the runs of peers share: their options, the token ids they are given, and products of 16-bit floats. No
 peer is imported here: it would be charged to another one.
 """
 
 import argparse
+import importlib.util
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,21 @@ def peer_options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--symmetric", action="store_true")
     return parser
+
+
+def fast_16_bit_products() -> AbstractContextManager[None]:
+    """quantpress's own, so that on a CPU without instructions for 16-bit floats neither side waits for torch's.
+
+    By its path: the file needs torch alone, and where a peer lives there is no quantpress.
+    """
+    file = Path(__file__).resolve().parents[2] / "quantize" / "core" / "products.py"
+    spec = importlib.util.spec_from_file_location("products", file)
+    assert spec is not None
+    assert spec.loader is not None
+    products = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(products)
+    context: AbstractContextManager[None] = products.fast_16_bit_products()
+    return context
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[list[int]]:

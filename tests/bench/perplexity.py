@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_run import fast_16_bit_products
 from torch.nn.functional import kl_div, nll_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,4 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with fast_16_bit_products():
+        main()

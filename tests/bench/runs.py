@@ -48,7 +48,7 @@ class Runs:
             prepare_evaluation(self.source.path, Evaluation(source=text, **wanted), default_cache()) for text in texts
         ]
         calibration = {"source": str(fetch.text(args.calibration, cache)), "samples": args.samples}
-        calibration |= {"seq_len": SEQ_LEN, "bos": bos}
+        calibration |= {"seq_len": SEQ_LEN, "bos": bos, "seed": args.seed}
         self.base: dict[str, Any] = {"model": args.model, "method": args.method, "calibration": calibration}
         self.file, self.given = args.keep, [bos, args.windows, *(Path(text).name for text in args.evaluation)]
         self.kept: dict[str, Any] = {}
@@ -85,6 +85,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, nargs="+", required=True)
     parser.add_argument("--samples", type=int, default=8, help="calibration sequences of 512 tokens")
+    parser.add_argument("--seed", type=int, default=0, help="another draws other samples; 0 takes the first")
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens of each evaluation text")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--bos", action="store_true", help="BOS before every sequence")
