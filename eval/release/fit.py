@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from quantpress.recipe.loading import parse, parse_target
 from ..measure.capacity import cache
 from .callbacks import Options
 from .recommend import Recommendation, Wish, cache_bytes, recommend
-from .session import plan_job
+from .session import plan_beside, plan_job
 
 # Cards whose tensor cores multiply these types (CUDA's compute capability 8.9 and up; 10.0 and 12.0).
 _FP8 = ("L4", "L40S", "RTX 4090", "RTX 5090", "H100 80GB", "H200", "B200")
@@ -28,11 +29,8 @@ _MIB = 1 << 20
 _GGUF = "gguf"
 _FORMATS = ("compressed-tensors", "modelopt", "gptq")  # in which an option is tried, as far as the server reads them
 _WIDTHS = (8, 6, 5, 4, 3, 2)
-_MENUS = {  # widths of a mixture's menu, as far as the server loads them; the second where the first does not fit
-    "mixed": (6, 5, 4, 3, 8),
-    "mixed-2-to-4": (4, 3, 2),
-}
-_MIXED = "mixed"
+_MIXED, _MIXED_LOW = "mixed", "mixed-2-to-4"
+_MENUS = {_MIXED: (6, 5, 4, 3, 8), _MIXED_LOW: (4, 3, 2)}  # of mixtures, as far as the server loads these widths
 _EIGHT_BITS = ("fp8", "int8", "q8_0")
 _FP8_CACHE = "fp8"  # costs less than weights of 6 bits instead of 8 do (docs/choosing.md)
 
@@ -139,17 +137,17 @@ def fit(
     need = Need(target, memory, card, context, concurrency, min_recovery)
     wanted = {"name": target, "max_model_len": context, "max_num_seqs": concurrency}
     loader = parse_target(wanted, "target").loader
-    look = _Look(model, wanted, options or Options(), config_only)
-    first = look.first(_plain(loader.formats, wanted))
+    first = _first(model, _plain(loader.formats, wanted), options or Options(), config_only)
+    option = partial(_option, first, wanted)
 
     def held(kv_cache: str | None) -> int:
         """The bytes of all sequences' cache."""
         one = cache(first.skeleton.config, kv_cache, _dtype(first), need.context)
         return need.concurrency * cache_bytes(one, need.context)
 
-    found = _tried(look, need, loader, held(None), first.plan.original_bytes)
+    found = _tried(option, need, loader, held(None), first.plan.original_bytes)
     if need.gpu in _FP8 and (found.choice is None or found.choice.name not in _EIGHT_BITS):
-        other = _tried(look, need, loader, held(_FP8_CACHE), first.plan.original_bytes, found)
+        other = _tried(option, need, loader, held(_FP8_CACHE), first.plan.original_bytes, found)
         found = other if other.choice is not None else found
     if found.room is not None and found.room <= 0:
         raise BadInput(
@@ -161,7 +159,7 @@ def fit(
 
 
 def _tried(
-    look: "_Look",
+    option: Callable[..., Option],
     need: Need,
     loader: Any,
     cache_bytes: int,
@@ -170,15 +168,16 @@ def _tried(
 ) -> Proposal:
     """What is considered beside such a key-value cache, and the choice; nothing where it leaves no room.
 
-    unrounded: what was found beside one that is not in FP8, where this one is.
+    option: of name, recipe, what speaks for it, and the room. unrounded: what was found beside one that is not in FP8,
+    where this one is.
     """
     room = None if need.memory is None else need.memory - need.wish.kept - cache_bytes
     cached = {} if unrounded is None else {"kv_cache": _FP8_CACHE}
     tried: list[Option] = []
     for name, document, why in _documents(need, loader, room) if room is None or room > 0 else ():
         if name in _MENUS and any(one.fits for one in tried):
-            continue  # 8 bits fit everywhere, or a better mixture does
-        tried.append(look.option(name, document | cached, why, room))
+            continue  # what fits is better: 8 bits everywhere, or 3 where the mixture has 2 bits, too
+        tried.append(option(name, document | cached, why, room))
     if room is None:
         tried.sort(key=lambda one: (not one.fits, one.bytes or 0))
     choice = next((one for one in tried if one.fits), None)
@@ -212,39 +211,30 @@ def written(proposal: Proposal, chosen: Option, file: Path) -> Path:
     return file
 
 
-@dataclass(frozen=True)
-class _Look:
-    """Looks at recipes for one model and one target."""
-
-    model: str
-    target: Mapping[str, Any]
-    options: Options
-    config_only: bool
-
-    def first(self, documents: Sequence[Mapping[str, Any]]) -> Job:
-        """Of the first of these recipes that can be planned, to know the model; raises what the last one raises."""
-        for document in documents[:-1]:
-            try:
-                return self._job(document)
-            except BadInput:
-                continue
-        return self._job(documents[-1])
-
-    def option(self, name: str, document: Mapping[str, Any], why: str, room: int | None) -> Option:
-        aimed = dict(document) | {"targets": [dict(self.target)]}
-        shown = {"model": self.model} | aimed
+def _first(model: str, documents: Sequence[Mapping[str, Any]], options: Options, config_only: bool) -> Job:
+    """Of the first of these recipes that can be planned, to know the model; raises what the last one raises."""
+    for document in documents:
         try:
-            found = self._job(aimed).plan.artifact_bytes
-        except BadInput as error:
-            return Option(name, shown, None, False, f"refused: {error}")
-        if room is not None and found > room:
-            why = f"does not fit: {size(found)} of weights, and {size(room)} are left"
-            return Option(name, shown, found, False, why)
-        return Option(name, shown, found, True, f"{size(found)}: {why}")
+            return plan_job(parse({"model": model} | dict(document)), options, config_only=config_only)[0]
+        except BadInput:
+            if document is documents[-1]:
+                raise
+    raise AssertionError("no documents")
 
-    def _job(self, document: Mapping[str, Any]) -> Job:
-        """Raises BadInput for what model, recipe or target refuse."""
-        return plan_job(parse({"model": self.model} | dict(document)), self.options, config_only=self.config_only)[0]
+
+def _option(
+    first: Job, target: Mapping[str, Any], name: str, document: Mapping[str, Any], why: str, room: int | None
+) -> Option:
+    """What there is to say of a recipe for the model of `first`."""
+    shown = {"model": first.recipe.model} | dict(document) | {"targets": [dict(target)]}
+    try:
+        found = plan_beside(first, parse(shown)).plan.artifact_bytes
+    except BadInput as error:
+        return Option(name, shown, None, False, f"refused: {error}")
+    if room is not None and found > room:
+        why = f"does not fit: {size(found)} of weights, and {size(room)} are left"
+        return Option(name, shown, found, False, why)
+    return Option(name, shown, found, True, f"{size(found)}: {why}")
 
 
 def _documents(need: Need, loader: Any, room: int | None) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -267,14 +257,19 @@ def _documents(need: Need, loader: Any, room: int | None) -> Iterator[tuple[str,
     usable = {bits: format for bits, grid in widths.items() if (format := able(grid))}
     if 8 in usable:
         yield "int8", _document(widths[8], usable[8]), "8-bit integers, almost as good as 16 bit"
-    for name, menu in _MENUS.items():
-        grids = [_stated(widths[bits]) for bits in menu if usable.get(bits) == "compressed-tensors"]
-        if room is not None and len(grids) > 1:
-            budget = {"bytes": max(room, 1), "menu": grids}
-            yield name, {"budget": budget, "method": "gptq"}, "each part in the bits that cost least, all memory used"
-    for bits, format in usable.items():
-        if bits < 8:
-            yield f"int{bits}", _document(widths[bits], format), f"{bits}-bit integers everywhere"
+
+    def mixture(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+        menu = [_stated(widths[bits]) for bits in _MENUS[name] if usable.get(bits) == "compressed-tensors"]
+        if room is not None and len(menu) > 1:
+            document = {"budget": {"bytes": max(room, 1), "menu": menu}, "method": "gptq"}
+            yield name, document, "each part in the bits that cost least, all memory used"
+
+    yield from mixture(_MIXED)
+    for bits in _WIDTHS[1:]:
+        if bits == 2:
+            yield from mixture(_MIXED_LOW)
+        if bits in usable:
+            yield f"int{bits}", _document(widths[bits], usable[bits]), f"{bits}-bit integers everywhere"
     if need.gpu in _NVFP4 and (format := able(Grid(type="nvfp4"), "nvfp4")):
         both = {"weights": {"type": "nvfp4"}, "activations": {"type": "nvfp4"}, "method": "gptq", "formats": [format]}
         yield "nvfp4", both, f"4-bit floats, which {need.gpu} multiplies; faster than integers, with rounded inputs"

@@ -13,6 +13,7 @@ from quantpress.artifact.manifest import Manifest, own_manifest
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
+from quantpress.engine.job import prepare_beside
 from quantpress.engine.pipeline import Job, Settings, prepare, quantize
 from quantpress.engine.pipeline import take_part as engine_take_part
 from quantpress.engine.sources import Source, headers, resolve, resolve_config
@@ -68,6 +69,13 @@ def plan_job(recipe: Recipe, options: Options, *, config_only: bool = False) -> 
     else:
         return make_job(recipe, options)
     return job, check_job(job)
+
+
+def plan_beside(job: Job, recipe: Recipe) -> Job:
+    """As `plan_job`, of another recipe for the model of a job that has been planned."""
+    job = prepare_beside(job, recipe)
+    check_job(job)
+    return job
 
 
 def settings(out: Path, options: Options, callbacks: Callbacks) -> Settings:

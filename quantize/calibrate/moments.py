@@ -230,7 +230,8 @@ def _add_of_differences(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _squares(x: Tensor) -> Tensor:
     """The sum of the squares of each column of x [tokens, in], in float32; a GPU reads x once and makes no copies."""
     if x.is_cuda:
-        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+        norms: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
+        return norms.square_()
     return x.to(torch.float32).square().sum(0)
 
 

@@ -1,7 +1,7 @@
 """A recipe that has been found to fit its model: everything a run needs to know before the work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,23 @@ def prepare(
             f"calibration.all_experts: {skeleton.config.model_type} gives its experts tokens weighed or sorted "
             "by the router, so that none can see all of them; leave it out"
         )
-    setup = Setup(recipe, source, checkpoint, reader, skeleton, skeleton.linears(), ranks=ranks)
+    return _planned(Setup(recipe, source, checkpoint, reader, skeleton, skeleton.linears(), ranks=ranks))
+
+
+def prepare_beside(job: Job, recipe: Recipe) -> Job:
+    """As `prepare`, for the model of a job that has been prepared and is not opened again; neither recipe rotates it.
+
+    Where transformers does not know the architecture it is opened: the recipe says what its linears are.
+    """
+    assert not any(isinstance(one, Hadamard) for one in (*recipe.transforms, *job.recipe.transforms))
+    if isinstance(job.skeleton, ByName):
+        headers = job.checkpoint if isinstance(job.checkpoint, HeadersOnly) else None
+        return prepare(recipe, job.source, job.skeleton.device, headers=headers, ranks=job.ranks)
+    given = {field.name: getattr(job, field.name) for field in fields(Setup)}
+    return _planned(Setup(**given | {"recipe": recipe}))
+
+
+def _planned(setup: Setup) -> Job:
     backend = _backend(setup)
     return Job(**vars(setup), backend=backend, plan=backend.plan())
 

@@ -28,7 +28,7 @@ def fused(block: nn.Module, device: torch.device) -> Iterator[None]:
         for module in block.modules():
             by_kernel = _by_kernel(module)
             if by_kernel is not None and "forward" not in vars(module) and _agrees(module, by_kernel):
-                module.forward = partial(_forward, module, by_kernel)  # type: ignore[method-assign]
+                module.forward = partial(_forward, module, by_kernel)
                 changed.append(module)
     try:
         yield
