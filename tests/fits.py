@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantpress.eval.release import fit as fitting
+from quantpress.eval.release.fit import fit
 
 DOCS = Path(__file__).parent.parent / "docs"
 CONFIGS, TABLE = DOCS / "configs", DOCS / "fits.json"
@@ -24,7 +24,7 @@ def row(model: str, cards: Sequence[str] = CARDS) -> dict[str, Any]:
     """What is proposed for each card, with the bytes of its weights and those that they may take."""
     found: dict[str, Any] = {}
     for card in cards:
-        proposal = fitting.fit(
+        proposal = fit(
             str(CONFIGS / f"{model}.json"), gpu=card, context=CONTEXT, concurrency=CONCURRENCY, config_only=True
         )
         choice = proposal.choice
@@ -33,21 +33,7 @@ def row(model: str, cards: Sequence[str] = CARDS) -> dict[str, Any]:
     return found
 
 
-def planned_once() -> Any:
-    """plan_job, which returns what it found before of the same recipe: cards share most of them."""
-    plan_job, known = fitting.plan_job, dict[str, Any]()  # type: ignore[attr-defined]
-
-    def planned(recipe: Any, options: Any, *, config_only: bool) -> Any:
-        key = recipe.model_dump_json()
-        if key not in known:
-            known[key] = plan_job(recipe, options, config_only=config_only)
-        return known[key]
-
-    return planned
-
-
 def main() -> None:
-    fitting.plan_job = planned_once()  # type: ignore[attr-defined]
     table: dict[str, Any] = {"context": CONTEXT, "concurrency": CONCURRENCY, "rows": {}}
     for model in MODELS:
         table["rows"][model] = row(model)
