@@ -21,7 +21,7 @@ import torch
 from . import memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_LARGE = 1 << 21  # bytes: a huge page
+_LARGE = 1 << 23  # bytes: of which most lies in whole huge pages, wherever it begins
 _KEPT = 1 << 26  # bytes of freed memory that stay for the next small tensors: getting them back costs page faults
 
 
@@ -43,9 +43,10 @@ def set_up_memory() -> None:
     """Have glibc give large blocks back to the system when they are freed, and keep the others in one heap.
 
     Tensors of many sizes come and go here. Left to itself glibc keeps up to 32 MB of each, more in all than is in use;
-    with every one of them mapped anew a forward pass spends a quarter of its time on page faults. So a tensor of 2 MB
-    or more is mapped, in huge pages where the system gives them (the command line has torch ask), and smaller ones
-    share a heap, which `release_memory` gives back: one heap, for weights that one thread reads another frees.
+    with every one of them mapped anew a forward pass spends a quarter of its time on page faults. So a tensor of 8 MB
+    or more is mapped, in huge pages where the system gives them (the command line has torch ask): what lies outside of
+    whole ones, up to 2 MB, costs a fault for every 4 KB. Smaller tensors share a heap, which `release_memory` gives
+    back: one heap, for weights that one thread reads another frees.
     """
     if _glibc():
         library = ctypes.CDLL(None)
