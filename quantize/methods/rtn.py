@@ -16,7 +16,7 @@ from ..plugin import MethodSettings
 from .group_scales import GroupScales
 from .rounded import Rounded
 
-_PIECE = 1 << 18  # weights rounded at a time where rows are independent
+_PIECE = 1 << 19  # weights rounded at a time where rows are independent
 _WIDEST = 256  # columns of a group whose whole block of the moment is used
 
 

@@ -23,7 +23,7 @@ _SHIFTS = (-0.12, -0.06, 0.06, 0.12)  # of one end of the range, in widths of it
 _WIDE = 2048  # weights that share a scale of FP8, above which its search gains little
 SMALLEST_SCALE = 2.0**-17  # of integer grids: exact in both 16-bit types
 SMALLEST_FLOAT_SCALE = 2.0**-60
-_CHUNK = 1 << 18  # weights searched at a time and thread, so that intermediates stay in cache
+_CHUNK = 1 << 19  # weights searched at a time and thread, so that intermediates stay in cache
 _GPU_CHUNK = 1 << 26  # on a GPU, which has no such cache and is fast with many; intermediates take 256 MB each
 
 
