@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.products import multiplies
 from ..core.ranks import ALONE, Ranks
 from ..methods.layer_error import output_power, output_powers
 from ..methods.symmetric_products import panels
@@ -54,12 +53,10 @@ class Moments:
         if self._diagonal:
             self._of_lane("moment").add_(_squares(seen))
             return
-        if seen.device.type == "cpu" and not multiplies(torch.bfloat16, seen.device):
-            seen = seen.to(torch.float32)  # once, not for each product
         self._add("moment", seen, seen)
         if original is None:
             return
-        # The difference is small: bfloat16's 8 bits of it are enough, at twice the speed where a CPU multiplies it.
+        # The difference is small: bfloat16's 8 bits of it are enough, at twice the speed.
         factor = seen if seen.dtype == torch.bfloat16 else seen.to(torch.float32)
         difference = original - factor
         if self._weights:
@@ -221,13 +218,13 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _add_of_differences(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`add_product` on a CPU where bfloat16's 8 bits of each product are enough, at twice the speed."""
-    if left.dtype != torch.bfloat16:
-        add_product(total, left, right)
-    elif left is not right:
+    if left is not right:
         total.add_(left.T @ right)
-    else:
+    elif left.dtype == torch.bfloat16:
         for part in panels(len(total)):
             total[part, part.start :].add_(left[:, part].T @ left[:, part.start :])
+    else:
+        add_product(total, left, right)
 
 
 def _squares(x: Tensor) -> Tensor:
