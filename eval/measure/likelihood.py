@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from quantpress.core import machine
 from quantpress.core.errors import BadInput
+from quantpress.core.products import fast_16_bit_products
 from quantpress.models.skeleton import Skeleton, run_block
 
 from .divergence import BATCH_TOKENS
@@ -139,6 +140,7 @@ class Scorer:
                 ids[row, : len(inputs[i])] = torch.tensor(inputs[i])
             yield _Batch(now, ids)
 
+    @fast_16_bit_products()
     def write(self, prompts: Sequence[list[int]], new_tokens: int, stop: Sequence[str] = ()) -> list[list[int]]:
         """The greedy continuation of each prompt, up to the end of text, a stop string or `new_tokens` tokens.
 
