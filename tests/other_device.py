@@ -123,11 +123,22 @@ def run_there(module: str, function: str, *arguments: object) -> None:
 
 
 @contextmanager
+def products_of_torch() -> Iterator[None]:
+    """Within, the CPU multiplies 16-bit floats by torch's kernels, as that device does, whatever its instructions."""
+    able = torch.cpu.get_capabilities
+    torch.cpu.get_capabilities = lambda: able() | {"avx512_bf16": True, "avx512_fp16": True}
+    try:
+        yield
+    finally:
+        torch.cpu.get_capabilities = able
+
+
+@contextmanager
 def other_device() -> Iterator[None]:
     """Within, DEVICE is a device one can compute on."""
     _setup_privateuseone_for_python_backend()
     kernels = torch.library.Library("aten", "IMPL")
     kernels.impl("empty_strided", _empty_strided, "PrivateUse1")
     kernels.impl("_copy_from", _copy_from, "PrivateUse1")
-    with _Mode():
+    with _Mode(), products_of_torch():
         yield

@@ -12,7 +12,7 @@ from quantpress.core import machine
 from quantpress.eval.measure.evaluate import evaluate, prepare
 from quantpress.recipe import Evaluation, Gates
 
-from ...other_device import DEVICE, run_there
+from ...other_device import DEVICE, products_of_torch, run_there
 from ...quantize.engine.test_pipeline import make
 from ...tiny import build, text
 
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_another_device_measures_the_same(recipe: str, runs: Path) -> None:
     place = runs / recipe
-    with sdpa_kernel(SDPBackend.MATH):
+    with products_of_torch(), sdpa_kernel(SDPBackend.MATH):
         measured(str(place), str(place / "here"))
     here, there = (json.loads((place / f"{side}.json").read_text()) for side in ("here", "there"))
     assert there["device"] == str(DEVICE)

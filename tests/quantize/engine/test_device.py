@@ -14,7 +14,7 @@ from quantpress.engine.room import Room
 from quantpress.engine.sources import resolve
 from quantpress.recipe.loading import parse
 
-from ...other_device import DEVICE, run_there
+from ...other_device import DEVICE, products_of_torch, run_there
 from ...tiny import build, text
 from ..gguf import models
 from .test_gguf_rounding import matrix
@@ -102,7 +102,7 @@ def there(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 def test_another_device_makes_the_same_bytes(case: str, there: Path, tmp_path: Path) -> None:
     failed = there / case / "error.txt"
     assert not failed.exists(), failed.read_text()
-    with sdpa_kernel(SDPBackend.MATH):  # what attention is where nobody has written a kernel
+    with products_of_torch(), sdpa_kernel(SDPBackend.MATH):  # what attention is where nobody has written a kernel
         run(tmp_path, case, torch.device("cpu"))
     made = {path.name: path.read_bytes() for path in (there / case / "run" / "quantized").iterdir()}
     for path in sorted((tmp_path / case / "run" / "quantized").iterdir()):

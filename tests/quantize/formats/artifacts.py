@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from quantpress.core.files import write_json
+from quantpress.core.products import fast_16_bit_products
 from quantpress.formats import FORMATS, ModelScheme
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.companions import copy_companions
@@ -79,9 +80,9 @@ def make(
 
 
 def logits(model: Any) -> torch.Tensor:
-    """[2, 16, VOCAB] in float32."""
+    """[2, 16, VOCAB] in float32, by transformers with the products of 16-bit floats that our forward has here."""
     tokens = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    with torch.no_grad(), fast_16_bit_products():
         out: torch.Tensor = model(tokens).logits
     return out.float()
 
