@@ -168,9 +168,13 @@ def numerics(where: torch.device) -> dict[str, Any]:
     """What hidden states depend on, to the last bit, beside the model, its dtype and the text."""
     found = libraries() | {"device": describe(where)["device"], "threads": torch.get_num_threads()}
     if where.type == "cuda":  # its kernels add in another order than torch's
-        there = find_spec("triton") is not None
-        found["triton"] = str(import_module("triton").__version__) if there else "none"
+        found["triton"] = str(import_module("triton").__version__) if runs_triton(where) else "none"
     return found
+
+
+def runs_triton(where: torch.device) -> bool:
+    """Whether kernels written in Triton can run on `where`: a GPU, and Triton is installed."""
+    return where.type == "cuda" and find_spec("triton") is not None
 
 
 def has_amx() -> bool:

@@ -5,12 +5,12 @@ returns a scale for each input channel; a tuner trains the rounded weight of one
 """
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..core.machine import runs_triton
 from ..core.plugins import Table
 from ..numbers.grid import QuantizedLinear
 from ..numbers.types import Grid
@@ -44,7 +44,7 @@ class Tuner(Protocol):
 
 def solves_batches(method: MethodSettings, device: torch.device) -> bool:
     """Whether `gptq_batch` takes the place of the rounder: for GPTQ on a GPU, where Triton is installed."""
-    return method.name == "gptq" and device.type == "cuda" and find_spec("triton") is not None
+    return method.name == "gptq" and runs_triton(device)
 
 
 ROUNDERS: Table[Rounder] = Table("quantpress.rounders", {"rtn": rtn, "gptq": gptq})

@@ -8,11 +8,12 @@ and keeps that where the two differ by more than a rounding.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..core.machine import runs_triton
 
 Forward = Callable[..., Any]
 _ROWS = 64  # of the trial
@@ -24,7 +25,7 @@ _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 def fused(block: nn.Module, device: torch.device) -> Iterator[None]:
     """Within, `block` and copies of it compute norms and gates by kernels where they are not asked for gradients."""
     changed: list[nn.Module] = []
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if runs_triton(device):
         for module in block.modules():
             by_kernel = _by_kernel(module)
             if by_kernel is not None and "forward" not in vars(module) and _agrees(module, by_kernel):
