@@ -12,8 +12,9 @@ from ..core.ranks import ALONE, Ranks
 from ..methods.layer_error import output_power, output_powers
 from ..methods.symmetric_products import panels
 
-_PANEL = 2048  # columns of a symmetric product that a GPU multiplies at a time: fewer leave it partly idle
-_PANELS = 8  # at most
+_WHOLE = 2048  # columns up to which a GPU makes a symmetric product in one launch: those of experts are many
+_PANEL = 1024  # columns of a larger one that it multiplies at a time: fewer leave it partly idle
+_PANELS = 16  # at most
 _TOGETHER = 1 << 26  # weights or squares of experts that are multiplied at once
 _COPIED = 1 << 13  # the most columns of a symmetric matrix of which a copy is made to mirror it
 
@@ -238,7 +239,8 @@ def _squares(x: Tensor) -> Tensor:
 def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """`add_product` as a GPU does it best; on the first call `total` may hold anything."""
     columns = total.shape[1]
-    width = max(_PANEL, -(-columns // _PANELS)) if left is right else columns
+    parted = left is right and columns > _WHOLE
+    width = max(_PANEL, -(-columns // _PANELS)) if parted else columns
     for start in range(0, columns, width):
         part, rest = slice(start, start + width) if left is right else slice(None), slice(start, None)
         into = total[part, rest]

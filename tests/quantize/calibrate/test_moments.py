@@ -26,7 +26,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(moments, "_sums_in_float32", lambda device, dtype: dtype == torch.bfloat16)
-    monkeypatch.setattr(moments, "_PANEL", 16)
+    for name in ("_WHOLE", "_PANEL"):
+        monkeypatch.setattr(moments, name, 16)
 
 
 def summed(batches: list[list[Tensor]], weights: list[Tensor] | None = None) -> list[Moments]:
