@@ -1,16 +1,17 @@
 """Memory and cost: the key-value cache, how many sequences fit a GPU beside the weights, what a token costs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from quantpress.recipe import GPUS
 
+from .layer_cache import layer_caches
 from .sections import Cost, Fit, KvCache, Runtime
 
 _MIB = 1 << 20
 _USED = 0.9  # share of a GPU's memory that a server takes (vLLM's default gpu_memory_utilization)
 _RESERVED = 1 << 30  # bytes for the runtime itself and for activations
-_FULL, _WINDOWED, _NONE = "full", "windowed", "none"
 
 
 def cache(config: Any, kv_cache: str | None, dtype: str, context: int) -> KvCache:
@@ -18,36 +19,27 @@ def cache(config: Any, kv_cache: str | None, dtype: str, context: int) -> KvCach
 
     A layer caches keys and values of its key-value heads (fewer than its query heads with GQA); with latent attention
     (DeepSeek) one latent vector and the rotary part of the keys instead. Layers with a sliding window cache at most
-    that many tokens; linear-attention layers keep a state of constant size, which is not counted.
+    that many tokens; recurrent ones keep a state of constant size, which is counted in float32 (vLLM may keep it in 16
+    bit), and that of their convolution in `dtype`.
     kv_cache: fp8 or int8 where the artifact says so; otherwise the cache is in `dtype`.
     """
-    name, size = (kv_cache, 1) if kv_cache else (dtype, {"float32": 4}.get(dtype, 2))
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = 2 * heads * width
-    if getattr(config, "kv_lora_rank", None):
-        numbers = config.kv_lora_rank + config.qk_rope_head_dim
-    kinds = _kinds(config)
-    window = getattr(config, "sliding_window", None) if _WINDOWED in kinds else None
-    full, windowed = kinds.count(_FULL) * numbers * size, kinds.count(_WINDOWED) * numbers * size
+    plain = {"float32": 4}.get(dtype, 2)
+    name, size = (kv_cache, 1) if kv_cache else (dtype, plain)
+    layers = list(layer_caches(config))
+    windows = [one.window for one in layers if one.window and one.numbers]
+    full = math.ceil(sum(one.every + (0 if one.window else one.numbers) for one in layers) * size)
+    windowed = sum(one.numbers for one in layers if one.window) * size
+    state = sum(4 * one.state + plain * one.convolved for one in layers)
+    window = max(windows, default=None)
     return KvCache(
         dtype=name,
         bytes_per_token=full + windowed,
         bytes_per_token_past_window=full if window else None,
         sliding_window=window,
+        state_bytes=state,
         context=context,
-        bytes_at_context=full * context + windowed * min(context, window or context),
+        bytes_at_context=full * context + windowed * min(context, window or context) + state,
     )
-
-
-def _kinds(config: Any) -> list[str]:
-    """For each layer: whether its cache grows with the text, up to a window, or not at all."""
-    layers = getattr(config, "layer_types", None)
-    if layers:
-        named = {"full_attention": _FULL, "sliding_attention": _WINDOWED, "chunked_attention": _WINDOWED}
-        return [named.get(kind, _NONE) for kind in layers]
-    windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
-    return [_WINDOWED if windowed else _FULL] * config.num_hidden_layers
 
 
 def fits(names: Sequence[str], weight_bytes: int, held: KvCache) -> tuple[Fit, ...]:

@@ -205,12 +205,14 @@ class Runtime(Section):
 
 
 class KvCache(Section):
-    """The key-value cache of one sequence, from the config; layers with a sliding window stop growing there."""
+    """The key-value cache of one sequence, from the config; layers with a sliding window stop growing there (the
+    largest of several)."""
 
     dtype: str
     bytes_per_token: int  # within the sliding window
     bytes_per_token_past_window: int | None = None  # None without sliding windows
     sliding_window: int | None = None
+    state_bytes: int = 0  # of recurrent layers, whatever the length
     context: int  # tokens
     bytes_at_context: int
 

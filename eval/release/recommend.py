@@ -121,10 +121,11 @@ def recommend(folders: Sequence[Path], wish: Wish) -> Recommendation:
 
 def cache_bytes(cache: KvCache, context: int) -> int:
     """Cache bytes of one sequence of `context` tokens; layers with a sliding window hold at most the window."""
-    if cache.sliding_window is None or cache.bytes_per_token_past_window is None or context <= cache.sliding_window:
-        return cache.bytes_per_token * context
-    past = context - cache.sliding_window
-    return cache.bytes_per_token * cache.sliding_window + cache.bytes_per_token_past_window * past
+    whole, past = context, 0
+    if cache.sliding_window is not None and cache.bytes_per_token_past_window is not None:
+        whole = min(context, cache.sliding_window)
+        past = (context - whole) * cache.bytes_per_token_past_window
+    return cache.bytes_per_token * whole + past + cache.state_bytes
 
 
 def _candidate(judged: Judged, wish: Wish) -> Candidate:

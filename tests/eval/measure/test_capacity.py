@@ -15,8 +15,10 @@ from quantpress.core import machine
 from quantpress.core.errors import BadInput
 from quantpress.eval.measure import capacity, speed
 from quantpress.eval.measure.sections import Runtime, Speed
+from quantpress.eval.release.recommend import cache_bytes
 from quantpress.recipe import Timing
 
+from ... import families
 from ...quantize.engine.test_pipeline import make
 from ...tiny import FAMILIES, build
 
@@ -53,6 +55,66 @@ def test_windows_stop_growing(family: str) -> None:
     assert held.bytes_per_token_past_window == one * layers[0]
     assert held.bytes_at_context == one * (layers[0] * 24 + layers[1] * 8)
     assert held.bytes_at_context - kept_by_transformers(config, 24) == one * layers[1]
+
+
+def kept_whole(config: Any, tokens: int) -> int:
+    """Bytes of all that the model's own cache holds after a prompt of `tokens`, float32."""
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        found = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=True)
+    layers = (found.get("past_key_values") or found.cache_params).layers
+    held = [x for one in layers for x in vars(one).values()]
+    held += [x for several in held if isinstance(several, dict) for x in several.values()]
+    return sum(x.nbytes for x in held if isinstance(x, torch.Tensor) and x.dim())
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("falcon", {}),  # one key-value head
+        ("falcon_h1", {}),  # state spaces beside attention in every layer
+        ("zamba2", {}),  # in some, with heads of their own width
+        ("mamba", {}),  # no attention
+        ("mamba2", {}),
+        ("jamba", {}),
+        ("nemotron_h", {}),  # layers that keep nothing
+        ("granitemoehybrid", {"layer_types": ["attention", "mamba"] * 2}),
+        ("qwen3_next", {}),  # gated delta rule
+        ("lfm2", {}),  # convolutions
+        ("deepseek_v3", {}),
+        ("deepseek_v32", {}),  # keys of an index beside the latents
+        ("hy_v4", {}),  # some layers share it
+        ("gemma3n_text", {"sliding_window": 128}),  # keys and values of earlier layers
+        ("gemma4_text", {"sliding_window": 128}),  # and heads that differ by layer
+        ("mimo_v2_flash", {"sliding_window": 128}),
+        ("llama4_text", {}),
+    ],
+)
+def test_each_kind_of_layer_keeps_what_transformers_keeps(family: str, more: dict[str, Any]) -> None:
+    config = families.config_of(family, **more)
+    held = capacity.cache(config, None, "float32", 24)
+    assert held.bytes_at_context == kept_whole(config, 24)
+    assert held.bytes_at_context == cache_bytes(held, 24)
+    assert cache_bytes(held, 48) == held.bytes_per_token * 48 + held.state_bytes
+
+
+def test_windows_of_hybrid_layers_and_of_compressed_tokens() -> None:
+    """DeepSeek-V4 by hand: 128 tokens of 512 numbers in each layer, every 4 or 128 tokens one more, and its index."""
+    config = transformers.DeepseekV4Config(num_hidden_layers=4)
+    kinds = {"compressed_sparse_attention": (512 + 128) / 4, "heavily_compressed_attention": 512 / 128}
+    full = sum(kinds.get(kind, 0) for kind in config.layer_types)
+    held = capacity.cache(config, None, "bfloat16", 1000)
+    assert held.bytes_at_context == full * 2 * 1000 + 4 * 512 * 2 * 128
+    assert (
+        capacity.cache(families.config_of("zaya"), None, "bfloat16", 100).bytes_at_context == 4 * 2 * 2 * 16 * 2 * 100
+    )
+
+
+def test_states_are_not_rounded_with_the_cache() -> None:
+    """Qwen3-Next by hand: one layer in four has 2 heads of 16; the others 4 x 16 x 16 numbers, and 4 of 128."""
+    held = capacity.cache(families.config_of("qwen3_next"), "fp8", "bfloat16", 10)
+    assert held.state_bytes == 3 * (4 * 16 * 16 * 4 + 128 * 4 * 2)
+    assert held.bytes_per_token == 2 * 2 * 16
 
 
 def test_a_cache_of_8_bits_and_latent_attention() -> None:
