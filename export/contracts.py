@@ -7,6 +7,7 @@ an artifact folder or a GGUF file.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quantpress.artifact.artifact import Artifact
 from quantpress.core.errors import BadInput
@@ -41,8 +42,15 @@ def of_job(job: Job, format: str) -> ServedModel:
         job.recipe.activations,
         job.recipe.kv_cache,
         job.recipe.shuffled,
-        with_text_settings(job.checkpoint.config),
+        _stated(job),
     )
+
+
+def _stated(job: Job) -> dict[str, Any]:
+    """The checkpoint's settings, with the positions that its class has where it names none (Gemma 3)."""
+    found = with_text_settings(job.checkpoint.config)
+    positions = getattr(job.skeleton.config, "max_position_embeddings", None)
+    return {"max_position_embeddings": positions} | {k: v for k, v in found.items() if v is not None}
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The best recipe for a model, a memory and a server: proposed from config and headers alone, or made and measured."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from quantpress.core.errors import BadInput
 from quantpress.core.notebook import table
 from quantpress.core.text import size
 from quantpress.engine.job import Job
-from quantpress.exports.servers.loader import refusal
+from quantpress.exports.contracts import of_job
+from quantpress.exports.servers.loader import Loader, refusal
 from quantpress.numbers.types import Grid
 from quantpress.recipe import GPUS
 from quantpress.recipe.loading import parse, parse_target
@@ -25,7 +26,9 @@ from .session import plan_beside, plan_job
 # Cards whose tensor cores multiply these types (CUDA's compute capability 8.9 and up; 10.0 and 12.0).
 _FP8 = ("L4", "L40S", "RTX 4090", "RTX 5090", "H100 80GB", "H200", "B200")
 _NVFP4 = ("RTX 5090", "B200")
+_NOT_CUDA = ("MI300X",)
 _MIB = 1 << 20
+_CONTEXT = 8192
 _GGUF = "gguf"
 _FORMATS = ("compressed-tensors", "modelopt", "gptq")  # in which an option is tried, as far as the server reads them
 _WIDTHS = (8, 6, 5, 4, 3, 2)
@@ -42,7 +45,7 @@ class Need:
     target: str
     memory: int | None
     gpu: str | None = None
-    context: int = 8192
+    context: int = _CONTEXT
     concurrency: int = 1
     min_recovery: float | None = None
 
@@ -81,8 +84,8 @@ class Proposal:
     original_bytes: int
     unrounded: "Proposal | None" = None
 
-    def why(self, chosen: Option | None) -> list[str]:
-        """Why this option, a line each."""
+    def why(self, chosen: Option | None, *, measured: bool = False) -> list[str]:
+        """Why this option, a line each. measured: whether it was made, and holds."""
         lines = []
         if self.room is not None:
             held = f"{'a' if self.unrounded is None else 'an FP8'} key-value cache of {size(self.cache_bytes)}"
@@ -96,6 +99,9 @@ class Proposal:
                 lines.append(f"the original fits as it is ({size(self.original_bytes)}): quantized it is faster")
         if chosen is not None:
             lines.append(chosen.why)
+        if chosen is not None and self.need.min_recovery is not None and not measured:
+            floor = f"{100 * self.need.min_recovery:.6g}%"
+            lines.append(f"whether it keeps {floor} of the original's quality is not known before a run: add --run")
         return lines
 
     def _repr_html_(self) -> str:
@@ -110,7 +116,7 @@ def fit(
     *,
     memory: int | None = None,
     gpu: str | None = None,
-    context: int = 8192,
+    context: int | None = None,
     concurrency: int = 1,
     min_recovery: float | None = None,
     options: Options | None = None,
@@ -120,8 +126,9 @@ def fit(
 
     memory: bytes, by default the GPU's; without either, what is smallest comes first, and `run_in_turn` finds the first
     that keeps `min_recovery`. gpu: a card of the table, for the number types that it multiplies. context: tokens per
-    sequence; concurrency: sequences at a time. config_only: as for a plan. Raises BadInput for a model that cannot be
-    opened, an unknown target or GPU, and where neither memory nor quality is asked for.
+    sequence, by default 8192 or what the model has; concurrency: sequences at a time. config_only: as for a plan.
+    Raises BadInput for a model that cannot be opened, an unknown target or GPU, more context than the model has, and
+    where neither memory nor quality is asked for.
 
         fit("smollm2-135m", memory=2 * 2**30, context=2048).choice.document
     """
@@ -134,10 +141,11 @@ def fit(
         raise BadInput(f"--min-recovery {min_recovery:.6g}: a share of the original's quality, from 0 to 100%")
     if memory == 0:
         raise BadInput("--memory 0: give what the model may take, such as 24GiB")
+    loader = _for_card(parse_target(target, "target").loader, card)
+    first = _first(model, _plain(loader.formats, {"name": target}), options or Options(), config_only)
+    context = _context(first, context)
     need = Need(target, memory, card, context, concurrency, min_recovery)
     wanted = {"name": target, "max_model_len": context, "max_num_seqs": concurrency}
-    loader = parse_target(wanted, "target").loader
-    first = _first(model, _plain(loader.formats, wanted), options or Options(), config_only)
     option = partial(_option, first, wanted)
 
     def held(kv_cache: str | None) -> int:
@@ -161,7 +169,7 @@ def fit(
 def _tried(
     option: Callable[..., Option],
     need: Need,
-    loader: Any,
+    loader: Loader,
     cache_bytes: int,
     original_bytes: int,
     unrounded: Proposal | None = None,
@@ -202,13 +210,28 @@ def run_in_turn(
     return None
 
 
-def written(proposal: Proposal, chosen: Option, file: Path) -> Path:
-    """Write a recipe as an ordinary file, with the reasons as its comment."""
-    comment = "".join(f"# {line}\n" for line in proposal.why(chosen))
+def written(proposal: Proposal, chosen: Option, file: Path, *, measured: bool = False) -> Path:
+    """Write a recipe as an ordinary file, with the reasons as its comment. measured: as for `Proposal.why`."""
+    comment = "".join(f"# {line}\n" for line in proposal.why(chosen, measured=measured))
     body = yaml.safe_dump(dict(chosen.document), sort_keys=False, default_flow_style=None, width=120)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{comment}\n{body}", encoding="utf-8")
     return file
+
+
+def _context(first: Job, asked: int | None) -> int:
+    """The tokens of a sequence that are meant."""
+    longest = of_job(first, first.recipe.formats[0]).positions
+    if asked is None:
+        return min(_CONTEXT, longest or _CONTEXT)
+    if longest is not None and asked > longest:
+        raise BadInput(f"--context {asked}: the model has {longest} positions; lower it")
+    return asked
+
+
+def _for_card(loader: Loader, card: str | None) -> Loader:
+    """What of a loader works on this card."""
+    return replace(loader, rows=tuple(row for row in loader.rows if not row.cuda)) if card in _NOT_CUDA else loader
 
 
 def _first(model: str, documents: Sequence[Mapping[str, Any]], options: Options, config_only: bool) -> Job:
@@ -237,7 +260,7 @@ def _option(
     return Option(name, shown, found, True, f"{size(found)}: {why}")
 
 
-def _documents(need: Need, loader: Any, room: int | None) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _documents(need: Need, loader: Loader, room: int | None) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(name, recipe, what speaks for it) of what is considered, by the quality that is to be expected."""
     if loader.formats == [_GGUF]:
         yield from _gguf(room)

@@ -25,8 +25,8 @@ ANY_SYMMETRY = (True, False)
 @dataclass(frozen=True)
 class Loadable:
     """Files that a loader takes. bits and groups: empty for any; inputs: as `inputs_of` names them; scattered: also
-    with groups of scattered columns (desc_act); note: what an operator has to know about such files; since: the
-    server's first release that takes them, "" where older ones than those pinned here do."""
+    with groups of scattered columns (desc_act); note: what an operator has to know about such files; cuda: only on
+    NVIDIA's GPUs; since: the server's first release that takes them, "" where older ones than those pinned here do."""
 
     format: str
     types: tuple[str, ...] = ("int",)
@@ -36,6 +36,7 @@ class Loadable:
     inputs: tuple[str, ...] = (SIXTEEN_BIT,)
     scattered: bool = False
     note: str = ""
+    cuda: bool = False
     since: str = ""
 
 

@@ -8,6 +8,7 @@ from quantpress.numbers.types import Activations, Grid
 
 # Linears that servers fuse into one matrix product. vLLM: packed_modules_mapping of its models.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_COUNTED_IN = ("llama3", "longrope", "su")  # rotary scaling that max_position_embeddings includes
 # Linears whose input is split over GPUs (row-parallel); all others split their output.
 _ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "w2")
 
@@ -104,9 +105,16 @@ class ServedModel:
 
     @property
     def positions(self) -> int | None:
-        """Tokens the model was made for; None where rotary scaling lets a server go beyond them."""
-        scaled = self.config.get("rope_scaling") or (self.config.get("rope_parameters") or {}).get("factor")
-        return None if scaled else self.named_positions
+        """Tokens that a server lets the model have: those of the config, or as many more as rotary scaling says. Those
+        of `_COUNTED_IN` are in the config's already (vLLM's config/model.py, _get_and_verify_max_len); None where the
+        config says neither."""
+        stated = self.named_positions
+        rope = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
+        kind = rope.get("rope_type") or rope.get("type")
+        if stated is None or kind in _COUNTED_IN or str(self.config.get("model_type")).startswith("gemma3"):
+            return stated
+        made_for = (rope.get("original_max_position_embeddings") if kind == "yarn" else None) or stated
+        return max(stated, int(made_for * (rope.get("factor") or 1)))
 
     @property
     def named_positions(self) -> int | None:

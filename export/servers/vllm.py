@@ -66,13 +66,14 @@ _ROWS = (
     # compressed_tensors_wNa16.py: WNA16_SUPPORTED_TYPES_MAP and WNA16_ZP_SUPPORTED_TYPES_MAP, 2 to 8 bits;
     # kernels/linear/__init__.py ends in HummingLinearKernel on CUDA. humming/schema/humming.py: zeros by group only;
     # kernel/humming.py: tiles of powers of two.
-    Loadable("compressed-tensors", bits=(2, 3, 5, 6, 7), groups=MARLIN_GROUPS, note=_HUMMING, since="0.32"),
+    Loadable("compressed-tensors", bits=(2, 3, 5, 6, 7), groups=MARLIN_GROUPS, note=_HUMMING, cuda=True, since="0.32"),
     Loadable(
         "compressed-tensors",
         bits=(2, 3, 5, 6, 7, 8),
         groups=(32, 64, 128),
         symmetric=(False,),
         note=_HUMMING,
+        cuda=True,
         since="0.32",
     ),
     # compressed_tensors.py: _is_dynamic_token_w8a8, _is_static_tensor_w8a8: symmetric, one scale a row.

@@ -27,7 +27,9 @@ def fit(
     target: Annotated[str, typer.Option("--target", help="the server: vllm, sglang, llama.cpp, …")] = "vllm",
     memory: Annotated[str | None, typer.Option("--memory", help="such as 24GiB; default: the GPU's")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="its number types count: L4, L40S, A100 80GB, …")] = None,
-    context: Annotated[int, typer.Option("--context", min=16, help="tokens per sequence")] = 8192,
+    context: Annotated[
+        int | None, typer.Option("--context", min=16, help="tokens per sequence; default: 8192, or all of fewer")
+    ] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="sequences at a time")] = 1,
     min_recovery: Annotated[
         str | None, typer.Option("--min-recovery", help="of the original's quality, such as 99%")
@@ -45,6 +47,9 @@ def fit(
 
     from .. import api
 
+    if write.is_dir():
+        raise BadInput(f"--write {write}: a folder; give the file to write")
+    write.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     found = api.fit(
         model, target, memory=_read(Bytes, "memory", memory), gpu=gpu, context=context, concurrency=concurrency,
         min_recovery=_read(Fraction, "min-recovery", min_recovery), options=options, config_only=config_only,
@@ -62,11 +67,12 @@ def fit(
             say(f"{option.name}: {'holds' if result.choice else 'does not hold'}: {'; '.join(because)}")
 
         chosen = run_in_turn(found, make, told)
-    file = None if chosen is None else written(found, chosen, write)
+    file = None if chosen is None else written(found, chosen, write, measured=measure)
+    why = found.why(chosen, measured=measure)
     if as_json:
-        print_json(_document(found, chosen) | {"measured": measured, "file": file and str(file)})
+        print_json(_document(found, chosen, why) | {"measured": measured, "file": file and str(file)})
     else:
-        _print(found, chosen, file)
+        _print(found, chosen, why, file)
     if chosen is None:
         raise typer.Exit(1)
 
@@ -80,14 +86,14 @@ def _read(kind: Any, option: str, value: str | None) -> Any:
         raise BadInput(f"--{option}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
-def _document(found: "Proposal", chosen: "Option | None") -> dict[str, Any]:
+def _document(found: "Proposal", chosen: "Option | None", why: list[str]) -> dict[str, Any]:
     considered = [vars(one) | {"chosen": one is chosen} for one in found.options]
     sizes = {"room_bytes": found.room, "cache_bytes": found.cache_bytes, "original_bytes": found.original_bytes}
-    return {"choice": chosen and chosen.name, "why": found.why(chosen)} | sizes | {"considered": considered}
+    return {"choice": chosen and chosen.name, "why": why} | sizes | {"considered": considered}
 
 
-def _print(found: "Proposal", chosen: "Option | None", file: Path | None) -> None:
+def _print(found: "Proposal", chosen: "Option | None", why: list[str], file: Path | None) -> None:
     show("nothing fits" if chosen is None else f"take {chosen.name}: {file}")
-    for line in found.why(chosen):
+    for line in why:
         show(f"  {line}")
     show_table(("considered", ""), [(one.name, one.why) for one in found.options if one is not chosen])

@@ -1,6 +1,7 @@
 """Building blocks of documents: strict models for recipes, lenient ones for records; fractions, name patterns."""
 
 import fnmatch
+import re
 from typing import Annotated, Any
 
 from pydantic import (
@@ -16,6 +17,8 @@ from pydantic import (
 )
 
 from .patterns import check_regex, regex_matches
+
+_SIZE = re.compile(r"\s*\d*\.?\d+\s*\w*\s*")
 
 
 class Strict(BaseModel):
@@ -62,8 +65,10 @@ def _bytes(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
+        if not _SIZE.fullmatch(value):  # pydantic reads a size at the beginning, "24,5GiB" as 24
+            raise ValueError
         return int(TypeAdapter(ByteSize).validate_python(value))
-    except ValidationError:
+    except ValueError:
         raise ValueError(f"{value!r} is no size; write 6000000000, 4GB or 24GiB") from None
 
 

@@ -131,6 +131,26 @@ def test_a_length_beyond_the_models_is_refused() -> None:
     assert problems(Vllm(max_model_len=4096), scaled) == []
 
 
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}}, 2048),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, 2048),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16]}}, 2048),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 2048),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 4096),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, 4096),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 2048),
+        ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 2048),
+    ],
+)
+def test_rotary_scaling_extends_as_far_as_vllm_lets_it(config: dict[str, Any], positions: int) -> None:
+    """vLLM's config/model.py, _get_and_verify_max_len, over 2048 positions."""
+    assert contents(config=config).positions == positions
+    assert problems(Vllm(max_model_len=positions), contents(config=config)) == []
+    assert problems(Vllm(max_model_len=positions + 1), contents(config=config)) != []
+
+
 @pytest.mark.parametrize("format", ["gptq", "awq"])
 def test_tgi_leaves_no_layer_of_these_out(format: str) -> None:
     (line,) = problems(Tgi(), contents(format=format, schemes={"mlp.down_proj": None}))

@@ -159,12 +159,38 @@ def test_without_a_memory_the_smallest_is_first(model: str) -> None:
         ({"target": "torchserve", "memory": 10}, "known: vllm"),
         ({"memory": 0}, "--memory 0: give what the model may take"),
         ({"min_recovery": 1.2}, r"--min-recovery 1\.2: a share of the original's quality, from 0 to 100%"),
+        ({"memory": 2**32, "context": 1025}, "--context 1025: the model has 1024 positions; lower it"),
         ({"memory": 2**30}, r"1\.07 GB of memory leave no room for weights: 1\.\d+ GB are kept for the server"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(model: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         fit(model, **keys)
+
+
+def test_a_context_that_nobody_asked_for_is_no_longer_than_the_models(model: str) -> None:
+    found = fit(model, memory=2**32)
+    assert found.need.context == 1024
+    assert found.choice is not None
+    assert found.choice.document["targets"][0]["max_model_len"] == 1024
+    assert fit("smollm2-135m", memory=2**32).need.context == 8192
+
+
+def test_kernels_of_cuda_are_not_proposed_for_another_card(model: str) -> None:
+    names = [one.name for one in fit(model, gpu="MI300X", context=64).options if one.fits]
+    assert names == ["int8", "int4"]
+    assert "int6" in [one.name for one in fit(model, gpu="A10G", context=64).options]
+
+
+def test_a_recovery_that_was_not_measured_is_said_to_be_unknown(model: str, tmp_path: Path) -> None:
+    found = fit(model, min_recovery=0.985, context=64)
+    assert found.choice is not None
+    said = "whether it keeps 98.5% of the original's quality is not known before a run: add --run"
+    assert found.why(found.choice)[-1] == said
+    assert said not in found.why(found.choice, measured=True)
+    assert said in written(found, found.choice, tmp_path / "fit.yaml").read_text()
+    assert said not in written(found, found.choice, tmp_path / "fit.yaml", measured=True).read_text()
+    assert said not in fit(model, memory=2**32, context=64).why(found.choice)
 
 
 def test_the_next_is_tried_where_one_does_not_hold(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +213,12 @@ def test_the_next_is_tried_where_one_does_not_hold(model: str, monkeypatch: pyte
 
 def test_the_command_writes_a_recipe(model: str, tmp_path: Path) -> None:
     file = tmp_path / "fit.yaml"
-    done, nothing = commands(
+    done, nothing, folder = commands(
         tmp_path,
         [
             ("", ["fit", model, "--memory", "2GiB", "--context", "64", "--write", str(file), "--json"]),
             ("", ["fit", model, "--memory", str(memory(200_000)), "--context", "64"]),
+            ("", ["fit", model, "--memory", "2GiB", "--run", "--write", str(tmp_path)]),
         ],
     )
     answer = json.loads(done.stdout)
@@ -199,3 +226,5 @@ def test_the_command_writes_a_recipe(model: str, tmp_path: Path) -> None:
     assert yaml.safe_load(file.read_text())["weights"] == {"bits": 8, "group_size": -1}
     assert nothing.returncode == 1
     assert nothing.stdout.startswith("nothing fits")
+    assert folder.returncode == 2
+    assert folder.stderr == f"quantpress: --write {tmp_path}: a folder; give the file to write\n"

@@ -156,6 +156,8 @@ def test_a_windowed_cache_stops_growing() -> None:
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"^--fits 'plenty': 'plenty' is no size; write 6000000000, 4GB or 24GiB$"):
         wish(memory="plenty")
+    with pytest.raises(BadInput, match=r"^--fits '24,5GiB': '24,5GiB' is no size"):  # was read as 24 bytes
+        Wish.parse(memory="24,5GiB", context=64)
     with pytest.raises(BadInput, match=r"--min-recovery"):
         wish(min_recovery="980%")
     with pytest.raises(BadInput, match="neither a run folder"):
