@@ -69,14 +69,26 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+_LEFT_ALONE = False
+
+
 @contextmanager
 def collecting_only_what_is_new() -> Iterator[None]:
-    """Have the garbage collector leave alone what is there already: libraries, which it would walk for every block."""
+    """Have the garbage collector leave alone what is there already: libraries, which it would walk for every block.
+
+    Within another one, the outer one holds.
+    """
+    global _LEFT_ALONE
+    if _LEFT_ALONE:
+        yield
+        return
+    _LEFT_ALONE = True
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        _LEFT_ALONE = False
 
 
 def release_memory(device: torch.device | None = None) -> None:
