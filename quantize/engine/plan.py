@@ -4,6 +4,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,16 @@ def _end_to_end_operations(recipe: Recipe, method: Qat, skeleton: Skeleton, line
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second on this device, measured once in a process for as many threads and the same precision."""
+    return _speed_with(device, dtype, torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision)
+
+
+@cache
+def _speed_with(device: torch.device, dtype: torch.dtype, threads: int, float32: str) -> float:
+    return _measured_speed(device, dtype)
+
+
+def _measured_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a product on this device, measured in a moment; halved for what is not one.
 
     The fastest of many, once others have come as near to it: whatever else the machine does only slows one down, by any

@@ -123,13 +123,24 @@ def test_a_machines_speed_is_taken_once_it_is_warm_and_done(monkeypatch: pytest.
 
     monkeypatch.setattr(machine, "synchronize", wait)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert planning._speed(torch.device("cpu"), torch.float32) == pytest.approx(256**3 / 0.01)
+    assert planning._measured_speed(torch.device("cpu"), torch.float32) == pytest.approx(256**3 / 0.01)
     assert len(waits) == 2 * (2 + planning._PRODUCTS)
 
 
 def test_a_machines_speed_is_the_same_from_call_to_call() -> None:
-    found = sorted(planning._speed(torch.device("cpu"), torch.float32) for _ in range(5))
+    found = sorted(planning._measured_speed(torch.device("cpu"), torch.float32) for _ in range(5))
     assert found[3] < 1.2 * found[1]
+
+
+def test_a_machines_speed_is_measured_once_for_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[int] = []
+    monkeypatch.setattr(planning, "_measured_speed", lambda *_: met.append(torch.get_num_threads()) or 1e9)
+    planning._speed_with.cache_clear()
+    for threads in (1, 2, 2, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        planning._speed(torch.device("cpu"), torch.float32)
+    planning._speed_with.cache_clear()
+    assert met == [1, 2]
 
 
 def test_a_machine_that_is_busy_for_a_while_is_measured_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +155,7 @@ def test_a_machine_that_is_busy_for_a_while_is_measured_for_longer(monkeypatch: 
 
     monkeypatch.setattr(machine, "synchronize", wait)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert planning._speed(torch.device("cpu"), torch.float32) == pytest.approx(256**3 / 0.01)
+    assert planning._measured_speed(torch.device("cpu"), torch.float32) == pytest.approx(256**3 / 0.01)
     assert waits[0] == 2 * (2 + 1 + planning._PRODUCTS + planning._ALIKE - 1)
 
 
