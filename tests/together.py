@@ -1,19 +1,16 @@
 """Runs that several processes share, as torchrun starts them, out of one start of Python."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .forked import Done
+from .forked import Done, run_python
 
 _FORK = """
-import json, os, signal, sys, time
-import compressed_tensors.quantization, quantpress.api, transformers.models.llama.modeling_llama
+import json, os, signal, sys, time, torch
+torch.set_num_threads(1)
 def run(place, size, port, arguments, own, codes):
     running = {}
     common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -39,7 +36,7 @@ def run(place, size, port, arguments, own, codes):
                 os.kill(other, signal.SIGTERM)
         time.sleep(0.02)
     return [ended[rank] for rank in range(size)]
-print(json.dumps([run(*step) for step in json.load(sys.stdin)]))
+print(json.dumps([run(*step) for step in json.loads(sys.argv[1])]))
 """
 
 
@@ -59,9 +56,8 @@ def runs(folder: Path, steps: Mapping[str, Step]) -> dict[str, list[Done]]:
         (str(folder / name), one.size, str(_free_port()), list(one.arguments), dict(one.own), dict(one.codes))
         for name, one in steps.items()
     ]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _FORK]
-    done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, check=True, env=alone)
+    done = run_python(folder, _FORK, [json.dumps(given)])
+    assert done.returncode == 0, done.stderr
     ended = dict(zip(steps, json.loads(done.stdout), strict=True))
     return {
         name: [Done(code, *((folder / f"{name}.{r}.{to}").read_text() for to in ("out", "err"))) for r, code in
