@@ -1,6 +1,7 @@
 """The release in one run folder: every stage once, again only where something has changed, and the exit codes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,26 +22,28 @@ from ...tiny import build, text
 
 
 class Project:
-    """A tiny model, a text, a recipe and its run folder."""
+    """A recipe and its run folder; given: the folder of a tiny model and a text."""
 
-    def __init__(self, folder: Path) -> None:
-        build("llama", folder / "model", torch.bfloat16)
-        (folder / "text.txt").write_text(text())
+    def __init__(self, folder: Path, given: Path) -> None:
         self.folder, self.out = folder, folder / "run"
         self.recipe: dict[str, Any] = {
             "name": "tiny",
-            "model": str(folder / "model"),
+            "model": str(given / "model"),
             "method": {"name": "rtn"},
             "weights": {"group_size": 32},
             "targets": ["vllm"],
-            "evaluation": {"source": str(folder / "text.txt"), "windows": 2, "window": 32, "prompts": []},
+            "evaluation": {"source": str(given / "text.txt"), "windows": 2, "window": 32, "prompts": []},
         }
 
     def run(self, *more: str, **changes: Any) -> Result:
         self.recipe |= changes
+        return CliRunner().invoke(app, ["run", self.write(), "--out", str(self.out), *more])
+
+    def write(self) -> str:
+        """The recipe's file."""
         file = self.folder / "recipe.yaml"
         file.write_text(yaml.safe_dump(self.recipe))
-        return CliRunner().invoke(app, ["run", str(file), "--out", str(self.out), *more])
+        return str(file)
 
     @property
     def stages(self) -> dict[str, Any]:
@@ -48,16 +51,41 @@ class Project:
         return stages
 
 
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("given")
+    build("llama", folder / "model", torch.bfloat16)
+    (folder / "text.txt").write_text(text())
+    return folder
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setenv("QUANTPRESS_CACHE", str(tmp_path / "cache"))
+def project(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("QUANTPRESS_CACHE", str(given / "cache"))
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    return Project(tmp_path)
+    return Project(tmp_path, given)
 
 
-def test_everything_lies_in_one_folder_and_in_the_manifest(project: Project) -> None:
-    done = project.run()
+@pytest.fixture(scope="module")
+def made(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the recipe as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTPRESS_CACHE", str(given / "cache"))
+        patch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+        project = Project(tmp_path_factory.mktemp("made"), given)
+        done = project.run()
     assert done.exit_code == 0, done.output
+    return project.out
+
+
+@pytest.fixture
+def finished(project: Project, made: Path) -> Project:
+    """One whose run has ended, as far as it can tell: a copy."""
+    shutil.copytree(made, project.out)
+    return project
+
+
+def test_everything_lies_in_one_folder_and_in_the_manifest(finished: Project) -> None:
     for name in (
         "quantized/config.json",
         "export/vllm/serve.sh",
@@ -66,14 +94,14 @@ def test_everything_lies_in_one_folder_and_in_the_manifest(project: Project) -> 
         "report/index.html",
         "quantized/README.md",
     ):
-        assert (project.out / name).is_file()
-    assert list(project.stages) == ["eval", "export vllm"]
-    sums = (project.out / "export/vllm/SHA256SUMS").read_text()
+        assert (finished.out / name).is_file()
+    assert list(finished.stages) == ["eval", "export vllm"]
+    sums = (finished.out / "export/vllm/SHA256SUMS").read_text()
     assert "  reference.json\n" in sums
-    assert (project.out / "eval/reference.json").read_bytes() == (
-        project.out / "export/vllm/reference.json"
+    assert (finished.out / "eval/reference.json").read_bytes() == (
+        finished.out / "export/vllm/reference.json"
     ).read_bytes()
-    assert project.stages["export vllm"]["summary"]["format"] == "compressed-tensors"
+    assert finished.stages["export vllm"]["summary"]["format"] == "compressed-tensors"
 
 
 def test_again_does_only_what_changed(project: Project) -> None:
@@ -94,49 +122,45 @@ def test_again_does_only_what_changed(project: Project) -> None:
     assert "--max-model-len 64" in (project.out / "export" / "vllm" / "serve.sh").read_text()
 
 
-def test_other_gates_judge_what_was_measured(project: Project) -> None:
-    assert project.run().exit_code == 0
-    before = project.stages["eval"]
-    done = project.run(gates={"max_bytes": 1})
+def test_other_gates_judge_what_was_measured(finished: Project) -> None:
+    before = finished.stages["eval"]
+    done = finished.run(gates={"max_bytes": 1})
     assert done.exit_code == 3
-    assert project.stages["eval"] == before
-    results = json.loads((project.out / "eval" / "results.json").read_text())
+    assert finished.stages["eval"] == before
+    results = json.loads((finished.out / "eval" / "results.json").read_text())
     assert results["gates"]["verdict"] == "REGRESSION"
-    assert "max_bytes" in (project.out / "eval" / "junit.xml").read_text()
-    recipe = json.loads((project.out / "manifest.json").read_text())["recipe"]
+    assert "max_bytes" in (finished.out / "eval" / "junit.xml").read_text()
+    recipe = json.loads((finished.out / "manifest.json").read_text())["recipe"]
     assert recipe["gates"]["max_bytes"] == 1  # which `eval` and the page go by from now on
 
 
-def test_what_another_command_measured_is_not_taken_for_the_runs_own(project: Project) -> None:
-    project.run()
-    fewer = ["eval", str(project.out), "--set", "evaluation.windows=1"]
+def test_what_another_command_measured_is_not_taken_for_the_runs_own(finished: Project) -> None:
+    fewer = ["eval", str(finished.out), "--set", "evaluation.windows=1"]
     done = CliRunner().invoke(app, fewer)
     assert done.exit_code == 0, done.output
-    done = project.run()
+    done = finished.run()
     assert "eval: as before" not in done.output
-    results = json.loads((project.out / "eval" / "results.json").read_text())
+    results = json.loads((finished.out / "eval" / "results.json").read_text())
     assert results["text"]["windows"] == 2
 
 
-def test_another_smoke_test_is_not_taken_for_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.run()
-    manifest = read_manifest(project.out)
+def test_another_smoke_test_is_not_taken_for_its_own(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(finished.out)
     smoke = StageRecord(inputs={}, summary={"verdict": "PASSED"}, seconds=1)
-    manifest.changed(stages=manifest.stages | {"smoke": smoke}).write(project.out)
+    manifest.changed(stages=manifest.stages | {"smoke": smoke}).write(finished.out)
 
     def stopped(*_: Any) -> Any:
         raise BadInput("stopped")
 
     monkeypatch.setattr(api, "run_smoke", stopped)
-    assert CliRunner().invoke(app, ["smoke", str(project.out)]).exit_code != 0
-    assert set(project.stages) == {"export vllm", "eval"}
+    assert CliRunner().invoke(app, ["smoke", str(finished.out)]).exit_code != 0
+    assert set(finished.stages) == {"export vllm", "eval"}
 
 
-def test_nobody_else_works_in_the_folder_meanwhile(project: Project) -> None:
-    project.run()
-    with alone_in(project.out):
+def test_nobody_else_works_in_the_folder_meanwhile(finished: Project) -> None:
+    with alone_in(finished.out):
         for arguments in (["eval"], ["export", "--target", "vllm", "--overwrite"], ["report"], ["card"]):
-            done = CliRunner().invoke(app, [arguments[0], str(project.out), *arguments[1:]])
+            done = CliRunner().invoke(app, [arguments[0], str(finished.out), *arguments[1:]])
             assert "another quantpress is at work there" in str(done.exception), arguments
 
 
@@ -150,13 +174,12 @@ def test_a_window_longer_than_the_model_takes_costs_no_run(project: Project) -> 
     assert not project.out.exists()
 
 
-def test_a_damaged_artifact_goes_no_further(project: Project) -> None:
-    project.run()
-    weights = project.out / "quantized" / "model.safetensors"
+def test_a_damaged_artifact_goes_no_further(finished: Project) -> None:
+    weights = finished.out / "quantized" / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    done = project.run()
+    done = finished.run()
     assert isinstance(done.exception, BadInput)
     assert "model.safetensors" in str(done.exception)
 
@@ -226,10 +249,9 @@ def test_json_has_numbers_and_paths(project: Project, monkeypatch: pytest.Monkey
     assert told("quantize", recipe, "--out", out) == {"artifact": f"{out}/quantized"}
 
 
-def test_a_plan_says_what_the_machine_lacks(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    project.run()
+def test_a_plan_says_what_the_machine_lacks(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantpress.core.machine.available_memory_bytes", lambda: 1000)
-    done = CliRunner().invoke(app, ["plan", str(project.folder / "recipe.yaml")])
+    done = CliRunner().invoke(app, ["plan", finished.write()])
     assert done.exit_code == 0
     assert "note: the run needs " in done.output
     assert "about 1 minute to quantize on this CPU; the evaluation comes on top\n" in done.output
