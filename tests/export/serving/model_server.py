@@ -3,6 +3,7 @@ as llama.cpp does. For rehearsals of what real servers are asked, in seconds.
 """
 
 import contextlib
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from quantpress.artifact.artifact import open_artifact
 from quantpress.calibrate.tokens import open_tokenizer
 
 Style = Literal["vllm", "llama.cpp"]
+# What comes after tokens by each model's weights: several servers of the same are asked for the same.
+_KNOWN: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
 
 
 @dataclass
@@ -31,6 +34,7 @@ class ModelServer:
     asked: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.known = _KNOWN.setdefault(_weights(self.folder), {})
         self.model = open_artifact(self.folder, torch.device("cpu"), torch.float32)[1].whole().eval()
         self.tokenizer = open_tokenizer(self.folder)
         self.lock = threading.Lock()
@@ -60,10 +64,14 @@ class ModelServer:
         tokens: list[int] = []
         kept = []
         draw = torch.Generator().manual_seed(int(body.get("seed") or 0))
-        given, cache = list(ids), None
+        cache, seen = None, 0
         for _ in range(body.get("max_tokens") or 16):
-            out = self.model(torch.tensor([given]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            row, cache = out.logits[0, -1].float().log_softmax(-1), out.past_key_values
+            before = (*ids, *tokens)
+            if before not in self.known:
+                out = self.model(torch.tensor([before[seen:]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, seen = out.past_key_values, len(before)
+                self.known[before] = out.logits[0, -1].float().log_softmax(-1)
+            row = self.known[before]
             kept.append(row)
             free = row.clone()
             if body.get("ignore_eos") or len(tokens) < (body.get("min_tokens") or 0):
@@ -73,7 +81,6 @@ class ModelServer:
             hot = float(body.get("temperature") or 0)
             token = int(torch.multinomial((free / hot).exp(), 1, generator=draw) if hot else free.argmax())
             tokens.append(token)
-            given = [token]
             if token in self.ends:
                 break
         return tokens, kept
@@ -121,6 +128,14 @@ class ModelServer:
             tops = [{} for _ in ids] + tops
         return {"tokens": named, "token_logprobs": values,
                 "top_logprobs": [{f"token_id:{k}": v for k, v in top.items()} for top in tops]}  # fmt: skip
+
+
+def _weights(folder: Path) -> str:
+    """A digest of all that the model computes with."""
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:

@@ -16,6 +16,7 @@ from quantpress.cli import main
 from quantpress.core import machine
 from quantpress.engine.pipeline import Settings, prepare, quantize
 from quantpress.engine.sources import resolve
+from quantpress.eval.measure.reference_texts import PARAGRAPHS
 from quantpress.eval.measure.results import Results
 from quantpress.eval.measure.sections import Divergence
 from quantpress.eval.measure.served_reference import Models, by_prompt, make_reference
@@ -31,7 +32,7 @@ from .model_server import Style, served
 
 RECIPE = {"method": {"name": "rtn"}, "weights": {"bits": 4, "group_size": 32, "symmetric": False}}
 STATIC = {
-    "method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": -1}, "calibration": {"samples": 8, "seq_len": 64},
+    "method": {"name": "rtn"}, "weights": {"bits": 8, "group_size": -1},
     "activations": {"type": "int8", "dynamic": False},
 }  # fmt: skip
 WEIGHTS = ("distributions", "a layer's weights")
@@ -250,7 +251,9 @@ def test_bos_twice_is_named(run: Path, reference: Reference) -> None:
 
 
 def test_static_scales_that_are_wrong_fail(model: Path, tmp_path: Path) -> None:
-    run = evaluated(tmp_path, model, STATIC)
+    (tmp_path / "text.txt").write_text(" ".join(PARAGRAPHS) * 8)
+    calibration = {"samples": 8, "seq_len": 64, "source": str(tmp_path / "text.txt")}
+    run = evaluated(tmp_path, model, STATIC | {"calibration": calibration})
     assert failed(run / "quantized", read_reference(run)) == {}
     spoilt = rubbish.spoiled(run / "quantized", tmp_path / "spoilt", rubbish.static_scales_wrong)
     assert "distributions" in failed(spoilt, read_reference(run))
