@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, initialization
 
 from ..core.errors import BadInput
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
-_FILLS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.constant_)
+# torch's, and transformers' own, which stand in for them while it fills weights in.
+_FILLS = frozenset(
+    getattr(where, name)
+    for where in (nn.init, initialization)
+    for name in ("normal_", "trunc_normal_", "uniform_", "kaiming_uniform_", "constant_")
+)
 _LARGE = 1 << 26  # elements; no buffer that a model computes is as large
 _MOST_PARAMETERS = 300_000  # of a model; the largest have 100,000
 

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from quantpress.core.errors import BadInput
-from quantpress.models.architecture import text_config
+from quantpress.models.architecture import empty_model, text_config
 from quantpress.models.checkpoint import _WRAPPERS, Checkpoint
 from quantpress.models.skeleton import Skeleton
 
@@ -175,3 +175,17 @@ def test_adapters_inside_the_weights_are_to_be_merged_first(tmp_path: Path) -> N
     save_file(load_file(shard) | {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, 2)}, shard)
     with pytest.raises(BadInput, match="LoRA weights that are not merged"):
         Checkpoint(tmp_path)
+
+
+def test_no_random_numbers_are_drawn_for_what_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes torch longer than all else of making a model, by whichever library's function."""
+    build("qwen3_moe", tmp_path)
+    filled: list[bool] = []
+    for name in ("_no_grad_normal_", "_no_grad_uniform_"):
+        fill = getattr(torch.nn.init, name)
+        monkeypatch.setattr(
+            torch.nn.init, name, lambda x, *rest, fill=fill, **more: filled.append(x.is_meta) or fill(x, *rest, **more)
+        )
+    model = empty_model(transformers.AutoConfig.from_pretrained(tmp_path), torch.bfloat16)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert True not in filled
