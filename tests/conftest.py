@@ -4,12 +4,14 @@ leaves alone what is there for all tests. After all: what they told.
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 _TOLD = pytest.StashKey[list[str]]()
+_LOADED = pytest.StashKey[int]()
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, Triton's own among them
@@ -30,10 +32,13 @@ def _collecting_only_what_is_new() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _nor_what_modules_import(_collecting_only_what_is_new: None) -> None:
-    gc.collect()  # of the module before
-    gc.freeze()
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What tests have imported since is there for all of them, too."""
+    loaded = len(sys.modules)
+    if loaded != item.config.stash.get(_LOADED, 0):
+        gc.collect()
+        gc.freeze()
+        item.config.stash[_LOADED] = loaded
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,7 +1,7 @@
 """Plug-ins: what other installed packages add to a table of ours, by entry points."""
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -35,6 +35,7 @@ def added(group: str, wanted: type | None = None, taken: Mapping[str, Any] | Non
     return found
 
 
+@cache
 def packages() -> dict[str, str]:
     """The packages that add something, with their versions; nothing is imported."""
     all_points = entry_points()  # at once: each call reads what all installed packages say
