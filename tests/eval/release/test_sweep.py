@@ -2,13 +2,10 @@
 
 import json
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -20,6 +17,7 @@ from quantpress.eval.report.measured_run import SWEEP_STATE
 from quantpress.eval.report.page import write_sweep
 from quantpress.recipe.loading import parse
 
+from ...forked import run_python
 from ...tiny import build, text
 
 # In place of `quantpress run`: counts its calls, and ends as the name of the recipe says.
@@ -40,6 +38,25 @@ if recipe["name"] == "killed":
 (out / "eval" / "results.json").write_text("{}")
 print(json.dumps({"results": {"gates": {"reason": "max_kl: too much"}}}))
 sys.exit(3 if recipe["name"] == "strict" else 0)
+"""
+
+# Starts a sweep of one run, ends it, and says how many processes were below it, and how many of them still are.
+ENDED = """
+import os, psutil, sys, time
+from pathlib import Path
+from quantpress.eval.release.sweep import SweepRun, run_one
+out, run, kind = sys.argv[1:]
+parent = os.fork()
+if parent == 0:
+    run_one(SweepRun("it", (sys.executable, "-c", run), Path(out), "key"))
+    os._exit(0)
+below, end = [], time.monotonic() + 60
+while len(below) < 3 and time.monotonic() < end:
+    below = psutil.Process(parent).children(recursive=True)
+    time.sleep(0.05)
+os.kill(parent, int(kind))
+os.waitpid(parent, 0)
+print(len(below), len(psutil.wait_procs(below, timeout=30)[1]))
 """
 
 
@@ -177,17 +194,5 @@ def test_real_runs_over_ray_write_what_runs_in_turn_write(tmp_path: Path, monkey
 def test_a_run_ends_with_the_sweep_that_started_it(kind: signal.Signals, tmp_path: Path) -> None:
     """And so does what the run has started itself."""
     sleeper = "import subprocess, sys, time; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    started = (
-        "import sys; from pathlib import Path; from quantpress.eval.release.sweep import SweepRun, run_one; "
-        f"run_one(SweepRun('it', (sys.executable, '-c', {sleeper!r}), Path({str(tmp_path / 'it')!r}), 'key'))"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", started])
-    below: list[psutil.Process] = []
-    end = time.monotonic() + 60
-    while len(below) < 3 and time.monotonic() < end:  # the guard, the run, what it runs
-        below = psutil.Process(parent.pid).children(recursive=True)
-        time.sleep(0.05)
-    assert len(below) == 3
-    parent.send_signal(kind)
-    parent.wait()
-    assert psutil.wait_procs(below, timeout=30)[1] == []
+    done = run_python(tmp_path, ENDED, [str(tmp_path / "it"), sleeper, str(int(kind))])
+    assert done.stdout.split() == ["3", "0"], done.stderr  # the guard, the run, what it runs
