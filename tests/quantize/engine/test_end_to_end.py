@@ -1,6 +1,9 @@
 """Scales trained end to end: against the assembled model, and as the last step of a run."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from quantpress.artifact.artifact import Artifact, open_artifact
+from quantpress.artifact.manifest import Manifest
 from quantpress.engine import end_to_end
 from quantpress.engine.end_to_end import QuantizedModel, train_scales
 from quantpress.models.checkpoint import Checkpoint
@@ -59,6 +63,35 @@ def lively(family: str, folder: Path, dtype: torch.dtype) -> Any:
             parameter.mul_(4)
     model.save_pretrained(folder)
     return model
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """In `folder` the lively `model` and its `run`; ids: the calibration's tokens, as the run met them."""
+
+    folder: Path
+    manifest: Manifest
+    ids: Tensor
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], TrainedRun]:
+    """The run of a family, with AWQ or without, made once for all tests."""
+
+    @cache
+    def run(family: str, awq: bool) -> TrainedRun:
+        folder, met, embed = tmp_path_factory.mktemp("trained"), [], Skeleton.embed
+        # In float32 what a transform has changed is not rounded to bfloat16 in the original, too.
+        lively(family, folder / "model", torch.float32 if awq else torch.bfloat16)
+        made = document(family, QAT) | ({"transforms": [{"name": "awq"}]} if awq else {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Skeleton, "embed", lambda s, ids, *to: met.append(ids) or embed(s, ids, *to))
+            manifest = make(folder / "run", folder / "model", made, REPEATED)
+        # Not those of the guard, which come first.
+        met = [ids for ids in met if ids.shape[1] == manifest.calibration.seq_len]
+        return TrainedRun(folder, manifest, met[0])
+
+    return run
 
 
 def plain_loss(original: Any, model: Any, row: Tensor, objective: Objective) -> Tensor:
@@ -110,14 +143,15 @@ def test_scales_that_only_get_worse_stay_as_they_were(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_only_scales_differ_from_a_run_without_it(family: str, tmp_path: Path) -> None:
+def test_only_scales_differ_from_a_run_without_it(
+    family: str, trained_run: Callable[[str, bool], TrainedRun], tmp_path: Path
+) -> None:
     """And the loss falls: to 0.49 ± 0.07 of what it was, measured with twelve seeds of each family's random weights."""
-    lively(family, tmp_path / "model", torch.bfloat16)
-    manifest = make(tmp_path / "run", tmp_path / "model", document(family, QAT), REPEATED)
-    make(tmp_path / "plain", tmp_path / "model", document(family, PLAIN), REPEATED)
-    assert manifest.end_to_end["loss_after"] < 0.8 * manifest.end_to_end["loss_before"]
-    assert {layer.error_measure for layer in manifest.layers} == {"output_accumulated"}
-    trained, plain = (Artifact(tmp_path / name / "quantized") for name in ("run", "plain"))
+    run = trained_run(family, False)
+    make(tmp_path / "plain", run.folder / "model", document(family, PLAIN), REPEATED)
+    assert run.manifest.end_to_end["loss_after"] < 0.8 * run.manifest.end_to_end["loss_before"]
+    assert {layer.error_measure for layer in run.manifest.layers} == {"output_accumulated"}
+    trained, plain = (Artifact(place / "quantized") for place in (run.folder / "run", tmp_path / "plain"))
     assert sorted(trained.checkpoint.names()) == sorted(plain.checkpoint.names())
     changed = 0
     for name in plain.checkpoint.names():
@@ -128,25 +162,16 @@ def test_only_scales_differ_from_a_run_without_it(family: str, tmp_path: Path) -
     assert changed > len(plain.linears) // 2
 
 
-@pytest.mark.parametrize(("family", "transforms"), [("llama", []), ("gpt2", []), ("llama", [{"name": "awq"}])])
+@pytest.mark.parametrize(("family", "awq"), [("llama", False), ("gpt2", False), ("llama", True)])
 def test_errors_on_record_are_those_of_the_trained_scales(
-    family: str, transforms: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, awq: bool, trained_run: Callable[[str, bool], TrainedRun]
 ) -> None:
     """Against hooks in transformers' own model with the artifact's weights."""
-    # In float32 what a transform has changed is not rounded to bfloat16 in the original, too.
-    lively(family, tmp_path / "model", torch.float32 if transforms else torch.bfloat16)
+    run = trained_run(family, awq)
     # As it is loaded: in one built in bfloat16, rotary frequencies are too.
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    met: list[Tensor] = []
-    embed = Skeleton.embed
-    monkeypatch.setattr(Skeleton, "embed", lambda s, ids, *to: met.append(ids) or embed(s, ids, *to))
-    made = document(family, QAT) | {"transforms": transforms}
-    manifest = make(tmp_path / "run", tmp_path / "model", made, REPEATED)
-    assert manifest.end_to_end["steps"] > 0
-    met = [
-        ids for ids in met if ids.shape[1] == manifest.calibration.seq_len
-    ]  # not those of the guard, which come first
-    artifact, _ = open_artifact(tmp_path / "run" / "quantized", CPU)
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32)
+    assert run.manifest.end_to_end["steps"] > 0
+    artifact, _ = open_artifact(run.folder / "run" / "quantized", CPU)
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
@@ -160,10 +185,10 @@ def test_errors_on_record_are_those_of_the_trained_scales(
             one.get_submodule(name).register_forward_pre_hook(
                 lambda _, args, key=(kind, name): inputs.update({key: args[0].flatten(0, -2)})
             )
-        one(met[0])
-    records = {layer.name: layer for layer in manifest.layers}
+        one(run.ids)
+    records = {layer.name: layer for layer in run.manifest.layers}
     for name in artifact.linears:
-        if transforms and name.endswith(("v_proj", "up_proj")):
+        if awq and name.endswith(("v_proj", "up_proj")):
             continue  # what they put out is scaled too, and their error is that of the scaled output
         x = inputs["rounded", name]
         before, now = model.get_parameter(f"{name}.weight"), rounded.get_submodule(name).weight
@@ -178,10 +203,11 @@ def test_errors_on_record_are_those_of_the_trained_scales(
         assert records[name].tokens == len(x)
 
 
-def test_a_run_killed_in_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build("llama", tmp_path / "model", torch.bfloat16)
-    made = document("llama", QAT)
-    make(tmp_path / "whole", tmp_path / "model", made)
+def test_a_run_killed_in_it_ends_with_the_same_bytes(
+    trained_run: Callable[[str, bool], TrainedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained_run("llama", False).folder
+    wanted = whole / "cut", whole / "model", document("llama", QAT), REPEATED
     gradients, calls = end_to_end._gradients, []
 
     def killed(*args: Any) -> Any:
@@ -192,11 +218,11 @@ def test_a_run_killed_in_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(end_to_end, "_gradients", killed)
     with pytest.raises(Stop):
-        make(tmp_path / "run", tmp_path / "model", made)
+        make(*wanted)
     seen: list[int] = []
-    make(tmp_path / "run", tmp_path / "model", made, on_block=lambda p: seen.append(p.block))
+    make(*wanted, on_block=lambda p: seen.append(p.block))
     assert (seen, len(calls)) == ([], 3 + QAT["end_to_end"]["steps"])
-    assert files(tmp_path / "run" / "quantized") == files(tmp_path / "whole" / "quantized")
+    assert files(whole / "cut" / "quantized") == files(whole / "run" / "quantized")
 
 
 def test_the_last_eighth_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
