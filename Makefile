@@ -186,8 +186,10 @@ transformers: dev
 	@$(INSTALL) --upgrade $(call quoted,transformers$(TRANSFORMERS_WANTED))
 	@$(BIN)/python -c 'import transformers as t; print("testing with transformers", t.__version__)'
 
+# As they are collected: those of many files that take long and of a few tests each would come last otherwise.
 test: $(if $(WHEEL),.venv/.wheel,dev) $(if $(TRANSFORMERS),transformers)
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow' --numprocesses=logical --maxprocesses=4 --dist=loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow' --numprocesses=logical --maxprocesses=4 --dist=loadfile \
+	  --no-loadscope-reorder $(ARGS)
 
 test-all: $(if $(WHEEL),.venv/.wheel,dev) .venv/.servers
 	@$(BIN)/pytest $(ARGS)
