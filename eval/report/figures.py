@@ -4,6 +4,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib import resources
 from typing import Any
 
@@ -25,8 +26,12 @@ def svg(pages: Environment, chart: str, caption: str, **what: Any) -> str:
     return _NOT_XML.sub("\ufffd", str(drawn))
 
 
+@lru_cache(maxsize=32)
 def png(drawing: str) -> bytes:
-    """Two pixels per px, in a font of ours: the same bytes on every machine."""
+    """Two pixels per px, in a font of ours: the same bytes on every machine.
+
+    What was drawn a moment ago is not drawn again: a page is written anew with every run of a sweep.
+    """
     fonts = _FOLDER / "fonts"
     return resvg_py.svg_to_bytes(
         svg_string=drawing, zoom=2, skip_system_fonts=True, sans_serif_family="DejaVu Sans",
