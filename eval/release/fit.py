@@ -230,8 +230,13 @@ def _context(first: Job, asked: int | None) -> int:
 
 
 def _for_card(loader: Loader, card: str | None) -> Loader:
-    """What of a loader works on this card."""
-    return replace(loader, rows=tuple(row for row in loader.rows if not row.cuda)) if card in _NOT_CUDA else loader
+    """What of a loader works on this card. Raises BadInput where nothing does."""
+    if card not in _NOT_CUDA:
+        return loader
+    rows = tuple(row for row in loader.rows if not row.cuda)
+    if not rows:
+        raise BadInput(f"--gpu {card}: {loader.label} runs on NVIDIA's GPUs alone; give another --target")
+    return replace(loader, rows=rows)
 
 
 def _first(model: str, documents: Sequence[Mapping[str, Any]], options: Options, config_only: bool) -> Job:
@@ -249,7 +254,8 @@ def _option(
     first: Job, target: Mapping[str, Any], name: str, document: Mapping[str, Any], why: str, room: int | None
 ) -> Option:
     """What there is to say of a recipe for the model of `first`."""
-    shown = {"model": first.recipe.model} | dict(document) | {"targets": [dict(target)]}
+    shown = {"name": _run_name(target["name"], name, document), "model": first.recipe.model} | dict(document)
+    shown |= _lengths(first) | {"targets": [dict(target)]}
     try:
         found = plan_beside(first, parse(shown)).plan.artifact_bytes
     except BadInput as error:
@@ -258,6 +264,25 @@ def _option(
         why = f"does not fit: {size(found)} of weights, and {size(room)} are left"
         return Option(name, shown, found, False, why)
     return Option(name, shown, found, True, f"{size(found)}: {why}")
+
+
+def _run_name(target: str, option: str, document: Mapping[str, Any]) -> str:
+    """What names the run folder: another for every recipe, so that `--run` makes one beside the other."""
+    budget = document.get("budget") or document.get("gguf", {}).get("budget") or {}
+    parts = [target, option, str(budget["bytes"]) if budget else "", "kv8" if "kv_cache" in document else ""]
+    return "-".join(["fit", *filter(None, parts)])
+
+
+def _lengths(first: Job) -> dict[str, Any]:
+    """Keys that keep texts within the model's positions, where those are fewer than a recipe takes by default."""
+    positions = getattr(first.skeleton.config, "max_position_embeddings", None)
+    calibration, evaluation = first.recipe.calibration, first.recipe.evaluation
+    found: dict[str, Any] = {}
+    if positions is not None and positions < calibration.seq_len:
+        found["calibration"] = {"seq_len": positions}
+    if positions is not None and evaluation is not None and positions < evaluation.window:
+        found["evaluation"] = {"window": positions}
+    return found
 
 
 def _documents(need: Need, loader: Loader, room: int | None) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -3,6 +3,7 @@
 Options: tensorrt_llm/commands/serve.py of NVIDIA/TensorRT-LLM 1.x; image: nvcr.io/nvidia/tensorrt-llm/release.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -29,7 +30,9 @@ _ROWS = (  # tensorrt_llm of NVIDIA/TensorRT-LLM, the PyTorch backend of 1.x
 )
 # Release candidate 15 requires transformers 5.5.3, 24 requires 5.5.4, by container/deps of ai-dynamo/dynamo.
 _INSIDE = {"transformers": "5.5.3 or 5.5.4"}
-LOADER = Loader("tensorrt-llm", "TensorRT-LLM", _ROWS, version=VERSION, inside=_INSIDE)
+LOADER = Loader(
+    "tensorrt-llm", "TensorRT-LLM", tuple(replace(row, cuda=True) for row in _ROWS), version=VERSION, inside=_INSIDE
+)
 
 
 class TensorRtLlm(MultiGpu):

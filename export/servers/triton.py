@@ -27,7 +27,7 @@ _VLLM = replace(
     VLLM_LOADER,
     name="triton-vllm",
     label="Triton's vLLM",
-    rows=tuple(row for row in VLLM_LOADER.rows if not row.since),
+    rows=tuple(replace(row, cuda=True) for row in VLLM_LOADER.rows if not row.since),
     parse=None,
     outer={},
     version=f"{VERSION} (vLLM 0.24)",

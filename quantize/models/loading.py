@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +12,9 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from .experts import CONTAINERS
 from .placed_model import LinearLayer
 from .skeleton import Skeleton
+
+# {model: {(block, its packed linears): the class}}: `fit` asks the same of many recipes.
+_REACHING: WeakKeyDictionary[Skeleton, dict[tuple[object, ...], str | None]] = WeakKeyDictionary()
 
 
 def why_no_packed_linears(skeleton: Skeleton, packed: Iterable[LinearLayer]) -> str | None:
@@ -45,7 +49,13 @@ def _owner(skeleton: Skeleton) -> Any:
 
 def _reaching(owner: Any, skeleton: Skeleton, packed: Sequence[LinearLayer]) -> str | None:
     """The class of the module that is initialised through the weights of these linears of a block; None without."""
-    k = packed[0].block
+    k, known = packed[0].block, _REACHING.setdefault(skeleton, {})
+    if (key := (k, *(linear.module for linear in packed))) not in known:
+        known[key] = _reaching_of_block(owner, skeleton, k, packed)
+    return known[key]
+
+
+def _reaching_of_block(owner: Any, skeleton: Skeleton, k: int, packed: Sequence[LinearLayer]) -> str | None:
     modules: list[Any] = [skeleton.block(k).get_submodule(linear.module) for linear in packed]
     weights = [module._parameters.pop("weight") for module in modules]
     try:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -224,6 +225,10 @@ class PlacedModel:
 
         What several blocks share is there once.
         """
+        return self._left_out
+
+    @cached_property
+    def _left_out(self) -> list[tuple[str, int, str]]:
         found: dict[str, tuple[str, int, str]] = {}
         for k, block in enumerate(self._blocks):
             linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -271,11 +276,12 @@ class PlacedModel:
 
     def head_modules(self) -> list[str]:
         """As `head_names`, by the names of the transformers class."""
-        return [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and self._in_shell(f"{name}.weight")
-        ]
+        return [name for name in self._all_linears if self._in_shell(f"{name}.weight")]
+
+    @cached_property
+    def _all_linears(self) -> list[str]:
+        """The names of the model's linears, heads and towers included."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
 
     def unquantized_modules(self, but: Collection[str] = ()) -> list[str]:
         """Names of modules that stay in 16 bit though a reader may take them for linears: head, routers, towers, and
@@ -285,11 +291,7 @@ class PlacedModel:
         """
         routers = [f"{self.blocks_name}.{k}.{name}" for k, names in enumerate(self._routers) for name in names]
         routers += [f"{self.blocks_name}.{k}.{name}" for k, name in sorted(self._shared)]
-        towers = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and f"{name}.weight" in self._of_towers
-        ]
+        towers = [name for name in self._all_linears if f"{name}.weight" in self._of_towers]
         on_disk = [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in routers]
         inside = dict.fromkeys(n for t in towers for n in self.reader.on_disk(self.disk_name(f"{t}.weight")))
         on_disk += [name.removesuffix(".weight") for name in inside]
@@ -323,13 +325,15 @@ class PlacedModel:
         That is transformers' name and, for regular expressions on a multimodal model, vLLM's: it maps only whole names
         to its own. Experts have no others.
         """
-        found = dict(schemes)
-        for linear in self.linears():
-            if linear.name in schemes and self.experts_around(linear) is None:
-                found[f"{self.blocks_name}.{linear.block}.{linear.module}"] = schemes[linear.name]
-                if self._of_towers:
-                    found[f"language_model.model.layers.{linear.block}.{linear.module}"] = schemes[linear.name]
-        return found
+        others = ((other, name) for name, several in self._other_names.items() for other in several)
+        return schemes | {other: schemes[name] for other, name in others if name in schemes}
+
+    @cached_property
+    def _other_names(self) -> dict[str, list[str]]:
+        """What else the linears are called that belong to no expert, by on-disk name."""
+        parents = [self.blocks_name, *(["language_model.model.layers"] if self._of_towers else [])]
+        single = (linear for linear in self.linears() if self.experts_around(linear) is None)
+        return {x.name: [f"{parent}.{x.block}.{x.module}" for parent in parents] for x in single}
 
     @property
     def tied(self) -> bool:

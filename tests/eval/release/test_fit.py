@@ -16,7 +16,7 @@ from quantpress.core.errors import BadInput
 from quantpress.eval.release import fit as fitting
 from quantpress.eval.release.fit import fit, run_in_turn, written
 from quantpress.recipe import Calibration, Rtn
-from quantpress.recipe.loading import load
+from quantpress.recipe.loading import load, parse
 
 from ... import fits
 from ...forked import commands
@@ -156,6 +156,8 @@ def test_without_a_memory_the_smallest_is_first(model: str) -> None:
         ({}, "fit needs a limit"),
         ({"gpu": "A100"}, "which of A100 40GB, A100 80GB"),
         ({"gpu": "H9"}, "not one of T4"),
+        ({"gpu": "MI300X", "target": "tensorrt-llm"}, "--gpu MI300X: TensorRT-LLM runs on NVIDIA's GPUs alone"),
+        ({"gpu": "MI300X", "target": "triton"}, "--gpu MI300X: Triton's vLLM runs on NVIDIA's GPUs alone"),
         ({"target": "torchserve", "memory": 10}, "known: vllm"),
         ({"memory": 0}, "--memory 0: give what the model may take"),
         ({"min_recovery": 1.2}, r"--min-recovery 1\.2: a share of the original's quality, from 0 to 100%"),
@@ -174,6 +176,37 @@ def test_a_context_that_nobody_asked_for_is_no_longer_than_the_models(model: str
     assert found.choice is not None
     assert found.choice.document["targets"][0]["max_model_len"] == 1024
     assert fit("smollm2-135m", memory=2**32).need.context == 8192
+
+
+def test_each_recipe_has_a_run_folder_of_its_own(model: str) -> None:
+    """Else the second that `--run` makes finds a finished run of something else."""
+    whole = fit(model, gpu="A10G", context=64)
+    sizes = {one.name: one.bytes or 0 for one in whole.options}
+    rooms = [(sizes["int8"] + several * sizes["int4"]) // (1 + several) for several in (1, 2)]
+    found = [
+        whole,
+        *(fit(model, memory=memory(room, whole.cache_bytes), context=64) for room in rooms),
+        *(fit(model, target, gpu="A10G", context=64) for target in ("sglang", "llama.cpp")),
+    ]
+    documents = {json.dumps(one.document): one.document for proposal in found for one in proposal.options}
+    by_name: dict[str, Any] = {}
+    for one in documents.values():
+        assert by_name.setdefault(parse(one).name, one) == one
+    assert {"fit-vllm-int8", "fit-sglang-int4", "fit-llama.cpp-q4_k_m"} <= set(by_name)
+    assert sum(name.startswith("fit-vllm-mixed-") for name in by_name) >= 2
+
+
+def test_texts_are_no_longer_than_the_model(model: str, tmp_path: Path) -> None:
+    for positions, keys in (
+        (256, {"calibration": {"seq_len": 256}, "evaluation": {"window": 256}}),
+        (600, {"evaluation": {"window": 600}}),
+        (1024, {}),
+    ):
+        config = json.loads((Path(model) / "config.json").read_text()) | {"max_position_embeddings": positions}
+        (file := tmp_path / "config.json").write_text(json.dumps(config))
+        choice = fit(str(file), memory=2**32, config_only=True).choice
+        assert choice is not None
+        assert {key: choice.document[key] for key in ("calibration", "evaluation") if key in choice.document} == keys
 
 
 def test_kernels_of_cuda_are_not_proposed_for_another_card(model: str) -> None:
