@@ -20,7 +20,7 @@ def plan_rounded(setup: Setup, file: RoundedFile) -> Plan:
     artifact, notes = file.allowed_bytes, conversion.notes
     plan = make_plan(recipe, setup.skeleton, setup.linears, file.schemes(setup.linears))
     if artifact is not None:
-        file.check_budget()
+        artifact = file.most_bytes(artifact)
         plan = with_sensitivity(plan, recipe, setup.skeleton, setup.linears)
         plan = replace(plan, layers=dict.fromkeys(plan.layers, "within the budget"))
     else:

@@ -88,7 +88,8 @@ class HuggingFaceFolder(Backend):
         plan = make_plan(setup.recipe, setup.skeleton, setup.linears, self.schemes, setup.ranks)
         plan = replace(plan, artifact_bytes=plan.artifact_bytes - self.outer.saved_bytes(setup.skeleton))
         if self.menu is not None:
-            spare = self.menu.room - sum(min(options.values()) for options in self.menu.sizes.values())
+            sizes = [options.values() for options in self.menu.sizes.values()]
+            spare = min(self.menu.room, sum(map(max, sizes))) - sum(map(min, sizes))
             plan = with_sensitivity(plan, setup.recipe, setup.skeleton, setup.linears)
             layers = dict.fromkeys(plan.layers, "within the budget")
             plan = replace(plan, artifact_bytes=plan.artifact_bytes + spare, layers=layers)

@@ -74,19 +74,24 @@ class RoundedFile:
         parameters = sum(int(torch.Size(entry.shape).numel()) for entry in self.conversion.entries)
         return int(wanted.bits_per_weight * parameters / 8)
 
-    def check_budget(self) -> None:
-        """Raise BadInput where the smallest types there are make a larger file than `gguf.budget` allows."""
-        room, own = self.allowed_bytes, own_types(self.recipe, self.conversion.entries)
-        smallest = dict(self.types)
+    def most_bytes(self, room: int) -> int:
+        """The most that the file takes of the `room` that `gguf.budget` allows: all, or what the largest types take.
+
+        Raises BadInput where the smallest types there are take more.
+        """
+        own = own_types(self.recipe, self.conversion.entries)
+        smallest, largest = dict(self.types), dict(self.types)
         for entry in self.conversion.entries:
             if self.types[entry.name] is not None and entry.name not in own:
-                kinds = budget.candidates(entry.shape[-1])
-                smallest[entry.name] = Choice(min(kinds, key=lambda kind: budget.bytes_in_file(entry.shape, kind)))
-        least = sum(replace(self, types=smallest).sizes())
-        if room is not None and least > room:
+                sizes = {kind: budget.bytes_in_file(entry.shape, kind) for kind in budget.candidates(entry.shape[-1])}
+                smallest[entry.name] = Choice(min(sizes, key=sizes.__getitem__))
+                largest[entry.name] = Choice(max(sizes, key=sizes.__getitem__))
+        least, most = (sum(replace(self, types=types).sizes()) for types in (smallest, largest))
+        if least > room:
             raise BadInput(
                 f"gguf.budget allows {room} bytes, and with the smallest types the file takes {least}; raise it"
             )
+        return min(room, most)
 
     def within_budget(self, skeleton: Skeleton, tokens: torch.Tensor, work: Path) -> Types:
         """The types that change the predictions least within `gguf.budget`; those of `gguf.tensor_types` stay.

@@ -21,13 +21,15 @@ FLOATS = ("F32", "F16", "BF16")
 # Types that llama.cpp only makes with an importance matrix.
 _TENSORS_NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 NEED_IMATRIX = (*_TENSORS_NEED_IMATRIX, "IQ2_M", "IQ3_XS", "Q2_K_S")
-_UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3}
+_UNITS = {"": 1} | {unit: 1000**k for k, unit in enumerate("KMGT", 1)}
+_UNITS |= {f"{unit}I": 1024**k for k, unit in enumerate("KMGT", 1)}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", re.IGNORECASE)
 
 
 def _bytes(value: object) -> object:
-    """4G is 4,000,000,000."""
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", value.strip())):
-        return int(float(found[1]) * _UNITS[found[2]])
+    """4G is 4,000,000,000, and 4GiB is 4 * 2**30."""
+    if isinstance(value, str) and (found := _SIZE.fullmatch(value.strip())):
+        return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
     return value
 
 

@@ -165,6 +165,15 @@ def test_bytes_are_of_the_whole_artifact(model: Path) -> None:
     assert smaller.backend.menu.room - made.backend.menu.room == smaller.backend.outer.saved_bytes(smaller.skeleton)
 
 
+def test_a_budget_above_all_of_the_menu_is_not_what_the_artifact_takes(model: Path, tmp_path: Path) -> None:
+    """The plan said the budget's own size."""
+    menu = [{"bits": 4, "group_size": 16}, {"bits": 8, "group_size": 16}]
+    made = job(model, budget={"bytes": "1GiB", "menu": menu})
+    assert isinstance(made.backend, HuggingFaceFolder)
+    whole = job(model, weights=menu[1], head=None)
+    assert made.plan.artifact_bytes == whole.plan.artifact_bytes
+
+
 def test_the_head_is_on_the_menu_of_a_budget_in_bytes(model: Path, tmp_path: Path) -> None:
     """Where the targets load it: with 8 bits, its default, and in what it is given it is read back."""
     channel, menu = Grid(bits=8, group_size=-1), [{"bits": 4, "group_size": 32}, {"bits": 6, "group_size": 32}, None]

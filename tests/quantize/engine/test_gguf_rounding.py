@@ -85,6 +85,17 @@ def test_the_budget_is_kept_to_the_byte(method: str, family: str, tmp_path: Path
         made(tmp_path, family, gguf={"budget": {"bytes": room // 3}}, method={"name": method})
 
 
+def test_a_budget_above_the_largest_types_is_not_what_the_file_takes(tmp_path: Path) -> None:
+    """The plan said the budget's own size."""
+    build("llama", tmp_path / "llama", dtype=torch.bfloat16)
+
+    def planned(**section: Any) -> int:
+        recipe = Recipe.model_validate({"formats": ["gguf"], "evaluation": None, "gguf": section})
+        return prepare(recipe, resolve(str(tmp_path / "llama"), cache=tmp_path)).plan.artifact_bytes
+
+    assert planned(budget={"bytes": "4GiB"}) == planned(type="Q8_0")
+
+
 def test_a_killed_run_keeps_the_types_of_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a tensor's own type stands whatever the budget would give it."""
     section = {"budget": {"bits_per_weight": 6.0}, "tensor_types": {"blk.0.ffn_up.weight": "Q8_0"}}
