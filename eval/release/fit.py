@@ -73,7 +73,7 @@ class Proposal:
     """choice: the option to take, or None. options: all, the best first. room: bytes that weights may take; None: any.
 
     cache_bytes: of all sequences. unrounded: what there is beside a cache that is not in FP8, where this one is.
-    original_bytes: of the weights as they are.
+    original_bytes: of the weights as they are, which may be quantized_already.
     """
 
     need: Need
@@ -83,6 +83,7 @@ class Proposal:
     cache_bytes: int
     original_bytes: int
     unrounded: "Proposal | None" = None
+    quantized_already: bool = False
 
     def why(self, chosen: Option | None, *, measured: bool = False) -> list[str]:
         """Why this option, a line each. measured: whether it was made, and holds."""
@@ -96,7 +97,8 @@ class Proposal:
                     f"one that is not rounded takes {size(other.cache_bytes)} and leaves {left}: too few for 8 bits"
                 )
             if self.original_bytes <= self.room:
-                lines.append(f"the original fits as it is ({size(self.original_bytes)}): quantized it is faster")
+                better = "it is quantized already" if self.quantized_already else "quantized it is faster"
+                lines.append(f"the original fits as it is ({size(self.original_bytes)}): {better}")
         if chosen is not None:
             lines.append(chosen.why)
         if chosen is not None and self.need.min_recovery is not None and not measured:
@@ -163,7 +165,7 @@ def fit(
             f"server, and a key-value cache of {concurrency} x {context} tokens takes {size(found.cache_bytes)}; give "
             "more --memory, or lower --context or --concurrency"
         )
-    return found
+    return replace(found, quantized_already=first.checkpoint.quantization is not None)
 
 
 def _tried(

@@ -196,6 +196,15 @@ def test_each_recipe_has_a_run_folder_of_its_own(model: str) -> None:
     assert sum(name.startswith("fit-vllm-mixed-") for name in by_name) >= 2
 
 
+def test_of_a_quantized_original_nothing_is_promised(model: str, tmp_path: Path) -> None:
+    plain = fit(model, memory=2**32, context=64)
+    recipe = parse({"model": model, "weights": {"type": "fp8"}, "method": "rtn", "targets": ["vllm"]})
+    made = api.quantize(recipe, out=tmp_path)
+    found = fit(str(made), memory=2**32, context=64)
+    assert plain.why(None)[1].endswith(": quantized it is faster")
+    assert found.why(None)[1].endswith(": it is quantized already")
+
+
 def test_texts_are_no_longer_than_the_model(model: str, tmp_path: Path) -> None:
     for positions, keys in (
         (256, {"calibration": {"seq_len": 256}, "evaluation": {"window": 256}}),
