@@ -1,5 +1,6 @@
 """The best recipe for a model, a memory and a server: proposed from config and headers alone, or made and measured."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -363,9 +364,10 @@ def _dtype(job: Job) -> str:
 
 
 def _card(name: str) -> str:
-    """The GPU of the table that is meant."""
-    exact = [gpu for gpu in GPUS if gpu.lower() == name.lower()]
-    near = exact or [gpu for gpu in GPUS if name.lower() in gpu.lower()]
+    """The GPU of the table that is meant: RTX4090 and rtx-4090 are RTX 4090."""
+    plain = {gpu: re.sub(r"[\s_-]", "", gpu).lower() for gpu in (name, *GPUS)}
+    exact = [gpu for gpu in GPUS if plain[gpu] == plain[name]]
+    near = exact or [gpu for gpu in GPUS if plain[name] in plain[gpu]]
     if len(near) != 1:
         raise BadInput(f"--gpu {name}: {'which of ' if near else 'not one of '}{', '.join(near or GPUS)}")
     return near[0]

@@ -46,8 +46,11 @@ class Resources:
 
 
 def kv_bytes_per_token(model: ServedModel, cache_bytes: int) -> int:
-    """Bytes of one token's keys and values, `cache_bytes` a number; an upper bound for sliding-window layers."""
+    """Bytes of one token's keys and values, `cache_bytes` a number; an upper bound for sliding-window layers. Latent
+    attention (DeepSeek) keeps one latent vector and the rotary part of the keys."""
     layers = model.of_config("num_hidden_layers", "n_layer") or 0
+    if latent := model.of_config("kv_lora_rank"):
+        return layers * (latent + (model.of_config("qk_rope_head_dim") or 0)) * cache_bytes
     hidden, heads = model.of_config("hidden_size", "n_embd") or 0, model.heads or 1
     head_size = model.of_config("head_dim") or hidden // heads
     return 2 * layers * (model.kv_heads or heads) * head_size * cache_bytes

@@ -11,6 +11,7 @@ from quantpress.engine.job import prepare
 from quantpress.engine.sources import resolve
 from quantpress.exports.contracts import advice, check_job, of_artifact, of_job, problems
 from quantpress.exports.servers.llama_cpp import LlamaCpp
+from quantpress.exports.servers.resources import kv_bytes_per_token
 from quantpress.exports.servers.served_model import ServedModel
 from quantpress.exports.servers.sglang import Sglang
 from quantpress.exports.servers.tgi import Tgi
@@ -149,6 +150,12 @@ def test_rotary_scaling_extends_as_far_as_vllm_lets_it(config: dict[str, Any], p
     assert contents(config=config).positions == positions
     assert problems(Vllm(max_model_len=positions), contents(config=config)) == []
     assert problems(Vllm(max_model_len=positions + 1), contents(config=config)) != []
+
+
+def test_latent_attention_keeps_its_latents() -> None:
+    """DeepSeek-V3: 61 layers of 512 + 64 numbers in 16 bit; 25 times as many by its 128 heads."""
+    config = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_attention_heads": 128}
+    assert kv_bytes_per_token(contents(config=config), 2) == 61 * (512 + 64) * 2
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq"])

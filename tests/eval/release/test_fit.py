@@ -170,6 +170,11 @@ def test_what_cannot_be_asked_is_refused(model: str, keys: dict[str, Any], messa
         fit(model, **keys)
 
 
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "RTX-4090", "4090"])
+def test_a_card_is_known_by_its_usual_spellings(name: str) -> None:
+    assert fitting._card(name) == "RTX 4090"
+
+
 def test_a_context_that_nobody_asked_for_is_no_longer_than_the_models(model: str) -> None:
     found = fit(model, memory=2**32)
     assert found.need.context == 1024
