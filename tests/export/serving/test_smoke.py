@@ -44,10 +44,18 @@ def below_us() -> list[psutil.Process]:
     return [p for p in psutil.Process(os.getpid()).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.fixture
+def there_before() -> list[psutil.Process]:
+    """What other tests have started and keep."""
+    return below_us()
+
+
 @pytest.mark.skipif(
     not installed(launchers()["llama.cpp"]), reason="no xllamacpp here: pip install 'quantpress[llamacpp-server]'"
 )
-def test_a_real_server_passes(gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_server_passes(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], there_before: list[psutil.Process]
+) -> None:
     """From the command line to the record; nothing of the server is left, and nothing was reachable from outside."""
     status, out = run(["smoke", str(gguf), "--out", str(tmp_path / "run"), "--concurrency", "3"], capsys, tmp_path)
     record = read(tmp_path / "run")
@@ -67,13 +75,15 @@ def test_a_real_server_passes(gguf: Path, tmp_path: Path, capsys: pytest.Capture
     assert record.peak_rss_bytes is not None
     assert record.peak_rss_bytes > 10 << 20
     assert "listening on http://127.0.0.1:" in (tmp_path / "run" / str(record.log)).read_text()
-    assert below_us() == []
+    assert below_us() == there_before
 
 
 @pytest.mark.parametrize(
     ("fault", "words"), [("dies", "qweight of model.layers.0"), ("never-healthy", "not healthy within 5 s")]
 )
-def test_a_server_that_does_not_start_is_a_failed_check(fault: str, words: str, tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_a_failed_check(
+    fault: str, words: str, tmp_path: Path, there_before: list[psutil.Process]
+) -> None:
     build("llama", tmp_path / "model")
     options = Options(concurrency=1, deadline_s=5 if fault == "never-healthy" else 30)
     record = smoke(tmp_path / "model", row(fault), tmp_path / "run", options, tmp_path / "cache")
@@ -83,7 +93,7 @@ def test_a_server_that_does_not_start_is_a_failed_check(fault: str, words: str, 
     assert {c.status for c in record.checks[1:]} == {"skip"}
     assert read(tmp_path / "run") == record
     assert "fake server: starting" in (tmp_path / "run" / str(record.log)).read_text()
-    assert below_us() == []
+    assert below_us() == there_before
 
 
 def test_a_server_that_dies_on_the_way_fails_and_is_quoted(tmp_path: Path) -> None:
