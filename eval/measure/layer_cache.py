@@ -6,6 +6,7 @@ from typing import Any
 
 _WINDOWED = ("sliding_attention", "hybrid_sliding", "reference_sliding_attention")
 _COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")  # DeepSeek-V4
+_INDEXED = ("indexed_attention", "deepseek_sparse_attention")  # the latter before transformers 5.24
 _RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")
 _WITHOUT = ("moe", "mlp")
 _BESIDE_ATTENTION = ("hybrid", "hybrid_sliding")  # both attention and a state
@@ -28,10 +29,11 @@ def layer_caches(config: Any) -> Iterator[LayerCache]:
     """Of every layer, in order. A layer of unknown type is taken to keep all tokens."""
     layers = list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None) or [_kind(one) for one in layers]
-    sharing = getattr(config, "kv_sharing_modes", None) or [None] * len(kinds)
+    shared = getattr(config, "num_kv_shared_layers", None) or 0  # before transformers 5.24: the last so many
+    sharing = getattr(config, "kv_sharing_modes", None) or [None] * (len(kinds) - shared) + ["reuse"] * shared
     indexers = getattr(config, "indexer_types", None) or ["full"] * len(kinds)
-    for kind, shared, indexer, one in zip(kinds, sharing, indexers, layers, strict=True):
-        if kind in _WITHOUT or shared == "reuse":
+    for kind, keys, indexer, one in zip(kinds, sharing, indexers, layers, strict=True):
+        if kind in _WITHOUT or keys == "reuse":
             yield LayerCache()
         elif kind in _COMPRESSED:
             yield _compressed(one, kind)
@@ -39,7 +41,7 @@ def layer_caches(config: Any) -> Iterator[LayerCache]:
             yield LayerCache(**_state(one))
         else:
             state = _state(one) if kind in _BESIDE_ATTENTION else {}
-            index = _index(one) if kind == "indexed_attention" and indexer == "full" else 0
+            index = _index(one) if kind in _INDEXED and indexer == "full" else 0
             yield LayerCache(_attended(one, kind), _window(one, kind), index, **state)
 
 

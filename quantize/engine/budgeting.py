@@ -1,6 +1,7 @@
 """A recipe's `budget`: the number format of each group of linears, chosen within a number of bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ from .plan import Plan
 SAMPLES = 32  # of the calibration text that sensitivities are measured on
 _ROWS = 64  # sampled from a weight to estimate its error
 _FEWEST_ROWS = 8  # sampled from each expert
+_CLEARLY = 0.8  # of a plain choice's foretold cost: what a free one has to come to (docs/measured.md, A budget)
 
 Schemes = dict[str, Grid | None]
 
@@ -33,12 +35,13 @@ class Menu:
     """What the budget may choose: bytes of each option of each group, {group: {grid, None for 16 bit: bytes}}.
 
     members: the linears of each group; the head, where it is on the menu, is one of its own. room: the most bytes that
-    all groups may take together.
+    all groups may take together. head: the name of its group.
     """
 
     sizes: Mapping[str, Mapping[Grid | None, int]]
     members: Mapping[str, Sequence[LinearLayer]]
     room: int
+    head: str | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, skeleton: Skeleton, linears: Sequence[LinearLayer], outer: Outer = NOTHING) -> "Menu":
@@ -52,7 +55,7 @@ class Menu:
         if not members:
             raise BadInput(f"`ignore` {list(recipe.ignore)} matches every linear layer: nothing is left to quantize")
         sizes = {name: _options(wanted.menu, group, recipe, skeleton) for name, group in members.items()}
-        saved = outer.saved_bytes(skeleton)
+        saved, head = outer.saved_bytes(skeleton), None
         if options := outer.head_options(recipe, skeleton):
             head = outer.names["head"]
             members[head], sizes[head] = [_head(head, skeleton)], options
@@ -76,7 +79,7 @@ class Menu:
         sixteen = [options.get(None, room + 1) for options in sizes.values()]
         if sum(sixteen) <= room:
             raise BadInput(f"budget: {asked} hold all linears in 16 bit, and nothing would be quantized: lower it")
-        return cls(sizes, members, room)
+        return cls(sizes, members, room, head)
 
     def schemes(self, chosen: Mapping[str, Grid | None], linears: Sequence[LinearLayer]) -> Schemes:
         """The grid of each linear, by the options chosen for the groups."""
@@ -99,9 +102,39 @@ class Menu:
         self, uses: Mapping[str, Sequence[Sensitivity]], read: Callable[[str], Tensor]
     ) -> dict[str, Grid | None]:
         """The options that change the predictions least. uses: by linear, from `sensitivity.measure`; read: tensors of
-        the original."""
+        the original.
+
+        Costs are right to a factor of 3 only. So the best plain choice stays, with what it leaves spent on more bytes
+        for some groups, unless less for others is foretold to be clearly better.
+        """
         costs = {name: _costs(group, list(self.sizes[name]), uses, read) for name, group in self.members.items()}
-        return budget.assign(costs, self.sizes, self.room)
+
+        def total(chosen: Mapping[str, Grid | None]) -> float:
+            return sum(costs[name][option] for name, option in chosen.items())
+
+        plain = min(self._plain(), key=total, default=self.smallest())
+        least = {name: self.sizes[name][option] for name, option in plain.items()}
+        no_smaller = {
+            name: {option: cost for option, cost in each.items() if self.sizes[name][option] >= least[name]}
+            for name, each in costs.items()
+        }
+        near, free = (budget.assign(some, self.sizes, self.room) for some in (no_smaller, costs))
+        return free if total(free) < _CLEARLY * total(near) else near
+
+    def _plain(self) -> Iterator[dict[str, Grid | None]]:
+        """One option for all groups, or another for those of the first and last block, where they fit.
+
+        A group that lacks the option has its smallest, and so has the head.
+        """
+        smallest, of_blocks = self.smallest(), {name: group[0].block for name, group in self.members.items()}
+        blocks = [k for name, k in of_blocks.items() if name != self.head]
+        ends = min(blocks), max(blocks)
+        options = dict.fromkeys(option for several in self.sizes.values() for option in several)
+        for most, rest in itertools.product(options, repeat=2):
+            wanted = {name: rest if k in ends else most for name, k in of_blocks.items() if name != self.head}
+            chosen = smallest | {name: option for name, option in wanted.items() if option in self.sizes[name]}
+            if sum(self.sizes[name][option] for name, option in chosen.items()) <= self.room:
+                yield chosen
 
 
 def _head(name: str, skeleton: Skeleton) -> LinearLayer:

@@ -16,11 +16,14 @@ from quantpress.artifact.convert import convert
 from quantpress.calibrate import budget
 from quantpress.calibrate.budget import assign
 from quantpress.core.errors import BadInput
+from quantpress.engine import budgeting
+from quantpress.engine.budgeting import Menu
 from quantpress.engine.huggingface_folder import HuggingFaceFolder
 from quantpress.engine.job import prepare
 from quantpress.engine.sources import resolve
 from quantpress.exports.contracts import check_job
 from quantpress.models.checkpoint import Checkpoint
+from quantpress.models.placed_model import LinearLayer
 from quantpress.numbers.types import Activations, Grid
 from quantpress.recipe.loading import parse
 
@@ -236,3 +239,27 @@ def test_shapes_are_checked_with_every_format_of_the_menu(model: Path) -> None:
     target = {"name": "vllm", "tensor_parallel": 2}
     with pytest.raises(BadInput, match=r"vLLM"):
         check_job(job(model, budget={"bits": 5, "menu": menu}, targets=[target]))
+
+
+@pytest.mark.parametrize(
+    ("last", "room", "wanted"),
+    [
+        (2.2, 80, [4, 4, 4, 4]),  # 4.8, and 3, 4, 3 and 6 bits are foretold 4.32: nine tenths
+        (3.0, 80, [3, 4, 3, 6]),  # 4.4 for 5.6
+        (2.2, 70, [4, 3, 3, 4]),  # 6.4: first and last block in more; another pair would be 6.3
+        (2.2, 75, [4, 4, 3, 4]),  # what that leaves is spent
+    ],
+)
+def test_a_plain_choice_stays_unless_another_is_clearly_better(
+    last: float, room: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four blocks of a group each, in 3, 4 or 6 bits of 15, 20 or 30 bytes; in the last one errors cost most."""
+    grids = {bits: Grid(bits=bits, group_size=32) for bits in (3, 4, 6)}
+    weigh = {"b.0": 1.0, "b.1": 1.1, "b.2": 0.5, "b.3": last}
+    costs = {name: {grids[k]: weight * cost for k, cost in {3: 2.0, 4: 1.0, 6: 0.1}.items()}
+             for name, weight in weigh.items()}  # fmt: skip
+    members = {f"b.{k}": [LinearLayer(f"b.{k}", "b", k, 4, 4, transposed=False)] for k in range(4)}
+    sizes = {name: {grid: 5 * bits for bits, grid in grids.items()} for name in members}
+    monkeypatch.setattr(budgeting, "_costs", lambda group, *_: costs[group[0].name])
+    chosen = Menu(sizes, members, room).choose({}, lambda name: torch.empty(0))
+    assert [grid and grid.bits for grid in chosen.values()] == wanted
