@@ -96,3 +96,10 @@ def text(words: int = 4000) -> str:
     stems = ["quant", "press", "the", "of", "block", "scale", "zero", "and", "group", "model", "in", "a"]
     picks = torch.randint(len(stems), (words,), generator=g).tolist()
     return " ".join(stems[i] + ("." if n % 9 == 8 else "") for n, i in enumerate(picks))
+
+
+def model_and_text(folder: Path) -> Path:
+    """`folder` with a tiny Llama, `model`, and `text.txt`."""
+    build("llama", folder / "model", torch.bfloat16)
+    (folder / "text.txt").write_text(text())
+    return folder

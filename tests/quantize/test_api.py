@@ -15,16 +15,13 @@ from quantpress.core import machine
 from quantpress.core.files import alone_in
 from quantpress.engine.plan import Plan
 
-from ..tiny import build, text
+from ..tiny import build, model_and_text
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model`, `text.txt` and an empty cache."""
-    folder = tmp_path_factory.mktemp("api")
-    build("llama", folder / "model", torch.bfloat16)
-    (folder / "text.txt").write_text(text())
-    return folder
+    return model_and_text(tmp_path_factory.mktemp("api"))
 
 
 def recipe(place: Path, **changes: Any) -> dict[str, Any]:

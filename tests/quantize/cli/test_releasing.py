@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import torch
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -18,7 +17,7 @@ from quantpress.core.files import alone_in
 from quantpress.eval.release.smoke_run import ServedArtifact
 from quantpress.exports.serving.record import Serving
 
-from ...tiny import build, text
+from ...tiny import model_and_text
 
 
 class Project:
@@ -53,10 +52,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("given")
-    build("llama", folder / "model", torch.bfloat16)
-    (folder / "text.txt").write_text(text())
-    return folder
+    return model_and_text(tmp_path_factory.mktemp("given"))
 
 
 @pytest.fixture
