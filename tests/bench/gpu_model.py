@@ -201,9 +201,10 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     yield replaced(ModelTensors, "read", lambda old: lambda self, name: torch.empty(0))
     yield fitting._constant.cache_clear
     fitting._constant.cache_clear()
-    yield replaced(fused, "_agrees", lambda old: lambda *what: gpu.wait() is None)
+    yield replaced(fused, "_same", lambda old: lambda *what: gpu.wait() is None)
     yield replaced(fused_kernels, "rms_norm", lambda old: partial(_elementwise, gpu, "rms_norm", 1))
     yield replaced(fused_kernels, "silu_times", lambda old: partial(_elementwise, gpu, "silu_times", 2))
+    yield replaced(fused_kernels, "rotate", lambda old: partial(_elementwise, gpu, "rotate", 1))
     for attribute, name in (("factor", "factors"), ("correct_", "error correction"), ("fit_scales", "scale search")):
         yield replaced(gptq_batch, attribute, under(name))
     yield replaced(gptq_batch, "solve_columns", lambda old: partial(_solve_columns, gpu))

@@ -41,7 +41,8 @@ def link_package() -> None:
 link_package()
 
 from transformers import LlamaConfig  # noqa: E402
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm  # noqa: E402
 
 from quantpress.methods import column_kernels as kernels  # noqa: E402
 from quantpress.methods import gptq_batch as batch  # noqa: E402
@@ -176,7 +177,7 @@ def check_solve() -> None:
 
 
 def check_parts() -> None:
-    """A norm and a gate by one kernel each: trusted beside the model's own code, and how long both take."""
+    """A norm, a gate and a rotation by one kernel each: trusted beside the model's own code, and how long both take."""
     config = LlamaConfig(hidden_size=small(4096), intermediate_size=small(14336))
     x = torch.randn(32768 if not REHEARSED else 64, config.hidden_size, device=DEVICE).bfloat16()
     with torch.device(DEVICE):
@@ -188,6 +189,14 @@ def check_parts() -> None:
                 took = seconds(lambda module=module: module(x), 2)
                 name = type(module).__name__
                 expect(f"{name} by a kernel", "forward" in vars(module), own_s=own, kernel_s=took)
+        own_code, attention = modeling_llama.apply_rotary_pos_emb, LlamaAttention(config, 0)
+        heads = x.view(-1, 64, config.hidden_size // 64, 64).transpose(1, 2)
+        turn = torch.randn(1, heads.shape[2], 64, device=DEVICE).bfloat16()
+        own = seconds(lambda: modeling_llama.apply_rotary_pos_emb(heads, heads, turn, turn), 2)
+        with fused(attention, torch.device("cuda")):
+            took = seconds(lambda: modeling_llama.apply_rotary_pos_emb(heads, heads, turn, turn), 2)
+            used = modeling_llama.apply_rotary_pos_emb is not own_code
+            expect("rotary embedding by a kernel", used, own_s=own, kernel_s=took)
 
 
 def check_factor(n: int, linears: int) -> None:

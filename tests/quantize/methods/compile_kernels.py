@@ -50,6 +50,7 @@ def sources() -> list[tuple[str, ASTSource, int]]:
     recorders = []
     for module, name in (
         (kernels, "_solve_columns"), (kernels, "_fit_scales"), (parts, "_rms_norm"), (parts, "_silu_times"),
+        (parts, "_rotate"),
     ):  # fmt: skip
         recorders.append(_Recorder(getattr(module, name)))
         setattr(module, name, recorders[-1])
@@ -58,6 +59,9 @@ def sources() -> list[tuple[str, ASTSource, int]]:
         x = torch.ones(3, width, dtype=torch.bfloat16)
         parts.rms_norm(x, x[0], 1e-5)
         parts.silu_times(x, x)
+    for heads, size in ((32, 128), (8, 64), (2, 96), (16, 256)):
+        turn = torch.ones(1, 5, size, dtype=torch.bfloat16)
+        parts.rotate(turn[:, None].expand(3, heads, 5, size), turn, turn)
     for grid, dtype in CASES:
         columns = min(grid.columns(512), kernels.COLUMNS)
         for importance in (torch.ones(2, columns), None) if grid.scale_search != "minmax" else (None,):

@@ -1,4 +1,4 @@
-"""Norms and gates by kernels, run by Triton's interpreter on the CPU, beside the models' own code."""
+"""Norms, gates and rotations by kernels, run by Triton's interpreter on the CPU, beside the models' own code."""
 
 import copy
 from collections.abc import Iterator
@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.glm import modeling_glm
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from quantpress.models import fused as fusing
 from quantpress.models.fused import fused
 
 pytest.importorskip("triton")
-from quantpress.models.fused_kernels import rms_norm, silu_times
+from quantpress.models.fused_kernels import rms_norm, rotate, silu_times
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run on the CPU")
 CUDA = torch.device("cuda")  # where parts are fused; the tensors of these tests are the CPU's
@@ -36,11 +39,17 @@ def mlp() -> LlamaMLP:
     return LlamaMLP(LlamaConfig(hidden_size=96, intermediate_size=160)).bfloat16()
 
 
+def attention() -> LlamaAttention:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, attn_implementation="sdpa")
+    return LlamaAttention(config, 0).bfloat16()
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the kernels that were used."""
     used: list[str] = []
-    for name in ("_norm", "_gated"):
+    for name in ("_norm", "_gated", "_rotated"):
         kernel = getattr(fusing, name)
         monkeypatch.setattr(fusing, name, lambda *given, k=kernel, n=name: used.append(n) or k(*given))
     return used
@@ -67,6 +76,55 @@ def test_a_gate_has_the_bits_of_silu_times_up() -> None:
     got, want = silu_times(gate, up), nn.functional.silu(gate) * up
     assert (got == want).float().mean() > 0.999
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-30)
+
+
+@pytest.mark.parametrize(("heads", "size", "turns"), [(3, 64, 1), (5, 80, 2), (1, 2, 1)])
+def test_a_rotation_has_the_bits_of_the_models_own(heads: int, size: int, turns: int) -> None:
+    q, k = normal(2, 10, heads, size).transpose(1, 2), normal(2, 1, 10, size, seed=1)
+    cos, sin = normal(turns, 10, size, seed=2), normal(turns, 10, size, seed=3)
+    wanted = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    for x, want in zip((q, k), wanted, strict=True):
+        got = rotate(x, cos, sin)
+        assert torch.equal(got, want)
+        assert got.transpose(1, 2).is_contiguous()  # as attention reads it
+
+
+def test_a_rotation_reads_a_slice_of_wider_rows() -> None:
+    wide = normal(2, 7, 4 * 32)
+    x, cos, sin = wide[..., 32:96].view(2, 7, 2, 32).transpose(1, 2), normal(1, 7, 32, seed=1), normal(1, 7, 32, seed=2)
+    assert torch.equal(rotate(x, cos, sin), modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)[0])
+
+
+def test_attention_rotates_by_the_kernel_until_the_end(interpreted: list[str]) -> None:
+    own, block = modeling_llama.apply_rotary_pos_emb, attention()
+    x, turn = normal(2, 9, 96), (normal(1, 9, 16, seed=1), normal(1, 9, 16, seed=2))
+    with torch.no_grad():
+        want = block(x, turn, None)[0]
+        with fused(block, CUDA), fused(copy.deepcopy(block), CUDA):  # a pass within a pass
+            interpreted.clear()
+            got = block(x, turn, None)[0]
+            assert interpreted == ["_rotated"]
+            long = turn[0].float(), turn[1].float()
+            assert own(x[:, None, :, :16], x[:, None, :, :16], *long)[0].dtype == torch.float32
+            assert modeling_llama.apply_rotary_pos_emb(*[x[:, None, :, :16]] * 2, *long)[0].dtype == torch.float32
+    assert torch.equal(got, want)
+    assert modeling_llama.apply_rotary_pos_emb is own
+
+
+def test_gradients_pass_the_models_own_rotation() -> None:
+    block, x = attention(), normal(1, 9, 96).requires_grad_()
+    with fused(block, CUDA):
+        block(x, (normal(1, 9, 16), normal(1, 9, 16)), None)[0].sum().backward()
+    assert x.grad is not None
+
+
+def test_a_rotation_of_another_kind_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pairs of neighbours, of part of the numbers."""
+    others = modeling_deepseek_v3.apply_rotary_pos_emb_interleave, modeling_glm.apply_rotary_pos_emb
+    for other in others:
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+        with fused(attention(), CUDA):
+            assert modeling_llama.apply_rotary_pos_emb is other
 
 
 def test_parts_of_a_block_and_of_its_copy_are_fused_until_the_end(interpreted: list[str]) -> None:
