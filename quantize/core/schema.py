@@ -8,17 +8,17 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ByteSize,
     ConfigDict,
     Field,
     PlainSerializer,
-    TypeAdapter,
     ValidationError,
 )
 
 from .patterns import check_regex, regex_matches
 
-_SIZE = re.compile(r"\s*\d*\.?\d+\s*\w*\s*")
+_UNITS = {"": 1} | {unit: 1000**k for k, unit in enumerate("KMGTP", 1)}
+_UNITS |= {f"{unit}I": 1024**k for k, unit in enumerate("KMGTP", 1)}
+_SIZE = re.compile(r"(\d*\.?\d+)\s*([KMGTP]I?)?B?", re.IGNORECASE)
 
 
 class Strict(BaseModel):
@@ -61,15 +61,13 @@ def _number(value: float | str) -> float:
 
 
 def _bytes(value: Any) -> Any:
-    """'4GB' is 4 * 10**9, '24GiB' is 24 * 2**30; a number is bytes."""
-    if not isinstance(value, str):
-        return value
-    try:
-        if not _SIZE.fullmatch(value):  # pydantic reads a size at the beginning, "24,5GiB" as 24
-            raise ValueError
-        return int(TypeAdapter(ByteSize).validate_python(value))
-    except ValueError:
-        raise ValueError(f"{value!r} is no size; write 6000000000, 4GB or 24GiB") from None
+    """'4GB' and '4G' are 4 * 10**9, '24GiB' and '24Gi' are 24 * 2**30; a number is bytes."""
+    found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found:
+        return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+    if isinstance(value, str | bool):
+        raise ValueError(f"{value!r} is no size; write 6000000000, 4GB or 24GiB")
+    return value
 
 
 def _above_one(value: float) -> float | str:

@@ -4,15 +4,14 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ..core.schema import Strict
+from ..core.schema import Bytes, Strict
 from ..numbers.types import Grid
-from .gguf_file import Bytes
 
 
 class Budget(Strict):
     """Each group of linears that servers fuse gets the number format that changes the predictions least."""
 
-    bytes: Bytes | None = Field(None, description="size of all the weights in the artifact, such as 3.2G")
+    bytes: Bytes | None = Field(None, ge=1, description="size of all the weights in the artifact, such as 3.2G")
     bits: float | None = Field(
         None,
         gt=0,

@@ -1,11 +1,10 @@
 """The GGUF file of a recipe: file type, exceptions for tensors, importance matrix, size budget, split."""
 
-import re
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from ..core.schema import Pattern, Strict
+from ..core.schema import Bytes, Pattern, Strict
 
 FloatFile = Literal["F32", "F16", "BF16"]
 FileType = Literal[
@@ -21,25 +20,12 @@ FLOATS = ("F32", "F16", "BF16")
 # Types that llama.cpp only makes with an importance matrix.
 _TENSORS_NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 NEED_IMATRIX = (*_TENSORS_NEED_IMATRIX, "IQ2_M", "IQ3_XS", "Q2_K_S")
-_UNITS = {"": 1} | {unit: 1000**k for k, unit in enumerate("KMGT", 1)}
-_UNITS |= {f"{unit}I": 1024**k for k, unit in enumerate("KMGT", 1)}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", re.IGNORECASE)
-
-
-def _bytes(value: object) -> object:
-    """4G is 4,000,000,000, and 4GiB is 4 * 2**30."""
-    if isinstance(value, str) and (found := _SIZE.fullmatch(value.strip())):
-        return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
-    return value
-
-
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 
 
 class GgufBudget(Strict):
     """A size for the file; the types of its tensors are chosen to meet it."""
 
-    bytes: Bytes | None = Field(None, description="size of the whole file, such as 100M")
+    bytes: Bytes | None = Field(None, ge=1, description="size of the whole file, such as 100M")
     bits_per_weight: float | None = Field(
         None, gt=0, strict=False, description="size of the whole file over the number of weights"
     )
@@ -73,7 +59,9 @@ class Gguf(Strict):
         description="a checkout of llama.cpp, whose converter then makes the unquantized file: for families that have "
         "no row of their own here",
     )
-    split: Bytes | None = Field(None, description="most bytes of tensors in one file, such as 4G; null: a single file")
+    split: Bytes | None = Field(
+        None, ge=1, description="most bytes of tensors in one file, such as 4G; null: a single file"
+    )
 
     @property
     def calibrated(self) -> bool:
