@@ -90,6 +90,7 @@ def settings(out: Path, options: Options, callbacks: Callbacks) -> Settings:
         callbacks.on_note,
         options.share,
         options.ranks,
+        lambda done, blocks: callbacks.on_step("quantizing", done, blocks, ""),
     )
 
 

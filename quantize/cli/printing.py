@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quantpress.eval.measure.results import Results
     from quantpress.exports.serving.record import Check, Serving
 
+_WIDE = 120  # columns of a terminal in which all of a progress bar fits
 _SILENCE_SECONDS = 60  # longest without a line where there is no bar, once a block is finished
 _VERDICTS = {"ACCEPT": "ok  ", "REGRESSION": "MISS", "INCONCLUSIVE": "?   "}
 
@@ -101,12 +102,14 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
     from ..core.machine import rss_bytes
 
     if not err_console.is_terminal:
-        told, before = 0, -1  # what was last printed; what was done at the start, which a resumed run skips
+        told, before = 0, -1  # what was last printed; what was done at the first call, which a resumed run skips
         started = said = time.monotonic()
 
         def plain(done: int, remark: str, total: int = blocks) -> None:
-            nonlocal told, before, said
-            before, now = done - 1 if before < 0 else before, time.monotonic()
+            nonlocal told, before, started, said
+            now = time.monotonic()
+            if before < 0:
+                before, started = done, now
             if done * 5 // total > told * 5 // total or done == total or now - said >= _SILENCE_SECONDS:
                 left = (now - started) / max(1, done - before) * (total - done)
                 memory, rest = f"memory {size(rss_bytes())}", f"{left:.0f} s left" if left else ""
@@ -117,9 +120,10 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
         yield plain
         return
     left, remark = TimeRemainingColumn(), TextColumn("{task.fields[remark]}", markup=False)
-    done = TextColumn("block {task.completed}/{task.total}")
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), done, TimeElapsedColumn(),
-               TextColumn("elapsed,"), left, TextColumn("left"), remark)  # fmt: skip
+    narrow, done = err_console.width < _WIDE, TextColumn("block {task.completed}/{task.total}")
+    elapsed = () if narrow else (TimeElapsedColumn(), TextColumn("elapsed,"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(10 if narrow else 40), done, *elapsed,
+               left, TextColumn("left"), remark)  # fmt: skip
     with Progress(*columns, console=err_console, transient=True) as progress:
         task = progress.add_task(what, total=blocks or None, remark="")
 

@@ -52,6 +52,7 @@ def run_blocks(job: Job, tokens: Tokens | None, journal: Journal | FollowedJourn
     what = "lower calibration.samples or calibration.seq_len" if tokens is not None else "free some, or use more"
     with journal, doing(lambda: _at_work(job, journal), what, skeleton.device):
         run = _Run(job, None if job.backend.importance else tokens, journal, settings.ranks, settings.work)
+        settings.on_start(len(journal.done), skeleton.n_blocks)
         while len(journal.done) < skeleton.n_blocks:
             tried = run.batch_tokens
             try:

@@ -356,6 +356,7 @@ class LlamaCppFile(_GgufBackend):
 def _in_blocks(blocks: int, settings: Settings) -> Callable[[int, int], None]:
     """A callback (tensors done, of how many) that reports progress as decoder blocks."""
     told = 0
+    settings.on_start(0, blocks)
 
     def tell(done: int, of: int) -> None:
         nonlocal told

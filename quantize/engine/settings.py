@@ -27,7 +27,8 @@ class Settings:
     out: the run folder. cache: downloads and converted models. overwrite: replace what `out` holds. ignore_limits:
     start although memory or disk look too small. share: a folder in which runs of other recipes on the same model find
     the calibration tokens and the importance matrix that this one computes, and the other way round; None: not shared.
-    ranks: the processes that share the work.
+    ranks: the processes that share the work. on_start(done, blocks): blocks are about to be quantized, of which `done`
+    were finished before.
     """
 
     out: Path
@@ -39,6 +40,7 @@ class Settings:
     on_note: Callable[[str], None] = lambda line: None
     share: Path | None = None
     ranks: Ranks = ALONE
+    on_start: Callable[[int, int], None] = lambda done, blocks: None
 
     @property
     def work(self) -> Path:

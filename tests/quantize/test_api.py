@@ -65,7 +65,7 @@ def test_the_steps_alone_do_what_a_run_does(
     assert forecast.targets == {"vllm": "compressed-tensors"}
     assert sum(count for _, count, _ in forecast.linears) == 14
     artifact = quantpress.quantize(chosen, out=out, options=options, callbacks=callbacks)
-    assert steps == ["quantizing 1/2", "quantizing 2/2"]
+    assert steps == ["quantizing 0/2", "quantizing 1/2", "quantizing 2/2"]
     for file in ("model.safetensors", "config.json"):
         assert (artifact / file).read_bytes() == (release.artifact / file).read_bytes()
     assert quantpress.verify(out, ["vllm"], way="contract").sound

@@ -1,6 +1,7 @@
 """What users and models name is printed as it is: no markup, no emoji, nothing that a terminal acts on."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def test_on_a_terminal_neither(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     said = capsys.readouterr().err
     assert "evaluating [v1]" in said
     assert "[/b]" in said
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_all_of_a_bar_fits_on_a_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(printing, "err_console", Console(stderr=True, force_terminal=True, width=width, _environ={}))
+    with printing.progress_bar("quantizing", 80) as advance:
+        advance(79, "error 0.58%")
+    assert re.search(r"block 79/80 .* left error 0\.58% memory \d+ [MG]B", capsys.readouterr().err)
 
 
 def test_terminals_are_sent_no_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,8 +122,11 @@ def test_resume_after_a_stop_gives_the_same_bytes(
     with open(tmp_path / "cut" / ".work" / "journal.jsonl", "a") as lines:
         lines.write('{"record": {"block": 2, "half a li')  # as a kill in the middle of a write leaves it
     seen: list[int] = []
-    make(tmp_path / "cut", tmp_path / "model", {}, on_block=lambda p: seen.append(p.block))
-    assert seen == list(range(1 if seconds else when + 1, 4))
+    begun: list[tuple[int, int]] = []
+    follow = {"on_start": lambda *at: begun.append(at), "on_block": lambda p: seen.append(p.block)}
+    make(tmp_path / "cut", tmp_path / "model", {}, **follow)
+    assert begun == [(0 if seconds else when, 3)]
+    assert seen == list(range(begun[0][0] + 1, 4))
     assert files(tmp_path / "cut" / "quantized") == files(tmp_path / "whole" / "quantized")
 
 
