@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -196,7 +197,7 @@ class HuggingFaceFolder(Backend):
         parts = ((name, *name.rpartition(".")[::2]) for name in self.setup.skeleton.unused)
         return [name for name, linear, suffix in parts if linear in quantized and suffix in suffixes]
 
-    @property
+    @cached_property
     def _readers(self) -> Readers:
         return Readers(self.setup, self.schemes, self.outer)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..core.errors import BadInput
 from ..core.schema import matches
@@ -100,7 +101,7 @@ class Readers:
             return f"its {self._kind} is called by itself, for which the whole file has to have one number format"
         return None if keeps_modules() and self._alike else self._why_not_before_5_24
 
-    @property
+    @cached_property
     def _why_not_before_5_24(self) -> str | None:
         """What of transformers' class is in the way of linears without a tensor `weight`.
 

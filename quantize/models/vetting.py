@@ -23,6 +23,7 @@ from .checkpoint import Checkpoint, Stored
 _PIECE = 1 << 22  # bytes read at a time: a whole number of values of every dtype
 _THREADS = 8
 MOST_OF_FLOAT16 = torch.finfo(torch.float16).max
+_TOO_LARGE = "cannot be held in float16"  # of what is damaged, what a wrong dtype in config.json may be the cause of
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -58,7 +59,7 @@ class Vetting:
             if kind is None and self._checkpoint.is_packed(name):
                 kind = not_finite(self._checkpoint.read(name))
             if kind is not None:
-                wrong = "is its dtype in config.json right?" if "float16" in kind else "the checkpoint is damaged"
+                wrong = "is its dtype in config.json right?" if _TOO_LARGE in kind else "the checkpoint is damaged"
                 raise Damaged(f"{self._checkpoint.file_of(name)}: {name} holds {kind}; {wrong}")
         if found:  # a scale of a quantized checkpoint
             name = min(found)
@@ -100,8 +101,8 @@ def not_finite(tensor: Tensor, limit: float = math.inf) -> str | None:
         return "NaN"
     if math.isinf(largest):
         return "inf"
-    what = "held in float16" if limit == MOST_OF_FLOAT16 else "rounded"
-    return f"{largest:.6g}, and more than {limit:.6g} cannot be {what}" if largest > limit else None
+    what = _TOO_LARGE if limit == MOST_OF_FLOAT16 else "cannot be rounded"
+    return f"{largest:.6g}, and more than {limit:.6g} {what}" if largest > limit else None
 
 
 def _read(
