@@ -7,6 +7,7 @@ from ..core.errors import BadInput
 try:
     from . import doctor, fitting, making, measuring, releasing, serving  # noqa: F401  each adds its commands to the app
     from .app import main
+    from .process import command
 except KeyboardInterrupt:  # while libraries were imported, before `main` could report it
     print("quantpress: stopped", file=sys.stderr)  # noqa: T201
     sys.exit(130)
@@ -15,4 +16,4 @@ except BadInput as error:  # a plug-in that cannot be loaded
     print(f"quantpress: {error}", file=sys.stderr)  # noqa: T201
     sys.exit(2)
 
-__all__ = ["main"]
+__all__ = ["command", "main"]

@@ -52,6 +52,7 @@ _NOT_OF_THE_ARTIFACT = {"name", "description", "evaluation", "gates", "model", "
 
 @exact_float32_products()
 @fast_16_bit_products()
+@machine.collecting_only_what_is_new()
 def quantize(job: Job, settings: Settings) -> Manifest:
     """Write `out/quantized` (and `out/converted/<format>` for further formats); returns the run's manifest.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.machine import one_thread
+from ..core.products import no_16_bit_products
 from ..numbers.grid import round_numbers_, scale_dtype
 from ..numbers.types import Grid
 from ..plugin import MethodSettings
@@ -20,6 +21,7 @@ MAX_DAMP = 10.0
 BATCH_ELEMENTS = 1 << 29
 
 
+@no_16_bit_products()
 def gptq(
     weight: Tensor,
     grid: Grid,

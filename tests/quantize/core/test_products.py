@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from quantpress.core.products import exact_float32_products, fast_16_bit_products, multiplies
+from quantpress.core.products import exact_float32_products, fast_16_bit_products, multiplies, no_16_bit_products
 
 from ...multiplied import Multiplied
 
@@ -124,6 +124,18 @@ def test_other_products_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
             a.bfloat16() @ a.double()
         out = torch.empty(4, 4, dtype=torch.bfloat16)
         assert torch.mm(a.bfloat16(), a.bfloat16(), out=out) is out
+
+
+def test_where_none_is_announced_no_operation_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_units(monkeypatch)
+    a = torch.randn(4, 4).bfloat16()
+    with fast_16_bit_products(), Multiplied() as seen:
+        with no_16_bit_products():
+            a @ a
+        assert seen.types == {torch.bfloat16}
+        seen.types.clear()
+        a @ a
+        assert seen.types == {torch.float32}
 
 
 def test_with_the_instructions_nothing_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
