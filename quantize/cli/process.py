@@ -18,8 +18,9 @@ def command() -> None:
 
     def leave() -> None:
         if status is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:  # closed by whoever started this
+                    stream.flush()
             ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
             os._exit(status)
 

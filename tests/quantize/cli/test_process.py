@@ -49,3 +49,9 @@ def test_a_mistake_of_ours_ends_as_any_python_does() -> None:
     assert done.returncode == 1
     assert done.stderr.endswith("Raised: why\n")
     assert "called at exit\ntaken apart" in done.stdout
+
+
+def test_no_output_is_no_problem() -> None:
+    code = _COMMAND.replace("END", "sys.exit(0)")
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
