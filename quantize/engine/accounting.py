@@ -1,6 +1,5 @@
 """What becomes of every tensor of the original: quantized, kept as it is for a reason, or copied."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,9 +69,9 @@ def _towers(skeleton: Skeleton, quantized: Mapping[str, Grid]) -> list[str]:
 
 def quantized_share(skeleton: Skeleton, linears: list[LinearLayer], quantized: set[str]) -> float:
     """The share of the weights of the blocks' matrices that will be quantized. quantized: linears, by on-disk name."""
-    sizes = {x.name: math.prod((x.out_features, x.in_features)) for x in linears}
-    taken = sum(size for name, size in sizes.items() if name in quantized)
-    return taken / max(1, sum(sizes.values()) + sum(n for _, n, _ in skeleton.left_out()))
+    taken = sum(x.out_features * x.in_features for x in linears if x.name in quantized)
+    inside = sum(x.out_features * x.in_features for x in linears)
+    return taken / max(1, inside + sum(n for _, n, _ in skeleton.left_out()))
 
 
 def few(skeleton: Skeleton, linears: list[LinearLayer], names: Sequence[str]) -> bool:

@@ -48,19 +48,30 @@ _IMATRIX = "imatrix.gguf"
 _HEAD = "head.importance"  # in the last block's part: mean squares [hidden] of the head's inputs
 
 
-def _opened(setup: Setup) -> tuple[Conversion, dict[str, imatrix.Array], str | None]:
-    """The model as a GGUF file, the importance matrix that the recipe names, and the sha256 of that matrix's file.
+def _conversion(setup: Setup, beside: Backend | None) -> Conversion:
+    """The model as a GGUF file; that of another recipe's backend, where no recipe has anything to do with it.
 
-    Raises BadInput for a model, a tokenizer, a pattern or an importance matrix that does not fit.
+    Raises BadInput for a model or a tokenizer that does not fit.
     """
     path, converter, here = setup.source.path, setup.recipe.gguf_file.converter, not setup.headers_only
     if converter is not None and not here:
         raise BadInput("gguf.converter needs the whole checkpoint: leave it out, or plan without --config-only")
+    if isinstance(beside, _GgufBackend) and converter == beside.setup.recipe.gguf_file.converter:
+        return beside.conversion
     made = None if converter is None else convert(Path(converter), path, _exact_type(setup.checkpoint))
-    conversion = Conversion(setup.checkpoint, path, setup.source.id, made, tokenizer=here)
+    opened = setup.skeleton if setup.reader is setup.checkpoint else None
+    return Conversion(setup.checkpoint, path, setup.source.id, made, tokenizer=here, skeleton=opened)
+
+
+def _opened(setup: Setup, beside: Backend | None) -> tuple[Conversion, dict[str, imatrix.Array], str | None]:
+    """The model as a GGUF file, the importance matrix that the recipe names, and the sha256 of that matrix's file.
+
+    beside: of another recipe for the same model, if there is one. Raises BadInput for a model, a tokenizer, a pattern
+    or an importance matrix that does not fit.
+    """
+    conversion = _conversion(setup, beside)
     if conversion.lost and setup.recipe.evaluation is not None:
         raise BadInput(f"gguf.converter: {not_read_back(conversion.lost)}; set evaluation: null")
-    conversion.notes = (*setup.checkpoint.notes, *conversion.notes)
     own_types(setup.recipe, conversion.entries)
     file = setup.recipe.gguf_file.imatrix
     if not isinstance(file, str):
@@ -108,7 +119,8 @@ class _GgufBackend(Backend):
             write_json(folder / LAYOUT, {e.name: [list(e.parameters), list(e.changes)] for e in conversion.entries})
         artifact = GgufCheckpoint(folder)
         about = self._write_modelfile(artifact.tensors.files, folder)
-        notes = [*conversion.notes, *summed_up(fell_back), *summed_up(self._unweighted(artifact.tensors)), *about]
+        notes = [*setup.checkpoint.notes, *conversion.notes, *summed_up(fell_back)]
+        notes += [*summed_up(self._unweighted(artifact.tensors)), *about]
         layers = self._layers(artifact.tensors, fell_back)
         if self.rounds_blocks:  # their records have the errors too
             held = {layer.name: layer for layer in layers}
@@ -204,9 +216,12 @@ class OwnGgufFile(_GgufBackend):
     file: RoundedFile
 
     @classmethod
-    def of(cls, setup: Setup) -> Self:
-        """Raises BadInput for what cannot be written, and an importance matrix that would not be used."""
-        conversion, given, sha256 = _opened(setup)
+    def of(cls, setup: Setup, beside: Backend | None = None) -> Self:
+        """Raises BadInput for what cannot be written, and an importance matrix that would not be used.
+
+        beside: of another recipe for the same model, if there is one.
+        """
+        conversion, given, sha256 = _opened(setup, beside)
         recipe, outside = setup.recipe, conversion.outside()
         if given and recipe.method.calibrated and not any(entry.name in given for entry in outside):
             raise BadInput(
@@ -227,7 +242,7 @@ class OwnGgufFile(_GgufBackend):
         )
 
     def plan(self) -> Plan:
-        return plan_rounded(self.setup, self.file)
+        return plan_rounded(self.setup, self.file, self.schemes)
 
     def settled(self, tokens: Tokens | None, work: Path) -> Self:
         """With the types that the recipe's budget allows."""
@@ -283,11 +298,11 @@ class LlamaCppFile(_GgufBackend):
     """A file made by llama.cpp's quantizer from the unquantized model; or one of floats, which needs no quantizer."""
 
     @classmethod
-    def of(cls, setup: Setup) -> Self:
-        """Raises BadInput for what cannot be written, and where llama.cpp is not installed."""
+    def of(cls, setup: Setup, beside: Backend | None = None) -> Self:
+        """Raises BadInput for what cannot be written, and where llama.cpp is not installed. beside: see OwnGgufFile."""
         if setup.recipe.gguf_file.type not in FLOATS:
             llama_cpp.library()
-        conversion, given, sha256 = _opened(setup)
+        conversion, given, sha256 = _opened(setup, beside)
         return cls(
             setup=setup,
             schemes={linear.name: None for linear in setup.linears},

@@ -7,6 +7,7 @@ from ..gguf.conversion import Conversion, FloatType
 from ..gguf.rounded_file import RoundedFile
 from ..gguf.tensor_types import expected_types, fallbacks, summed_up
 from ..gguf.writer import sizes
+from ..numbers.types import Grid
 from ..recipe.gguf_file import FLOATS
 from .backend import Setup
 from .budgeting import with_sensitivity
@@ -14,11 +15,14 @@ from .needs import PROCESS_BYTES
 from .plan import Plan, make_plan
 
 
-def plan_rounded(setup: Setup, file: RoundedFile) -> Plan:
-    """Of a file that our own methods round. Raises BadInput for a budget that even the smallest types exceed."""
+def plan_rounded(setup: Setup, file: RoundedFile, schemes: dict[str, Grid | None]) -> Plan:
+    """Of a file that our own methods round, linears by `schemes`.
+
+    Raises BadInput for a budget that even the smallest types exceed.
+    """
     recipe, conversion, checkpoint = setup.recipe, file.conversion, setup.checkpoint
-    artifact, notes = file.allowed_bytes, conversion.notes
-    plan = make_plan(recipe, setup.skeleton, setup.linears, file.schemes(setup.linears))
+    artifact, notes = file.allowed_bytes, (*checkpoint.notes, *conversion.notes)
+    plan = make_plan(recipe, setup.skeleton, setup.linears, schemes)
     if artifact is not None:
         artifact = file.most_bytes(artifact)
         plan = with_sensitivity(plan, recipe, setup.skeleton, setup.linears)
@@ -36,7 +40,7 @@ def plan_rounded(setup: Setup, file: RoundedFile) -> Plan:
 def plan_llama_cpp(setup: Setup, conversion: Conversion) -> Plan:
     """Of a file that llama.cpp quantizes; where it alone decides the tensors' types, a note says it is an estimate."""
     recipe, checkpoint, linears = setup.recipe, setup.checkpoint, setup.linears
-    wanted, original, notes = recipe.gguf_file, checkpoint.total_bytes, conversion.notes
+    wanted, original, notes = recipe.gguf_file, checkpoint.total_bytes, (*checkpoint.notes, *conversion.notes)
     floats = wanted.type in FLOATS
     if floats:
         kind = cast(FloatType, wanted.type)

@@ -23,6 +23,7 @@ from ..models.by_name import ByName
 from ..models.checkpoint import Checkpoint
 from ..models.companions import copy_companions
 from ..models.config_forms import readable_by_all
+from ..models.placed_model import LinearLayer
 from ..models.rotated_checkpoint import RotatedCheckpoint
 from ..models.shards import gather_parts, write_part
 from ..models.skeleton import Skeleton
@@ -57,7 +58,7 @@ class HuggingFaceFolder(Backend):
         recipe, skeleton = setup.recipe, setup.skeleton
         widths = {linear.name: linear.in_features for linear in setup.linears}
         left = recipe.undivided(widths)
-        if not few(skeleton, setup.linears, left):
+        if left and not few(skeleton, setup.linears, left):
             left = []  # refused
         if recipe.budget is None:
             schemes = recipe.schemes(widths, left)
@@ -214,10 +215,11 @@ class HuggingFaceFolder(Backend):
 
     def _check_format(self, format: str) -> None:
         """Raise BadInput for what `format` cannot hold, linear by linear and as a whole."""
-        for linear in self.setup.linears:
-            grid = self.schemes[linear.name]
-            if grid is None:
-                continue
+        kinds: dict[tuple[Grid, int, int, bool], LinearLayer] = {}
+        for x in self.setup.linears:
+            if (own := self.schemes[x.name]) is not None:
+                kinds.setdefault((own, x.out_features, x.in_features, x.transposed), x)
+        for (grid, *_), linear in kinds.items():
             if linear.transposed and not FORMATS[format].holds.conv1d:
                 raise BadInput(
                     f"{linear.name} is a Conv1D, which readers of {format} silently leave unquantized; "

@@ -90,11 +90,11 @@ def prepare_beside(job: Job, recipe: Recipe) -> Job:
         headers = job.checkpoint if isinstance(job.checkpoint, HeadersOnly) else None
         return prepare(recipe, job.source, job.skeleton.device, headers=headers, ranks=job.ranks)
     given = {field.name: getattr(job, field.name) for field in fields(Setup)}
-    return _planned(Setup(**given | {"recipe": recipe}))
+    return _planned(Setup(**given | {"recipe": recipe}), job.backend)
 
 
-def _planned(setup: Setup) -> Job:
-    backend = _backend(setup)
+def _planned(setup: Setup, beside: Backend | None = None) -> Job:
+    backend = _backend(setup, beside)
     return Job(**vars(setup), backend=backend, plan=backend.plan())
 
 
@@ -120,10 +120,10 @@ def _by_name(recipe: Recipe, reader: Any, device: torch.device) -> ByName:
     return ByName(reader, device=device, chosen=lambda name: any(matches(pattern, name) for pattern in patterns))
 
 
-def _backend(setup: Setup) -> Backend:
-    """What writes the artifact of this recipe."""
+def _backend(setup: Setup, beside: Backend | None) -> Backend:
+    """What writes the artifact of this recipe. beside: of another recipe for the same model, if there is one."""
     if not setup.recipe.is_gguf:
         return HuggingFaceFolder.of(setup)
     if isinstance(setup.recipe.method, LlamaCppQuantizer):
-        return LlamaCppFile.of(setup)
-    return OwnGgufFile.of(setup)
+        return LlamaCppFile.of(setup, beside)
+    return OwnGgufFile.of(setup, beside)

@@ -26,8 +26,7 @@ def find_needs(
     recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], schemes: dict[str, Grid | None]
 ) -> Needs:
     """What a run of one process needs."""
-    reader: Any = skeleton.reader
-    inside = [sum(reader.nbytes(n) for n in skeleton.block_names(k).values()) for k in range(skeleton.n_blocks)]
+    inside = skeleton.bytes_of_blocks
     calibrated, seq_len = recipe.calibrated, recipe.calibration.seq_len
     tokens = recipe.calibration.samples * seq_len if calibrated else 0
     item, width = torch.empty(0, dtype=skeleton.dtype).element_size(), int(skeleton.config.hidden_size)
@@ -48,7 +47,7 @@ def find_needs(
         token=_passing(skeleton, linears, item, recipe.activations is not None),
         solve=solve,
         sums=sums,
-        shell=sum(reader.nbytes(name) for name in reader.names()) - sum(inside),
+        shell=skeleton.nbytes - sum(inside),
         tokens=tokens,
         process=PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size),
         tuning=_tuning_bytes(recipe, skeleton, linears, max(inside) // item),
@@ -91,7 +90,7 @@ def _solved_in_batches(
             stacks.setdefault((x.block, x.in_features, x.module.rpartition(".")[0]), []).append(x)
     solve = sums = 0
     for (_, n, _), stack in stacks.items():
-        rows, experts = sum(x.out_features for x in stack), skeleton.experts_around(stack[0])
+        rows, experts = sum(x.out_features for x in stack), stack[0].experts
         at_once = 1 if experts is None else min(experts, max(1, MOMENT_BYTES // (12 * n * n)))
         together = min(at_once, max(1, TOGETHER // (n * max(n, rows))))
         by_rows = sums_by_rows(rows, n)
@@ -132,9 +131,7 @@ def _waiting(skeleton: Skeleton, linears: list[LinearLayer], tokens: int, item: 
     """
     chosen = skeleton.experts_per_token or 1
     inside = {x.in_features: x for x in linears}.values()  # one of each width
-    widest = max(
-        x.in_features * (chosen if x.in_features != hidden and skeleton.experts_around(x) else 1) for x in inside
-    )
+    widest = max(x.in_features * (chosen if x.in_features != hidden and x.experts else 1) for x in inside)
     widest += 2 * hidden
     attention = (5 + 2 * beside) * hidden
     return tokens * max(widest, attention) * item
@@ -147,7 +144,7 @@ def _passing(skeleton: Skeleton, linears: list[LinearLayer], item: int, rounded:
     """
     widest = max(max(x.in_features, x.out_features) for x in linears)
     token = widest * (4 * item + 1 + 8 * rounded)
-    inside = [x.in_features + x.out_features for x in linears if skeleton.experts_around(x)]
+    inside = [x.in_features + x.out_features for x in linears if x.experts]
     if skeleton.device.type == "cuda" and inside:
         token = max(token, 2 * item * (skeleton.experts_per_token or 1) * max(inside))
     return token
@@ -155,7 +152,7 @@ def _passing(skeleton: Skeleton, linears: list[LinearLayer], item: int, rounded:
 
 def reaching(skeleton: Skeleton, linear: LinearLayer) -> float:
     """The share of all tokens that reach a linear."""
-    experts = skeleton.experts_around(linear)
+    experts = linear.experts
     chosen = skeleton.experts_per_token
     return 1.0 if experts is None or chosen is None else min(1.0, chosen / experts)
 

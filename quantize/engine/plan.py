@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -97,17 +98,15 @@ def make_plan(
     reader: Any = skeleton.reader
     format, there = FORMATS[recipe.formats[0]], skeleton.device
     some = torch.empty(0, dtype=skeleton.dtype)
-    original = sum(reader.nbytes(name) for name in reader.names())
-    packed = saved = 0
-    for linear in linears:
-        grid = schemes[linear.name]
-        if grid is not None:
-            scale_bytes = scale_dtype(some, grid).itemsize
-            shape = linear.out_features, linear.in_features
-            # A scale too many where no static range will fit the inputs, which is known once they are measured.
-            packed += format.packed_bytes(grid, *shape, scale_bytes, recipe.activations)
-            saved += reader.nbytes(f"{linear.name}.weight")
-    artifact = original - saved + packed + kv_cache.scale_bytes(recipe.kv_cache, skeleton)
+    saved = sum(reader.nbytes(f"{x.name}.weight") for x in linears if schemes[x.name] is not None)
+    alike = Counter((schemes[x.name], x.out_features, x.in_features) for x in linears)
+    # A scale too many where no static range will fit the inputs, which is known once they are measured.
+    packed = sum(
+        n * format.packed_bytes(grid, n_out, n_in, scale_dtype(some, grid).itemsize, recipe.activations)
+        for (grid, n_out, n_in), n in alike.items()
+        if grid is not None
+    )
+    artifact = skeleton.nbytes - saved + packed + kv_cache.scale_bytes(recipe.kv_cache, skeleton)
     needs = find_needs(recipe, skeleton, linears, schemes)
     calibrated, tokens, streams = recipe.calibrated, needs.tokens, needs.streams
     item, hidden = torch.empty(0, dtype=skeleton.dtype).element_size(), streams * needs.hidden
@@ -136,12 +135,12 @@ def make_plan(
         operations += _end_to_end_operations(recipe, recipe.method, skeleton, linears)
     return Plan(
         layers={x.name: str(schemes[x.name] or "16 bit") for x in linears},
-        original_bytes=original,
+        original_bytes=skeleton.nbytes,
         artifact_bytes=artifact,
         memory_bytes=memory,
         disk_bytes=disk,
         operations=operations,
-        seconds=_seconds(operations, solves, skeleton, recipe.rounder) / ranks.size + original / 1e9,
+        seconds=_seconds(operations, solves, skeleton, recipe.rounder) / ranks.size + skeleton.nbytes / 1e9,
         passes=streams + (tried > 0) if calibrated else 0,
         quantized_share=quantized_share(skeleton, linears, {n for n, grid in schemes.items() if grid is not None}),
         device=str(there),

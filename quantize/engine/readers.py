@@ -29,7 +29,7 @@ class Readers:
         """Raise BadInput for an artifact that nothing the recipe names can load."""
         skeleton = self.setup.skeleton
         if (unread := skeleton.fused_experts & UNREAD) and self._single_experts:
-            others = {x.name for x in self._quantized if skeleton.experts_around(x) is None}
+            others = {x.name for x in self._quantized if x.experts is None}
             share = quantized_share(skeleton, self.setup.linears, others)
             patterns = ", ".join(f'"*.{name}.*"' for name in sorted(skeleton.experts_names))
             raise BadInput(
@@ -81,7 +81,7 @@ class Readers:
         """
         return self._why_not_before_5_24 is not None or self._called_by_part
 
-    @property
+    @cached_property
     def _why_not_transformers(self) -> str | None:
         skeleton = self.setup.skeleton
         if isinstance(skeleton, ByName):
@@ -152,11 +152,11 @@ class Readers:
         skeleton = self.setup.skeleton
         return self._compressed and not isinstance(skeleton, ByName) and skeleton.is_called_by_part
 
-    @property
+    @cached_property
     def _quantized(self) -> list[LinearLayer]:
         return [x for x in self.setup.linears if self.schemes[x.name] is not None]
 
-    @property
+    @cached_property
     def _packed(self) -> list[LinearLayer]:
         inputs = self.setup.recipe.activations
         return [x for x in self.setup.linears if (grid := self.schemes[x.name]) is not None and packs(grid, inputs)]
@@ -164,7 +164,7 @@ class Readers:
     @property
     def _single_experts(self) -> bool:
         """Whether experts are quantized, and so written one by one."""
-        return any(self.setup.skeleton.experts_around(x) is not None for x in self._quantized)
+        return any(x.experts is not None for x in self._quantized)
 
     @property
     def _alike(self) -> bool:

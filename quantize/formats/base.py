@@ -245,14 +245,15 @@ def patterns(schemes: Mapping[str, _T]) -> dict[str, _T]:
 
     Layers whose names differ only in numbers share a pattern if they are all of one kind.
     """
-    families: dict[str, dict[str, _T]] = {}
+    families: dict[tuple[str | None, ...], dict[str, _T]] = {}  # by their names' parts, None for a number
     for name, value in schemes.items():
-        family = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+        family = tuple(None if part.isdigit() else part for part in name.split("."))
         families.setdefault(family, {})[name] = value
     out: dict[str, _T] = {}
     for family, members in families.items():
         if len(set(members.values())) == 1:
-            out[f"^{family}$"] = next(iter(members.values()))
+            pattern = r"\.".join(r"\d+" if part is None else re.escape(part) for part in family)
+            out[f"^{pattern}$"] = next(iter(members.values()))
         else:
             out |= {f"^{re.escape(name)}$": value for name, value in members.items()}
     return out

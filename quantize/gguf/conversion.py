@@ -32,9 +32,9 @@ class Conversion:
     reader: the model's tensors by their on-disk HF names. folder: where its tokenizer is. name: the model's, such as
     `organization/model`, by default the folder's name. converted: the file that llama.cpp's converter made of the
     model, whose metadata and tensors then count instead of our own table of families. lost: parameters that are not
-    found in it. tokenizer: without, only the tensors are known. entries: the file's tensors and what
-    each is made of. notes: what the file cannot hold. Raises BadInput for a model or a tokenizer that cannot be
-    written, and for tensors of a checkpoint that have no place in the file.
+    found in it. tokenizer: without, only the tensors are known. skeleton: of `reader`, where it is open already.
+    entries: the file's tensors and what each is made of. notes: what the file cannot hold. Raises BadInput for a model
+    or a tokenizer that cannot be written, and for tensors of a checkpoint that have no place in the file.
     """
 
     def __init__(
@@ -45,9 +45,10 @@ class Conversion:
         converted: Path | None = None,
         *,
         tokenizer: bool = True,
+        skeleton: Skeleton | None = None,
     ) -> None:
         self.reader = reader
-        self.skeleton = Skeleton(reader, device=torch.device("cpu"))
+        self.skeleton = skeleton or Skeleton(reader, device=torch.device("cpu"))
         self.config: Any = self.skeleton.config
         self.converted = None if converted is None else GgufTensors([converted])
         self.notes: tuple[str, ...] = ()
@@ -131,8 +132,9 @@ class Conversion:
         heads = {f"{head}.weight" for head in self.skeleton.head_names()} if self.config.tie_word_embeddings else set()
         nothing = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
         towers = self.skeleton.tower_tensors()
-        spare = [n for n in checkpoint.names() if n not in used | heads | towers.keys() and not n.endswith(nothing)]
-        ahead = [name for name in spare if predicts_ahead(name, int(self.config.num_hidden_layers))]
+        placed = used | heads | towers.keys()
+        spare = [name for name in checkpoint.names() if name not in placed and not name.endswith(nothing)]
+        ahead = dict.fromkeys(name for name in spare if predicts_ahead(name, int(self.config.num_hidden_layers)))
         if spare := [name for name in spare if name not in ahead]:
             more = f" and {len(spare) - 1} more" if spare[1:] else ""
             raise BadInput(
@@ -142,7 +144,9 @@ class Conversion:
         if towers:
             found.append(f"the file is of the text decoder alone: {len(towers)} tensors of the towers are not in it")
         if ahead:
-            found.append(f"{len(ahead)} tensors that predict several tokens ahead ({ahead[0]}) are not in the file")
+            found.append(
+                f"{len(ahead)} tensors that predict several tokens ahead ({next(iter(ahead))}) are not in the file"
+            )
         return found
 
 

@@ -52,18 +52,16 @@ class RoundedFile:
 
     def schemes(self, linears: list[LinearLayer]) -> dict[str, Grid | None]:
         """The grid of each linear by its on-disk name, None where its tensor is not quantized."""
-        of = {name: entry for entry in self.conversion.entries for name in entry.parameters}
         recipe = self.recipe
         weighted = not recipe.method.calibrated and (recipe.calibrated or bool(recipe.gguf_file.imatrix))
         search: ScaleSearch = "activation" if weighted else "mse"
-        out: dict[str, Grid | None] = {}
-        for linear in linears:
-            entry = of.get(f"{linear.name}.weight")
-            choice = None if entry is None else self.types[entry.name]
-            out[linear.name] = None
-            if entry is not None and entry.by_rows and choice is not None and choice.type != "F16":
-                out[linear.name] = BlockGrid(type=choice.type, scale_search=search)
-        return out
+        of: dict[str, Grid | None] = {}
+        for entry in self.conversion.entries:
+            choice, grid = self.types[entry.name], None
+            if entry.by_rows and choice is not None and choice.type != "F16":
+                grid = BlockGrid(type=choice.type, scale_search=search)
+            of |= dict.fromkeys(entry.parameters, grid)
+        return {linear.name: of.get(f"{linear.name}.weight") for linear in linears}
 
     @property
     def allowed_bytes(self) -> int | None:

@@ -96,8 +96,27 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers of a module that are not saved in checkpoints, by their names in it."""
-    saved = set(module.state_dict())
-    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name not in saved}
+    return {n: b for n, b in module.named_buffers(remove_duplicate=False) if not _is_saved(module, n)}
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and saved buffers of a module; of tied parameters the first."""
+    return dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if _is_saved(module, n)}
+
+
+def _is_saved(module: nn.Module, buffer: str) -> bool:
+    """As `module.state_dict()` has it, which takes far longer to ask of a mixture of thousands of experts."""
+    path, _, own = buffer.rpartition(".")
+    return own not in module.get_submodule(path)._non_persistent_buffers_set
+
+
+def to_meta(module: nn.Module) -> None:
+    """Move all of a module to the meta device. torch's own `to` makes anew what is there already."""
+    part: Any
+    for part in module.modules():
+        tensors = (*part._parameters.values(), *part._buffers.values())
+        if any(tensor is not None and not tensor.is_meta for tensor in tensors):
+            part._apply(lambda tensor: tensor.to("meta"), recurse=False)
 
 
 def set_buffers(module: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:

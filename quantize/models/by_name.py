@@ -127,7 +127,7 @@ class ByName(Skeleton):
             assert found is not None
             groups.setdefault((found[1] != self.blocks_name, found[1], int(found[2])), {})[found[3]] = name
         self._inside = [{f"{path}.weight": name for path, name in groups[key].items()} for key in sorted(groups)]
-        self._linears: list[LinearLayer] = []
+        self._linears = []
         self._blocks = nn.ModuleList()
         for k, names in enumerate(self._inside):
             block = nn.Module()
@@ -171,9 +171,6 @@ class ByName(Skeleton):
         joined_already = {name for group in found for name in group}
         return [*found, *((name,) for name in names if name not in joined_already)]
 
-    def linears(self) -> list[LinearLayer]:
-        return list(self._linears)
-
     def written_with(self, k: int) -> dict[str, str]:
         return self._inside[k]
 
@@ -202,9 +199,6 @@ class ByName(Skeleton):
     @property
     def vocabulary(self) -> int:
         return int(self.config.vocab_size)
-
-    def experts_around(self, linear: LinearLayer) -> int | None:
-        return None
 
     def head_names(self) -> list[str]:
         return []

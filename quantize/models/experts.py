@@ -46,20 +46,29 @@ class _UnsetLinear(nn.Linear):
         pass
 
 
-class Expert(nn.Module):
-    """down(combine(gate(x), up(x))), or down(combine(up(x))) without gates, for x [tokens, hidden].
+@dataclass(frozen=True)
+class ExpertShape:
+    """names: of an expert's linears, down the last; they are the checkpoint's. dtype: None for torch's default."""
 
-    names: of its linears, down the last; they are the checkpoint's.
-    """
+    names: tuple[str, ...]
+    hidden: int
+    intermediate: int
+    bias: bool = False
+    dtype: torch.dtype | None = None
+
+
+class Expert(nn.Module):
+    """down(combine(gate(x), up(x))), or down(combine(up(x))) without gates, for x [tokens, hidden]."""
 
     def __init__(
-        self, names: tuple[str, ...], hidden: int, intermediate: int, bias: bool, combine: Callable[..., Tensor]
+        self, shape: ExpertShape, combine: Callable[..., Tensor], device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self._names, self._combine = names, (combine,)  # a tuple, so that a module in it is no submodule
-        for name in names[:-1]:
-            self.add_module(name, _UnsetLinear(hidden, intermediate, bias=bias))
-        self.add_module(names[-1], _UnsetLinear(intermediate, hidden, bias=bias))
+        self._names, self._combine = shape.names, (combine,)  # a tuple, so that a module in it is no submodule
+        for name in shape.names:
+            sides = (shape.hidden, shape.intermediate)
+            n_in, n_out = sides[::-1] if name == shape.names[-1] else sides
+            self.add_module(name, _UnsetLinear(n_in, n_out, shape.bias, device, shape.dtype))
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -264,13 +273,12 @@ def split_experts(block: nn.Module, names_of: Callable[[str], tuple[str, ...]]) 
     """
     parts: dict[str, Part] = {}
     for path, module in list(block.named_modules()):
-        dtype = next((p.dtype for p in module.parameters()), None)
         found = _split(path, module, names_of)
         if found is None:
             continue
         experts, where = found
         parent, _, attribute = path.rpartition(".")
-        setattr(block.get_submodule(parent), attribute, experts.to(dtype))
+        setattr(block.get_submodule(parent), attribute, experts)
         parts |= {f"{path}.{name}": part for name, part in where.items()}
     return parts
 
@@ -279,12 +287,12 @@ def _split(
     path: str, module: Any, names_of: Callable[[str], tuple[str, ...]]
 ) -> tuple[nn.ModuleList, dict[str, Part]] | None:
     """The linears of a module with fused experts, and where their parameters lie; None for another module."""
-    kind = type(module).__name__
+    kind, dtype = type(module).__name__, _dtype(module)
     if all(name in vars(module) for name in _FUSED):
         return _stacked(path, module, names_of)
     if kind == "Llama4TextExperts":
         n, intermediate, hidden = module.down_proj.shape
-        experts = _experts(n, GATED, hidden, intermediate, False, _Gate(module.act_fn))
+        experts = _experts(n, ExpertShape(GATED, hidden, intermediate, dtype=dtype), _Gate(module.act_fn))
         halves = slice(0, intermediate), slice(intermediate, None)
         where = dict(_places(path, n, GATED, "gate_up_proj", "down_proj", "weight", halves, True))
         return WeighedInputs(experts), where
@@ -292,27 +300,27 @@ def _split(
         n, hidden, intermediate = module.down_proj.shape
         halves = slice(0, intermediate), slice(intermediate, None)
         where = dict(_places(path, n, GATED, "gate_up_proj", "down_proj", "weight", halves, False))
-        experts = _experts(n, GATED, hidden, intermediate, False, _Gate(module.act_fn))
+        experts = _experts(n, ExpertShape(GATED, hidden, intermediate, dtype=dtype), _Gate(module.act_fn))
         return SplitExperts(experts, module.zero_expert_num), where
     if kind == "Step3p7Experts":  # as transformers' decorator would describe it
         module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, False, True
         return _stacked(path, module, names_of)
     if kind == "AriaExperts":
         n, hidden, both = module.fc1.weight.shape
-        experts = _experts(n, GATED, hidden, both // 2, False, _Gate(nn.SiLU()))
+        experts = _experts(n, ExpertShape(GATED, hidden, both // 2, dtype=dtype), _Gate(nn.SiLU()))
         halves = slice(0, both // 2), slice(both // 2, None)
         where = dict(_places(path, n, GATED, "fc1.weight", "fc2.weight", "weight", halves, True))
         return RoutingExperts(experts, module.config.moe_topk), where
     if kind == "JetMoeParallelExperts":
         n, out, size = module.weight.shape
-        with torch.device("meta"):
-            linears = [_UnsetLinear(size, out, bias=False) for _ in range(n)]
+        linears = [_UnsetLinear(size, out, False, "meta", dtype) for _ in range(n)]
         return ParallelLinears(linears), {
             f"{e}.weight": Part(f"{path}.weight", 0, e, slice(e, e + 1), slice(None), False) for e in range(n)
         }
     if kind == "DbrxExperts":
         n, size, names = module.num_experts, module.ffn_hidden_size, ("w1", "v1", "w2")
-        experts = _experts(n, names, module.hidden_size, size, False, _Gate(module.mlp.activation_fn))
+        shape = ExpertShape(names, module.hidden_size, size, dtype=dtype)
+        experts = _experts(n, shape, _Gate(module.mlp.activation_fn))
         return SplitExperts(experts), {
             f"{e}.{name}.weight": Part(
                 f"{path}.mlp.{name}", 0, e, slice(e * size, (e + 1) * size), slice(None), name == "w2"
@@ -353,17 +361,19 @@ def _stacked(
     where = dict(_places(path, n, names, first, "down_proj", "weight", halves, bool(module.is_transposed)))
     if module.has_bias:
         where |= dict(_places(path, n, names, f"{first}_bias", "down_proj_bias", "bias", halves, False))
-    experts = _experts(n, names, hidden, intermediate, bool(module.has_bias), combine)
+    shape = ExpertShape(names, hidden, intermediate, bool(module.has_bias), _dtype(module))
+    experts = _experts(n, shape, combine)
     for name, _ in list(module.named_parameters(recurse=False)):
         delattr(module, name)  # a gate of its own may still need the module, for its limits
     return SplitExperts(experts), where
 
 
-def _experts(
-    n: int, names: tuple[str, ...], hidden: int, intermediate: int, bias: bool, combine: Callable[..., Tensor]
-) -> list[Expert]:
-    with torch.device("meta"):
-        return [Expert(names, hidden, intermediate, bias, combine) for _ in range(n)]
+def _experts(n: int, shape: ExpertShape, combine: Callable[..., Tensor]) -> list[Expert]:
+    return [Expert(shape, combine, "meta") for _ in range(n)]
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in module.parameters()), None)
 
 
 def _places(
@@ -400,7 +410,7 @@ def routers(block: nn.Module) -> list[str]:
 
 
 def _chooses(path: str, module: nn.Module, owners: dict[str, set[int]]) -> bool:
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
         return False
     return any(

@@ -33,7 +33,7 @@ def why_no_packed_linears(skeleton: Skeleton, packed: Iterable[LinearLayer]) -> 
 
 def reached(skeleton: Skeleton, packed: Iterable[LinearLayer]) -> dict[str, str]:
     """The linears that transformers cannot load without a tensor `weight`, by on-disk name: what reaches for it."""
-    owner, outside = _owner(skeleton), (linear for linear in packed if skeleton.experts_around(linear) is None)
+    owner, outside = _owner(skeleton), (linear for linear in packed if linear.experts is None)
     found = ((linear.name, _reaching(owner, skeleton, [linear])) for linear in outside)
     return {name: reaching for name, reaching in found if reaching is not None}
 
@@ -41,8 +41,10 @@ def reached(skeleton: Skeleton, packed: Iterable[LinearLayer]) -> dict[str, str]
 def _owner(skeleton: Skeleton) -> Any:
     """The model that initialises the blocks: the innermost that holds them."""
     owner: Any = skeleton.model
-    for path, module in skeleton.model.named_modules():
-        if isinstance(module, PreTrainedModel) and skeleton.blocks_name.startswith(f"{path}."):
+    *outer, _ = skeleton.blocks_name.split(".")
+    for i in range(1, len(outer) + 1):
+        module = skeleton.model.get_submodule(".".join(outer[:i]))
+        if isinstance(module, PreTrainedModel):
             owner = module
     return owner
 

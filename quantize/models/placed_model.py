@@ -25,7 +25,7 @@ from .architecture import (
     model_config,
     stated_dtype,
 )
-from .building import computed_buffers
+from .building import computed_buffers, stored_tensors, to_meta
 from .experts import CONTAINERS, Part, SplitExperts, routers, split_experts
 from .families import family_of
 from .model_tensors import ModelTensors, TensorReader
@@ -48,6 +48,7 @@ class LinearLayer:
     out_features: int
     in_features: int
     transposed: bool  # Conv1D keeps its weight as [in, out]
+    experts: int | None = None  # among which its expert is chosen; None for one of no routed expert
 
 
 class PlacedModel:
@@ -76,18 +77,22 @@ class PlacedModel:
         self._names = TensorNames(self.model, reader.names())
         self.reader = ModelTensors(reader, self._names)
         self._missing: list[str] = []
+        inside = f"{self.blocks_name}."
+        stored = stored_tensors(self.model)
+        self._around = {name: tuple(tensor.shape) for name, tensor in stored.items() if not name.startswith(inside)}
         self._place_tensors()
         self._computed = [computed_buffers(block) for block in self._blocks]
         self._all_computed = computed_buffers(self.model)
-        self._blocks.to("meta")
+        to_meta(self._blocks)
         self._routers = [routers(block) for block in self._blocks]
         self._experts = [
             {path: len(part) for path, part in block.named_modules() if isinstance(part, CONTAINERS)}
             for block in self._blocks
         ]
         self.experts_per_token = experts_per_token(self.config)
+        self._linears = self._find_linears()
         self._check_names()
-        outside = [self.disk_name(name) for name in self._unplaced_shell()]
+        outside = [self.disk_name(name) for name in self._around if name not in self._disk]
         check_outside_blocks(self.config.model_type, outside, [f"{name}.weight" for name in self.head_names()])
 
     @property
@@ -111,8 +116,8 @@ class PlacedModel:
             self._inside.append(self._block_places(prefix, block, parts))
         self._shell: dict[str, str] = {}
         self._towers: dict[str, str] = {}
-        for name in stored_tensors(self.model):
-            if not name.startswith(f"{self.blocks_name}.") and (disk := self.reader.place(name)) is not None:
+        for name in self._around:
+            if (disk := self.reader.place(name)) is not None:
                 (self._towers if name in self._of_towers else self._shell)[name] = disk
         self._disk = self._shell | self._towers
         for k, names in enumerate(self._inside):
@@ -161,17 +166,22 @@ class PlacedModel:
 
     def linears(self) -> list[LinearLayer]:
         """Every linear inside the blocks, in order. Embeddings, head and routers are not among them."""
+        return list(self._linears)
+
+    def _find_linears(self) -> list[LinearLayer]:
         found = []
         for k, block in enumerate(self._blocks):
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear | Conv1D) and not self._stays(k, name):
                     disk = self.disk_name(f"{self.blocks_name}.{k}.{name}.weight").removesuffix(".weight")
                     first, second = module.weight.shape
-                    if isinstance(module, Conv1D):
-                        found.append(LinearLayer(disk, name, k, second, first, True))
-                    else:
-                        found.append(LinearLayer(disk, name, k, first, second, False))
+                    transposed = isinstance(module, Conv1D)
+                    n_out, n_in = (second, first) if transposed else (first, second)
+                    found.append(LinearLayer(disk, name, k, n_out, n_in, transposed, self._experts_around(k, name)))
         return found
+
+    def _experts_around(self, k: int, module: str) -> int | None:
+        return next((n for path, n in self._experts[k].items() if module.startswith(f"{path}.")), None)
 
     def _stays(self, k: int, name: str) -> bool:
         """Whether linear `name` of block `k` is none that the recipe may quantize."""
@@ -190,6 +200,16 @@ class PlacedModel:
     def block_names(self, k: int) -> dict[str, str]:
         """Name in `reader` of each parameter and saved buffer of block `k`, by its name inside the block."""
         return self._inside[k]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of all tensors of the file, as they are read."""
+        return sum(self.reader.nbytes(name) for name in self.reader.names())
+
+    @cached_property
+    def bytes_of_blocks(self) -> list[int]:
+        """Of the tensors of each block, as they are read."""
+        return [sum(map(self.reader.nbytes, self.block_names(k).values())) for k in range(self.n_blocks)]
 
     def written_with(self, k: int) -> dict[str, str]:
         """As `block_names`, without what is an earlier block's too."""
@@ -254,11 +274,6 @@ class PlacedModel:
         placed = set(self._disk.values())
         return [name for name in self._names.unused if name not in placed]
 
-    def experts_around(self, linear: LinearLayer) -> int | None:
-        """The number of experts among which a linear's expert is chosen; None for a linear of no routed expert."""
-        containers = self._experts[linear.block].items()
-        return next((n for path, n in containers if linear.module.startswith(f"{path}.")), None)
-
     @property
     def experts_names(self) -> set[str]:
         """What the modules are called that hold experts, in their own block's or attention's module."""
@@ -276,12 +291,13 @@ class PlacedModel:
 
     def head_modules(self) -> list[str]:
         """As `head_names`, by the names of the transformers class."""
-        return [name for name in self._all_linears if self._in_shell(f"{name}.weight")]
+        return [name for name in self._linears_around if f"{name}.weight" not in self._of_towers]
 
     @cached_property
-    def _all_linears(self) -> list[str]:
-        """The names of the model's linears, heads and towers included."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+    def _linears_around(self) -> list[str]:
+        """The names of the linears outside the blocks: heads and those of towers."""
+        inside, named = f"{self.blocks_name}.", self.model.named_modules()
+        return [name for name, module in named if isinstance(module, nn.Linear) and not name.startswith(inside)]
 
     def unquantized_modules(self, but: Collection[str] = ()) -> list[str]:
         """Names of modules that stay in 16 bit though a reader may take them for linears: head, routers, towers, and
@@ -291,7 +307,7 @@ class PlacedModel:
         """
         routers = [f"{self.blocks_name}.{k}.{name}" for k, names in enumerate(self._routers) for name in names]
         routers += [f"{self.blocks_name}.{k}.{name}" for k, name in sorted(self._shared)]
-        towers = [name for name in self._all_linears if f"{name}.weight" in self._of_towers]
+        towers = [name for name in self._linears_around if f"{name}.weight" in self._of_towers]
         on_disk = [self.disk_name(f"{name}.weight").removesuffix(".weight") for name in routers]
         inside = dict.fromkeys(n for t in towers for n in self.reader.on_disk(self.disk_name(f"{t}.weight")))
         on_disk += [name.removesuffix(".weight") for name in inside]
@@ -312,7 +328,8 @@ class PlacedModel:
         Only those that are one tensor of the file, and that are called as linears.
         """
         found = {}
-        for name, module in self.model.named_modules():
+        for name in self._linears_around:
+            module = self.model.get_submodule(name)
             if type(module) is nn.Linear and f"{name}.weight" in self._towers and _NUMBERED.search(name):
                 disk = self._towers[f"{name}.weight"]
                 if self.reader.on_disk(disk) == [disk] and disk.endswith(".weight"):
@@ -332,7 +349,7 @@ class PlacedModel:
     def _other_names(self) -> dict[str, list[str]]:
         """What else the linears are called that belong to no expert, by on-disk name."""
         parents = [self.blocks_name, *(["language_model.model.layers"] if self._of_towers else [])]
-        single = (linear for linear in self.linears() if self.experts_around(linear) is None)
+        single = (linear for linear in self._linears if linear.experts is None)
         return {x.name: [f"{parent}.{x.block}.{x.module}" for parent in parents] for x in single}
 
     @property
@@ -349,9 +366,8 @@ class PlacedModel:
             stored = stored_tensors(block)
             for name, disk in self._inside[k].items():
                 self.reader.check_shape(disk, tuple(stored[name].shape), shape)
-        stored = stored_tensors(self.model)
         for name, disk in (self._shell | self._towers).items():
-            self.reader.check_shape(disk, tuple(stored[name].shape), shape)
+            self.reader.check_shape(disk, self._around[name], shape)
 
     def _check_names(self) -> None:
         if missing := self._missing:
@@ -363,10 +379,6 @@ class PlacedModel:
                 f"{other}; "
                 "is config.json the one that belongs to these weights?"
             )
-
-    def _unplaced_shell(self) -> list[str]:
-        inside = f"{self.blocks_name}."
-        return [n for n in stored_tensors(self.model) if not n.startswith(inside) and n not in self._disk]
 
     def _in_shell(self, name: str) -> bool:
         """Whether a parameter or buffer of the model is neither in a block nor in a tower."""
@@ -381,12 +393,6 @@ def _why_no_linear(module: nn.Module, parameter: Tensor) -> str:
         return "an embedding"
     stacked = f"weights stacked in a way that is not known ({kind})"
     return stacked if parameter.dim() > 2 else f"a parameter of {kind}, not a linear layer"
-
-
-def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and saved buffers of a module; of tied parameters the first."""
-    saved = set(module.state_dict())
-    return dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if n in saved}
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -18,9 +18,9 @@ from ..core.errors import BadInput
 from ..core.products import fast_16_bit_products
 from ..core.transfers import Transfers
 from .block_arguments import SAMPLES_FIRST, BlockArguments, Given, Handed, ModelArguments, marked, serves
-from .building import set_buffers
+from .building import set_buffers, stored_tensors
 from .model_tensors import TensorReader
-from .placed_model import LinearLayer, PlacedModel, stored_tensors
+from .placed_model import LinearLayer, PlacedModel
 from .towers import filled_where_called, without_head
 from .weight_rows import WeightRows
 

@@ -15,6 +15,7 @@ from quantpress.artifact.manifest import read_manifest
 from quantpress.core.errors import BadInput
 from quantpress.eval.release import fit as fitting
 from quantpress.eval.release.fit import fit, run_in_turn, written
+from quantpress.models import placed_model
 from quantpress.recipe import Calibration, Rtn
 from quantpress.recipe.loading import load, parse
 
@@ -199,6 +200,15 @@ def test_each_recipe_has_a_run_folder_of_its_own(model: str) -> None:
         assert by_name.setdefault(parse(one).name, one) == one
     assert {"fit-vllm-int8", "fit-sglang-int4", "fit-llama.cpp-q4_k_m"} <= set(by_name)
     assert sum(name.startswith("fit-vllm-mixed-") for name in by_name) >= 2
+
+
+@pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
+def test_the_model_is_opened_once_for_all_options(model: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    build = placed_model.empty_model
+    monkeypatch.setattr(placed_model, "empty_model", lambda *given: opened.append(given) or build(*given))
+    assert len(fit(model, target, memory=memory(1_000_000), context=64).options) > 5
+    assert len(opened) == 1
 
 
 def test_of_a_quantized_original_nothing_is_promised(model: str, tmp_path: Path) -> None:

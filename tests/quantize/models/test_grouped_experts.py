@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from quantpress.models import experts as module
-from quantpress.models.experts import Expert, Routing, SplitExperts
+from quantpress.models.experts import Expert, ExpertShape, Routing, SplitExperts
 from quantpress.models.grouped_experts import can_group
 
 TOKENS, HIDDEN, EXPERTS, CHOSEN = 40, 16, 5, 3
 
 
 def mixture(bias: bool = False) -> SplitExperts:
-    names = ("gate", "up", "down")
-    made = SplitExperts(
-        Expert(names, HIDDEN, 24, bias, lambda gate, up: torch.nn.functional.silu(gate) * up) for _ in range(EXPERTS)
-    )
+    shape = ExpertShape(("gate", "up", "down"), HIDDEN, 24, bias)
+    silu = torch.nn.functional.silu
+    made = SplitExperts(Expert(shape, lambda gate, up: silu(gate) * up) for _ in range(EXPERTS))
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)

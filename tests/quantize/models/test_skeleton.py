@@ -7,6 +7,8 @@ import torch
 import transformers
 
 from quantpress.core.errors import BadInput
+from quantpress.models.architecture import empty_model
+from quantpress.models.building import computed_buffers, stored_tensors, to_meta
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.skeleton import Skeleton, run_block
 
@@ -122,3 +124,14 @@ def test_a_model_that_comes_back_to_its_blocks_is_refused(tmp_path: Path, monkey
     monkeypatch.setattr(transformers.LlamaModel, "forward", twice)
     with pytest.raises(BadInput, match="'llama' is not supported: it runs its blocks 2 times over the same text"):
         skeleton.open_shell()
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gpt_neo", "gemma3n_text"])
+def test_what_a_module_stores_is_what_transformers_would_save(family: str) -> None:
+    model = empty_model(families.config_of(family), torch.bfloat16)
+    saved, buffers = model.state_dict(), dict(model.named_buffers())
+    assert list(stored_tensors(model)) == [n for n, _ in model.named_parameters()] + [n for n in buffers if n in saved]
+    assert computed_buffers(model).keys() == buffers.keys() - saved.keys()
+    assert any(not buffer.is_meta for buffer in buffers.values())
+    to_meta(model)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
