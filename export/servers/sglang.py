@@ -50,6 +50,10 @@ _ROWS = (  # srt/layers/quantization of the PyPI package sglang 0.5.23, on CUDA
     Loadable("modelopt", ("nvfp4",), inputs=(SIXTEEN_BIT,)),
     Loadable("modelopt", ("nvfp4",), inputs=("nvfp4",), note=_BLACKWELL),
 )
+# Model types whose class names the parts of both fused layers (packed_modules_mapping in srt/models).
+# Gemma3nForCausalLM has `.qkv_proj` there, which compressed_tensors/utils.py, should_ignore_layer, does not find.
+_NAMING = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "gemma4_text", "gemma4_unified",
+                     "qwen3_moe", "exaone4"})  # fmt: skip
 
 
 def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
@@ -58,17 +62,18 @@ def _limits(model: ServedModel, gpus: int) -> Iterator[str]:
     if model.activations is not None and model.activations.type == "int8" and model.has_experts:
         yield "SGLang has no GPU kernel for experts with int8 inputs: set activations: null"
     if model.format == "modelopt" and len(model.grids) > 1:
-        yield "SGLang reads one quant_algo for all layers: set formats: [compressed-tensors], or one type of weights"
+        # modelopt_quant.py: ModelOptMixedPrecisionConfig has no FP8_PER_CHANNEL_PER_TOKEN, the FP8 of such mixtures.
+        yield "SGLang reads no such mixture in modelopt files: set formats: [compressed-tensors] or one type of weights"
     yield from _fused_names(model)
     yield from _marlin(model, gpus)
 
 
 def _fused_names(model: ServedModel) -> Iterator[str]:
-    """SGLang looks schemes up by the fused layer's name (qkv_proj). Only Gemma's classes say which layers it is made of
-    (packed_modules_mapping), and only for compressed-tensors."""
+    """SGLang looks schemes up by the fused layer's name (qkv_proj). Those of `_NAMING` say which layers it is made of,
+    and only for compressed-tensors."""
     parts = tuple(f".{part}" for fused in FUSED for part in fused)
     fused = [name for name in model.shapes if name.endswith(parts) and not is_expert(name)]
-    named = model.format == "compressed-tensors" and str(model.config.get("model_type", "")).startswith("gemma")
+    named = model.format == "compressed-tensors" and model.config.get("model_type") in _NAMING
     if not fused or named or model.format not in ("compressed-tensors", "awq"):
         return
     dense = next((name for name in fused if model.schemes.get(name) is None), None)

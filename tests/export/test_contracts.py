@@ -172,6 +172,8 @@ def test_tgi_leaves_no_layer_of_these_out(format: str) -> None:
         ("compressed-tensors", ("mlp.down_proj",), "llama", None),
         ("compressed-tensors", ("mlp.gate_proj", "mlp.up_proj"), "llama", "fuses model.layers.0.mlp.gate_proj"),
         ("compressed-tensors", ("mlp.gate_proj", "mlp.up_proj"), "gemma3_text", None),
+        ("compressed-tensors", ("mlp.gate_proj", "mlp.up_proj"), "qwen3_moe", None),
+        ("compressed-tensors", ("mlp.gate_proj", "mlp.up_proj"), "gemma3n_text", "fuses model.layers.0.mlp.gate_proj"),
         ("awq", ("mlp.gate_proj", "mlp.up_proj"), "gemma3_text", "set formats: [gptq]"),
         ("gptq", ("mlp.gate_proj", "mlp.up_proj"), "llama", None),
     ],

@@ -224,7 +224,7 @@ def test_what_cannot_be_met_is_refused(model: Path, keys: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"formats": ["modelopt"], "activations": {"type": "as-weights"}}, "SGLang reads one quant_algo"),
+        ({"formats": ["modelopt"], "activations": {"type": "as-weights"}}, "SGLang reads no such mixture"),
         ({}, "SGLang fuses .* and does not find it by name"),
     ],
 )
