@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.machine import one_thread
+from ..core.products import no_16_bit_products
 from ..numbers.fitting import fit_alone, global_scale
 from ..numbers.ggml_scales import by_size
 from ..numbers.grid import E4M3_MAX, QuantizedLinear, encode, scale_dtype, snap
@@ -69,6 +70,7 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
+@no_16_bit_products()
 def rtn_by_rows(weight: Rows, grid: Grid, memory: Tensor | None = None) -> tuple[QuantizedLinear, Tensor, Tensor]:
     """As `rtn` where nothing is known of the inputs, for grids whose rows share nothing but a global scale; with the
     error of each row and its power [out], as in `layer_error`.
@@ -99,7 +101,7 @@ def rtn_by_rows(weight: Rows, grid: Grid, memory: Tensor | None = None) -> tuple
         if grid.uniform:
             numbers -= zero
         error[rows] = numbers.mul_(scale).sub_(w).flatten(1).square_().sum(1)
-        power[rows] = w.flatten(1).square().sum(1)  # w may be the weight itself
+        power[rows] = torch.mul(w, w, out=numbers).flatten(1).sum(1)  # w may be the weight itself
 
     _for_each(round_, range(0, out_features, step), torch.get_num_threads() if weight.device.type == "cpu" else 1)
     return QuantizedLinear(codes, scales, zeros, grid, global_scale=overall), error, power

