@@ -40,7 +40,8 @@ def measured(command: Sequence[str], threads: int, log: Path) -> Usage:
 
     Raises ChildFailed with the last lines of the output.
     """
-    env = os.environ | {
+    # Of a checkout bytecode is kept, too, as an installer makes it of packages: its compilation is no part of a run.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",  # waiting threads would spin, and a busy machine turn that into CPU-seconds
         "HF_HUB_OFFLINE": "1",
