@@ -18,7 +18,7 @@ from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
 from ..numbers.grid import Grid, scale_dtype
 from ..recipe import Recipe, Rtn
-from .needs import PROCESS_BYTES
+from .needs import process_bytes
 from .outer import NOTHING, Outer
 from .plan import Plan
 
@@ -221,7 +221,7 @@ def with_sensitivity(plan: Plan, recipe: Recipe, skeleton: Skeleton, linears: Se
     operations = 2.0 * tokens * (4 * sum(blocks) + 3 * outside)  # each block runs forwards twice, and backwards
     return replace(
         plan,
-        memory_bytes=max(plan.memory_bytes, PROCESS_BYTES + work),
+        memory_bytes=max(plan.memory_bytes, process_bytes() + work),
         disk_bytes=max(plan.disk_bytes, 4 * tokens * hidden * skeleton.n_blocks),  # gone before the blocks are rounded
         operations=plan.operations + operations,
         seconds=plan.seconds * (1 + operations / plan.operations),

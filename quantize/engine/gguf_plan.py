@@ -11,7 +11,7 @@ from ..numbers.types import Grid
 from ..recipe.gguf_file import FLOATS
 from .backend import Setup
 from .budgeting import with_sensitivity
-from .needs import PROCESS_BYTES
+from .needs import process_bytes
 from .plan import Plan, make_plan
 
 
@@ -57,7 +57,7 @@ def plan_llama_cpp(setup: Setup, conversion: Conversion) -> Plan:
     artifact = sum(sizes(metadata, tensors, wanted.split))
     nbytes = conversion.skeleton.reader.nbytes
     largest = max(sum(nbytes(name) for name in entry.parameters) for entry in conversion.entries)
-    memory, operations = PROCESS_BYTES + 6 * largest, 0.0
+    memory, operations = process_bytes() + 6 * largest, 0.0
     if recipe.calibrated:
         memory = max(memory, _calibration_bytes(setup) + 6 * largest)
         tokens = recipe.calibration.samples * recipe.calibration.seq_len
@@ -79,7 +79,7 @@ def _calibration_bytes(setup: Setup) -> int:
     """The process with a block and the next one, read ahead, and the hidden states of all tokens."""
     wanted, skeleton = setup.recipe.calibration, setup.skeleton
     states = 4 * wanted.samples * wanted.seq_len * int(skeleton.config.hidden_size)
-    return PROCESS_BYTES + 2 * _weights_bytes(setup) // max(1, skeleton.n_blocks) + states
+    return process_bytes() + 2 * _weights_bytes(setup) // max(1, skeleton.n_blocks) + states
 
 
 def _weights_bytes(setup: Setup) -> int:

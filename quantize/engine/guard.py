@@ -33,6 +33,14 @@ _NOT_MADE = (BadInput, ArithmeticError, AttributeError, LookupError, RuntimeErro
 _NARROWER = {"hidden_size": 256}  # tried first: not every class makes a model with fewer columns a head
 
 
+def comparison_bytes(nbytes: int, item: int) -> int:
+    """What comparing the whole of a model of `nbytes` takes, `item` bytes a weight: in float32, beside the file's own
+    pages; 0 for one that is too large.
+    """
+    whole = 4 * (nbytes // item)
+    return whole + nbytes if whole <= _WHOLE_BYTES else 0
+
+
 def check_forward(folder: Path, skeleton: Skeleton, original: TensorReader, parameters: int) -> ForwardCheck:
     """Compare the states that leave each block. Raises BadInput naming the first block that computes something else.
 

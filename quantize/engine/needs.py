@@ -1,6 +1,6 @@
 """What a run needs of a machine's memory, estimated from shapes."""
 
-from importlib.util import find_spec
+import sys
 from typing import Any
 
 import torch
@@ -13,13 +13,21 @@ from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
 from ..numbers.types import BlockGrid, Grid
 from ..recipe import Recipe, Tuned
+from .guard import comparison_bytes
 from .room import Needs
 from .rounding import TOGETHER
 
-PROCESS_BYTES = 520_000_000  # Python, torch, transformers and the run of a small model, measured on Linux
-if find_spec("sklearn") is not None:  # transformers imports it if it is installed, and pandas and pyarrow with it
-    PROCESS_BYTES += 125_000_000
+_PROCESS_BYTES = 545_000_000  # Python, torch 2.13, transformers 5.24 and the run of a tiny model, measured on Linux
+_SKLEARN_BYTES = 125_000_000  # with pandas and pyarrow, which it imports
 _TOKENIZER_BYTES = 1000  # memory per vocabulary entry, measured with SmolLM2's byte-level BPE
+
+
+def process_bytes() -> int:
+    """Bytes of a process without a model's tensors, once the model is opened.
+
+    transformers imports sklearn, where it is installed, with its models (5.17), or not before it is used (5.24).
+    """
+    return _PROCESS_BYTES + ("sklearn" in sys.modules) * _SKLEARN_BYTES
 
 
 def find_needs(
@@ -49,9 +57,10 @@ def find_needs(
         sums=sums,
         shell=skeleton.nbytes - sum(inside),
         tokens=tokens,
-        process=PROCESS_BYTES + _TOKENIZER_BYTES * int(skeleton.config.vocab_size),
+        process=process_bytes() + _TOKENIZER_BYTES * int(skeleton.config.vocab_size),
         tuning=_tuning_bytes(recipe, skeleton, linears, max(inside) // item),
         open_shell=_open_shell(skeleton) if calibrated else 0,
+        check=comparison_bytes(skeleton.nbytes, item),
         carried=streams * tokens * _carried(skeleton.config, linears, seq_len, item),
     )
 

@@ -53,7 +53,8 @@ class Needs:
     states for tuning. waiting: of all tokens before a linear. token: what one token in passing takes. solve: to round
     linears that share an input. sums: what is summed up over the tokens that pass. shell: everything outside the
     blocks. process: without tensors. tuning: to tune a block. open_shell: what of the shell stays while blocks run, to
-    compute what they are given. carried: what blocks leave for later ones, in the host's memory.
+    compute what they are given. carried: what blocks leave for later ones, in the host's memory. check: to compare a
+    small model with transformers', before all else, in the host's memory.
     """
 
     weights: int
@@ -69,6 +70,7 @@ class Needs:
     tuning: int = 0
     open_shell: int = 0
     carried: int = 0
+    check: int = 0
     sums: int = 0
 
     def of_one(self, ranks: Ranks) -> "Needs":
@@ -97,13 +99,13 @@ class Needs:
         """Bytes of a run on the CPU: the block, the next one being read, and what is packed; or embeddings and head."""
         needed = 3 * self.weights + self.work(room) + self.kept + self.open_shell
         states = 0 if room.on_disk else self.hidden * self.streams
-        return self.process + max(self.shell, needed) + states + self.carried
+        return self.process + max(self.check, self.shell, needed) + states + self.carried
 
     def on_host(self, room: Room) -> int:
         """Bytes in the memory of a host whose device is not the CPU; pinned copies of blocks are among them."""
         states = self.hidden * self.streams * (0 if room.on_disk else 2 if room.spare else 1) + self.kept
         states = 0 if room.on_device else states
-        return self.process + max(self.shell, 5 * self.weights) + states + self.carried
+        return self.process + max(self.check, self.shell, 5 * self.weights) + states + self.carried
 
     def on_disk(self, room: Room) -> int:
         """Bytes of files that hold hidden states while blocks run."""
