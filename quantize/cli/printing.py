@@ -102,14 +102,14 @@ def progress_bar(what: str, blocks: int) -> Iterator[Callable[..., None]]:
     from ..core.machine import rss_bytes
 
     if not err_console.is_terminal:
-        told, before = 0, -1  # what was last printed; what was done at the first call, which a resumed run skips
+        told, before = 0, -1  # what was last printed; what was done at the first call, which only begins
         started = said = time.monotonic()
 
         def plain(done: int, remark: str, total: int = blocks) -> None:
             nonlocal told, before, started, said
             now = time.monotonic()
             if before < 0:
-                before, started = done, now
+                told, before, started = min(done, total - 1), done, now
             if done * 5 // total > told * 5 // total or done == total or now - said >= _SILENCE_SECONDS:
                 left = (now - started) / max(1, done - before) * (total - done)
                 memory, rest = f"memory {size(rss_bytes())}", f"{left:.0f} s left" if left else ""
