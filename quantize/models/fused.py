@@ -85,10 +85,11 @@ def _names(module: nn.Module) -> dict[str, Any]:
 def _rotated(own: Forward, *given: Any, **named: Any) -> Any:
     """In the place of `own` (q, k, cos, sin), q and k [samples, heads, seq_len, size]."""
     plain = len(given) == 4 and not named and not torch.is_grad_enabled()
-    if not plain or any(x.dtype != torch.bfloat16 or x.shape[-1] != given[2].shape[-1] for x in given):
+    if not plain or not all(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in given):
         return own(*given, **named)
     q, k, cos, sin = given
-    if q.dim() != 4 or cos.dim() != 3:
+    turned = cos.shape == sin.shape and cos.dim() == 3 and len(cos) in (1, len(q))
+    if not turned or any(x.dim() != 4 or len(x) != len(q) or x.shape[2:] != cos.shape[1:] for x in (q, k)):
         return own(*given)
     from .fused_kernels import rotate  # needs Triton
 

@@ -111,6 +111,20 @@ def test_attention_rotates_by_the_kernel_until_the_end(interpreted: list[str]) -
     assert modeling_llama.apply_rotary_pos_emb is own
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 9, 8), (3, 9, 16)], ids=["one position", "a part", "other samples"])
+def test_what_the_kernel_does_not_turn_is_left_to_the_model(shape: tuple[int, ...]) -> None:
+    q, turn = normal(2, 3, 9, 16), normal(*shape)
+    asked: list[tuple[int, ...]] = []
+
+    def own(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        asked.append(tuple(cos.shape))
+        return q
+
+    with torch.no_grad():
+        fusing._rotated(own, q, q, turn, turn)
+    assert asked == [shape]
+
+
 def test_gradients_pass_the_models_own_rotation() -> None:
     block, x = attention(), normal(1, 9, 96).requires_grad_()
     with fused(block, CUDA):
