@@ -51,9 +51,7 @@ def kv_bytes_per_token(model: ServedModel, cache_bytes: int) -> int:
     layers = model.of_config("num_hidden_layers", "n_layer") or 0
     if latent := model.of_config("kv_lora_rank"):
         return layers * (latent + (model.of_config("qk_rope_head_dim") or 0)) * cache_bytes
-    hidden, heads = model.of_config("hidden_size", "n_embd") or 0, model.heads or 1
-    head_size = model.of_config("head_dim") or hidden // heads
-    return 2 * layers * (model.kv_heads or heads) * head_size * cache_bytes
+    return 2 * layers * (model.kv_heads or 1) * model.head_size * cache_bytes
 
 
 def of_target(target: ServerSettings, model: ServedModel, weights_bytes: int) -> Resources:

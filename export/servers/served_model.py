@@ -104,6 +104,11 @@ class ServedModel:
         return self.of_config("num_key_value_heads") or self.heads
 
     @property
+    def head_size(self) -> int:
+        """Numbers of a head; 0 where the config does not tell."""
+        return self.of_config("head_dim") or (self.of_config("hidden_size", "n_embd") or 0) // (self.heads or 1)
+
+    @property
     def positions(self) -> int | None:
         """Tokens that a server lets the model have: those of the config, or as many more as rotary scaling says. Those
         of `_COUNTED_IN` are in the config's already (vLLM's config/model.py, _get_and_verify_max_len); None where the

@@ -186,10 +186,8 @@ def _cpu_experts(model: ServedModel) -> Iterator[str]:
 
 def _cpu_cache(model: ServedModel) -> Iterator[str]:
     """v1/attention/backends/cpu_attn.py, _get_attn_isa: heads in an FP8 cache are multiples of 32."""
-    size = model.of_config("head_dim")
-    if size is None and model.heads:
-        size = (model.of_config("hidden_size") or 0) // model.heads
-    if model.kv_cache == "fp8" and size and size % 32:
+    size = model.head_size
+    if model.kv_cache == "fp8" and size % 32:
         yield f"vLLM on a CPU keeps heads of multiples of 32 in an FP8 cache, and they are {size}: set kv_cache: null"
 
 
