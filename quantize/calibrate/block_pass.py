@@ -25,9 +25,10 @@ from ..models.fused import fused
 from ..numbers.activations import measured, round_inputs, static_int8
 from ..numbers.grid import Inputs
 from ..numbers.types import Activations
-from .batches import Group, Halt, PairedBatch, RestartingBatch, RunnableBlock, States
+from .batches import PairedBatch, RestartingBatch
 from .lanes import Lanes
-from .moments import Moments, drift_powers, end_lanes
+from .moments import Moments, drift_powers, end_lanes, sums_by_outputs
+from .runnable_block import Group, Halt, RunnableBlock, States, shared_inputs
 
 _TOO_MUCH = 0.3  # of a token's norm: a static range that loses more does not fit (docs/measured.md)
 _SAMPLED = 64  # rows of a batch on which a static range is chosen
@@ -219,10 +220,13 @@ class BlockPass:
         sums = [self._moments(names) for names in groups]
         coming = _prefetched(batches)
         for lane in self._lanes.rounds() if batches else ():
+            for moments in sums:
+                moments.begin_lane(lane.batches)
             for batch in islice(coming, lane.batches):
                 for names, how, moments in zip(groups, inputs, sums, strict=True):
                     x = batch.advance(names)
-                    self._add(moments, names, x, batch.original_input(names), how, lane.lane)
+                    of_original = batch.original_output(names[0]) if moments.outputs else batch.original_input(names)
+                    self._add(moments, names, x, of_original, how, lane.lane)
                     batch.let_go(names)
                 batch.rest()
             end_lanes(sums, lane.holders)
@@ -241,11 +245,15 @@ class BlockPass:
 
     def _moments(self, names: Group) -> Moments:
         linear = self._linears[names[0]]
-        weight, before, weights = _matrix(linear), self._original, list[Tensor]()
+        weight, before, weights, outputs = _matrix(linear), self._original, list[Tensor](), False
         if before is not None and self._moved:
             weights = [_matrix(before.linears[name]) for name in names]
-        paired, ranks = before is not None, self._lanes.ranks
-        return Moments(weight, weight.shape[1], paired=paired, diagonal=self._diagonal, weights=weights, ranks=ranks)
+            alone = len(names) == 1 and names[0] not in before.places
+            outputs = alone and before.linears[names[0]].bias is None and sums_by_outputs(weights[0])
+        return Moments(
+            weight, weight.shape[1], paired=before is not None, diagonal=self._diagonal, weights=weights,
+            outputs=outputs, ranks=self._lanes.ranks,
+        )  # fmt: skip
 
     def _add(
         self, sums: Moments, names: Group, x: Tensor, original: Tensor | None, inputs: Inputs | None, lane: int
@@ -384,35 +392,6 @@ def paired_batches(
         finally:
             pair.drop()
     transfers.settle()
-
-
-def shared_inputs(
-    block: nn.Module, hidden: Tensor, arguments: BlockArguments, linears: Mapping[str, nn.Module]
-) -> list[Group]:
-    """The linears in the order `block` reaches them, those that receive the same tensor grouped.
-
-    hidden [samples, seq_len, hidden]: of the first samples.
-    """
-    seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that none is freed and its memory reused
-
-    def note(name: str, x: Tensor) -> None:
-        for other, names in seen:
-            if x is other or (x.numel() and x.data_ptr() == other.data_ptr() and x.shape == other.shape):
-                names.append(name)
-                return
-        seen.append((x, [name]))
-
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name, module in linears.items()
-    ]
-    try:
-        with torch.no_grad():
-            arguments.call(block, hidden, slice(0, len(hidden)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [tuple(names) for _, names in seen]
 
 
 def _matrix(linear: nn.Module) -> Tensor:

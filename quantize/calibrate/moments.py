@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.ranks import ALONE, Ranks
 from ..methods.layer_error import output_power, output_powers
 from ..methods.symmetric_products import panels
+from .picked_rows import column_squares, missed_squares, sampled_rows
 
 _WHOLE = 2048  # columns up to which a GPU makes a symmetric product in one launch: those of experts are many
 _PANEL = 1024  # columns of a larger one that it multiplies at a time: fewer leave it partly idle
@@ -25,7 +26,7 @@ class Moments:
     Of all processes of a run: each adds the rows of its lane, `end_lanes` joins them, `finish` ends it. like: a tensor
     of the device. width: columns of X. paired: whether there may be a D. diagonal: only X^T X, and its diagonal only.
     weights W [out, in]: of the original's linears; if given, W D^T X and ||D w||^2 of their rows are summed up in the
-    place of the drift and of D^T D where that is less work.
+    place of the drift and of D^T D where that is less work. outputs: X0 W^T is given in the place of X0, of one weight.
     """
 
     def __init__(
@@ -36,26 +37,40 @@ class Moments:
         paired: bool = False,
         diagonal: bool = False,
         weights: Sequence[Tensor] = (),
+        outputs: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._like, self._diagonal, self._ranks = like, diagonal, ranks
+        self._like, self._diagonal, self.outputs, self._ranks = like, diagonal, outputs, ranks
         rows = sum(map(len, weights))
-        self._weights = tuple(weights) if sums_by_rows(rows, width) else ()
+        self._weights = tuple(weights) if outputs or sums_by_rows(rows, width) else ()
         compared = ("moved", "powers") if self._weights else ("drift", "squares")
         self._names = ("moment", *compared) if paired and not diagonal else ("moment",)
         self._shapes = dict.fromkeys(self._names, (width,) if diagonal else (width, width))
         self._shapes |= {"moved": (rows, width), "powers": (rows,)}
         self._lane: dict[str, Tensor] = {}  # X^T X and D^T D: their upper triangles
         self._sums: dict[str, Tensor] = {}
+        self._at_once = False
         self.tokens, self.unmatched = 0, False
 
+    def begin_lane(self, batches: int) -> None:
+        """A lane of so many batches follows.
+
+        A GPU that is alone adds the product of its only batch to the sums at once. It rounds such a product before it
+        adds it, so that the bits are those of a lane by itself.
+        """
+        self._at_once = batches == 1 and self._ranks.size == 1
+
     def add(self, seen: Tensor, original: Tensor | None) -> None:
-        """Add rows of X [tokens, in] in the model's dtype, and the same rows of X0."""
+        """Add rows of X [tokens, in] in the model's dtype, and the same rows of X0, or of X0 W^T."""
         if self._diagonal:
-            self._of_lane("moment").add_(_squares(seen))
+            self._of_lane("moment").add_(column_squares(seen))
             return
         self._add("moment", seen, seen)
         if original is None:
+            return
+        if self.outputs:
+            self._add("moved", original, seen)  # D^T X is what this is beyond W X^T X, see `finish`
+            self._of_lane("powers").add_(missed_squares(original, seen, self._weights[0]))
             return
         # The difference is small: bfloat16's 8 bits of it are enough, at twice the speed.
         factor = seen if seen.dtype == torch.bfloat16 else seen.to(torch.float32)
@@ -64,18 +79,22 @@ class Moments:
             each = [difference @ weight.to(difference.dtype).T for weight in self._weights]
             outputs = each[0] if len(each) == 1 else torch.cat(each, 1)
             self._add("moved", outputs, factor)
-            self._of_lane("powers").add_(_squares(outputs))
+            self._of_lane("powers").add_(column_squares(outputs))
             return
         self._add("drift", difference, factor)
-        self._add("squares", difference, difference)
+        some = sampled_rows(difference) if _sums_in_float32(difference.device, difference.dtype) else difference
+        self._add("squares", some, some)
 
     def _add(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add left^T right to the lane's sum."""
         as_they_are = _sums_in_float32(left.device, left.dtype)
-        if name not in self._lane and len(left) and as_they_are:
+        sums = self._sums if self._at_once else self._lane
+        if as_they_are and len(left) and name not in sums:
             # No zeros to be written and read.
-            self._lane[name] = self._like.new_empty(self._shapes[name], dtype=torch.float32)
-            _add_16_bit(self._lane[name], left, right, first=True)
+            sums[name] = self._like.new_empty(self._shapes[name], dtype=torch.float32)
+            _add_16_bit(sums[name], left, right, first=True)
+        elif as_they_are and name in sums:
+            _add_16_bit(sums[name], left, right, first=False)
         elif name == "moment" or as_they_are or left.is_cuda:  # errors are small differences of it
             add_product(self._of_lane(name), left, right)
         else:
@@ -93,6 +112,8 @@ class Moments:
         if not tokens:
             self._sums.clear()
         self._sums = {name: self._ranks.whole(part, self._shapes[name][0]) for name, part in self._sums.items()}
+        if self.outputs and "moved" in self._sums:
+            _subtract_product(self._sums["moved"], self._weights[0], _whole(self._sums["moment"]))
 
     @property
     def drift(self) -> Tensor | None:
@@ -126,6 +147,14 @@ def sums_by_rows(rows: int, width: int) -> bool:
     A token takes 4 rows width operations for those, and 3 width^2 for these: of D^T D half is computed.
     """
     return 0 < 4 * rows < 3 * width
+
+
+def sums_by_outputs(weight: Tensor) -> bool:
+    """Whether W D^T X of the rows of a weight W [out, in] of the original is best had from X0 W^T, which the original
+    computes anyway: 2 rows width operations for a token, in the place of 3 width^2 or of 4 rows width.
+    """
+    rows, width = weight.shape
+    return rows <= width and weight.dtype == torch.bfloat16 and _sums_in_float32(weight.device, weight.dtype)
 
 
 def end_lanes(sums: Sequence[Moments], holders: int) -> None:
@@ -228,12 +257,17 @@ def _add_of_differences(total: Tensor, left: Tensor, right: Tensor) -> None:
         add_product(total, left, right)
 
 
-def _squares(x: Tensor) -> Tensor:
-    """The sum of the squares of each column of x [tokens, in], in float32; a GPU reads x once and makes no copies."""
-    if x.is_cuda:
-        norms: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
-        return norms.square_()
-    return x.to(torch.float32).square().sum(0)
+def _subtract_product(total: Tensor, weight: Tensor, moment: Tensor) -> None:
+    """Subtract W H from `total` [out, in] float32, for weight = W [out, in] in 16 bits and moment = H [in, in] float32.
+
+    Each number of H is taken as the sum of two in 16 bits, whose products are exact.
+    """
+    minus = weight.neg()
+    for part in panels(weight.shape[1]):
+        high = moment[part].to(weight.dtype)
+        low = torch.sub(moment[part], high, out=torch.empty_like(high))
+        for one in (high, low):
+            torch.addmm(total, minus[:, part], one, out_dtype=torch.float32, out=total)
 
 
 def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..artifact.manifest import BlockRecord
 from ..calibrate import kv_cache
-from ..calibrate.block_pass import BlockPass, SharedInput, shared_inputs
+from ..calibrate.block_pass import BlockPass, SharedInput
 from ..calibrate.lanes import Lanes
+from ..calibrate.runnable_block import shared_inputs
 from ..calibrate.tokens import Tokens
 from ..core import machine
 from ..core.memory import doing, is_out_of_memory

@@ -188,7 +188,7 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
         yield replaced(module, "Transfers", lambda old: _Transfers)
     batch, passing, rounds = block_pass.PairedBatch, block_pass.BlockPass, rounding.BlockRounding
     for owner, attributes, name in (
-        (batch, ("advance", "original_input", "let_go", "rest", "finish"), "forward"),
+        (batch, ("advance", "original_input", "original_output", "let_go", "rest", "finish"), "forward"),
         (passing, ("_shared_inputs",), "moments"),
         (rounds, ("round", "finish"), "rounding"),
         (blocks, ("_block_tensors",), "packing"),

@@ -5,6 +5,7 @@
 
 cpu: GPTQ as a CPU does it. solved as on a GPU: in batches, with a factor instead of an inverse and the drift by rows,
 all products in float32. with TF32: those products that a GPU makes in TF32 have their factors rounded to its 10 bits.
+and its sums: what linears receive is summed up as on a GPU, too, from 16 bits and the original's outputs.
 The columns are rounded by loops in torch in the place of the kernels. A row: KL divergence on each text, CPU seconds.
 """
 
@@ -14,13 +15,15 @@ from typing import Any
 
 import torch
 from runs import Runs, options, say
+from sixteen_bits import addmm, mm
 from torch import Tensor
 
+from quantpress.calibrate import moments
 from quantpress.engine import blocks, needs, rounding
 from quantpress.methods import gptq_batch, upper_factors
 from quantpress.numbers.grid import round_numbers_
 
-WAYS = ("cpu", "solved as on a GPU", "with TF32")
+WAYS = ("cpu", "solved as on a GPU", "with TF32", "and its sums")
 
 
 def solve_columns(
@@ -62,7 +65,7 @@ def shortened(product: Callable[..., Tensor], first: int) -> Callable[..., Tenso
     return multiply
 
 
-def as_on_a_gpu(*, tf32: bool) -> None:
+def as_on_a_gpu(*, tf32: bool, sums: bool) -> None:
     """From now on, runs of this process solve so."""
     changed: Any = rounding, needs, gptq_batch, upper_factors, blocks
     engine, planned, batch, factors, run = changed
@@ -77,6 +80,11 @@ def as_on_a_gpu(*, tf32: bool) -> None:
         everywhere.Tensor.baddbmm_ = shortened(torch.Tensor.baddbmm_, 1)
         everywhere.Tensor.__matmul__ = shortened(torch.Tensor.__matmul__, 0)
         factors._factors = upper_factors.split
+    if sums:
+        products: Any = torch
+        products.mm, products.addmm = mm, addmm
+        summing: Any = moments
+        summing._sums_in_float32 = lambda device, dtype: dtype == torch.bfloat16
 
 
 def main() -> None:
@@ -88,7 +96,7 @@ def main() -> None:
     runs = Runs(args)
     for way in args.way:
         if way != "cpu":
-            as_on_a_gpu(tf32=way == "with TF32")
+            as_on_a_gpu(tf32=way in WAYS[2:], sums=way == WAYS[3])
         for bits in args.bits:
             weights = {"bits": bits, "group_size": args.group_size, "symmetric": False}
             found = runs.figures({"weights": weights, "description": way})

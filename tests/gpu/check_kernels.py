@@ -44,6 +44,8 @@ from transformers import LlamaConfig  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm  # noqa: E402
 
+from quantpress.calibrate import moments  # noqa: E402
+from quantpress.calibrate.moments import Moments, drift_powers, end_lanes  # noqa: E402
 from quantpress.methods import column_kernels as kernels  # noqa: E402
 from quantpress.methods import gptq_batch as batch  # noqa: E402
 from quantpress.methods import kernel_check  # noqa: E402
@@ -220,6 +222,60 @@ def check_factor(n: int, linears: int) -> None:
     )  # fmt: skip
 
 
+def check_sums() -> None:
+    """What a linear receives, summed up from X and X0 W^T; with a token of a hundred times the others' size in it."""
+    if REHEARSED:
+        sys.path.insert(0, str(ROOT / "tests" / "bench"))
+        import sixteen_bits
+
+        products: Any = torch
+        products.mm, products.addmm = sixteen_bits.mm, sixteen_bits.addmm
+        summing: Any = moments
+        summing._sums_in_float32 = lambda device, dtype: dtype == torch.bfloat16
+    tokens, out, n = (2048, 32, 64) if REHEARSED else (32768, 2048, 8192)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    weight = (torch.randn(out, n, device=DEVICE, generator=g) * 0.02).bfloat16()
+    sizes = torch.rand(n, device=DEVICE, generator=g).add_(0.1)
+    batches = []
+    for _ in range(2):
+        x = torch.randn(tokens, n, device=DEVICE, generator=g).mul_(sizes)
+        x += 0.5 * x.roll(1, 1)
+        x[::1024, 7] *= 1000
+        x0 = (x + 0.05 * x.roll(3, 1)).bfloat16()
+        batches.append((x.bfloat16(), x0, x0 @ weight.T))
+
+    def summed(batches_of_a_lane: int, outputs: bool) -> Moments:
+        sums = Moments(weight, n, paired=True, weights=[weight], outputs=outputs)
+        for x, x0, y0 in batches:
+            sums.begin_lane(batches_of_a_lane)
+            sums.add(x, y0 if outputs else x0)
+            end_lanes([sums], 1)
+        sums.finish(2 * tokens, unmatched=False)
+        return sums
+
+    def exact(outputs: bool) -> tuple[Tensor, float]:
+        total, power = torch.zeros(out, n, device=DEVICE, dtype=torch.float64), 0.0
+        for x, x0, y0 in batches:
+            for rows in torch.arange(tokens, device=DEVICE).split(4096):
+                wanted = y0[rows].double() if outputs else x0[rows].double() @ weight.double().T
+                off = wanted - x[rows].double() @ weight.double().T
+                total += off.T @ x[rows].double()
+                power += float(off.square().sum())
+        return total, power
+
+    for outputs in (False, True):
+        first, second = summed(1, outputs), summed(2, outputs)
+        same = all(torch.equal(one, second._sums[name]) for name, one in first._sums.items())
+        expect(f"a lane of one batch summed up at once, outputs {outputs}", same)
+        (moved,), ((found,),) = first.moved, drift_powers([[weight]], [first], together=True)
+        wanted, power = exact(outputs)
+        lost, ratio = float((moved - wanted).norm() / wanted.norm()), float(found.sum()) / power
+        time_s = None if REHEARSED else round(seconds(partial(summed, 1, outputs)), 4)
+        expect(
+            f"W D^T X, outputs {outputs}", lost < 0.02 and abs(ratio - 1) < 0.02, lost=lost, power=ratio, time_s=time_s
+        )  # fmt: skip
+
+
 def time_solve(name: str, linears: int, out: int, n: int, grid: Grid, *, plain: bool = True) -> None:
     linears, out, n = (min(linears, 2), 32, min(small(n), 256)) if REHEARSED else (linears, out, n)
     weight, moment, drift = problem(linears, out, n, tokens=n if linears > 1 else None)
@@ -293,6 +349,7 @@ def main() -> None:
         ("scales", check_scales),
         ("parts", check_parts),
         ("solve", check_solve),
+        ("sums", check_sums),
     ]
     if not quick:
         parts += [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantpress.calibrate import block_pass
 from quantpress.calibrate.block_pass import BlockPass, paired_batches
 from quantpress.calibrate.lanes import Lanes
 from quantpress.calibrate.moments import add_second_moment, exact_products
@@ -20,6 +21,7 @@ from quantpress.numbers.grid import Inputs
 from quantpress.numbers.types import Activations
 
 from ... import families, tiny
+from ...bench import sixteen_bits
 
 CPU = torch.device("cpu")
 
@@ -39,14 +41,21 @@ def test_products_of_sixteen_bit_values_lose_nothing(dtype: torch.dtype, n: int)
     torch.testing.assert_close(total.triu().double(), wanted.triu(), rtol=1e-5, atol=2e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "by rows", "mixtral", "qwen2_moe", "experts together"])
+@pytest.mark.parametrize(
+    "family", ["llama", "by rows", "by outputs", "by outputs, restarting", "mixtral", "qwen2_moe", "experts together"]
+)
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_shared_input_is_what_a_plain_pass_would_see(
     family: str, keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every sum over every input, each linear changed before the next; batches of more tokens than one product."""
-    together, by_rows = family == "experts together", family == "by rows"  # as on a GPU
-    if by_rows:
+    together, by_rows, restarts = family == "experts together", family == "by rows", family.endswith("restarting")
+    by_outputs = family.startswith("by outputs")  # as on a GPU, like "experts together"
+    if by_outputs:
+        monkeypatch.setattr(block_pass, "sums_by_outputs", lambda weight: len(weight) <= weight.shape[1])
+        monkeypatch.setattr(torch, "mm", sixteen_bits.mm)
+        monkeypatch.setattr(torch, "addmm", sixteen_bits.addmm)
+    if by_rows or by_outputs:
         family = "llama"
     if together:
         family = "qwen2_moe"
@@ -65,7 +74,7 @@ def test_a_shared_input_is_what_a_plain_pass_would_see(
     arriving, wanted = (hidden.clone(), reference.clone()), _outputs(original, reference, arguments)
     passing = BlockPass(
         block, hidden, arguments, linears, device=CPU, lanes=Lanes(len(hidden), 20), keep=keep, reference=reference,
-        moved=by_rows,
+        moved=by_rows or by_outputs, restarts=restarts,
     )  # fmt: skip
     seen: list[str] = []
     elsewhere = 0
@@ -82,7 +91,8 @@ def test_a_shared_input_is_what_a_plain_pass_would_see(
         else:
             x0 = _inputs(original, name, arriving[1], arguments)
         assert not shared.unmatched
-        assert (shared.drift is None) == bool(shared.moved) == (by_rows and name.endswith("down_proj"))
+        last = ("down_proj", "o_proj") if by_outputs else "down_proj"
+        assert (shared.drift is None) == bool(shared.moved) == ((by_rows or by_outputs) and name.endswith(last))
         if shared.drift is not None:
             torch.testing.assert_close(shared.drift, (x0 - x).T @ x, rtol=1e-4, atol=1e-3)
         for one in shared.names:
