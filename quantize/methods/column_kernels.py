@@ -56,6 +56,8 @@ def solve_columns(
     numbers: Tensor,
     squares: Tensor,
     grid: Grid,
+    lead: Tensor | None = None,
+    strength: float = 1.0,
 ) -> None:
     """Round the columns in `error` [linears, columns, rows] one by one, each with feedback of those before it.
 
@@ -63,7 +65,9 @@ def solve_columns(
     column i loses is fed to column k, at [k, i], read for i < k. scales, zeros: as `error`, or expanded to it. Fills
     `numbers`, and puts in the place of each column what it loses; both are views with rows next to each other. To
     `squares` [linears, rows] the squared error of each updated column is added, times its `variance` [linears,
-    columns]. At most COLUMNS columns.
+    columns]. lead, as `error`: the part of `fed` that corrects the weight, `strength` times what corrects it fully; of
+    each column the square is then that of its error against the full correction, less the full correction's own. At
+    most COLUMNS columns.
     """
     linears, columns, rows = error.shape
     width = max(16, triton.next_power_of_2(columns))
@@ -71,13 +75,14 @@ def solve_columns(
     assert all(x.stride(-1) == 1 for x in (fed, inside, variance, scales, error, numbers, squares))
     assert scales.stride() == zeros.stride()
     assert error.stride() == numbers.stride()
+    assert lead is None or lead.stride() == error.stride()
     n = _Numbers.of(grid)
     _solve_columns[(triton.cdiv(rows, _ROWS), linears)](
-        fed, inside, variance, scales, zeros, error, numbers, squares, rows,
-        *fed.stride()[:2], *inside.stride()[:2], variance.stride(0), *scales.stride()[:2], *error.stride()[:2],
-        squares.stride(0),
+        fed, inside, variance, scales, zeros, error, numbers, squares, error if lead is None else lead, rows,
+        2.0 / strength, *fed.stride()[:2], *inside.stride()[:2], variance.stride(0), *scales.stride()[:2],
+        *error.stride()[:2], squares.stride(0),
         UNIFORM=n.uniform, LARGEST=n.largest, MANTISSA=n.mantissa, NORMAL=n.normal,
-        COLUMNS=columns, WIDTH=width, ROWS=_ROWS, num_warps=1,
+        COLUMNS=columns, WIDTH=width, ROWS=_ROWS, LED=lead is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -164,13 +169,16 @@ def _snap(x, UNIFORM: tl.constexpr, LARGEST: tl.constexpr, MANTISSA: tl.constexp
 
 @triton.jit
 def _solve_columns(
-    fed, inside, variance, scales, zeros, error, numbers, squares, rows,
+    fed, inside, variance, scales, zeros, error, numbers, squares, lead, rows, twice,
     fed_linear, fed_column, inside_linear, inside_column, variance_linear, scale_linear, scale_column,
     error_linear, error_column, square_linear,
     UNIFORM: tl.constexpr, LARGEST: tl.constexpr, MANTISSA: tl.constexpr, NORMAL: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of one linear. `errors` [4, WIDTH / 4, ROWS] holds the columns that are done, else 0."""
+    """One tile of rows of one linear. `errors` [4, WIDTH / 4, ROWS] holds the columns that are done, else 0.
+
+    twice: 2 / strength.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     linear = tl.program_id(1).to(tl.int64)
     here = row < rows
@@ -185,6 +193,7 @@ def _solve_columns(
     error += linear * error_linear
     numbers += linear * error_linear
     squares += linear * square_linear
+    lead += linear * error_linear
     at_scale, at_error = row, row  # offsets that two tensors share: registers are scarce
     total = tl.load(squares + row, mask=here, other=0.0)
     errors = tl.zeros([4, WIDTH // 4, ROWS], dtype=fed.dtype.element_ty)
@@ -194,6 +203,7 @@ def _solve_columns(
     scale = tl.load(scales + at_scale, mask=here, other=1.0)
     zero = tl.load(zeros + at_scale, mask=here, other=0.0)
     feedback = tl.load(inside + earlier, mask=known, other=0.0)
+    led = tl.load(lead + at_error, mask=here, other=0.0) if LED else before
     for j in range(COLUMNS):
         fed += fed_column
         at_scale += scale_column
@@ -204,17 +214,23 @@ def _solve_columns(
         next_scale = tl.load(scales + at_scale, mask=here & more, other=1.0)
         next_zero = tl.load(zeros + at_scale, mask=here & more, other=0.0)
         next_feedback = tl.load(inside + earlier, mask=known & more, other=0.0)
+        next_led = tl.load(lead + at_error + error_column, mask=here & more, other=0.0) if LED else next_before
         r += tl.sum(tl.sum(errors * feedback[:, :, None], axis=1), axis=0)
         w = before + r + zero * scale
         number = _snap(_divided(w, scale.to(w.dtype)), UNIFORM, LARGEST, MANTISSA, NORMAL).to(w.dtype)
         off = w - number * scale
-        total += off * off * tl.load(variance + j)
+        if LED:  # the difference of two squares, each of which may be much larger
+            own = off - led
+            total += own * (own + twice * led) * tl.load(variance + j)
+        else:
+            total += off * off * tl.load(variance + j)
         lost = off - r
         errors = tl.where((earlier == j)[:, :, None], lost[None, None, :], errors)
         tl.store(numbers + at_error, number, mask=here)
         tl.store(error + at_error, lost, mask=here)
         at_error += error_column
         r, before, scale, zero, feedback = next_fed, next_before, next_scale, next_zero, next_feedback
+        led = next_led
     tl.store(squares + row, total, mask=here)
 
 

@@ -21,6 +21,7 @@ from .layer_error import output_powers
 from .upper_factors import UpperFactor, factor_upper_
 
 _PANEL = 1024  # columns whose errors are added to all later ones in one product
+_LEAST_STRENGTH = 2.0**-64  # of a correction that moves no weight: the error with the drift is found by it
 
 
 @dataclass(frozen=True)
@@ -87,57 +88,97 @@ def gptq_batch(
     by_row = not grid.shares_rows and not grid.shares_across_linears
     elements = max(BATCH_ELEMENTS // 2, BATCH_ELEMENTS - moment.numel())
     step = max(1, elements // (len(weight) * in_features)) if by_row else out_features
-    parts = []
-    for start in range(0, out_features, step):
-        rows = slice(start, start + step)
-        power = None if drift_power is None else drift_power[:, rows]
-        here = None if moved is None else moved[:, rows]
-        if drift is not None:
-            with tf32_products():  # weights of 16 bits are exact in TF32, and the drift was summed from bfloat16 ones
-                here = torch.bmm(weight[:, rows].to(drift.dtype), drift)
-        parts.append(_solved(weight[:, rows], grid, settings, moment, here, power, order, solving))
-    return parts[0] if len(parts) == 1 else _joined(parts)
+    parts = [slice(start, start + step) for start in range(0, out_features, step)]
+    power = _powers(weight, moment, drift, drift_power, moved, parts)
+    strength = max(settings.error_correction, _LEAST_STRENGTH)
+    pull = None if drift is None else pull_of(drift, order, solving.upper, strength)
+    shared = _Shared(grid, settings, strength, order, solving, pull)
+    solved = []
+    for rows in parts:
+        here, drifted = (None if x is None else x[:, rows] for x in (moved, drift_power))
+        solved.append(_solved(shared, weight[:, rows], here, drifted, power[:, rows]))
+    return solved[0] if len(solved) == 1 else _joined(solved)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all rows of the weights are solved with. order [linears, in]; pull: as `pull_of` has it."""
+
+    grid: Grid
+    settings: Gptq
+    strength: float
+    order: Tensor
+    solving: "Factor"
+    pull: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is solved in."""
+        return self.solving.added.dtype
+
+
+def _powers(
+    weight: Tensor,
+    moment: Tensor,
+    drift: Tensor | None,
+    drift_power: Tensor | None,
+    moved: Tensor | None,
+    parts: Sequence[slice],
+) -> Tensor:
+    """SolvedBatch's `power`, found by parts of the rows: w H w^T + 2 w M w^T + ||D w||^2 as in `layer_error`."""
+    compared = drift_power is not None
+    if compared and drift is not None:  # of w M w^T only the symmetric part of M matters
+        moment = (drift + drift.mT).add_(moment)
+    power = torch.cat([output_powers(weight[:, rows], moment) for rows in parts], 1)
+    if drift_power is not None:
+        power += drift_power
+        if drift is None and moved is not None:
+            power += 2 * torch.cat([(moved[:, rows] * weight[:, rows]).sum(-1) for rows in parts], 1)
+    return power
 
 
 def _solved(
-    weight: Tensor,
-    grid: Grid,
-    settings: Gptq,
-    moment: Tensor,
-    moved: Tensor | None,
-    drift_power: Tensor | None,
-    order: Tensor,
-    solving: "Factor",
+    shared: _Shared, weight: Tensor, moved: Tensor | None, drift_power: Tensor | None, power: Tensor
 ) -> SolvedBatch:
-    """`gptq_batch` of some rows, once H is factored; order [linears, in]."""
-    in_features, columns, back = weight.shape[2], grid.columns(weight.shape[2]), order.argsort(dim=-1)
-    w = in_order(weight.to(moment.dtype).mT, order)
-    gain = None
-    if moved is not None:
-        gain = correct_(w, in_order(moved.mT, order), solving.upper, settings.error_correction)
+    """`gptq_batch` of some rows, once H is factored."""
+    grid, settings, order, solving = shared.grid, shared.settings, shared.order, shared.solving
+    in_features, back = weight.shape[2], order.argsort(dim=-1)
+    columns = grid.columns(in_features)
+    w = in_order(weight.to(shared.dtype).mT, order)
+    lead = None
+    if shared.pull is not None:
+        with tf32_products():  # weights of 16 bits are exact in TF32
+            lead = torch.bmm(shared.pull, w)
+    elif moved is not None:
+        lead = lead_of(in_order(moved.mT, order), solving.upper, shared.strength)
     spread = settings.order == "activation" and settings.static_groups  # a group's columns are not solved together
-    state = _State(w, solving.upper, min(COLUMNS, in_features if spread else columns))
-    scales = _Scales(w, grid, scale_dtype(weight, grid))
+    whole = w
+    if lead is not None and (spread or grid.type == "nvfp4"):  # scales look at columns before their turn
+        with tf32_products():
+            whole = solving.upper.solve_transposed_(lead.clone()).add_(w)
+    scales = _Scales(whole, grid, scale_dtype(weight, grid))
     importance = solving.upper.variance if settings.weighted_scales else None
+    state = _State(w, lead, shared.strength, solving.upper, min(COLUMNS, in_features if spread else columns))
+    del w, lead
     if spread:
-        scales.fit_all(w, back, importance)
+        scales.fit_all(whole, back, importance)
+        del whole
         scale, zero = scales.of_columns(order // columns)
         state.solve(0, in_features, scale, zero, grid)
         del scale, zero
     else:
+        del whole
         for start in range(0, in_features, columns):
             updated = scales.fit(start, state.updated, importance)
             scale, zero = (x.expand_as(updated) for x in scales.of_group(start // columns))
             state.solve(start, start + updated.shape[1], scale, zero, grid)
     error, numbers = state.squares, state.numbers
-    del state, w
+    del state
     linears, rounded = scales.finish(numbers, back, settings)
     del numbers
-    off, power = rounded - weight, output_powers(weight, moment)
-    if moved is not None and drift_power is not None and gain is not None:
-        strength = settings.error_correction
-        error += drift_power - strength**2 * gain - (2 - 2 * strength) * (off * moved).sum(-1)
-        power += drift_power + 2 * (moved * weight).sum(-1)
+    off = rounded - weight
+    if drift_power is not None:
+        error += drift_power
     error -= torch.bmm(off.square_(), solving.added.gather(-1, back)[:, :, None].to(off.dtype))[:, :, 0]
     return SolvedBatch(
         linears, rounded.to(weight.dtype), error.clamp_(min=0), power, solving.damp, scales.clipped(), scales.groups
@@ -192,17 +233,21 @@ def _attempt(moment: Tensor, order: Tensor, damps: list[float]) -> tuple[UpperFa
     return upper, added, torch.stack([usable, upper.sound & usable], 1)
 
 
-def correct_(w: Tensor, lacking: Tensor, upper: UpperFactor, strength: float) -> Tensor:
-    """Add QEP's correction to w [linears, in, out]; lacking = (W (X0 - X)^T X)^T. See `gptq.corrected`.
+def pull_of(drift: Tensor, order: Tensor, upper: UpperFactor, strength: float) -> Tensor:
+    """What times w, columns in solving order, is the `lead_of` W M: [linears, in, in] of the drifts M."""
+    rows = torch.arange(len(drift), device=drift.device)[:, None, None]
+    return lead_of(drift[rows, order[:, None, :], order[:, :, None]], upper, strength)
 
-    Returns lacking^T H^-1 lacking for each row, [linears, out].
+
+def lead_of(lacking: Tensor, upper: UpperFactor, strength: float) -> Tensor:
+    """The feedback that QEP's correction (`gptq.correct_`) is to columns: strength * diag(variance)^-1 T^-1 lacking.
+
+    lacking: (W M)^T [linears, in, out], columns in solving order; it is overwritten. With l of it and H as in Factor,
+    the weight is to become w + strength * H^-1 l, the feedback of which on column k is
+    sum_{i<=k} (H^-1 l)_i T_ik = (T^T H^-1 l)_k. So w is left as it is, and T^-T is not needed.
     """
     with tf32_products():
-        upper.solve_(lacking)
-        gain = lacking.square().div_(upper.variance[:, :, None]).sum(1)
-        upper.solve_transposed_(lacking.div_(upper.variance[:, :, None]))
-    w.add_(lacking, alpha=strength)
-    return gain
+        return upper.solve_(lacking).mul_((strength / upper.variance)[:, :, None])
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:
@@ -214,39 +259,59 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
 class _State:
     """Columns of the weight in solving order, [linears, in, out].
 
-    error: the columns as they begin, and of those that are solved what they lost. fed: the feedback that columns have
-    received of the first `given` ones. numbers: of the grid. squares [linears, out]: H's square of each row's error.
-    step: columns solved in one launch, the last ones perhaps fewer.
+    error: the columns as they begin, and of those that are solved what they lost. lead: what they receive from the
+    first, as `lead_of` has it for `strength`. numbers: of the grid. squares [linears, out]: of each row's error, with
+    and without its drift: see `solve_columns`. step: columns solved in one launch, the last ones perhaps fewer.
     """
 
     error: Tensor
+    lead: Tensor | None
+    strength: float
     upper: UpperFactor
     step: int
     numbers: Tensor = field(init=False)
-    fed: Tensor = field(init=False)
     squares: Tensor = field(init=False)
-    given: int = 0
+    _fed: Tensor | None = None  # lead and feedback of the first _given columns, from column _first on
+    _first: int = 0
+    _given: int = 0
     _inside: Tensor | None = None  # [linears, launches, step, step]
     _latest: tuple[int, int, Tensor] | None = None  # columns and their feedback
 
     def __post_init__(self) -> None:
-        self.numbers, self.fed = torch.empty_like(self.error), torch.zeros_like(self.error)
-        self.squares = self.error.new_zeros(len(self.error), self.error.shape[2])
+        linears, _, out = self.error.shape
+        self.numbers, self._fed = torch.empty_like(self.error), self.lead
+        self.squares = torch.zeros(linears, out, dtype=self.error.dtype, device=self.error.device)
 
     def feedback(self, start: int, stop: int) -> Tensor:
-        """What columns [start, stop) receive of all columns before `start`."""
-        above, done = self.upper.above, slice(self.given, start)
+        """What columns [start, stop) receive of all columns before `start`, and their lead."""
+        if start - self._given >= _PANEL:
+            whole = self._added(self._fed, start, self.error.shape[1], into=self._given > 0)
+            self._fed, self._first, self._given = whole, start, start
+        if self._fed is None:
+            if start:
+                return self._added(None, start, stop)
+            linears, _, out = self.error.shape
+            return torch.zeros(linears, stop, out, dtype=self.error.dtype, device=self.error.device)
+        if start == self._given:
+            return self._fed[:, start - self._first : stop - self._first]
+        return self._added(self._fed, start, stop)
+
+    def _added(self, fed: Tensor | None, start: int, stop: int, *, into: bool = False) -> Tensor:
+        """`fed` of columns [start, stop), if any, and the feedback of those between the given ones and `start`.
+
+        into: may overwrite it.
+        """
+        done = slice(self._given, start)
+        above, error = self.upper.above[:, done, start:stop].mT, self.error[:, done]
         with tf32_products():
-            if start - self.given >= _PANEL:
-                self.fed[:, start:].baddbmm_(above[:, done, start:].mT, self.error[:, done])
-                self.given = start
-            if start == self.given:
-                return self.fed[:, start:stop]
-            return torch.baddbmm(self.fed[:, start:stop], above[:, done, start:stop].mT, self.error[:, done])
+            if fed is None:
+                return torch.bmm(above, error)
+            here = fed[:, start - self._first : stop - self._first]
+            return here.baddbmm_(above, error) if into else torch.baddbmm(here, above, error)
 
     def updated(self, start: int, stop: int) -> Tensor:
         """Columns [start, stop) as they best make up for the errors of those before `start`."""
-        if not start:
+        if not start and self.lead is None:
             return self.error[:, :stop]
         self._latest = start, stop, self.feedback(start, stop)
         return self.upper.add_ahead(start, self.error[:, start:stop], self._latest[2])
@@ -261,6 +326,7 @@ class _State:
             solve_columns(
                 fed, self._among(begin, end), self.upper.variance[:, here], scales[:, mine],
                 zeros[:, mine], self.error[:, here], self.numbers[:, here], self.squares, grid,
+                None if self.lead is None else self.lead[:, here], self.strength,
             )  # fmt: skip
 
     def _among(self, begin: int, end: int) -> Tensor:

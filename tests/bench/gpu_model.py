@@ -205,7 +205,7 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     yield replaced(fused_kernels, "rms_norm", lambda old: partial(_elementwise, gpu, "rms_norm", 1))
     yield replaced(fused_kernels, "silu_times", lambda old: partial(_elementwise, gpu, "silu_times", 2))
     yield replaced(fused_kernels, "rotate", lambda old: partial(_elementwise, gpu, "rotate", 1))
-    for attribute, name in (("factor", "factors"), ("correct_", "error correction"), ("fit_scales", "scale search")):
+    for attribute, name in (("factor", "factors"), ("pull_of", "error correction"), ("lead_of", "error correction")):
         yield replaced(gptq_batch, attribute, under(name))
     yield replaced(gptq_batch, "solve_columns", lambda old: partial(_solve_columns, gpu))
     yield replaced(gptq_batch, "fit_scales", lambda old: partial(_fit_scales, gpu))
@@ -218,14 +218,15 @@ def _elementwise(gpu: PaperGpu, name: str, read: int, x: Tensor, *others: Any) -
 
 
 def _solve_columns(gpu: PaperGpu, fed: Tensor, inside: Tensor, variance: Tensor, *others: Any) -> None:
-    """Reads columns, feedback and scales, writes errors and numbers; a product with the errors so far each column.
+    """Reads columns, feedback, lead and scales, writes errors and numbers; a product with the errors each column.
 
     Columns are rounded one after the other: about 450 cycles each.
     """
     linears, columns, rows = fed.shape
     arithmetic = linears * rows * (2 * columns * columns + 30 * columns)
     with gpu.part("columns"):
-        gpu.kernel("solve_columns", 24 * fed.numel(), 2 * arithmetic, least=columns * 0.27e-6)
+        led = 4 if others[-2] is not None else 0
+        gpu.kernel("solve_columns", (24 + led) * fed.numel(), 2 * arithmetic, least=columns * 0.27e-6)
 
 
 def _fit_scales(gpu: PaperGpu, columns: Tensor, *others: Any) -> None:

@@ -36,6 +36,8 @@ def solve_columns(
     numbers: Tensor,
     squares: Tensor,
     grid: Any,
+    lead: Tensor | None,
+    strength: float,
 ) -> None:
     """The kernel's work, column by column."""
     for j in range(error.shape[1]):
@@ -43,7 +45,9 @@ def solve_columns(
         shifted = error[:, j] + received + zeros[:, j] * scales[:, j]
         numbers[:, j] = round_numbers_(shifted / scales[:, j], grid)
         off = shifted - numbers[:, j] * scales[:, j]
-        squares += off.square() * variance[:, j, None]
+        own = off if lead is None else off - lead[:, j]
+        square = off.square() if lead is None else own * (own + 2 / strength * lead[:, j])
+        squares += square * variance[:, j, None]
         error[:, j] = off - received
 
 

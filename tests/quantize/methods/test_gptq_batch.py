@@ -44,6 +44,7 @@ CASES = [  # a grid, the order, static groups, whether QEP corrects
     (Grid(bits=8, group_size=16, symmetric=False, scale_search="minmax"), "activation", True, True),
     (Grid(bits=4, group_size=24, symmetric=True), "activation", False, False),
     (BlockGrid(type="Q5_0"), "group_aware", True, False),
+    (BlockGrid(type="Q4_0"), "group_aware", True, True),
 ]
 
 
@@ -76,6 +77,27 @@ def test_every_linear_of_a_batch_is_as_if_solved_alone(grid: Grid, order: str, s
     weight, moment, drifts = problems(2, 3, n, drift=drift)
     s = Gptq(order=order, static_groups=static)
     solve_and_compare(weight, moment, drifts, grid, s)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_weights_are_corrected_as_far_as_asked(strength: float) -> None:
+    weight, moment, drifts = problems(2, 3, 48, drift=True)
+    grid = Grid(bits=4, group_size=24, symmetric=False)
+    solve_and_compare(weight, moment, drifts, grid, Gptq(error_correction=strength))
+
+
+def test_a_global_scale_spans_the_corrected_weight() -> None:
+    """Of nvfp4, which is not computed in float64, so that single numbers may be rounded to the other side."""
+    weight, moment, drifts = problems(2, 24, 48, drift=True)
+    assert drifts is not None
+    grid, s = Grid(type="nvfp4"), Gptq(error_correction=1.0)
+    moment, drift = moment.float(), 5 * drifts.float()
+    power = torch.rand(weight.shape[:2]) * 1e3
+    got = batch.gptq_batch(weight, grid, s, moment, drift, power)
+    for i, linear in enumerate(got.linears):
+        want = gptq(weight[i], grid, s, moment[i], drift[i]).linear
+        assert torch.equal(linear.global_scale, want.global_scale)
+        assert (linear.codes == want.codes).float().mean() > 0.97
 
 
 def test_rows_that_are_solved_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
