@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..core.products import tf32_products
+from .layout_kernels import split_in_halves
 
 _BLOCK, _WIDE_BLOCK = 1024, 2048  # columns factored at a time, and of a matrix of more than _WIDE
-_WIDE = 4096
-_STRIP = 2048  # columns updated in one product; only those parts that reach above the diagonal are
-_LOW_BITS = -1 << 13  # all but the bits of a float32's fraction that TF32 lacks
+_WIDE = 16384  # above it launches count for more than what narrower blocks save
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,9 @@ class UpperFactor:
         have rows.
         """
         stop = start + x.shape[1]
+        if not start and stop == self.above.shape[-1]:
+            with tf32_products():
+                return self.solve_transposed_(x.clone()).add_(to)
         for (begin, end), inverse in zip(_blocks(self.above.shape[-1]), self.inverses, strict=True):
             if begin <= start and stop <= end:
                 here = slice(start - begin, stop - begin)
@@ -77,6 +79,7 @@ def factor_upper_(h: Tensor) -> UpperFactor:
     blocks = _blocks(h.shape[-1])
     failed: list[Tensor] = []
     inverses: list[Tensor] = []
+    roots: list[Tensor] = []
     eye = torch.eye(blocks[0][1], dtype=h.dtype, device=h.device)
     for start, stop in reversed(blocks):
         here, size = slice(start, stop), stop - start
@@ -84,44 +87,41 @@ def factor_upper_(h: Tensor) -> UpperFactor:
         flipped, info = torch.linalg.cholesky_ex(h[:, here, here].flip(-2, -1))
         failed.append(info)
         inverse = torch.linalg.solve_triangular(flipped, eye[:size, :size].expand_as(flipped), upper=False)
-        h[:, here, here] = flipped.flip(-2, -1)
         inverses.append(inverse.flip(-2, -1))
-        if not start:
-            break
-        left, right = _factors(h[:, :start, here], inverses[-1].mT)
-        panel = h[:, :start, here]
-        with tf32_products():
-            panel.copy_(left @ right)
-        left, right = _factors(panel, panel.mT)
-        with tf32_products():
-            for begin in range(0, start, _STRIP):
-                end = min(begin + _STRIP, start)
-                h[:, :end, begin:end].baddbmm_(left[:, :end], right[..., begin:end], alpha=-1)
-    root = h.diagonal(dim1=-2, dim2=-1).clone()
-    sound = (torch.stack(failed) == 0).all(0) & root.isfinite().all(-1)  # any NaN or inf reaches the diagonal
-    h.div_(root[:, None, :])
-    h.diagonal(dim1=-2, dim2=-1).zero_()
+        corner, panel = flipped.flip(-2, -1), h[:, :start, here]
+        roots.append(corner.diagonal(dim1=-2, dim2=-1).clone())
+        if start:
+            left, _ = _factors(panel)
+            _, right = _factors(inverses[-1])
+            with tf32_products():
+                torch.bmm(left, right.mT, out=panel)
+            left, right = _factors(panel)
+            with tf32_products():
+                for begin, end in blocks[: -len(inverses)]:  # the parts that reach above the diagonal
+                    h[:, :end, begin:end].baddbmm_(left[:, :end], right[:, begin:end].mT, alpha=-1)
+            panel.div_(roots[-1][:, None, :])
+            del left, right
+        h[:, here, here] = corner / roots[-1][:, None, :]
+    roots.reverse()
     inverses.reverse()
-    for (start, stop), inverse in zip(blocks, inverses, strict=True):
-        inverse.mul_(root[:, start:stop, None])
+    root = torch.cat(roots, -1)
+    sound = (torch.stack(failed) == 0).all(0) & root.isfinite().all(-1)  # any NaN or inf reaches the diagonal
+    h.diagonal(dim1=-2, dim2=-1).zero_()
+    for own, inverse in zip(roots, inverses, strict=True):
+        inverse.mul_(own[:, :, None])
     return UpperFactor(h, root.square_(), inverses, sound)
 
 
-def _factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices whose product is left @ right; of float32 on a GPU, to nearly float32's precision if TF32 is allowed."""
-    return split(left, right) if left.is_cuda and left.dtype == torch.float32 else (left, right)
+def _factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x [matrices, rows, n], what x is multiplied as on the left of a y^T, and what y is, of another.
 
-
-def split(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 matrices as wider ones that TF32 multiplies to about 20 bits: each number as the sum of two that fit in
-    its 10 bits, a + b and c + d, and the product as a c + a d + b c.
+    Of float32 on a GPU the product is nearly as exact as float32's where TF32 is allowed.
     """
-    a, c = _high(left), _high(right)
-    return torch.cat([a, a, left - a], -1), torch.cat([c, right - c, c], -2)
-
-
-def _high(x: Tensor) -> Tensor:
-    return (x.view(torch.int32) & _LOW_BITS).view(torch.float32)
+    if not x.is_cuda or x.dtype != torch.float32:
+        x = x.clone()  # of which a product may take the place
+        return x, x
+    halves, n = split_in_halves(x), x.shape[-1]
+    return halves[..., : 3 * n], halves[..., n:]
 
 
 def _blocks(n: int) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from quantpress.core.products import exact_float32_products
 from quantpress.engine import blocks, rounding
 from quantpress.engine.needs import find_needs
 from quantpress.engine.room import Room, choose
-from quantpress.methods import gptq_batch
+from quantpress.methods import gptq_batch, upper_factors
 from quantpress.models import fused, fused_kernels
 from quantpress.models import skeleton as skeletons
 from quantpress.models.block_arguments import SAMPLES_FIRST, Given, ModelArguments
@@ -207,6 +207,7 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     yield replaced(fused_kernels, "rotate", lambda old: partial(_elementwise, gpu, "rotate", 1))
     for attribute, name in (("factor", "factors"), ("pull_of", "error correction"), ("lead_of", "error correction")):
         yield replaced(gptq_batch, attribute, under(name))
+    yield replaced(upper_factors, "split_in_halves", lambda old: partial(_split_in_halves, gpu))
     yield replaced(gptq_batch, "solve_columns", lambda old: partial(_solve_columns, gpu))
     yield replaced(gptq_batch, "fit_scales", lambda old: partial(_fit_scales, gpu))
 
@@ -215,6 +216,12 @@ def _elementwise(gpu: PaperGpu, name: str, read: int, x: Tensor, *others: Any) -
     """Reads `read` tensors like x and writes one."""
     gpu.kernel(name, (read + 1) * x.numel() * x.element_size())
     return torch.empty_like(x)
+
+
+def _split_in_halves(gpu: PaperGpu, x: Tensor) -> Tensor:
+    """Reads x and writes it four times."""
+    gpu.kernel("split_in_halves", 20 * x.numel())
+    return x.new_empty(*x.shape[:2], 4 * x.shape[2])
 
 
 def _solve_columns(gpu: PaperGpu, fed: Tensor, inside: Tensor, variance: Tensor, *others: Any) -> None:

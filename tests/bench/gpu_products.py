@@ -56,6 +56,12 @@ def rounded(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) + (1 << 12)) & (-1 << 13)).view(torch.float32)
 
 
+def in_halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_factors` gives on a GPU."""
+    high = (x.contiguous().view(torch.int32) & (-1 << 13)).view(torch.float32)
+    return torch.cat([high, high, x - high], -1), torch.cat([high, x - high, high], -1)
+
+
 def shortened(product: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
     """A product of its arguments `first` and the next, as a GPU would make it where TF32 is allowed."""
 
@@ -83,7 +89,7 @@ def as_on_a_gpu(*, tf32: bool, sums: bool) -> None:
         everywhere.bmm, everywhere.baddbmm = shortened(torch.bmm, 0), shortened(torch.baddbmm, 1)
         everywhere.Tensor.baddbmm_ = shortened(torch.Tensor.baddbmm_, 1)
         everywhere.Tensor.__matmul__ = shortened(torch.Tensor.__matmul__, 0)
-        factors._factors = upper_factors.split
+        factors._factors = in_halves
     if sums:
         products: Any = torch
         products.mm, products.addmm = mm, addmm

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantpress.methods import column_kernels as kernels
+from quantpress.methods import layout_kernels as layouts
 from quantpress.models import fused_kernels as parts
 from quantpress.numbers.types import Grid
 
@@ -50,7 +51,7 @@ def sources() -> list[tuple[str, ASTSource, int]]:
     recorders = []
     for module, name in (
         (kernels, "_solve_columns"), (kernels, "_fit_scales"), (parts, "_rms_norm"), (parts, "_silu_times"),
-        (parts, "_rotate"),
+        (parts, "_rotate"), (layouts, "_split_in_halves"),
     ):  # fmt: skip
         recorders.append(_Recorder(getattr(module, name)))
         setattr(module, name, recorders[-1])
@@ -62,6 +63,7 @@ def sources() -> list[tuple[str, ASTSource, int]]:
     for heads, size in ((32, 128), (8, 64), (2, 96), (16, 256)):
         turn = torch.ones(1, 5, size, dtype=torch.bfloat16)
         parts.rotate(turn[:, None].expand(3, heads, 5, size), turn, turn)
+    layouts.split_in_halves(torch.ones(2, 3, 1024))
     for grid, dtype in CASES:
         columns = min(grid.columns(512), kernels.COLUMNS)
         for importance in (torch.ones(2, columns), None) if grid.scale_search != "minmax" else (None,):

@@ -13,7 +13,7 @@ from .test_gptq import problem
 
 pytest.importorskip("triton")
 from quantpress.methods import gptq_batch as batch
-from quantpress.methods import upper_factors
+from quantpress.methods import layout_kernels, upper_factors
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a GPU tests/gpu/check_kernels.py runs the kernels"
@@ -112,7 +112,6 @@ def test_errors_of_many_columns_reach_the_later_ones_in_panels(monkeypatch: pyte
     for name, value in (("_PANEL", 16), ("COLUMNS", 8)):
         monkeypatch.setattr(batch, name, value)
     monkeypatch.setattr(upper_factors, "_BLOCK", 20)
-    monkeypatch.setattr(upper_factors, "_STRIP", 30)
     weight, moment, drifts = problems(1, 3, 64, drift=True)
     solve_and_compare(weight, moment, drifts, Grid(bits=4, group_size=16, symmetric=False), Gptq())
 
@@ -149,16 +148,21 @@ def test_products_of_split_numbers_are_nearly_those_of_float32() -> None:
     size = left.double().abs() @ right.mT.double().abs()
 
     def off(a: Tensor, b: Tensor) -> float:
-        return float(((a.double() @ b.double() - exact) / size).abs().max())
+        return float(((a.double() @ b.mT.double() - exact) / size).abs().max())
 
-    assert off(tf32(left), tf32(right.mT)) > 1e-4
-    assert off(*(tf32(x) for x in upper_factors.split(left, right.mT))) < 1e-6
+    assert off(tf32(left), tf32(right)) > 1e-4
+    ours, theirs = (layout_kernels.split_in_halves(x) for x in (left, right))
+    assert off(tf32(ours[..., :180]), tf32(theirs[..., 60:])) < 1e-6
+    inside = torch.randn(2, 50, 80, generator=g)[:, 3:43, 7:67]  # of a larger matrix
+    parts = layout_kernels.split_in_halves(inside).chunk(4, -1)
+    assert torch.equal(parts[0] + parts[2], inside)
+    assert torch.equal(parts[0], parts[1])
+    assert torch.equal(parts[0], parts[3])
 
 
 @pytest.mark.parametrize("n", [5, 20, 47])
 def test_a_factor_is_the_matrix_and_solves_with_it(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upper_factors, "_BLOCK", 20)
-    monkeypatch.setattr(upper_factors, "_STRIP", 7)
     g = torch.Generator().manual_seed(n)
     x = torch.randn(2, 3 * n, n, generator=g, dtype=torch.float64)
     h = x.mT @ x
@@ -172,5 +176,6 @@ def test_a_factor_is_the_matrix_and_solves_with_it(n: int, monkeypatch: pytest.M
     here = slice(n // 3, n - 1)
     ahead = y[:, here] + torch.linalg.inv(t[:, here, here]).mT @ y[:, here]
     torch.testing.assert_close(found.add_ahead(here.start, y[:, here], y[:, here]), ahead)
+    torch.testing.assert_close(found.add_ahead(0, y, y), y + torch.linalg.inv(t).mT @ y)
     h[1] = -h[1]
     assert upper_factors.factor_upper_(h).sound.tolist() == [True, False]
