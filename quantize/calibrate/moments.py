@@ -14,6 +14,7 @@ from ..methods.symmetric_products import panels
 from .picked_rows import column_squares, missed_squares, sampled_rows
 
 _WHOLE = 2048  # columns up to which a GPU makes a symmetric product in one launch: those of experts are many
+_ROWS = 4096  # of fewer rows one of any size
 _PANEL = 1024  # columns of a larger one that it multiplies at a time: fewer leave it partly idle
 _PANELS = 16  # at most
 _TOGETHER = 1 << 26  # weights or squares of experts that are multiplied at once
@@ -273,7 +274,7 @@ def _subtract_product(total: Tensor, weight: Tensor, moment: Tensor) -> None:
 def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """`add_product` as a GPU does it best; on the first call `total` may hold anything."""
     columns = total.shape[1]
-    parted = left is right and columns > _WHOLE
+    parted = left is right and columns > _WHOLE and len(left) >= _ROWS
     width = max(_PANEL, -(-columns // _PANELS)) if parted else columns
     for start in range(0, columns, width):
         part, rest = slice(start, start + width) if left is right else slice(None), slice(start, None)

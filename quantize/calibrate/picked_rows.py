@@ -1,5 +1,7 @@
 """Sums of squares over many rows, from some of them that are picked by their size."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def sampled_rows(x: Tensor) -> Tensor:
     if not count:
         return x
     picked, scale = _picked(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square_(), count)
-    return (x[picked] * scale[:, None]).to(x.dtype)
+    return x[picked].mul_(scale.to(x.dtype)[:, None])
 
 
 def missed_squares(wanted: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -54,9 +56,13 @@ def _picked(shares: Tensor, count: int) -> tuple[Tensor, Tensor]:
     (Drineas, Kannan and Mahoney, doi 10.1137/S0097539704442684, section 4). A row that outweighs others is always
     picked.
     """
-    parts = (shares / shares.sum().clamp_(min=1e-30)).mul_(float(count << 30)).to(torch.int64)
+    parts = (shares / (shares.sum() + 1e-30)).mul_(float(count << 30)).to(torch.int64).add_(1)
     ends = parts.cumsum(0)  # whole numbers, of which a GPU's sums are the same each time
-    steps = torch.arange(1, 2 * count, 2, device=shares.device)
-    picked = torch.searchsorted(ends, (ends[-1] * steps).div_(2 * count, rounding_mode="floor"), right=True)
-    picked.clamp_(max=len(shares) - 1)
-    return picked, (ends[-1] / count / parts[picked].clamp_(min=1)).sqrt_().to(torch.float32)
+    points = (ends[-1] * _odd_numbers(count, shares.device)).div_(2 * count, rounding_mode="floor")
+    picked = torch.searchsorted(ends, points, right=True)
+    return picked, (ends[-1] / count / parts[picked]).sqrt_()
+
+
+@cache
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * count, 2, device=device)
