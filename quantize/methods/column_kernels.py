@@ -29,7 +29,7 @@ _STORES = {
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class Numbers:
     """A grid as the kernels see it. Codes 0 … largest of an integer grid, or floats with `mantissa` bits up to
     `largest`, whose smallest normal number is `normal`.
     """
@@ -40,7 +40,7 @@ class _Numbers:
     normal: float = 1.0
 
     @classmethod
-    def of(cls, grid: Grid) -> "_Numbers":
+    def of(cls, grid: Grid) -> "Numbers":
         if grid.uniform:
             return cls(True, float(grid.levels))
         return cls(False, E4M3_MAX, 3, 2.0**-6) if grid.bits == 8 else cls(False, E2M1_MAX, 1, 1.0)
@@ -76,7 +76,7 @@ def solve_columns(
     assert scales.stride() == zeros.stride()
     assert error.stride() == numbers.stride()
     assert lead is None or lead.stride() == error.stride()
-    n = _Numbers.of(grid)
+    n = Numbers.of(grid)
     _solve_columns[(triton.cdiv(rows, _ROWS), linears)](
         fed, inside, variance, scales, zeros, error, numbers, squares, error if lead is None else lead, rows,
         2.0 / strength, *fed.stride()[:2], *inside.stride()[:2], variance.stride(0), *scales.stride()[:2],
@@ -105,7 +105,7 @@ def fit_scales(
     [linears], where there are any. out: the scale, the zero and the largest size of each row [linears, rows] float32.
     """
     linears, count, rows = columns.shape
-    n = _Numbers.of(grid)
+    n = Numbers.of(grid)
     factors, shifts = ranges(grid, dtype, columns.device), end_shifts(grid, columns.device)
     scale, zero, largest = out
     none = scale  # a pointer that is not read

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..core.products import tf32_products
 from ..numbers.fitting import global_scale
-from ..numbers.grid import QuantizedLinear, encode, scale_dtype, stacked_rows
+from ..numbers.grid import QuantizedLinear, scale_dtype, stacked_rows
 from ..numbers.types import Grid
 from ..recipe.methods import LEAST_DAMP, Gptq
 from .column_kernels import COLUMNS, can_fit, fit_scales, solve_columns
 from .gptq import BATCH_ELEMENTS, MAX_DAMP, column_order
 from .group_scales import GroupScales, outgrown
 from .layer_error import output_powers
+from .layout_kernels import columns_first, rows_first
 from .upper_factors import UpperFactor, factor_upper_
 
 _PANEL = 1024  # columns whose errors are added to all later ones in one product
@@ -144,13 +145,13 @@ def _solved(
     grid, settings, order, solving = shared.grid, shared.settings, shared.order, shared.solving
     in_features, back = weight.shape[2], order.argsort(dim=-1)
     columns = grid.columns(in_features)
-    w = in_order(weight.to(shared.dtype).mT, order)
+    w = columns_first(weight, back, shared.dtype)
     lead = None
     if shared.pull is not None:
         with tf32_products():  # weights of 16 bits are exact in TF32
             lead = torch.bmm(shared.pull, w)
     elif moved is not None:
-        lead = lead_of(in_order(moved.mT, order), solving.upper, shared.strength)
+        lead = lead_of(columns_first(moved, back, shared.dtype), solving.upper, shared.strength)
     spread = settings.order == "activation" and settings.static_groups  # a group's columns are not solved together
     whole = w
     if lead is not None and (spread or grid.type == "nvfp4"):  # scales look at columns before their turn
@@ -174,15 +175,12 @@ def _solved(
             state.solve(start, start + updated.shape[1], scale, zero, grid)
     error, numbers = state.squares, state.numbers
     del state
-    linears, rounded = scales.finish(numbers, back, settings)
-    del numbers
-    off = rounded - weight
+    added = solving.added.gather(-1, back).to(torch.float32)
+    linears, rounded, damped = scales.finish(numbers, back, settings, weight, added)
     if drift_power is not None:
         error += drift_power
-    error -= torch.bmm(off.square_(), solving.added.gather(-1, back)[:, :, None].to(off.dtype))[:, :, 0]
-    return SolvedBatch(
-        linears, rounded.to(weight.dtype), error.clamp_(min=0), power, solving.damp, scales.clipped(), scales.groups
-    )
+    error = (error - damped).clamp_(min=0)
+    return SolvedBatch(linears, rounded, error, power, solving.damp, scales.clipped(), scales.groups)
 
 
 def _joined(parts: list[SolvedBatch]) -> SolvedBatch:
@@ -389,8 +387,11 @@ class _Scales:
         """Scale and zero [linears, columns, out] of the columns' groups, `group` [linears, columns]."""
         return in_order(self._scales.transpose(0, 1), group), in_order(self._zeros.transpose(0, 1), group)
 
-    def finish(self, numbers: Tensor, back: Tensor, settings: Gptq) -> tuple[list[QuantizedLinear], Tensor]:
-        """The linears, and their weights [linears, out, in] dequantized.
+    def finish(
+        self, numbers: Tensor, back: Tensor, settings: Gptq, weight: Tensor, added: Tensor
+    ) -> tuple[list[QuantizedLinear], Tensor, Tensor]:
+        """The linears, their weights [linears, out, in] dequantized, in the dtype of `weight`; and, [linears, out], the
+        squares of what `weight` is changed by, each column's times `added` [linears, in].
 
         numbers of the grid [linears, in, out] in solving order; back [linears, in]: a column's place in it.
         """
@@ -400,19 +401,23 @@ class _Scales:
             placed = torch.arange(len(self._scales), device=back.device).expand(len(back), -1)
         shuffled = settings.order == "activation" and not settings.static_groups
         if self._each is None:
-            codes = in_order(encode(numbers, self._grid), back).mT.contiguous()
-            linears, weight = self._records(codes, placed)
+            spread = settings.order == "activation" and settings.static_groups
+            group = torch.arange(self._in_features, device=back.device).expand_as(back) if spread else back
+            group = (group // self._columns).contiguous()
+            found = self._scales, self._zeros
+            codes, rounded, lost = rows_first(numbers, back, group, found, weight, added, self._grid)
+            linears = self._records(codes, placed)
         else:
             natural = in_order(numbers, back).mT
             for one, order in zip(self._each, placed, strict=True):
                 one.reorder(order)
             linears = [one.linear(mine) for one, mine in zip(self._each, natural, strict=True)]
-            weight = None
         if shuffled:
             linears = [replace(q, g_idx=(mine // self._columns).int()) for q, mine in zip(linears, back, strict=True)]
-        if weight is None or shuffled:
-            weight = torch.stack([q.dequantize() for q in linears])
-        return linears, weight
+        if self._each is not None:
+            rounded = torch.stack([q.dequantize() for q in linears])
+            lost = torch.bmm((rounded - weight).square_(), added[:, :, None])[:, :, 0]
+        return linears, rounded.to(weight.dtype), lost
 
     def clipped(self) -> Tensor | None:
         """As in SolvedBatch."""
@@ -422,8 +427,8 @@ class _Scales:
     def groups(self) -> int:
         return self._scales.shape[0] * self._scales.shape[2]
 
-    def _records(self, codes: Tensor, placed: Tensor) -> tuple[list[QuantizedLinear], Tensor]:
-        """The linears, and their weights [linears, out, in], dequantized as one stack of rows."""
+    def _records(self, codes: Tensor, placed: Tensor) -> list[QuantizedLinear]:
+        """The linears of codes [linears, out, in]; placed [linears, groups]: where each group stands in the scales."""
         count, out_features, _ = codes.shape
         scales, zeros = (in_order(x.transpose(0, 1), placed).mT for x in (self._scales, self._zeros))
         overall = self._overall
@@ -439,7 +444,7 @@ class _Scales:
         linears = [stack.rows(i * out_features, (i + 1) * out_features) for i in range(count)]
         if overall is not None:
             linears = [replace(q, global_scale=one) for q, one in zip(linears, overall, strict=True)]
-        return linears, stack.dequantize().view(codes.shape)
+        return linears
 
 
 def _part(importance: Tensor | None, start: int, stop: int) -> Tensor | None:

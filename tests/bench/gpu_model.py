@@ -208,6 +208,8 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     for attribute, name in (("factor", "factors"), ("pull_of", "error correction"), ("lead_of", "error correction")):
         yield replaced(gptq_batch, attribute, under(name))
     yield replaced(upper_factors, "split_in_halves", lambda old: partial(_split_in_halves, gpu))
+    yield replaced(gptq_batch, "columns_first", lambda old: partial(_columns_first, gpu))
+    yield replaced(gptq_batch, "rows_first", lambda old: partial(_rows_first, gpu))
     yield replaced(gptq_batch, "solve_columns", lambda old: partial(_solve_columns, gpu))
     yield replaced(gptq_batch, "fit_scales", lambda old: partial(_fit_scales, gpu))
 
@@ -222,6 +224,24 @@ def _split_in_halves(gpu: PaperGpu, x: Tensor) -> Tensor:
     """Reads x and writes it four times."""
     gpu.kernel("split_in_halves", 20 * x.numel())
     return x.new_empty(*x.shape[:2], 4 * x.shape[2])
+
+
+def _columns_first(gpu: PaperGpu, x: Tensor, back: Tensor, dtype: torch.dtype) -> Tensor:
+    """Reads x and writes it in `dtype`."""
+    out = x.new_empty(x.shape[0], x.shape[2], x.shape[1], dtype=dtype)
+    gpu.kernel("columns_first", sum(y.numel() * y.element_size() for y in (x, out)))
+    return out
+
+
+def _rows_first(
+    gpu: PaperGpu, numbers: Tensor, back: Tensor, group: Tensor, scales: tuple[Tensor, Tensor], weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads numbers, scales and weight, writes codes, a weight and a sum for each 256 columns; a tenth of the rest."""
+    codes, rounded = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    lost = weight.new_empty(weight.shape[:2], dtype=torch.float32)
+    read = sum(x.numel() * x.element_size() for x in (numbers, *scales, weight))
+    gpu.kernel("rows_first", read + sum(x.numel() * x.element_size() for x in (codes, rounded)) + numbers.numel() // 16)
+    return codes, rounded, lost
 
 
 def _solve_columns(gpu: PaperGpu, fed: Tensor, inside: Tensor, variance: Tensor, *others: Any) -> None:

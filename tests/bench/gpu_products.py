@@ -51,6 +51,11 @@ def solve_columns(
         error[:, j] = off - received
 
 
+def columns_first(x: Tensor, back: Tensor, dtype: torch.dtype) -> Tensor:
+    """The kernel's work."""
+    return gptq_batch.in_order(x.to(dtype).mT, back.argsort(-1))
+
+
 def rounded(x: Tensor) -> Tensor:
     """To the 10 bits of the fraction that TF32 has, the nearest."""
     return ((x.contiguous().view(torch.int32) + (1 << 12)) & (-1 << 13)).view(torch.float32)
@@ -81,7 +86,7 @@ def as_on_a_gpu(*, tf32: bool, sums: bool) -> None:
     engine, planned, batch, factors, run = changed
     engine.solves_batches = planned.solves_batches = lambda method, device: method.name == "gptq"
     engine.kernels_refused = lambda *what: None
-    batch.solve_columns, batch.can_fit = solve_columns, lambda grid: False
+    batch.solve_columns, batch.columns_first, batch.can_fit = solve_columns, columns_first, lambda grid: False
     whole = run.BlockPass
     run.BlockPass = lambda *given, **options: whole(*given, **options | {"moved": True})
     if tf32:

@@ -52,6 +52,7 @@ def sources() -> list[tuple[str, ASTSource, int]]:
     for module, name in (
         (kernels, "_solve_columns"), (kernels, "_fit_scales"), (parts, "_rms_norm"), (parts, "_silu_times"),
         (parts, "_rotate"), (layouts, "_split_in_halves"),
+        (layouts, "_columns_first"), (layouts, "_rows_first"),
     ):  # fmt: skip
         recorders.append(_Recorder(getattr(module, name)))
         setattr(module, name, recorders[-1])
@@ -64,12 +65,21 @@ def sources() -> list[tuple[str, ASTSource, int]]:
         turn = torch.ones(1, 5, size, dtype=torch.bfloat16)
         parts.rotate(turn[:, None].expand(3, heads, 5, size), turn, turn)
     layouts.split_in_halves(torch.ones(2, 3, 1024))
+    back = torch.arange(1024).expand(2, 1024).contiguous()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        layouts.columns_first(torch.ones(2, 96, 1024, dtype=dtype), back, torch.float32)
     for grid, dtype in CASES:
         columns = min(grid.columns(512), kernels.COLUMNS)
         for importance in (torch.ones(2, columns), None) if grid.scale_search != "minmax" else (None,):
             w, out = torch.ones(2, columns, 96), torch.ones(3, 2, 96).unbind(0)
             kernels.fit_scales(w, grid, dtype, importance, torch.ones(2) if grid.type == "nvfp4" else None, out)
             squares = torch.ones(2, columns, columns)
+            pair = torch.ones(2, 1, 2, 96).unbind(0)
+            for kind in (torch.bfloat16, torch.float16):
+                weight = w.mT.contiguous().to(kind)
+                layouts.rows_first(
+                    w, back[:, :columns].contiguous(), back[:, :columns] * 0, pair, weight, squares[0], grid
+                )
             kernels.solve_columns(w, squares, squares[0], w, w, w, w, out[0], grid)
             kernels.solve_columns(w, squares, squares[0], w, w, w, w, out[0], grid, w, 0.5)
     for recorder in recorders:
@@ -77,14 +87,19 @@ def sources() -> list[tuple[str, ASTSource, int]]:
             warps = kwargs.pop("num_warps")
             signature = dict(zip(recorder.kernel.arg_names, map(_type, args), strict=False))
             source = ASTSource(recorder.kernel, signature | dict.fromkeys(kwargs, "constexpr"), kwargs)
-            what = json.dumps([recorder.kernel.__name__, kwargs])
+            what = json.dumps([recorder.kernel.__name__, kwargs | {"of": sorted({*signature.values()})}])
             found[what] = what, source, warps
     return list(found.values())
 
 
+_POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
+
+
 def _type(x: Any) -> str:
     if isinstance(x, torch.Tensor):
-        return "*bf16" if x.dtype == torch.bfloat16 else "*fp32"
+        return _POINTERS[x.dtype]
     return "fp32" if isinstance(x, float) else "i32"
 
 
