@@ -118,7 +118,7 @@ class BlockTransforms:
             names = ", ".join(transform.name for transform in self._wanted)
             return None, [{"note": f"{names} left out: {why}"}]
         tie = source_channels(block, link, self._skeleton.config)
-        inputs = watch.inputs(shared.names[0], shared.moment, tie)
+        inputs = watch.inputs(shared.names[0], shared.moment, tie, _channels(block, link, self._skeleton.config))
         weights = [(columns(block.get_submodule(name)), grids[name]) for name in link.into if name in grids]
         total, records = torch.ones_like(inputs.peak), []
         for transform in self._wanted:
@@ -280,8 +280,8 @@ class _Watch:
         self._peaks = [torch.maximum(before, peak) for before in self._peaks] or [peak]
         self._rows.append((lane, rows[:: self._stride].clone()))
 
-    def inputs(self, name: str, moment: Tensor, tie: Tensor) -> Observed:
-        """What all processes have observed of the group `name`, with its second moments and `tie`."""
+    def inputs(self, name: str, moment: Tensor, tie: Tensor, channels: int) -> Observed:
+        """What all processes have observed of the group `name`, with its second moments, `tie` and `channels`."""
         here = name == self._name
         tensors = [*self._peaks, *(rows for _, rows in self._rows)] if here else []
         peaks, rows = list[Tensor](), list[tuple[int, Tensor]]()
@@ -289,4 +289,4 @@ class _Watch:
             peaks += found[:1]
             rows += zip(lanes, found[1:], strict=True)
         rows.sort(key=lambda one: one[0])
-        return Observed(moment, torch.stack(peaks).amax(0), torch.cat([part for _, part in rows]), tie)
+        return Observed(moment, torch.stack(peaks).amax(0), torch.cat([part for _, part in rows]), tie, channels)

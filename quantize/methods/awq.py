@@ -15,23 +15,30 @@ def awq(weights: Weights, inputs: Observed, settings: TransformSettings, roundin
     """
     if not isinstance(settings, Awq):
         raise ValueError(f"awq was given the settings of {settings.name}")
-    strengths = [i / settings.points for i in range(1, settings.points)]
-    return least(weights, inputs, [(strength, salience(weights, inputs, strength)) for strength in strengths])
+    x, w = magnitudes(weights, inputs)
+    strengths = torch.arange(1, settings.points, device=x.device) / settings.points
+    scales = salience(x, w, strengths[:, None])
+    return least(weights, inputs, [((i + 1) / settings.points, scale) for i, scale in enumerate(scales)])
 
 
-def salience(weights: Weights, inputs: Observed, strength: float) -> Tensor:
-    """s_j = rms(X_j)^strength / rms(W_j)^(1 - strength) [in], over the geometric mean of the smallest and the largest.
+def magnitudes(weights: Weights, inputs: Observed) -> tuple[Tensor, Tensor]:
+    """The root mean squares x [in] of the inputs and w [in] of the weights' columns, by channel."""
+    x = inputs.tied_mean(inputs.moment.diagonal()).clamp(min=0).sqrt()
+    squares = torch.stack([w.to(torch.float32).square().mean(0) for w, _ in weights]).mean(0)
+    return x, inputs.tied_mean(squares).sqrt()
+
+
+def salience(x: Tensor, w: Tensor, strength: Tensor) -> Tensor:
+    """s_j = x_j^strength / w_j^(1 - strength) of `magnitudes`, over the geometric mean of the smallest and the largest.
+
+    strength [n, 1]: gives n of them, [n, in].
 
     The paper has mean |X_j|^strength. If a group's step is proportional to the rms of W s over its columns, the error
     sum_j (rms(W_j) s_j)^2 * sum_j (rms(X_j) / s_j)^2 is least at strength 1/2 of this form: scaling up columns of small
     weights costs nothing. AutoAWQ divides in the same way ("duo scaling").
     """
-    x = inputs.tied_mean(inputs.moment.diagonal()).clamp(min=0).sqrt()
-    squares = torch.stack([w.to(torch.float32).square().mean(0) for w, _ in weights]).mean(0)
-    w = inputs.tied_mean(squares).sqrt()
     alive = (x > 0) & (w > 0)
-    if not bool(alive.any()):
-        return torch.ones_like(x)
-    scale = torch.where(alive, x.pow(strength) / w.pow(1 - strength), 1.0)
-    middle = (scale[alive].amin() * scale[alive].amax()).sqrt()
+    scale = x.pow(strength) / w.pow(1 - strength)
+    lowest = torch.where(alive, scale, torch.inf).amin(-1, keepdim=True)
+    middle = (lowest * torch.where(alive, scale, -torch.inf).amax(-1, keepdim=True)).sqrt()
     return sane(torch.where(alive, scale / middle, 1.0))

@@ -98,14 +98,18 @@ def common_measure(measures: Iterable[str | None]) -> str | None:
 
 
 def output_power(weight: Tensor, moment: Tensor | None) -> Tensor:
-    """Squared output of each row of `weight` [out, in], summed over the tokens of `moment`; without one, of the row."""
+    """Squared output of each row of `weight` [out, in], summed over the tokens of `moment`; without one, of the row.
+
+    A GPU multiplies in TF32, whose roundings even out in the sum.
+    """
     if moment is None or moment.dim() == 1:
         return (weight.square() if moment is None else weight.square().mul_(moment)).sum(1)
     power = weight.new_zeros(weight.shape[0])
-    for part in panels(weight.shape[1]):  # the moment is symmetric: what is below its diagonal counts twice
-        moved = torch.mm(weight[:, part], moment[part, part])
-        moved.addmm_(weight[:, part.stop :], moment[part.stop :, part], alpha=2)
-        power += moved.mul_(weight[:, part]).sum(1)
+    with tf32_products():
+        for part in panels(weight.shape[1]):  # the moment is symmetric: what is below its diagonal counts twice
+            moved = torch.mm(weight[:, part], moment[part, part])
+            moved.addmm_(weight[:, part.stop :], moment[part.stop :, part], alpha=2)
+            power += moved.mul_(weight[:, part]).sum(1)
     return power
 
 

@@ -16,4 +16,5 @@ def outliers(seed: int = 0, *, mixed: bool = False) -> Tensor:
 
 def observed(x: Tensor, tie: Tensor | None = None) -> Observed:
     """All there is to see of X [tokens, in]."""
-    return Observed(x.T @ x, x.abs().amax(0), x, torch.arange(x.shape[1]) if tie is None else tie)
+    tie = torch.arange(x.shape[1]) if tie is None else tie
+    return Observed(x.T @ x, x.abs().amax(0), x, tie, int(tie.max()) + 1)

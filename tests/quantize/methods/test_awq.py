@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantpress.methods.awq import awq, salience
-from quantpress.methods.channel_scales import Observed, output_error
+from quantpress.methods import channel_scales
+from quantpress.methods.awq import awq, magnitudes, salience
+from quantpress.methods.channel_scales import Observed, output_errors
 from quantpress.methods.rtn import rtn
 from quantpress.numbers.types import Grid
 from quantpress.recipe import Awq, Rtn, SmoothQuant
@@ -17,6 +18,12 @@ from quantpress.recipe import Awq, Rtn, SmoothQuant
 from .inputs import observed, outliers
 
 GRID = Grid(bits=3, group_size=32, symmetric=False, scale_search="minmax")
+
+
+def of(x: Tensor, strength: float, weights: Any = None, tie: Tensor | None = None) -> Tensor:
+    """The scale [64] of one strength."""
+    x, w = magnitudes(linears() if weights is None else weights, observed(x, tie))
+    return salience(x, w, torch.tensor([[strength]]))[0]
 
 
 def linears(seed: int = 0) -> list[tuple[Tensor, Grid]]:
@@ -36,15 +43,19 @@ def forward_error(weights: list[tuple[Tensor, Grid]], x: Tensor, scale: Tensor) 
     return total
 
 
-def test_the_error_from_the_moment_is_that_of_running_the_linears() -> None:
-    x, weights = outliers(), linears()
-    for scale in (torch.ones(64), torch.linspace(0.3, 4, 64)):
-        assert output_error(weights, observed(x), scale) == pytest.approx(forward_error(weights, x, scale), rel=1e-3)
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_error_from_the_moment_is_that_of_running_the_linears(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weights, scales = outliers(), linears(), [torch.ones(64), torch.linspace(0.3, 4, 64), torch.linspace(2, 1, 64)]
+    monkeypatch.setattr(channel_scales, "_step", lambda weight, grid: together)
+    found = output_errors(weights, observed(x), scales)
+    assert found.tolist() == pytest.approx([forward_error(weights, x, scale) for scale in scales], rel=1e-3)
 
 
 def test_scales_follow_the_definition_column_by_column() -> None:
     x, weights, strength = outliers(), linears(), 0.6
-    got = salience(weights, observed(x), strength)
+    got = of(x, strength, weights)
     wanted = []
     for j in range(64):
         inputs = float(x[:, j].double().square().sum().sqrt())
@@ -58,7 +69,7 @@ def test_the_strength_is_the_one_of_least_error_and_never_worse_than_none() -> N
     x = outliers()
     weights = [(w[:200], grid) for w, grid in linears()]  # few enough rows that all are compared
     found = awq(weights, observed(x), Awq(points=8))
-    scales = {None: torch.ones(64)} | {i / 8: salience(weights, observed(x), i / 8) for i in range(1, 8)}
+    scales = {None: torch.ones(64)} | {i / 8: of(x, i / 8, weights) for i in range(1, 8)}
     errors = {strength: forward_error(weights, x, scale) for strength, scale in scales.items()}
     assert found.strength == min(errors, key=errors.__getitem__)
     assert_close(found.scale, scales[found.strength])
@@ -79,16 +90,16 @@ def test_scaling_that_does_not_help_is_left_out() -> None:
 def test_silent_channels_and_silent_inputs_are_not_scaled() -> None:
     x = outliers()
     x[:, 7] = 0
-    scale = salience(linears(), observed(x), 0.5)
+    scale = of(x, 0.5)
     assert scale[7] == 1
     assert torch.isfinite(scale).all()
     assert (scale > 0).all()
-    assert torch.equal(salience(linears(), observed(x * 0), 0.5), torch.ones(64))
+    assert torch.equal(of(x * 0, 0.5), torch.ones(64))
 
 
 def test_inputs_of_one_channel_get_one_scale() -> None:
     x, tie = outliers(), torch.arange(64) % 16
-    scale = salience(linears(), observed(x, tie), 0.5)
+    scale = of(x, 0.5, tie=tie)
     assert torch.equal(scale, scale[:16].repeat(4))
     assert scale.unique().numel() == 16
 
