@@ -129,11 +129,11 @@ class Passes:
 
     def loss(self, weights: Mapping[str, Tensor]) -> float:
         """Mean squared error of the block's output over all samples."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         with torch.no_grad():
             for part in torch.split(torch.arange(self.samples), self._batch):
-                total += float(self._squared_error(weights, part))
-        return total / self._targets.numel()
+                total += self._squared_error(weights, part)
+        return float(total) / self._targets.numel()  # read once: a GPU waits for it
 
     def gradients(self, weights: Mapping[str, Tensor], picked: Tensor) -> dict[str, Tensor | None]:
         """The gradient for each weight of the mean squared error over the samples `picked`; None if no token came."""
