@@ -62,8 +62,8 @@ def solve_columns(
     """Round the columns in `error` [linears, columns, rows] one by one, each with feedback of those before it.
 
     fed: the feedback on each column of all columns before these. inside [linears, columns, columns]: how much of what
-    column i loses is fed to column k, at [k, i], read for i < k. scales, zeros: as `error`, or expanded to it. Fills
-    `numbers`, and puts in the place of each column what it loses; both are views with rows next to each other. To
+    column i loses is fed to column k, at [k, i], read for i < k. scales, zeros: as `error`, or one for all its columns.
+    Fills `numbers`, and puts in the place of each column what it loses; both are views with rows next to each other. To
     `squares` [linears, rows] the squared error of each updated column is added, times its `variance` [linears,
     columns]. lead, as `error`: the part of `fed` that corrects the weight, `strength` times what corrects it fully; of
     each column the square is then that of its error against the full correction, less the full correction's own. At
@@ -79,8 +79,8 @@ def solve_columns(
     n = Numbers.of(grid)
     _solve_columns[(triton.cdiv(rows, _ROWS), linears)](
         fed, inside, variance, scales, zeros, error, numbers, squares, error if lead is None else lead, rows,
-        2.0 / strength, *fed.stride()[:2], *inside.stride()[:2], variance.stride(0), *scales.stride()[:2],
-        *error.stride()[:2], squares.stride(0),
+        2.0 / strength, *fed.stride()[:2], *inside.stride()[:2], variance.stride(0),
+        scales.stride(0), scales.stride(1) if scales.shape[1] > 1 else 0, *error.stride()[:2], squares.stride(0),
         UNIFORM=n.uniform, LARGEST=n.largest, MANTISSA=n.mantissa, NORMAL=n.normal,
         COLUMNS=columns, WIDTH=width, ROWS=_ROWS, LED=lead is not None, num_warps=1,
     )  # fmt: skip

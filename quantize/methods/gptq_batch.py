@@ -159,20 +159,19 @@ def _solved(
             whole = solving.upper.solve_transposed_(lead.clone()).add_(w)
     scales = _Scales(whole, grid, scale_dtype(weight, grid))
     importance = solving.upper.variance if settings.weighted_scales else None
-    state = _State(w, lead, shared.strength, solving.upper, min(COLUMNS, in_features if spread else columns))
+    state = _State(w, lead, shared.strength, solving.upper, in_features if spread else columns)
     del w, lead
     if spread:
         scales.fit_all(whole, back, importance)
         del whole
         scale, zero = scales.of_columns(order // columns)
-        state.solve(0, in_features, scale, zero, grid)
+        state.solve(0, scale, zero, grid)
         del scale, zero
     else:
         del whole
         for start in range(0, in_features, columns):
-            updated = scales.fit(start, state.updated, importance)
-            scale, zero = (x.expand_as(updated) for x in scales.of_group(start // columns))
-            state.solve(start, start + updated.shape[1], scale, zero, grid)
+            scales.fit(start, state.updated, importance)
+            state.solve(start, *scales.of_group(start // columns), grid)
     error, numbers = state.squares, state.numbers
     del state
     added = solving.added.gather(-1, back).to(torch.float32)
@@ -253,32 +252,64 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], order].contiguous()
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """Columns [begin, end) that one launch solves: views of what `_State` holds of all, and their variance.
+
+    Made for all launches at once: a view costs the host nearly as much time as a launch.
+    """
+
+    begin: int
+    end: int
+    error: Tensor
+    numbers: Tensor
+    variance: Tensor
+    lead: Tensor | None
+
+
 @dataclass
 class _State:
     """Columns of the weight in solving order, [linears, in, out].
 
     error: the columns as they begin, and of those that are solved what they lost. lead: what they receive from the
     first, as `lead_of` has it for `strength`. numbers: of the grid. squares [linears, out]: of each row's error, with
-    and without its drift: see `solve_columns`. step: columns solved in one launch, the last ones perhaps fewer.
+    and without its drift: see `solve_columns`. columns: those solved together; step: those of one launch, the last ones
+    perhaps fewer.
     """
 
     error: Tensor
     lead: Tensor | None
     strength: float
     upper: UpperFactor
-    step: int
+    columns: int
+    step: int = field(init=False)
     numbers: Tensor = field(init=False)
     squares: Tensor = field(init=False)
     _fed: Tensor | None = None  # lead and feedback of the first _given columns, from column _first on
     _first: int = 0
     _given: int = 0
-    _inside: Tensor | None = None  # [linears, launches, step, step]
+    _launches: dict[int, list[_Launch]] = field(init=False)  # by the first of the columns solved together
+    _inside: Sequence[Tensor] = ()  # [linears, step, step] of each whole launch
     _latest: tuple[int, int, Tensor] | None = None  # columns and their feedback
 
     def __post_init__(self) -> None:
         linears, _, out = self.error.shape
         self.numbers, self._fed = torch.empty_like(self.error), self.lead
         self.squares = torch.zeros(linears, out, dtype=self.error.dtype, device=self.error.device)
+        self.step = min(COLUMNS, self.columns)
+        self._launches = self._divided()
+
+    def _divided(self) -> dict[int, list[_Launch]]:
+        n, columns = self.error.shape[1], self.columns
+        starts = [begin for start in range(0, n, columns) for begin in range(start, min(start + columns, n), self.step)]
+        ends = [*starts[1:], n]
+        sizes = [end - begin for begin, end in zip(starts, ends, strict=True)]
+        whole = self.error, self.numbers, self.upper.variance
+        leads: Sequence[Tensor | None] = [None] * len(sizes) if self.lead is None else torch.split(self.lead, sizes, 1)
+        launches: dict[int, list[_Launch]] = {}
+        for launch in map(_Launch, starts, ends, *(torch.split(x, sizes, 1) for x in whole), leads):
+            launches.setdefault(launch.begin // columns * columns, []).append(launch)
+        return launches
 
     def feedback(self, start: int, stop: int) -> Tensor:
         """What columns [start, stop) receive of all columns before `start`, and their lead."""
@@ -314,17 +345,19 @@ class _State:
         self._latest = start, stop, self.feedback(start, stop)
         return self.upper.add_ahead(start, self.error[:, start:stop], self._latest[2])
 
-    def solve(self, start: int, stop: int, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
-        """Round columns [start, stop); scales and zeros [linears, stop - start, out]."""
-        for begin in range(start, stop, self.step):
-            end = min(begin + self.step, stop)
-            here, mine = slice(begin, end), slice(begin - start, end - start)
-            known = self._latest is not None and self._latest[:2] == (begin, end)
-            fed = self._latest[2] if self._latest and known else self.feedback(begin, end)
+    def solve(self, start: int, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
+        """Round the columns from `start` on that are solved together; scales and zeros [linears, those, out], or one
+        for all of them.
+        """
+        for x in self._launches[start]:
+            known = self._latest is not None and self._latest[:2] == (x.begin, x.end)
+            fed = self._latest[2] if self._latest and known else self.feedback(x.begin, x.end)
+            mine = scales, zeros
+            if scales.shape[1] > 1:
+                mine = scales[:, x.begin - start : x.end - start], zeros[:, x.begin - start : x.end - start]
             solve_columns(
-                fed, self._among(begin, end), self.upper.variance[:, here], scales[:, mine],
-                zeros[:, mine], self.error[:, here], self.numbers[:, here], self.squares, grid,
-                None if self.lead is None else self.lead[:, here], self.strength,
+                fed, self._among(x.begin, x.end), x.variance, *mine, x.error, x.numbers, self.squares, grid,
+                x.lead, self.strength,
             )  # fmt: skip
 
     def _among(self, begin: int, end: int) -> Tensor:
@@ -332,12 +365,12 @@ class _State:
         above, step = self.upper.above, self.step
         if begin % step or end - begin != step:
             return above[:, begin:end, begin:end].mT.contiguous()
-        if self._inside is None:
+        if not self._inside:
             linears, n, _ = above.shape
             whole, (matrix, row, column) = n // step, above.stride()
             squares = above.as_strided((linears, whole, step, step), (matrix, step * (row + column), column, row))
-            self._inside = squares.contiguous()
-        return self._inside[:, begin // step]
+            self._inside = squares.contiguous().unbind(1)
+        return self._inside[begin // step]
 
 
 class _Scales:
@@ -351,10 +384,12 @@ class _Scales:
         groups = -(-in_features // self._columns)
         found = w.new_empty(3, groups, linears, out_features, dtype=torch.float32)
         self._scales, self._zeros, self._largest = found.unbind(0)
+        each = (x[:, :, None].unbind(0) for x in (self._scales, self._zeros, self._largest))
+        self._groups = list(zip(*each, strict=True))
         self._each = None if can_fit(grid) else [GroupScales(one.mT, grid, stored) for one in w]
 
-    def fit(self, start: int, columns: Callable[[int, int], Tensor], importance: Tensor | None) -> Tensor:
-        """Fit the group that begins at column `start`; returns its columns [linears, columns, out].
+    def fit(self, start: int, columns: Callable[[int, int], Tensor], importance: Tensor | None) -> None:
+        """Fit the group that begins at column `start`.
 
         columns: gives columns [start, stop) as they are by then. importance [linears, in].
         """
@@ -365,13 +400,11 @@ class _Scales:
                 one.reach(group, ahead[i].mT, None if weigh is None else weigh[i])
         here, weigh = columns(start, stop), _part(importance, start, stop)
         if self._each is None:
-            out = self._scales[group], self._zeros[group], self._largest[group]
-            fit_scales(here, self._grid, self._stored, weigh, self._overall, out)
+            fit_scales(here, self._grid, self._stored, weigh, self._overall, self._groups[group])
         else:
             for i, one in enumerate(self._each):
                 found = one.fit(group, here[i].mT, None if weigh is None else weigh[i])
                 self._scales[group, i], self._zeros[group, i] = found
-        return here
 
     def fit_all(self, w: Tensor, back: Tensor, importance: Tensor | None) -> None:
         """Fit all groups as they stand on disk; back [linears, in]: a column's place in `w` and in `importance`."""
@@ -381,7 +414,7 @@ class _Scales:
 
     def of_group(self, group: int) -> tuple[Tensor, Tensor]:
         """Scale and zero [linears, 1, out] of a group."""
-        return self._scales[group][:, None], self._zeros[group][:, None]
+        return self._groups[group][:2]
 
     def of_columns(self, group: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero [linears, columns, out] of the columns' groups, `group` [linears, columns]."""

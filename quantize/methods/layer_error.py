@@ -120,7 +120,7 @@ def output_powers(weight: Tensor, moment: Tensor) -> Tensor:
     even out in the sum.
     """
     w = weight.to(moment.dtype)
-    power = w.new_zeros(w.shape[:2])
+    power = torch.zeros(w.shape[:2], dtype=w.dtype, device=w.device)
     with tf32_products():
         for part in panels(w.shape[2]):
             moved = torch.bmm(w[:, :, part], moment[:, part, part])

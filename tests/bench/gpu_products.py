@@ -40,6 +40,7 @@ def solve_columns(
     strength: float,
 ) -> None:
     """The kernel's work, column by column."""
+    scales, zeros = scales.expand_as(error), zeros.expand_as(error)
     for j in range(error.shape[1]):
         received = fed[:, j] + torch.einsum("li,lir->lr", inside[:, j, :j], error[:, :j])
         shifted = error[:, j] + received + zeros[:, j] * scales[:, j]
