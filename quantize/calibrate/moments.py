@@ -16,7 +16,8 @@ from .picked_rows import column_squares, missed_squares, sampled_rows
 _WHOLE = 2048  # columns up to which a GPU makes a symmetric product in one launch: those of experts are many
 _ROWS = 4096  # of fewer rows one of any size
 _PANEL = 1024  # columns of a larger one that it multiplies at a time: fewer leave it partly idle
-_PANELS = 16  # at most
+_PANELS = 4, 16  # at most, up to _WIDE columns and beyond: a panel is a launch, and of wide matrices a small part
+_WIDE = 8192
 _TOGETHER = 1 << 26  # weights or squares of experts that are multiplied at once
 _COPIED = 1 << 13  # the most columns of a symmetric matrix of which a copy is made to mirror it
 
@@ -275,7 +276,7 @@ def _add_16_bit(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> N
     """`add_product` as a GPU does it best; on the first call `total` may hold anything."""
     columns = total.shape[1]
     parted = left is right and columns > _WHOLE and len(left) >= _ROWS
-    width = max(_PANEL, -(-columns // _PANELS)) if parted else columns
+    width = max(_PANEL, -(-columns // _PANELS[columns > _WIDE])) if parted else columns
     for start in range(0, columns, width):
         part, rest = slice(start, start + width) if left is right else slice(None), slice(start, None)
         into = total[part, rest]

@@ -29,7 +29,7 @@ def missed_squares(wanted: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     count, scale = _picks(len(x), weight.numel()), None
     if count:
         norms = torch.linalg.vector_norm(wanted, dim=1, dtype=torch.float32).square_()
-        picked, scale = _picked(norms.add_(norms.mean()), count)
+        picked, scale = _picked(norms, count, evenly=True)
         wanted, x = wanted[picked], x[picked]
     off = wanted - torch.mm(x, weight.T, out_dtype=torch.float32)
     return column_squares(off if scale is None else off.mul_(scale[:, None]))
@@ -49,20 +49,24 @@ def _picks(rows: int, work: int) -> int:
     return count if 2 * count <= rows and rows * work >= _LITTLE else 0
 
 
-def _picked(shares: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _picked(shares: Tensor, count: int, *, evenly: bool = False) -> tuple[Tensor, Tensor]:
     """Picks among rows in proportion to their `shares` [rows], float32 and not negative, at even steps of their sum.
 
-    And what each pick is multiplied by, so that squares summed over picks are those summed over rows, in the mean
-    (Drineas, Kannan and Mahoney, doi 10.1137/S0097539704442684, section 4). A row that outweighs others is always
-    picked.
+    evenly: half of them; the others without regard to their shares. And what each pick is multiplied by, so that
+    squares summed over picks are those summed over rows, in the mean (Drineas, Kannan and Mahoney, doi
+    10.1137/S0097539704442684, section 4). A row that outweighs others is always picked.
     """
-    parts = (shares / (shares.sum() + 1e-30)).mul_(float(count << 30)).to(torch.int64).add_(1)
-    ends = parts.cumsum(0)  # whole numbers, of which a GPU's sums are the same each time
-    points = (ends[-1] * _odd_numbers(count, shares.device)).div_(2 * count, rounding_mode="floor")
-    picked = torch.searchsorted(ends, points, right=True)
-    return picked, (ends[-1] / count / parts[picked]).sqrt_()
+    whole = count << 30
+    least, places = _constants(count, shares.device)
+    parts = (shares / torch.add(least, shares.sum(), alpha=1 / whole)).to(torch.int64)
+    # Whole numbers, of which a GPU's sums are always the same.
+    ends = parts.add_(whole // len(shares) if evenly else 1).cumsum(0)
+    points = ends[-1].div(2 * count, rounding_mode="floor") * places
+    picked = torch.searchsorted(ends, points[1:], right=True)
+    return picked, (points[0] / parts[picked]).sqrt_()
 
 
 @cache
-def _odd_numbers(count: int, device: torch.device) -> Tensor:
-    return torch.arange(1, 2 * count, 2, device=device)
+def _constants(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is added so that nothing is divided by 0; and, in half steps, a step's length and the places of picks."""
+    return torch.tensor(1e-30, device=device), torch.tensor([2, *range(1, 2 * count, 2)], device=device)

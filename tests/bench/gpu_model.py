@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quantpress.calibrate import block_pass
+from quantpress.calibrate import block_pass, picked_rows
 from quantpress.calibrate.tokens import Tokens
 from quantpress.core import machine
 from quantpress.core.products import exact_float32_products
@@ -199,8 +199,9 @@ def _patches(gpu: PaperGpu) -> Iterator[Callable[[], None]]:
     yield replaced(rounding, "kernels_refused", lambda old: lambda *what: None)
     yield replaced(skeletons.Skeleton, "read_block", lambda old: _read_block)
     yield replaced(ModelTensors, "read", lambda old: lambda self, name: torch.empty(0))
-    yield fitting._constant.cache_clear
-    fitting._constant.cache_clear()
+    for cached in (fitting._constant, picked_rows._constants):
+        yield cached.cache_clear
+        cached.cache_clear()
     yield replaced(fused, "_same", lambda old: lambda *what: gpu.wait() is None)
     yield replaced(fused_kernels, "rms_norm", lambda old: partial(_elementwise, gpu, "rms_norm", 1))
     yield replaced(fused_kernels, "silu_times", lambda old: partial(_elementwise, gpu, "silu_times", 2))
