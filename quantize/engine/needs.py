@@ -1,16 +1,22 @@
 """What a run needs of a machine's memory, estimated from shapes."""
 
 import sys
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 
 from ..calibrate.block_pass import BATCH_TOKENS, MOMENT_BYTES
 from ..calibrate.moments import sums_by_rows
+from ..formats import FORMATS
 from ..methods import solves_batches
 from ..methods.gptq import BATCH_ELEMENTS
+from ..models.by_name import ByName
 from ..models.placed_model import LinearLayer
 from ..models.skeleton import Skeleton
+from ..numbers.grid import scale_dtype
 from ..numbers.types import BlockGrid, Grid
 from ..recipe import Recipe, Tuned
 from .guard import comparison_bytes
@@ -20,6 +26,9 @@ from .rounding import TOGETHER
 _PROCESS_BYTES = 545_000_000  # Python, torch 2.13, transformers 5.24 and the run of a tiny model, measured on Linux
 _SKLEARN_BYTES = 125_000_000  # with pandas and pyarrow, which it imports
 _TOKENIZER_BYTES = 1000  # memory per vocabulary entry, measured with SmolLM2's byte-level BPE
+# Of a weight that a thread rounds to nearest, measured with 1 to 8 threads; most of it lies between tensors in use.
+_WORK_BYTES, _NVFP4_WORK_BYTES = 90, 240
+_ROUNDED_AT_ONCE = 1 << 19  # weights, by each thread (`rtn_by_rows`)
 
 
 def process_bytes() -> int:
@@ -41,10 +50,11 @@ def find_needs(
     streams, hidden = 2 if recipe.paired else 1, tokens * width * item
     if calibrated and solves_batches(recipe.rounder, skeleton.device):
         solve, sums = _solved_in_batches(skeleton, linears, schemes, recipe.paired)
-    elif not calibrated and skeleton.device.type == "cpu" and all(map(_by_rows, schemes.values())):
-        solve, sums = 0, 0  # what a few rows take is small beside the codes of two blocks
+    elif calibrated and recipe.method.name == "rtn" and not recipe.transforms:
+        # What is summed up has a lane beside it; where the original runs beside, there are three sums.
+        solve, sums = _largest_rounding(_stacks(linears, schemes), 6 if recipe.paired else 2), 0
     else:
-        solve, sums = _largest_solve(linears, schemes, calibrated), 0
+        solve, sums = _largest_solve(_stacks(linears, schemes), calibrated), 0
     return Needs(
         weights=max(inside),
         hidden=hidden,
@@ -62,31 +72,100 @@ def find_needs(
         open_shell=_open_shell(skeleton) if calibrated else 0,
         check=comparison_bytes(skeleton.nbytes, item),
         carried=streams * tokens * _carried(skeleton.config, linears, seq_len, item),
+        data_free=0 if calibrated or skeleton.device.type != "cpu" else _data_free(recipe, skeleton, linears, schemes),
     )
 
 
-def _by_rows(grid: Grid | None) -> bool:
+def _data_free(recipe: Recipe, skeleton: Skeleton, linears: list[LinearLayer], schemes: dict[str, Grid | None]) -> int:
+    """Bytes of a block that is rounded on a CPU without calibration, while the one before it is being written.
+
+    Codes lie in memory that later blocks use again. Weights are read a few rows at a time, unless a block has to show
+    what its linears share.
+    """
+    format, blocks = FORMATS[recipe.formats[0]], range(skeleton.n_blocks)
+    some = torch.empty(0, dtype=skeleton.dtype)
+    nbytes: Any = skeleton.reader.nbytes
+
+    @cache
+    def packed(grid: Grid, n_out: int, n_in: int) -> int:
+        """What is packed beside the codes."""
+        size = format.packed_bytes(grid, n_out, n_in, scale_dtype(some, grid).itemsize, recipe.activations)
+        return size - format.keeps_codes(grid, recipe.activations) * n_out * n_in
+
+    quantized = [(x, grid) for x in linears if (grid := schemes[x.name]) is not None]
+    codes: list[Counter[tuple[int, int]]] = [Counter() for _ in blocks]
+    written: list[Counter[tuple[int, int]]] = [Counter() for _ in blocks]  # those that are packed as they are
+    parts = list(skeleton.bytes_of_blocks)
+    for x, grid in quantized:
+        shape = x.out_features, x.in_features
+        codes[x.block][shape] += 1
+        written[x.block][shape] += format.keeps_codes(grid, recipe.activations)
+        parts[x.block] += packed(grid, *shape) - nbytes(f"{x.name}.weight")
+    most, before, there = Counter[tuple[int, int]](), 0, 0
+    for k in blocks:
+        most |= codes[k] + (written[k - 1] if k else Counter())
+        before = max(before, parts[k - 1] if k else 0)
+        there = max(there, parts[k] + (parts[k - 1] if k else 0))
+    read, stack = _read_whole(recipe, skeleton, quantized)
+    others = _stacks(linears, {x.name: grid for x, grid in quantized if not _by_rows(grid)})
+    rounding = max(_largest_rounding(others, 0), _work(quantized))
+    return sum(n * n_out * n_in for (n_out, n_in), n in most.items()) + read + max(there, before + stack + rounding)
+
+
+def _read_whole(recipe: Recipe, skeleton: Skeleton, quantized: list[tuple[LinearLayer, Grid]]) -> tuple[int, int]:
+    """Bytes of blocks whose weights are read as a whole, and of the largest stack of those that share a scale."""
+    blocks, reader = 2 * max(skeleton.bytes_of_blocks), skeleton.reader  # the next one is read meanwhile
+    shares = any(grid.shares_across_linears for _, grid in quantized)
+    if not shares and not recipe.transforms:
+        return blocks * (not all(reader.holds(f"{x.name}.weight") for x, _ in quantized)), 0
+    stacks = _stacks([x for x, _ in quantized], {x.name: grid for x, grid in quantized})
+    stack = skeleton.dtype.itemsize * max((n * rows for (_, n, _), rows in stacks.items()), default=0)
+    return (0, 2 * stack) if isinstance(skeleton, ByName) else (blocks, stack)
+
+
+def _work(quantized: Iterable[tuple[LinearLayer, Grid]]) -> int:
+    """Bytes of what all threads take to round a few rows each."""
+    at_once = _ROUNDED_AT_ONCE * torch.get_num_threads()
+    return max(
+        (
+            (_NVFP4_WORK_BYTES if grid.type == "nvfp4" else _WORK_BYTES) * min(x.out_features * x.in_features, at_once)
+            for x, grid in quantized
+            if _by_rows(grid)
+        ),
+        default=0,
+    )
+
+
+def _by_rows(grid: Grid) -> bool:
     """Whether rows are rounded each by itself where nothing is known of their inputs."""
-    return grid is None or not (isinstance(grid, BlockGrid) or grid.shares_rows or grid.shares_across_linears)
+    return not isinstance(grid, BlockGrid) and not grid.shares_rows
 
 
-def _largest_solve(linears: list[LinearLayer], schemes: dict[str, Grid | None], calibrated: bool) -> int:
+def _stacks(linears: list[LinearLayer], schemes: dict[str, Grid | None]) -> Counter[tuple[int, int, str]]:
+    """Rows of the quantized linears that may share an input, by (block, in, parent)."""
+    stacks: Counter[tuple[int, int, str]] = Counter()
+    for x in linears:
+        if schemes.get(x.name) is not None:
+            stacks[x.block, x.in_features, x.module.rpartition(".")[0]] += x.out_features
+    return stacks
+
+
+def _largest_rounding(stacks: Counter[tuple[int, int, str]], matrices: int) -> int:
+    """Bytes of the float32 copies of a stack that is rounded to nearest, beside `matrices` of what enters it."""
+    return max((20 * n * rows + 4 * matrices * n * n for (_, n, _), rows in stacks.items()), default=0)
+
+
+def _largest_solve(stacks: Counter[tuple[int, int, str]], calibrated: bool) -> int:
     """Bytes of one block's Hessians and of the float32 copies of the largest stack of linears that may share one."""
-    by_block: dict[int, list[LinearLayer]] = {}
-    for linear in linears:
-        if schemes[linear.name] is not None:
-            by_block.setdefault(linear.block, []).append(linear)
-    most = 0
-    for block in by_block.values():
-        stacks: dict[tuple[int, str], int] = {}
-        for x in block:
-            parent = (x.in_features, x.module.rpartition(".")[0])
-            stacks[parent] = stacks.get(parent, 0) + x.out_features
-        weights = max(n_in * out for (n_in, _), out in stacks.items())
-        # Solving takes five more of the largest; while summing up, three have a lane beside them.
-        hessians = sum(4 * n_in * n_in for n_in, _ in stacks) + 32 * max(n_in for n_in, _ in stacks) ** 2
-        most = max(most, 20 * weights + (hessians if calibrated else 0))
-    return most
+    weights: Counter[int] = Counter()
+    hessians: Counter[int] = Counter()
+    widest: Counter[int] = Counter()
+    for (block, n, _), rows in stacks.items():
+        weights[block] = max(weights[block], n * rows)
+        hessians[block] += 4 * n * n
+        widest[block] = max(widest[block], n)
+    # Solving takes five more of the largest; while summing up, three have a lane beside them.
+    return max((20 * weights[k] + calibrated * (hessians[k] + 32 * widest[k] ** 2) for k in weights), default=0)
 
 
 def _solved_in_batches(

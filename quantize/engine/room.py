@@ -54,7 +54,8 @@ class Needs:
     linears that share an input. sums: what is summed up over the tokens that pass. shell: everything outside the
     blocks. process: without tensors. tuning: to tune a block. open_shell: what of the shell stays while blocks run, to
     compute what they are given. carried: what blocks leave for later ones, in the host's memory. check: to compare a
-    small model with transformers', before all else, in the host's memory.
+    small model with transformers', before all else, in the host's memory. data_free: of a block and the one before, all
+    told, where one process rounds on the CPU without calibration; else 0.
     """
 
     weights: int
@@ -72,6 +73,7 @@ class Needs:
     carried: int = 0
     check: int = 0
     sums: int = 0
+    data_free: int = 0
 
     def of_one(self, ranks: Ranks) -> "Needs":
         """Of one of several processes, which have about equally many tokens."""
@@ -80,7 +82,7 @@ class Needs:
         hidden, kept, waiting, tokens, carried = (
             -(-n // ranks.size) for n in (self.hidden, self.kept, self.waiting, self.tokens, self.carried)
         )
-        return replace(self, hidden=hidden, kept=kept, waiting=waiting, tokens=tokens, carried=carried)
+        return replace(self, hidden=hidden, kept=kept, waiting=waiting, tokens=tokens, carried=carried, data_free=0)
 
     def work(self, room: Room) -> int:
         """Either a batch runs through the block or linears of one input are solved; meanwhile all batches wait."""
@@ -97,7 +99,7 @@ class Needs:
 
     def on_cpu(self, room: Room) -> int:
         """Bytes of a run on the CPU: the block, the next one being read, and what is packed; or embeddings and head."""
-        needed = 3 * self.weights + self.work(room) + self.kept + self.open_shell
+        needed = self.data_free or 3 * self.weights + self.work(room) + self.kept + self.open_shell
         states = 0 if room.on_disk else self.hidden * self.streams
         return self.process + max(self.check, self.shell, needed) + states + self.carried
 

@@ -121,6 +121,10 @@ class Format(ABC):
     ) -> int:
         """Bytes of the tensors `pack` makes of one linear with such inputs, scales of `scale_bytes` each."""
 
+    def keeps_codes(self, grid: Grid, activations: Activations | None = None) -> bool:
+        """Whether what `pack` makes of the codes of a weight with such inputs lies in their own memory."""
+        return False
+
     @abstractmethod
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
         """The quantized linears among the tensors {name: shape} of a checkpoint: {name: (out, in)}."""

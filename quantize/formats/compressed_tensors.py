@@ -79,6 +79,9 @@ class CompressedTensors(Format):
             size += 4 + (0 if activations.symmetric else 1)
         return size
 
+    def keeps_codes(self, grid: Grid, activations: Activations | None = None) -> bool:
+        return grid.bits == 8 and layouts.layout_of(grid, activations) != layouts.INT
+
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
         out: dict[str, tuple[int, int]] = {}
         for name in shapes:

@@ -120,6 +120,9 @@ class ModelOpt(Format):
         columns = in_features if grid.bits == 4 else 0  # pre_quant_scale
         return size + scale_bytes * (out_features * (in_features // grid.columns(in_features)) + columns)
 
+    def keeps_codes(self, grid: Grid, activations: Activations | None = None) -> bool:
+        return grid.type != "int" and grid.bits == 8
+
     def linears(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict[str, tuple[int, int]]:
         out = {}
         for name in (n.removesuffix(".weight_scale") for n in shapes if n.endswith(".weight_scale")):

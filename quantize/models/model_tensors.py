@@ -97,11 +97,15 @@ class ModelTensors:
         rows: Tensor = self._reader.read_rows(disk, part.rows)
         return part.of(rows.transpose(-1, -2) if flipped else rows)
 
+    def holds(self, name: str) -> bool:
+        """Whether the file holds the tensor as it is, so that rows of it can be read."""
+        return name not in self._made and name not in self._parts and not self._reader.is_packed(name)
+
     def rows(self, name: str) -> Callable[[slice], Tensor]:
         """What gives rows of the tensor. Where the file does not hold it as it is, all of it is read at once."""
-        if name in self._made or name in self._parts or self._reader.is_packed(name):
-            return self.read(name).__getitem__
-        return lambda rows: self._reader.read_rows(name, rows)
+        if self.holds(name):
+            return lambda rows: self._reader.read_rows(name, rows)
+        return self.read(name).__getitem__
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self._parts:

@@ -44,6 +44,9 @@ MAKE = Path(__file__).parent.parent.parent / "bench" / "checkpoints.py"
         ("w4a16-rtn", 64, 128),
         ("w4a16-rtn", 512, 1408),
         ("w4a16-rtn", 1024, 2816),  # nothing takes as much as the comparison with the whole model
+        ("w4a16-rtn", 2048, 8192),  # codes of a block, and what is packed of two
+        ("fp8-dynamic", 2048, 8192),  # codes of two blocks, which are written as they are
+        ("nvfp4a16", 2048, 8192),  # two blocks are read, to find out which linears share a scale
         ("w4a16-gptq", 64, 128),
         ("w4a16-gptq", 512, 1408),
         ("w4a16-awq", 512, 1408),

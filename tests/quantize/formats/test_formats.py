@@ -6,9 +6,10 @@ import torch
 from quantpress.core.errors import BadInput
 from quantpress.formats import FORMATS, ModelScheme, detect
 from quantpress.numbers.grid import Grid
+from quantpress.numbers.types import Activations
 from quantpress.recipe import FILE_FORMATS
 
-from .records import GPTQ_GRIDS, GRIDS, equal, record, with_scales
+from .records import FLOATS, GPTQ_GRIDS, GRIDS, equal, record, with_scales
 
 WRITTEN = ("compressed-tensors", "gptq")
 SHAPES = ((32, 64), (64, 96), (96, 32))
@@ -35,6 +36,21 @@ def test_a_record_comes_back(format: str, grid: Grid) -> None:
         assert {n.rpartition(".")[2] for n in tensors} <= set(FORMATS[format].suffixes)
         shapes = {n: tuple(t.shape) for n, t in tensors.items()} | {"a.b.bias": (n_out,), "c.weight": (8, 8)}
         assert FORMATS[format].linears(shapes, tensors.__getitem__) == {"a.b": (n_out, n_in)}
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq", "modelopt"])
+@pytest.mark.parametrize("spec", [None, Activations(type="int8")], ids=ids)
+@pytest.mark.parametrize("grid", [*FLOATS, Grid(group_size=128), Grid(bits=8, group_size=-1)], ids=ids)
+def test_which_codes_are_packed_as_they_are(format: str, grid: Grid, spec: Activations | None) -> None:
+    if spec is not None and grid.type != "int":
+        return
+    try:
+        FORMATS[format].check(grid, 128, 256, False)
+    except BadInput:
+        return
+    q = record(grid, 128, 256, dtype=torch.float16, spec=spec)
+    places = {t.untyped_storage().data_ptr() for t in FORMATS[format].pack("a.b", q).values()}
+    assert FORMATS[format].keeps_codes(grid, spec) == (q.codes.untyped_storage().data_ptr() in places)
 
 
 def test_scales_keep_their_dtype_where_the_format_allows() -> None:
