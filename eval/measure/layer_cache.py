@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from quantpress.core.latent_attention import latent_numbers
+
 _WINDOWED = ("sliding_attention", "hybrid_sliding", "reference_sliding_attention")
 _COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")  # DeepSeek-V4
 _INDEXED = ("indexed_attention", "deepseek_sparse_attention")  # the latter before transformers 5.24
@@ -75,10 +77,9 @@ def _index(config: Any) -> int:
 
 
 def _attended(config: Any, kind: str) -> int:
-    """Numbers of one token: keys and values of key-value heads; of latent attention (DeepSeek) one latent vector and
-    the rotary part of the keys instead."""
-    if getattr(config, "kv_lora_rank", None):
-        return int(config.kv_lora_rank + config.qk_rope_head_dim)
+    """Numbers of one token: keys and values of key-value heads, or what latent attention keeps instead."""
+    if (latent := latent_numbers(lambda name: getattr(config, name, None))) is not None:
+        return latent
     heads = config.num_attention_heads
     if config.model_type == "falcon":  # its heads are named otherwise
         several = config.num_kv_heads if config.new_decoder_architecture else heads

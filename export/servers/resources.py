@@ -3,6 +3,8 @@
 import math
 from dataclasses import asdict, dataclass
 
+from quantpress.core.latent_attention import latent_numbers
+
 from .served_model import ServedModel
 from .target_settings import Drafting, ServerSettings
 
@@ -46,11 +48,11 @@ class Resources:
 
 
 def kv_bytes_per_token(model: ServedModel, cache_bytes: int) -> int:
-    """Bytes of one token's keys and values, `cache_bytes` a number; an upper bound for sliding-window layers. Latent
-    attention (DeepSeek) keeps one latent vector and the rotary part of the keys."""
+    """Bytes of one token's keys and values, or of what latent attention keeps instead, `cache_bytes` a number; an upper
+    bound for sliding-window layers."""
     layers = model.of_config("num_hidden_layers", "n_layer") or 0
-    if latent := model.of_config("kv_lora_rank"):
-        return layers * (latent + (model.of_config("qk_rope_head_dim") or 0)) * cache_bytes
+    if (latent := latent_numbers(model.of_config)) is not None:
+        return layers * latent * cache_bytes
     return 2 * layers * (model.kv_heads or 1) * model.head_size * cache_bytes
 
 
