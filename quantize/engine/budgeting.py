@@ -90,6 +90,12 @@ class Menu:
         """The smallest option of each group."""
         return {name: min(options, key=options.__getitem__) for name, options in self.sizes.items()}
 
+    @property
+    def spare_bytes(self) -> int:
+        """What a choice may take at most beyond the smallest options."""
+        sizes = [options.values() for options in self.sizes.values()]
+        return min(self.room, sum(map(max, sizes))) - sum(map(min, sizes))
+
     def with_(self, grid: Grid) -> dict[str, Grid | None]:
         """`grid` wherever it is an option, else the smallest."""
         return {name: grid if grid in self.sizes[name] else small for name, small in self.smallest().items()}

@@ -90,11 +90,9 @@ class HuggingFaceFolder(Backend):
         plan = make_plan(setup.recipe, setup.skeleton, setup.linears, self.schemes, setup.ranks)
         plan = replace(plan, artifact_bytes=plan.artifact_bytes - self.outer.saved_bytes(setup.skeleton))
         if self.menu is not None:
-            sizes = [options.values() for options in self.menu.sizes.values()]
-            spare = min(self.menu.room, sum(map(max, sizes))) - sum(map(min, sizes))
             plan = with_sensitivity(plan, setup.recipe, setup.skeleton, setup.linears)
             layers = dict.fromkeys(plan.layers, "within the budget")
-            plan = replace(plan, artifact_bytes=plan.artifact_bytes + spare, layers=layers)
+            plan = replace(plan, artifact_bytes=plan.artifact_bytes + self.menu.spare_bytes, layers=layers)
             plan = replace(plan, notes=(*plan.notes, "the artifact takes at most that size: the budget chooses"))
         notes, original = (*self._notes, *self.outer.left, *plan.notes), setup.checkpoint.total_bytes
         if setup.checkpoint.quantization is not None and plan.artifact_bytes >= original:
