@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from types import MappingProxyType
@@ -23,7 +24,6 @@ from .checkpoint import Checkpoint, Stored
 _PIECE = 1 << 22  # bytes read at a time: a whole number of values of every dtype
 _THREADS = 8
 MOST_OF_FLOAT16 = torch.finfo(torch.float16).max
-_TOO_LARGE = "cannot be held in float16"  # of what is damaged, what a wrong dtype in config.json may be the cause of
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -31,12 +31,26 @@ class Damaged(BadInput):
     """A weight of the checkpoint is NaN, inf or too large to be rounded."""
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What makes a tensor useless. of_dtype: a wrong dtype in config.json may be the cause."""
+
+    what: str
+    of_dtype: bool = False
+
+    def __str__(self) -> str:
+        return self.what
+
+
+_NAN = Fault("NaN")
+
+
 class Vetting:
     """The files of a checkpoint being read. limits: the largest value that a tensor may hold, where it has a limit."""
 
     def __init__(self, pool: ThreadPoolExecutor, checkpoint: Checkpoint, limits: Mapping[str, float]) -> None:
         self._checkpoint, self._stop = checkpoint, Event()
-        self._files: dict[Path, Future[tuple[str, dict[str, str]]]] = {
+        self._files: dict[Path, Future[tuple[str, dict[str, Fault]]]] = {
             path: pool.submit(_read, path, entries, limits, self._stop) for path, entries in checkpoint.layout().items()
         }
 
@@ -59,7 +73,7 @@ class Vetting:
             if kind is None and self._checkpoint.is_packed(name):
                 kind = not_finite(self._checkpoint.read(name))
             if kind is not None:
-                wrong = "is its dtype in config.json right?" if _TOO_LARGE in kind else "the checkpoint is damaged"
+                wrong = "is its dtype in config.json right?" if kind.of_dtype else "the checkpoint is damaged"
                 raise Damaged(f"{self._checkpoint.file_of(name)}: {name} holds {kind}; {wrong}")
         if found:  # a scale of a quantized checkpoint
             name = min(found)
@@ -91,25 +105,28 @@ def all_finite(values: Tensor) -> bool:
     return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
-def not_finite(tensor: Tensor, limit: float = math.inf) -> str | None:
-    """What makes a float tensor useless: "NaN", "inf", or a value beyond `limit`; None where nothing does."""
+def not_finite(tensor: Tensor, limit: float = math.inf) -> Fault | None:
+    """What makes a float tensor useless: NaN, inf, or a value beyond `limit`; None where nothing does."""
     if not tensor.numel():
         return None
     least, most = map(float, tensor.aminmax())  # both are NaN where a value is
     largest = max(-least, most)
     if math.isnan(largest):
-        return "NaN"
+        return _NAN
     if math.isinf(largest):
-        return "inf"
-    what = _TOO_LARGE if limit == MOST_OF_FLOAT16 else "cannot be rounded"
-    return f"{largest:.6g}, and more than {limit:.6g} {what}" if largest > limit else None
+        return Fault("inf")
+    if largest <= limit:
+        return None
+    of_float16 = limit == MOST_OF_FLOAT16
+    what = "cannot be held in float16" if of_float16 else "cannot be rounded"
+    return Fault(f"{largest:.6g}, and more than {limit:.6g} {what}", of_float16)
 
 
 def _read(
     path: Path, entries: Sequence[tuple[str, Stored]], limits: Mapping[str, float], stop: Event
-) -> tuple[str, dict[str, str]]:
+) -> tuple[str, dict[str, Fault]]:
     """The SHA-256 of a file, and what makes weights in it useless, by name. entries: in byte order."""
-    digest, found = hashlib.sha256(), dict[str, str]()
+    digest, found = hashlib.sha256(), dict[str, Fault]()
     buffer = torch.empty(_PIECE, dtype=torch.uint8)
     with open(path, "rb", buffering=0) as file:
 
@@ -132,7 +149,7 @@ def _read(
             for piece in following(entry.size):
                 if (
                     entry.dtype in _FLOATS
-                    and found.get(name) != "NaN"
+                    and found.get(name) != _NAN
                     and (kind := not_finite(piece.view(entry.dtype), limits.get(name, math.inf)))
                 ):
                     found[name] = kind

@@ -9,7 +9,7 @@ from quantpress.core.errors import BadInput
 from quantpress.models import vetting
 from quantpress.models.checkpoint import Checkpoint
 from quantpress.models.shards import merge_parts, write_part
-from quantpress.models.vetting import not_finite
+from quantpress.models.vetting import Fault, not_finite
 
 
 def checkpoint(folder: Path, **changed: torch.Tensor) -> Checkpoint:
@@ -74,7 +74,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float, kind: str, at: int, 
 
 
 def test_nan_is_named_before_inf() -> None:
-    assert not_finite(torch.tensor([1.0, float("inf"), float("nan")])) == "NaN"
+    assert not_finite(torch.tensor([1.0, float("inf"), float("nan")])) == Fault("NaN")
     assert not_finite(torch.tensor([])) is None
 
 
