@@ -33,12 +33,14 @@ _NOT_MADE = (BadInput, ArithmeticError, AttributeError, LookupError, RuntimeErro
 _NARROWER = {"hidden_size": 256}  # tried first: not every class makes a model with fewer columns a head
 
 
-def comparison_bytes(nbytes: int, item: int) -> int:
-    """What comparing the whole of a model of `nbytes` takes, `item` bytes a weight: in float32, beside the file's own
-    pages; 0 for one that is too large.
-    """
-    whole = 4 * (nbytes // item)
-    return whole + nbytes if whole <= _WHOLE_BYTES else 0
+def is_compared_whole(parameters: int) -> bool:
+    """Whether a model of so many weights is compared as a whole; its plan says what that takes."""
+    return 4 * parameters <= _WHOLE_BYTES
+
+
+def comparison_bytes(nbytes: int, parameters: int) -> int:
+    """What comparing the whole of a model takes: in float32, beside the file's `nbytes`; 0 for one too large."""
+    return 4 * parameters + nbytes if is_compared_whole(parameters) else 0
 
 
 def check_forward(folder: Path, skeleton: Skeleton, original: TensorReader, parameters: int) -> ForwardCheck:
@@ -48,7 +50,7 @@ def check_forward(folder: Path, skeleton: Skeleton, original: TensorReader, para
     A model that is too large is compared as a twin: the same config with the first blocks only, narrower, and random
     weights.
     """
-    if 8 * parameters < machine.available_memory_bytes() and 4 * parameters <= _WHOLE_BYTES:
+    if is_compared_whole(parameters):
         try:
             with _without_progress_bar():
                 whole = load_whole(folder, torch.float32)

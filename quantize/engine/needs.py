@@ -70,7 +70,7 @@ def find_needs(
         process=process_bytes() + _TOKENIZER_BYTES * int(skeleton.config.vocab_size),
         tuning=_tuning_bytes(recipe, skeleton, linears, max(inside) // item),
         open_shell=_open_shell(skeleton) if calibrated else 0,
-        check=comparison_bytes(skeleton.nbytes, item),
+        check=comparison_bytes(skeleton.nbytes, skeleton.parameters),
         carried=streams * tokens * _carried(skeleton.config, linears, seq_len, item),
         data_free=0 if calibrated or skeleton.device.type != "cpu" else _data_free(recipe, skeleton, linears, schemes),
     )

@@ -192,7 +192,7 @@ def _forward(job: Job) -> ForwardCheck | None:
         or job.checkpoint.wrapper
     ):
         return None
-    return check_forward(job.source.path, job.skeleton, job.checkpoint, job.parameters)
+    return check_forward(job.source.path, job.skeleton, job.checkpoint, job.skeleton.parameters)
 
 
 def _signed(

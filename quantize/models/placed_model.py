@@ -206,6 +206,11 @@ class PlacedModel:
         """Of all tensors of the file, as they are read."""
         return sum(self.reader.nbytes(name) for name in self.reader.names())
 
+    @property
+    def parameters(self) -> int:
+        """How many weights the checkpoint has."""
+        return sum(math.prod(self.reader.shape(name)) for name in self.reader.names())
+
     @cached_property
     def bytes_of_blocks(self) -> list[int]:
         """Of the tensors of each block, as they are read."""

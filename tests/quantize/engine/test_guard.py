@@ -91,3 +91,11 @@ def test_a_twin_is_narrower_where_its_class_allows(tmp_path: Path, monkeypatch: 
     fails = True
     assert checked(tmp_path).difference is not None
     assert widths[1:] == [32, Checkpoint(tmp_path).config["hidden_size"]]
+
+
+def test_a_plan_counts_the_comparison_where_the_run_makes_it() -> None:
+    most = guard._WHOLE_BYTES // 4
+    assert guard.is_compared_whole(most)
+    assert guard.comparison_bytes(2 * most, most) == 6 * most
+    assert not guard.is_compared_whole(most + 1)
+    assert guard.comparison_bytes(2 * most, most + 1) == 0
