@@ -49,11 +49,11 @@ class SharedInput:
     an importance matrix gives it; None where nothing is known. tokens: rows of X. drift: D^T X [in, in], D = X0 - X, X0
     the same tokens' inputs in the original model; None where the original does not run beside. moved: in its place,
     where that is less work, W D^T X [out, in] by linear, W its weight. drift_power: ||D W^T||^2 for each row of W,
-    [out] by linear; empty without a drift. unmatched: the original runs beside, but which of its inputs belong to the
-    same tokens is not known. inputs: how X is rounded as the artifact runs, None where it
-    is not; X in the moments is X so rounded. lost: where no static int8 range fits, how much the best one loses of the
-    token that fits it worst, as a share of that token's norm; else 0. Such inputs get dynamic scales, but for those of
-    experts, of which servers make one layer.
+    [out] by linear, on a GPU found from some tokens where all are much work (`picked_rows`); empty without a drift.
+    unmatched: the original runs beside, but which of its inputs belong to the same tokens is not known. inputs: how X
+    is rounded as the artifact runs, None where it is not; X in the moments is X so rounded. lost: where no static int8
+    range fits, how much the best one loses of the token that fits it worst, as a share of that token's norm; else 0.
+    Such inputs get dynamic scales, but for those of experts, of which servers make one layer.
     """
 
     names: Group
