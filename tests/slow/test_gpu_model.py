@@ -16,10 +16,10 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the paper GPU's device guard needs g++"),
 ]
 LIMITS = {  # seconds, launches, waits, GB of GPU memory
-    "llama8b": (1.0, 5_000, 50, 40),
-    "llama70b": (4.0, 5_000, 50, 72),
-    "qwen3moe": (1.5, 20_000, 50, 40),
-    "llama405b": (30.0, 25_000, 50, 70),
+    "llama8b": (0.8, 5_000, 50, 40),
+    "llama70b": (3.2, 5_000, 50, 72),
+    "qwen3moe": (0.8, 20_000, 50, 40),
+    "llama405b": (22.0, 25_000, 50, 70),
 }
 
 
