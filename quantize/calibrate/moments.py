@@ -91,12 +91,11 @@ class Moments:
         """Add left^T right to the lane's sum."""
         as_they_are = _sums_in_float32(left.device, left.dtype)
         sums = self._sums if self._at_once else self._lane
-        if as_they_are and len(left) and name not in sums:
-            # No zeros to be written and read.
-            sums[name] = self._like.new_empty(self._shapes[name], dtype=torch.float32)
-            _add_16_bit(sums[name], left, right, first=True)
-        elif as_they_are and name in sums:
-            _add_16_bit(sums[name], left, right, first=False)
+        first = name not in sums
+        if as_they_are and (len(left) or not first):
+            if first:  # no zeros to be written and read
+                sums[name] = self._like.new_empty(self._shapes[name], dtype=torch.float32)
+            _add_16_bit(sums[name], left, right, first=first)
         elif name == "moment" or as_they_are or left.is_cuda:  # errors are small differences of it
             add_product(self._of_lane(name), left, right)
         else:
@@ -114,8 +113,10 @@ class Moments:
         if not tokens:
             self._sums.clear()
         self._sums = {name: self._ranks.whole(part, self._shapes[name][0]) for name, part in self._sums.items()}
+        if "moment" in self._sums and not self._diagonal:
+            _whole(self._sums["moment"])
         if self.outputs and "moved" in self._sums:
-            _subtract_product(self._sums["moved"], self._weights[0], _whole(self._sums["moment"]))
+            _subtract_product(self._sums["moved"], self._weights[0], self._sums["moment"])
 
     @property
     def drift(self) -> Tensor | None:
@@ -134,8 +135,7 @@ class Moments:
 
     def moment(self) -> Tensor | None:
         """X^T X [in, in], or its diagonal [in]; None when no row has passed."""
-        moment = self._sums.get("moment")
-        return moment if moment is None or self._diagonal else _whole(moment)
+        return self._sums.get("moment")
 
     def _of_lane(self, name: str) -> Tensor:
         if name not in self._lane:

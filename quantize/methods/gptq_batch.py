@@ -155,8 +155,7 @@ def _solved(
     spread = settings.order == "activation" and settings.static_groups  # a group's columns are not solved together
     whole = w
     if lead is not None and (spread or grid.type == "nvfp4"):  # scales look at columns before their turn
-        with tf32_products():
-            whole = solving.upper.solve_transposed_(lead.clone()).add_(w)
+        whole = solving.upper.add_ahead(0, w, lead)
     scales = _Scales(whole, grid, scale_dtype(weight, grid))
     importance = solving.upper.variance if settings.weighted_scales else None
     state = _State(w, lead, shared.strength, solving.upper, in_features if spread else columns)

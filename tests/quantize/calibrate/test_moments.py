@@ -58,6 +58,7 @@ def test_products_of_differences_keep_bfloat16s_bits_on_a_cpu() -> None:
     sums = Moments(torch.empty(0), 300, paired=True)
     sums.add(x, x0)
     end_lanes([sums], 1)
+    sums.finish(len(x), unmatched=False)
     d, moment, drift = (x0 - x).double(), sums.moment(), sums.drift
     assert moment is not None
     assert drift is not None
